@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import asyncio
 import atexit
+import contextlib
 import contextvars
+import copy
 import threading
 from collections import deque
 from collections.abc import AsyncIterator, Callable, Iterator, Mapping, Sequence
@@ -281,8 +283,11 @@ class LiveRun:
         """Return a plain module with the weights (or their averages) as they are now.
 
         All blocks' are of one emission of the stream (a consistent cut), and nothing waits for it.
-        What is under way has not been learned yet: `settle` first, where it should be.
+        What is under way has not been learned yet: `settle` first, where it should be. Once the run
+        has ended, those of its result.
         """
+        if self.result is not None:
+            return copy.deepcopy(self.result.model)
         states = self._stream.request("cut")
         blocks = {name: states[name] for name in self._plan.graph.blocks}
         return model_of(self._graph, self._plan, blocks)
@@ -341,6 +346,9 @@ class LiveRun:
         atexit.unregister(self.stop)
         self._stream.close()
         self._thread.join()
+        if self.result is not None:
+            with contextlib.suppress(Stop):  # (it has ended)
+                self._call()
         if self._journal is not None:
             self._journal.close()
         events, self._events = self._events, RunEvents(self.settings, (), None)
