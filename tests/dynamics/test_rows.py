@@ -58,12 +58,13 @@ def test_two_layers(dtype, out, into, relu, wanted, bias):
     x, z = noise(5, into).to(dtype), noise(6, 5).to(dtype)
     inputs, outputs, ds, message = plain(exact, x.double(), z.double())
     chain = rows.NativeLayers.of(used)
-    inner, y = torch.empty(chain.inner, dtype=dtype), torch.empty(1, 5, dtype=dtype)
+    room = [torch.empty(numbers, dtype=dtype) for numbers in chain.room(1)]
+    inner, y = room[0], torch.empty(1, 5, dtype=dtype)
     chain.forward(x, inner, y)
     got = [*chain.outputs(inner, 1), y]
     for a, b in zip(got, outputs, strict=True):
         torch.testing.assert_close(a[0].double(), b, **LOOSE[dtype])
-    d, m = torch.empty(chain.all, dtype=dtype), torch.empty(chain.widest, dtype=dtype)
+    _, d, m = room
     to = torch.full((into,), math.nan, dtype=dtype) if wanted else None
     rates = array("d", [-0.1, -0.2, -0.3, -0.4])
     assert chain.pull(x, inner, y, z, d, m, to, rates, 1e12) == 0b11
@@ -91,8 +92,8 @@ def layer(out: int, into: int, *, shift: int = 0, dtype=torch.float32):
 def stepped(w: Tensor, x: Tensor, z: Tensor, limit: float = 1e12, rates: Tensor | None = None):
     """What one layer without bias and relu makes of x and z; its weights move at rate -0.5."""
     chain = rows.NativeLayers.of([(w, None, False)])
-    y, d = torch.empty_like(z), torch.empty(chain.all, dtype=w.dtype)
-    inner, m, to = torch.empty(1), torch.empty(chain.widest, dtype=w.dtype), torch.empty_like(x)
+    inner, d, m = (torch.empty(numbers, dtype=w.dtype) for numbers in chain.room(1))
+    y, to = torch.empty_like(z), torch.empty_like(x)
     chain.forward(x, inner, y)
     moved = chain.pull(x, inner, y, z, d, m, to, array("d", [-0.5, 0.0]), limit)
     return moved, y, to
@@ -313,9 +314,9 @@ def test_several_rows_are_stepped_as_by_torch_to_the_bit(dtype, batch, stay):
 
     chain = rows.NativeLayers.of(layers)
     assert chain.takes(batch)
-    inner, y = x.new_empty(batch * chain.inner), x.new_empty(batch, 3)
+    inner, d, m = (x.new_empty(numbers) for numbers in chain.room(batch))
+    y = x.new_empty(batch, 3)
     chain.forward(x, inner, y)
-    d, m = x.new_empty(batch * chain.all), x.new_empty(batch * chain.widest)
     to = torch.empty_like(x)
     moved = chain.pull(x, inner, y, z, d, m, to, rates, limit)
     assert moved == sum(1 << i for i in moving)

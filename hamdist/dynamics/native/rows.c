@@ -36,6 +36,8 @@ typedef struct {
     size_t w, b, out, in, relu, pad;
 } Layer;
 
+#define FILLED(n) (((n) + 15) / 16 * 16)
+
 #define REAL float
 #define NAME(x) x##_f32
 #include "rows.h"

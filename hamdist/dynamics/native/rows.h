@@ -250,7 +250,8 @@ static unsigned long long NAME(chain_pull)(const Layer *layer, size_t n, const R
     return moved;
 }
 
-/* -- several rows: x (R, I), y, z, d (R, O); a layer's part of `inner` and of d has R pad numbers.
+/* -- several rows: x (R, I), y, z, d (R, O); a layer's part of `inner` and of d is filled up to a
+   multiple of 64 bytes.
 
    A matrix of rows is the transposed one to the Fortran interface of a BLAS, which has columns:
 
@@ -286,7 +287,7 @@ static void NAME(many_forward)(const Layer *layer, size_t n, const REAL *x, REAL
         if (layer[l].relu)
             NAME(cut)(to, rows * layer[l].out);
         x = to;
-        inner += rows * layer[l].pad;
+        inner += FILLED(rows * layer[l].out);
     }
 }
 
@@ -299,13 +300,13 @@ static unsigned long long NAME(many_pull)(const Layer *layer, size_t n, const RE
     unsigned long long moved = 0;
     size_t at = 0;
     for (size_t l = 0; l < n; l++)
-        at += rows * layer[l].pad;
+        at += FILLED(rows * layer[l].out);
     for (size_t l = n; l-- > 0;) {
         const size_t outs = rows * layer[l].out;
         const int64_t out = layer[l].out, in = layer[l].in, many = rows;
-        at -= rows * layer[l].pad;
+        at -= FILLED(outs);
         const REAL *f = l == n - 1 ? y : inner + at;
-        const REAL *h = l == 0 ? x : inner + at - rows * layer[l - 1].pad;
+        const REAL *h = l == 0 ? x : inner + at - FILLED(rows * layer[l - 1].out);
         REAL *own = d + at, *message = l == 0 ? to : m;
         const double alpha = rates ? rates[2 * l] : 0, beta = rates ? rates[2 * l + 1] : 0;
         double squares;

@@ -64,19 +64,15 @@ class NativeLayers:
         self.dtype = layers[0][0].dtype
         self.many = len(layers)
         outs = [w.shape[0] for w, _, _ in layers]
-        self._pads = [-(-out // _PAD) * _PAD for out in outs]
         rows = [
-            (w.data_ptr(), 0 if b is None else b.data_ptr(), *w.shape, relu, pad)
-            for (w, b, relu), pad in zip(layers, self._pads, strict=True)
+            (w.data_ptr(), 0 if b is None else b.data_ptr(), *w.shape, relu, _filled(w.shape[0]))
+            for w, b, relu in layers
         ]
         self._layers = array("Q", [number for row in rows for number in row])
         self._at = self._layers.buffer_info()[0]
         self._flags = _FLAGS[self.dtype]
         self._gemm = _gemm(self.dtype)
-        # Numbers by row: outputs of all layers but the last, of all layers, of the widest message.
-        self.inner = max(sum(self._pads[:-1]), 1)
-        self.all = sum(self._pads)
-        self.widest = max(outs)
+        self._outs = outs
         self._out = outs[-1]
 
     @classmethod
@@ -91,6 +87,12 @@ class NativeLayers:
         """Return True if x, of the right shape, is memory that the C code can read."""
         return x.dtype is self.dtype and x.is_cpu and x.is_contiguous()
 
+    def room(self, rows: int) -> tuple[int, int, int]:
+        """Return the numbers of `inner`, d and m, of `forward` and `pull`, for so many rows."""
+        filled = [_filled(rows * out) for out in self._outs]
+        widest = rows * max(self._outs) if self.many > 1 else 1  # (one layer has no m)
+        return max(sum(filled[:-1]), 1), sum(filled), widest
+
     def takes(self, rows: int) -> bool:
         """Return True if so many rows can be stepped."""
         return rows == 1 or (rows > 1 and self._gemm != 0)
@@ -98,7 +100,7 @@ class NativeLayers:
     def forward(self, x: Tensor, inner: Tensor, y: Tensor) -> None:
         """Write the output of the last layer to y, (R, O), those of the others to `inner`.
 
-        inner: room for R times `inner` numbers.
+        inner, and d and m of `pull`: as `room` says.
         """
         torch.get_num_threads()  # tells OpenMP torch's number, once in each Python thread
         _rows.chain_forward(
@@ -130,8 +132,8 @@ class NativeLayers:
         layer to `to`; then W += alpha d^T x and b += beta times the sum of d's rows, unless the
         norm of d^T (x, 1), of the parts that move, is above the limit.
 
-        d: room for R times `all` numbers, m: for R times `widest`. rates: alpha and beta of every
-        layer; None: nothing moves. Returns a number whose bit l is set if layer l has moved.
+        rates: alpha and beta of every layer; None: nothing moves. Returns a number whose bit l is
+        set if layer l has moved.
         """
         torch.get_num_threads()  # (as in `forward`)
         return _rows.chain_pull(
@@ -154,10 +156,14 @@ class NativeLayers:
     def outputs(self, inner: Tensor, layers: int, rows: int = 1) -> list[Tensor]:
         """Return the results of `forward`, or d of `pull`, for the first `layers`: (R, O) each."""
         found, at = [], 0
-        for (w, _, _), pad in zip(self._kept[:layers], self._pads, strict=False):
-            found.append(inner[at : at + rows * w.shape[0]].view(rows, -1))
-            at += rows * pad
+        for out in self._outs[:layers]:
+            found.append(inner[at : at + rows * out].view(rows, -1))
+            at += _filled(rows * out)
         return found
+
+
+def _filled(numbers: int) -> int:
+    return -(-numbers // _PAD) * _PAD
 
 
 def _pays(w: Tensor) -> bool:

@@ -61,7 +61,7 @@ class Chain:
         if rows is None or self.apart or not rows.takes(many) or not rows.reads(one):
             return self._one_by_one(old, x)
         old = old if old is not None and len(old) == 4 else None  # of such a call, too
-        inner = like(old, 2, (many * rows.inner,), x)
+        inner = like(old, 2, (rows.room(many)[0],), x)
         if old is None or inner is not old[2]:
             inner.zero_()  # what pads the layers' outputs is part of the record
         y = like(None if self.lasting else old, 3, (many, self._out), x)
@@ -89,11 +89,11 @@ class Chain:
         if rows is None or not rows.reads(one):
             kept = [kept[0], self._apart(x, inner, y)]
             return self._pull_one_by_one(kept, z, wanted, g)
-        many = x.shape[0]
+        _, of_d, of_m = rows.room(x.shape[0])
         to = self.layers[0].lent(x) if wanted[0] else None
-        d = like(self._masked, 0, (many * rows.all,), x)
+        d = like(self._masked, 0, (of_d,), x)
         self._masked = [self._masked[1], d]
-        m = self._message[0] = like(self._message, 0, (many * rows.widest,), x)
+        m = self._message[0] = like(self._message, 0, (of_m,), x)
         at_once = None if g is None else g.at_once
         limit = 0.0 if at_once is None else at_once.limit
         moved = rows.pull(x, inner, y, one, d, m, to, self._alphas(at_once), limit)

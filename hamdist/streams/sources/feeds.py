@@ -30,7 +30,11 @@ _LONGEST = 2**26  # bytes of a line
 def read_json(text: bytes) -> Item:
     """Return the item of a JSON object {"u": [[...]], "y": [...], "end": false}; reals are float32.
 
-    Raises StreamError for anything else.
+    Args:
+        text: of one message or line.
+
+    Raises:
+        StreamError: it is anything else.
     """
     try:
         found = json.loads(text)
@@ -143,6 +147,16 @@ def mqtt(
     A message is acknowledged when the next one is asked for, so behind `run.feed`: what the broker
     has taken over is lost neither with this process, nor with the connection, nor with a broker
     that keeps its state on disk (mosquitto: `persistence true`). It may come twice, then.
+
+    Args:
+        topic: of the messages; + and # stand for parts of it.
+        host: of the broker.
+        port: of the broker.
+        client: the session's name.
+        read: makes a sample (u, y) of a message's bytes.
+        patience: seconds without a connection after which the stream ends in an error.
+        username: at the broker, if it asks for one.
+        password: of that user.
 
     Raises:
         StreamError: there was no connection for `patience` seconds, or a message is no sample.
