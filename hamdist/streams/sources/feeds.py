@@ -66,8 +66,15 @@ def socket(
     A connection that is lost is made again, every `wait` seconds. What the server sent meanwhile is
     lost, and so is a line that was cut off: TCP has no memory (`mqtt` has).
 
-    Raises StreamError after `patience` seconds without a connection, or for a line that is no
-    sample.
+    Args:
+        host: of the server.
+        port: of the server.
+        read: makes a sample (u, y) of a line's bytes.
+        patience: seconds without a connection after which the stream ends in an error.
+        wait: seconds from one try to the next.
+
+    Raises:
+        StreamError: there was no connection for `patience` seconds, or a line is no sample.
     """
     since = time.monotonic()
     while True:
@@ -94,6 +101,7 @@ def files(folder: str | Path, *, after: str = "", look: float | None = 1.0) -> I
     one under a name that ends in .part or .tmp, and rename it: such names are passed over.
 
     Args:
+        folder: the folder.
         after: begin behind the file of this name, where an earlier run has come to.
         look: seconds between two looks for new files; None: end behind those that are there.
 
