@@ -1,6 +1,8 @@
-"""Prints each lower bound of hamdist and of the extra `dev` as a pin, a line each: pip's constraints
-for `scripts/test --lowest`. Not torch's: scripts/env chooses its version. (Other extras have bounds of
-their own, some of the same packages.)"""
+"""Prints each lower bound of hamdist and of the extra `dev` as a pin, a line each.
+
+They are pip's constraints for `scripts/test --lowest`. Not torch's: scripts/env chooses its version.
+Other extras have bounds of their own, some of the same packages.
+"""
 
 import re
 import sys
