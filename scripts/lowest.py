@@ -1,6 +1,6 @@
 """Prints each lower bound of hamdist and of the extra `dev` as a pin, a line each.
 
-They are pip's constraints for `scripts/test --lowest`. Not torch's: scripts/env chooses its version.
+They are pip's constraints for `scripts/test --lowest`. torch is left to scripts/env.
 Other extras have bounds of their own, some of the same packages.
 """
 
