@@ -31,11 +31,12 @@
 #define CLONES
 #endif
 
-/* A layer of a chain. pad: its outputs, filled up to a multiple of 64 bytes of either type. */
+/* A layer of a chain. */
 typedef struct {
-    size_t w, b, out, in, relu, pad;
+    size_t w, b, out, in, relu;
 } Layer;
 
+/* So many numbers, filled up to a multiple of 64 bytes of either type. */
 #define FILLED(n) (((n) + 15) / 16 * 16)
 
 #define REAL float
@@ -73,66 +74,59 @@ static int arguments(PyObject *const *args, Py_ssize_t given, size_t *whole, int
     return 1;
 }
 
+/* Of several rows, whose products take their time, other threads run meanwhile. */
+static PyThreadState *let_others_run(size_t rows)
+{
+    return rows == 1 ? NULL : PyEval_SaveThread();
+}
+
+static void go_on(PyThreadState *others)
+{
+    if (others != NULL)
+        PyEval_RestoreThread(others);
+}
+
 static PyObject *py_chain_forward(PyObject *self, PyObject *const *args, Py_ssize_t given)
 {
     size_t a[8];
     (void)self;
     if (!arguments(args, given, a, 8, NULL, 0))
         return NULL;
-    if (a[5] == 1) {
-        if (a[7] & DOUBLE)
-            chain_forward_f64((void *)a[0], a[1], (void *)a[2], (void *)a[3], (void *)a[4]);
-        else
-            chain_forward_f32((void *)a[0], a[1], (void *)a[2], (void *)a[3], (void *)a[4]);
-        Py_RETURN_NONE;
-    }
-    Py_BEGIN_ALLOW_THREADS;
+    PyThreadState *others = let_others_run(a[5]);
     if (a[7] & DOUBLE)
-        many_forward_f64((void *)a[0], a[1], (void *)a[2], (void *)a[3], (void *)a[4], a[5],
-                         (Gemm_f64 *)a[6]);
+        chain_forward_f64((void *)a[0], a[1], (void *)a[2], (void *)a[3], (void *)a[4], a[5],
+                          (Gemm_f64 *)a[6]);
     else
-        many_forward_f32((void *)a[0], a[1], (void *)a[2], (void *)a[3], (void *)a[4], a[5],
-                         (Gemm_f32 *)a[6]);
-    Py_END_ALLOW_THREADS;
+        chain_forward_f32((void *)a[0], a[1], (void *)a[2], (void *)a[3], (void *)a[4], a[5],
+                          (Gemm_f32 *)a[6]);
+    go_on(others);
     Py_RETURN_NONE;
 }
 
 static PyObject *py_chain_pull(PyObject *self, PyObject *const *args, Py_ssize_t given)
 {
-    size_t a[13], most = 0;
+    size_t a[13], most = 0, *active = NULL;
     double limit;
     unsigned long long moved;
     (void)self;
     if (!arguments(args, given, a, 13, &limit, 1))
         return NULL;
     const Layer *layer = (void *)a[0];
-    if (a[10] != 1) {
-        Py_BEGIN_ALLOW_THREADS;
-        if (a[12] & DOUBLE)
-            moved = many_pull_f64(layer, a[1], (void *)a[2], (void *)a[3], (void *)a[4],
-                                  (void *)a[5], (void *)a[6], (void *)a[7], (void *)a[8],
-                                  (void *)a[9], a[10], (Gemm_f64 *)a[11], limit);
-        else
-            moved = many_pull_f32(layer, a[1], (void *)a[2], (void *)a[3], (void *)a[4],
-                                  (void *)a[5], (void *)a[6], (void *)a[7], (void *)a[8],
-                                  (void *)a[9], a[10], (Gemm_f32 *)a[11], limit);
-        Py_END_ALLOW_THREADS;
-        return PyLong_FromUnsignedLongLong(moved);
-    }
-    for (size_t l = 0; l < a[1]; l++)
+    for (size_t l = 0; a[10] == 1 && l < a[1]; l++)
         if (layer[l].out > most)
             most = layer[l].out;
-    size_t *active = malloc(most * sizeof(size_t));
-    if (active == NULL)
+    if (a[10] == 1 && (active = malloc(most * sizeof(size_t))) == NULL)
         return PyErr_NoMemory();
+    PyThreadState *others = let_others_run(a[10]);
     if (a[12] & DOUBLE)
-        moved = chain_pull_f64(layer, a[1], (void *)a[2], (void *)a[3], (void *)a[4],
-                               (void *)a[5], (void *)a[6], (void *)a[7], (void *)a[8],
-                               (void *)a[9], active, limit);
+        moved = chain_pull_f64(layer, a[1], (void *)a[2], (void *)a[3], (void *)a[4], (void *)a[5],
+                               (void *)a[6], (void *)a[7], (void *)a[8], (void *)a[9], a[10],
+                               (Gemm_f64 *)a[11], active, limit);
     else
-        moved = chain_pull_f32(layer, a[1], (void *)a[2], (void *)a[3], (void *)a[4],
-                               (void *)a[5], (void *)a[6], (void *)a[7], (void *)a[8],
-                               (void *)a[9], active, limit);
+        moved = chain_pull_f32(layer, a[1], (void *)a[2], (void *)a[3], (void *)a[4], (void *)a[5],
+                               (void *)a[6], (void *)a[7], (void *)a[8], (void *)a[9], a[10],
+                               (Gemm_f32 *)a[11], active, limit);
+    go_on(others);
     free(active);
     return PyLong_FromUnsignedLongLong(moved);
 }

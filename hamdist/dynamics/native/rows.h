@@ -216,40 +216,6 @@ static int NAME(cross_entropy)(const REAL *y, const int64_t *k, REAL *loss, REAL
     return 1;
 }
 
-static void NAME(chain_forward)(const Layer *layer, size_t n, const REAL *x, REAL *inner, REAL *y)
-{
-    for (size_t l = 0; l < n; l++) {
-        REAL *to = l == n - 1 ? y : inner;
-        NAME(forward)((const REAL *)layer[l].w, (const REAL *)layer[l].b, x, to, layer[l].out,
-                      layer[l].in, layer[l].relu != 0);
-        x = to;
-        inner += layer[l].pad;
-    }
-}
-
-/* From the last layer to the first; z of a layer is the message of the one above. */
-static unsigned long long NAME(chain_pull)(const Layer *layer, size_t n, const REAL *x,
-                                           const REAL *inner, const REAL *y, const REAL *z,
-                                           REAL *d, REAL *m, REAL *to, const double *rates,
-                                           size_t *active, double limit)
-{
-    unsigned long long moved = 0;
-    size_t at = 0;
-    for (size_t l = 0; l < n; l++)
-        at += layer[l].pad;
-    for (size_t l = n; l-- > 0;) {
-        at -= layer[l].pad;
-        const REAL *out = l == n - 1 ? y : inner + at;
-        const REAL *in = l == 0 ? x : inner + at - layer[l - 1].pad;
-        if (NAME(pull)((REAL *)layer[l].w, (REAL *)layer[l].b, in, z, layer[l].relu ? out : NULL,
-                       d + at, l == 0 ? to : m, layer[l].out, layer[l].in, active,
-                       rates ? rates[2 * l] : 0, rates ? rates[2 * l + 1] : 0, limit))
-            moved |= 1ULL << l;
-        z = m;
-    }
-    return moved;
-}
-
 /* -- several rows: x (R, I), y, z, d (R, O); a layer's part of `inner` and of d is filled up to a
    multiple of 64 bytes.
 
@@ -272,68 +238,93 @@ CLONES static void NAME(cut)(REAL *y, size_t n)
         y[i] = y[i] < 0 ? 0 : y[i];
 }
 
-static void NAME(many_forward)(const Layer *layer, size_t n, const REAL *x, REAL *inner, REAL *y,
-                               size_t rows, NAME(Gemm) *gemm)
+static void NAME(many_forward)(const Layer *layer, const REAL *x, REAL *y, size_t rows,
+                               NAME(Gemm) *gemm)
 {
-    const REAL one = 1, none = 0;
+    const REAL one = 1, none = 0, *bias = (const REAL *)layer->b;
+    const int64_t out = layer->out, in = layer->in, many = rows;
+    for (size_t r = 0; bias && r < rows; r++)
+        memcpy(y + r * layer->out, bias, layer->out * sizeof(REAL));
+    gemm("T", "N", &out, &many, &in, &one, (const REAL *)layer->w, &in, x, &in,
+         bias ? &one : &none, y, &out);
+    if (layer->relu)
+        NAME(cut)(y, rows * layer->out);
+}
+
+static int NAME(many_pull)(const Layer *layer, const REAL *x, const REAL *z, const REAL *y, REAL *d,
+                           REAL *m, size_t rows, NAME(Gemm) *gemm, double alpha, double beta,
+                           double limit)
+{
+    const REAL one = 1, none = 0, step = (REAL)alpha;
+    const size_t outs = rows * layer->out;
+    const int64_t out = layer->out, in = layer->in, many = rows;
+    double squares;
+    if (layer->relu) {
+        squares = NAME(masked)(z, y, d, outs);
+    } else {
+        memcpy(d, z, outs * sizeof(REAL));
+        squares = NAME(squares)(d, outs);
+    }
+    if (m)
+        gemm("N", "N", &in, &many, &out, &one, (const REAL *)layer->w, &in, d, &out, &none, m, &in);
+    if (alpha == 0 && beta == 0)
+        return 0;
+    double reach = beta != 0 ? (double)rows : 0;
+    if (alpha != 0)
+        reach += NAME(squares)(x, rows * layer->in);
+    if (!(sqrt(squares * reach) <= limit)) /* NaN is above it */
+        return 0;
+    if (alpha != 0)
+        gemm("N", "T", &in, &out, &many, &step, x, &in, d, &out, &one, (REAL *)layer->w, &in);
+    if (beta != 0 && layer->b)
+        NAME(columns)((REAL *)layer->b, d, rows, layer->out, (REAL)beta);
+    return 1;
+}
+
+/* -- all layers; one row has products of its own */
+
+static void NAME(chain_forward)(const Layer *layer, size_t n, const REAL *x, REAL *inner, REAL *y,
+                                size_t rows, NAME(Gemm) *gemm)
+{
     for (size_t l = 0; l < n; l++) {
         REAL *to = l == n - 1 ? y : inner;
-        const int64_t out = layer[l].out, in = layer[l].in, many = rows;
-        const REAL *bias = (const REAL *)layer[l].b;
-        for (size_t r = 0; bias && r < rows; r++)
-            memcpy(to + r * layer[l].out, bias, layer[l].out * sizeof(REAL));
-        gemm("T", "N", &out, &many, &in, &one, (const REAL *)layer[l].w, &in, x, &in,
-             bias ? &one : &none, to, &out);
-        if (layer[l].relu)
-            NAME(cut)(to, rows * layer[l].out);
+        if (rows == 1)
+            NAME(forward)((const REAL *)layer[l].w, (const REAL *)layer[l].b, x, to, layer[l].out,
+                          layer[l].in, layer[l].relu != 0);
+        else
+            NAME(many_forward)(&layer[l], x, to, rows, gemm);
         x = to;
         inner += FILLED(rows * layer[l].out);
     }
 }
 
-static unsigned long long NAME(many_pull)(const Layer *layer, size_t n, const REAL *x,
-                                          const REAL *inner, const REAL *y, const REAL *z,
-                                          REAL *d, REAL *m, REAL *to, const double *rates,
-                                          size_t rows, NAME(Gemm) *gemm, double limit)
+/* From the last layer to the first; z of a layer is the message of the one above. active: of one
+   row, room for the numbers of the outputs of the widest layer. */
+static unsigned long long NAME(chain_pull)(const Layer *layer, size_t n, const REAL *x,
+                                           const REAL *inner, const REAL *y, const REAL *z,
+                                           REAL *d, REAL *m, REAL *to, const double *rates,
+                                           size_t rows, NAME(Gemm) *gemm, size_t *active,
+                                           double limit)
 {
-    const REAL one = 1, none = 0;
     unsigned long long moved = 0;
     size_t at = 0;
     for (size_t l = 0; l < n; l++)
         at += FILLED(rows * layer[l].out);
     for (size_t l = n; l-- > 0;) {
-        const size_t outs = rows * layer[l].out;
-        const int64_t out = layer[l].out, in = layer[l].in, many = rows;
-        at -= FILLED(outs);
-        const REAL *f = l == n - 1 ? y : inner + at;
-        const REAL *h = l == 0 ? x : inner + at - FILLED(rows * layer[l - 1].out);
-        REAL *own = d + at, *message = l == 0 ? to : m;
+        at -= FILLED(rows * layer[l].out);
+        const REAL *out = l == n - 1 ? y : inner + at;
+        const REAL *in = l == 0 ? x : inner + at - FILLED(rows * layer[l - 1].out);
+        REAL *message = l == 0 ? to : m;
         const double alpha = rates ? rates[2 * l] : 0, beta = rates ? rates[2 * l + 1] : 0;
-        double squares;
-        if (layer[l].relu) {
-            squares = NAME(masked)(z, f, own, outs);
-        } else {
-            memcpy(own, z, outs * sizeof(REAL));
-            squares = NAME(squares)(own, outs);
-        }
-        if (message)
-            gemm("N", "N", &in, &many, &out, &one, (const REAL *)layer[l].w, &in, own, &out, &none,
-                 message, &in);
+        int moves = rows == 1
+                        ? NAME(pull)((REAL *)layer[l].w, (REAL *)layer[l].b, in, z,
+                                     layer[l].relu ? out : NULL, d + at, message, layer[l].out,
+                                     layer[l].in, active, alpha, beta, limit)
+                        : NAME(many_pull)(&layer[l], in, z, out, d + at, message, rows, gemm, alpha,
+                                          beta, limit);
+        if (moves)
+            moved |= 1ULL << l;
         z = message;
-        if (alpha == 0 && beta == 0)
-            continue;
-        double reach = beta != 0 ? (double)rows : 0;
-        if (alpha != 0)
-            reach += NAME(squares)(h, rows * layer[l].in);
-        if (!(sqrt(squares * reach) <= limit)) /* NaN is above it */
-            continue;
-        const REAL step = (REAL)alpha;
-        if (alpha != 0)
-            gemm("N", "T", &in, &out, &many, &step, h, &in, own, &out, &one, (REAL *)layer[l].w,
-                 &in);
-        if (beta != 0 && layer[l].b)
-            NAME(columns)((REAL *)layer[l].b, own, rows, layer[l].out, (REAL)beta);
-        moved |= 1ULL << l;
     }
     return moved;
 }

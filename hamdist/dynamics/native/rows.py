@@ -65,7 +65,7 @@ class NativeLayers:
         self.many = len(layers)
         outs = [w.shape[0] for w, _, _ in layers]
         rows = [
-            (w.data_ptr(), 0 if b is None else b.data_ptr(), *w.shape, relu, _filled(w.shape[0]))
+            (w.data_ptr(), 0 if b is None else b.data_ptr(), *w.shape, relu)
             for w, b, relu in layers
         ]
         self._layers = array("Q", [number for row in rows for number in row])
