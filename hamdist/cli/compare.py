@@ -126,7 +126,7 @@ def _compare(
     plain = prepare(None, baseline, "--baseline-model")
 
     from hamdist.study.interface.compare import Comparison, make_runs
-    from hamdist.study.run.compare import run_key
+    from hamdist.study.run.comparison import run_key
 
     files = [name for name in settings.compare.rules if ":" in name]
     code = code_of(model_name, stream_name, baseline, *files)

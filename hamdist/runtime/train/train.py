@@ -31,7 +31,7 @@ from hamdist.errors import ChoiceWarning, DivergedError, HamdistWarning, Setting
 from hamdist.runtime.advice.advice import before, end_of_stream, of_resumed
 from hamdist.runtime.advice.divergence import explained
 from hamdist.runtime.engines.inprocess import InProcessEngine
-from hamdist.runtime.nodes.rules import try_rules
+from hamdist.runtime.nodes.rule_trial import try_rules
 from hamdist.runtime.placement.step_costs import example_input
 from hamdist.runtime.plan.checks import least_bytes
 from hamdist.runtime.plan.plan import Plan, make_plan, make_snapshot_policy
@@ -60,9 +60,9 @@ from hamdist.runtime.storage.claims import claimed
 from hamdist.runtime.storage.snapshot_files import Snapshot, check_usable, latest
 from hamdist.runtime.storage.store import storage
 from hamdist.runtime.train.choose_level import resolved
+from hamdist.runtime.train.named_rules import NamedRule, make_rule
 from hamdist.runtime.train.outcome import make_result
 from hamdist.runtime.train.prepare import graph_in_blocks, in_dtype_of, modules_of
-from hamdist.runtime.train.rules import NamedRule, make_rule
 from hamdist.streams.live import live_of
 from hamdist.streams.sample import SampleSpec, Stream, with_example
 from hamdist.streams.wrappers.chosen_targets import with_targets_of

@@ -13,7 +13,7 @@ from hamdist.cli.console import console, exit_codes, note, print_table, report
 from hamdist.cli.prepare import command_line
 
 if TYPE_CHECKING:
-    from hamdist.study.sweep.work import RunRecord
+    from hamdist.study.grid.work import RunRecord
 
 StudyArgument = Annotated[
     str,
