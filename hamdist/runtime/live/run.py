@@ -70,7 +70,7 @@ class LiveRun:
         self._stream, self._reader, self._journal = stream, reader, journal
         self._losses = losses or make_losses(settings.loss, settings.ignore_index)
         self._answers: dict[int, Answer] = {}
-        self._parts: dict[int, dict[str, Tensor]] = {}  # answers of some readouts, while others lack
+        self._parts: dict[int, dict[str, Tensor]] = {}  # answers that some readouts lack
         self._from: dict[str, int] = {}  # by readout: the first number that is not there
         self._asked: set[int] = set()  # by predict, which takes its answer itself
         self._progress: Progress | None = None

@@ -125,7 +125,7 @@ class LiveBlock(Remembers):
                 self._rates.pop(0)
 
     def scaled(self, scale: Scale) -> Scale:
-        """Return the factor of beta by sample number: `scale`, times the rate set for that sample."""
+        """Return the factor of beta by sample: `scale`, times the rate that was set for it."""
 
         def factor(number: int) -> float:
             told = (one for one in reversed(self._rates) if one[0] <= number)

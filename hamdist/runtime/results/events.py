@@ -3,8 +3,7 @@
 An engine reports `Progress` four times a second; `ProgressEvents` (progress_events.py) turns each
 report into the events that are new in it. An event is a dataclass here, and a line of JSON in
 `events.jsonl`: `time`, `event` (its name), `level` and `seed` of the run, and its own fields (docs:
-reference/events).
-Trackers, the live page and `hamdist explain` read these, and nothing else.
+reference/events). Trackers, the live page and `hamdist explain` read these, and nothing else.
 """
 
 from __future__ import annotations

@@ -149,8 +149,7 @@ class RunFacts:
             before the start; 0 where there is no prediction.
         bytes_per_edge: payload bytes that crossed each edge in both directions, by edge.
         compression: by edge and direction ('h' forward, 'm' backward), of the compressed ones,
-            bytes
-            sent and saved, and the error of the decoded signals.
+            bytes sent and saved, and the error of the decoded signals.
         rounding: by block under autocast, the distance of its results from float32.
         peak_memory: peak resident bytes by process ('driver', 'actor 0', ...).
         own_memory: at the end, without the code of libraries and Ray's object store.

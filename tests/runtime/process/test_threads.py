@@ -15,7 +15,7 @@ from torch import nn
 from hamdist.config import EngineSettings, Pin, Settings, read_settings
 from hamdist.runtime.advice.advice import thread_warnings
 from hamdist.runtime.process import threads
-from hamdist.runtime.process.threads import processors_of_actor, pinned
+from hamdist.runtime.process.threads import pinned, processors_of_actor
 from hamdist.runtime.train.train import train
 
 pytestmark = pytest.mark.timeout(90)
