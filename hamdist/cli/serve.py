@@ -13,7 +13,7 @@ from typing import Annotated, Any
 import typer
 from rich.text import Text
 
-from hamdist.cli.console import OUTPUT, console, exit_codes, report
+from hamdist.cli.console import OUTPUT, console, report, say
 from hamdist.cli.options import (
     DEFAULT_SETTINGS,
     EngineOption,
@@ -49,41 +49,40 @@ def serve(
 
     Clients need the token that is printed, or that HAMDIST_TOKEN says.
     """
-    with exit_codes():
-        need_package("starlette", "'hamdist[serve]'", "`hamdist serve`")
-        need_package("uvicorn", "'hamdist[serve]'", "`hamdist serve`")
-        import uvicorn
+    need_package("starlette", "'hamdist[serve]'", "`hamdist serve`")
+    need_package("uvicorn", "'hamdist[serve]'", "`hamdist serve`")
+    import uvicorn
 
-        from hamdist.api import start
-        from hamdist.serve import make_app
-        from hamdist.study.report.save import save_weights
-        from hamdist.study.run.export import begun
+    from hamdist.api import start
+    from hamdist.serve import make_app
+    from hamdist.study.report.save import save_weights
+    from hamdist.study.run.export import begun
 
-        loaded = load(settings, set_, changes(level=level, engine=engine))
-        loaded = loaded.for_level(loaded.level)
-        network, first, classes = begun(loaded, prepare(None, model), weights)
-        token = os.environ.get("HAMDIST_TOKEN") or secrets.token_urlsafe(16)
-        resume = out if (out / "journal.jsonl").exists() else None
-        begin: Any = {"example": first, "classes": classes, "out": out, "resume": resume}
-        with socket.socket() as listening, start(network, loaded, **begin) as run:
-            listening.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-            try:
-                listening.bind((HOST, port))
-            except OSError as error:
-                raise SettingsError(f"--port {port}: {error.strerror}; 0: any free one") from None
-            listening.listen()
-            address = f"http://{HOST}:{listening.getsockname()[1]}"
-            report(address=address, token=token, out=str(out))
-            told = Text(f"{address}  Authorization: Bearer {token}")
-            console(stderr=OUTPUT.as_json).print(told, soft_wrap=True)  # now, not at the end
-            config = uvicorn.Config(make_app(run, token), log_level="warning")
-            run.settle()  # Ray has set handlers of its own by then
-            signal.signal(signal.SIGTERM, signal.default_int_handler)
-            with contextlib.suppress(KeyboardInterrupt):  # (which uvicorn raises on at its end)
-                uvicorn.Server(config).run(sockets=[listening])
-        if run.result is not None:
-            save_weights(out / "model.safetensors", run.result.model.state_dict())
-            console().print(Text(f"{run.result.samples} samples; weights written to {out}"))
+    loaded = load(settings, set_, changes(level=level, engine=engine))
+    loaded = loaded.for_level(loaded.level)
+    network, first, classes = begun(loaded, prepare(None, model), weights)
+    token = os.environ.get("HAMDIST_TOKEN") or secrets.token_urlsafe(16)
+    resume = out if (out / "journal.jsonl").exists() else None
+    begin: Any = {"example": first, "classes": classes, "out": out, "resume": resume}
+    with socket.socket() as listening, start(network, loaded, **begin) as run:
+        listening.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            listening.bind((HOST, port))
+        except OSError as error:
+            raise SettingsError(f"--port {port}: {error.strerror}; 0: any free one") from None
+        listening.listen()
+        address = f"http://{HOST}:{listening.getsockname()[1]}"
+        report(address=address, token=token, out=str(out))
+        access = Text(f"{address}  Authorization: Bearer {token}")
+        console(stderr=OUTPUT.as_json).print(access, soft_wrap=True)  # now, not at the end
+        config = uvicorn.Config(make_app(run, token), log_level="warning")
+        run.settle()  # Ray has set handlers of its own by then
+        signal.signal(signal.SIGTERM, signal.default_int_handler)
+        with contextlib.suppress(KeyboardInterrupt):  # (which uvicorn raises on at its end)
+            uvicorn.Server(config).run(sockets=[listening])
+    if run.result is not None:
+        save_weights(out / "model.safetensors", run.result.model.state_dict())
+        say(f"{run.result.samples} samples; weights written to {out}")
 
 
 def replay(
@@ -92,21 +91,20 @@ def replay(
     model: ModelOption = None,
 ) -> None:
     """Repeat a live run from its journal, and write its weights to DIR/replay.safetensors."""
-    with exit_codes():
-        from hamdist.api import replay as repeated
-        from hamdist.config import Settings
-        from hamdist.models.build import make_from_factory
-        from hamdist.runtime.live.begin import read_beginning
-        from hamdist.study.report.save import save_weights
-        from hamdist.study.run.run import torch_dtype
+    from hamdist.api import replay as repeated
+    from hamdist.config import Settings
+    from hamdist.models.build import make_from_factory
+    from hamdist.runtime.live.begin import read_beginning
+    from hamdist.study.report.save import save_weights
+    from hamdist.study.run.run import torch_dtype
 
-        factory, network = prepare(None, model), None
-        if factory is not None:
-            began = Settings.model_validate(read_beginning(folder)[0]["settings"])
-            dtype = torch_dtype(began.dtype)
-            network = make_from_factory(factory, seed=began.seed, dtype=dtype)
-        result = repeated(folder, network, **changes(engine=engine))
-        file = folder / "replay.safetensors"
-        save_weights(file, result.model.state_dict())
-        report(samples=result.samples, file=str(file))
-        console().print(Text(f"{result.samples} samples; weights written to {file}"))
+    factory, network = prepare(None, model), None
+    if factory is not None:
+        began = Settings.model_validate(read_beginning(folder)[0]["settings"])
+        dtype = torch_dtype(began.dtype)
+        network = make_from_factory(factory, seed=began.seed, dtype=dtype)
+    result = repeated(folder, network, **changes(engine=engine))
+    file = folder / "replay.safetensors"
+    save_weights(file, result.model.state_dict())
+    report(samples=result.samples, file=str(file))
+    say(f"{result.samples} samples; weights written to {file}")
