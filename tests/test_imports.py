@@ -118,13 +118,14 @@ ALLOWED = {
         "study/verify/oracles"
     ),
     "serve": f"{RUNTIME} runtime",
+    "attached": f"{RUNTIME} runtime launch",
     "adapters": f"{RUNTIME} runtime api",
-    "launch": f"{STUDY} study",
+    "launch": f"{STUDY} study api serve",
     "cli": f"{CLI} api serve cli",
     "cli/study": CLI,
     "cli/cluster": CLI,
     "__main__": "cli",
-    "__init__": "errors config dynamics streams runtime api study",
+    "__init__": "errors config dynamics streams runtime api attached study",
 }
 LARGEST_FOLDER = 16  # files
 LONGEST_FILE = 400  # lines; those that are longer still, none of which may grow

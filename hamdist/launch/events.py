@@ -52,6 +52,14 @@ class Started(_Event):
     seed: int | None = None
 
 
+class Listening(_Event):
+    """A live run is served there (`hamdist.attach`)."""
+
+    event: Literal["listening"] = "listening"
+    address: str
+    token: str
+
+
 class DriverLost(_Event):
     """The driver before this one was ended by `signal`; the run goes on from `tick` (0: anew)."""
 
@@ -132,6 +140,7 @@ class Ended(_Event):
 
 JobEvent = (
     Started
+    | Listening
     | DriverLost
     | Progressed
     | WarningEvent

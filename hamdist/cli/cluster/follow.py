@@ -60,6 +60,7 @@ def _watch(
     from hamdist.launch.events import (
         DriverLost,
         Ended,
+        Listening,
         Progressed,
         ResultValues,
         Started,
@@ -81,6 +82,8 @@ def _watch(
     for event in follow(jobs.lines(name), results, say):
         if isinstance(event, Started):
             show = display.watch(event.title, event.batch)
+        elif isinstance(event, Listening):
+            note(f"Served at {event.address}: hamdist.attach({name!r}) talks to it")
         elif isinstance(event, DriverLost):
             place = f"goes on from tick {event.tick}" if event.tick else "begins again"
             warn(f"the driver was lost ({event.signal}); the run {place}")

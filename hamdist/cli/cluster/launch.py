@@ -56,6 +56,15 @@ def launch(
     detach: Annotated[
         bool, typer.Option("--detach", help="Print the run's id and do not follow it.")
     ] = False,
+    live: Annotated[
+        bool, typer.Option("--live", help="Learn from what hamdist.attach(ID) says, not a stream.")
+    ] = False,
+    host: Annotated[
+        str, typer.Option("--host", help="With --live: the head's interface to listen on.")
+    ] = "127.0.0.1",
+    port: Annotated[
+        int, typer.Option("--port", min=0, max=65535, help="With --live; 0: any free one.")
+    ] = 0,
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="Print who would go where, and what is missing.")
     ] = False,
@@ -63,6 +72,8 @@ def launch(
     """Run on a cluster, as a Ray job: it goes on when this terminal is closed."""
     if detach and out is not None:
         raise SettingsError("--out with --detach: fetch the results with hamdist attach --out")
+    if live and stream is not None:
+        raise SettingsError("--stream with --live: a live run has no stream but its clients")
     from hamdist.launch.cluster_file import find_cluster
     from hamdist.launch.package import on_ray
     from hamdist.launch.submit import NOTHING_KEPT, kept_at, resumed_from, submit_run
@@ -87,7 +98,7 @@ def launch(
 
     if not kept:
         warn(NOTHING_KEPT)
-    name = submit_run(jobs, own, model, begin, stream)
+    name = submit_run(jobs, own, model, begin, stream, (host, port) if live else None)
     report(id=name)
     say(name)
     if not detach:

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from hamdist.cli.console import exit_codes, note, print_table, report, say
+from hamdist.cli.console import note, print_table, report, say
 from hamdist.cli.prepare import command_line
 
 if TYPE_CHECKING:
@@ -57,8 +57,7 @@ def grid_command(name: str) -> Callable[..., None]:
         workers: WorkersOption = None,
         out: StudyOutOption = None,
     ) -> None:
-        with exit_codes():
-            run_grid(settings, axis, set_, chosen, workers, out)
+        run_grid(settings, axis, set_, chosen, workers, out)
 
     return command
 

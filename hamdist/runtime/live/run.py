@@ -10,6 +10,7 @@ import copy
 import threading
 from collections import deque
 from collections.abc import AsyncIterator, Callable, Iterator, Mapping, Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -20,7 +21,7 @@ from hamdist.dynamics.graph.graph import Graph
 from hamdist.dynamics.graph.inputs import NetworkInputs
 from hamdist.dynamics.objective.losses import Losses, make_losses
 from hamdist.errors import SettingsError, Stop, StreamError
-from hamdist.runtime.live.answers import Answer, LiveStatus
+from hamdist.runtime.live.answers import Answer, LiveStatus, versions_of
 from hamdist.runtime.live.callbacks import Callback
 from hamdist.runtime.live.journal import Journal
 from hamdist.runtime.nodes.live import Answered, HandedOver
@@ -155,7 +156,8 @@ class LiveRun:
             return
         del self._parts[news.number]
         prediction = parts if len(parts) > 1 else news.prediction
-        answer = Answer(news.number, prediction, self._plan, news)
+        versions = partial(versions_of, self._plan, news)
+        answer = Answer(news.number, prediction, versions)
         self._answers[news.number] = answer
         if self._callbacks:
             self._happened.append(answer)

@@ -155,8 +155,19 @@ class BlocksMeasured(RunEvent):
     seconds: Mapping[str, float]
     """In the steps of the block, since its process began."""
     waiting: Mapping[str, str]
+    staleness: Mapping[str, Mapping[int, int]] = field(default_factory=dict)
+    """How many samples came back to a block after so many updates, since its process began."""
     histograms: Mapping[str, Mapping[str, Histogram]] = field(default_factory=dict)
     """By block of `theta`, `omega`, `h`, `z`, with `metrics.histograms`."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class UpdatesAligned(RunEvent):
+    """With `metrics.alignment`: the fields are those of `measured.Alignment`."""
+
+    name: ClassVar[str] = "alignment"
+    sample: int
+    cosines: Mapping[str, float]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -263,8 +274,8 @@ EVENTS: Mapping[str, type[RunEvent]] = {
     cls.name: cls
     for cls in (
         *(FolderStarted, RunBegun, PhaseBegun, NetworkPlaced, WindowFull, RunProgressed),
-        *(BlocksMeasured, ActorsMeasured, EdgesMeasured, SnapshotComplete, ActorReplaced),
-        *(SettingsChanged, Warned, Evaluated, RunFinished, FolderEnded),
+        *(BlocksMeasured, UpdatesAligned, ActorsMeasured, EdgesMeasured, SnapshotComplete),
+        *(ActorReplaced, SettingsChanged, Warned, Evaluated, RunFinished, FolderEnded),
     )
 }
 

@@ -18,7 +18,7 @@ from hamdist.dynamics.blocks.energy import Records
 from hamdist.dynamics.objective.prequential import Window
 from hamdist.dynamics.vjp.autocast import Rounding
 from hamdist.runtime.results.digests import DigestMap
-from hamdist.runtime.results.measured import ProcessSample, Replaced
+from hamdist.runtime.results.measured import Alignment, ProcessSample, Replaced
 from hamdist.runtime.results.trace import TraceSpan
 from hamdist.runtime.signals.codec import Compressed
 
@@ -91,6 +91,7 @@ class Progress:
     others: Mapping[str, Sequence[Window]] = field(default_factory=dict)
     actors: Mapping[str, ProcessSample] = field(default_factory=dict)
     network: PlacedNetwork | None = None
+    alignment: Alignment | None = None
     snapshots: Sequence[str] = field(default_factory=list)
     warnings: Sequence[str] = field(default_factory=list)
 
