@@ -281,6 +281,11 @@ def make_plan(
             f"{knobs.presentation.value!r}: the energies are sums over the blocks at one time, but "
             "there the blocks work on different samples; use a level of presentation 'hold'"
         )
+    if settings.metrics.alignment is not None and (knobs.sequence or knobs.microbatches != 1):
+        raise LevelError(
+            "metrics.alignment: at level 'bptt', and with locality.microbatches, an update belongs "
+            "to no sample alone; leave one of them out"
+        )
     if spec.patience and not spec.live and not knobs.pulse:
         raise LevelError(
             f"labels that come up to {spec.patience} samples late with presentation "

@@ -13,7 +13,7 @@ from hamdist.runtime.plan.plan import Plan, SnapshotPolicy
 from hamdist.runtime.ray_engine.placed_workers import WorkerHandle
 from hamdist.runtime.ray_engine.replacement import ActorLoss, Replacement
 from hamdist.runtime.ray_engine.worker_group import WorkerGroup
-from hamdist.runtime.results.result import Replaced
+from hamdist.runtime.results.measured import Replaced
 from hamdist.runtime.snapshots.catalogue import SnapshotCatalogue, SnapshotFailures
 
 AHEAD_SECONDS = 1.0  # how far ahead of everybody a snapshot is asked for

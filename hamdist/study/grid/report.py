@@ -5,7 +5,6 @@ from __future__ import annotations
 import csv
 import dataclasses
 import io
-import time
 from collections.abc import Iterator, Mapping, Sequence
 from html import escape
 from pathlib import Path
@@ -42,7 +41,7 @@ def save_study(
     figures = study_figures(study, outcomes)
     write_file(folder / "study.yaml", study_yaml(study))
     rows = [record(line) for line in lines]
-    write_file(folder / "study.json", to_json({"command": command, "rows": rows}, indent=2) + "\n")
+    write_file(folder / "study.json", to_json({"command": command, "rows": rows}, indent=2))
     write_file(folder / "study.csv", _csv(rows))
     write_file(folder / "study.md", _markdown(study, tables, command))
     write_file(folder / "study.tex", "\n".join(map(latex, tables.values())))
@@ -85,7 +84,7 @@ def _html(
     outcomes: Sequence[StudyOutcome],
 ) -> str:
     title = escape(f"hamdist study: {study.name}")
-    parts = [f"<h1>{title}</h1>", facts(command, time.strftime("%Y-%m-%d %H:%M %z"))]
+    parts = [f"<h1>{title}</h1>", facts(command)]
     for name, table in tables.items():
         parts.append(f'<h2>{escape(name)}</h2><div class="scroll">{html_table(table)}</div>')
         parts.append(html_notes(table.notes))
