@@ -139,10 +139,7 @@ class Weights(Remembers):
         self._bound = math.inf  # not known
 
     def scaled_by(self, scale: Scale, item_of: Callable[[int], int]) -> Scale:  # noqa: ARG002
-        """Return the factor of beta by sample, which each `move` asks for.
-
-        item_of: the number of a sample in the stream, by the number of its pulse.
-        """
+        """Return the factor of beta by sample. item_of: the sample's number, by its pulse's."""
         return scale
 
     def at_once(self, scale: float, tau: float) -> AtOnce | None:
