@@ -90,9 +90,9 @@ class BlockDType(str, Enum):
 class StepKind(str, Enum):
     """Implementation of a block's step.
 
-    closed: in closed form where its module has one, by torch. native: as closed, and most of it by C
-    code, as many operations at a time as follow each other. auto: native where hamdist was installed with it and a process
-    has one thread. autograd: by autograd alone.
+    closed: in closed form where its module has one, by torch. native: as closed, and most of it by
+    C code, as many operations at a time as follow each other. auto: native where hamdist was
+    installed with it and a process has one thread. autograd: by autograd alone.
     """
 
     AUTO = "auto"

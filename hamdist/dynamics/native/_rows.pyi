@@ -1,3 +1,5 @@
+LAYOUT: int
+
 def chain_forward(
     operations: int, n: int, x: int, inner: int, y: int, gemm: int, flags: int, /
 ) -> bool: ...

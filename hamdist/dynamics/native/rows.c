@@ -236,5 +236,10 @@ static struct PyModuleDef MODULE = {
 
 PyMODINIT_FUNC PyInit__rows(void)
 {
-    return PyModule_Create(&MODULE);
+    PyObject *module = PyModule_Create(&MODULE);
+    if (module != NULL && PyModule_AddIntConstant(module, "LAYOUT", 2) < 0) { /* as in rows.py */
+        Py_DECREF(module);
+        return NULL;
+    }
+    return module;
 }

@@ -175,7 +175,11 @@ def closed_cell(
 ) -> ClosedFunction | None:
     """Return the closed form of `module` with so many parents; None where it has none.
 
-    native: kernels that follow each other run in C (native/chain.py).
+    <<<<<<< HEAD
+        native: kernels that follow each other run in C (native/chain.py).
+    =======
+        native: its chains of linear layers run in C (native/rows.py).
+    >>>>>>> main
     """
     program = read_program(module, len(_combined_places(combine, parents)), native=native)
     return None if program is None else ClosedFunction(module, combine, seed, program)
