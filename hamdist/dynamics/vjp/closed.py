@@ -196,7 +196,7 @@ def closed_cell(
 ) -> ClosedFunction | None:
     """Return the closed form of `module` with so many parents; None where it has none.
 
-    native: its linear layers run in C for batches of one row (native/rows.py).
+    native: its chains of linear layers run in C (native/rows.py).
     """
     program = read_program(module, len(_combined_places(combine, parents)), native=native)
     return None if program is None else ClosedFunction(module, combine, seed, program)

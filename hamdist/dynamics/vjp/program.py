@@ -51,7 +51,7 @@ def read_program(
 ) -> list[ProgramStep] | None:
     """Return the steps of `module`, which takes so many arguments; None if it has no closed form.
 
-    native: linear layers that follow each other are one kernel, in C for one row (native/rows.py).
+    native: linear layers that follow each other are one kernel in C (native/rows.py).
     """
     try:
         return _Program(module, arguments, native=native).read()

@@ -10,8 +10,8 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
+from hamdist.dynamics.blocks.block import SavesPasses
 from hamdist.dynamics.blocks.heads import HeadBlock
-from hamdist.dynamics.blocks.kept_passes import SavesPasses
 from hamdist.dynamics.blocks.pulse import (
     KeepingReadout,
     PulseBlock,
@@ -25,7 +25,7 @@ from hamdist.dynamics.saved_state.remember import Remembers
 from hamdist.dynamics.schedule.events import Event, Phase, Stamp
 from hamdist.dynamics.schedule.pulse import PulseSchedule
 from hamdist.dynamics.vjp.tied import TiedFunction
-from hamdist.runtime.nodes.live import LiveBlock
+from hamdist.runtime.nodes.emissions import LiveBlock
 from hamdist.runtime.nodes.mailbox import Mailbox
 from hamdist.runtime.nodes.ports import (
     BlockContents,

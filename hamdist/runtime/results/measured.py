@@ -94,6 +94,29 @@ class ProcessSample:
     probes: Sequence[Any] = ()
 
 
+@dataclass(frozen=True, slots=True)
+class Replaced:
+    """An actor that was lost and replaced.
+
+    Attributes:
+        tick: of its blocks, if it was known.
+        since: the tick of the snapshot from which it resumed; seconds: until it ran again.
+        replayed: signals that its neighbours had to send again (of actors that were lost together:
+            with the first).
+        fault: damage of a later snapshot, for which all went back to this one (empty: none).
+        lost: False for those that were there, and only went back with the others.
+    """
+
+    actor: str
+    blocks: list[str]
+    tick: int | None
+    since: int
+    seconds: float
+    replayed: int
+    fault: str = ""
+    lost: bool = True
+
+
 def summed(samples: Sequence[ProcessSample]) -> dict[str, EdgeCounts]:
     """Return the counts by edge of all processes of a run together.
 

@@ -26,10 +26,10 @@ from hamdist.runtime.results.events import (
     Warned,
     WindowFull,
 )
-from hamdist.runtime.results.measured import summed
+from hamdist.runtime.results.measured import Replaced, summed
 
 if TYPE_CHECKING:  # (a command's folder is there before torch is imported)
-    from hamdist.runtime.results.result import Progress, Replaced
+    from hamdist.runtime.results.result import Progress
 
 LINES = 2000
 BLOCKS_AT_FULL_PACE = 100
@@ -60,7 +60,7 @@ class ProgressEvents:
         self.head: dict[str, Any] = {"level": level, "seed": seed}
         self._last: dict[str, int] = {}  # sample of the last window, by readout
         self._lost, self._aligned = 0, -1
-        self._told: set[str] = set()  # warnings, and paths of snapshots
+        self._reported: set[str] = set()  # warnings, and paths of snapshots
         self._actors: Sequence[NetworkActor] | None = None
         self._pace = ProgressPace()
 
@@ -88,8 +88,8 @@ class ProgressEvents:
         return events
 
     def _new(self, texts: Sequence[str]) -> list[str]:
-        new = [text for text in dict.fromkeys(texts) if text not in self._told]
-        self._told.update(new)
+        new = [text for text in dict.fromkeys(texts) if text not in self._reported]
+        self._reported.update(new)
         return new
 
     def _windows(self, progress: Progress) -> Iterator[RunEvent]:

@@ -23,8 +23,8 @@ import hamdist
 from hamdist.display.network import NetworkActor, NetworkBlock, NetworkEdge, PlacedNetwork
 from hamdist.dynamics.objective.prequential import Window
 from hamdist.runtime.results.events import FolderStarted, RunBegun, RunProgressed, read_events
-from hamdist.runtime.results.measured import EdgeCounts, Norms, ProcessSample
-from hamdist.runtime.results.result import BlockProgress, Progress, Replaced
+from hamdist.runtime.results.measured import EdgeCounts, Norms, ProcessSample, Replaced
+from hamdist.runtime.results.result import BlockProgress, Progress
 from hamdist.study.shared.result_folder import ResultFolder
 from hamdist.study.view.explain import explain
 from hamdist.study.view.follow import FollowedRun
