@@ -19,6 +19,11 @@
 
    W: (O, I), x, m: (I,), y, z, d: (O,), b: (O,) or NULL. */
 
+/* Nobody looks at the floating-point flags: so that comparisons can be taken several at once. */
+#if defined(__GNUC__) && !defined(__clang__)
+#pragma GCC optimize("no-trapping-math")
+#endif
+
 #define PY_SSIZE_T_CLEAN
 #define Py_LIMITED_API 0x030A0000
 #include <Python.h>

@@ -218,8 +218,10 @@ CLONES static void NAME(activate)(const REAL *x, REAL *y, size_t n, size_t act)
         for (size_t i = 0; i < n; i++)
             y[i] = (REAL)sigmoid_of(x[i]);
     else if (act == SILU)
-        for (size_t i = 0; i < n; i++)
-            y[i] = (REAL)(x[i] * sigmoid_of(x[i]));
+        for (size_t i = 0; i < n; i++) {
+            double given = x[i], s = sigmoid_of(given);
+            y[i] = (REAL)(given * s);
+        }
 }
 
 /* d = z f', which follows from y = f(x), or (SILU) from y = x. d may be z. */
