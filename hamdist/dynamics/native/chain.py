@@ -38,7 +38,7 @@ class OperationKind(IntEnum):
 class Activation(IntEnum):
     """An elementwise function, as in rows.c."""
 
-    IDENTITY, RELU, TANH, SIGMOID, SILU = range(5)
+    IDENTITY, RELU, TANH, SIGMOID = range(4)
 
 
 class Operation(NamedTuple):
@@ -64,8 +64,8 @@ class Operation(NamedTuple):
 
     def ends(self, before: Operation) -> bool:
         """Return True if this can be f of a linear layer before it, which alone reads that."""
-        elementwise = self.kind is OperationKind.ACTIVATION and self.act is not Activation.SILU
-        return elementwise and before.kind is OperationKind.LINEAR and not before.act
+        kinds = self.kind, before.kind
+        return kinds == (OperationKind.ACTIVATION, OperationKind.LINEAR) and not before.act
 
     def pays(self) -> bool:
         """Return True if a row of a linear layer is faster here than by torch.

@@ -39,7 +39,7 @@
 #endif
 
 enum { LINEAR, NORM, ACTIVATION, ADD, SCALE, EMBEDDING };   /* kinds of operations, as in rows.py */
-enum { IDENTITY, RELU, TANH, SIGMOID, SILU };               /* f of an activation or linear layer */
+enum { IDENTITY, RELU, TANH, SIGMOID };                     /* f of an activation or linear layer */
 enum { NONE, GIVEN, SENT, FIRST };                          /* places of messages */
 
 /* An operation of a chain, on values of so many rows, from width `in` to `out`. read: its inputs;

@@ -217,14 +217,9 @@ CLONES static void NAME(activate)(const REAL *x, REAL *y, size_t n, size_t act)
     else if (act == SIGMOID)
         for (size_t i = 0; i < n; i++)
             y[i] = (REAL)sigmoid_of(x[i]);
-    else if (act == SILU)
-        for (size_t i = 0; i < n; i++) {
-            double given = x[i], s = sigmoid_of(given);
-            y[i] = (REAL)(given * s);
-        }
 }
 
-/* d = z f', which follows from y = f(x), or (SILU) from y = x. d may be z. */
+/* d = z f', which follows from y = f(x). d may be z. */
 CLONES static void NAME(slopes)(const REAL *z, const REAL *y, REAL *d, size_t n, size_t act)
 {
     if (act == RELU)
@@ -236,11 +231,6 @@ CLONES static void NAME(slopes)(const REAL *z, const REAL *y, REAL *d, size_t n,
     else if (act == SIGMOID)
         for (size_t i = 0; i < n; i++)
             d[i] = z[i] * (1 - y[i]) * y[i];
-    else if (act == SILU)
-        for (size_t i = 0; i < n; i++) {
-            double s = sigmoid_of(y[i]);
-            d[i] = (REAL)(z[i] * (s * (1 + y[i] * (1 - s))));
-        }
     else
         memmove(d, z, n * sizeof(REAL));
 }
@@ -441,7 +431,7 @@ static int NAME(operation_pull)(const Operation *o, const REAL *x, const REAL *z
         return moves;
     case ACTIVATION:
         if (m)
-            NAME(slopes)(z, o->act == SILU ? x : y, m, outs, o->act);
+            NAME(slopes)(z, y, m, outs, o->act);
         return 0;
     case EMBEDDING:
         for (size_t r = 0; r < o->rows; r++)

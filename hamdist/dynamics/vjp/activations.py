@@ -86,7 +86,6 @@ IN_C: dict[type, Activation] = {
     nn.ReLU: Activation.RELU,
     nn.Tanh: Activation.TANH,
     nn.Sigmoid: Activation.SIGMOID,
-    nn.SiLU: Activation.SILU,
 }
 
 # What a forward of one's own calls, as a module.

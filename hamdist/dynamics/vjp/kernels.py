@@ -215,14 +215,9 @@ class FromInput(Unary):
         self,
         run: Callable[[Tensor], Tensor],
         back: Callable[[Tensor, Tensor], Tensor],
-        act: Activation = Activation.IDENTITY,
     ) -> None:
         self._run = run
         self._back = back
-        self.act = act
-
-    def operation(self, reads: tuple[int, ...]) -> Operation | None:
-        return Operation(OperationKind.ACTIVATION, reads, act=self.act) if self.act else None
 
     def forward(self, old: KeptTensors | None, x: Tensor) -> KeptTensors:  # noqa: ARG002
         return [self._run(x), x]

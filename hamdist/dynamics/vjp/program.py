@@ -12,7 +12,6 @@ from typing import Any
 import torch
 from torch import fx, nn
 
-from hamdist.dynamics.native.chain import Activation
 from hamdist.dynamics.tracing.traced_module import TracedModule
 from hamdist.dynamics.user_modules.hooks import is_usual
 from hamdist.dynamics.vjp.activations import FROM_INPUT, FROM_RESULT, FUNCTIONS, IN_C
@@ -217,7 +216,7 @@ class _Program:
             return self._add(kernel, place)
         if kind in FROM_INPUT:
             run, back = FROM_INPUT[kind](m)
-            return self._add(FromInput(run, back, IN_C.get(kind, Activation.IDENTITY)), place)
+            return self._add(FromInput(run, back), place)
         raise _Unknown
 
     # -- a forward of the module's own ---------------------------------------------------------

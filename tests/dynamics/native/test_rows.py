@@ -11,7 +11,6 @@ import pytest
 import torch
 from dynamics.helpers import F64, noise
 from torch import Tensor, nn
-from torch.nn import functional
 
 from hamdist.config import AdaptiveSettings, Order
 from hamdist.dynamics.graph.graph import Combine
@@ -238,7 +237,7 @@ class Residuals(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         f, g, h = self.layers
         a = x + 0.5 * torch.relu(f(self.norms[0](x)))
-        b = torch.tanh(a - functional.silu(g(self.norms[1](a))))
+        b = torch.tanh(a - torch.sigmoid(g(self.norms[1](a))))
         c = b + h(a) - a
         return self.norms[2](self.last(torch.sigmoid(c)))
 
