@@ -99,6 +99,7 @@ class _Join:
             rows.append([1, batch, *own, *(batch * length for length in own)])
         self._basis = torch.tensor(rows, dtype=torch.float64)
         self._solves = torch.linalg.pinv(self._basis)
+        self._sizes: dict[tuple[int, ...], SymbolicSize] = {}
 
     def op(self, taken: Sequence[TakenOp]) -> Op[ColumnForm]:
         one = taken[0]
@@ -129,8 +130,13 @@ class _Join:
             return ColumnForm(None, one.dtype)
         return ColumnForm(dims, one.dtype, mask or not all(map(_ordinary, tensors)))
 
-    def _size(self, values: Sequence[int]) -> SymbolicSize:
+    def _size(self, values: tuple[int, ...]) -> SymbolicSize:
         """Return the number by batch and lengths, with which all runs have to agree."""
+        if values not in self._sizes:
+            self._sizes[values] = self._solved(values)
+        return self._sizes[values]
+
+    def _solved(self, values: tuple[int, ...]) -> SymbolicSize:
         many = len(self._lengths)
         given = torch.tensor(values, dtype=torch.float64)
         found = (self._solves @ given).round()
@@ -148,7 +154,7 @@ class _Join:
         if any(type(v) is not kind for v in values):
             raise _Apart("it calls with values of other types")
         if kind is int:
-            size = self._size(values)
+            size = self._size(tuple(values))
             return size if size.batched or size.lengths else one
         if kind is fx.Node:
             if is_constant(one):

@@ -8,7 +8,8 @@ import operator
 import sys
 from collections.abc import Iterator
 from enum import Enum
-from types import BuiltinFunctionType, FunctionType
+from functools import lru_cache
+from types import BuiltinFunctionType, FrameType, FunctionType
 from typing import Any, NamedTuple
 
 import torch
@@ -147,12 +148,11 @@ def is_stateful(part: nn.Module) -> bool:
 
 
 def line_here() -> str:
-    frame = sys._getframe(1)
+    frame: FrameType | None = sys._getframe(1)
     while frame is not None:
-        code = frame.f_code.co_filename
-        if not any(part in code.replace("\\", "/") for part in _FILES):
-            return _line(code, frame.f_lineno)
-        frame = frame.f_back  # type: ignore[assignment]
+        if _is_users(frame.f_code.co_filename):
+            return _line(frame.f_code.co_filename, frame.f_lineno)
+        frame = frame.f_back
     return ""
 
 
@@ -160,11 +160,16 @@ def line_of(error: BaseException) -> str:
     """Return the last line outside torch that the error passed."""
     found, trace = "", error.__traceback__
     while trace is not None:
-        code = trace.tb_frame.f_code.co_filename
-        if not any(part in code.replace("\\", "/") for part in _FILES):
-            found = _line(code, trace.tb_lineno)
+        file = trace.tb_frame.f_code.co_filename
+        if _is_users(file):
+            found = _line(file, trace.tb_lineno)
         trace = trace.tb_next
     return found
+
+
+@lru_cache
+def _is_users(file: str) -> bool:
+    return not any(part in file.replace("\\", "/") for part in _FILES)
 
 
 def _line(file: str, number: int) -> str:

@@ -272,4 +272,3 @@ def _check_kept(model: nn.Module, before: dict[str, dict[str, Any]], whole: set[
         if changed:
             kept = "buffers" if changed[0] == "_buffers" else changed[0]
             raise Unfollowed(f"its forward changes {kept!r} of the module", name, "")
-

@@ -7,6 +7,11 @@ import operator
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
+import torch
+from torch import Tensor, fx, nn
+
+_WITHOUT = {int, float, bool, str, type(None), torch.dtype, Tensor, nn.Parameter, fx.Node}
+
 
 class Field(str):
     """Key of a part that is an attribute."""
@@ -36,6 +41,11 @@ def built(parts: Sequence[Any], kind: type, keys: Sequence[Any]) -> Any:
 
 def parts_of(value: Any) -> list[tuple[Any, Any]] | None:
     """Return the parts by key; None for a value without parts."""
+    kind = type(value)
+    if kind in _WITHOUT:
+        return None
+    if kind is tuple or kind is list:
+        return list(enumerate(value))
     if isinstance(value, Built):
         return list(value.parts)
     if isinstance(value, dict):
@@ -44,14 +54,16 @@ def parts_of(value: Any) -> list[tuple[Any, Any]] | None:
         names = getattr(value, "_fields", None)
         keys = range(len(value)) if names is None else map(Field, names)
         return list(zip(keys, value, strict=True))
-    place = type(value).__module__.startswith("hamdist.")  # in a template
-    if dataclasses.is_dataclass(value) and not isinstance(value, type) and not place:
+    own = kind.__module__.startswith("hamdist.")  # a number of a template
+    if dataclasses.is_dataclass(kind) and not own:
         return [(Field(f.name), getattr(value, f.name)) for f in dataclasses.fields(value)]
     return None
 
 
 def filled(value: Any, parts: Sequence[Any]) -> Any:
     """Return a template like `value`, with other parts."""
+    if type(value) is tuple:
+        return tuple(parts)
     made = hasattr(value, "_fields") or dataclasses.is_dataclass(value)
     if not made and not isinstance(value, dict):  # (a torch.Size becomes a tuple)
         return list(parts) if isinstance(value, list) else tuple(parts)
