@@ -16,6 +16,7 @@ import notebooks
 import reference
 
 FORMULA = re.compile(r'<(span|div) class="arithmatex">(.*?)</\1>', re.S)
+OUTPUT = re.compile(r'(<div class="rich-output") data-output="([^"]+)">')
 TUTORIALS = Path(__file__).parent / "tutorials"
 
 
@@ -33,7 +34,8 @@ def on_files(files: Files, config: Any) -> Files:
 
 
 def on_page_content(content: str, **_: Any) -> str:
-    """Turn each formula of a page into MathML, which browsers draw without a script."""
+    """Put in the notebooks' outputs, and MathML, which browsers draw without a script."""
+    content = OUTPUT.sub(lambda match: f"{match[1]}>{notebooks.RICH[match[2]]}", content)
     return FORMULA.sub(_mathml, content)
 
 

@@ -15,6 +15,7 @@ from typing import Any
 
 TUTORIALS = Path(__file__).parent / "tutorials"
 LINES = 40  # of an output that a page shows
+RICH: dict[str, str] = {}  # HTML and SVG of outputs, which Markdown would take apart, by name
 
 
 def page(path: Path) -> dict[str, str | bytes]:
@@ -49,8 +50,9 @@ def _outputs(cell: dict[str, Any], stem: str) -> Iterator[tuple[str, bytes, str]
     for n, output in enumerate(cell.get("outputs", [])):
         data = output.get("data", {})
         rich = "".join(data.get("image/svg+xml", data.get("text/html", "")))
-        if rich:  # (no empty line: Markdown would take the rest for text)
-            yield "", b"", "\n".join(line for line in rich.splitlines() if line.strip())
+        if rich:
+            RICH[f"{stem}-{n}"] = rich.replace(' class="sortable"', "")
+            yield "", b"", f'<div class="rich-output" data-output="{stem}-{n}"></div>'
         elif "image/png" in data:
             name = f"{stem}-{n}.png"
             yield name, base64.b64decode("".join(data["image/png"])), f"![]({name})"

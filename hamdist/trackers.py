@@ -29,6 +29,7 @@ from hamdist.runtime.results.events import (
     RunBegun,
     RunEvent,
     RunProgressed,
+    UpdatesAligned,
     WindowFull,
 )
 from hamdist.runtime.results.measured import Histogram
@@ -50,6 +51,11 @@ def scalars(event: RunEvent) -> Iterator[tuple[str, float | None]]:
     elif isinstance(event, BlocksMeasured):
         for block, norms in event.norms.items():
             yield from ((f"norm/{block}/{name}", x) for name, x in norms._asdict().items())
+        for block, late in event.staleness.items():
+            updates = sum(n * times for n, times in late.items())
+            yield f"staleness/{block}", updates / sum(late.values())
+    elif isinstance(event, UpdatesAligned):
+        yield from ((f"alignment/{block}", x) for block, x in event.cosines.items())
     elif isinstance(event, ActorsMeasured):
         yield from ((f"memory/{actor}", size) for actor, size in event.memory.items())
         for actor, spent in event.seconds.items():

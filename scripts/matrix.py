@@ -27,10 +27,18 @@ from pathlib import Path
 
 TREE = Path(__file__).resolve().parent.parent
 COPIED = ("hamdist", "tests", "scripts", "pyproject.toml", "README.md", "docs", "cluster-configs")
-SOME = ("tests/test_imports.py", "tests/dynamics/test_golden.py", "tests/dynamics/test_closed.py")
-NATIVE = (*SOME, "tests/dynamics/test_rows.py", "tests/dynamics/test_trace_oracle.py")
-EXTRAS = (*SOME, "tests/test_missing.py", "tests/test_api.py", "-m", "not ray")
-WITH_TORCH = (*SOME, "tests/dynamics/test_exactness.py", "tests/runtime/test_signal.py")
+SOME = (
+    "tests/test_imports.py",
+    "tests/dynamics/levels/test_golden.py",
+    "tests/dynamics/vjp/test_closed.py",
+)
+NATIVE = (*SOME, "tests/dynamics/native/test_rows.py", "tests/dynamics/levels/test_trace_oracle.py")
+EXTRAS = (*SOME, "tests/cli/test_missing.py", "tests/test_api.py", "-m", "not ray")
+WITH_TORCH = (
+    *SOME,
+    "tests/dynamics/user_modules/test_exactness.py",
+    "tests/runtime/signals/test_signal.py",
+)
 PYTHONS = ("3.10", "3.12", "3.13")
 # What `hamdist.config` and the command's help import, and the tests of settings.
 LIGHT = ("pydantic", "pyyaml", "typer", "rich", "psutil", "pytest", "pytest-timeout", "hypothesis")

@@ -8,9 +8,6 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
-DYNAMICS = "tests/dynamics"
-RUNTIME = "tests/runtime"
-
 
 class Mutant(NamedTuple):
     """A defect. text: what stands in the code once; defect: what is put in its place; tests: what
@@ -28,185 +25,186 @@ MUTANTS = (
         "hold: messages come to the costate with the wrong sign",
         "arrived = scaled(arrived, -d.sign * tau)",
         "arrived = scaled(arrived, d.sign * tau)",
-        f"{DYNAMICS}/test_golden.py",
+        "tests/dynamics/levels/test_golden.py",
     ),
     Mutant(
         "hold: the costate does not dissipate",
         "last.moves - tau * d.eta_z",
         "last.moves",
-        f"{DYNAMICS}/test_constants.py -k simulation",
+        "tests/dynamics/updates/test_constants.py -k simulation",
     ),
     Mutant(
         "hold: the state moves without its speed c",
         "step = d.c * tick.tau",
         "step = tick.tau",
-        f"{DYNAMICS}/test_golden.py",
+        "tests/dynamics/levels/test_golden.py",
     ),
     Mutant(
         "hold: the weights' gradient lacks c",
         "self.cell.pull(self._record, scaled(self.z, d.c), inputs=False)",
         "self.cell.pull(self._record, self.z, inputs=False)",
-        f"{DYNAMICS}/test_constants.py -k simulation",
+        "tests/dynamics/updates/test_constants.py -k simulation",
     ),
     Mutant(
         "hold: a reset state keeps its value",
         "self.h = self._start",
         "self.h = self.h",
-        f"{DYNAMICS}/test_constants.py -k simulation",
+        "tests/dynamics/updates/test_constants.py -k simulation",
     ),
     # -- a sample that travels, and its message
     Mutant(
         "pulse: the costate without tau",
         'self.z = scaled(message, self._tau)\n        self._guard("z", self.z)\n        at_once',
         'self.z = message\n        self._guard("z", self.z)\n        at_once',
-        f"{DYNAMICS}/test_trace_oracle.py -k unit_of_time",
+        "tests/dynamics/levels/test_trace_oracle.py -k unit_of_time",
     ),
     Mutant(
         "pulse: a message meets the latest activations",
         "record = self.trace.pop(sample, None)",
         "record = self.trace.pop(max(self.trace), None)",
-        f"{DYNAMICS}/test_trace_oracle.py",
+        "tests/dynamics/levels/test_trace_oracle.py",
     ),
     Mutant(
         "pulse: message and state change places on the way to a reversible parent",
         "return torch.stack([message, h])",
         "return torch.stack([h, message])",
-        f"{RUNTIME}/test_reversible.py -k training_is_that_of_sgd",
+        "tests/runtime/engines/test_reversible.py -k training_is_that_of_sgd",
     ),
     Mutant(
         "sequence: the way back begins with the costate of the last one",
         "return arrived if kept is None else kept + arrived",
         "return arrived",
-        f"{DYNAMICS}/test_sequence_oracle.py {DYNAMICS}/test_golden.py",
+        "tests/dynamics/levels/test_sequence_oracle.py tests/dynamics/levels/test_golden.py",
     ),
     # -- how weights move
     Mutant(
         "weights: the second half of the look-ahead step is as large as the first",
         "theta.add_(later[i], alpha=-step * beta * mu)",
         "theta.add_(later[i], alpha=-step * beta)",
-        f"{DYNAMICS}/test_recipes.py -k nesterovs",
+        "tests/dynamics/updates/test_recipes.py -k nesterovs",
     ),
     Mutant(
         "weights: squares of Adam's step without correction of their start",
         "1 - adaptive.memory**self._steps)",
         "1)",
-        f"{DYNAMICS}/test_weights.py",
+        "tests/dynamics/updates/test_weights.py",
     ),
     Mutant(
         "weights: decay makes them grow",
         "theta.mul_(1 - tau * scale * beta * self._decay)",
         "theta.mul_(1 + tau * scale * beta * self._decay)",
-        f"{DYNAMICS}/test_weight_decay.py",
+        "tests/dynamics/updates/test_weight_decay.py",
     ),
     Mutant(
         "weights: small gradients are clipped, large ones are not",
         "if norm > self._clip else gain",
         "if norm < self._clip else gain",
-        f"{DYNAMICS}/test_recipes.py -k clipping",
+        "tests/dynamics/updates/test_recipes.py -k clipping",
     ),
     Mutant(
         "weights: predicted one update too short",
         "step = updates * tau * scale",
         "step = (updates - 1) * tau * scale",
-        f"{DYNAMICS}/test_trace_oracle.py -k predicted",
+        "tests/dynamics/levels/test_trace_oracle.py -k predicted",
     ),
     Mutant(
         "averages: the start has a part in the mean",
         "share = (1 - self._keeps) / (1 - self._fading)",
         "share = 1 - self._keeps",
-        f"{DYNAMICS}/test_recipes.py -k average_is",
+        "tests/dynamics/updates/test_recipes.py -k average_is",
     ),
     Mutant(
         "whitening: inputs are not centred",
         "x = g.x - self.mean",
         "x = g.x",
-        f"{DYNAMICS}/test_whitening.py",
+        "tests/dynamics/updates/test_whitening.py",
     ),
     Mutant(
         "step size: warm-up begins with zero",
         "factor *= (sample + 1) / self.warmup",
         "factor *= sample / self.warmup",
-        f"{DYNAMICS}/test_rates.py",
+        "tests/dynamics/updates/test_rates.py",
     ),
     # -- vector-Jacobian products and losses
     Mutant(
         "kernels: a relu passes on what it has cut",
         "d = aten.threshold_backward(d, y, 0)",
         "d = aten.threshold_backward(d, y, -1)",
-        f"{DYNAMICS}/test_closed.py",
+        "tests/dynamics/vjp/test_closed.py",
     ),
     Mutant(
         "kernels: rows of the padding learn",
         "z_rows = z_rows * (index != self._padding)",
         "z_rows = z_rows * (index == index)",
-        f"{DYNAMICS}/test_closed.py",
+        "tests/dynamics/vjp/test_closed.py",
     ),
     Mutant(
         "losses: the slope of mse is no mean",
         "return value, lambda phi: apart * (phi / y.shape[0])",
         "return value, lambda phi: apart * phi",
-        f"{DYNAMICS}/test_local_oracle.py {DYNAMICS}/test_metrics.py",
+        "tests/dynamics/levels/test_local_oracle.py tests/dynamics/objective/test_metrics.py",
     ),
     Mutant(
         "metrics: ignored classes count as rows",
         "return int(((guess == target) & known).sum()), int(known.sum())",
         "return int(((guess == target) & known).sum()), known.numel()",
-        "tests/test_batches.py -k ignored_targets",
+        "tests/samples/test_batches.py -k ignored_targets",
     ),
     # -- when
     Mutant(
         "schedule: messages come back one tick late",
         "return 2 * (self._D - self._depths[block])",
         "return 2 * (self._D - self._depths[block]) + 1",
-        f"{DYNAMICS}/test_schedule_tables.py",
+        "tests/dynamics/schedule/test_schedule_tables.py",
     ),
     Mutant(
         "schedule: a stamp names one update too many",
         "version = max(0, sample - self.lag(edge.parent) // self.c) // self.group",
         "version = max(0, sample - self.lag(edge.parent) // self.c + 1) // self.group",
-        f"{DYNAMICS}/test_schedule_tables.py",
+        "tests/dynamics/schedule/test_schedule_tables.py",
     ),
     Mutant(
         "schedule: a bundle may be as long as the edge's delay and one",
         "return Bundle(max(1, edge.delay // self.spacing), self.spacing)",
         "return Bundle(max(1, edge.delay // self.spacing + 1), self.spacing)",
-        f"{DYNAMICS}/test_schedule_tables.py {RUNTIME}/test_links.py -m 'not ray'",
+        "tests/dynamics/schedule/test_schedule_tables.py "
+        "tests/runtime/placement/test_links.py -m 'not ray'",
     ),
     # -- signals
     Mutant(
         "compression: errors are fed back with the wrong sign",
         "self.error = v - decoded",
         "self.error = decoded - v",
-        f"{DYNAMICS}/test_compress.py",
+        "tests/runtime/signals/test_compress.py",
     ),
     Mutant(
         "compression: int8 rounds down",
         "levels = quotients.round_()",
         "levels = quotients.floor_()",
-        f"{DYNAMICS}/test_compress.py",
+        "tests/runtime/signals/test_compress.py",
     ),
     Mutant(
         "mail: the stamp of a signal is not looked at",
         "if signal is None or signal.stamp != stamp:",
         "if signal is None:",
-        f"{RUNTIME}/test_mail.py",
+        "tests/runtime/nodes/test_mail.py",
     ),
     Mutant(
         "mail: a signal that is not contiguous goes as it is",
         "tensor = tensor.contiguous()",
         "tensor = tensor",
-        f"{RUNTIME}/test_signal.py",
+        "tests/runtime/signals/test_signal.py",
     ),
     Mutant(
         "metrics: joined windows count windows for samples",
         "samples=sum(w.samples for w in windows),",
         "samples=len(windows),",
-        f"{DYNAMICS}/test_metrics.py",
+        "tests/dynamics/objective/test_metrics.py",
     ),
     Mutant(
         "late labels: scored with the prediction of the latest sample",
         "return self._asked.pop(told.number, None)",
         "return self._asked.pop(max(self._asked), None)",
-        "tests/test_late_labels.py -m 'not ray'",
+        "tests/samples/test_late_labels.py -m 'not ray'",
     ),
 )

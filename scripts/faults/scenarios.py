@@ -22,21 +22,21 @@ ROOT = Path(__file__).resolve().parents[2]
 SECONDS = 900
 # name: what is done, and the tests that do it.
 SCENARIOS = {
-    "full-disk": ("a disk that is full, or becomes so", "runtime/test_stores.py -k disk"),
-    "failing-store": ("a store that fails, with errors of its own", "runtime/test_stores.py -k a_store_that"),
-    "foreign-files": ("files and links of others among snapshots", "runtime/test_stores.py -k 'links or only'"),
-    "kept-signals": ("signals kept while no snapshot is complete", "runtime/test_keeping.py -k 'keeps or failures or too_much'"),
-    "two-runs": ("two runs, one folder of snapshots", "runtime/test_claims.py -k 'second_run or another_host or renewed or overwritten'"),
-    "another-stream": ("a resumed run with another stream", "runtime/test_claims.py -k 'another_stream or from_what'"),
-    "damaged-snapshot": ("snapshots damaged or gone, before and during a run", "runtime/test_snapshots.py runtime/test_going_back.py -k 'cut_off or altered or go_back or enough or driver or read_once'"),
-    "earlier-formats": ("snapshots of earlier formats", "runtime/test_released.py"),
-    "graphs": ("a hand-built graph that goes on", "runtime/test_claims.py -k a_graph"),
-    "signals": ("Ctrl-C, SIGTERM, on_progress that stops or fails", "runtime/test_interrupts.py"),
+    "full-disk": ("a disk that is full, or becomes so", "runtime/storage/test_stores.py -k disk"),
+    "failing-store": ("a store that fails, with errors of its own", "runtime/storage/test_stores.py -k a_store_that"),
+    "foreign-files": ("files and links of others among snapshots", "runtime/storage/test_stores.py -k 'links or only'"),
+    "kept-signals": ("signals kept while no snapshot is complete", "runtime/snapshots/test_keeping.py -k 'keeps or failures or too_much'"),
+    "two-runs": ("two runs, one folder of snapshots", "runtime/storage/test_claims.py -k 'second_run or another_host or renewed or overwritten'"),
+    "another-stream": ("a resumed run with another stream", "runtime/storage/test_claims.py -k 'another_stream or from_what'"),
+    "damaged-snapshot": ("snapshots damaged or gone, before and during a run", "runtime/snapshots/test_snapshots.py runtime/ray_engine/test_going_back.py -k 'cut_off or altered or go_back or enough or driver or read_once'"),
+    "earlier-formats": ("snapshots of earlier formats", "runtime/snapshots/test_released.py"),
+    "graphs": ("a hand-built graph that goes on", "runtime/storage/test_claims.py -k a_graph"),
+    "signals": ("Ctrl-C, SIGTERM, on_progress that stops or fails", "runtime/process/test_interrupts.py"),
     "head": ("the head of a joined cluster dies", "-m hosts hosts/test_head_raylets.py -k dies"),
-    "leftovers": ("folders of killed runs", "runtime/test_leftovers.py"),
-    "hanging-block": ("a block that hangs in its module", "runtime/test_failures.py -k watchdog"),
+    "leftovers": ("folders of killed runs", "runtime/process/test_leftovers.py"),
+    "hanging-block": ("a block that hangs in its module", "runtime/ray_engine/test_failures.py -k watchdog"),
     "at-once": ("two runs that start at once on one cluster", "-m hosts hosts/test_head_raylets.py -k once"),
-    "session": ("a second run in one process; a Ray that died, before a run or in it", "runtime/test_session.py"),
+    "session": ("a second run in one process; a Ray that died, before a run or in it", "runtime/ray_engine/test_session.py"),
 }  # fmt: skip
 
 

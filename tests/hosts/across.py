@@ -12,8 +12,8 @@ import json
 import sys
 
 import torch
+from runtime.engines.test_engines_equal import LEVELS, assert_equal, both, learned, samples_for
 from runtime.networks import PortableStream, chain
-from runtime.test_engines_equal import LEVELS, assert_equal, both, learned, samples_for
 
 from hamdist.config import EngineSettings
 from hamdist.errors import HamdistError

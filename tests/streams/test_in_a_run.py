@@ -9,8 +9,8 @@ from typing import Any
 
 import pytest
 import torch
+from runtime.engines.test_engines_equal import assert_equal
 from runtime.networks import BATCH, CLASSES, FEATURES, chain, seeded
-from runtime.test_engines_equal import assert_equal
 from study.builders import make_run
 from torch import nn
 from torch.nn import functional

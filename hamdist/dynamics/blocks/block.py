@@ -1,0 +1,233 @@
+"""The parts common to all blocks, and snapshots of blocks with records of forward passes."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+from torch import Tensor
+
+from hamdist.dynamics.finite import Guard, Scale
+from hamdist.dynamics.saved_state.remember import Remembers, taken
+from hamdist.dynamics.updates.accumulate import GradientSum
+from hamdist.dynamics.updates.constants import Dynamics
+from hamdist.dynamics.updates.weights import Weights
+from hamdist.dynamics.vjp.autograd import ForwardRecord, LocalFunction
+from hamdist.dynamics.vjp.gradient import AtOnce, Gradient
+
+SUM = "gradients"  # its name in a snapshot, beside STATE
+BUFFERS = "buffers"
+
+
+@dataclass(slots=True)
+class BlockParts:
+    """The parts of all kinds of blocks.
+
+    Attributes:
+        microbatches: Number of parts of a batch.
+        group: Samples whose gradients make one step.
+        double_buffered: A sample meets the weights of the step before the latest.
+        wanted: By parent, whether it gets messages.
+        scale: Of beta, by sample.
+    """
+
+    cell: LocalFunction
+    weights: Weights
+    wanted: Sequence[bool]
+    dynamics: Dynamics
+    scale: Scale
+    guard: Guard
+    microbatches: int = 1
+    group: int = 1
+    double_buffered: bool = False
+
+
+class Block(Remembers):
+    """A block or an output net: its local function, weights, and the settings of their steps.
+
+    With micro-batches a pass has the number of a pulse (schedule/microbatches.py), and the weights
+    move once a sample, by the sum of the gradients of its pulses; with `group`, once for so many
+    samples. (The loss of each is divided by their number.)
+    """
+
+    def __init__(self, parts: BlockParts) -> None:
+        self.cell = parts.cell
+        self.weights = parts.weights
+        self._wanted = list(parts.wanted)
+        self._dynamics = parts.dynamics
+        self._c = parts.dynamics.c
+        self._scale = parts.scale
+        self._guard = parts.guard
+        self._parts = parts.microbatches
+        self._group = parts.group
+        self._sum = GradientSum() if self._parts * self._group > 1 else None
+        self.defers = False  # True: a step by a sum of gradients waits for `settle`
+        # (sum of gradients, scale, tau) of a step that waits for `settle`
+        self._waiting: tuple[list[Gradient] | None, float, float] | None = None
+        self.buffers = WeightBuffers(parts.weights, parts.group) if parts.double_buffered else None
+
+    def snapshot(self) -> dict[str, Any]:
+        """Return the state, in tensors that later steps may overwrite: `packed` copies them."""
+        state = super().snapshot()
+        if self.buffers is not None:
+            state[BUFFERS] = self.buffers.snapshot()
+        return state if self._sum is None else {**state, SUM: self._sum.snapshot()}
+
+    def restore(self, state: Mapping[str, Any]) -> None:
+        """Continue from `state`; raise SnapshotError where it is that of another class."""
+        if self.buffers is not None:
+            before, state = taken(state, BUFFERS)
+            self.buffers.restore(before)
+        if self._sum is not None:
+            sums, state = taken(state, SUM)
+            self._sum.restore(sums)
+        super().restore(state)
+
+    def run(self, sample: int, inputs: Sequence[Tensor]) -> ForwardRecord:
+        """Return the record of a forward pass with the weights that a sample meets."""
+        if self.buffers is None:
+            return self.cell.forward(inputs, self._wanted)
+        return self.cell.forward_at(self.buffers.theta(sample), inputs, self._wanted)
+
+    def at_once(self, sample: int, tau: float) -> AtOnce | None:
+        """Return the permission to move weights by the gradients of a pass before `learn_from`.
+
+        See `Weights.at_once`.
+        """
+        if self._sum is not None:
+            return None
+        return self.weights.at_once(self._scale(sample), tau)
+
+    def moves(self, pulse: int) -> bool:
+        """Return True if the weights move with the message of a pulse."""
+        return not (pulse + 1) % (self._parts * self._group)
+
+    def learn_from(self, sample: int, g: Sequence[Gradient] | None, tau: float) -> None:
+        """Take the gradients of one pass (None: no message came).
+
+        Behind the last pass of a group of samples the weights move by the sum of its gradients.
+        """
+        if self._sum is not None:
+            if g is not None:
+                self._sum.add(g)
+            if not self.moves(sample):
+                return
+            sample //= self._parts
+            g = self._sum.take()
+            self._waiting = g, self._scale(sample), tau
+            if not self.defers:
+                self.settle()
+        elif g is None:
+            self.weights.rest()
+        else:
+            self.weights.move(g, self._scale(sample), tau)
+
+    @property
+    def deferred(self) -> bool:
+        """Return True if a step of the weights waits for `settle`."""
+        return self._waiting is not None
+
+    def settle(self) -> None:
+        """Make the step that waits, if there is one; before anything else reads the weights."""
+        if self._waiting is None:
+            return
+        (g, scale, tau), self._waiting = self._waiting, None
+        if self.buffers is not None:
+            self.buffers.keep()
+        if g is None:
+            self.weights.rest()
+        else:
+            self.weights.move(g, scale, tau)
+
+
+class WeightBuffers(Remembers):
+    """Two versions of a block's weights: the latest, and the one before (PipeDream-2BW, Narayanan
+    et al. 2021). With group g = n div k of sample n
+
+        theta_g      after the steps by groups 0 ... g - 2
+
+    Args:
+        weights: the block's, which move when a group's last message comes.
+        group: k, samples per step.
+    """
+
+    def __init__(self, weights: Weights, group: int) -> None:
+        self._weights = weights
+        self._group = group
+        self._before: list[Tensor] | None = None
+        self._used: tuple[int, list[Tensor]] | None = None  # version and weights of the latest pass
+
+    STATE = ("_before",)
+
+    def version(self, sample: int) -> int:
+        """Return the number of steps in the weights that a sample meets."""
+        return max(0, sample // self._group - 1)
+
+    def theta(self, sample: int) -> list[Tensor]:
+        """Return the weights that a sample meets; nothing moves them, all of a group share them."""
+        version = self.version(sample)
+        if self._used is None or self._used[0] != version:
+            if self._before is None or self._weights.updates == version:
+                self._used = version, [t.clone() for t in self._weights.theta]
+            else:
+                self._used = version, self._before
+        return self._used[1]
+
+    def keep(self) -> None:
+        """Keep the weights before they move."""
+        self._before = [t.clone() for t in self._weights.theta]
+
+    def restore(self, state: Mapping[str, Any]) -> None:
+        """Continue from `state`; raise SnapshotError where it is that of another class."""
+        super().restore(state)
+        self._used = None
+
+
+class SavesPasses(Block):
+    """A block that keeps records of forward passes, saved under RECORDS beside its STATE.
+
+    `cell` is one of STATE. trace: the records by sample, unless a subclass has others.
+    """
+
+    RECORDS: ClassVar[str] = "trace"
+
+    def __init__(self, parts: BlockParts) -> None:
+        super().__init__(parts)
+        self.trace: dict[int, ForwardRecord] = {}
+
+    def keep(self, pass_: int, sample: int | None, let_go: int | None) -> None:
+        """Keep the record of a pass for a sample's label, or drop it; let go of another sample's.
+
+        (The records of samples that wait have the keys -1, -2, ...: a sample is no pass.)
+        """
+        record = self.trace.pop(pass_, None)
+        if record is not None and sample is not None:
+            self.trace[-1 - sample] = record
+        self.trace.pop(pass_ if let_go is None else -1 - let_go, None)
+
+    def recall(self, pass_: int, sample: int) -> None:
+        """Make the record of a sample whose label has come that of the pass that brings it."""
+        record = self.trace.pop(-1 - sample, None)
+        if record is not None:
+            self.trace[pass_] = record
+
+    def held(self) -> Any:
+        """Return the records as plain data (`LocalFunction.held`)."""
+        return {sample: self.cell.held(record) for sample, record in self.trace.items()}
+
+    def rebuild(self, records: Any) -> None:
+        """Set the records from the data of `held`, after everything else has been restored."""
+        self.trace = {sample: self.cell.rebuilt(record) for sample, record in records.items()}
+
+    def snapshot(self) -> dict[str, Any]:
+        """Return the state, in tensors that later steps may overwrite: `packed` copies them."""
+        return {**super().snapshot(), self.RECORDS: self.held()}
+
+    def restore(self, state: Mapping[str, Any]) -> None:
+        """Continue from `state`; raise SnapshotError where it is that of another class."""
+        records, own = taken(state, self.RECORDS)
+        super().restore(own)
+        self.rebuild(records)
+        # Once more: rebuilding runs the module, which moves its buffers and random numbers.
+        self.cell.restore(own["cell"])

@@ -1,0 +1,158 @@
+"""What a block hears of each emission of the stream in a live run and where labels come late, and
+what it has for the driver.
+
+The stream tells every block on its clock channel (ports.py) whether an emission is idle, a sample,
+or an earlier one whose label has come, and the factor of the step size from then on. Idle emissions
+move nothing, and are not counted: samples have the numbers that they would have without them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, ClassVar, NamedTuple
+
+from torch import Tensor
+
+from hamdist.dynamics.finite import Scale
+from hamdist.dynamics.saved_state.remember import Remembers
+from hamdist.dynamics.schedule.events import Event
+from hamdist.runtime.signals.signal import Signal
+from hamdist.streams.sample import Emission, Emits
+
+
+class Answered(NamedTuple):
+    """The prediction (B, ...) of a sample, from a readout of this weight version, in `event`."""
+
+    readout: str
+    number: int
+    prediction: Tensor
+    version: int
+    event: Event
+
+
+class HandedOver(NamedTuple):
+    """The state of a block (`BlockState`) at the emission of a cut, by its number."""
+
+    cut: int
+    block: str
+    state: Any
+
+
+class LiveBlock(Remembers):
+    """The emissions that a block still works on; without patience a stream tells nothing of them.
+
+    Args:
+        name: of the block.
+        patience: unlabelled samples whose predictions a readout keeps, to score them later (and,
+            where traces are kept, whose records every block keeps).
+        parts: of an emission, which pass as separate pulses (micro-batches).
+
+    Attributes:
+        send: takes what is for the driver.
+    """
+
+    STATE = ("_heard", "_latest", "_rates", "_asked", "_fed")
+    ADDED: ClassVar[Mapping[str, Any]] = {"_fed": 0}
+
+    def __init__(self, name: str, patience: int, parts: int = 1) -> None:
+        self.send: Callable[[Answered | HandedOver], object] = lambda _: None
+        self._name, self.patience, self._parts = name, patience, parts
+        self._heard: dict[int, Sequence[float]] = {}  # emissions by their number, as numbers
+        self._latest: Sequence[int] = (-1, -1)  # its number, with and without idle ones
+        # By the number from which both hold: the factor, and how many emissions were of no sample.
+        self._rates: list[tuple[int, float, int]] = [(0, 1.0, 0)]
+        self._asked: dict[int, Tensor | None] = {}  # predictions of unlabelled samples
+        self._fed = 0  # samples
+
+    def restore(self, state: Mapping[str, Any] | None) -> None:
+        """Continue from `state`; None in files of earlier formats."""
+        if state is not None:
+            super().restore(state)
+            self._rates = [(one[0], one[1], one[2] if len(one) > 2 else 0) for one in self._rates]
+
+    def hear(
+        self, pulse: int, clock: Callable[[], Signal | None], state: Callable[[], object]
+    ) -> Emission | None:
+        """Note what the stream says of the emission that passes; None if it says nothing.
+
+        state: of the block, for a cut.
+        """
+        slot, part = divmod(pulse, self._parts)
+        signal = None if part or not self.patience else clock()
+        if signal is None or signal.payload is None:
+            return self.of(pulse)
+        self._heard[slot] = signal.payload.tolist()
+        told = emission_of(self._heard[slot])
+        self._latest = (slot, told.shown - (told.kind is Emits.IDLE))
+        _, rate, apart = self._rates[-1]
+        if told.kind is not Emits.IDLE:
+            self._fed = told.number if told.kind is Emits.SAMPLE else self._fed
+            apart = told.shown - self._fed
+            self._fed += told.kind is Emits.SAMPLE
+        if (told.rate, apart) != (rate, self._rates[-1][2]):
+            self._rates.append((told.shown, told.rate, apart))
+        if told.cut:
+            self.send(HandedOver(told.cut, self._name, state()))
+        return told
+
+    def of(self, pulse: int) -> Emission | None:
+        """Return what was heard of an emission, as long as it is not forgotten."""
+        numbers = self._heard.get(pulse // self._parts)
+        return None if numbers is None else emission_of(numbers)
+
+    def idle(self, pulse: int) -> bool:
+        """Return True if the emission is idle."""
+        told = self.of(pulse)
+        return told is not None and told.kind is Emits.IDLE
+
+    def number(self, pulse: int) -> int:
+        """Return the number of a pulse without idle ones; an idle one has that of the latest."""
+        if not self.patience:
+            return pulse
+        (slot, part), told = divmod(pulse, self._parts), self.of(pulse)
+        shown = self._latest[1] + slot - self._latest[0]  # (behind the end of the stream)
+        if told is not None:
+            shown = told.shown - (told.kind is Emits.IDLE)
+        return max(0, shown) * self._parts + part
+
+    def forget(self, pulse: int) -> None:
+        """Let go of the emissions whose last pulse was not after this one."""
+        if self.patience:
+            last = (pulse + 1) // self._parts - 1
+            self._heard = {slot: one for slot, one in self._heard.items() if slot > last}
+            first = min((one[1] for one in self._heard.values()), default=self._latest[1])
+            while len(self._rates) > 1 and self._rates[1][0] <= first:
+                self._rates.pop(0)
+
+    def scaled(self, scale: Scale) -> Scale:
+        """Return the factor of beta by sample: `scale`, times the rate that was set for it."""
+
+        def factor(number: int) -> float:
+            told = (one for one in reversed(self._rates) if one[0] <= number)
+            _, rate, apart = next(told, self._rates[0])
+            return scale(number - apart) * rate
+
+        return factor if self.patience else scale
+
+    def answer(self, told: Emission, prediction: Tensor, version: int, event: Event) -> None:
+        """Send the prediction of a sample that has come."""
+        self.send(Answered(self._name, told.number, prediction, version, event))
+
+    def ask(self, told: Emission, prediction: Tensor | None) -> int | None:
+        """Keep the prediction of an unlabelled sample; return the sample that is let go for it."""
+        self._asked[told.number] = prediction
+        if len(self._asked) <= self.patience:
+            return None
+        oldest = min(self._asked)
+        del self._asked[oldest]
+        return oldest
+
+    def asked(self, told: Emission) -> Tensor | None:
+        """Return the prediction that was made when a sample came whose label has come now."""
+        return self._asked.pop(told.number, None)
+
+
+def emission_of(numbers: Sequence[float]) -> Emission:
+    """Return an emission from its fields as numbers."""
+    kind, shown, number, rate, cut, *waits = numbers  # (files of earlier formats say no `waits`)
+    return Emission(Emits(int(kind)), int(shown), int(number), rate, int(cut), *map(bool, waits))

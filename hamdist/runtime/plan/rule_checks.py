@@ -1,0 +1,120 @@
+"""The rules of a run: which blocks have one, and what a rule or a block does not allow."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import replace
+
+from hamdist.config import Compensation, Credit, Memory, MetricsSettings, Moves, Order
+from hamdist.dynamics.graph.graph import Graph
+from hamdist.dynamics.graph.patterns import check_patterns, fitting
+from hamdist.dynamics.rules.rule import Rule
+from hamdist.dynamics.schedule.levels import Locality
+from hamdist.dynamics.updates.constants import Dynamics
+from hamdist.errors import LevelError, SettingsError
+
+
+def with_rules(graph: Graph, rules: Mapping[str, Rule]) -> Graph:
+    """Return `graph` whose blocks have the rules that `rules` gives by name or pattern.
+
+    A pattern passes over readouts where the rule is none for them. Raises SettingsError for a
+    pattern that fits no block, and for a readout that is named and cannot have its rule.
+    """
+    check_patterns("rules", rules, graph.blocks, "block")
+    blocks = []
+    for name, block in graph.blocks.items():
+        pattern = fitting(name, rules)
+        rule = block.rule if pattern is None else rules[pattern]
+        if block.loss is not None and rule is not None and not rule.on_readout:
+            if pattern == name or pattern is None:
+                raise SettingsError(
+                    f"rules.{name}: {type(rule).__name__} is no rule of a readout (on_readout is "
+                    "False): leave it out there, and it learns by its own error"
+                )
+            rule = block.rule
+        blocks.append(replace(block, rule=rule))
+    return graph.over(blocks)
+
+
+def ruled(graph: Graph) -> dict[str, Rule]:
+    """Return the rules by block that has one."""
+    return {name: block.rule for name, block in graph.blocks.items() if block.rule is not None}
+
+
+def check_rules(
+    graph: Graph, knobs: Locality, dynamics: Dynamics, metrics: MetricsSettings
+) -> None:
+    """Raise LevelError for rules that cannot run in this graph at this level."""
+    for name, rule in ruled(graph).items():
+        levels = _against(graph, name, rule, knobs, dynamics, metrics)
+        for wrong, reason in (*_against_class(rule), *levels):
+            if wrong:
+                raise LevelError(f"block {name!r} with rule {type(rule).__name__}: {reason}")
+    mute = {n for n, b in graph.blocks.items() if b.back != "message"} - {*graph.readouts}
+    for name, block in graph.blocks.items():
+        children = [edge.child for edge in graph.out_of[name]]
+        waits = block.back == "message" and knobs.credit is Credit.MESSAGES and children
+        trained = any(p.requires_grad for p in block.module.parameters())
+        if waits and trained and mute.issuperset(children):
+            raise LevelError(
+                f"block {name!r} waits for messages, but the rules of its children "
+                f"({', '.join(children)}) send none, so it would never learn: give it such a rule "
+                "as well, or freeze its weights"
+            )
+
+
+def _against_class(rule: Rule) -> Iterator[tuple[object, str]]:
+    """Yield (it is wrong, what is wrong) for each way in which a rule contradicts itself."""
+    back, label, own = rule.signals.back, rule.signals.label, rule.overrides
+    presentation, held = rule.presentation, rule.presentation == "hold"
+    known = ("pulse", "hold"), ("message", "error", "none")
+    yield presentation not in known[0], f"presentation {presentation!r}: give 'pulse' or 'hold'"
+    yield back not in known[1], f"signals.back {back!r}: give one of {', '.join(known[1])}"
+    asks = f"presentation {presentation!r}, signals.back {back!r}, label {label}: needs a method"
+    yield held and not own("relax"), f"{asks} relax(block, inputs, message)"
+    only = "presentation 'hold' knows messages alone: no label, no error, no rule on a readout"
+    yield held and (label or back != "message" or rule.on_readout), only
+    listens = not held and back != "none"
+    yield listens and not own("backward"), f"{asks} backward(block, kept, message)"
+    learns = not held and (back == "none" or label)
+    yield learns and not own("learn"), f"{asks} learn(block, kept, label)"
+    yield (
+        rule.on_readout and (back == "none" or own("learn")),
+        "on_readout: an output net learns in `backward`, from its own error, and only there",
+    )
+
+
+def _against(
+    graph: Graph,
+    name: str,
+    rule: Rule,
+    knobs: Locality,
+    dynamics: Dynamics,
+    metrics: MetricsSettings,
+) -> Iterator[tuple[object, str]]:
+    """Yield why a block of this run may not have a rule."""
+    here, its, block = knobs.presentation.value, rule.presentation, graph.blocks[name]
+    fits = {"pulse": "trace, backprop or heads", "hold": "local or group"}.get(its)
+    yield here != its, f"it is of presentation {its!r}, the level of {here!r}; use level {fits}"
+    alone = knobs.credit is Credit.HEADS and block.back != "none"
+    yield alone, f"it asks for {block.back!r}, but level 'heads' sends none; use 'trace'"
+    memory = knobs.memory.value
+    keeps = knobs.memory in (Memory.TRACE_WEIGHTS, Memory.REVERSIBLE)
+    yield keeps, f"memory {memory!r} keeps what a rule keeps itself; use memory 'trace'"
+    parts = knobs.microbatches != 1
+    yield parts, "a batch in micro-batches; use level 'backprop' instead of 'pipeline'"
+    yield knobs.accumulate != 1, "locality.accumulate sums gradients of messages; leave it out"
+    orders = knobs.order is not Order.OMEGA_FIRST or knobs.moves is not Moves.ALL
+    yield knobs.hold and orders, "a held rule needs order 'omega-first' and moves 'all'"
+    others = [one.value for one in knobs.compensation if one is not Compensation.DELAY_SCALED]
+    yield others, f"compensation {others[:1]} changes the level's own rule; leave it out"
+    energy = knobs.hold and metrics.record is not None
+    yield energy, "metrics.record: its energy is not that of Hamilton's equations; leave it out"
+    watched = dynamics.of(name).inputs is not None
+    yield watched, "learning.inputs takes gradients in factors; switch it off for this block"
+    sliced = graph.sliced is not None and graph.sliced.origin[name] != name
+    yield sliced, "it is a slice of a layer (partition.slices); leave that layer whole"
+    tied = any(name in (tie.owner, tie.user) for tie in graph.ties)
+    yield tied, "it shares a weight with another block; have both layers in one block"
+    state = block.state or block.output is not None
+    yield state, "a readout with a state learns by Hamilton's equations"

@@ -1,0 +1,224 @@
+"""A study, from its settings to its results: tuning runs, the choice, final runs.
+
+Every candidate of every cell is run on the validation part, with seeds that no final run has; the
+best one (highest mean accuracy; lowest loss where there is none) is run on the test part with every
+seed. Runs that are on disk already are not made again.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import statistics
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import as_completed
+from concurrent.futures.process import BrokenProcessPool
+from dataclasses import dataclass
+from pathlib import Path
+
+from hamdist.config import EngineKind, EngineSettings
+from hamdist.errors import ClusterError, SettingsError
+from hamdist.runtime.process.threads import cores
+from hamdist.runtime.ray_engine.tasks import ray_tasks
+from hamdist.study.grid.points import (
+    Candidate,
+    GridCell,
+    GridJob,
+    cells,
+    final_jobs,
+    tuning_jobs,
+)
+from hamdist.study.grid.settings import StudySettings
+from hamdist.study.grid.work import RunRecord, work
+from hamdist.study.report.files import to_json
+from hamdist.study.shared.processes import Processes
+from hamdist.study.shared.result_folder import RUNS
+from hamdist.study.shared.store import Store
+
+# (runs done, runs in this phase, the run's record)
+OnRecord = Callable[[str, int, int, RunRecord], None]
+
+
+@dataclass(frozen=True, slots=True)
+class TuningResult:
+    """The result of a cell's tuning.
+
+    Attributes:
+        score: mean validation accuracy (or minus the loss) of `chosen`; None without tuning.
+        edge: settings whose chosen value is the lowest or highest of three and more.
+    """
+
+    chosen: Candidate
+    score: float | None
+    edge: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class StudyOutcome:
+    """A cell, its chosen values, and its final runs, one a seed."""
+
+    cell: GridCell
+    choice: TuningResult
+    records: Sequence[RunRecord]
+
+
+def check(study: StudySettings, *, chosen: bool) -> list[GridCell]:
+    """Return the cells of a study, after a check of all settings. Raises SettingsError.
+
+    `chosen`: tune nothing, take `best`.
+    """
+    found = cells(study)
+    for cell in found:
+        if chosen:
+            _best(study, cell)
+        else:
+            tuning_jobs(study, cell)
+    return found
+
+
+def run_study(
+    study: StudySettings,
+    folder: Path,
+    *,
+    chosen: bool = False,
+    on_record: OnRecord | None = None,
+) -> list[StudyOutcome]:
+    """Run a study, and return all outcomes, cell by cell.
+
+    Raises SettingsError before anything runs, HamdistError if a run fails.
+
+    Args:
+        study: its settings.
+        folder: where `runs/` is, or will be.
+        chosen: tune nothing, take each side's `best`.
+        on_record: called for each run with the phase's name and the counts.
+    """
+    all_cells = check(study, chosen=chosen)
+    store = Store(folder / RUNS, lambda values: RunRecord(**values))
+    with _Runs(study, store, on_record) as runs:
+        if chosen:
+            choices = [TuningResult(_best(study, cell), None) for cell in all_cells]
+        else:
+            choices = _tuned(study, all_cells, runs)
+        finals = [
+            final_jobs(study, cell, choice.chosen)
+            for cell, choice in zip(all_cells, choices, strict=True)
+        ]
+        found = runs.make("final", [job for jobs in finals for job in jobs])
+    return [
+        StudyOutcome(cell, choice, [found[job.key] for job in jobs])
+        for cell, choice, jobs in zip(all_cells, choices, finals, strict=True)
+    ]
+
+
+def _best(study: StudySettings, cell: GridCell) -> Candidate:
+    """Return the side's `best` values. Raises SettingsError if they are not those that it tunes."""
+    side = cell.side
+    if set(side.best) != set(side.tune):
+        raise SettingsError(
+            f"sides.{cell.name}.best: names {', '.join(side.best) or 'nothing'}, but 'tune' has "
+            f"{', '.join(side.tune) or 'nothing'}: to run without tuning, give a value for each"
+        )
+    final_jobs(study, cell, side.best)
+    return side.best
+
+
+def _tuned(study: StudySettings, all_cells: Sequence[GridCell], runs: _Runs) -> list[TuningResult]:
+    asked = [tuning_jobs(study, cell) for cell in all_cells]
+    many = [candidates for candidates in asked if len(candidates) > 1]
+    found = runs.make("tuning", [job for cs in many for _, jobs in cs for job in jobs])
+    return [
+        _choose(cell, candidates, found) for cell, candidates in zip(all_cells, asked, strict=True)
+    ]
+
+
+def _choose(
+    cell: GridCell,
+    candidates: Sequence[tuple[Candidate, Sequence[GridJob]]],
+    found: dict[str, RunRecord],
+) -> TuningResult:
+    if len(candidates) == 1:
+        return TuningResult(candidates[0][0], None)
+    scores = [score([found[job.key] for job in jobs]) for _, jobs in candidates]
+    best = max(range(len(scores)), key=scores.__getitem__)
+    if not math.isfinite(scores[best]):
+        raise SettingsError(
+            f"{cell.label}: every candidate of 'tune' left the finite range; give lower step sizes"
+        )
+    chosen = candidates[best][0]
+    return TuningResult(chosen, scores[best], _at_edge(cell, chosen))
+
+
+def score(records: Sequence[RunRecord]) -> float:
+    """Return the mean accuracy over seeds, or minus the mean loss; -inf if a run failed."""
+    values = [-r.loss if r.accuracy is None and r.loss is not None else r.accuracy for r in records]
+    known = [v for v in values if v is not None and math.isfinite(v)]
+    return statistics.fmean(known) if len(known) == len(values) else -math.inf
+
+
+def _at_edge(cell: GridCell, chosen: Candidate) -> tuple[str, ...]:
+    edge = []
+    for name, values in cell.side.tune.items():
+        numbers = [v for v in values if isinstance(v, (int, float)) and not isinstance(v, bool)]
+        outer = len(numbers) == len(values) > 2 and chosen[name] in (min(numbers), max(numbers))
+        edge += [name] if outer else []
+    return tuple(edge)
+
+
+class _Runs:
+    """Makes runs, in parallel, and stores them; as a context it ends its processes."""
+
+    def __init__(
+        self, study: StudySettings, store: Store[RunRecord], on_record: OnRecord | None
+    ) -> None:
+        self._study = study
+        self._store = store
+        self._on_record = on_record
+        self._processes: Processes | None = None
+
+    def __enter__(self) -> _Runs:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self._processes is not None:
+            self._processes.close()
+
+    def make(self, phase: str, jobs: Sequence[GridJob]) -> dict[str, RunRecord]:
+        """Return the records of `jobs` by key, running those that are not stored yet."""
+        wanted = {job.key: job for job in jobs}
+        kept = {key: self._store.find(key) for key in wanted}
+        found = {key: record for key, record in kept.items() if record is not None}
+        missing = [job for key, job in wanted.items() if key not in found]
+        for record in self._made(missing):
+            self._store.keep(record.key, to_json(dataclasses.asdict(record)))
+            found[record.key] = record
+            if self._on_record is not None:
+                self._on_record(phase, len(found), len(wanted), record)
+        return found
+
+    def _made(self, jobs: Sequence[GridJob]) -> Iterator[RunRecord]:
+        if not jobs:
+            return
+        if self._study.parallel == "ray":
+            engine = EngineSettings(
+                kind=EngineKind.RAY,
+                address=self._study.address,
+                actors=self._study.workers or "auto",
+            )
+            yield from ray_tasks(engine, work, jobs)
+            return
+        number = self._study.workers or cores()
+        if number == 1 or (len(jobs) == 1 and self._processes is None):
+            yield from map(work, jobs)
+            return
+        if self._processes is None:
+            self._processes = Processes(number)
+        pool = self._processes
+        try:
+            for future in as_completed([pool.submit(work, job) for job in jobs]):
+                yield future.result()
+        except BrokenProcessPool:
+            raise ClusterError(
+                "a process of the study ended by itself (was it killed, for want of memory?); the "
+                "runs that finished are kept: start the study again, with fewer --workers"
+            ) from None

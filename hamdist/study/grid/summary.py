@@ -1,0 +1,108 @@
+"""From a study's outcomes to numbers by cell: means over seeds, spreads, gaps paired by seed."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from hamdist.study.grid.points import Point
+from hamdist.study.grid.run import StudyOutcome
+from hamdist.study.grid.settings import Trains
+from hamdist.study.grid.work import RunRecord
+from hamdist.study.report.aggregate import mean_of, spread_of
+from hamdist.study.report.paired_test import PairedTest, paired_test
+from hamdist.study.run.drift import DriftRecovery, drift_fact
+
+
+@dataclass(frozen=True, slots=True)
+class SummaryLine:
+    """The summary of one cell.
+
+    Attributes:
+        accuracy: held out, over the seeds, as a share; loss if the targets are real values.
+        spread: standard deviation over seeds.
+        gap: accuracy minus that of the centralised side at the same point, by seed (below 0: behind
+            it); of losses the centralised one minus its own.
+        gap_test: how sure the gap is.
+        seconds: of a run.
+        chosen: result of the tuning; tuned: its validation accuracy.
+    """
+
+    side: str
+    trains: Trains
+    memoryless: bool
+    point: Point
+    seeds: int
+    accuracy: float | None
+    spread: float | None
+    loss: float | None
+    loss_spread: float | None
+    gap: float | None
+    gap_spread: float | None
+    prequential: float | None
+    seconds: float
+    chosen: dict[str, Any]
+    tuned: float | None
+    notes: tuple[str, ...] = field(default_factory=tuple)
+    gap_test: PairedTest | None = None
+
+
+def summary(outcomes: Sequence[StudyOutcome]) -> list[SummaryLine]:
+    """Return one line per outcome, in their order."""
+    baselines = {o.cell.point: o for o in reversed(outcomes) if o.cell.trains is Trains.CENTRALISED}
+    return [_line(outcome, baselines[outcome.cell.point]) for outcome in outcomes]
+
+
+def _line(outcome: StudyOutcome, baseline: StudyOutcome) -> SummaryLine:
+    cell, records = outcome.cell, outcome.records
+    accuracies = [r.accuracy for r in records if r.accuracy is not None]
+    losses = [math.nan if r.loss is None else r.loss for r in records]
+    gaps = _gaps(records, baseline.records)
+    return SummaryLine(
+        side=cell.name,
+        trains=cell.trains,
+        memoryless=cell.memoryless,
+        point=cell.point,
+        seeds=len(records),
+        accuracy=mean_of(accuracies) if len(accuracies) == len(records) else None,
+        spread=spread_of(accuracies),
+        loss=mean_of(losses),
+        loss_spread=spread_of(losses),
+        gap=mean_of(gaps),
+        gap_spread=spread_of(gaps),
+        prequential=mean_of([r.prequential for r in records if r.prequential is not None]),
+        seconds=mean_of([r.seconds for r in records]) or 0.0,
+        chosen=dict(outcome.choice.chosen),
+        tuned=outcome.choice.score,
+        notes=tuple(_notes(outcome)),
+        gap_test=paired_test(gaps),
+    )
+
+
+def _gaps(own: Sequence[RunRecord], other: Sequence[RunRecord]) -> list[float]:
+    """Return the gaps by seed; none unless both have finished with every seed of `own`."""
+    by_seed = {record.seed: record for record in other}
+    gaps = []
+    for record in own:
+        than = by_seed[record.seed]
+        if record.accuracy is not None and than.accuracy is not None:
+            gaps.append(record.accuracy - than.accuracy)
+        elif record.loss is not None and than.loss is not None and record.failure is None:
+            gaps.append(than.loss - record.loss)
+    return gaps if len(gaps) == len(own) else []
+
+
+def _notes(outcome: StudyOutcome) -> list[str]:
+    label = outcome.cell.label
+    failed = [f"seed {r.seed}: {r.failure}" for r in outcome.records if r.failure is not None]
+    notes = [f"{label}: {text}" for text in failed]
+    told = drift_fact([DriftRecovery(*found) for r in outcome.records for found in r.drifts])
+    notes += [f"{label}: of the drifts of all seeds {told}"] if told else []
+    notes += [
+        f"{label}: {name} = {outcome.choice.chosen[name]} is the lowest or highest value that was "
+        "tried: a wider range might be better"
+        for name in outcome.choice.edge
+    ]
+    return notes

@@ -1,0 +1,154 @@
+"""The tables of a study: all cells, and one along each axis that has several values."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from hamdist.display.table import MISSING, Table, number, percent
+from hamdist.study.grid.points import Point
+from hamdist.study.grid.settings import Axis, StudySettings, Trains
+from hamdist.study.grid.summary import SummaryLine
+from hamdist.study.report.table import interval, points
+
+WORDS = {
+    Axis.DEPTH: "L",
+    Axis.SPEED: "c",
+    Axis.SMOOTHNESS: "S",
+    Axis.BATCH: "batch",
+}
+TITLES = {
+    Axis.DEPTH: "against depth L (layers with weights)",
+    Axis.SPEED: "against speed c (hops a sample)",
+    Axis.SMOOTHNESS: "against smoothness S (samples that a sample takes)",
+    Axis.BATCH: "against the batch (rows)",
+}
+
+
+def study_tables(
+    study: StudySettings, lines: Sequence[SummaryLine], first: Axis | None = None
+) -> dict[str, Table]:
+    """Return the tables by title; `first` is the axis that comes first."""
+    real_valued = all(line.accuracy is None for line in lines)
+    axes = varied(study)
+    axes.sort(key=lambda axis: axis is not first)
+    along = {}
+    for axis in axes:
+        what = "Held-out loss" if real_valued else "Held-out accuracy, %,"
+        along[f"{what} {TITLES[axis]}"] = _along(axis, axes, lines, real_valued)
+    whole = {"All sides": _all(axes, study, lines, real_valued)}
+    return {**whole, **along} if first is None else {**along, **whole}
+
+
+def varied(study: StudySettings) -> list[Axis]:
+    """Return the axes with several values."""
+    return [axis for axis in Axis if len(study.axes.of(axis)) > 1]
+
+
+def _all(
+    axes: Sequence[Axis], study: StudySettings, lines: Sequence[SummaryLine], real_valued: bool
+) -> Table:
+    tested = any(line.gap_test is not None for line in lines)
+    titles = [
+        "side",
+        *(WORDS[axis] for axis in axes),
+        "held-out loss" if real_valued else "held-out, %",
+        "loss gap" if real_valued else "gap, points",
+        *(["95 %", "p"] if tested else []),
+        *([] if real_valued else ["prequential, %"]),
+        "s a run",
+        "chosen on validation",
+    ]
+    rows = [
+        [
+            line.side,
+            *(str(dict(line.point)[axis]) for axis in axes),
+            held_out(line, real_valued),
+            gap(line, real_valued),
+            *(_test(line, real_valued) if tested else []),
+            *([] if real_valued else [percent(line.prequential)]),
+            f"{line.seconds:.1f}",
+            chosen(line.chosen),
+        ]
+        for line in lines
+    ]
+    return Table(titles, rows, _notes(study, lines))
+
+
+def _along(
+    axis: Axis, axes: Sequence[Axis], lines: Sequence[SummaryLine], real_valued: bool
+) -> Table:
+    """Return a row for each side at each point of the other axes, a column for each value."""
+    others = [other for other in axes if other is not axis]
+    values = list(dict.fromkeys(dict(line.point)[axis] for line in lines))
+    rows: dict[tuple[str, Point], dict[Any, SummaryLine]] = {}
+    for line in lines:
+        at = dict(line.point)
+        rest = tuple((other, at[other]) for other in others)
+        rows.setdefault((line.side, rest), {})[at[axis]] = line
+    cells = [
+        [
+            side,
+            *(str(value) for _, value in rest),
+            *(held_out(found[value], real_valued) for value in values),
+        ]
+        for (side, rest), found in rows.items()
+    ]
+    titles = [
+        "side",
+        *(WORDS[other] for other in others),
+        *(f"{WORDS[axis]} = {value}" for value in values),
+    ]
+    return Table(titles, cells, [])
+
+
+def held_out(line: SummaryLine, real_valued: bool) -> str:
+    if real_valued:
+        return number(line.loss, line.loss_spread)
+    return percent(line.accuracy, line.spread, digits=2)
+
+
+def gap(line: SummaryLine, real_valued: bool) -> str:
+    if line.trains is Trains.CENTRALISED:
+        return MISSING
+    if real_valued:
+        return number(line.gap, line.gap_spread)
+    return points(line.gap, line.gap_spread)
+
+
+def _test(line: SummaryLine, real_valued: bool) -> list[str]:
+    """Return the 95 % interval of the gap, and p."""
+    if line.trains is Trains.CENTRALISED or line.gap_test is None:
+        return [MISSING, MISSING]
+    p = line.gap_test.p
+    shown = "< 0.001" if p < 0.001 else f"{p:.2g}"
+    return [interval(line.gap_test, 1.0 if real_valued else 100.0), shown]
+
+
+def chosen(values: dict[str, Any]) -> str:
+    """Return the values as `lr 0.3, delay_power 0.25`."""
+    return (
+        ", ".join(f"{key.rpartition('.')[2]} {value}" for key, value in values.items()) or MISSING
+    )
+
+
+def _notes(study: StudySettings, lines: Sequence[SummaryLine]) -> list[str]:
+    notes = [
+        f"mean ± standard deviation over {study.seeds} seeds on the test part; {study.rows:,} "
+        "rows learned from by each run; gap: accuracy minus that of centralised backpropagation, "
+        "by seed"
+    ]
+    candidates = len(next(iter(study.sides.values())).candidates)
+    if candidates > 1 and any(line.tuned is not None for line in lines):
+        rows = study.tune.rows or study.rows
+        seeds = "one seed" if study.tune.seeds == 1 else f"{study.tune.seeds} seeds"
+        notes.append(
+            f"each side chose from {candidates} candidates by its accuracy on a sixth of the "
+            f"training part ({seeds}, {rows:,} rows), which no tuning run learned from"
+        )
+    if any(line.memoryless for line in lines):
+        notes.append(
+            "frozen: the last block alone is trained, on hidden blocks as they were drawn; a level "
+            "without memory that is not above it has learned nothing in them"
+        )
+    return [*notes, *(note for line in lines for note in line.notes)]

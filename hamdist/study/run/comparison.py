@@ -1,0 +1,150 @@
+"""Centralised backpropagation beside locality levels: same model, stream, order and seeds."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass
+
+from hamdist.config import EngineKind, Level, Settings
+from hamdist.dynamics.schedule.levels import PRESETS
+from hamdist.errors import BlockError, SettingsError
+from hamdist.models.build import ModelFactory
+from hamdist.runtime.process.interrupts import OnProgress
+from hamdist.runtime.ray_engine.session import ray_session
+from hamdist.runtime.train.named_rules import make_rule
+from hamdist.study.run.baseline import CENTRALISED
+from hamdist.study.run.run import DataFactory, Run, run_centralised, run_level
+from hamdist.study.shared.store import Store
+
+KEY_LENGTH = 20
+
+
+@dataclass(frozen=True, slots=True)
+class PlannedRun:
+    """A run that a comparison will make; `level` is None for the centralised baseline.
+
+    rule: the name of a rule of learning that all blocks have, if they have one.
+    """
+
+    level: Level | None
+    seed: int
+    rule: str | None = None
+
+    @property
+    def name(self) -> str:
+        """Return the level's name, the rule's, or 'centralised'."""
+        if self.rule is not None:
+            return self.rule.rpartition("/")[2]
+        return CENTRALISED if self.level is None else self.level.value
+
+    def of(self, settings: Settings) -> Settings:
+        """Return the settings of this run (those of `backprop` for the baseline)."""
+        settings = settings.for_level(self.level or Level.BACKPROP)
+        rules = {} if self.rule is None else {"rules": {"*": self.rule}}
+        learning = settings.learning.model_copy(update=rules)
+        return settings.model_copy(update={"seed": self.seed, "learning": learning})
+
+
+def plan(settings: Settings) -> list[PlannedRun]:
+    """Return the runs of a comparison: the baseline with every seed, then the levels, seed by seed.
+
+    So no baseline shares the machine with an idle Ray. Raises SettingsError if nothing bounds the
+    runs.
+    """
+    if settings.steps is None:
+        raise SettingsError(
+            "steps: a comparison needs the number of samples of each run; set it in the settings "
+            "or with --steps"
+        )
+    levels: list[tuple[Level, str | None]] = [(one, None) for one in settings.compare.levels]
+    if settings.compare.rules:
+        levels = [_of_rule(name, settings.level) for name in settings.compare.rules]
+    levels = list(dict.fromkeys(levels))
+    names = [PlannedRun(level, 0, rule).name for level, rule in levels]
+    if len({*names}) < len(names):
+        raise SettingsError(f"compare.rules: two have the same name: {', '.join(names)}")
+    seeds = range(settings.seed, settings.seed + settings.compare.seeds)
+    baselines = [PlannedRun(None, seed) for seed in seeds]
+    return baselines + [PlannedRun(level, seed, rule) for seed in seeds for level, rule in levels]
+
+
+def _of_rule(name: str, level: Level) -> tuple[Level, str | None]:
+    """Return the level of an entry of `compare.rules`, `level` if it fits; and a rule's name."""
+    levels = {level.value: level for level in Level}
+    if name in levels:
+        return levels[name], None
+    presentation = make_rule("compare.rules", name).presentation
+    fits = level is not Level.AUTO and PRESETS[level].presentation.value == presentation
+    return level if fits else Level.TRACE if presentation == "pulse" else Level.LOCAL, name
+
+
+def compare(
+    settings: Settings,
+    planned: Sequence[PlannedRun],
+    *,
+    factory: ModelFactory | None = None,
+    data: DataFactory | None = None,
+    plain: ModelFactory | None = None,
+    on_progress: Callable[[PlannedRun], OnProgress] | None = None,
+    store: Store[Run] | None = None,
+    made_of: str = "",
+) -> Iterator[Run]:
+    """Make the runs one after the other and yield each as it ends.
+
+    Each level has its own settings (`Settings.for_level`); the baseline has those of `backprop`.
+    The runs on Ray share one session and its actors. An interrupted run is the last one. Raises
+    HamdistError as the runs do.
+
+    Args:
+        store: stores the finished runs; stored ones are not made again.
+        made_of: further dependencies of the runs, as text (the user's code).
+        plain: makes the module of the baseline, if it is another one than the levels'.
+    """
+    with ExitStack() as stack:
+        for item in planned:
+            callback = None if on_progress is None else on_progress(item)
+            run_settings = _with_own_snapshots(item.of(settings), item.name)
+            key = run_key(run_settings, item.name, made_of)
+            stored = None if store is None else store.find(key)
+            if stored is not None:
+                yield stored
+                continue
+            if item.level is not None and run_settings.engine.kind is EngineKind.RAY:
+                stack.enter_context(ray_session(run_settings.engine))
+            if item.level is None:
+                try:
+                    run, _ = run_centralised(
+                        run_settings, factory=factory, data=data, plain=plain, on_progress=callback
+                    )
+                except BlockError as error:
+                    if plain is None or error.tick:
+                        raise
+                    raise SettingsError(
+                        f"--baseline-model, first sample: {error.message}"
+                    ) from error
+            else:
+                run, _ = run_level(run_settings, factory=factory, data=data, on_progress=callback)
+                run.level = item.name
+            if store is not None and not run.interrupted:
+                store.keep(key, json.dumps({"key": key, **run.as_json()}))
+            yield run
+            if run.interrupted:
+                return
+
+
+def run_key(settings: Settings, *made_of: object) -> str:
+    """Return a hash of all that a run depends on: its settings, and `made_of`."""
+    text = json.dumps([settings.model_dump(mode="json"), *made_of], sort_keys=True)
+    return hashlib.sha256(text.encode()).hexdigest()[:KEY_LENGTH]
+
+
+def _with_own_snapshots(settings: Settings, name: str) -> Settings:
+    """Return the settings with a folder of its own for the run's snapshots, if it takes any."""
+    snapshots = settings.snapshots
+    if snapshots.path is None:
+        return settings
+    path = f"{snapshots.path.rstrip('/')}/{name}-{settings.seed}"
+    return settings.model_copy(update={"snapshots": snapshots.model_copy(update={"path": path})})

@@ -1,0 +1,303 @@
+"""What a command leaves on disk, whoever reads along: the real command, and every level once.
+
+Oracles: the files that a run with an open terminal leaves; the weights of the run itself; closed
+forms of speeds and gaps.
+"""
+
+from __future__ import annotations
+
+import codecs
+import json
+import math
+import os
+import subprocess
+import sys
+from contextlib import ExitStack
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+from runtime.engines.test_engines_equal import settings
+from runtime.networks import PortableStream, chain
+from safetensors.torch import load_file
+from study.builders import make_run
+from typer.testing import CliRunner
+
+from hamdist.cli import app
+from hamdist.cli.process import replaced
+from hamdist.config import Level, Settings, read_settings
+from hamdist.display.run_view import RunView
+from hamdist.dynamics.objective.prequential import Window
+from hamdist.launch import driver
+from hamdist.launch.events import Ended, ResultValues
+from hamdist.launch.follow import Results, follow
+from hamdist.launch.package import JobSpec, packed
+from hamdist.runtime.results.result import BlockProgress, Progress
+from hamdist.runtime.results.scores import Scores
+from hamdist.runtime.storage.snapshot_files import latest
+from hamdist.runtime.train.train import train
+from hamdist.study.report.files import run_summary
+from hamdist.study.report.html import EXPLANATION
+from hamdist.study.run.run import Run
+from hamdist.study.run.tracking import Tracking
+
+TINY = """
+name: tiny
+steps: 12
+level: trace
+model: {kind: residual-mlp, width: 8, depth: 2}
+stream: {batch: 4}
+engine: {kind: inprocess}
+"""
+OF_A_RUN = {
+    *("metrics.jsonl", "model.safetensors", "settings-all.yaml", "settings.yaml", "summary.json")
+}
+OF_A_COMPARISON = {
+    *("report.html", "results.csv", "results.tex"),
+    *("runs.jsonl", "settings-all.yaml", "settings.yaml", "summary.json"),
+}
+
+
+@pytest.fixture
+def tiny(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    path = tmp_path / "tiny.yaml"
+    path.write_text(TINY)
+    return str(path)
+
+
+def names(folder):
+    return {item.name for item in folder.iterdir()}
+
+
+# -- whoever reads along ---------------------------------------------------------------------------
+
+STREAMS = {  # by what is wrong: the command, its environment, standard output and error
+    "closed by its reader, full": ("run", {}, "broken", "full"),
+    "closed before": ("run", {}, "closed", "closed"),
+    "full, no UTF-8, a notebook's backend, no home": (
+        "compare",
+        {
+            "PYTHONIOENCODING": "latin-1",
+            "MPLBACKEND": "module://matplotlib_inline.backend_inline",
+            **dict.fromkeys(("HOME", "MPLCONFIGDIR", "XDG_CACHE_HOME"), "/proc/none"),
+        },
+        "file",
+        "full",
+    ),
+}
+
+
+def opened(kind, path, stack):
+    if kind == "broken":
+        read, write = os.pipe()
+        os.close(read)
+        stack.callback(os.close, write)
+        return write
+    return stack.enter_context(open("/dev/full" if kind == "full" else path, "wb"))
+
+
+@pytest.mark.timeout(300)
+def test_no_stream_of_the_terminal_takes_results_away(tiny, tmp_path):
+    """All of them at once: they wait for the imports mostly."""
+    with ExitStack() as stack:
+        started = {}
+        for n, (name, (command, environment, out, err)) in enumerate(STREAMS.items()):
+            own = [sys.executable, "-m", "hamdist", command, tiny, "--out", f"out{n}"]
+            own += ["--levels", "trace"] if command == "compare" else []
+            if out == "closed":
+                own = ["sh", "-c", 'exec "$@" >&- 2>&-', "sh", *own]
+            started[name] = subprocess.Popen(
+                own,
+                stdout=opened(out, tmp_path / f"{n}.out", stack),
+                stderr=opened(err, tmp_path / f"{n}.err", stack),
+                env={**os.environ, "OMP_NUM_THREADS": "1", **environment},
+            )
+        codes = {name: process.wait(280) for name, process in started.items()}
+    assert codes == dict.fromkeys(STREAMS, 0)
+    for n, (command, *_) in enumerate(STREAMS.values()):
+        wanted = OF_A_COMPARISON if command == "compare" else OF_A_RUN
+        assert wanted <= names(tmp_path / f"out{n}")
+    assert "\n* one seed" in (tmp_path / "2.out").read_text("latin-1")
+
+
+def test_what_a_terminal_cannot_show_becomes_ascii():
+    codecs.register_error("hamdist", replaced)
+    assert "• c τ ≤ 1 → ±2 ẞ".encode("ascii", "hamdist") == b"* c tau <= 1 -> +-2 ?"
+    assert "• ±".encode("latin-1", "hamdist") == b"* \xb1"
+
+
+# -- every level -----------------------------------------------------------------------------------
+
+OF_LEVEL = {
+    Level.REVERSIBLE: "model: {kind: reversible-mlp, width: 8, depth: 4}\n",
+    Level.BPTT: "model: {kind: rnn, width: 8, depth: 1}\n"
+    "stream: {source: sequences, batch: 4, sequences: {view: tokens, count: 8, length: 5}}\n",
+}
+
+
+def settings_of(level, tmp_path):
+    text = TINY
+    for line in OF_LEVEL.get(level, "").splitlines():
+        section = line.partition(":")[0]
+        kept = [own for own in text.splitlines() if not own.startswith(f"{section}:")]
+        text = "\n".join([*kept, line, ""])
+    path = tmp_path / "level.yaml"
+    path.write_text(text.replace("level: trace", f"level: {level.value}"))
+    return str(path)
+
+
+def command(*arguments):
+    return CliRunner().invoke(app, list(arguments))
+
+
+def checked_run(folder, level):
+    """The files of a run of `level`; with the level that it chose, its settings make it again."""
+    summary = json.loads((folder / "summary.json").read_text())
+    assert summary["level"] == level.value
+    weights = load_file(folder / "model.safetensors")
+    ran = read_settings((folder / "settings.yaml").read_text(), "settings.yaml")
+    assert (ran.level is level) == (level is not Level.AUTO)
+    if level is Level.AUTO:
+        assert summary["chosen"]["level"] == ran.level.value
+        assert summary["why"][0].startswith(f"level {ran.level.value!r}")
+    return weights
+
+
+@pytest.mark.parametrize("level", list(Level))
+@pytest.mark.filterwarnings("ignore")
+def test_every_level_is_written_by_every_command(level, tmp_path, monkeypatch, capfd):
+    monkeypatch.chdir(tmp_path)
+    path = settings_of(level, tmp_path)
+    done = command("run", path, "--out", "run")
+    assert done.exit_code == 0, done.output
+    weights = checked_run(tmp_path / "run", level)
+    if level is Level.AUTO:
+        again = command("run", "run/settings.yaml", "--out", "again")
+        assert again.exit_code == 0, again.output
+        repeated = load_file(tmp_path / "again" / "model.safetensors")
+        assert all(torch.equal(weights[key], value) for key, value in repeated.items())
+
+    launched = launch(path, capfd)
+    assert all(torch.equal(weights[k], v) for k, v in checked_run(launched, level).items())
+
+    done = command("compare", path, "--levels", level.value, "--out", "compare")
+    if level is Level.BPTT:
+        assert done.exit_code == 2
+        assert "no centralised training of a rnn" in " ".join(done.output.split())
+        return
+    assert done.exit_code == 0, done.output
+    assert names(tmp_path / "compare") >= OF_A_COMPARISON
+    lines = (tmp_path / "compare/runs.jsonl").read_text().splitlines()
+    runs = [one for one in map(json.loads, lines) if one["event"] == "run"]
+    assert [one["level"] for one in runs] == ["centralised", level.value]
+    assert (runs[1]["chosen"] is not None) == (level is Level.AUTO)
+
+
+def launch(path, capfd):
+    """The driver of a launched run in this process, and the terminal that follows its log."""
+    order = JobSpec(id="tiny-1", model=None, storage=None, most=2**20)
+    own = read_settings(Path(path).read_text(), path)
+    capfd.readouterr()
+    with packed(own.for_level(own.level), order) as folder, pytest.MonkeyPatch.context() as patch:
+        patch.setattr(driver.signal, "signal", lambda *_: None)  # type: ignore[attr-defined]
+        ended = driver._run(folder, None)
+    driver.tell(ended)  # type: ignore[attr-defined]
+    results = Results(Path(path).parent / "launched")
+    events = list(follow(capfd.readouterr().out.splitlines(), results, lambda _: None))
+    assert isinstance(events[-1], Ended)
+    assert events[-1].code == 0
+    [reached] = [event for event in events if isinstance(event, ResultValues)]
+    assert reached.facts["samples"].startswith("12 of 4 rows")
+    return results.out
+
+
+# -- facts -----------------------------------------------------------------------------------------
+
+
+def test_facts_come_back_from_json():
+    run = make_run(
+        "auto",
+        loss=math.nan,
+        chosen=Settings(steps=3),
+        why=["so"],
+        tracking=Tracking(1.0, 0.5, 0.2, math.inf, None, 0),
+        held_out_plain=Scores(1.0, 0.5, {"a": Scores(2.0, None)}, "a"),
+        prequential={"a": Window(0, 1, 2, 3.0, 0, 0)},
+    )
+    text = json.dumps(run.as_json())
+    again = Run.from_json(json.loads(text))
+    assert json.dumps(again.as_json()) == text
+    assert (again.chosen, again.windows) == (run.chosen, list(run.windows))
+    assert math.isnan(again.held_out.loss)
+    assert again.tracking == run.tracking
+    assert again.held_out_plain == run.held_out_plain
+    assert "plain" not in run_summary(run)
+    with pytest.raises(ValueError, match="samples"):
+        Run.from_json({**run.as_json(), "samples": "many"})
+
+
+def test_the_legend_has_the_sign_of_the_table():
+    assert "<b>Gap</b>: level minus centralised" in " ".join(EXPLANATION.split())
+
+
+# -- speed and progress ----------------------------------------------------------------------------
+
+
+def test_a_resumed_run_counts_its_own_items(tmp_path):
+    """Speed and times are of the samples behind those that the snapshot had seen; bytes of all."""
+    kept = {"path": str(tmp_path), "every": 20, "keep": 9}
+    seen = []
+    whole = train(chain(), PortableStream(40), settings({"kind": "inprocess"}, 40, level="trace"))
+    train(chain(), PortableStream(40), settings({"kind": "inprocess"}, 40, snapshots=kept))
+    first = sorted(tmp_path.iterdir())[0]
+    on = train(
+        chain(),
+        PortableStream(40),
+        settings({"kind": "inprocess"}, 40, snapshots=kept),
+        resume=first,
+        on_progress=seen.append,
+    )
+    before = latest(first, pytest.fail).manifest.samples
+    assert 20 <= before < 40
+    assert (on.samples, on.resumed, on.new_samples) == (40, before, 40 - before)
+    assert {p.resumed for p in seen if p.phase is None} == {before}
+    into = next(edge for edge in whole.bytes_per_edge if edge.startswith("u->"))
+    assert on.bytes_per_edge[into] == whole.bytes_per_edge[into]
+
+
+def test_speed_after_a_resume_and_with_it_the_rest_of_the_time():
+    view = RunView("run", batch=8)
+    view.update(Progress(2.0, 1020, 1060, [], [BlockProgress("a", 1, 1)], resumed=1000))
+    assert "sample 1020/1060, tick 1, 80 rows/s, 0:04 left" in view.line
+    run = make_run("trace", samples=1020, resumed=1000)
+    assert run.rows_per_second == 20 * 4 / 2.0
+
+
+def test_progress_does_not_fall_while_an_actor_is_replaced(monkeypatch):
+    """The source's actor is new and knows of no samples; the readout's has no windows yet."""
+    pytest.importorskip("ray")
+    from hamdist.runtime.ray_engine import engine
+
+    monkeypatch.setattr(engine, "network_of", lambda *_: None)
+    window = Window(0, 9, 10, 1.0, 1, 10)
+    actor = SimpleNamespace(name="actor 0", address="", blocks=["a"], status=None)
+    reached, windows = iter([120, 0, 130]), {"a": [window]}
+    worker_group = SimpleNamespace(
+        actors=[actor],
+        samples=lambda: next(reached),
+        windows=lambda: windows,
+        samples_of_processes=dict,
+    )
+    limits = SimpleNamespace(stall_warning=1.0, stall_limit=2.0)
+    graph = SimpleNamespace(readouts=["a"])
+    plan = SimpleNamespace(engine=limits, snapshot_policy=None, steps=200, resumed=0, graph=graph)
+    seen = []
+    watch = engine._Watch(plan, worker_group, seen.append)
+    watch._report_progress()
+    windows = {}
+    watch._report_progress()
+    watch._report_progress()
+    assert [progress.samples for progress in seen] == [120, 120, 130]
+    assert [list(progress.windows) for progress in seen] == [[window]] * 3

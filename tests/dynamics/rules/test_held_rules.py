@@ -1,0 +1,129 @@
+"""Rules of held blocks. Oracles: the minimum of the energy, found by Newton's method with autograd;
+backpropagation, which equilibrium propagation estimates."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from dynamics.helpers import Network, clones, relative, settings
+from dynamics.rules.test_rules import B, chain, items
+from torch.nn import functional
+
+from hamdist.dynamics.rules.predictive_coding import EquilibriumPropagation, PredictiveCoding
+from hamdist.errors import LevelError
+
+LR = 0.1
+
+
+def held(rule, ticks, many, **more):
+    fields = {
+        "locality": {"speed": ticks, "update": "last-tick"},
+        "learning": {"lr": LR},
+        **more,
+    }
+    return Network(chain(rule, rule, None), settings("local", **fields), items(many))
+
+
+def theta(net):
+    return {name: clones(net.theta(name)) for name in "abr"}
+
+
+def energy(states, weights, u, y):
+    """F of the module's docstring, written out for the chain."""
+    (W0, b0), (W1, b1), (W2, b2) = weights
+    h0, h1 = states
+    apart = (h0 - torch.tanh(u @ W0.T + b0)).square().sum()
+    apart = apart + (h1 - torch.tanh(h0 @ W1.T + b1)).square().sum()
+    return functional.cross_entropy(h1 @ W2.T + b2, y) + apart / (2 * B)
+
+
+def minimum(weights, u, y):
+    """The states of least energy, by Newton's method."""
+    (W0, b0), (W1, b1), _ = weights
+    h0 = torch.tanh(u @ W0.T + b0)
+    x = torch.cat([h0.flatten(), torch.tanh(h0 @ W1.T + b1).flatten()])
+
+    def f(x):
+        return energy((x[: h0.numel()].view_as(h0), x[h0.numel() :].view(B, -1)), weights, u, y)
+
+    for _ in range(8):
+        H, g = torch.autograd.functional.hessian(f, x), torch.autograd.functional.jacobian(f, x)
+        x = x - torch.linalg.solve(H, g)
+    assert float(torch.autograd.functional.jacobian(f, x).norm()) < 1e-13
+    return x[: h0.numel()].view_as(h0), x[h0.numel() :].view(B, -1)
+
+
+def test_predictive_coding_steps_at_the_minimum_of_the_energy():
+    net = held(PredictiveCoding(0.15), 300, 1)
+    before = theta(net)
+    net.run()
+    weights = [tuple(t.requires_grad_() for t in before[name]) for name in "abr"]
+    for u, y in items(1):
+        states = minimum([tuple(t.detach() for t in pair) for pair in weights], u, y)
+        leaves = [t for pair in weights for t in pair]
+        steps = torch.autograd.grad(energy(states, weights, u, y), leaves)
+        with torch.no_grad():
+            for t, g in zip(leaves, steps, strict=True):
+                t -= LR * g
+    expected = [t for pair in weights for t in pair]
+    assert relative([t for name in "abr" for t in net.theta(name)], expected) <= 1e-5
+
+
+def test_predictive_coding_after_few_ticks():
+    """By hand, tick by tick: what a block knows of its neighbours is a tick old."""
+    ticks, rate = 7, 0.4
+    net = held(PredictiveCoding(rate), ticks, 1)
+    (W0, b0), (W1, b1), (W2, b2) = theta(net).values()
+    ((u, y),) = items(1)
+    net.run()
+    f0 = torch.tanh(u @ W0.T + b0)
+    h0, h1 = torch.zeros_like(f0), f0.new_zeros(B, 7)
+    up0, up1 = 0 * h0, 0 * h1  # what a and b hear of in this tick
+    for k in range(ticks):
+        f1 = torch.tanh(h0 @ W1.T + b1)
+        e = (torch.softmax(h1 @ W2.T + b2, 1) - functional.one_hot(y, 3)) / B
+        d0, d1 = (h0 - f0) / B, (h1 - f1) / B
+        new0 = f0 if k == 0 else h0 - rate * B * (d0 + (up0 if k > 1 else 0))
+        new1 = f1 if k == 1 else h1 - rate * B * (d1 + (up1 if k > 2 else 0))
+        up0 = -(d1 * (1 - f1**2)) @ W1 if k != 1 else 0 * h0
+        # The readout compares with the target of a sample two ticks behind its presentation.
+        up1 = e @ W2 if k >= 2 else 0 * h1
+        if k == ticks - 1:
+            z0, z1 = -d0 * (1 - f0**2), -d1 * (1 - f1**2)
+            steps = [z0.T @ u, z0.sum(0), z1.T @ h0, z1.sum(0), e.T @ h1, e.sum(0)]
+        h0, h1 = new0, new1
+    old = [W0, b0, W1, b1, W2, b2]
+    expected = [t - LR * g for t, g in zip(old, steps, strict=True)]
+    found = [t for name in "abr" for t in net.theta(name)]
+    assert relative(found, expected) <= 1e-14
+    assert relative(found, old) > 1e-4
+
+
+def test_equilibrium_propagation_estimates_the_gradient():
+    """To second order in beta."""
+    beta = 0.1
+    ticks = 500
+    phi = {"values": [-beta] * (ticks // 2) + [beta] * (ticks // 2), "cycle": True}
+    net = held(EquilibriumPropagation(beta), ticks, 1, dynamics={"phi": phi})
+    before = theta(net)
+    ((u, y),) = items(1)
+    net.run()
+    (W0, b0), (W1, b1), (W2, b2) = ([t.requires_grad_() for t in pair] for pair in before.values())
+    h1 = torch.tanh(torch.tanh(u @ W0.T + b0) @ W1.T + b1)
+    leaves = [W0, b0, W1, b1]
+    exact = torch.autograd.grad(functional.cross_entropy(h1 @ W2.T + b2, y), leaves)
+    moved = [
+        (old - new) / LR
+        for name in "ab"
+        for old, new in zip(before[name], net.theta(name), strict=True)
+    ]
+    assert relative(moved, exact) <= 2 * beta**2
+
+
+def test_energies_and_orders_are_not_those_of_hamilton():
+    with pytest.raises(LevelError, match=r"metrics.record: its energy"):
+        held(PredictiveCoding(), 9, 1, metrics={"record": "energy"})
+    with pytest.raises(LevelError, match="order 'omega-first'"):
+        held(PredictiveCoding(), 9, 1, locality={"speed": 9, "order": "simultaneous"})
+    with pytest.raises(LevelError, match="the level of 'pulse'; use level local or group"):
+        Network(chain(PredictiveCoding(), None, None), settings("trace"), items(1))

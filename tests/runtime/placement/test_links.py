@@ -1,0 +1,283 @@
+"""Links between actors. Oracles: the formula of links.py by hand, and brute force over all delays;
+the in-process engine with the same delays."""
+
+from __future__ import annotations
+
+import dataclasses
+import threading
+import time
+
+import pytest
+import torch
+from dynamics.helpers import bare, bare_chain, settings
+from runtime.engines.test_engines_equal import assert_equal
+from runtime.networks import PortableStream, chain, stream
+
+from hamdist.config import EngineSettings, Settings
+from hamdist.dynamics.schedule.events import Kind, Phase, Stamp
+from hamdist.errors import WireError
+from hamdist.runtime.placement.links import (
+    MARGIN,
+    ROUNDS,
+    WORSE,
+    Probe,
+    cluster_of,
+    least_delays,
+)
+from hamdist.runtime.plan.plan import make_plan
+from hamdist.runtime.plan.replan import with_delays
+from hamdist.runtime.signals.interrupts import Aborted
+from hamdist.runtime.signals.signal import Channel, Signal
+from hamdist.runtime.timing.cluster_model import (
+    BYTES_PER_SECOND,
+    REMOTE_SECONDS,
+    Link,
+)
+from hamdist.runtime.timing.model import TimingModel
+from hamdist.runtime.train.train import train
+from hamdist.runtime.transport.delayed_receiver import DelayedReceiver
+from hamdist.runtime.transport.endpoint import EndpointContext
+from hamdist.runtime.transport.transport import Endpoints
+from hamdist.streams import from_iterable
+from hamdist.study.report.save import as_it_was
+from hamdist.study.run.run import run_level
+
+RUN = 78
+CHANNEL = Channel(3, Kind.STATE, "a", "b", "a->b", 4)
+LATE = 0.02
+
+# -- a late link -----------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def late(leaves_no_socket):
+    """A sending and a receiving transport, whose signals come LATE seconds later."""
+    aborts = threading.Event(), threading.Event()
+    sender, receiver = Endpoints(RUN, aborts[0]), Endpoints(RUN, aborts[1], LATE)
+    sender.connect(CHANNEL, receiver.bind(CHANNEL, "shm"))
+    yield sender, receiver, aborts
+    for endpoints in (sender, receiver):
+        endpoints.close()
+
+
+def signal(n):
+    return Signal(Stamp(n, n, 0), torch.full((4,), float(n)))
+
+
+@pytest.mark.timeout(30)
+def test_no_signal_is_handed_out_before_its_time(late):
+    """Those that are under way at once come LATE after they were sent, not one after the other."""
+    sender, receiver, _ = late
+    sent = []
+    for n in range(4):
+        sent.append(time.monotonic())
+        sender.send(CHANNEL, signal(n))
+    for n in range(4):
+        got = receiver.receive(CHANNEL, Stamp(n, n, 0))
+        assert time.monotonic() - sent[n] >= LATE
+        assert got.stamp == Stamp(n, n, 0)
+        assert torch.equal(got.payload, signal(n).payload)
+    assert receiver.seconds["waiting"] > 0
+
+
+@pytest.mark.timeout(30)
+def test_a_wait_on_a_late_link_can_be_called_off(late):
+    _, receiver, aborts = late
+    aborts[1].set()
+    with pytest.raises(Aborted):
+        receiver.receive(CHANNEL, Stamp(0, 0, 0))
+
+
+class Script:
+    """A receiver that has everything at once: signals, then an error."""
+
+    address = "nowhere"
+
+    def __init__(self, line, many):
+        self.line, self.left, self.many = line, many, many
+
+    def receive(self, stamp):
+        if self.line.abort.is_set():
+            raise Aborted
+        if not self.left:
+            raise WireError("broken")
+        self.left -= 1
+        return signal(self.many - self.left - 1)
+
+    def close(self):
+        pass
+
+
+@pytest.mark.timeout(30)
+def test_an_error_comes_behind_the_signals_and_room_is_bounded():
+    made = []
+
+    def script(line):
+        made.append(Script(line, 10))
+        return made[0]
+
+    late = DelayedReceiver(EndpointContext(RUN, threading.Event()), CHANNEL, 0.0, script)
+    for n in range(10):
+        assert late.receive(Stamp(n, n, 0)).stamp.tick == n
+        assert 10 - made[0].left <= n + 1 + CHANNEL.capacity + 1
+    with pytest.raises(WireError, match="broken"):
+        late.receive(Stamp(10, 10, 0))
+    late.close()
+
+
+# -- measuring -------------------------------------------------------------------------------------
+
+
+@pytest.mark.timeout(30)
+def test_a_link_is_measured(leaves_no_socket):
+    ends = Probe(RUN, 0.01), Probe(RUN, 0.01)
+    there, back = Probe.channels(0)
+    addresses = ends[1].open({there.number: "shm"}) | ends[0].open({back.number: "shm"})
+    for end in ends:
+        end.join(addresses)
+    thread = threading.Thread(target=ends[1].answer, args=(0,))
+    thread.start()
+    link = ends[0].measure(0)
+    thread.join()
+    for end in ends:
+        end.close()
+    assert link.seconds >= 0.01
+    assert link.bytes_per_second > 0
+    assert ROUNDS > 4
+
+
+# -- the least delays ------------------------------------------------------------------------------
+
+
+def plan(graph, level="trace", outputs=1, **fields):
+    source = from_iterable([(torch.zeros(2, 1).double(), torch.zeros(2, outputs).double())])
+    return make_plan(graph, settings(level, **fields), source.spec)
+
+
+def model_of(plan, forward, backward, readout):
+    """Blocks b0, b1, ... with the seconds of their passes; the last one is the readout."""
+    *blocks, last = plan.graph.blocks
+    phases = {Phase.FORWARD: forward, Phase.BACKWARD: backward}
+    seconds = dict.fromkeys(blocks, phases) | {last: {Phase.READ: readout}}
+    return TimingModel(plan, seconds, blocks[0])
+
+
+ALONE = {"bundle": "off"}
+
+
+def fewest(model, placement, links):
+    return least_delays(model, placement, range(len(placement)), cluster_of(placement, links))
+
+
+def ring(d, f, g, r, link):
+    """Two blocks, a link of d ticks. Block 0 does, in each tick, the forward pass of a new sample,
+    then the backward pass of the one from 2 d ticks before, whose message it needs: once around,
+    f + link + r + link + g, the cycle spans 2 d + 1 samples. Every message costs either end
+    REMOTE; block 1 gets its targets across, too."""
+    each = REMOTE_SECONDS + 2 * 8 / BYTES_PER_SECOND
+    b0, b1 = f + g + 3 * each, r + 3 * each
+    return max(b0, b1, (b0 + b1 + 2 * link) / (2 * d + 1))
+
+
+@pytest.mark.parametrize("link", [0.0, 2e-3, 25e-3, 80e-3])
+def test_the_period_of_a_ring(link):
+    links = {(0, 1): Link(link)}
+    for d in (1, 2, 7):
+        model = model_of(plan(bare_chain(2, delay=d), engine=ALONE), 1e-3, 3e-3, 2e-3)
+        placement = [["b0"], ["b1"]]
+        timed = model.timed(placement, [0, 1], cluster_of(placement, links))
+        assert timed.period().seconds == pytest.approx(ring(d, 1e-3, 3e-3, 2e-3, link))
+
+
+@pytest.mark.parametrize("link", [0.0, 2e-3, 25e-3, 80e-3])
+def test_the_least_delay_of_a_ring(link):
+    model = model_of(plan(bare_chain(2)), 1e-3, 3e-3, 2e-3)
+    aim = ring(1, 1e-3, 3e-3, 2e-3, 0.0) * (1 + WORSE)
+    least = next(d for d in range(1, 99) if ring(d, 1e-3, 3e-3, 2e-3, MARGIN * link) <= aim)
+    assert fewest(model, [["b0"], ["b1"]], {(0, 1): Link(link)}) == {"b0->b1": least}
+
+
+def test_one_sample_at_a_time_gains_nothing():
+    model = model_of(plan(bare_chain(2), "backprop"), 1e-3, 3e-3, 4e-3)
+    assert fewest(model, [["b0"], ["b1"]], {(0, 1): Link(25e-3)}) == {"b0->b1": 1}
+
+
+def test_a_bundle_uses_its_delay_up():
+    """Of 3: the first of them waits for the last, two ticks, there and back."""
+    alone = model_of(plan(bare_chain(2), engine={"bundle": "off"}), 1e-3, 3e-3, 4e-3)
+    bundled = model_of(plan(bare_chain(2), engine={"bundle": 3}), 1e-3, 3e-3, 4e-3)
+    links = {(0, 1): Link(25e-3)}
+    (one,) = fewest(alone, [["b0"], ["b1"]], links).values()
+    (three,) = fewest(bundled, [["b0"], ["b1"]], links).values()
+    assert one + 1 <= three <= one + 2
+
+
+@pytest.mark.parametrize("level", ["local", "trace"])
+def test_no_smaller_delays_would_do(level):
+    """A diamond over three actors, two ticks a sample: every choice that is smaller on some edges
+    and larger on none has a longer period."""
+    graph = bare("a: u", "b: a", "c: a", "d: b c a")
+    model = model_of(plan(graph, level, 3, locality={"speed": 2}), 1e-3, 5e-4, 1e-3)
+    if level == "local":
+        seconds = {name: {Phase.TICK: 2e-3} for name in graph.blocks}
+        model = TimingModel(model.plan, seconds, "a")
+    placement = [["a"], ["b", "c"], ["d"]]
+    links = {(0, 1): Link(2e-3), (1, 2): Link(1e-3), (0, 2): Link(3e-3)}
+    slower = {pair: Link(MARGIN * link.seconds) for pair, link in links.items()}
+
+    def period(delays, links):
+        other = dataclasses.replace(model, plan=with_delays(model.plan, delays))
+        return other.timed(placement, [0, 1, 2], cluster_of(placement, links)).period().seconds
+
+    found = fewest(model, placement, links)
+    aim = (1 + WORSE) * period(dict.fromkeys(found, 1), {})
+    assert period(found, slower) <= aim
+    assert max(found.values()) > 1
+    for name, d in found.items():
+        assert d == 1 or period({**found, name: d - 1}, slower) > aim
+
+
+# -- in a run --------------------------------------------------------------------------------------
+
+
+@pytest.mark.ray
+def test_auto_hides_the_link_and_can_be_repeated(session, leaves_no_socket, tmp_path):
+    """25 ms between actors; the run with what was chosen, in one process, equals it to the bit."""
+    engine = {"kind": "ray", "actors": 2, "link_delay": 0.025}
+    fields = {"level": "trace", "steps": 60, "seed": 5}
+    partition = {"delays": "auto"}
+
+    def run(engine, partition):
+        given = {**fields, "engine": engine, "partition": partition}
+        return train(chain(), stream(60), Settings.model_validate(given))
+
+    spread = run(engine, partition)
+    (crossing,) = [d for d in spread.delays.values() if d != 1]
+    assert crossing >= 3
+    assert "links" in spread.startup
+    assert_equal(run({"kind": "inprocess"}, {"delays": spread.delays}), spread)
+
+
+@pytest.mark.ray
+def test_late_links_slices_and_delays_change_no_number(session, leaves_no_socket):
+    engine = {"kind": "ray", "actors": 3, "link_delay": 0.005}
+    partition = {"slices": {"block1": 3}, "delays": {"block0->block1": 4, "block1_*->block2": 3}}
+
+    def run(engine):
+        given = {"level": "trace", "steps": 40, "engine": engine, "partition": partition}
+        return train(chain(), PortableStream(40), Settings.model_validate(given))
+
+    alone, spread = run({}), run(engine)
+    assert "block1_2" in alone.blocks
+    assert_equal(alone, spread)
+
+
+def test_the_settings_of_a_run_name_what_was_chosen():
+    config = Settings.model_validate({"steps": 3, "partition": {"delays": "auto", "blocks": 2}})
+    with pytest.warns(UserWarning, match="one process"):
+        run, _ = run_level(config)
+    written = as_it_was(config, run)
+    assert written.partition.delays == run.delays == {"block0->block1": 1}
+    assert written.engine.bundle == "off"
+    assert as_it_was(written, run) is written
+    assert EngineSettings().link_delay == 0

@@ -1,0 +1,364 @@
+"""Events of a run: the same from both engines, complete, readable again, and cheap."""
+
+from __future__ import annotations
+
+import json
+import math
+import time
+
+import pytest
+import torch
+from torch import nn
+
+import hamdist
+from hamdist.dynamics.objective.prequential import Window
+from hamdist.runtime.results.events import (
+    EVENTS,
+    NetworkPlaced,
+    WindowFull,
+    from_values,
+    read_events,
+)
+from hamdist.runtime.results.measured import EdgeCounts, ProcessSample, summed
+from hamdist.runtime.results.progress_events import ProgressEvents, ProgressPace
+from hamdist.runtime.results.result import Progress
+
+
+def make():
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Linear(6, 8), nn.Tanh(), nn.Linear(8, 8), nn.Tanh(), nn.Linear(8, 3))
+
+
+def batches():
+    generator = torch.Generator().manual_seed(1)
+    for _ in range(40):
+        u = torch.randn(4, 6, generator=generator)
+        yield u, u[:, :3].argmax(1)
+
+
+def events_of_run(level, **engine):
+    reports, turn = [], ProgressEvents(level, 3)
+
+    def note(progress):
+        reports.extend(turn(progress))
+
+    result = hamdist.train(
+        make(),
+        list(batches()),
+        level=level,
+        metrics={"window": 10, "alignment": 20},
+        learning={"lr": 0.1},
+        partition={"blocks": 3} if level != "group" else {},
+        engine=engine,
+        on_progress=note,
+    )
+    return reports, result
+
+
+def by_name(events, name):
+    return [event for event in events if event.name == name]
+
+
+@pytest.mark.parametrize("level", ["trace", "local", "heads", "backprop"])
+def test_events_say_what_the_result_says(level):
+    events, result = events_of_run(level, kind="inprocess")
+    [network] = by_name(events, "network")
+    assert [b.name for b in network.blocks] == list(result.blocks)
+    assert sum(b.parameters for b in network.blocks) == sum(p.numel() for p in make().parameters())
+    windows = by_name(events, "window")
+    [readout] = result.windows
+    expected = [(w.first, w.last, w.mean_loss, w.accuracy) for w in result.windows[readout]]
+    assert [(w.first, w.last, w.loss, w.accuracy) for w in windows] == expected
+    assert {w.readout for w in windows} == {readout}
+
+
+def test_norms_and_counts_are_those_of_the_final_state():
+    """Oracle: the tensors of the result; the counts of signals by the schedule (4 a sample)."""
+    from hamdist.runtime.engines import sampler
+
+    last = {}
+
+    def note(progress):
+        last.update(progress.actors)
+
+    pause, sampler.PAUSE_SECONDS = sampler.PAUSE_SECONDS, 0.0
+    try:
+        share, sampler.SHARE = sampler.SHARE, math.inf
+        result = hamdist.train(
+            make(), list(batches()), level="trace", engine={"kind": "inprocess"}, on_progress=note
+        )
+    finally:
+        sampler.PAUSE_SECONDS, sampler.SHARE = pause, share
+    edges = summed(list(last.values()))
+    assert {name: e.bytes for name, e in edges.items() if e.bytes} == result.bytes_per_edge
+    assert all(e.queued <= 2 for e in edges.values())  # the run is over: the stream's end is left
+
+
+@pytest.mark.parametrize("level", ["trace", "local"])
+def test_omega_norms_do_not_change_a_bit(level):
+    """A norm is read in every step here, and in none there."""
+    from hamdist.runtime.engines import inprocess, sampler
+
+    def weights(on_progress):
+        result = hamdist.train(
+            make(),
+            list(batches()),
+            level=level,
+            learning={"lr": 0.1, "momentum": 0.5},
+            locality={"order": "simultaneous"} if level == "local" else {},
+            engine={"kind": "inprocess"},
+            on_progress=on_progress,
+        )
+        return result, [p.detach().clone() for p in result.model.parameters()]
+
+    seen = []
+    old = sampler.PAUSE_SECONDS, sampler.SHARE, inprocess.PROGRESS_SECONDS
+    sampler.PAUSE_SECONDS, sampler.SHARE, inprocess.PROGRESS_SECONDS = 0.0, math.inf, 0.0
+    try:
+        result, watched = weights(lambda progress: seen.append(progress))
+    finally:
+        sampler.PAUSE_SECONDS, sampler.SHARE, inprocess.PROGRESS_SECONDS = old
+    _, plain = weights(None)
+    assert all(torch.equal(a, b) for a, b in zip(watched, plain, strict=True))
+    norms = seen[-1].actors["driver"].norms
+    for name, block in result.blocks.items():
+        for what, tensors in (("omega", block.omega), ("theta", block.theta)):
+            flat = [t.double().flatten() for t in tensors.values()]
+            expected = float(torch.cat(flat).norm()) if flat else 0.0
+            assert getattr(norms[name], what) == pytest.approx(expected, rel=1e-5), (name, what)
+        if block.h is not None:
+            assert norms[name].h == pytest.approx(float(block.h.norm()), rel=1e-5)
+            assert norms[name].z == pytest.approx(float(block.z.norm()), rel=1e-5)
+
+
+@pytest.mark.parametrize(("level", "lr", "least", "most"), [
+    ("backprop", 0.5, 1 - 1e-5, 1.0), ("trace", 1e-4, 1 - 1e-5, 1.0), ("trace", 0.5, 0.0, 0.999),
+])  # fmt: skip
+def test_updates_are_compared_with_backpropagation(level, lr, least, most, monkeypatch):
+    """The oracle: at level `backprop` both are equal, and where the weights hardly move."""
+    monkeypatch.setattr("hamdist.runtime.engines.inprocess.PROGRESS_SECONDS", 0.0)
+    seen = []
+    hamdist.train(
+        make(),
+        list(batches()),
+        level=level,
+        learning={"lr": lr},
+        metrics={"alignment": 5},
+        engine={"kind": "inprocess"},
+        trackers=[seen.append],
+    )
+    events = by_name(seen, "alignment")
+    assert [event.sample for event in events] == list(range(*{
+        "backprop": (5, 40, 5), "trace": (10, 35, 10)}[level]))  # fmt: skip
+    cosines = [value for event in events for value in event.cosines.values()]
+    assert len(cosines) == 3 * len(events)
+    assert least <= min(cosines) <= most + 1e-6, cosines
+    again = [from_values(json.loads(event.to_line())) for event in events]
+    assert again == events
+
+
+def test_alignment_of_sequences_is_refused():
+    with pytest.raises(hamdist.HamdistError, match=r"metrics\.alignment"):
+        hamdist.train(
+            make(), list(batches()), level="pipeline", metrics={"alignment": 5},
+            locality={"microbatches": 2},
+        )  # fmt: skip
+
+
+def test_staleness_and_updates_are_measured(monkeypatch):
+    """Oracles: 2 (D - l) updates by the schedule (semantics.md), fewer at first; and lr |g|, which
+    stays nearly the same for one batch and small steps."""
+    from hamdist.runtime.engines import inprocess, sampler
+
+    monkeypatch.setattr(inprocess, "PROGRESS_SECONDS", 0.0)
+    monkeypatch.setattr(sampler, "PAUSE_SECONDS", 0.0)
+    monkeypatch.setattr(sampler, "SHARE", math.inf)
+    monkeypatch.setattr("hamdist.runtime.results.progress_events.ProgressPace.due", lambda *_: True)
+    seen, lr = [], 1e-3
+    hamdist.train(
+        make(),
+        [next(batches())] * 40,
+        level="trace",
+        learning={"lr": lr},
+        engine={"kind": "inprocess"},
+        trackers=[seen.append],
+    )
+    last = by_name(seen, "blocks")[-1]
+    assert last.staleness == {
+        "block0": {0: 1, 1: 1, 2: 1, 3: 1, 4: 36}, "block1": {0: 1, 1: 1, 2: 38}
+    }  # fmt: skip
+    assert from_values(json.loads(last.to_line())).staleness == last.staleness
+    for name, norms in last.norms.items():
+        assert norms.update == pytest.approx(lr * norms.omega, rel=0.05), name
+
+
+@pytest.mark.ray
+def test_both_engines_tell_the_same(session, monkeypatch):
+    monkeypatch.setattr("hamdist.runtime.results.progress_events.ProgressPace.due", lambda *_: True)
+    alone, _ = events_of_run("trace", kind="inprocess")
+    apart, result = events_of_run("trace", kind="ray", actors=2)
+    told = [(w.readout, w.first, w.last, w.loss, w.accuracy) for w in by_name(alone, "window")]
+    assert told == [
+        (w.readout, w.first, w.last, w.loss, w.accuracy) for w in by_name(apart, "window")
+    ]
+    [one], [two] = by_name(alone, "network"), by_name(apart, "network")
+    assert (one.blocks, one.edges, one.staleness) == (two.blocks, two.edges, two.staleness)
+    assert [actor.blocks for actor in two.actors] == result.placement
+    [exact], [same] = by_name(alone, "alignment"), by_name(apart, "alignment")
+    assert (exact.sample, set(exact.cosines)) == (20, {"block0", "block1", "block2"})
+    assert (same.sample, same.cosines) == (20, exact.cosines)
+    edges = by_name(apart, "edges")[-1].edges
+    assert {name: e.bytes for name, e in edges.items() if e.bytes} == result.bytes_per_edge
+    assert any(e.waited > 0 for e in edges.values())
+    last = by_name(apart, "actors")[-1]
+    assert set(last.seconds) == {"actor 0", "actor 1", "driver"}  # (a list is drawn in the driver)
+    assert all(s["total"] >= s["step"] + s["waiting"] for s in last.seconds.values())
+
+
+def test_every_event_is_read_back_and_strange_lines_are_passed_over():
+    events, _ = events_of_run("trace", kind="inprocess")
+    lines = [event.to_line() for event in events]
+    again = list(read_events([*lines, "{cut", "[]", '{"event": "of-tomorrow"}', ""]))
+    assert [event.to_line() for event in again] == lines
+    assert isinstance(again[-1], EVENTS[again[-1].name])
+    assert any(isinstance(event, NetworkPlaced) for event in again)
+    more = {**events[-1].as_json(), "of_tomorrow": 1}
+    assert from_values(more).to_line() == lines[-1]
+
+
+def test_numbers_that_are_not_finite_are_null():
+    window = Window(0, 9, 10, math.inf, 0, 0)
+    values = WindowFull.of(window, "out", 1.0).as_json()
+    assert values["loss"] is None
+    assert values["accuracy"] is None
+
+
+def test_signals_under_way_are_never_negative():
+    samples = [ProcessSample(edges={"a->b": EdgeCounts(8, n, 0.5)}) for n in (3, -5)]
+    assert summed(samples) == {"a->b": EdgeCounts(16, 0, 1.0)}
+    assert summed(samples[:1]) == {"a->b": EdgeCounts(8, 3, 0.5)}
+
+
+def test_warnings_snapshots_and_losses_are_told_once():
+    turn = ProgressEvents("trace", 0)
+    first = Progress(0.1, 1, None, [], [], warnings=["slow"], snapshots=["s/1"])
+    second = Progress(0.2, 1, None, [], [], warnings=["slow", "full"], snapshots=["s/1", "s/2"])
+    assert [e.name for e in turn(first)] == ["warning", "snapshot", "progress"]
+    assert [e.as_json().get("text", e.as_json().get("path")) for e in turn(second)] == [
+        "full",
+        "s/2",
+    ]
+
+
+def test_pace_is_slower_for_many_blocks():
+    few, many = ProgressPace(), ProgressPace()
+    seconds = range(4000)
+    assert sum(few.due(float(s), 10) for s in seconds) > 2500
+    assert 240 < sum(many.due(float(s), 1000) for s in seconds) < 400
+
+
+@pytest.mark.slow
+def test_events_cost_less_than_a_hundredth(tmp_path):
+    """Same run with and without an events file, by turns; the least of four each."""
+    from hamdist.runtime.results.events import RunBegun
+    from hamdist.study.shared.result_folder import ResultFolder
+
+    model = nn.Sequential(*(nn.Linear(128, 128) for _ in range(4)), nn.Linear(128, 10))
+    generator = torch.Generator().manual_seed(1)
+    rows = [torch.randn(32, 128, generator=generator) for _ in range(50)]
+    data = [(u, u[:, :10].argmax(1)) for u in rows] * 30
+
+    def seconds(on_progress):
+        begin = time.process_time()
+        hamdist.train(
+            model,
+            data,
+            level="trace",
+            metrics={"window": 50},
+            learning={"lr": 0.001},
+            engine={"kind": "inprocess"},
+            on_progress=on_progress,
+        )
+        return time.process_time() - begin
+
+    with ResultFolder(tmp_path / "out", say=print) as folder:
+        note = folder.watch(RunBegun(title="", engine="inprocess"), lambda _: None)
+        pairs = [(seconds(None), seconds(note)) for _ in range(4)]
+    plain, watched = (min(times) for times in zip(*pairs, strict=True))
+    told = f"plain {plain:.3f} s, with events {watched:.3f} s: {watched / plain - 1:+.2%}"
+    assert watched < 1.03 * plain, told  # (a hundredth, and the noise of a shared machine)
+
+
+def test_a_live_run_tells_changes_and_evaluations(tmp_path):
+    """What was said to the run is the oracle, and its own result."""
+    model, heard = nn.Linear(6, 3), []
+    rows = [(u, u[:, :3].argmax(1)) for u in torch.randn(6, 4, 6, generator=torch.Generator())]
+    x, y = rows[0]
+    begin = {
+        "level": "trace",
+        "classes": 3,
+        "engine": {"kind": "inprocess"},
+        "metrics": {"window": 2},
+    }
+    with hamdist.start(
+        model, example=rows[0], out=tmp_path / "o", trackers=[heard.append], **begin
+    ) as run:
+        for u, target in rows[:4]:
+            run.feed(u, target)
+        run.set(learning={"lr": 0.5})
+        run.settle()
+        scores = run.evaluate(x, y)
+    on_disk = list(read_events((tmp_path / "o" / "events.jsonl").read_text().splitlines()))
+    assert [e.as_json() for e in on_disk[1:]] == [e.as_json() for e in heard]
+    assert [e.name for e in (on_disk[0], heard[0], *heard[-2:])] == [
+        "started", "run", "finished", "ended",
+    ]  # fmt: skip
+    [change], [evaluation] = by_name(heard, "settings"), by_name(heard, "evaluation")
+    assert (change.changed, change.sample) == ({"learning.lr": 0.5}, 4)
+    assert (evaluation.samples, evaluation.loss) == (4, scores.loss)
+    assert evaluation.accuracy == scores.accuracy
+    assert sum(window.samples for window in by_name(heard, "window")) == 4
+    assert by_name(heard, "finished")[0].samples == run.result.samples
+
+
+def test_callbacks_and_trackers_of_train_hear_an_evaluation(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    heard = []
+    x = torch.randn(8, 6, generator=torch.Generator())
+    callback = hamdist.Evaluation(x, x[:, :3].argmax(1), every=2)
+    more = {"callbacks": [callback], "trackers": [heard.append, "csv"]}
+    data = [(x, x[:, :3].argmax(1))] * 4
+    hamdist.train(
+        nn.Linear(6, 3), data, level="trace", classes=3, engine={"kind": "inprocess"}, **more
+    )
+    found = [event.loss for event in by_name(heard, "evaluation")]
+    assert len(found) == 2  # after the second sample and, behind the last feed, the fourth
+    [file] = tmp_path.glob("results/*/metrics.csv")
+    lines = [line.split(",") for line in file.read_text().splitlines()]
+    assert [float(line[2]) for line in lines if line[1] == "held_out/loss"] == found
+
+
+def test_the_end_of_train_is_told_and_why():
+    heard = []
+    data = [(torch.randn(4, 6), torch.zeros(4, dtype=torch.long))] * 3
+    own = {
+        "level": "trace",
+        "classes": 3,
+        "engine": {"kind": "inprocess"},
+        "trackers": [heard.append],
+    }
+    result = hamdist.train(nn.Linear(6, 3), data, **own)
+    assert [e.name for e in heard[-2:]] == ["finished", "ended"]
+    assert heard[-2].seconds == result.seconds
+    with pytest.raises(hamdist.HamdistError, match="finite") as caught:
+        hamdist.train(
+            nn.Linear(6, 3), [(u * 1e20, y) for u, y in data], learning={"lr": 1e20}, **own
+        )
+    assert heard[-1].error == str(caught.value)
+    assert heard[-2].failure == heard[-1].error
+
+
+def test_drops_of_the_stream_are_told():
+    sample = ProcessSample(stream={"dropped": 3})
+    progress = Progress(0.1, 1, None, [], [], actors={"driver": sample})
+    assert ProgressEvents("trace", 0)(progress)[0].as_json()["stream"] == {"dropped": 3}
