@@ -16,15 +16,20 @@ from torch import Tensor, fx, nn
 from hamdist.dynamics.graph.graph import BlockSpec, Combine, Graph
 from hamdist.dynamics.objective.losses import LossFunction, model_loss
 from hamdist.dynamics.tracing.dataflow import Flow, references
-from hamdist.dynamics.tracing.recorder import Value, is_constant, value_of
-from hamdist.dynamics.tracing.signal_columns import ColumnForm, packed, unpacked
-from hamdist.dynamics.tracing.symbolic import DeviceRef, SymbolicSize
-from hamdist.dynamics.tracing.traced_module import (
+from hamdist.dynamics.tracing.program import (
     CONSTANT,
+    DeviceRef,
+    Path,
+    SymbolicSize,
+    Value,
+    is_constant,
+    value_of,
+)
+from hamdist.dynamics.tracing.signal_columns import ColumnForm, packed, unpacked
+from hamdist.dynamics.tracing.traced_module import (
     SET_GRAD,
     WHOLE,
     Bound,
-    Path,
     TracedModule,
     is_spelled,
     the_value,

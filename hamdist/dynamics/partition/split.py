@@ -33,8 +33,8 @@ from hamdist.dynamics.partition.assemble import OperationRun, assembled
 from hamdist.dynamics.partition.cuts import Cuts, Policy, balanced, stays
 from hamdist.dynamics.tracing.dataflow import Flow
 from hamdist.dynamics.tracing.join_runs import Trace
+from hamdist.dynamics.tracing.program import Value, value_of
 from hamdist.dynamics.tracing.recorded_calls import Unfollowed, stays_whole
-from hamdist.dynamics.tracing.recorder import Value, value_of
 from hamdist.dynamics.tracing.trace import trace, traced_whole
 from hamdist.dynamics.user_modules.copies import copied, overlaps
 from hamdist.dynamics.user_modules.hooks import is_usual

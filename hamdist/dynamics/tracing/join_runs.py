@@ -10,18 +10,19 @@ import torch
 from torch import Tensor, fx
 
 from hamdist.dynamics.finite import LARGE
-from hamdist.dynamics.tracing.recorded_calls import Unfollowed
-from hamdist.dynamics.tracing.recorder import (
+from hamdist.dynamics.tracing.program import (
+    CONSTANT,
+    Length,
     Op,
     Recording,
+    SymbolicSize,
     TakenOp,
     TracedProgram,
     is_constant,
     value_of,
 )
+from hamdist.dynamics.tracing.recorded_calls import Unfollowed
 from hamdist.dynamics.tracing.signal_columns import ColumnForm
-from hamdist.dynamics.tracing.symbolic import Length, SymbolicSize
-from hamdist.dynamics.tracing.traced_module import CONSTANT
 from hamdist.dynamics.user_modules.structure import filled, parts_of
 
 TracePoint: TypeAlias = tuple[int, Mapping[Length, int]]  # a batch, and lengths that differ

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.function import BackwardCFunction
 
-from hamdist.dynamics.tracing.traced_module import Path
+from hamdist.dynamics.tracing.program import Path
 from hamdist.dynamics.user_modules.structure import filled, parts_of
 
 _OPERATORS = {

@@ -16,13 +16,23 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
-from typing import Any, Generic, TypeAlias, TypeGuard, TypeVar
+from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
 from torch.overrides import TorchFunctionMode
 
+from hamdist.dynamics.tracing.program import (
+    CONSTANT,
+    DeviceRef,
+    Op,
+    Path,
+    Recording,
+    TakenOp,
+    is_constant,
+    is_weight,
+    value_of,
+)
 from hamdist.dynamics.tracing.recorded_calls import (
     TorchCall,
     Unfollowed,
@@ -39,8 +49,6 @@ from hamdist.dynamics.tracing.recorded_calls import (
     tensors_in,
     without_others,
 )
-from hamdist.dynamics.tracing.symbolic import DeviceRef
-from hamdist.dynamics.tracing.traced_module import CONSTANT, Path, nodes_in
 from hamdist.dynamics.user_modules.hooks import hook_of
 from hamdist.dynamics.user_modules.libraries import masks_stay
 from hamdist.dynamics.user_modules.python_state import SETS_REQUIRES_GRAD
@@ -68,88 +76,6 @@ ABOUT = frozenset({
     "untyped_storage", "storage", "retain_grad",
 })
 _SETTERS = ("_set_grad_enabled", "_set_autocast", "set_autocast")
-
-
-Out = TypeVar("Out")
-
-
-Value: TypeAlias = tuple[int, Path]  # a tensor: the step that makes it, and where in its result
-
-
-@dataclass(slots=True)
-class Op(Generic[Out]):
-    """A recorded step. grad: autograd records it. where: the module whose forward took it; line: of
-    that forward. modules: all active modules, outermost first. out: results by path (of one run the
-    tensors; of several their forms, trace.py); nodes: of these results; varies: it depends on the
-    input, on weights, or on chance. reads: steps that had to come first, through memory that they
-    share. writes: memory that it changed.
-    """
-
-    node: fx.Node
-    grad: bool
-    where: str
-    line: str
-    modules: tuple[str, ...]
-    out: dict[Path, Out]
-    nodes: dict[Path, fx.Node]
-    random: bool
-    varies: bool
-    reads: set[int]
-    writes: set[int]
-    memory: set[int]
-
-
-TakenOp: TypeAlias = Op[Tensor]
-
-
-@dataclass(slots=True)
-class TracedProgram:
-    """What a model does, as a graph of torch.fx.
-
-    graph: its placeholders are the inputs, by name; `get_attr` reads weights, by dotted name, and
-    constants (`CONSTANT`). A node that is a result of a step has its `Value` in `meta`. Arguments
-    are nodes, plain values, `Built`, `DeviceRef` and, of several runs, `SymbolicSize`. constants:
-    by index. origin: what each block of memory is at the first step that had it: the node of an
-    input, a weight or a constant, or the number of a step.
-    """
-
-    graph: fx.Graph
-    constants: list[Tensor]
-    origin: dict[int, fx.Node | int]
-
-    @property
-    def end(self) -> fx.Node:
-        """Return the node of the output."""
-        end: fx.Node = next(iter(reversed(self.graph.nodes)))
-        return end
-
-    @property
-    def output(self) -> Any:
-        """Return what the model returns."""
-        return self.end.args[0]
-
-
-@dataclass(slots=True)
-class Recording(TracedProgram):
-    """One run. taken: its steps, in order."""
-
-    taken: list[TakenOp]
-
-
-def value_of(node: Any) -> Value | None:
-    """Return the result of a step that a node is; None for another node or value."""
-    return node.meta.get("value") if isinstance(node, fx.Node) else None
-
-
-def is_weight(node: object) -> TypeGuard[fx.Node]:
-    """Return True for a node that reads a parameter or a buffer, by its dotted name."""
-    is_read = isinstance(node, fx.Node) and node.op == "get_attr"
-    return is_read and not is_constant(node)
-
-
-def is_constant(node: object) -> TypeGuard[fx.Node]:
-    """Return True for a node that reads a tensor that the model makes or keeps."""
-    return isinstance(node, fx.Node) and str(node.target).startswith(CONSTANT.format(""))
 
 
 def record(
@@ -320,9 +246,8 @@ class _Recorder(TorchFunctionMode):
     ) -> Any:
         with self._a_step():
             given = list(tensors_in((args, kwargs)))
-            call = call._replace(
-                args=self._template(call.args), kwargs=self._template(call.kwargs)
-            )
+            arguments = self._template(call.args), self._template(call.kwargs)
+            node = self._graph.create_node(call.op, call.target, *arguments)
             if autocast_state() != self._autocast:
                 raise self._fails("it switches autocast on or off")
             versions = [t._version for t in given]
@@ -331,24 +256,25 @@ class _Recorder(TorchFunctionMode):
             random = not torch.equal(torch.get_rng_state(), chance)
             written = [t for t, v in zip(given, versions, strict=True) if t._version != v]
             made = list(paths_of_tensors(out))
-            varies = random or self._varies(call) or (own is not None and is_stateful(own))
+            varies = random or self._varies(node) or (own is not None and is_stateful(own))
             if not made and not written:
                 about = own is not None or not given or name in ABOUT
                 if not about and varies:
                     raise self._fails(f"what it does depends on values of a tensor ({name})")
                 if own is None and not random:
+                    self._graph.erase_node(node)
                     return out
             if own is not None or given or made:
                 for odd in other_objects(out):
                     raise self._fails(
                         f"{name} returns a {type(odd).__name__}, which is not followed"
                     )
-            self._note(call, given, written, made, random=random, varies=varies)
+            self._note(node, given, written, made, random=random, varies=varies)
             return out
 
     def _note(
         self,
-        call: TorchCall,
+        node: fx.Node,
         given: list[Tensor],
         written: list[Tensor],
         made: list[tuple[Path, Tensor]],
@@ -357,7 +283,6 @@ class _Recorder(TorchFunctionMode):
         varies: bool,
     ) -> None:
         k = len(self._taken)
-        node = self._graph.create_node(call.op, call.target, call.args, call.kwargs)
         taken: TakenOp = Op(
             node, torch.is_grad_enabled(), self._innermost, line_here(), tuple(self._stack),
             dict(made), {}, random, varies, set(), set(), set(),
@@ -399,12 +324,12 @@ class _Recorder(TorchFunctionMode):
         self._graded[id(tensor)] = backward_of(tensor)
         self._origin.setdefault(address_of(tensor), node)
 
-    def _varies(self, call: TorchCall) -> bool:
-        for node in nodes_in((call.args, call.kwargs)):
-            value = value_of(node)
-            if not is_constant(node) if value is None else self._taken[value[0]].varies:
-                return True
-        return False
+    def _varies(self, node: fx.Node) -> bool:
+        values = [(one, value_of(one)) for one in node.all_input_nodes]
+        return any(
+            not is_constant(one) if value is None else self._taken[value[0]].varies
+            for one, value in values
+        )
 
     # -- templates ------------------------------------------------------------------------------
 

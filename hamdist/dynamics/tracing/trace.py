@@ -2,7 +2,7 @@
 
 It runs three times, each time with another batch (recorder.py), and where samples may have lengths
 of their own, with other lengths, too. The runs have to take the same steps; a whole number that
-differs is the batch times something, plus something (symbolic.py). A submodule
+differs is the batch times something, plus something (program.py). A submodule
 that cannot be traced, or does other things at another batch, stays whole, as one step.
 B: batch.
 """
@@ -26,10 +26,10 @@ from hamdist.dynamics.tracing.join_runs import (
     points_of_runs,
     trace_of,
 )
+from hamdist.dynamics.tracing.program import Length, Op, SymbolicSize, TakenOp
 from hamdist.dynamics.tracing.recorded_calls import Unfollowed
-from hamdist.dynamics.tracing.recorder import OWN, Op, TakenOp, record
+from hamdist.dynamics.tracing.recorder import OWN, record
 from hamdist.dynamics.tracing.signal_columns import ColumnForm
-from hamdist.dynamics.tracing.symbolic import Length, SymbolicSize
 from hamdist.dynamics.tracing.watched import watch
 from hamdist.dynamics.user_modules.copies import copied
 from hamdist.dynamics.user_modules.python_state import (

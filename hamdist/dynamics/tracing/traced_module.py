@@ -15,16 +15,13 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any, TypeAlias
+from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
 
 from hamdist.dynamics.user_modules.structure import Field
 
-Path: TypeAlias = tuple[Any, ...]  # keys and indices that lead to a tensor in what a step returned
-
-CONSTANT = "hamdist_constant_{}"  # a buffer of the module: a tensor that is equal for every sample
 WHOLE = "hamdist_model"  # the attribute that has a model that stays whole
 SET_GRAD: Callable[[bool], None] = torch._C._set_grad_enabled
 _PLAIN = (int, float, bool, str, Field, bytes, complex, type(None), type(Ellipsis))
@@ -57,18 +54,6 @@ def is_spelled(value: Any) -> bool:
     return type(value) in _PLAIN or isinstance(value, (fx.Node, *_TORCH))
 
 
-def nodes_in(arguments: Any) -> list[fx.Node]:
-    """Return the nodes in arguments of torch.fx, in order."""
-    found: list[fx.Node] = []
-
-    def note(node: fx.Node) -> fx.Node:
-        found.append(node)
-        return node
-
-    fx.map_arg(arguments, note)
-    return found
-
-
 @dataclass(frozen=True, slots=True)
 class _Numbered:
     """A node in a saved graph, by its place."""
@@ -81,7 +66,7 @@ class TracedModule(nn.Module):
 
     Args:
         graph: its placeholders are the parents, in order. What it calls or reads is in `parts` and
-            `weights`, by dotted name, and in `constants`, by `CONSTANT`.
+            `weights`, by dotted name, and in `constants`, by `CONSTANT` (program.py).
         parts: modules of the original. That of the name '' is the model itself, which the graph
             calls as WHOLE; its weights and modules keep their names.
         persistent: the names of the buffers that belong to the state_dict of the original.
