@@ -298,7 +298,7 @@ def test_portable_bits_of_two_kinds_of_hosts():
         ({**dict(OTHER_KIND), "MKL_CBWR": "AVX2", "ONEDNN_MAX_CPU_ISA": "SSE41"}, ""),
     ):
         done = subprocess.run(
-            [sys.executable, "-m", "runtime.two_kinds", *filter(None, [ray])],
+            [sys.executable, "-m", "runtime.process.two_kinds", *filter(None, [ray])],
             env={**os.environ, **environment, "PYTHONPATH": str(ROOT / "tests")},
             capture_output=True,
             text=True,
