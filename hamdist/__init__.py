@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from hamdist.api import replay as replay
     from hamdist.api import start as start
     from hamdist.api import train as train
+    from hamdist.attached import attach as attach
     from hamdist.config import Level as Level
     from hamdist.config import Settings as Settings
     from hamdist.dynamics.graph.graph import BlockSpec as BlockSpec
@@ -53,6 +54,7 @@ __version__ = "0.1.0"
 
 _HOMES = {  # the names of `__all__` by module; above, for type checkers, once more
     "hamdist.api": "replay start train",
+    "hamdist.attached": "attach",
     "hamdist.config": "Level Settings",
     "hamdist.dynamics.partition.cuts": "CutPlace",
     "hamdist.dynamics.graph.graph": "BlockSpec Combine Graph",

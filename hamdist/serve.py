@@ -3,33 +3,43 @@
     POST /predict   {"u": [[...]]}             {"number": 7, "prediction": [[...]], "versions": {}}
     POST /learn     {"u": [[...]], "y": [0]}   {"number": 8}; y may be left out, and come later:
                     {"number": 8, "y": [0]}
-    GET  /status    what was fed and answered; /metrics: the same for Prometheus
+    GET  /status    what was fed and answered; /metrics: the same for Prometheus; /weights
     POST /snapshot  {"snapshot": "results/live/snapshots/..."}
+    POST /set       {"learning": {"lr": 0.1}} -> {}; likewise /pause, /go_on, /settle, /stop
 
-Arrays instead of JSON: a body of the type application/x-npz with the same names. Every request has
-`Authorization: Bearer TOKEN`. 400: the sample does not fit; 401: another token; 413: too long;
-429: the network is slower than its clients, come again; 503: the run has ended.
+Arrays instead of JSON: a body of the type application/x-npz with the same names, or one of
+application/x-safetensors (`u`, `y`, or `u.NAME`; numbers in the query), as `hamdist.attach` sends.
+Every request has `Authorization: Bearer TOKEN`. 400: the sample does not fit; 401: another token;
+413: too long; 429: the network is slower than its clients, come again; 503: the run has ended.
 """
 
 from __future__ import annotations
 
+import contextlib
 import io
 import json
+import os
 import secrets
-from collections.abc import Callable, Mapping
-from dataclasses import asdict
+import socket
+import threading
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
+import uvicorn
+from safetensors.torch import load
 from starlette.applications import Starlette
 from starlette.concurrency import run_in_threadpool
 from starlette.requests import Request
 from starlette.responses import JSONResponse, PlainTextResponse, Response
 from starlette.routing import Route
 
-from hamdist.errors import HamdistError
-from hamdist.runtime.live.answers import Answer
+from hamdist.errors import HamdistError, SettingsError
+from hamdist.runtime.live.answers import ADDRESS, SAFETENSORS, Answer
+from hamdist.runtime.live.journal import named, packed, read_named
 from hamdist.runtime.live.run import LiveRun
 
 NPZ = "application/x-npz"
@@ -37,7 +47,65 @@ LONGEST = 2**26  # bytes of a body
 AT_ONCE = 32  # requests that wait for the network; starlette has threads for 40
 
 
-def make_app(run: LiveRun, token: str) -> Starlette:
+@dataclass(frozen=True)
+class Served:
+    """Where a live run is served; `stopped` is set by a client that asks for its end."""
+
+    address: str
+    token: str
+    stopped: threading.Event = field(default_factory=threading.Event)
+
+
+@contextlib.contextmanager
+def serving(
+    run: LiveRun,
+    host: str = "127.0.0.1",
+    port: int = 0,
+    token: str | None = None,
+    out: Path | None = None,
+) -> Iterator[Served]:
+    """Serve a live run from a thread of this process, inside.
+
+    Args:
+        run: the run.
+        host: of the network interface: this machine's loopback, unless it is said.
+        port: 0 for any free one.
+        token: that clients need; None for a new one.
+        out: a folder for `address.json` (of mode 0600), by which `hamdist.attach(out)` finds it.
+
+    Raises:
+        SettingsError: the port is taken.
+    """
+    with socket.socket() as listening:
+        listening.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            listening.bind((host, port))
+        except OSError as error:
+            raise SettingsError(f"--port {port}: {error.strerror}; 0: any free one") from None
+        listening.listen()
+        there = socket.gethostname() if host == "0.0.0.0" else host
+        address = f"http://{there}:{listening.getsockname()[1]}"
+        served = Served(address, token or secrets.token_urlsafe(16))
+        app = make_app(run, served.token, served.stopped)
+        server = uvicorn.Server(uvicorn.Config(app, log_level="warning"))
+        thread = threading.Thread(target=server.run, args=([listening],), name="hamdist-serve")
+        thread.start()
+        file = None if out is None else out / ADDRESS
+        try:
+            if file is not None:
+                with os.fdopen(
+                    os.open(file, os.O_CREAT | os.O_WRONLY | os.O_TRUNC, 0o600), "w"
+                ) as f:
+                    json.dump({"address": address, "token": served.token}, f)
+            yield served
+        finally:
+            if file is not None:
+                file.unlink(missing_ok=True)
+            server.should_exit = True
+            thread.join()
+
+
+def make_app(run: LiveRun, token: str, stopped: threading.Event) -> Starlette:
     """Return the ASGI application that serves `run` to the holders of `token`."""
     busy: set[object] = set()
 
@@ -58,7 +126,7 @@ def make_app(run: LiveRun, token: str) -> Starlette:
             except OverflowError as error:
                 return _refusal(413, str(error))
             except HamdistError as error:
-                return _refusal(400 if run.running else 503, str(error))
+                return _refusal(400 if run.running else 503, str(error), type(error).__name__)
             except (KeyError, ValueError, TypeError) as error:
                 return _refusal(400, f"{type(error).__name__}: {error}")
             finally:
@@ -77,18 +145,29 @@ def make_app(run: LiveRun, token: str) -> Starlette:
     def predict(body: dict[str, Any]) -> Answer:
         return run.predict(_input(run, body["u"]), end=bool(body.get("end")), wait=False)
 
+    def set_(body: dict[str, Any]) -> None:
+        run.set(learning=body["learning"])
+
     def metrics(_: object) -> str:
         return "".join(f"hamdist_{name} {value}\n" for name, value in _status(run).items())
 
-    return Starlette(
-        routes=[
-            Route("/predict", answered(predict), methods=["POST"]),
-            Route("/learn", answered(learn), methods=["POST"]),
-            Route("/snapshot", answered(lambda _: {"snapshot": run.snapshot()}), methods=["POST"]),
-            Route("/status", answered(lambda _: _status(run))),
-            Route("/metrics", answered(metrics)),
-        ]
-    )
+    asked = {
+        "status": lambda _: _status(run),
+        "metrics": metrics,
+        "weights": lambda _: run.weights(),
+    }
+    said: dict[str, Callable[[dict[str, Any]], Any]] = {
+        "predict": predict,
+        "learn": learn,
+        "set": set_,
+        "pause": lambda _: run.pause(),
+        "go_on": lambda _: run.go_on(),
+        "settle": lambda _: run.settle(),
+        "stop": lambda _: stopped.set(),
+        "snapshot": lambda _: {"snapshot": run.snapshot()},
+    }
+    posts = [Route(f"/{n}", answered(work), methods=["POST"]) for n, work in said.items()]
+    return Starlette(routes=[*posts, *(Route(f"/{n}", answered(w)) for n, w in asked.items())])
 
 
 async def _body(request: Request) -> dict[str, Any]:
@@ -97,6 +176,10 @@ async def _body(request: Request) -> dict[str, Any]:
         data += chunk
         if len(data) > LONGEST:
             raise OverflowError(f"a body of more than {LONGEST >> 20} MiB")
+    if request.headers.get("content-type") == SAFETENSORS:
+        tensors = load(bytes(data))
+        parts = {name: read_named(name, tensors) for name in ("u", "y")}
+        return {n: one for n, one in parts.items() if one is not None} | dict(request.query_params)
     if request.headers.get("content-type") == NPZ:
         with np.load(io.BytesIO(data), allow_pickle=False) as arrays:
             return {name: arrays[name] for name in arrays.files}
@@ -109,9 +192,15 @@ async def _body(request: Request) -> dict[str, Any]:
 def _replied(result: Any, request: Request) -> Response:
     if isinstance(result, str):
         return PlainTextResponse(result)
+    if isinstance(result, dict) and request.url.path == "/weights":
+        return Response(packed(result), media_type=SAFETENSORS)
     if not isinstance(result, Answer):
-        return JSONResponse(result)
+        return JSONResponse(result or {})
     y = result.prediction
+    if request.headers.get("accept") == SAFETENSORS:
+        told: Any = {"number": result.number, "versions": result.versions}
+        data = packed(named("y", y), {"answer": json.dumps(told)})
+        return Response(data, media_type=SAFETENSORS)
     found = y if isinstance(y, Mapping) else {"prediction": y}
     if request.headers.get("accept") == NPZ:
         file, arrays = io.BytesIO(), {n: t.numpy() for n, t in found.items()}
@@ -136,6 +225,8 @@ def _target(run: LiveRun, y: Any) -> Any:
 
 
 def _tensor(values: Any, dtype: torch.dtype) -> torch.Tensor:
+    if isinstance(values, torch.Tensor):
+        return values  # (as it is: another dtype is refused, as by the run itself)
     return torch.as_tensor(np.asarray(values)).to(dtype)  # (no array of objects or texts)
 
 
@@ -149,5 +240,6 @@ def _status(run: LiveRun) -> dict[str, Any]:
     return {name: int(one) if isinstance(one, bool) else one for name, one in told.items()}
 
 
-def _refusal(status: int, why: str) -> JSONResponse:
-    return JSONResponse({"error": why}, status, {"Retry-After": "1"} if status == 429 else None)
+def _refusal(status: int, why: str, kind: str = "StreamError") -> JSONResponse:
+    told = {"error": why, "kind": kind}
+    return JSONResponse(told, status, {"Retry-After": "1"} if status == 429 else None)

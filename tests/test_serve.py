@@ -6,7 +6,6 @@ import io
 import json
 import os
 import signal
-import socket
 import subprocess
 import sys
 import threading
@@ -22,9 +21,9 @@ from torch import nn
 import hamdist
 
 pytest.importorskip("starlette")
-uvicorn = pytest.importorskip("uvicorn")
+pytest.importorskip("uvicorn")
 
-from hamdist.serve import make_app  # noqa: E402
+from hamdist.serve import serving
 
 X, Y = torch.tensor([[1.0, 2.0, 3.0]]), torch.tensor([1])
 NPZ = "application/x-npz"
@@ -61,17 +60,10 @@ def served(tmp_path):
     example = {"example": (X, Y), "classes": 2, "out": tmp_path, "idle": None}
     with (
         hamdist.start(model, level="backprop", learning={"lr": 0.1}, **example) as run,
-        socket.socket() as listening,
+        serving(run, token="secret", out=tmp_path) as there,
     ):
-        listening.bind(("127.0.0.1", 0))
-        listening.listen(128)
-        server = uvicorn.Server(uvicorn.Config(make_app(run, "secret"), log_level="warning"))
-        thread = threading.Thread(target=server.run, kwargs={"sockets": [listening]})
-        thread.start()
-        yield run, Client(f"http://127.0.0.1:{listening.getsockname()[1]}"), model
-        server.should_exit = True
-        thread.join(30)
-        assert not thread.is_alive()
+        yield run, Client(there.address), model
+    assert not (tmp_path / "address.json").exists()
 
 
 def test_predictions_and_labels_over_http(served):

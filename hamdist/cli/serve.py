@@ -4,16 +4,14 @@ from __future__ import annotations
 
 import contextlib
 import os
-import secrets
 import signal
-import socket
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 from rich.text import Text
 
-from hamdist.cli.console import OUTPUT, console, exit_codes, report
+from hamdist.cli.console import OUTPUT, console, report, say
 from hamdist.cli.options import (
     DEFAULT_SETTINGS,
     EngineOption,
@@ -25,9 +23,7 @@ from hamdist.cli.options import (
     load,
 )
 from hamdist.cli.prepare import prepare
-from hamdist.errors import SettingsError, need_package
-
-HOST = "127.0.0.1"
+from hamdist.errors import need_package
 
 
 def serve(
@@ -36,7 +32,10 @@ def serve(
     engine: EngineOption = None,
     set_: SetOption = None,
     model: ModelOption = None,
-    port: Annotated[int, typer.Option("--port", min=0, max=65535, help="On this host.")] = 8000,
+    port: Annotated[int, typer.Option("--port", min=0, max=65535, help="0: any free one.")] = 8000,
+    host: Annotated[
+        str, typer.Option("--host", help="Interface; others than loopback are for safe networks.")
+    ] = "127.0.0.1",
     out: Annotated[
         Path, typer.Option("--out", help="Folder of the journal and snapshots; an old one goes on.")
     ] = Path("results/live"),
@@ -47,43 +46,36 @@ def serve(
 ) -> None:
     """Serve a run that learns from its clients, on this machine alone; Ctrl-C ends it.
 
-    Clients need the token that is printed, or that HAMDIST_TOKEN says.
+    Clients need the token that is printed, or that HAMDIST_TOKEN says; `hamdist.attach(OUT)` in
+    another process of this user finds both.
     """
-    with exit_codes():
-        need_package("starlette", "'hamdist[serve]'", "`hamdist serve`")
-        need_package("uvicorn", "'hamdist[serve]'", "`hamdist serve`")
-        import uvicorn
+    need_package("starlette", "'hamdist[serve]'", "`hamdist serve`")
+    need_package("uvicorn", "'hamdist[serve]'", "`hamdist serve`")
+    from hamdist.api import start
+    from hamdist.serve import serving
+    from hamdist.study.report.save import save_weights
+    from hamdist.study.run.export import begun
 
-        from hamdist.api import start
-        from hamdist.serve import make_app
-        from hamdist.study.report.save import save_weights
-        from hamdist.study.run.export import begun
-
-        loaded = load(settings, set_, changes(level=level, engine=engine))
-        loaded = loaded.for_level(loaded.level)
-        network, first, classes = begun(loaded, prepare(None, model), weights)
-        token = os.environ.get("HAMDIST_TOKEN") or secrets.token_urlsafe(16)
-        resume = out if (out / "journal.jsonl").exists() else None
-        begin: Any = {"example": first, "classes": classes, "out": out, "resume": resume}
-        with socket.socket() as listening, start(network, loaded, **begin) as run:
-            listening.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-            try:
-                listening.bind((HOST, port))
-            except OSError as error:
-                raise SettingsError(f"--port {port}: {error.strerror}; 0: any free one") from None
-            listening.listen()
-            address = f"http://{HOST}:{listening.getsockname()[1]}"
-            report(address=address, token=token, out=str(out))
-            told = Text(f"{address}  Authorization: Bearer {token}")
-            console(stderr=OUTPUT.as_json).print(told, soft_wrap=True)  # now, not at the end
-            config = uvicorn.Config(make_app(run, token), log_level="warning")
-            run.settle()  # Ray has set handlers of its own by then
-            signal.signal(signal.SIGTERM, signal.default_int_handler)
-            with contextlib.suppress(KeyboardInterrupt):  # (which uvicorn raises on at its end)
-                uvicorn.Server(config).run(sockets=[listening])
-        if run.result is not None:
-            save_weights(out / "model.safetensors", run.result.model.state_dict())
-            console().print(Text(f"{run.result.samples} samples; weights written to {out}"))
+    loaded = load(settings, set_, changes(level=level, engine=engine))
+    loaded = loaded.for_level(loaded.level)
+    network, first, classes = begun(loaded, prepare(None, model), weights)
+    resume = out if (out / "journal.jsonl").exists() else None
+    begin: Any = {"example": first, "classes": classes, "out": out, "resume": resume}
+    token = os.environ.get("HAMDIST_TOKEN")
+    with (
+        start(network, loaded, **begin) as run,
+        contextlib.suppress(KeyboardInterrupt),
+        serving(run, host, port, token, out) as served,
+    ):
+        report(address=served.address, token=served.token, out=str(out))
+        run.settle()  # Ray has set handlers of its own by then
+        signal.signal(signal.SIGTERM, signal.default_int_handler)
+        access = Text(f"{served.address}  Authorization: Bearer {served.token}")
+        console(stderr=OUTPUT.as_json).print(access, soft_wrap=True)  # now, not at the end
+        served.stopped.wait()
+    if run.result is not None:
+        save_weights(out / "model.safetensors", run.result.model.state_dict())
+        say(f"{run.result.samples} samples; weights written to {out}")
 
 
 def replay(
@@ -92,21 +84,20 @@ def replay(
     model: ModelOption = None,
 ) -> None:
     """Repeat a live run from its journal, and write its weights to DIR/replay.safetensors."""
-    with exit_codes():
-        from hamdist.api import replay as repeated
-        from hamdist.config import Settings
-        from hamdist.models.build import make_from_factory
-        from hamdist.runtime.live.begin import read_beginning
-        from hamdist.study.report.save import save_weights
-        from hamdist.study.run.run import torch_dtype
+    from hamdist.api import replay as repeated
+    from hamdist.config import Settings
+    from hamdist.models.build import make_from_factory
+    from hamdist.runtime.live.begin import read_beginning
+    from hamdist.study.report.save import save_weights
+    from hamdist.study.run.run import torch_dtype
 
-        factory, network = prepare(None, model), None
-        if factory is not None:
-            began = Settings.model_validate(read_beginning(folder)[0]["settings"])
-            dtype = torch_dtype(began.dtype)
-            network = make_from_factory(factory, seed=began.seed, dtype=dtype)
-        result = repeated(folder, network, **changes(engine=engine))
-        file = folder / "replay.safetensors"
-        save_weights(file, result.model.state_dict())
-        report(samples=result.samples, file=str(file))
-        console().print(Text(f"{result.samples} samples; weights written to {file}"))
+    factory, network = prepare(None, model), None
+    if factory is not None:
+        began = Settings.model_validate(read_beginning(folder)[0]["settings"])
+        dtype = torch_dtype(began.dtype)
+        network = make_from_factory(factory, seed=began.seed, dtype=dtype)
+    result = repeated(folder, network, **changes(engine=engine))
+    file = folder / "replay.safetensors"
+    save_weights(file, result.model.state_dict())
+    report(samples=result.samples, file=str(file))
+    say(f"{result.samples} samples; weights written to {file}")

@@ -1,9 +1,8 @@
 """The driver of a launched run: `python -m hamdist.launch.driver [SIGNAL]`, in the package folder.
 
 guardian.py starts it, and again if it was lost (SIGNAL ended the one before). Its standard output
-is
-the job's log, into which it writes events (events.py). SIGINT is the first Ctrl-C of a terminal: a
-snapshot, the end of the stream, and the state of the run by then is its result.
+is the job's log, into which it writes events (events.py). SIGINT is the first Ctrl-C of a terminal:
+a snapshot, the end of the stream, and the state of the run by then is its result.
 """
 
 from __future__ import annotations
@@ -16,8 +15,10 @@ import sys
 import threading
 import time
 import warnings
+from contextlib import suppress
 from pathlib import Path
 from tempfile import mkdtemp
+from typing import TYPE_CHECKING, Any
 
 from hamdist.config import Settings
 from hamdist.display.network import PlacedNetwork
@@ -34,6 +35,7 @@ from hamdist.launch.events import (
     DriverLost,
     Ended,
     FilesStay,
+    Listening,
     ResultValues,
     Started,
     WarningEvent,
@@ -45,6 +47,9 @@ from hamdist.launch.package import SETTINGS, JobSpec, read_order
 from hamdist.runtime.results.progress_events import ProgressPace
 from hamdist.runtime.results.result import Progress
 from hamdist.study.shared.recipes import load_settings
+
+if TYPE_CHECKING:
+    from hamdist.models.build import ModelFactory
 
 
 def main() -> int:
@@ -91,6 +96,9 @@ def _run(folder: Path, lost: str | None) -> Ended:
             seed=settings.seed,
         )
     )
+    if order.live is not None:
+        warnings.showwarning = _warn
+        return _serve(order, settings, factory)
 
     from hamdist.study.report.save import save_run
     from hamdist.study.report.table import run_facts, run_title
@@ -125,6 +133,38 @@ def _run(folder: Path, lost: str | None) -> Ended:
         error=run.failure,
         resume=order.called if run.interrupted and run.snapshots else None,
     )
+
+
+def _serve(order: JobSpec, settings: Settings, factory: ModelFactory | None) -> Ended:
+    """Serve a live run until it is stopped; a driver that was lost goes on with its journal."""
+    from hamdist.api import start
+    from hamdist.serve import serving
+    from hamdist.study.report.save import save_weights
+    from hamdist.study.run.export import begun
+
+    host, port = order.live or ("", 0)
+    network, first, classes = begun(settings, factory, order.resume)
+    with _Results(order) as results:
+        out = results.path
+        begin: Any = {"example": first, "classes": classes, "out": out}
+        begin["resume"] = out if (out / "journal.jsonl").exists() else None
+        with (
+            start(network, settings, **begin) as run,
+            suppress(KeyboardInterrupt),
+            serving(run, host, port, out=out) as served,
+        ):
+            show = _Teller()
+            run.settle()  # Ray has set handlers of its own by then
+            signal.signal(signal.SIGINT, signal.default_int_handler)
+            tell(Listening(address=served.address, token=served.token))
+            while run.running and not served.stopped.wait(1.0):
+                progress = run.status().progress
+                show(progress) if progress is not None else None
+        signal.signal(signal.SIGINT, signal.SIG_IGN)
+        result = run.stop()
+        save_weights(out / "model.safetensors", result.model.state_dict())
+        results.handed_over = _hand_over(out, order)
+    return Ended(code=0, samples=result.samples)
 
 
 def _found_again(order: JobSpec, lost: str) -> str | None:

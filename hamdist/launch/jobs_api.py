@@ -128,6 +128,12 @@ class Jobs:
         with self._asking(name):
             return bool(self._client.stop_job(name))
 
+    def log(self, name: str) -> str:
+        """Return what the job has written so far."""
+        with self._asking(name):
+            text: str = self._client.get_job_logs(name)
+        return text
+
     def lines(self, name: str) -> Iterator[str]:
         """Yield the job's log from its start, line by line, until the job is over.
 

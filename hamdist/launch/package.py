@@ -34,6 +34,7 @@ class JobSpec(BaseModel):
         storage: a folder that all hosts see, where the results stay.
         most: bytes of the largest file that is sent back.
         snapshots: where the run keeps them; resume: those that it begins with.
+        live: the interface and port on which a live run is served; None for a run of the stream.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
@@ -45,6 +46,7 @@ class JobSpec(BaseModel):
     stream: str | None = None
     snapshots: str | None = None
     resume: str | None = None
+    live: tuple[str, int] | None = None
 
     @property
     def own_snapshots(self) -> bool:

@@ -25,6 +25,7 @@ def submit_run(
     model: str | None,
     resume: str | None = None,
     stream: str | None = None,
+    live: tuple[str, int] | None = None,
 ) -> str:
     """Submit a run, and return its id.
 
@@ -33,12 +34,14 @@ def submit_run(
         settings: those of one level (`on_ray`).
         model, stream: names that `--model` and `--stream` gave, imported already.
         resume: see `resumed_from`.
+        live: see `JobSpec`.
     """
     name = make_id(f"{settings.name}-{settings.level.value}")
     order = _order(jobs, name, model).model_copy(
         update={
             "snapshots": kept_at(settings, jobs.cluster, name),
             "resume": resume,
+            "live": live,
             "stream": None if stream is None else named_there(stream),
         }
     )

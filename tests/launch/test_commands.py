@@ -15,10 +15,13 @@ from pathlib import Path
 
 import psutil
 import pytest
+import torch
 from safetensors.torch import load_file
 from typer.testing import CliRunner
 
+import hamdist as hamdist_
 from hamdist.cli import app
+from hamdist.errors import SettingsError
 from hamdist.launch.ray_environment import missing_extras
 
 RUN = ["--steps", "40", "--set", "engine.actors=2", "--set", "metrics.window=10"]
@@ -283,3 +286,38 @@ def assert_equal(one, other):
     assert a.keys() == b.keys()
     for key, value in a.items():
         assert value.equal(b[key]), key
+
+
+@needs_extras
+@pytest.mark.ray
+@pytest.mark.hosts
+@pytest.mark.timeout(400)
+def test_a_live_run_is_talked_to_from_here_and_loses_nothing_with_its_driver(machine, tmp_path):
+    pytest.importorskip("uvicorn")
+    wanted = ["digits", "--live", "--detach", "--set", "engine.actors=2", "--level", "trace"]
+    code, name, err = done(hamdist(machine, "launch", *wanted))
+    assert code == 0, err
+    run = hamdist_.attach(name, cluster=str(machine), timeout=90)
+    drawn = torch.Generator().manual_seed(0)
+    for k in range(20):
+        n = run.feed(torch.rand(32, 64, generator=drawn))
+        run.teach(n, torch.full((32,), k % 10))
+    drivers = [
+        p for p in psutil.process_iter(["cmdline"]) if "hamdist.launch.driver" in str(p.info)
+    ]
+    (driver,) = [p for p in drivers if name in str(p.environ())]
+    driver.kill()
+    run = hamdist_.attach(name, cluster=str(machine), timeout=90)
+    assert run.status().fed == 20
+    assert run.predict(torch.rand(32, 64, generator=drawn)).number == 20
+    weights = run.weights()
+    code, _, err = done(hamdist(machine, "stop", name))
+    assert code == 0, err
+    with pytest.raises(SettingsError, match="is over"):
+        hamdist_.attach(name, cluster=str(machine))
+    folder = machine.parent / "storage" / name
+    again = hamdist_.replay(folder)
+    saved = load_file(folder / "model.safetensors")
+    assert again.samples == 21
+    assert all(torch.equal(w, saved[n]) for n, w in again.model.state_dict().items())
+    assert weights.keys() == saved.keys()

@@ -6,9 +6,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import typer
-from rich.text import Text
 
-from hamdist.cli.console import complain, console, note, print_facts, report, warn
+from hamdist.cli.console import complain, note, print_facts, report, say_written, warn
 from hamdist.cli.display import Display
 from hamdist.errors import INTERRUPTED, ClusterError
 
@@ -61,6 +60,7 @@ def _watch(
     from hamdist.launch.events import (
         DriverLost,
         Ended,
+        Listening,
         Progressed,
         ResultValues,
         Started,
@@ -82,6 +82,8 @@ def _watch(
     for event in follow(jobs.lines(name), results, say):
         if isinstance(event, Started):
             show = display.watch(event.title, event.batch)
+        elif isinstance(event, Listening):
+            note(f"Served at {event.address}: hamdist.attach({name!r}) talks to it")
         elif isinstance(event, DriverLost):
             place = f"goes on from tick {event.tick}" if event.tick else "begins again"
             warn(f"the driver was lost ({event.signal}); the run {place}")
@@ -100,9 +102,8 @@ def _watch(
 
 
 def _print_results(results: Results) -> None:
-    if results.written:
-        report(out=str(results.out))
-        console().print(Text(f"Written to {results.out}"), soft_wrap=True)
+    if results.out is not None and results.written:
+        say_written(results.out)
     for file in results.left:
         complain(
             f"{file.name} has {file.size / 2**20:.1f} MiB, more than fetch_mib of the cluster file "

@@ -60,13 +60,12 @@ class Journal:
 
     def write(self, line: dict[str, Any], tensors: Mapping[str, Any]) -> None:
         """Write a line and its tensors. Raises SnapshotError where the disk does not take it."""
-        kept = {n: t.detach().clone().contiguous() for n, t in tensors.items() if t is not None}
         try:
             lines, data = self._files
-            if kept:
-                packed = save(kept)
-                line |= {"at": data.tell(), "bytes": len(packed)}
-                data.write(packed)
+            if any(t is not None for t in tensors.values()):
+                piece = packed(tensors)
+                line |= {"at": data.tell(), "bytes": len(piece)}
+                data.write(piece)
                 data.flush()
             lines.write(json.dumps(line).encode() + b"\n")
             lines.flush()
@@ -132,6 +131,12 @@ class Journal:
         for file in self._files:
             file.close()
         self._files = []
+
+
+def packed(tensors: Mapping[str, Any], facts: dict[str, str] | None = None) -> bytes:
+    """Return tensors by name, those that are None left out, in the safetensors format."""
+    kept = {n: t.detach().clone().contiguous() for n, t in tensors.items() if t is not None}
+    return save(kept, facts)
 
 
 def named(name: str, value: Any) -> dict[str, Tensor | None]:

@@ -10,6 +10,7 @@ import copy
 import threading
 from collections import deque
 from collections.abc import AsyncIterator, Callable, Iterator, Mapping, Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -20,10 +21,10 @@ from hamdist.dynamics.graph.graph import Graph
 from hamdist.dynamics.graph.inputs import NetworkInputs
 from hamdist.dynamics.objective.losses import Losses, make_losses
 from hamdist.errors import SettingsError, Stop, StreamError
-from hamdist.runtime.live.answers import Answer, LiveStatus
+from hamdist.runtime.live.answers import Answer, LiveStatus, versions_of
 from hamdist.runtime.live.callbacks import Callback
 from hamdist.runtime.live.journal import Journal
-from hamdist.runtime.nodes.live import Answered, HandedOver
+from hamdist.runtime.nodes.emissions import Answered, HandedOver
 from hamdist.runtime.nodes.source import checker_of
 from hamdist.runtime.plan.plan import Plan
 from hamdist.runtime.results.events import (
@@ -70,7 +71,7 @@ class LiveRun:
         self._stream, self._reader, self._journal = stream, reader, journal
         self._losses = losses or make_losses(settings.loss, settings.ignore_index)
         self._answers: dict[int, Answer] = {}
-        self._parts: dict[int, dict[str, Tensor]] = {}  # answers of which a readout's part lacks
+        self._parts: dict[int, dict[str, Tensor]] = {}  # answers that some readouts lack
         self._from: dict[str, int] = {}  # by readout: the first number that is not there
         self._asked: set[int] = set()  # by predict, which takes its answer itself
         self._progress: Progress | None = None
@@ -155,7 +156,8 @@ class LiveRun:
             return
         del self._parts[news.number]
         prediction = parts if len(parts) > 1 else news.prediction
-        answer = Answer(news.number, prediction, self._plan, news)
+        versions = partial(versions_of, self._plan, news)
+        answer = Answer(news.number, prediction, versions)
         self._answers[news.number] = answer
         if self._callbacks:
             self._happened.append(answer)

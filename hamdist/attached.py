@@ -1,0 +1,188 @@
+"""A live run of another process, on this machine or another one (`hamdist.attach`)."""
+
+from __future__ import annotations
+
+import json
+import time
+import urllib.error
+import urllib.request
+from collections.abc import Mapping
+from dataclasses import fields
+from pathlib import Path
+from typing import Any
+from urllib.parse import urlencode
+
+import torch
+from safetensors.torch import load
+from torch import Tensor
+
+import hamdist.errors as errors
+from hamdist.errors import ClusterError, HamdistError, SettingsError, StreamError
+from hamdist.runtime.live.answers import ADDRESS, SAFETENSORS, Answer, LiveStatus
+from hamdist.runtime.live.journal import named, packed, read_named
+
+AGAIN_SECONDS = 0.02  # after a refusal: the network is slower than its clients
+LOOK_SECONDS = 0.5
+
+
+def attach(
+    where: str | Path,
+    token: str | None = None,
+    *,
+    cluster: str | None = None,
+    timeout: float = 60.0,
+) -> AttachedRun:
+    """Attach to a live run that is served: `hamdist serve`, or `hamdist launch --live`.
+
+    Args:
+        where: the folder that it has as `out`, on this machine; its address, http://HOST:PORT; or
+            the id of a launched run.
+        token: of an address.
+        cluster: of a launched run: see `hamdist attach`.
+        timeout: seconds in which a launched run has to begin, and a call to be answered.
+
+    Raises:
+        SettingsError: no run is served there, or the token is another one.
+        ClusterError: nobody answers.
+    """
+    text, file = str(where), Path(where) / ADDRESS
+    if "://" not in text and file.exists():
+        facts = json.loads(file.read_text("utf-8"))
+        text, token = facts["address"], facts["token"]
+    elif "://" not in text and Path(where).is_dir():
+        raise SettingsError(f"attach: {text!r} has no {ADDRESS}: its run is not served, or is over")
+    elif "://" not in text:
+        return _launched(text, cluster, timeout)
+    if token is None:
+        raise SettingsError(f"attach: {text} needs a token, which the server has printed")
+    return AttachedRun(text, token, timeout)
+
+
+def _launched(id_: str, cluster: str | None, timeout: float) -> AttachedRun:
+    """Attach to a launched run by what its log says, of its latest driver."""
+    from hamdist.launch.cluster_file import find_cluster
+    from hamdist.launch.events import Listening, from_line
+    from hamdist.launch.jobs_api import Jobs
+
+    jobs, end = Jobs(find_cluster(cluster)), time.monotonic() + timeout
+    why: object = "it serves nobody: was it launched with --live?"
+    while time.monotonic() < end:
+        if jobs.find(id_).over:
+            raise SettingsError(f"attach: run {id_} is over")
+        events = (from_line(line)[1] for line in reversed(jobs.log(id_).splitlines()))
+        there = next((one for one in events if isinstance(one, Listening)), None)
+        try:
+            if there is not None:
+                return AttachedRun(there.address, there.token, timeout)
+        except ClusterError as error:  # (a driver that was lost, and has a successor soon)
+            why = error
+        time.sleep(LOOK_SECONDS)
+    raise ClusterError(f"attach: run {id_}: {why}")
+
+
+class AttachedRun:
+    """The calls of `LiveRun` to a run of another process; several of them may talk to one run.
+
+    A call raises what it would there, and ClusterError where nobody answers: what it said may then
+    have been accepted, or not (`status` tells).
+    """
+
+    def __init__(self, address: str, token: str, timeout: float) -> None:
+        self.address, self._token, self._timeout = address.rstrip("/"), token, timeout
+        # (no proxy: the token is for that host alone)
+        self._opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))
+        self.status()
+
+    def feed(self, u: Any, y: Any = None, *, end: bool = False, wait: bool = True) -> int:
+        """Feed a sample; return its number."""
+        tensors = {**named("u", u), **named("y", y)}
+        return int(self._told("learn", tensors, wait=wait, **({"end": 1} if end else {}))["number"])
+
+    def predict(self, u: Any, *, end: bool = False, wait: bool = True) -> Answer:
+        """Feed a sample without a label, and return its prediction."""
+        data = self._say("predict", named("u", u), wait=wait, **({"end": 1} if end else {}))
+        header = json.loads(data[8 : 8 + int.from_bytes(data[:8], "little")])["__metadata__"]
+        facts = json.loads(header["answer"])
+        prediction: Any = read_named("y", load(data))
+        return Answer(facts["number"], prediction, lambda: facts["versions"])
+
+    def teach(self, number: int, y: Any, *, wait: bool = True) -> None:
+        """Give the label of an earlier sample."""
+        self._say("learn", named("y", y), wait=wait, number=number)
+
+    def set(self, *, learning: Mapping[str, float]) -> None:
+        """Change the learning rate from the next sample on."""
+        self._told("set", json.dumps({"learning": dict(learning)}).encode())
+
+    def pause(self) -> None:
+        """Hold the network."""
+        self._told("pause")
+
+    def go_on(self) -> None:
+        """End a pause."""
+        self._told("go_on")
+
+    def settle(self) -> None:
+        """Emit idle ticks until all that is under way has come to its end."""
+        self._told("settle")
+
+    def weights(self) -> dict[str, Tensor]:
+        """Return the `state_dict` of the run's model, of one emission."""
+        return load(self._say("weights", None))
+
+    def snapshot(self) -> str:
+        """Take a snapshot; return its place, there."""
+        return str(self._told("snapshot")["snapshot"])
+
+    def status(self) -> LiveStatus:
+        """Return where the run stands, without the engine's report."""
+        facts = {**self._told("status", None), "progress": None}
+        return LiveStatus(**{one.name: facts[one.name] for one in fields(LiveStatus)})
+
+    def stop(self) -> None:
+        """Ask the server to end the run in order; it does so behind what was fed."""
+        self._told("stop")
+
+    def _told(self, name: str, body: Any = b"", **query: Any) -> dict[str, Any]:
+        facts: dict[str, Any] = json.loads(self._say(name, body, **query))
+        return facts
+
+    def _say(self, name: str, body: Any, *, wait: bool = True, **query: Any) -> bytes:
+        """Return the reply to a request. body: tensors, or JSON as bytes; None: GET."""
+        headers = {"Authorization": f"Bearer {self._token}", "Accept": SAFETENSORS}
+        if isinstance(body, Mapping):
+            headers["Content-Type"] = SAFETENSORS
+            given = {n: None if t is None else torch.as_tensor(t) for n, t in body.items()}
+            body = packed({n: None if t is None else t.cpu() for n, t in given.items()})
+        url = f"{self.address}/{name}?{urlencode(query)}"
+        while True:
+            try:
+                request = urllib.request.Request(url, body, headers)
+                with self._opener.open(request, timeout=self._timeout) as reply:
+                    data: bytes = reply.read()
+                    return data
+            except urllib.error.HTTPError as error:
+                refusal = _refused(error)
+            except (OSError, ValueError) as error:
+                raise ClusterError(f"{self.address} does not answer: {error}") from None
+            if not wait or not isinstance(refusal, BlockingIOError):
+                raise refusal
+            time.sleep(AGAIN_SECONDS)
+
+
+def _refused(error: urllib.error.HTTPError) -> Exception:
+    try:
+        facts = json.loads(error.read())
+        text, kind = str(facts["error"]), getattr(errors, str(facts["kind"]), StreamError)
+    except (ValueError, KeyError, TypeError, OSError):
+        return ClusterError(f"{error.url}: {error.code} {error.reason}: is it a run of hamdist?")
+    if error.code == 429:
+        return BlockingIOError(text)
+    if error.code == 401:
+        return SettingsError(f"{error.url}: {text}")
+    plain = (
+        isinstance(kind, type)
+        and issubclass(kind, HamdistError)
+        and kind.__init__ is HamdistError.__init__
+    )
+    return (kind if plain else StreamError)(text)
