@@ -38,7 +38,8 @@ class Built:
 
 def parts_of(value: Any) -> list[tuple[Any, Any]] | None:
     """Return the parts by key; None for a value without parts."""
-    if _is_leaf(type(value)):
+    kind: type[object] = type(value)
+    if _is_leaf(kind):
         return None
     if isinstance(value, Built):
         return list(value.parts)
