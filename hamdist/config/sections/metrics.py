@@ -25,6 +25,7 @@ class TrackerKind(str, Enum):
     MLFLOW = "mlflow"
     WANDB = "wandb"
     PROMETHEUS = "prometheus"
+    RAY = "ray"
 
 
 class MetricsSettings(Section):

@@ -119,7 +119,7 @@ class _Program:
             place = self._arguments + k
             local[place] = len(kernels)
             inside = (p for p in local if p not in (source, place))
-            if any(last_reader[p] > k for p in inside):
+            if any(last_reader.get(p, len(self._made)) > k for p in inside):
                 continue
             chain = chain_of(kernels, reads)
             if chain is not None:
@@ -129,14 +129,8 @@ class _Program:
     def _steps(self, last: int) -> list[ProgramStep]:
         """Return the steps, those marked whose output leaves the block.
 
-        That is the output, the messages, and every value that shares memory with them.
+        That is the output, and every value that shares memory with it.
         """
-        told = set(range(self._arguments))
-        for i, (kernel, reads) in enumerate(self._made):
-            if isinstance(kernel, (Reshape, Add)) and told.intersection(reads):
-                told.add(self._arguments + i)
-            elif isinstance(kernel, (Linear, Chain)):
-                kernel.lends = reads[0] not in told
         leaving = {last}
         for i in range(len(self._made) - 1, -1, -1):
             kernel, reads = self._made[i]
