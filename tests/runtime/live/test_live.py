@@ -271,7 +271,9 @@ def sizes():
     """Bytes of all that Python's collector knows, containers and tensors, and of what is where."""
     gc.collect()
     tracked = gc.get_objects()
-    tensors = sum(t.nbytes for t in tracked if type(t) is torch.Tensor and t.layout == torch.strided)
+    tensors = sum(
+        t.nbytes for t in tracked if type(t) is torch.Tensor and t.layout == torch.strided
+    )
     return sum(map(sys.getsizeof, tracked)) + tensors
 
 
