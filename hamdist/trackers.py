@@ -1,4 +1,4 @@
-"""Trackers: a run's events as scalars in TensorBoard, MLflow, Weights & Biases, Prometheus, CSV.
+"""Trackers: a run's events as scalars in TensorBoard, MLflow, W&B, Prometheus, Ray's metrics, CSV.
 
 Each needs its own package (an extra of hamdist's, of the same name), csv none.
 """
@@ -17,7 +17,7 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
-from hamdist.config import Settings, TrackerKind, to_yaml
+from hamdist.config import EngineKind, Settings, TrackerKind, to_yaml
 from hamdist.errors import SettingsError, need_package
 from hamdist.runtime.results.events import (
     ActorsMeasured,
@@ -29,6 +29,7 @@ from hamdist.runtime.results.events import (
     RunBegun,
     RunEvent,
     RunProgressed,
+    UpdatesAligned,
     WindowFull,
 )
 from hamdist.runtime.results.measured import Histogram
@@ -50,6 +51,11 @@ def scalars(event: RunEvent) -> Iterator[tuple[str, float | None]]:
     elif isinstance(event, BlocksMeasured):
         for block, norms in event.norms.items():
             yield from ((f"norm/{block}/{name}", x) for name, x in norms._asdict().items())
+        for block, late in event.staleness.items():
+            updates = sum(n * times for n, times in late.items())
+            yield f"staleness/{block}", updates / sum(late.values())
+    elif isinstance(event, UpdatesAligned):
+        yield from ((f"alignment/{block}", x) for block, x in event.cosines.items())
     elif isinstance(event, ActorsMeasured):
         yield from ((f"memory/{actor}", size) for actor, size in event.memory.items())
         for actor, spent in event.seconds.items():
@@ -200,12 +206,28 @@ def _prometheus(_: Path, settings: Settings) -> Tracker:
     return Tracker(log, close=server.shutdown)
 
 
+def _ray(_: Path, settings: Settings) -> Tracker:
+    """Make the tracker for the `/metrics` of a Ray cluster, which its hosts' agents serve."""
+    need_package("aiohttp_cors", "'hamdist[cluster]'", "trackers: ray")
+    if settings.engine.kind is not EngineKind.RAY:
+        raise SettingsError("trackers: ray has no Ray to tell: use engine.kind ray, or prometheus")
+    ray, metrics = import_module("ray"), import_module("ray.util.metrics")
+    gauge = metrics.Gauge("hamdist", "The latest value.", ("run", "name"))
+
+    def log(run: str, values: dict[str, float], _: int) -> None:
+        for name, value in values.items() if ray.is_initialized() else ():
+            gauge.set(value, {"run": run, "name": name})
+
+    return Tracker(log)
+
+
 _MAKERS: Mapping[TrackerKind, Callable[[Path, Settings], Tracker]] = {
     TrackerKind.CSV: _csv,
     TrackerKind.TENSORBOARD: _tensorboard,
     TrackerKind.MLFLOW: _mlflow,
     TrackerKind.WANDB: _wandb,
     TrackerKind.PROMETHEUS: _prometheus,
+    TrackerKind.RAY: _ray,
 }
 
 

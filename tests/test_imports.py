@@ -107,7 +107,7 @@ ALLOWED = {
     "study/run": f"{STUDY} study/shared",
     "study/view": f"{STUDY} study/shared",
     "study/report": f"{STUDY} study/shared study/run study/view",
-    "study/sweep": f"{STUDY} study/shared study/run study/report study/view",
+    "study/grid": f"{STUDY} study/shared study/run study/report study/view",
     "study/gradient_descent": f"{STUDY} study/shared study/report",
     "study/propagation": f"{STUDY} study/shared study/report study/view",
     "study/simulate": f"{STUDY} study/shared study/run",
@@ -131,7 +131,6 @@ LARGEST_FOLDER = 16  # files
 LONGEST_FILE = 400  # lines; those that are longer still, none of which may grow
 LONGER = {
     "dynamics/tracing/recorder.py": 420,
-    "study/verify/oracles/tick_golden.py": 415,
 }
 RAY = {
     *("runtime/ray_engine/worker_actor.py", "runtime/ray_engine/worker_group.py"),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import importlib
 import json
 import math
 import re
@@ -23,6 +24,8 @@ from hamdist.runtime.engines import inprocess, sampler
 from hamdist.runtime.results.events import WindowFull
 from hamdist.trackers import open_trackers, scalars
 
+ROOT = Path(hamdist.__file__).parents[1]
+
 
 def batches():
     generator = torch.Generator().manual_seed(1)
@@ -39,7 +42,7 @@ def trained(*trackers, **fields):
         list(batches()),
         level="trace",
         metrics={"window": 10, **fields.pop("metrics", {})},
-        engine={"kind": "inprocess"},
+        engine=fields.pop("engine", {"kind": "inprocess"}),
         trackers=trackers,
         **fields,
     )
@@ -224,14 +227,71 @@ def test_the_dashboard_asks_for_what_prometheus_gets(here):
     heard = []
     trained(heard.append)
     names = {name for event in heard for name, _ in scalars(event)} | {"seconds/actor 0/waiting"}
-    root = Path(hamdist.__file__).parents[1]
-    board = json.loads((root / "cluster-configs" / "grafana.json").read_text())
+    board = json.loads((ROOT / "cluster-configs" / "grafana.json").read_text())
     for panel in board["panels"]:
         [target] = panel["targets"]
-        kind, pattern = re.search(r'hamdist\{name=(~?)"([^"]+)"\}', target["expr"]).groups()
+        expression = r'\{__name__=~"\(ray_\)\?hamdist", name=(~?)"([^"]+)"\}'
+        kind, pattern = re.search(expression, target["expr"]).groups()
         assert any(re.fullmatch(pattern, name) if kind else pattern == name for name in names)
     places = [(p["gridPos"]["x"], p["gridPos"]["y"]) for p in board["panels"]]
     assert len({*places}) == len({p["id"] for p in board["panels"]}) == len(board["panels"])
+
+
+def test_the_dashboard_is_one_of_grafanas_schema():
+    """What Grafana's own package reads is all that is there: no field is unknown or of another
+    type."""
+    sdk = "grafana_foundation_sdk"
+    pytest.importorskip(sdk, reason="grafana-foundation-sdk is not installed")
+    importlib.import_module(f"{sdk}.cog.plugins").register_default_plugins()
+    raw = json.loads((ROOT / "cluster-configs" / "grafana.json").read_text())
+    board = importlib.import_module(f"{sdk}.models.dashboard").Dashboard.from_json(raw)
+    encoder = importlib.import_module(f"{sdk}.cog.encoder").JSONEncoder()
+    written = json.loads(encoder.encode(board))
+
+    def lost(ours, theirs, place):
+        if isinstance(ours, dict):
+            for name, value in ours.items():
+                yield from lost(value, theirs.get(name), f"{place}.{name}")
+        elif isinstance(ours, list):
+            assert len(ours) == len(theirs), place
+            for number, pair in enumerate(zip(ours, theirs, strict=True)):
+                yield from lost(*pair, f"{place}[{number}]")
+        elif ours != theirs:
+            yield place, ours, theirs
+
+    assert not list(lost(raw, written, ""))
+
+
+@pytest.mark.ray
+@pytest.mark.timeout(120)
+def test_metrics_of_a_ray_cluster(session):
+    """They are read from the agent of the host, as Prometheus does: the loss of the last window."""
+    pytest.importorskip("aiohttp_cors", reason="ray[default] is not installed")
+    parser = pytest.importorskip("prometheus_client.parser", reason="for its format")
+    import ray
+
+    result = trained("ray", engine={"kind": "ray", "actors": 2})
+    [(readout, windows)] = result.windows.items()
+    address = f"http://127.0.0.1:{ray.nodes()[0]['MetricsExportPort']}/metrics"
+    end, found = time.monotonic() + 60, {}
+    while f"{readout}/loss" not in found:
+        assert time.monotonic() < end, found
+        text = urllib.request.urlopen(address, timeout=10).read().decode()
+        families = parser.text_string_to_metric_families(text)
+        found = {
+            s.labels["name"]: s.value
+            for one in families
+            for s in one.samples
+            if s.name == "ray_hamdist" and s.labels["run"] == "trace-0"
+        }
+    assert found[f"{readout}/loss"] == pytest.approx(windows[-1].mean_loss)
+
+
+def test_metrics_of_ray_need_ray(monkeypatch, tmp_path):
+    monkeypatch.setattr("hamdist.errors.find_spec", lambda _: True)
+    settings = Settings(trackers=["ray"], engine={"kind": "inprocess"})
+    with pytest.raises(hamdist.HamdistError, match=r"engine\.kind ray"):
+        open_trackers(settings, tmp_path)
 
 
 def test_functions_hear_every_event(here):
@@ -247,7 +307,7 @@ def test_unknown_and_missing_trackers_are_refused(tmp_path, monkeypatch):
     with pytest.raises(hamdist.HamdistError, match="trackers"):
         trained("tensorbord")
     monkeypatch.setattr("hamdist.errors.find_spec", lambda _: None)
-    for name in ("tensorboard", "mlflow", "wandb", "prometheus"):
+    for name in ("tensorboard", "mlflow", "wandb", "prometheus", "ray"):
         with pytest.raises(hamdist.HamdistError, match=f"trackers: {name}.*pip install"):
             open_trackers(Settings(trackers=[name]), tmp_path)
 

@@ -13,9 +13,8 @@ import typer
 
 from hamdist.cli import compare, diff, export, recipes, run, serve, settings, verify, view
 from hamdist.cli.cluster import cluster, launch
-from hamdist.cli.console import console, output
-from hamdist.cli.study import recovery, simulate, speed
-from hamdist.cli.study import sweep as grid
+from hamdist.cli.console import console, exit_codes, output
+from hamdist.cli.study import grid, recovery, simulate, speed
 
 __all__ = ["app"]
 
@@ -33,7 +32,7 @@ OUTPUT_OPTIONS = {  # of every command
 
 
 def with_output(command: Callable[..., None]) -> Callable[..., None]:
-    """Return `command` with the options that all have: -v, -q and, where it has none, --json."""
+    """Return `command` with the options that all have (-v, -q, --json), errors as exit codes."""
     hints = get_type_hints(command, include_extras=True)
     signature = inspect.signature(command)
     parameters = [
@@ -49,7 +48,7 @@ def with_output(command: Callable[..., None]) -> Callable[..., None]:
     @functools.wraps(command)
     def printing(*, verbose: bool, quiet: bool, as_json: bool = False, **options: Any) -> None:
         level = logging.WARNING if quiet else logging.DEBUG if verbose else logging.INFO
-        with output(as_json=as_json, level=level):
+        with output(as_json=as_json, level=level), exit_codes():
             command(**options)
 
     described = cast(Any, printing)  # as typer reads it

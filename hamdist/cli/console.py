@@ -8,9 +8,10 @@ from __future__ import annotations
 
 import logging
 import sys
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import typer
@@ -64,7 +65,7 @@ def output(*, as_json: bool, level: int) -> Iterator[None]:
         if OUTPUT.as_json:
             from hamdist.study.report.files import to_json
 
-            sys.stdout.write(to_json(OUTPUT.document, indent=2) + "\n")
+            sys.stdout.write(to_json(OUTPUT.document, indent=2))
             sys.stdout.flush()
 
 
@@ -75,10 +76,21 @@ def report(**parts: Any) -> None:
 
 def console(*, stderr: bool = False) -> Console:
     """Make a console, when needed, so that it writes to the current stream."""
-    made = Console(stderr=stderr, highlight=False, quiet=OUTPUT.as_json and not stderr)
-    if not made.is_terminal:
-        made.width = PLAIN_WIDTH
-    return made
+    new = Console(stderr=stderr, highlight=False, quiet=OUTPUT.as_json and not stderr)
+    if not new.is_terminal:
+        new.width = PLAIN_WIDTH
+    return new
+
+
+def say(text: str) -> None:
+    """Print a line of the result, which the screen may break but not we."""
+    console().print(Text(text), soft_wrap=True)
+
+
+def say_written(out: Path) -> None:
+    """Print and report where the files of a result are."""
+    report(out=str(out))
+    say(f"Written to {out}")
 
 
 def complain(text: str) -> None:
@@ -119,15 +131,34 @@ def print_rows(title: str, rows: Sequence[Sequence[str]]) -> None:
 def print_table(cells: StudyTable, title: str) -> None:
     """Print a study's rows, with its notes below; all but the first columns are numbers."""
     _report_table(title, cells.titles, cells.rows, cells.notes)
-    table = Table(title=title, title_justify="left", box=SIMPLE_HEAD, pad_edge=False)
-    for i, name in enumerate(cells.titles):
-        table.add_column(name, justify="left" if i < LABELS else "right", overflow="fold")
+    console().print(study_table(cells, title))
+    print_notes(cells.notes)
+
+
+def study_table(cells: StudyTable, title: str, columns: Sequence[int] | None = None) -> Table:
+    """Return the rows as the screen shows them: `columns`, or all."""
+    columns = range(len(cells.titles)) if columns is None else columns
+    table = Table(
+        title=title,
+        title_justify="left",
+        box=SIMPLE_HEAD,
+        pad_edge=False,
+        collapse_padding=True,
+        show_lines=any("\n" in row[i] for row in cells.rows for i in columns),
+    )
+    for i in columns:
+        table.add_column(
+            cells.titles[i], justify="left" if i < LABELS else "right", overflow="fold"
+        )
     for row in cells.rows:
-        table.add_row(*(Text(cell) for cell in row))
-    out = console()
-    out.print(table)
-    for note in cells.notes:
-        out.print(Text(f"• {note}"), soft_wrap=True)
+        table.add_row(*(Text(row[i]) for i in columns))
+    return table
+
+
+def print_notes(notes: Iterable[str]) -> None:
+    """Print notes below a table."""
+    for note in notes:
+        say(f"• {note}")
 
 
 def _report_table(

@@ -6,9 +6,8 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
-from rich.text import Text
 
-from hamdist.cli.console import console, exit_codes, note, report
+from hamdist.cli.console import note, report, say
 from hamdist.cli.options import ModelOption
 
 
@@ -20,13 +19,12 @@ def export(
     model: ModelOption = None,
 ) -> None:
     """Write the weights at the latest snapshot of a run as a plain state_dict."""
-    with exit_codes():
-        from hamdist.models.build import load_factory
-        from hamdist.study.report.save import save_weights
-        from hamdist.study.run.export import exported
+    from hamdist.models.build import load_factory
+    from hamdist.study.report.save import save_weights
+    from hamdist.study.run.export import exported
 
-        factory = None if model is None else load_factory(model)
-        state, name = exported(snapshots, factory, note)
-        save_weights(file, state)
-        report(snapshot=name, file=str(file))
-        console().print(Text(f"{name} written to {file}"))
+    factory = None if model is None else load_factory(model)
+    state, name = exported(snapshots, factory, note)
+    save_weights(file, state)
+    report(snapshot=name, file=str(file))
+    say(f"{name} written to {file}")

@@ -7,7 +7,8 @@ from typing import Annotated, Any
 
 import typer
 
-from hamdist.config import EngineKind, Level, Settings, parse_override
+from hamdist.config import EngineKind, Level, Settings, did_you_mean, parse_override
+from hamdist.errors import SettingsError
 
 SettingsArgument = Annotated[
     str, typer.Argument(metavar="SETTINGS", help="A YAML file, or a recipe (`hamdist recipes`).")
@@ -55,6 +56,30 @@ StreamOption = Annotated[
         help="Makes the stream; or the stream and what is held out.",
     ),
 ]
+
+
+JsonFileOption = Annotated[
+    Path | None,
+    typer.Option("--json", metavar="FILE", help="Write the result there; -: print it alone."),
+]
+
+
+def names(text: str | None) -> list[str]:
+    """Return the names in a list `a,b`; none without a list."""
+    return [name.strip() for name in (text or "").split(",") if name.strip()]
+
+
+def level_names(text: str) -> list[Level]:
+    """Return the levels in a list `a,b`. Raises SettingsError for an unknown one, or none."""
+    known = [level.value for level in Level]
+    levels = names(text)
+    wrong = [name for name in levels if name not in known]
+    if wrong or not levels:
+        raise SettingsError(
+            f"--levels {text!r}: {', '.join(wrong) or 'nothing'} is no level; "
+            f"levels: {', '.join(known)}{did_you_mean(wrong[0], known) if wrong else ''}"
+        )
+    return [Level(name) for name in levels]
 
 
 def changes(

@@ -8,6 +8,7 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from hamdist.cli.console import OUTPUT
 from hamdist.errors import SettingsError
 from hamdist.study.shared.result_folder import prepare_folder
 
@@ -37,14 +38,14 @@ def prepare(
 
 def code_of(*names: str | None) -> str:
     """Return digests of the files that `--model` and `--stream` have named, which are imported."""
-    found = []
+    digests = []
     for name in names:
         where = "" if name is None else name.rpartition(":")[0]
         module = sys.modules.get(Path(where).stem if where.endswith(".py") else where)
         file = getattr(module, "__file__", None)
         digest = "" if file is None else hashlib.sha256(Path(file).read_bytes()).hexdigest()
-        found.append(f"{name} {digest}")
-    return "; ".join(found)
+        digests.append(f"{name} {digest}")
+    return "; ".join(digests)
 
 
 def own_stream(name: str | None, settings: Settings) -> DataFactory | None:
@@ -65,10 +66,17 @@ def command_line() -> str:
     return typed.encode("utf-8", "backslashreplace").decode()
 
 
-def prepare_file(path: Path | None) -> None:
-    """Raise SettingsError if `path` cannot be written, before anything is computed."""
+def json_file(path: Path | None) -> Path | None:
+    """Return the file of `--json`; none for `-`, which has the command print the document alone.
+
+    Raises SettingsError if it cannot be written, before anything is computed.
+    """
+    if path == STANDARD_OUTPUT:
+        OUTPUT.as_json = True
+        return None
     if path is not None:
         try:
             path.open("a").close()
         except OSError as error:
             raise SettingsError(f"--json '{path}': cannot write there: {error.strerror}") from None
+    return path

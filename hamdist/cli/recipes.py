@@ -7,7 +7,7 @@ from importlib.resources import files
 from rich.table import Table
 from rich.text import Text
 
-from hamdist.cli.console import OUTPUT, console, report
+from hamdist.cli.console import OUTPUT, console, report, say
 from hamdist.config import read_yaml
 
 
@@ -28,8 +28,8 @@ def rules() -> None:
     """List the built-in rules of learning: what crosses an edge, what is kept, locality, cost."""
     text = (files("hamdist") / "dynamics" / "rules" / "facts.yaml").read_text("utf-8")
     facts: dict[str, dict[str, str]] = read_yaml(text, "facts.yaml")
-    OUTPUT.document = [{"name": name, **own} for name, own in facts.items()]
-    for name, own in facts.items():
+    OUTPUT.document = [{"name": name, **by_name} for name, by_name in facts.items()]
+    for name, by_name in facts.items():
         console().print(Text(name, style="bold"))
-        for fact, said in own.items():
-            console().print(Text(f"  {fact:<8} {said}"))
+        for fact, text in by_name.items():
+            say(f"  {fact:<8} {text}")

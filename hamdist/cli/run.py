@@ -8,9 +8,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
-from rich.text import Text
 
-from hamdist.cli.console import complain, console, exit_codes, print_facts, report, warn
+from hamdist.cli.console import complain, print_facts, report, say_written, warn
 from hamdist.cli.display import Display, warning_at_once
 from hamdist.cli.options import (
     DEFAULT_SETTINGS,
@@ -78,16 +77,15 @@ def run(
     ] = False,
 ) -> None:
     """Train one network on a stream, at one level of locality."""
-    with exit_codes():
-        options = changes(level=level, engine=engine, seed=seed, steps=steps, stabilise=stabilise)
-        if snapshots is not None:
-            options["snapshots"] = {"path": snapshots}
-        if trace is not None:
-            options["metrics"] = {"trace": TRACED_TICKS}
-        loaded = load(settings, set_, options)
-        where = out or results_of(f"{loaded.name}-{time.strftime('%Y%m%d-%H%M%S')}")
-        begin, seen = (resume, weights), (view, trace)
-        _run(loaded, model, stream, where, overwrite, begin, seen, began=context.obj)
+    options = changes(level=level, engine=engine, seed=seed, steps=steps, stabilise=stabilise)
+    if snapshots is not None:
+        options["snapshots"] = {"path": snapshots}
+    if trace is not None:
+        options["metrics"] = {"trace": TRACED_TICKS}
+    loaded = load(settings, set_, options)
+    where = out or results_of(f"{loaded.name}-{time.strftime('%Y%m%d-%H%M%S')}")
+    begin, seen = (resume, weights), (view, trace)
+    _run(loaded, model, stream, where, overwrite, begin, seen, began=context.obj)
 
 
 def _run(
@@ -109,7 +107,7 @@ def _run(
         raise SettingsError("--resume and --weights: a run begins with one of them")
     own = settings.for_level(settings.level)
     title = f"{own.name}, {own.level.value}"
-    with Display(own) as display, warning_at_once() as said, ExitStack() as stack:
+    with Display(own) as display, warning_at_once() as shown_warnings, ExitStack() as stack:
         display.note(f"{title}: starting (imports)")
         factory = prepare(None, model_name)
         data = own_stream(stream_name, own)
@@ -153,7 +151,7 @@ def _run(
                 write_file(trace, chrome_trace(result.trace))
         finally:
             display.close()
-            _print_run(result, own, said, folder.path)
+            _print_run(result, own, shown_warnings, folder.path)
     if result.failure is not None:
         complain(f"Error: {result.failure}")
         complain(f"Stopped after {result.samples} samples; the metrics so far are above.")
@@ -165,14 +163,14 @@ def _run(
         raise typer.Exit(INTERRUPTED)
 
 
-def _print_run(result: Run, settings: Settings, said: list[str], out: Path) -> None:
-    """Print the result; the warnings in `said` have been shown already."""
+def _print_run(result: Run, settings: Settings, shown_warnings: list[str], out: Path) -> None:
+    """Print the result; the warnings in `shown_warnings` have been shown already."""
     from hamdist.study.report.files import run_summary
     from hamdist.study.report.table import run_facts, run_title
 
-    report(**run_summary(result), out=str(out))
+    report(**run_summary(result))
     print_facts(run_title(result, settings.name), run_facts(result))
     for warning in dict.fromkeys(result.warnings):
-        if warning != result.failure and warning not in said:
+        if warning != result.failure and warning not in shown_warnings:
             warn(warning)
-    console().print(Text(f"Written to {out}"))
+    say_written(out)

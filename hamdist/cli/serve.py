@@ -11,7 +11,7 @@ from typing import Annotated, Any
 import typer
 from rich.text import Text
 
-from hamdist.cli.console import OUTPUT, console, exit_codes, report
+from hamdist.cli.console import OUTPUT, console, report, say
 from hamdist.cli.options import (
     DEFAULT_SETTINGS,
     EngineOption,
@@ -49,34 +49,33 @@ def serve(
     Clients need the token that is printed, or that HAMDIST_TOKEN says; `hamdist.attach(OUT)` in
     another process of this user finds both.
     """
-    with exit_codes():
-        need_package("starlette", "'hamdist[serve]'", "`hamdist serve`")
-        need_package("uvicorn", "'hamdist[serve]'", "`hamdist serve`")
-        from hamdist.api import start
-        from hamdist.serve import serving
-        from hamdist.study.report.save import save_weights
-        from hamdist.study.run.export import begun
+    need_package("starlette", "'hamdist[serve]'", "`hamdist serve`")
+    need_package("uvicorn", "'hamdist[serve]'", "`hamdist serve`")
+    from hamdist.api import start
+    from hamdist.serve import serving
+    from hamdist.study.report.save import save_weights
+    from hamdist.study.run.export import begun
 
-        loaded = load(settings, set_, changes(level=level, engine=engine))
-        loaded = loaded.for_level(loaded.level)
-        network, first, classes = begun(loaded, prepare(None, model), weights)
-        resume = out if (out / "journal.jsonl").exists() else None
-        begin: Any = {"example": first, "classes": classes, "out": out, "resume": resume}
-        token = os.environ.get("HAMDIST_TOKEN")
-        with (
-            start(network, loaded, **begin) as run,
-            contextlib.suppress(KeyboardInterrupt),
-            serving(run, host, port, token, out) as served,
-        ):
-            report(address=served.address, token=served.token, out=str(out))
-            run.settle()  # Ray has set handlers of its own by then
-            signal.signal(signal.SIGTERM, signal.default_int_handler)
-            told = Text(f"{served.address}  Authorization: Bearer {served.token}")
-            console(stderr=OUTPUT.as_json).print(told, soft_wrap=True)  # now, not at the end
-            served.stopped.wait()
-        if run.result is not None:
-            save_weights(out / "model.safetensors", run.result.model.state_dict())
-            console().print(Text(f"{run.result.samples} samples; weights written to {out}"))
+    loaded = load(settings, set_, changes(level=level, engine=engine))
+    loaded = loaded.for_level(loaded.level)
+    network, first, classes = begun(loaded, prepare(None, model), weights)
+    resume = out if (out / "journal.jsonl").exists() else None
+    begin: Any = {"example": first, "classes": classes, "out": out, "resume": resume}
+    token = os.environ.get("HAMDIST_TOKEN")
+    with (
+        start(network, loaded, **begin) as run,
+        contextlib.suppress(KeyboardInterrupt),
+        serving(run, host, port, token, out) as served,
+    ):
+        report(address=served.address, token=served.token, out=str(out))
+        run.settle()  # Ray has set handlers of its own by then
+        signal.signal(signal.SIGTERM, signal.default_int_handler)
+        access = Text(f"{served.address}  Authorization: Bearer {served.token}")
+        console(stderr=OUTPUT.as_json).print(access, soft_wrap=True)  # now, not at the end
+        served.stopped.wait()
+    if run.result is not None:
+        save_weights(out / "model.safetensors", run.result.model.state_dict())
+        say(f"{run.result.samples} samples; weights written to {out}")
 
 
 def replay(
@@ -85,21 +84,20 @@ def replay(
     model: ModelOption = None,
 ) -> None:
     """Repeat a live run from its journal, and write its weights to DIR/replay.safetensors."""
-    with exit_codes():
-        from hamdist.api import replay as repeated
-        from hamdist.config import Settings
-        from hamdist.models.build import make_from_factory
-        from hamdist.runtime.live.begin import read_beginning
-        from hamdist.study.report.save import save_weights
-        from hamdist.study.run.run import torch_dtype
+    from hamdist.api import replay as repeated
+    from hamdist.config import Settings
+    from hamdist.models.build import make_from_factory
+    from hamdist.runtime.live.begin import read_beginning
+    from hamdist.study.report.save import save_weights
+    from hamdist.study.run.run import torch_dtype
 
-        factory, network = prepare(None, model), None
-        if factory is not None:
-            began = Settings.model_validate(read_beginning(folder)[0]["settings"])
-            dtype = torch_dtype(began.dtype)
-            network = make_from_factory(factory, seed=began.seed, dtype=dtype)
-        result = repeated(folder, network, **changes(engine=engine))
-        file = folder / "replay.safetensors"
-        save_weights(file, result.model.state_dict())
-        report(samples=result.samples, file=str(file))
-        console().print(Text(f"{result.samples} samples; weights written to {file}"))
+    factory, network = prepare(None, model), None
+    if factory is not None:
+        began = Settings.model_validate(read_beginning(folder)[0]["settings"])
+        dtype = torch_dtype(began.dtype)
+        network = make_from_factory(factory, seed=began.seed, dtype=dtype)
+    result = repeated(folder, network, **changes(engine=engine))
+    file = folder / "replay.safetensors"
+    save_weights(file, result.model.state_dict())
+    report(samples=result.samples, file=str(file))
+    say(f"{result.samples} samples; weights written to {file}")

@@ -8,9 +8,8 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
-from rich.text import Text
 
-from hamdist.cli.console import console, exit_codes, report
+from hamdist.cli.console import report, say
 from hamdist.cli.options import DEFAULT_SETTINGS
 from hamdist.config import json_schema, template
 from hamdist.errors import SettingsError
@@ -25,19 +24,18 @@ def init(
     ] = DEFAULT_SETTINGS,
 ) -> None:
     """Write a settings file with a comment for every setting."""
-    with exit_codes():
-        from hamdist.study.shared.recipes import load_settings
+    from hamdist.study.shared.recipes import load_settings
 
-        text = template(load_settings(recipe), recipe)
-        try:
-            with file.open("x", encoding="utf-8") as out:
-                out.write(text)
-        except FileExistsError:
-            raise SettingsError(f"'{file}' is there already: name another file") from None
-        except OSError as error:
-            raise SettingsError(f"'{file}': cannot write there: {error.strerror}") from None
-        report(file=str(file))
-        console().print(Text(f"Written to {file}. Next: hamdist run {file}"), soft_wrap=True)
+    text = template(load_settings(recipe), recipe)
+    try:
+        with file.open("x", encoding="utf-8") as out:
+            out.write(text)
+    except FileExistsError:
+        raise SettingsError(f"'{file}' is there already: name another file") from None
+    except OSError as error:
+        raise SettingsError(f"'{file}': cannot write there: {error.strerror}") from None
+    report(file=str(file))
+    say(f"Written to {file}. Next: hamdist run {file}")
 
 
 def schema() -> None:

@@ -13,8 +13,9 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from hamdist.cli.console import OUTPUT, console, exit_codes, report
-from hamdist.cli.prepare import STANDARD_OUTPUT, prepare_file
+from hamdist.cli.console import console, report
+from hamdist.cli.options import JsonFileOption
+from hamdist.cli.prepare import json_file
 from hamdist.errors import FAILED
 
 if TYPE_CHECKING:
@@ -31,10 +32,7 @@ def verify(
     only: Annotated[
         list[str] | None, typer.Option("--only", metavar="TOPIC", help="One topic (repeatable).")
     ] = None,
-    json_: Annotated[
-        Path | None,
-        typer.Option("--json", metavar="FILE", help="Write the rows there; -: print them alone."),
-    ] = None,
+    json_: JsonFileOption = None,
     model: Annotated[
         str | None,
         typer.Option(
@@ -62,24 +60,21 @@ def verify(
     ] = None,
 ) -> None:
     """Prove it: every statement of the papers against an oracle of its own."""
-    with exit_codes():
-        if json_ == STANDARD_OUTPUT:
-            OUTPUT.as_json, json_ = True, None
-        prepare_file(json_)
-        from hamdist.study.interface.verify import chosen_topics
+    json_ = json_file(json_)
+    from hamdist.study.interface.verify import chosen_topics
 
-        chosen = chosen_topics(
-            model,
-            only=only or (),
-            golden=golden,
-            rule=rule,
-            input_shape=input_shape,
-            classes=classes,
-            batch=batch,
-            blocks=blocks,
-            option=lambda name: f"--{name.replace('_', '-')}",
-        )
-        _verify(chosen, full, json_)
+    chosen = chosen_topics(
+        model,
+        only=only or (),
+        golden=golden,
+        rule=rule,
+        input_shape=input_shape,
+        classes=classes,
+        batch=batch,
+        blocks=blocks,
+        option=lambda name: f"--{name.replace('_', '-')}",
+    )
+    _verify(chosen, full, json_)
 
 
 def _verify(chosen: list[Topic], full: bool, json_: Path | None) -> None:
@@ -91,13 +86,13 @@ def _verify(chosen: list[Topic], full: bool, json_: Path | None) -> None:
     out = console()
     rows: list[VerifyRow] = []
     status = out.status("") if out.is_terminal else None
-    told = ""
+    last_topic = ""
 
     def starting(topic: Topic, check: Check) -> None:
-        nonlocal told
-        if told != topic.name:
+        nonlocal last_topic
+        if last_topic != topic.name:
             out.print(Text(f"\n{topic.title} ({topic.name})", style="bold"))
-        told = topic.name
+        last_topic = topic.name
         if status is not None:
             status.update(Text(check.name))
 

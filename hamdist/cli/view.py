@@ -14,7 +14,7 @@ import typer
 from rich.text import Text
 
 from hamdist.cli.cluster.cluster import ClusterOption, jobs_of
-from hamdist.cli.console import complain, console, exit_codes, note, report
+from hamdist.cli.console import complain, console, note, print_notes, report, say
 from hamdist.cli.display import Display
 from hamdist.cli.options import (
     DEFAULT_SETTINGS,
@@ -53,23 +53,22 @@ def view(
     cluster: ClusterOption = None,
 ) -> None:
     """Show runs while they go on, or afterwards, on a local page; Ctrl-C ends it."""
-    with exit_codes():
-        from hamdist.study.view.server import PageServer
+    from hamdist.study.view.server import PageServer
 
-        if latest and names:
-            raise SettingsError("--latest with a DIR: name the folders, or leave --latest out")
-        with (
-            _folders(names or [str(latest_results())], cluster) as folders,
-            PageServer(folders, port) as server,
-        ):
-            show_page(server, browser=browser)
-            server.wait()
+    if latest and names:
+        raise SettingsError("--latest with a DIR: name the folders, or leave --latest out")
+    with (
+        _folders(names or [str(latest_results())], cluster) as folders,
+        PageServer(folders, port) as server,
+    ):
+        show_page(server, browser=browser)
+        server.wait()
 
 
 def show_page(server: PageServer, *, browser: bool) -> None:
     """Print the page's address, and open it."""
     report(address=server.address)
-    console().print(Text(server.address), soft_wrap=True)
+    say(server.address)
     if browser and not webbrowser.open(server.address):
         note("No browser was found: open the address yourself.")
 
@@ -86,7 +85,7 @@ def watch(
     cluster: ClusterOption = None,
 ) -> None:
     """Show runs while they go on, or afterwards, in this terminal; Ctrl-C ends it, not the run."""
-    with exit_codes(), _folders([name or str(latest_results())], cluster) as [folder]:
+    with _folders([name or str(latest_results())], cluster) as [folder]:
         from hamdist.runtime.results.events import RunBegun
         from hamdist.study.view.follow import FollowedRun, followed, line_of
 
@@ -113,8 +112,7 @@ def explain(
     ] = None,
 ) -> None:
     """Say in words where the time of runs went, and what to change."""
-    with exit_codes():
-        _explain(latest_results() if folder is None else _with_events(folder))
+    _explain(latest_results() if folder is None else _with_events(folder))
 
 
 def _explain(folder: Path) -> None:
@@ -126,8 +124,7 @@ def _explain(folder: Path) -> None:
     report(runs=runs)
     for name, texts in runs.items():
         console().print(Text(name, style="bold"))
-        for text in texts:
-            console().print(Text(f"• {text}"), soft_wrap=True)
+        print_notes(texts)
     if not runs:
         complain(f"{folder}: no run has begun there")
 
@@ -148,23 +145,22 @@ def draw(
     ] = None,
 ) -> None:
     """Draw the network of a run: blocks, shapes, edges, delays, actors; colour: late messages."""
-    with exit_codes():
-        from hamdist.display.network import network_picture
-        from hamdist.study.run.picture import network_of_folder, network_of_settings
+    from hamdist.display.network import network_picture
+    from hamdist.study.run.picture import network_of_folder, network_of_settings
 
-        if Path(settings).is_dir():
-            network, name = network_of_folder(_with_events(Path(settings)) / EVENTS)
-        else:
-            own = load(settings, set_, changes(level=level, engine=engine))
-            factory, data = prepare(None, model), own_stream(stream, own)
-            network, name = network_of_settings(own, factory, data)
-        file = out or Path(f"{results_of(name).name}.svg")
-        if file.suffix not in (".svg", ".dot"):
-            raise SettingsError(f"--out {str(file)!r}: name a file that ends in .svg or .dot")
-        picture = network_picture(network, name)
-        write_file(file, picture.dot if file.suffix == ".dot" else picture.svg)
-        report(file=str(file))
-        console().print(Text(f"Written to {file}"))
+    if Path(settings).is_dir():
+        network, name = network_of_folder(_with_events(Path(settings)) / EVENTS)
+    else:
+        own = load(settings, set_, changes(level=level, engine=engine))
+        factory, data = prepare(None, model), own_stream(stream, own)
+        network, name = network_of_settings(own, factory, data)
+    file = out or Path(f"{results_of(name).name}.svg")
+    if file.suffix not in (".svg", ".dot"):
+        raise SettingsError(f"--out {str(file)!r}: name a file that ends in .svg or .dot")
+    picture = network_picture(network, name)
+    write_file(file, picture.dot if file.suffix == ".dot" else picture.svg)
+    report(file=str(file))
+    say(f"Written to {file}")
 
 
 def latest_results() -> Path:

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 from rich.text import Text
 
-from hamdist.cli.console import console, exit_codes, note, print_rows, report
+from hamdist.cli.console import console, note, print_rows, report, say
 from hamdist.errors import FAILED
 
 if TYPE_CHECKING:
@@ -41,29 +41,27 @@ def cluster_start(
     folder: FolderOption = None,
 ) -> None:
     """Start Ray on this machine, with a token, ready for `hamdist launch`."""
-    with exit_codes():
-        from hamdist.launch import local_cluster as one_host
-        from hamdist.launch.cluster_file import HOME
+    from hamdist.launch import local_cluster as one_host
+    from hamdist.launch.cluster_file import HOME
 
-        note("Starting Ray (some 10 s)")
-        own = HOME.expanduser() if folder is None else folder.absolute()
-        file = one_host.start(own, port=port, jobs_port=jobs_port, cpus=cpus)
-        report(file=str(file))
-        console().print(Text(f"Ray is up. Cluster file: {file}"), soft_wrap=True)
-        hint = "" if folder is None else f" --cluster {file}"
-        console().print(Text(f"Next: hamdist launch digits{hint} --out results/digits"))
+    note("Starting Ray (some 10 s)")
+    home = HOME.expanduser() if folder is None else folder.absolute()
+    file = one_host.start(home, port=port, jobs_port=jobs_port, cpus=cpus)
+    report(file=str(file))
+    say(f"Ray is up. Cluster file: {file}")
+    hint = "" if folder is None else f" --cluster {file}"
+    say(f"Next: hamdist launch digits{hint} --out results/digits")
 
 
 def cluster_stop(folder: FolderOption = None) -> None:
     """End what `hamdist cluster start` has started, and no other Ray."""
-    with exit_codes():
-        from hamdist.launch import local_cluster as one_host
-        from hamdist.launch.cluster_file import HOME
+    from hamdist.launch import local_cluster as one_host
+    from hamdist.launch.cluster_file import HOME
 
-        own = HOME.expanduser() if folder is None else folder.absolute()
-        ended = one_host.stop(own)
-        report(ended=ended)
-        console().print(Text("Ray has ended." if ended else f"No Ray of hamdist runs ({own})."))
+    home = HOME.expanduser() if folder is None else folder.absolute()
+    ended = one_host.stop(home)
+    report(ended=ended)
+    say("Ray has ended." if ended else f"No Ray of hamdist runs ({home}).")
 
 
 def doctor(
@@ -78,23 +76,19 @@ def doctor(
     ] = None,
 ) -> None:
     """Check hosts: versions, threads, memory, clocks, storage, and the links between them."""
-    with exit_codes():
-        from hamdist.launch.doctor import checkup
+    from hamdist.launch.doctor import checkup
 
-        findings, checks = checkup(None if cluster is None else jobs_of(_named(cluster)), note)
-        for title, rows in findings.tables().items():
-            print_rows(title, rows)
-        report(**findings.model_dump(mode="json"), checks=list(map(asdict, checks)))
-        for check in checks:
-            style = {"ok": "green", "warning": "yellow", "FAIL": "bold red"}[check.verdict]
-            line = Text.assemble((f"{check.verdict:8}", style), check.text)
-            console().print(line, soft_wrap=True)
-        if any(check.verdict == "FAIL" for check in checks):
-            raise typer.Exit(FAILED)
-
-
-def _named(cluster: str) -> str | None:
-    return None if cluster == "mine" else cluster
+    jobs = None if cluster is None else jobs_of(None if cluster == "mine" else cluster)
+    findings, checks = checkup(jobs, note)
+    for title, rows in findings.tables().items():
+        print_rows(title, rows)
+    report(**findings.model_dump(mode="json"), checks=list(map(asdict, checks)))
+    for check in checks:
+        style = {"ok": "green", "warning": "yellow", "FAIL": "bold red"}[check.verdict]
+        line = Text.assemble((f"{check.verdict:8}", style), check.text)
+        console().print(line, soft_wrap=True)
+    if any(check.verdict == "FAIL" for check in checks):
+        raise typer.Exit(FAILED)
 
 
 def jobs_of(cluster: str | None) -> Jobs:

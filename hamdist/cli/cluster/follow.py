@@ -6,9 +6,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import typer
-from rich.text import Text
 
-from hamdist.cli.console import complain, console, note, print_facts, report, warn
+from hamdist.cli.console import complain, note, print_facts, report, say_written, warn
 from hamdist.cli.display import Display
 from hamdist.errors import INTERRUPTED, ClusterError
 
@@ -103,9 +102,8 @@ def _watch(
 
 
 def _print_results(results: Results) -> None:
-    if results.written:
-        report(out=str(results.out))
-        console().print(Text(f"Written to {results.out}"), soft_wrap=True)
+    if results.out is not None and results.written:
+        say_written(results.out)
     for file in results.left:
         complain(
             f"{file.name} has {file.size / 2**20:.1f} MiB, more than fetch_mib of the cluster file "

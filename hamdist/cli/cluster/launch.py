@@ -12,7 +12,7 @@ from rich.text import Text
 
 from hamdist.cli.cluster.cluster import ClusterOption, jobs_of
 from hamdist.cli.cluster.follow import follow_run, results_in
-from hamdist.cli.console import complain, console, exit_codes, note, print_rows, report, warn
+from hamdist.cli.console import complain, console, note, print_notes, print_rows, report, say, warn
 from hamdist.cli.options import (
     LevelOption,
     ModelOption,
@@ -70,41 +70,40 @@ def launch(
     ] = False,
 ) -> None:
     """Run on a cluster, as a Ray job: it goes on when this terminal is closed."""
-    with exit_codes():
-        if detach and out is not None:
-            raise SettingsError("--out with --detach: fetch the results with hamdist attach --out")
-        if live and stream is not None:
-            raise SettingsError("--stream with --live: a live run has no stream but its clients")
-        from hamdist.launch.cluster_file import find_cluster
-        from hamdist.launch.package import on_ray
-        from hamdist.launch.submit import NOTHING_KEPT, kept_at, resumed_from, submit_run
+    if detach and out is not None:
+        raise SettingsError("--out with --detach: fetch the results with hamdist attach --out")
+    if live and stream is not None:
+        raise SettingsError("--stream with --live: a live run has no stream but its clients")
+    from hamdist.launch.cluster_file import find_cluster
+    from hamdist.launch.package import on_ray
+    from hamdist.launch.submit import NOTHING_KEPT, kept_at, resumed_from, submit_run
 
-        where = find_cluster(cluster)
-        begin = None if resume is None else resumed_from(resume, where)
-        loaded = load(settings, set_, changes(level=level, seed=seed, steps=steps))
-        own = on_ray(loaded.for_level(loaded.level))
-        kept = kept_at(own, where, "") is not None
-        results = results_in(None if dry_run else out, overwrite)
-        factory, data = prepare(None, model), own_stream(stream, own)
+    where = find_cluster(cluster)
+    begin = None if resume is None else resumed_from(resume, where)
+    loaded = load(settings, set_, changes(level=level, seed=seed, steps=steps))
+    own = on_ray(loaded.for_level(loaded.level))
+    kept = kept_at(own, where, "") is not None
+    results = results_in(None if dry_run else out, overwrite)
+    factory, data = prepare(None, model), own_stream(stream, own)
 
-        from hamdist.launch.jobs_api import Jobs
+    from hamdist.launch.jobs_api import Jobs
 
-        jobs = Jobs(where)
-        if dry_run:
-            from hamdist.launch.dry_run import dry_run as work_out
+    jobs = Jobs(where)
+    if dry_run:
+        from hamdist.launch.dry_run import dry_run as work_out
 
-            named = {"--model": model, "--stream": stream}
-            _print_plan(work_out(own, named, factory, data, where, jobs.hosts()))
-            return
+        named = {"--model": model, "--stream": stream}
+        _print_plan(work_out(own, named, factory, data, where, jobs.hosts()))
+        return
 
-        if not kept:
-            warn(NOTHING_KEPT)
-        name = submit_run(jobs, own, model, begin, stream, (host, port) if live else None)
-        report(id=name)
-        console().print(Text(name))
-        if not detach:
-            note(f"Ctrl-C leaves it running; to end it: hamdist stop {name}")
-            follow_run(jobs, name, results)
+    if not kept:
+        warn(NOTHING_KEPT)
+    name = submit_run(jobs, own, model, begin, stream, (host, port) if live else None)
+    report(id=name)
+    say(name)
+    if not detach:
+        note(f"Ctrl-C leaves it running; to end it: hamdist stop {name}")
+        follow_run(jobs, name, results)
 
 
 def attach(
@@ -117,11 +116,10 @@ def attach(
     overwrite: OverwriteOption = False,
 ) -> None:
     """Follow a launched run, and fetch its results."""
-    with exit_codes():
-        jobs = jobs_of(cluster)
-        results = results_in(out, overwrite)
-        name = _latest(jobs) if id_ is None else jobs.find(id_).id
-        follow_run(jobs, name, results)
+    jobs = jobs_of(cluster)
+    results = results_in(out, overwrite)
+    name = _latest(jobs) if id_ is None else jobs.find(id_).id
+    follow_run(jobs, name, results)
 
 
 def stop(
@@ -131,29 +129,27 @@ def stop(
     overwrite: OverwriteOption = False,
 ) -> None:
     """End a launched run, behind a last snapshot; what it has reached is its result."""
-    with exit_codes():
-        jobs = jobs_of(cluster)
-        results = results_in(out, overwrite)
-        name = jobs.find(id_).id
-        if jobs.stop(name):
-            note(f"Asked it to end; it has {jobs.cluster.stop_seconds} s for that")
-        else:
-            note(f"{name} had ended before.")
-        follow_run(jobs, name, results, stopped=True)
+    jobs = jobs_of(cluster)
+    results = results_in(out, overwrite)
+    name = jobs.find(id_).id
+    if jobs.stop(name):
+        note(f"Asked it to end; it has {jobs.cluster.stop_seconds} s for that")
+    else:
+        note(f"{name} had ended before.")
+    follow_run(jobs, name, results, stopped=True)
 
 
 def runs(cluster: ClusterOption = None) -> None:
     """List the launched runs of a cluster, the latest first."""
-    with exit_codes():
-        table = Table("id", "state", "level", "samples", "began", "took", box=None, pad_edge=False)
-        jobs = [job for job in jobs_of(cluster).all() if job.metadata.get("kind") == "run"]
-        report(runs=[{**asdict(job), "metadata": dict(job.metadata)} for job in jobs])
-        for job in jobs:
-            table.add_row(*(Text(cell) for cell in _cells(job)))
-        if table.rows:
-            console().print(table)
-        else:
-            complain("No run has been launched there.")
+    table = Table("id", "state", "level", "samples", "began", "took", box=None, pad_edge=False)
+    jobs = [job for job in jobs_of(cluster).all() if job.metadata.get("kind") == "run"]
+    report(runs=[{**asdict(job), "metadata": dict(job.metadata)} for job in jobs])
+    for job in jobs:
+        table.add_row(*(Text(cell) for cell in _cells(job)))
+    if table.rows:
+        console().print(table)
+    else:
+        complain("No run has been launched there.")
 
 
 def _latest(jobs: Jobs) -> str:
@@ -179,8 +175,7 @@ def _print_plan(work: DryRun) -> None:
     for title, rows in work.tables().items():
         print_rows(title, rows)
     report(notes=list(work.notes), missing=list(work.missing))
-    for line in work.notes:
-        console().print(Text(f"• {line}"), soft_wrap=True)
+    print_notes(work.notes)
     for line in work.missing:
         complain(f"Missing: {line}")
     if work.missing:

@@ -6,10 +6,9 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
-from rich.text import Text
 
-from hamdist.cli.console import console, exit_codes, note, print_table, report
-from hamdist.cli.options import OutOption, OverwriteOption
+from hamdist.cli.console import note, print_table, say_written
+from hamdist.cli.options import OutOption, OverwriteOption, names
 from hamdist.cli.prepare import command_line
 from hamdist.errors import FAILED, SettingsError
 from hamdist.study.shared.result_folder import free_folder
@@ -42,19 +41,6 @@ def recovery(
     overwrite: OverwriteOption = False,
 ) -> None:
     """Gradient descent recovered: six networks against torch.optim.SGD, in float64."""
-    with exit_codes():
-        _recovery(full, epochs, models, paper, (images, texts, glove), out, overwrite)
-
-
-def _recovery(
-    full: bool,
-    epochs: int | None,
-    models: str | None,
-    paper: bool,
-    paths: tuple[Path | None, Path | None, Path | None],
-    out: Path | None,
-    overwrite: bool,
-) -> None:
     if full and epochs is not None:
         raise SettingsError(f"--epochs {epochs} with --full, which has its own: give one of them")
     from hamdist.config import FirstStep
@@ -68,25 +54,24 @@ def _recovery(
     )
     from hamdist.study.gradient_descent.rows import RowWorkers, jobs
 
-    wanted = jobs(
-        tuple(MODELS) if models is None else [m.strip() for m in models.split(",") if m.strip()],
+    rows_to_make = jobs(
+        tuple(MODELS) if models is None else names(models),
         epochs=None if full else epochs or 1,
         first_step=FirstStep.DAMPENED if paper else FirstStep.UNDAMPENED,
-        paths=Paths(*paths),
+        paths=Paths(images, texts, glove),
     )
     if out is not None:
         out = free_folder(out, overwrite=overwrite, say=note)
     finished = []
-    with RowWorkers(wanted) as rows:
+    with RowWorkers(rows_to_make) as rows:
         for row in rows.finished():
             finished.append(row)
-            note(f"[{len(finished)}/{len(wanted)}] {recovery_line(row)}")
+            note(f"[{len(finished)}/{len(rows_to_make)}] {recovery_line(row)}")
     finished = in_order(finished)
     if out is not None:
         save_recovery(out, finished, command_line())
     print_table(recovery_table(finished), "Gradient descent recovered")
     if out is not None:
-        report(out=str(out))
-        console().print(Text(f"Written to {out}"))
+        say_written(out)
     if not all(row.passed for row in finished):
         raise typer.Exit(FAILED)

@@ -6,19 +6,17 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
-from rich.text import Text
 
 from hamdist.cli.console import (
-    OUTPUT,
-    console,
-    exit_codes,
     note,
     print_facts,
     print_rows,
     report,
+    say,
     warn,
 )
 from hamdist.cli.options import (
+    JsonFileOption,
     LevelOption,
     ModelOption,
     SeedOption,
@@ -27,10 +25,11 @@ from hamdist.cli.options import (
     StepsOption,
     StreamOption,
     changes,
+    level_names,
     load,
 )
-from hamdist.cli.prepare import STANDARD_OUTPUT, own_stream, prepare, prepare_file
-from hamdist.config import EngineKind, Level
+from hamdist.cli.prepare import json_file, own_stream, prepare
+from hamdist.config import EngineKind
 from hamdist.errors import SettingsError
 from hamdist.study.shared.result_folder import results_of
 
@@ -56,10 +55,7 @@ def simulate(
         Path | None,
         typer.Option("--out", help="Folder of --sweep.", show_default="results/NAME-simulated"),
     ] = None,
-    json_: Annotated[
-        Path | None,
-        typer.Option("--json", metavar="FILE", help="Write the result there; -: print it alone."),
-    ] = None,
+    json_: JsonFileOption = None,
     level: LevelOption = None,
     seed: SeedOption = None,
     steps: StepsOption = None,
@@ -68,45 +64,42 @@ def simulate(
     stream: StreamOption = None,
 ) -> None:
     """Predict a run on a cluster before there is one: throughput, limits, memory, and weights."""
-    with exit_codes():
-        if not sweep and (levels or out):
-            raise SettingsError("--levels and --out belong to --sweep")
-        if json_ == STANDARD_OUTPUT:
-            OUTPUT.as_json, json_ = True, None
-        prepare_file(json_)
-        options = changes(level=level, engine=EngineKind.RAY, seed=seed, steps=steps)
-        loaded = load(settings, set_, options)
-        factory = prepare(None, model)
+    if not sweep and (levels or out):
+        raise SettingsError("--levels and --out belong to --sweep")
+    json_ = json_file(json_)
+    options = changes(level=level, engine=EngineKind.RAY, seed=seed, steps=steps)
+    loaded = load(settings, set_, options)
+    factory = prepare(None, model)
 
-        from hamdist.study.report.files import to_json
-        from hamdist.study.shared.result_folder import write_file
-        from hamdist.study.simulate.host_plan import read_host_plan
-        from hamdist.study.simulate.simulate import Planner, at_level
-        from hamdist.study.simulate.simulate import learn as learn_it
-        from hamdist.study.simulate.simulate import simulate as simulated
+    from hamdist.study.report.files import to_json
+    from hamdist.study.shared.result_folder import write_file
+    from hamdist.study.simulate.host_plan import read_host_plan
+    from hamdist.study.simulate.simulate import Planner, at_level
+    from hamdist.study.simulate.simulate import learn as learn_it
+    from hamdist.study.simulate.simulate import simulate as simulated
 
-        own = at_level(loaded, loaded.level)
-        cluster, notes = read_host_plan(hosts)
-        for text in notes:
-            warn(text)
-        data = own_stream(stream, own)
-        planner = Planner(cluster, factory, data)
-        folder = out or results_of(f"{own.name}-simulated")
-        if sweep:
-            one, result = _swept(planner, loaded, levels, folder)
-        else:
-            one = planner.best(own)
-            result = simulated(one, own.seed)
-        for text in one.too_full():
-            warn(f"memory: {text}")
-        if learn:
-            note("learning in one process with these delays ...")
-            _, learned = learn_it(one, result["samples_per_second"], factory, data)
-            result |= learned
-        _print(result)
-        report(**result)
-        if json_ is not None:
-            write_file(json_, to_json(result, indent=2) + "\n")
+    own = at_level(loaded, loaded.level)
+    cluster, notes = read_host_plan(hosts)
+    for text in notes:
+        warn(text)
+    data = own_stream(stream, own)
+    planner = Planner(cluster, factory, data)
+    folder = out or results_of(f"{own.name}-simulated")
+    if sweep:
+        one, result = _swept(planner, loaded, levels, folder)
+    else:
+        one = planner.best(own)
+        result = simulated(one, own.seed)
+    for text in one.too_full():
+        warn(f"memory: {text}")
+    if learn:
+        note("learning in one process with these delays ...")
+        _, learned = learn_it(one, result["samples_per_second"], factory, data)
+        result |= learned
+    _print(result)
+    report(**result)
+    if json_ is not None:
+        write_file(json_, to_json(result, indent=2))
 
 
 def _swept(
@@ -116,10 +109,7 @@ def _swept(
     from hamdist.study.simulate.simulate import simulate as simulated
     from hamdist.study.simulate.sweep import sweep, write_sweep
 
-    try:
-        others = [Level(name.strip()) for name in (levels or "").split(",") if name.strip()]
-    except ValueError as error:
-        raise SettingsError(f"--levels: {error}; the levels are {', '.join(Level)}") from None
+    others = level_names(levels) if levels else []
     prepare(folder, None)
     pairs = [(one, simulated(one, own.seed)) for one in sweep(own, planner, others, note)]
     pairs.sort(key=lambda pair: -pair[1]["samples_per_second"])
@@ -184,20 +174,19 @@ def _print(result: dict[str, Any]) -> None:
 
 def profile() -> None:
     """Measure this host, and print its entry for the file of `hamdist simulate --hosts`."""
-    with exit_codes():
-        import socket
+    import socket
 
-        import psutil
+    import psutil
 
-        from hamdist.runtime.process.threads import cores, product_seconds
+    from hamdist.runtime.process.threads import cores, product_seconds
 
-        memory = psutil.virtual_memory().total
-        entry = {
-            "name": socket.gethostname(),
-            "cores": cores(),
-            "memory": f"{memory / 2**30:.1f}GiB",
-            "product": float(f"{product_seconds():.3g}"),
-        }
-        report(**entry)
-        text = ", ".join(f"{name}: {value}" for name, value in entry.items())
-        console().print(Text(f"- {{{text}}}"))
+    memory = psutil.virtual_memory().total
+    entry = {
+        "name": socket.gethostname(),
+        "cores": cores(),
+        "memory": f"{memory / 2**30:.1f}GiB",
+        "product": float(f"{product_seconds():.3g}"),
+    }
+    report(**entry)
+    text = ", ".join(f"{name}: {value}" for name, value in entry.items())
+    say(f"- {{{text}}}")

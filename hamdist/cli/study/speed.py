@@ -7,12 +7,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
-from rich.text import Text
 
-from hamdist.cli.console import console, exit_codes, note, print_table, report
+from hamdist.cli.console import note, print_table, say_written
 from hamdist.cli.options import ModelOption, OverwriteOption, given
 from hamdist.cli.prepare import command_line, prepare
-from hamdist.cli.study.sweep import ChosenOption, StudySetOption, WorkersOption, run_grid
+from hamdist.cli.study.grid import ChosenOption, StudySetOption, WorkersOption, run_grid
 from hamdist.display.progress import PLAIN_SECONDS
 from hamdist.errors import SettingsError
 from hamdist.study.shared.result_folder import free_folder
@@ -71,25 +70,24 @@ def speed(
 ) -> None:
     """From local to backpropagation: local gradients against backpropagation's, by speed c; with
     SETTINGS the accuracy that is learned, against c."""
-    with exit_codes():
-        asked = given({"speeds": speeds, "steps-ratio": steps_ratio, "streams": streams})
-        if settings is not None:
-            others = {"depth": depth, "width": width, "model": model, "seeds": seeds}
-            others["overwrite"] = overwrite or None
-            of_gradients = {**asked, **given({**others, "input-shape": input_shape})}
-            if of_gradients:
-                raise SettingsError(
-                    f"--{next(iter(of_gradients))} belongs to the study of gradients, without "
-                    "SETTINGS; what a grid varies stands in its file"
-                )
-            run_grid(settings, "speed", set_, chosen, workers, out)
-            return
-        if set_ or chosen or workers is not None:
+    asked = given({"speeds": speeds, "steps-ratio": steps_ratio, "streams": streams})
+    if settings is not None:
+        others = {"depth": depth, "width": width, "model": model, "seeds": seeds}
+        others["overwrite"] = overwrite or None
+        of_gradients = {**asked, **given({**others, "input-shape": input_shape})}
+        if of_gradients:
             raise SettingsError(
-                "--set, --chosen and --workers belong to a grid: name its SETTINGS, too"
+                f"--{next(iter(of_gradients))} belongs to the study of gradients, without "
+                "SETTINGS; what a grid varies stands in its file"
             )
-        out = Path("results/speed") if out is None else out
-        _speed(asked, seeds or SEEDS, (depth, width), model, input_shape, out, overwrite)
+        run_grid(settings, "speed", set_, chosen, workers, out)
+        return
+    if set_ or chosen or workers is not None:
+        raise SettingsError(
+            "--set, --chosen and --workers belong to a grid: name its SETTINGS, too"
+        )
+    out = Path("results/speed") if out is None else out
+    _speed(asked, seeds or SEEDS, (depth, width), model, input_shape, out, overwrite)
 
 
 def _speed(
@@ -133,5 +131,4 @@ def _speed(
     save_speed(out, result)
     for title, table in speed_tables(result).items():
         print_table(table, title)
-    report(out=str(out))
-    console().print(Text(f"Written to {out}"))
+    say_written(out)

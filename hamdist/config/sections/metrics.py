@@ -25,6 +25,7 @@ class TrackerKind(str, Enum):
     MLFLOW = "mlflow"
     WANDB = "wandb"
     PROMETHEUS = "prometheus"
+    RAY = "ray"
 
 
 class MetricsSettings(Section):
@@ -43,6 +44,8 @@ class MetricsSettings(Section):
     or nowhere (false)."""
     histograms: bool = False
     """Histograms of weights, states and costates as events, for trackers that show them."""
+    alignment: Positive | None = None
+    """Compare the update by one of so many samples with backpropagation's, by block."""
     trace: Positive | None = None
     """Keep a trace of the last so many ticks of every process (`--trace`)."""
     prometheus_port: Annotated[int, Field(ge=0, le=65535)] = 9400

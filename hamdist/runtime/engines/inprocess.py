@@ -10,6 +10,7 @@ from hamdist.display.network import NetworkActor
 from hamdist.dynamics.graph.graph import INPUT
 from hamdist.errors import DivergedError
 from hamdist.runtime.engines.sampler import Sampler
+from hamdist.runtime.engines.update_probe import Alignments
 from hamdist.runtime.nodes.factory import make_node, ticks_of
 from hamdist.runtime.nodes.loop import run_loop
 from hamdist.runtime.nodes.mailbox import Mailbox
@@ -57,7 +58,10 @@ class InProcessEngine:
         actor = NetworkActor(DRIVER, socket.gethostname(), list(plan.graph.blocks))
         network = network_of(plan, [actor])
 
+        alignments = Alignments(plan)
+
         def progress() -> Progress:
+            actors = {DRIVER: sampler.sample()}
             windows = {n.name: list(n.metrics.windows) for n in measured if n.metrics}
             readout = next(iter(windows), "")
             return Progress(
@@ -71,7 +75,8 @@ class InProcessEngine:
                 blocks=[
                     BlockProgress(n.name, n.event.tick, n.block.weights.updates) for n in nodes
                 ],
-                actors={DRIVER: sampler.sample()},
+                actors=actors,
+                alignment=alignments.of(actors),
                 network=network,
                 snapshots=[] if snapshot_policy is None else snapshot_policy.snapshots,
                 warnings=[] if snapshot_policy is None else snapshot_policy.warnings,
@@ -81,9 +86,11 @@ class InProcessEngine:
             nonlocal due
             if snapshot_policy is not None:
                 snapshot_policy.look()
-            if ending.reports and time.perf_counter() >= due:
+            if not ending.reports:
+                return
+            sampler.look()
+            if time.perf_counter() >= due:
                 due = time.perf_counter() + PROGRESS_SECONDS
-                sampler.look()
                 ending.report(progress())
 
         stop = (

@@ -10,8 +10,8 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
+from hamdist.dynamics.blocks.block import SavesPasses
 from hamdist.dynamics.blocks.heads import HeadBlock
-from hamdist.dynamics.blocks.kept_passes import SavesPasses
 from hamdist.dynamics.blocks.pulse import (
     KeepingReadout,
     PulseBlock,
@@ -25,7 +25,7 @@ from hamdist.dynamics.saved_state.remember import Remembers
 from hamdist.dynamics.schedule.events import Event, Phase, Stamp
 from hamdist.dynamics.schedule.pulse import PulseSchedule
 from hamdist.dynamics.vjp.tied import TiedFunction
-from hamdist.runtime.nodes.live import LiveBlock
+from hamdist.runtime.nodes.emissions import LiveBlock
 from hamdist.runtime.nodes.mailbox import Mailbox
 from hamdist.runtime.nodes.ports import (
     BlockContents,
@@ -59,6 +59,8 @@ class PulseNode(Remembers):
         self.block = block
         self.metrics = make_metrics(plan) if isinstance(block, PulseReadout) else None
         self.seconds = 0.0
+        self.staleness: dict[int, int] = {}  # samples that came back after so many updates
+        self._versions: dict[int, int] = {}  # of the weights, by sample under way
         self._ports = Ports(plan, spec.name, mailbox)
         cell = block.cell
         self._ties = (
@@ -166,6 +168,8 @@ class PulseNode(Remembers):
             if not self._schedule.lag(self.name):
                 self._rests(event)
                 self.live.forget(event.sample - self._schedule.parts)
+            else:
+                self._versions[event.sample] = version
 
     def _learn(self, sample: int, label: Tensor | None) -> None:
         """Let the block's local readout or its rule learn, if it has one."""
@@ -188,6 +192,9 @@ class PulseNode(Remembers):
             self._recall(event, number)
             to_parents = self.block.backward(number, messages)
         self.seconds += perf_counter() - begin
+        if (version := self._versions.pop(event.sample, None)) is not None:
+            late = stamp.version - version
+            self.staleness[late] = self.staleness.get(late, 0) + 1
         self._ports.to_parents(stamp, to_parents)
         if self._ties is not None:
             self._ties.after_backward(stamp, self.block.weights.updates, self._end)

@@ -16,7 +16,7 @@ from hamdist.dynamics.graph.graph import BlockSpec
 from hamdist.dynamics.saved_state.remember import Remembers
 from hamdist.dynamics.schedule.events import Event, Phase, Stamp
 from hamdist.dynamics.schedule.sequence import SequenceSchedule
-from hamdist.runtime.nodes.live import LiveBlock
+from hamdist.runtime.nodes.emissions import LiveBlock
 from hamdist.runtime.nodes.mailbox import Mailbox
 from hamdist.runtime.nodes.ports import BlockContents, Ports, block_state, make_metrics, record
 from hamdist.runtime.plan.plan import Plan

@@ -18,7 +18,7 @@ from hamdist.dynamics.schedule.events import Event, Stamp, source_events
 from hamdist.dynamics.schedule.sequence import SequenceSchedule
 from hamdist.dynamics.updates.constants import TOLERANCE
 from hamdist.errors import SnapshotError, StreamError
-from hamdist.runtime.nodes.live import emission_of
+from hamdist.runtime.nodes.emissions import emission_of
 from hamdist.runtime.nodes.mailbox import Mailbox
 from hamdist.runtime.plan.plan import Plan
 from hamdist.runtime.signals.cast import CPU
@@ -70,6 +70,7 @@ class SourceNode:
         self.smoothness = Smoothness()
         self._before = 0  # emissions that were not idle, of an earlier run
         self._sent = 0
+        self.latest: tuple[int, Sample] | None = None
         self.stop = Flag()
         self.tick: int | None = self.event.tick
         self._drawn: Iterator[Sample] | None = None
@@ -183,6 +184,7 @@ class SourceNode:
             self._mailbox.post(channel, Signal(stamp, inputs[name], sequence_end=end))
         if not part:
             self._post_targets(sample, stamp, end=end)
+        self.latest = None if idle or kept else (self.event.sample, sample)
         self.event = self._following(last=end)
         self.tick = self.event.tick
 

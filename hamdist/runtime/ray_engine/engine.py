@@ -15,6 +15,7 @@ from hamdist.display.network import NetworkActor, PlacedNetwork
 from hamdist.dynamics.objective.prequential import Window
 from hamdist.errors import ClusterError, DivergedError, HamdistError, SnapshotError, StallError
 from hamdist.runtime.advice.advice import lending_notes, placement_notes, unmeasured_notes
+from hamdist.runtime.engines.update_probe import Alignments
 from hamdist.runtime.placement.assign_blocks import Costs, place
 from hamdist.runtime.placement.step_costs import (
     Unmeasured,
@@ -100,6 +101,7 @@ class _Watch:
         self._samples = plan.resumed
         self._windows: dict[str, list[Window]] = {}
         self._network: PlacedNetwork | None = None
+        self._alignments = Alignments(plan)
         self._head = HeadWatch()
         self._policy = (
             None
@@ -263,6 +265,7 @@ class _Watch:
             if windows and (not known or windows[-1].last >= known[-1].last):
                 self._windows[name] = windows
         readout = self._plan.graph.readouts[0]
+        actors = self._worker_group.samples_of_processes()
         hosts = [NetworkActor(a.name, a.address, a.blocks) for a in self._worker_group.actors]
         if self._network is None or self._network.actors != hosts:
             self._network = network_of(self._plan, hosts)
@@ -276,7 +279,8 @@ class _Watch:
                 readout=readout,
                 others={n: w for n, w in self._windows.items() if n != readout},
                 blocks=blocks,
-                actors=self._worker_group.samples_of_processes(),
+                actors=actors,
+                alignment=self._alignments.of(actors),
                 network=self._network,
                 snapshots=[] if self._policy is None else self._policy.snapshots,
                 warnings=self._all_warnings(),

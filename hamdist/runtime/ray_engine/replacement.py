@@ -41,7 +41,7 @@ from hamdist.runtime.ray_engine.cluster_hosts import reachable_hosts
 from hamdist.runtime.ray_engine.placed_workers import END_SECONDS, START_SECONDS, WorkerHandle
 from hamdist.runtime.ray_engine.worker_actor import WorkerActor
 from hamdist.runtime.ray_engine.worker_group import WorkerGroup
-from hamdist.runtime.results.result import Replaced
+from hamdist.runtime.results.measured import Replaced
 from hamdist.runtime.snapshots.catalogue import SnapshotCatalogue
 
 ACTOR = f"ray::{WorkerActor.__name__}"  # what Ray calls an actor's process

@@ -13,7 +13,7 @@ from hamdist.runtime.plan.plan import Plan, SnapshotPolicy
 from hamdist.runtime.ray_engine.placed_workers import WorkerHandle
 from hamdist.runtime.ray_engine.replacement import ActorLoss, Replacement
 from hamdist.runtime.ray_engine.worker_group import WorkerGroup
-from hamdist.runtime.results.result import Replaced
+from hamdist.runtime.results.measured import Replaced
 from hamdist.runtime.snapshots.catalogue import SnapshotCatalogue, SnapshotFailures
 
 AHEAD_SECONDS = 1.0  # how far ahead of everybody a snapshot is asked for
@@ -108,7 +108,7 @@ class SnapshotSupervision:
             losses, self._losses = self._losses, []
             before = len(self._recovery.replaced)
             self._recovery.replace(losses)
-            # (they have not all heard of it, and have their time again)
+            # (not all actors have heard of the snapshot that was asked for: ask again, later)
             self._asked = self._last = self._last_by = self._pace = self._for_user = None
             if self._live is not None:
                 self._live.begin_again()

@@ -154,9 +154,9 @@ def _on_top(last: str, signal: Signal) -> str:
 
 
 def _update(digest: blake2b, tensor: Tensor) -> None:
-    own = to_host(tensor.detach())
-    if own.nbytes:
-        data = _bytes(own.nbytes).from_address(own.data_ptr())
+    tensor = to_host(tensor.detach())
+    if tensor.nbytes:
+        data = _bytes(tensor.nbytes).from_address(tensor.data_ptr())
         digest.update(crc32(data).to_bytes(4, "little"))
 
 

@@ -3,8 +3,7 @@
 An engine reports `Progress` four times a second; `ProgressEvents` (progress_events.py) turns each
 report into the events that are new in it. An event is a dataclass here, and a line of JSON in
 `events.jsonl`: `time`, `event` (its name), `level` and `seed` of the run, and its own fields (docs:
-reference/events).
-Trackers, the live page and `hamdist explain` read these, and nothing else.
+reference/events). Trackers, the live page and `hamdist explain` read these, and nothing else.
 """
 
 from __future__ import annotations
@@ -13,15 +12,15 @@ import dataclasses
 import json
 import math
 import time as clock
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from functools import cache
 from typing import TYPE_CHECKING, Any, ClassVar, TypeAlias
 
 from pydantic import TypeAdapter, ValidationError
 
-from hamdist.display.network import NetworkActor, NetworkBlock, NetworkEdge
-from hamdist.runtime.results.measured import EdgeCounts, Histogram, Norms
+from hamdist.display.network import PlacedNetwork
+from hamdist.runtime.results.measured import EdgeCounts, Histogram, Norms, Replaced
 
 if TYPE_CHECKING:  # (a command's folder is there before torch is imported)
     from hamdist.config import Settings
@@ -46,9 +45,11 @@ class RunEvent:
 
     def as_json(self) -> dict[str, Any]:
         """Return the event as plain values, null for numbers that are not finite."""
-        own = plain(self)
-        head = {"time": own.pop("time"), "event": self.name}
-        return head | {k: v for k, v in own.items() if v is not None or k not in ("level", "seed")}
+        values = plain(self)
+        head = {"time": values.pop("time"), "event": self.name}
+        return head | {
+            k: v for k, v in values.items() if v is not None or k not in ("level", "seed")
+        }
 
     def to_line(self) -> str:
         """Return the event as a line of JSON, without its end."""
@@ -80,6 +81,7 @@ class RunBegun(RunEvent):
 
     @classmethod
     def of(cls, settings: Settings, title: str, batch: int | None = None) -> RunBegun:
+        """Return the event of a run of `settings`."""
         raw = settings.model_dump(mode="json", exclude_unset=True)
         engine, level = settings.engine.kind.value, settings.level.value
         head: dict[str, Any] = {"level": level, "seed": settings.seed, "steps": settings.steps}
@@ -95,14 +97,10 @@ class PhaseBegun(RunEvent):
 
 
 @dataclass(frozen=True, kw_only=True)
-class NetworkPlaced(RunEvent):
+class NetworkPlaced(RunEvent, PlacedNetwork):
     """The graph of blocks and their places, before the first tick, and when a place changes."""
 
     name: ClassVar[str] = "network"
-    blocks: Sequence[NetworkBlock]
-    edges: Sequence[NetworkEdge]
-    actors: Sequence[NetworkActor]
-    staleness: int
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -123,6 +121,7 @@ class WindowFull(RunEvent):
 
     @classmethod
     def of(cls, window: Window, readout: str, seconds: float, **head: Any) -> WindowFull:
+        """Return the event of a full `window`, `seconds` after the first tick."""
         sums: dict[str, Any] = {
             n: getattr(window, n) for n in ("first", "last", "samples", "correct", "rows")
         }
@@ -156,8 +155,19 @@ class BlocksMeasured(RunEvent):
     seconds: Mapping[str, float]
     """In the steps of the block, since its process began."""
     waiting: Mapping[str, str]
+    staleness: Mapping[str, Mapping[int, int]] = field(default_factory=dict)
+    """How many samples came back to a block after so many updates, since its process began."""
     histograms: Mapping[str, Mapping[str, Histogram]] = field(default_factory=dict)
     """By block of `theta`, `omega`, `h`, `z`, with `metrics.histograms`."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class UpdatesAligned(RunEvent):
+    """With `metrics.alignment`: the fields are those of `measured.Alignment`."""
+
+    name: ClassVar[str] = "alignment"
+    sample: int
+    cosines: Mapping[str, float]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -179,23 +189,17 @@ class EdgesMeasured(RunEvent):
 
 @dataclass(frozen=True, kw_only=True)
 class SnapshotComplete(RunEvent):
+    """A snapshot is complete: its `path`."""
+
     name: ClassVar[str] = "snapshot"
     path: str
 
 
 @dataclass(frozen=True, kw_only=True)
-class ActorReplaced(RunEvent):
-    """An actor was lost and replaced; the fields are those of `Replaced`."""
+class ActorReplaced(RunEvent, Replaced):
+    """An actor was lost and replaced."""
 
     name: ClassVar[str] = "replaced"
-    actor: str
-    blocks: Sequence[str]
-    tick: int | None
-    since: int
-    seconds: float
-    replayed: int
-    fault: str = ""
-    lost: bool = True
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -211,6 +215,8 @@ class SettingsChanged(RunEvent):
 
 @dataclass(frozen=True, kw_only=True)
 class Warned(RunEvent):
+    """A warning of the run."""
+
     name: ClassVar[str] = "warning"
     text: str
 
@@ -227,9 +233,10 @@ class Evaluated(RunEvent):
 
     @classmethod
     def of(cls, scores: Scores, samples: int, **head: Any) -> Evaluated:
+        """Return the event of `scores` after `samples`."""
         each = {n: {"loss": o.loss, "accuracy": o.accuracy} for n, o in scores.outputs.items()}
-        own: dict[str, Any] = {"loss": scores.loss, "accuracy": scores.accuracy, "outputs": each}
-        return cls(samples=samples, **own, **head)
+        values: dict[str, Any] = {"loss": scores.loss, "accuracy": scores.accuracy}
+        return cls(samples=samples, outputs=each, **values, **head)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -249,6 +256,7 @@ class RunFinished(RunEvent):
 
     @classmethod
     def of(cls, facts: RunFacts, failure: str | None, **head: Any) -> RunFinished:
+        """Return the event of a run's end with these facts."""
         names = {one.name for one in dataclasses.fields(cls)} - {"time", "level", "seed", "failure"}
         return cls(**{name: getattr(facts, name) for name in names}, failure=failure, **head)
 
@@ -266,8 +274,8 @@ EVENTS: Mapping[str, type[RunEvent]] = {
     cls.name: cls
     for cls in (
         *(FolderStarted, RunBegun, PhaseBegun, NetworkPlaced, WindowFull, RunProgressed),
-        *(BlocksMeasured, ActorsMeasured, EdgesMeasured, SnapshotComplete, ActorReplaced),
-        *(SettingsChanged, Warned, Evaluated, RunFinished, FolderEnded),
+        *(BlocksMeasured, UpdatesAligned, ActorsMeasured, EdgesMeasured, SnapshotComplete),
+        *(ActorReplaced, SettingsChanged, Warned, Evaluated, RunFinished, FolderEnded),
     )
 }
 

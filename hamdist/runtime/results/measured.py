@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 
 class Norms(NamedTuple):
@@ -13,12 +13,24 @@ class Norms(NamedTuple):
     Attributes:
         h: of the state; z: of its costate.
         omega: of all weight costates together; theta: of all weights together.
+        update: of the latest update of the weights that was watched; None before the first.
     """
 
     h: float | None
     z: float | None
     omega: float
     theta: float
+    update: float | None = None
+
+
+class Alignment(NamedTuple):
+    """By block, the cosine between its update by a sample and the gradient of backpropagation.
+
+    Blocks that did not move have none. The terms: engines/update_probe.py.
+    """
+
+    sample: int
+    cosines: Mapping[str, float]
 
 
 class Histogram(NamedTuple):
@@ -66,6 +78,9 @@ class ProcessSample:
             all processes is the number under way.
         stream: counts of the stream, where it is drawn here.
         histograms: by block and kind of tensor, with `metrics.histograms`.
+        staleness: by block (of presentation 'pulse'), how many samples came back after so many
+            updates of its weights, since the process began.
+        probes: with `metrics.alignment`, those that came since the sample before.
     """
 
     seconds: Mapping[str, float] = field(default_factory=dict)
@@ -75,6 +90,31 @@ class ProcessSample:
     edges: Mapping[str, EdgeCounts] = field(default_factory=dict)
     stream: Mapping[str, int] = field(default_factory=dict)
     histograms: Mapping[str, Mapping[str, Histogram]] = field(default_factory=dict)
+    staleness: Mapping[str, Mapping[int, int]] = field(default_factory=dict)
+    probes: Sequence[Any] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class Replaced:
+    """An actor that was lost and replaced.
+
+    Attributes:
+        tick: of its blocks, if it was known.
+        since: the tick of the snapshot from which it resumed; seconds: until it ran again.
+        replayed: signals that its neighbours had to send again (of actors that were lost together:
+            with the first).
+        fault: damage of a later snapshot, for which all went back to this one (empty: none).
+        lost: False for those that were there, and only went back with the others.
+    """
+
+    actor: str
+    blocks: list[str]
+    tick: int | None
+    since: int
+    seconds: float
+    replayed: int
+    fault: str = ""
+    lost: bool = True
 
 
 def summed(samples: Sequence[ProcessSample]) -> dict[str, EdgeCounts]:

@@ -22,13 +22,14 @@ from hamdist.runtime.results.events import (
     RunEvent,
     RunProgressed,
     SnapshotComplete,
+    UpdatesAligned,
     Warned,
     WindowFull,
 )
-from hamdist.runtime.results.measured import summed
+from hamdist.runtime.results.measured import Replaced, summed
 
 if TYPE_CHECKING:  # (a command's folder is there before torch is imported)
-    from hamdist.runtime.results.result import Progress, Replaced
+    from hamdist.runtime.results.result import Progress
 
 LINES = 2000
 BLOCKS_AT_FULL_PACE = 100
@@ -58,8 +59,8 @@ class ProgressEvents:
     def __init__(self, level: str | None = None, seed: int | None = None) -> None:
         self.head: dict[str, Any] = {"level": level, "seed": seed}
         self._last: dict[str, int] = {}  # sample of the last window, by readout
-        self._lost = 0
-        self._told: set[str] = set()  # warnings, and paths of snapshots
+        self._lost, self._aligned = 0, -1
+        self._reported: set[str] = set()  # warnings, and paths of snapshots
         self._actors: Sequence[NetworkActor] | None = None
         self._pace = ProgressPace()
 
@@ -78,13 +79,17 @@ class ProgressEvents:
         events += [Warned(text=text, **head) for text in self._new(progress.warnings)]
         events += [SnapshotComplete(path=path, **head) for path in self._new(progress.snapshots)]
         events += self._windows(progress)
+        aligned = progress.alignment
+        if aligned is not None and aligned.sample > self._aligned:
+            self._aligned = aligned.sample
+            events.append(UpdatesAligned(**aligned._asdict(), **head))
         if self._pace.due(progress.seconds, len(progress.blocks)):
             events += self._measured(progress)
         return events
 
     def _new(self, texts: Sequence[str]) -> list[str]:
-        new = [text for text in dict.fromkeys(texts) if text not in self._told]
-        self._told.update(new)
+        new = [text for text in dict.fromkeys(texts) if text not in self._reported]
+        self._reported.update(new)
         return new
 
     def _windows(self, progress: Progress) -> Iterator[RunEvent]:
@@ -115,6 +120,7 @@ class ProgressEvents:
             updates={b.block: b.updates for b in blocks},
             norms={name: norms for s in samples.values() for name, norms in s.norms.items()},
             seconds={name: spent for s in samples.values() for name, spent in s.steps.items()},
+            staleness={name: late for s in samples.values() for name, late in s.staleness.items()},
             histograms={name: own for s in samples.values() for name, own in s.histograms.items()},
             waiting={b.block: b.waiting for b in blocks if b.waiting is not None},
             **head,

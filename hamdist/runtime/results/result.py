@@ -18,7 +18,7 @@ from hamdist.dynamics.blocks.energy import Records
 from hamdist.dynamics.objective.prequential import Window
 from hamdist.dynamics.vjp.autocast import Rounding
 from hamdist.runtime.results.digests import DigestMap
-from hamdist.runtime.results.measured import ProcessSample
+from hamdist.runtime.results.measured import Alignment, ProcessSample, Replaced
 from hamdist.runtime.results.trace import TraceSpan
 from hamdist.runtime.signals.codec import Compressed
 
@@ -70,8 +70,7 @@ class Progress:
 
     Attributes:
         samples: samples that entered the network; resumed: those of them before the snapshot that
-        the
-            run resumes from.
+            the run resumes from.
         phase: of the start (process/startup.py); None from the first tick on.
         replaced: actors that were lost so far.
         windows: of the first readout, called `readout`; others: those of the other readouts.
@@ -92,31 +91,9 @@ class Progress:
     others: Mapping[str, Sequence[Window]] = field(default_factory=dict)
     actors: Mapping[str, ProcessSample] = field(default_factory=dict)
     network: PlacedNetwork | None = None
+    alignment: Alignment | None = None
     snapshots: Sequence[str] = field(default_factory=list)
     warnings: Sequence[str] = field(default_factory=list)
-
-
-@dataclass(frozen=True, slots=True)
-class Replaced:
-    """An actor that was lost and replaced.
-
-    Attributes:
-        tick: of its blocks, if it was known.
-        since: the tick of the snapshot from which it resumed; seconds: until it ran again.
-        replayed: signals that its neighbours had to send again (of actors that were lost together:
-            with the first).
-        fault: damage of a later snapshot, for which all went back to this one (empty: none).
-        lost: False for those that were there, and only went back with the others.
-    """
-
-    actor: str
-    blocks: list[str]
-    tick: int | None
-    since: int
-    seconds: float
-    replayed: int
-    fault: str = ""
-    lost: bool = True
 
 
 @dataclass(frozen=True, slots=True)
@@ -141,16 +118,14 @@ class RunFacts:
 
     Attributes:
         samples: samples that entered; resumed: those of them before the snapshot that the run
-        resumed
-            from.
+            resumed from.
         seconds: wall time from the first to the last tick, without that of the resumed samples;
             startup_seconds: the time before, startup: the same by phase (process/startup.py).
         predicted: samples a second by the timing model (runtime/timing), from the steps as measured
             before the start; 0 where there is no prediction.
         bytes_per_edge: payload bytes that crossed each edge in both directions, by edge.
         compression: by edge and direction ('h' forward, 'm' backward), of the compressed ones,
-            bytes
-            sent and saved, and the error of the decoded signals.
+            bytes sent and saved, and the error of the decoded signals.
         rounding: by block under autocast, the distance of its results from float32.
         peak_memory: peak resident bytes by process ('driver', 'actor 0', ...).
         own_memory: at the end, without the code of libraries and Ray's object store.
@@ -251,14 +226,14 @@ class RunResult(RunFacts):
     plain: nn.Module | None = None
 
     def __repr__(self) -> str:
-        told = [f"{self.samples:,} samples in {self.seconds:.3g} s"]
-        told += ["interrupted"] if self.interrupted else []
-        told += ["stopped by on_progress"] if self.stopped else []
+        facts = [f"{self.samples:,} samples in {self.seconds:.3g} s"]
+        facts += ["interrupted"] if self.interrupted else []
+        facts += ["stopped by on_progress"] if self.stopped else []
         for readout, windows in self.windows.items():
             if windows:
-                told.append(f"{readout}: {_last(windows[-1])}")
-        told += [f"warning: {text}" for text in self.warnings]
-        return f"RunResult({'; '.join(told)})"
+                facts.append(f"{readout}: {_last(windows[-1])}")
+        facts += [f"warning: {text}" for text in self.warnings]
+        return f"RunResult({'; '.join(facts)})"
 
     @property
     def metrics(self) -> Any:

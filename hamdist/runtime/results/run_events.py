@@ -109,11 +109,11 @@ class RunEvents:
 
     def end(self, error: BaseException | None = None) -> None:
         """Tell that nothing more comes; `error`: what has ended the run."""
-        told = None if error is None else str(error) or type(error).__name__
+        failure = None if error is None else str(error) or type(error).__name__
         result = getattr(error, "result", None)
         if result is not None:
-            self.finish(result, told)
-        self.emit(FolderEnded(error=told))
+            self.finish(result, failure)
+        self.emit(FolderEnded(error=failure))
 
     def __enter__(self) -> RunEvents:
         return self

@@ -80,15 +80,15 @@ def evaluate_samples(
         for n, sample in enumerate(items):
             u = sample.u if sample.inputs is None else sample.inputs
             with _naming(n):
-                found = tensors(called(model, u))
+                predictions = tensors(called(model, u))
             if tallies is None:
-                losses = losses_of(list(found), loss, targets)
+                losses = losses_of(list(predictions), loss, targets)
                 tallies = {name: _Tally(one, ignore_index) for name, one in losses.items()}
             for name, tally in tallies.items():
                 target = sample.target(name)
                 if target is not None:
                     with _naming(n):
-                        tally.add(found[name], target)
+                        tally.add(predictions[name], target)
     if tallies is None:
         raise StreamError("nothing is held out: the part to evaluate on has no sample")
     for name, tally in tallies.items():
@@ -103,17 +103,12 @@ def evaluate_samples(
 
 
 def _chunks(x: NetworkInputs, y: Targets) -> Iterator[Sample]:
-    inputs = x if isinstance(x, Mapping) else {ONLY: x}
-    rows = len(next(iter(inputs.values())))
-    for first in range(0, rows, CHUNK):
-        part = {name: one[first : first + CHUNK] for name, one in inputs.items()}
-        target = (
-            {name: one[first : first + CHUNK] for name, one in y.items()}
-            if isinstance(y, Mapping)
-            else y[first : first + CHUNK]
-        )
-        u = next(iter(part.values()))
-        yield Sample(u, target, inputs=part if isinstance(x, Mapping) else None)
+    u = next(iter(x.values())) if isinstance(x, Mapping) else x
+    for first in range(0, len(u), CHUNK):
+        rows = slice(first, first + CHUNK)
+        inputs = {name: one[rows] for name, one in x.items()} if isinstance(x, Mapping) else None
+        target = {n: t[rows] for n, t in y.items()} if isinstance(y, Mapping) else y[rows]
+        yield Sample(u[rows], target, inputs=inputs)
 
 
 def evaluate_sequences(
@@ -160,6 +155,7 @@ class _Tally:
         self._counted = 0
 
     def add(self, prediction: Tensor, target: Tensor) -> None:
+        """Add the rows of one prediction."""
         rows = counts(target, self._ignore_index)
         if not rows:
             return
@@ -169,6 +165,7 @@ class _Tally:
         self._correct, self._counted = self._correct + right, self._counted + counted
 
     def scores(self) -> Scores:
+        """Return the means over the rows so far."""
         accuracy = self._correct / self._counted if self._counted else None
         return Scores(self._total / self.rows, accuracy)
 

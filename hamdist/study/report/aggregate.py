@@ -82,10 +82,10 @@ def aggregate(runs: Iterable[Run]) -> list[AggregateRow]:
 
 def _row(group: Sequence[Run], baseline: Sequence[Run], goal: float | None) -> AggregateRow:
     rows_to_goal, seconds_to_goal = _until(group, goal)
-    accuracies = _present(_accuracy(run) for run in group)
-    losses = _present(_loss(run) for run in group)
-    gaps = _paired(group, baseline, _accuracy)
-    loss_gaps = _paired(group, baseline, _loss)
+    accuracies = _present(accuracy_of(run) for run in group)
+    losses = _present(loss_of(run) for run in group)
+    gaps = paired(group, baseline, accuracy_of)
+    loss_gaps = paired(group, baseline, loss_of)
     memory = _peak_memory(group)
     totals = [merge_windows(run.windows) for run in group if run.windows]
     return AggregateRow(
@@ -138,11 +138,13 @@ def _until(group: Sequence[Run], goal: float | None) -> tuple[float | None, floa
     return statistics.fmean(rows), statistics.fmean(seconds_of_runs)
 
 
-def _accuracy(run: Run) -> float | None:
+def accuracy_of(run: Run) -> float | None:
+    """Return the held-out accuracy; None without one."""
     return None if run.held_out is None else run.held_out.accuracy
 
 
-def _loss(run: Run) -> float | None:
+def loss_of(run: Run) -> float | None:
+    """Return the held-out loss; None without one."""
     return None if run.held_out is None else run.held_out.loss
 
 
@@ -151,18 +153,20 @@ def _present(values: Iterable[float | None]) -> list[float]:
 
 
 def mean_of(values: Sequence[float]) -> float | None:
+    """Return the mean; NaN where a value is not finite, None without values."""
     if not values:
         return None
     return statistics.fmean(values) if all(map(math.isfinite, values)) else math.nan
 
 
 def spread_of(values: Sequence[float]) -> float | None:
+    """Return the sample standard deviation; None for fewer than two values."""
     if len(values) < 2:
         return None
     return statistics.stdev(values) if all(map(math.isfinite, values)) else math.nan
 
 
-def _paired(
+def paired(
     minuend: Sequence[Run], subtrahend: Sequence[Run], value: Callable[[Run], float | None]
 ) -> list[float]:
     """Return the differences of `value`, for each seed that both have."""
@@ -197,7 +201,7 @@ def _notes(group: Sequence[Run], baseline: Sequence[Run]) -> list[str]:
     notes = list(dict.fromkeys(text for run in group for text in [*run.why, *run.warnings]))
     notes += compression_notes([run.compression for run in group])
     notes += outputs_notes(group)
-    lost = [(run.seed, _loss(run)) for run in group]
+    lost = [(run.seed, loss_of(run)) for run in group]
     diverged = [str(seed) for seed, loss in lost if loss is not None and not math.isfinite(loss)]
     if diverged:
         notes.append(

@@ -6,7 +6,6 @@ import csv
 import dataclasses
 import io
 import json
-import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -22,6 +21,7 @@ from hamdist.runtime.results.events import (
     RunEvent,
     RunFinished,
     WindowFull,
+    plain,
     read_events,
 )
 from hamdist.runtime.results.run_events import EVENTS
@@ -138,22 +138,7 @@ def flat_tests(record: Mapping[str, Any]) -> dict[str, Any]:
     return flat
 
 
-def summary_json(run: Run) -> str:
-    """Return the content of a single run's summary.json."""
-    return to_json(run_summary(run), indent=2) + "\n"
-
-
 def to_json(value: object, indent: int | None = None) -> str:
-    """Return JSON, with null for numbers that are not finite."""
-    return json.dumps(_finite(value), indent=indent, ensure_ascii=False, allow_nan=False)
-
-
-def _finite(value: Any) -> Any:
-    """Return `value` with None for every number that JSON cannot hold."""
-    if isinstance(value, float):
-        return value if math.isfinite(value) else None
-    if isinstance(value, dict):
-        return {key: _finite(item) for key, item in value.items()}
-    if isinstance(value, (list, tuple)):
-        return [_finite(item) for item in value]
-    return value
+    """Return JSON, with null for numbers that are not finite (`indent`: for a file of its own)."""
+    text = json.dumps(plain(value), indent=indent, ensure_ascii=False, allow_nan=False)
+    return text if indent is None else text + "\n"

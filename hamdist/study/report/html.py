@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import platform
+import time
 from collections.abc import Sequence
-from dataclasses import dataclass
 from html import escape
 from importlib.metadata import PackageNotFoundError, version
 
@@ -27,43 +27,42 @@ both directions. <b>Staleness</b>: the most samples that lie between the activat
 and those that it meets. Peak memory counts everything resident in a process, Python and torch
 included.
 """
+INTERRUPTED = '<p class="interrupted">Ended early: only the runs that finished are shown.</p>'
 
 
-@dataclass(frozen=True, slots=True)
-class HtmlReport:
-    """The content of the page.
+def render(
+    settings: Settings,
+    table: Table,
+    figures: Sequence[PageFigure],
+    command: str,
+    *,
+    interrupted: bool = False,
+    events: Sequence[RunEvent] = (),
+) -> str:
+    """Return the page.
 
-    Attributes:
-        when: a date.
-        events: of the runs; they become the curves, and `figures` are drawn below.
+    Args:
+        settings, table: of the comparison.
+        figures: drawn below the curves.
+        command: by which it was made.
+        interrupted: not all runs were made.
+        events: of the runs; they become the curves.
     """
-
-    settings: Settings
-    table: Table
-    figures: Sequence[PageFigure]
-    command: str
-    when: str
-    interrupted: bool
-    events: Sequence[RunEvent] = ()
-
-
-def render(report: HtmlReport) -> str:
-    """Return the page."""
-    title = escape(f"hamdist compare: {report.settings.name}")
+    title = escape(f"hamdist compare: {settings.name}")
     parts = [
         f"<h1>{title}</h1>",
-        facts(report.command, report.when),
-        _interruption(report),
-        f'<h2>Results</h2><div class="scroll">{html_table(report.table)}</div>',
+        facts(command),
+        INTERRUPTED if interrupted else "",
+        f'<h2>Results</h2><div class="scroll">{html_table(table)}</div>',
         f"<p>{EXPLANATION}</p>",
-        html_notes(report.table.notes),
-        _words(report.events),
-        sections() if report.events else "",
-        FIGURES if report.figures else "",
+        html_notes(table.notes),
+        _words(events),
+        sections() if events else "",
+        FIGURES if figures else "",
         "<h2>Settings</h2><details><summary>All of them</summary>"
-        f"<pre>{escape(to_yaml(report.settings))}</pre></details>",
+        f"<pre>{escape(to_yaml(settings))}</pre></details>",
     ]
-    return page(title, parts, [baked(report.events, report.figures)])
+    return page(title, parts, [baked(events, figures)])
 
 
 def _words(events: Sequence[RunEvent]) -> str:
@@ -89,18 +88,12 @@ def _version(package: str) -> str:
         return "not installed"
 
 
-def facts(command: str, when: str) -> str:
-    """Return how, when and with which software the numbers were computed."""
-    known = {
+def facts(command: str) -> str:
+    """Return how, when (now) and with which software the numbers were computed."""
+    by_name = {
         "command": command,
-        "date": when,
+        "date": time.strftime("%Y-%m-%d %H:%M %z"),
         "machine": f"{platform.system()} {platform.machine()}",
         "versions": ", ".join(f"{name} {text}" for name, text in versions().items()),
     }
-    return f"<dl>{''.join(f'<dt>{k}</dt><dd>{escape(v)}</dd>' for k, v in known.items())}</dl>"
-
-
-def _interruption(report: HtmlReport) -> str:
-    if not report.interrupted:
-        return ""
-    return '<p class="interrupted">Ended early: only the runs that finished are shown.</p>'
+    return f"<dl>{''.join(f'<dt>{k}</dt><dd>{escape(v)}</dd>' for k, v in by_name.items())}</dl>"

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Sequence
 from html import escape
 from pathlib import Path
@@ -19,17 +18,18 @@ from hamdist.study.report.files import (
     report_events,
     rows_csv,
     run_lines,
-    summary_json,
+    run_summary,
     to_json,
 )
-from hamdist.study.report.html import HtmlReport, render
+from hamdist.study.report.html import render
 from hamdist.study.report.plots import gap_figures
 from hamdist.study.report.table import comparison_table
 from hamdist.study.report.tracking_plots import record_figures
 from hamdist.study.run.run import Run
 from hamdist.study.run.tracking import records_npz
 from hamdist.study.shared.result_folder import write_file
-from hamdist.study.view.page import FIGURES, baked, page
+from hamdist.study.view.page import FIGURES, baked
+from hamdist.study.view.page import page as html_page
 
 
 def save_run(folder: Path, run: Run, model: nn.Module, settings: Settings) -> None:
@@ -46,14 +46,14 @@ def save_run(folder: Path, run: Run, model: nn.Module, settings: Settings) -> No
         save_weights(folder / "plain.safetensors", _weights(run.plain))
     _write_settings(folder, as_it_was(settings, run))
     write_file(folder / "metrics.jsonl", run_lines([run]))
-    write_file(folder / "summary.json", summary_json(run))
+    write_file(folder / "summary.json", to_json(run_summary(run), indent=2))
     if run.records:
         write_file(folder / "records.npz", records_npz(run.records, settings))
         figures = record_figures(run.records, settings)
         if figures:
             title = escape(f"hamdist: what {settings.name} recorded")
             parts = [f"<h1>{title}</h1>", FIGURES]
-            write_file(folder / "records.html", page(title, parts, [baked(figures=figures)]))
+            write_file(folder / "records.html", html_page(title, parts, [baked(figures=figures)]))
     if run.digests:
         write_file(folder / "digests.json", digests_json(run.digests))
 
@@ -106,23 +106,17 @@ def save_comparison(
     Raises SettingsError where a file cannot be written.
     """
     rows = aggregate(runs)
+    table = comparison_table(rows)
     write_file(folder / "runs.jsonl", run_lines(runs))
     write_file(folder / "results.csv", rows_csv(rows))
-    write_file(folder / "results.tex", latex(comparison_table(rows)))
+    write_file(folder / "results.tex", latex(table))
     _write_settings(folder, settings)
     summary = comparison_summary(rows, interrupted=interrupted)
-    write_file(folder / "summary.json", to_json(summary, indent=2) + "\n")
+    write_file(folder / "summary.json", to_json(summary, indent=2))
     for run in runs:
         if run.digests:
             name = f"digests-{run.level}-{run.seed}.json"
             write_file(folder / name, digests_json(run.digests))
-    report = HtmlReport(
-        settings=settings,
-        table=comparison_table(rows),
-        figures=gap_figures(runs),
-        command=command,
-        when=time.strftime("%Y-%m-%d %H:%M %z"),
-        interrupted=interrupted,
-        events=report_events(runs, folder),
-    )
-    write_file(folder / "report.html", render(report))
+    figures, events = gap_figures(runs), report_events(runs, folder)
+    page = render(settings, table, figures, command, interrupted=interrupted, events=events)
+    write_file(folder / "report.html", page)

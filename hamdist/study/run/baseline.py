@@ -1,11 +1,10 @@
 """Centralised training: the whole model in this process, plain PyTorch, an optimiser of torch's.
 
 The same model, stream, order, loss, optimiser (torch.optim.SGD, or what `learning` names, with its
-groups) and step size as the runs it is compared with, and the same
-moving average of the weights (`learning.average`) for evaluation. The step size of sample n (from
-0) follows the same course (dynamics/updates/learning_rate.py). Samples without target are not
-learned from, but count. The prequential loss comes from the forward pass that the gradient belongs
-to.
+groups) and step size as the runs it is compared with, and the same moving average of the weights
+(`learning.average`) for evaluation. The step size of sample n (from 0) follows the same course
+(dynamics/updates/learning_rate.py). Samples without target are not learned from, but count. The
+prequential loss comes from the forward pass that the gradient belongs to.
 
 `frozen` trains the last layer alone, on the hidden blocks as they were drawn: what a level without
 memory has to beat before it can be said to learn anything in its hidden blocks.
@@ -79,10 +78,10 @@ def train_centralised(
     reset_peak()
     losses = make_losses(settings.loss, settings.ignore_index) if loss is None else loss
     model, stream = in_dtype_of(settings, model, stream)
-    own = copied(model)
+    trained = copied(model)
     if frozen:
-        _freeze(own)
-    trainer = _Trainer(own, settings, losses, stream.spec)
+        _freeze(trained)
+    trainer = _Trainer(trained, settings, losses, stream.spec)
     # (Samples whose labels come late are shown again, though their trace was to be kept: torch has
     # no gradient of an old forward pass with today's weights.)
     with torch.random.fork_rng(devices=[]):
@@ -98,7 +97,7 @@ def train_centralised(
         model=averaged or trainer.model,
         plain=None if averaged is None else trainer.model,
         blocks={},
-        windows={name or CENTRALISED: own.windows for name, own in trainer.metrics.items()},
+        windows={name or CENTRALISED: one.windows for name, one in trainer.metrics.items()},
         samples=trainer.samples,
         ticks=trainer.samples,
         seconds=seconds,
@@ -115,65 +114,62 @@ class _Trainer:
     """Learns one sample at a time. samples: how many it was shown. metrics: by output."""
 
     def __init__(
-        self,
-        model: nn.Module,
-        settings: Settings,
-        loss: Losses,
-        spec: SampleSpec,
+        self, model: nn.Module, settings: Settings, loss: Losses, spec: SampleSpec
     ) -> None:
         learning = settings.learning
         self._spec = spec
-        self._asked: dict[int, dict[str, Tensor]] = {}  # predictions that wait for their labels
+        self._waiting: dict[int, dict[str, Tensor]] = {}  # predictions that wait for their labels
         self.model = model
         self.loss = loss
         self.targets = spec.targets
         self._losses: dict[str, LossFunction] | None = None
-        self._kept = settings.metrics
+        self._metrics = settings.metrics
         self._ignore_index = settings.ignore_index
         self.course = step_course(learning, settings.steps)
         self.optimisers = _optimisers(model, learning)
         groups = [group for one in self.optimisers for group in one.param_groups]
         self._rates = [group["lr"] for group in groups]
         self.metrics: dict[str, Prequential] = {}
-        given = learning.average
+        average = learning.average
         theta = [p.data for p in model.parameters() if p.requires_grad]
-        self.average = None if isinstance(given, str) else Average(theta, given)
+        self.average = None if isinstance(average, str) else Average(theta, average)
         self.samples = 0
         self.updates = 0
 
     def show(self, sample: Sample) -> None:
         """Test on the sample, then train on it; a sample without target only counts. One whose
         label comes late passes twice (streams/wrappers/late_targets.py)."""
-        told = sample.emission or Emission(Emits.SAMPLE, 0, self.samples, waits=False)
+        emission = sample.emission or Emission(Emits.SAMPLE, 0, self.samples, waits=False)
         names = [ONLY] if self.targets is None else self.targets
-        asks = told.kind is Emits.SAMPLE and told.waits
-        if asks or any(sample.target(name) is not None for name in names):
+        waits = emission.kind is Emits.SAMPLE and emission.waits
+        if waits or any(sample.target(name) is not None for name in names):
             try:
-                if asks:
-                    self._ask(sample, told.number)
+                if waits:
+                    self._predict(sample, emission.number)
                 else:
-                    self._learn(sample, told)
+                    self._learn(sample, emission)
             except GraphError:
                 raise
             except Exception as error:
                 text = f"{type(error).__name__}: {error}"
                 raise BlockError(CENTRALISED, self.samples, text, traceback.format_exc()) from error
-        self.samples += told.kind is Emits.SAMPLE
+        self.samples += emission.kind is Emits.SAMPLE
 
-    def _ask(self, sample: Sample, number: int) -> None:
-        """Predicts what is scored when the label has come."""
+    def _predictions(self, sample: Sample) -> dict[str, Tensor]:
+        return tensors(called(self.model, sample.u if sample.inputs is None else sample.inputs))
+
+    def _predict(self, sample: Sample, number: int) -> None:
+        """Keep the predictions, which are scored when the label has come."""
         with torch.no_grad():
-            u = sample.u if sample.inputs is None else sample.inputs
-            self._asked[number] = tensors(called(self.model, u))
-        if len(self._asked) > self._spec.patience:
-            del self._asked[min(self._asked)]
+            self._waiting[number] = self._predictions(sample)
+        if len(self._waiting) > self._spec.patience:
+            del self._waiting[min(self._waiting)]
 
-    def _learn(self, sample: Sample, told: Emission) -> None:
-        earlier = self._asked.pop(told.number, None)
-        u = sample.u if sample.inputs is None else sample.inputs
-        predictions = tensors(called(self.model, u))
-        losses = self._losses = self._losses or self._chosen(predictions)
-        found = []
+    def _learn(self, sample: Sample, emission: Emission) -> None:
+        earlier = self._waiting.pop(emission.number, None)
+        predictions = self._predictions(sample)
+        losses = self._losses = self._losses or self._losses_of(predictions)
+        values = []
         for name, loss in losses.items():
             y = sample.target(name)
             of, plain = self._spec.target(name), y
@@ -181,16 +177,16 @@ class _Trainer:
                 plain = parted(y, of)[0]
                 loss = Weighted(loss, partial(parted, spec=of), self._ignore_index)
             if y is not None and plain is not None and counts(plain, self._ignore_index):
-                found.append(loss(predictions[name], y))
-                own, value = predictions[name].detach(), found[-1].detach()
+                values.append(loss(predictions[name], y))
+                scored, value = predictions[name].detach(), values[-1].detach()
                 if earlier is not None:
-                    own = earlier[name]
-                    value = loss(own, y)
-                self.metrics[name].record(told.number, own, plain, value)
-        if not found:
+                    scored = earlier[name]
+                    value = loss(scored, y)
+                self.metrics[name].record(emission.number, scored, plain, value)
+        if not values:
             return
         self.model.zero_grad()
-        torch.autograd.backward(found)
+        torch.autograd.backward(values)
         self._move()
         self.updates += 1
         if self.average is not None:
@@ -205,17 +201,17 @@ class _Trainer:
             one.step()
 
     def averaged(self) -> nn.Module | None:
-        """The model with the average of its weights, if there is one."""
+        """Return the model with the average of its weights, if there is one."""
         if self.average is None:
             return None
-        made = copied(self.model)
-        moving = [p for p in made.parameters() if p.requires_grad]
+        model = copied(self.model)
+        moving = [p for p in model.parameters() if p.requires_grad]
         for p, value in zip(moving, self.average.values, strict=True):
             p.data.copy_(value)
-        return made
+        return model
 
-    def _chosen(self, predictions: dict[str, Tensor]) -> dict[str, LossFunction]:
-        """The losses of the outputs that have one, each with metrics of its own."""
+    def _losses_of(self, predictions: dict[str, Tensor]) -> dict[str, LossFunction]:
+        """Return the losses of the outputs that have one; each gets metrics of its own."""
         if list(predictions) == [ONLY] and self.targets is not None:
             raise GraphError(
                 f"the stream has targets by readout ({', '.join(map(repr, self.targets))}), but "
@@ -223,20 +219,19 @@ class _Trainer:
                 "give the stream one target"
             )
         losses = losses_of(list(predictions), self.loss, self.targets)
-        kept = self._kept
+        window, limit = self._metrics.window, self._metrics.limit
         self.metrics = {
-            name: Prequential(kept.window, kept.limit, ignore_index=self._ignore_index)
-            for name in losses
+            name: Prequential(window, limit, ignore_index=self._ignore_index) for name in losses
         }
         return losses
 
     def windows(self) -> list[Window]:
-        """Of the first output, as those of engines under way."""
-        return next((own.windows for own in self.metrics.values()), [])
+        """Return those of the first output, as engines under way do."""
+        return next((one.windows for one in self.metrics.values()), [])
 
 
 def _freeze(model: nn.Module) -> None:
-    """All weights but those of the last child that has some."""
+    """Freeze all weights but those of the last child that has some."""
     children = [child for child in model.children() if any(True for _ in child.parameters())]
     if not isinstance(model, nn.Sequential) or len(children) < 2:
         raise SettingsError(
@@ -254,8 +249,8 @@ def _optimisers(model: nn.Module, learning: LearningSettings) -> list[torch.opti
         return OptimizerRule(learning.optimizer, lr=learning.lr).optimizers(CENTRALISED, named)
     adaptive = learning.adaptive
     if adaptive is None:
-        own = (learning.lr, learning.momentum, learning.dampening, learning.weight_decay)
-        return [torch.optim.SGD(weights, *own)]
+        constants = (learning.lr, learning.momentum, learning.dampening, learning.weight_decay)
+        return [torch.optim.SGD(weights, *constants)]
     betas = learning.momentum, adaptive.memory
     decay = learning.weight_decay
     return [torch.optim.AdamW(weights, learning.lr, betas, adaptive.epsilon, decay)]
@@ -268,7 +263,7 @@ def _train(
     begun: float,
     on_progress: Callable[[Progress], object] | None,
 ) -> bool:
-    """Show every sample; True where Ctrl-C came first."""
+    """Show every sample; return True where Ctrl-C came first."""
     reported = begun
     interrupted = False
     steps, samples = settings.steps, iter(stream.samples())
@@ -284,8 +279,8 @@ def _train(
                 reported = now
     except KeyboardInterrupt:
         interrupted = True
-    for own in trainer.metrics.values():
-        own.flush()
+    for metrics in trainer.metrics.values():
+        metrics.flush()
     if on_progress is not None:
         on_progress(_progress(trainer, settings.steps, time.perf_counter() - begun))
     return interrupted
@@ -302,7 +297,7 @@ def _progress(trainer: _Trainer, steps: int | None, seconds: float) -> Progress:
 
 
 def _threads(trainer: _Trainer, spec: SampleSpec, settings: Settings) -> int:
-    """1, or as many as the compared run has: whichever trains a copy of the model faster."""
+    """Return 1, or as many threads as the compared run has: whichever trains a copy faster."""
     probe = _Trainer(copied(trainer.model), settings, trainer.loss, spec)
     sample = example_sample(spec)
 
@@ -314,22 +309,24 @@ def _threads(trainer: _Trainer, spec: SampleSpec, settings: Settings) -> int:
 
 
 def baseline_warnings(settings: Settings) -> list[str]:
-    """Says so where the compared levels do not follow `learning`, which is all that SGD knows."""
+    """Return a warning where the levels do not follow `learning` alone, which is all SGD knows."""
     d = settings.dynamics
     constants = ("beta", "phi", "eta", "eta_omega", "weight_cost")
-    given = [f"dynamics.{name}" for name in constants if getattr(d, name)]
-    if any(own.beta is not None or own.eta is not None for own in d.blocks.values()):
-        given.append("dynamics.blocks")
+    others = [f"dynamics.{name}" for name in constants if getattr(d, name)]
+    if any(block.beta is not None or block.eta is not None for block in d.blocks.values()):
+        others.append("dynamics.blocks")
     learning = settings.learning
     dampened = learning.first_step is FirstStep.DAMPENED
     if dampened and learning.momentum and learning.dampening:
-        given.append("learning.first_step")
-    given += [f"learning.{name}" for name in ("clip", "inputs") if getattr(learning, name) != "off"]
-    given += [f"learning.{name}" for name in ("heads", "blocks") if getattr(learning, name)]
-    if not given:
+        others.append("learning.first_step")
+    others += [
+        f"learning.{name}" for name in ("clip", "inputs") if getattr(learning, name) != "off"
+    ]
+    others += [f"learning.{name}" for name in ("heads", "blocks") if getattr(learning, name)]
+    if not others:
         return []
     return [
-        f"centralised training follows 'learning' alone, not {', '.join(given)}: the gap to it is "
+        f"centralised training follows 'learning' alone, not {', '.join(others)}: the gap to it is "
         "not that of locality"
     ]
 
@@ -345,7 +342,8 @@ def fair_threads(engine: EngineSettings) -> int:
 
 
 def faster_of(candidates: set[int], step: Callable[[], None]) -> int:
-    """The number of threads among `candidates` with which `step` is fastest (median of a few).
+    """Return the number of threads among `candidates` with which `step` is fastest (median of a
+    few).
 
     More threads than the fewest must win clearly: on a busy machine each one waits for the last.
     """

@@ -43,6 +43,4 @@ def network_of_folder(events: Path) -> tuple[PlacedNetwork, str]:
         placed = [event for event in read_events(file) if isinstance(event, NetworkPlaced)]
     if not placed:
         raise SettingsError(f"{events}: no run has placed its network there yet")
-    last = placed[-1]
-    title = f"{events.parent.name}, {last.level}"
-    return PlacedNetwork(last.blocks, last.edges, last.actors, last.staleness), title
+    return placed[-1], f"{events.parent.name}, {placed[-1].level}"

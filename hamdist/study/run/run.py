@@ -19,7 +19,7 @@ from hamdist.dynamics.blocks.energy import Records
 from hamdist.dynamics.graph.graph import Graph
 from hamdist.dynamics.graph.merged import MergedSequence
 from hamdist.dynamics.modules.prenorm import stabilised
-from hamdist.dynamics.objective.losses import Losses, make_losses
+from hamdist.dynamics.objective.losses import make_losses
 from hamdist.dynamics.objective.outputs import main_output
 from hamdist.dynamics.objective.prequential import Window, merge_windows
 from hamdist.dynamics.user_modules.python_state import functions_of
@@ -130,23 +130,21 @@ def run_level(
 ) -> tuple[Run, nn.Module]:
     """Train with `settings` (made for one level by `for_level`) and evaluate on held-out data.
 
-    factory, data: make the model, and the stream of a seed, instead of those that the settings
-    name. before: what came before this call and belongs to the run's start (seconds by phase).
-    resume: a folder of snapshots that the run goes on from; weights: a safetensors file that it
-    begins with. Raises HamdistError.
+    Args:
+        factory, data: make the model, and the stream of a seed, instead of those that the settings
+            name.
+        before: what came before this call and belongs to the run's start (seconds by phase).
+        resume: a folder of snapshots that the run goes on from.
+        weights: a safetensors file that it begins with.
+
+    Raises:
+        HamdistError: of the settings, or of the run.
     """
     level, engine = settings.level.value, settings.engine.kind.value
-    begin = _Begin(resume, weights)
-    return _run(settings, level, engine, factory, data, on_progress, before or {}, begin)
-
-
-@dataclass(frozen=True, slots=True)
-class _Begin:
-    """The start of a run: a snapshot, or weights."""
-
-    resume: str | Path | None = None
-    weights: Path | None = None
-    plain: ModelFactory | None = None
+    return _run(
+        settings, level, engine, factory, data, on_progress, before or {},
+        resume=resume, weights=weights,
+    )  # fmt: skip
 
 
 def run_centralised(
@@ -163,7 +161,7 @@ def run_centralised(
     `plain` makes the module that is trained instead, from the model's weights (`beside`).
     """
     level = FROZEN if frozen else CENTRALISED
-    return _run(settings, level, PYTORCH, factory, data, on_progress, {}, _Begin(plain=plain))
+    return _run(settings, level, PYTORCH, factory, data, on_progress, {}, plain=plain)
 
 
 def _run(
@@ -174,44 +172,48 @@ def _run(
     data: DataFactory | None,
     on_progress: OnProgress | None,
     before: Mapping[str, float],
-    begin: _Begin | None = None,
+    *,
+    resume: str | Path | None = None,
+    weights: Path | None = None,
+    plain: ModelFactory | None = None,
 ) -> tuple[Run, nn.Module]:
     dtype = torch_dtype(settings.dtype)
     startup = Startup(phases_to(on_progress, settings.steps))
     startup.add(before)
     with startup.phase("data"):
         check_size(settings, own_model=factory is not None, own_data=data is not None)
-        told = [] if factory is not None or data is not None else check_time(settings)
-        own = None if data is None else data(settings.seed).in_dtype(dtype)
-        stream = _stream(settings, dtype) if own is None else own.train
+        notes = [] if factory is not None or data is not None else check_time(settings)
+        own_data = None if data is None else data(settings.seed).in_dtype(dtype)
+        if own_data is None:
+            stream = make_stream(settings.stream, seed=settings.seed, dtype=dtype)
+        else:
+            stream = own_data.train
         model = build(settings, stream.spec, factory, dtype)
-        if begin is not None and begin.weights is not None:
-            model = warmed(model, begin.weights)
-        told += advice(settings)
+        if weights is not None:
+            model = warmed(model, weights)
+        notes += advice(settings)
         rules = [] if isinstance(model, Graph) else functions_of(model)
-        if begin is not None and begin.plain is not None:
-            plain_model = make_from_factory(
-                begin.plain, seed=settings.seed, dtype=dtype, option=BASELINE_OPTION
-            )
-            told.append(beside(plain_model, model))
+        if plain is not None:
+            seed, option = settings.seed, BASELINE_OPTION
+            plain_model = make_from_factory(plain, seed=seed, dtype=dtype, option=option)
+            notes.append(beside(plain_model, model))
             model = plain_model
         elif engine == PYTORCH and rules:
-            told.append(
+            notes.append(
                 f"the model has a rule of its own ({', '.join(rules)}, an autograd.Function), "
                 "which centralised training follows too: the gap to it says nothing of that rule; "
                 "compare with a module without it, --baseline-model FILE.py:FUNCTION"
             )
-        if own is not None and isinstance(model, nn.Module):
-            check_held_out(model, own)
+        if own_data is not None and isinstance(model, nn.Module):
+            check_held_out(model, own_data)
     prepared = sum(startup.seconds.values())
     if engine == PYTORCH:
-        told += baseline_warnings(settings)
-    for text in told:
+        notes += baseline_warnings(settings)
+    for text in notes:
         warnings.warn(text, HamdistWarning, stacklevel=3)
     timeline = Timeline(on_progress)
     failure: str | None = None
     try:
-        resume = None if begin is None else begin.resume
         result = _trained(level, model, stream, settings, timeline, resume)
     except DivergedError as error:
         if error.result is None:
@@ -219,21 +221,22 @@ def _run(
         result, failure = error.result, str(error)
     startup.add(result.startup)
     whole = not result.interrupted and failure is None
-    scores = plain = None
+    scores = plain_scores = None
     try:
-        scores = _score(result.model, result, settings, dtype, own) if whole else None
-        if whole and result.plain is not None:
-            plain = _score(result.plain, result, settings, dtype, own)
+        if whole:
+            scores = _score(result.model, result, settings, own_data)
+            if result.plain is not None:
+                plain_scores = _score(result.plain, result, settings, own_data)
     except StreamError as error:  # of a user's own data; what was learned is not lost with it
-        told.append(f"no held-out score: {error}")
-        warnings.warn(told[-1], HamdistWarning, stacklevel=3)
+        notes.append(f"no held-out score: {error}")
+        warnings.warn(notes[-1], HamdistWarning, stacklevel=3)
     windows = _main_windows(result, scores)
     entered = [window.last + 1 for window in windows]
     facts = {
         **result.shared(),
         "startup": startup.seconds,
         "startup_seconds": prepared + result.startup_seconds,
-        "warnings": [*told, *result.warnings],
+        "warnings": [*notes, *result.warnings],
     }
     run = Run(
         level=level,
@@ -243,7 +246,7 @@ def _run(
         windows=windows,
         window_seconds=timeline.at(entered, (result.samples, result.seconds), result.resumed),
         held_out=scores,
-        held_out_plain=plain,
+        held_out_plain=plain_scores,
         plain=result.plain,
         prequential=_by_output(result) if len(result.windows) > 1 else {},
         failure=failure,
@@ -287,57 +290,41 @@ def build(
             f"model.stabilise: a {settings.model.kind.value} is no chain of layers; leave it out"
         )
     several = spec.inputs is not None
-    made, told = stabilised(model, example_inputs(spec) if several else example_input(spec))
-    for text in told:
+    normed, notes = stabilised(model, example_inputs(spec) if several else example_input(spec))
+    for text in notes:
         warnings.warn(ChoiceWarning(text), stacklevel=5)
-    return made
-
-
-def _stream(settings: Settings, dtype: torch.dtype) -> Stream:
-    return make_stream(settings.stream, seed=settings.seed, dtype=dtype)
+    return normed
 
 
 def _score(
-    model: nn.Module,
-    result: RunResult,
-    settings: Settings,
-    dtype: torch.dtype,
-    own: OwnData | None,
+    model: nn.Module, result: RunResult, settings: Settings, own_data: OwnData | None
 ) -> Scores | None:
     """Return the held-out scores; None if nothing is held out."""
-    items = result.samples + result.stream.get("dropped", 0)
-    if isinstance(model, MergedSequence):
-        return _score_sequences(model, settings, own)
-    losses = make_losses(settings.loss, settings.ignore_index)
-    if own is not None:
-        return _score_own(model, own, losses, settings.ignore_index)
-    part = held_out(settings.stream, seed=settings.seed, dtype=dtype, samples=items)
-    ignored = settings.ignore_index
-    return None if part is None else evaluate(model, *part, losses, ignore_index=ignored)
-
-
-def _score_own(model: nn.Module, own: OwnData, losses: Losses, ignore_index: int) -> Scores | None:
-    if own.held_out is None:
-        return None
-    items, targets = own.held_out.samples(), own.train.spec.targets
-    return evaluate_samples(model, items, losses, targets, ignore_index=ignore_index)
-
-
-def _score_sequences(
-    model: MergedSequence, settings: Settings, data: OwnData | None
-) -> Scores | None:
-    """Return the scores on the held-out texts; None for a stream that has none."""
-    if data is not None:
-        if data.held_out is None:
-            return None
-        return evaluate_sequences(
-            model, data.held_out, only_loss(settings), ignore_index=settings.ignore_index
+    ignored, losses = settings.ignore_index, make_losses(settings.loss, settings.ignore_index)
+    held = None if own_data is None else own_data.held_out
+    if own_data is None and isinstance(model, MergedSequence):
+        held = _held_out_tokens(settings)
+    elif own_data is None:
+        dtype, samples = (
+            torch_dtype(settings.dtype),
+            result.samples + result.stream.get("dropped", 0),
         )
-    own = settings.stream
-    if own.source is not Source.SEQUENCES or own.sequences.view is not View.TOKENS:
+        part = held_out(settings.stream, seed=settings.seed, dtype=dtype, samples=samples)
+        return None if part is None else evaluate(model, *part, losses, ignore_index=ignored)
+    if held is None:
         return None
-    stream = held_out_tokens(own, seed=settings.seed)
-    return evaluate_sequences(model, stream, only_loss(settings))
+    if isinstance(model, MergedSequence):
+        return evaluate_sequences(model, held, only_loss(settings), ignore_index=ignored)
+    targets = own_data.train.spec.targets if own_data is not None else None
+    return evaluate_samples(model, held.samples(), losses, targets, ignore_index=ignored)
+
+
+def _held_out_tokens(settings: Settings) -> Stream | None:
+    """Return the held-out texts of the settings' stream; None for a stream that has none."""
+    stream = settings.stream
+    if stream.source is not Source.SEQUENCES or stream.sequences.view is not View.TOKENS:
+        return None
+    return held_out_tokens(stream, seed=settings.seed)
 
 
 def _main_windows(result: RunResult, scores: Scores | None) -> list[Window]:
@@ -345,8 +332,8 @@ def _main_windows(result: RunResult, scores: Scores | None) -> list[Window]:
     windows = result.windows
     if scores is not None and scores.main in windows:
         return windows[scores.main]
-    found = _by_output(result)
-    return windows[main_output({n: w.accuracy for n, w in found.items()})] if found else []
+    totals = _by_output(result)
+    return windows[main_output({n: w.accuracy for n, w in totals.items()})] if totals else []
 
 
 def _by_output(result: RunResult) -> dict[str, Window]:
@@ -355,4 +342,5 @@ def _by_output(result: RunResult) -> dict[str, Window]:
 
 
 def torch_dtype(name: DType) -> torch.dtype:
+    """Return the type of torch's that settings name."""
     return {DType.FLOAT32: torch.float32, DType.FLOAT64: torch.float64}[name]

@@ -98,27 +98,35 @@ def _one_process(events: list[RunEvent], shares: Shares) -> Iterator[str]:
 
 
 def _processes(events: list[RunEvent], shares: Shares) -> Iterator[str]:
+    network = _latest(events, NetworkPlaced)
     busiest = max(shares, key=lambda name: shares[name].get("step", 0.0))
-    idlest = max(shares, key=lambda name: shares[name].get("waiting", 0.0))
+    those = [name for name in shares if _blocks_of(network, name)] or list(shares)
+    idlest = max(those, key=lambda name: shares[name].get("waiting", 0.0))
     step, waits = shares[busiest].get("step", 0.0), shares[idlest].get("waiting", 0.0)
+    sets_pace = step > MUCH and shares[busiest].get("waiting", 0.0) < waits - 0.1
+    if sets_pace:
+        block, share = _heaviest(events, busiest)
+        head = f"{busiest} sets the pace" if share < PLENTY else f"{block} slows the run down"
+        where = "" if block is None else f", {share:.0%} of them in {block}"
+        alone = len(_blocks_of(network, busiest)) < 2
+        yield (
+            f"{head}: {busiest} spends {step:.0%} of its time in steps{where}: cut {block or 'it'} "
+            "earlier (partition.cuts), or slice it (partition.slices)"
+            + ("" if alone else ", or give it an actor alone (engine.placement)")
+        )
     if waits > MUCH:
-        counts, network = _latest(events, EdgesMeasured), _latest(events, NetworkPlaced)
-        own = _blocks_of(network, idlest)
+        counts, own = _latest(events, EdgesMeasured), _blocks_of(network, idlest)
         ends = {e.name: {e.parent, e.child} for e in (() if network is None else network.edges)}
         edges = {} if counts is None else counts.edges
         edges = {name: one for name, one in edges.items() if ends.get(name, set()) & own}
         edge = max(edges, key=lambda name: edges[name].waited, default=None)
         most = "" if edge is None else f", most of all for {edge} ({edges[edge].waited:.1f} s)"
         yield f"{idlest} waits {waits:.0%} of its time{most}"
-    if step > MUCH and shares[busiest].get("waiting", 0.0) < waits - 0.1:
-        block, share = _heaviest(events, busiest)
-        where = "" if block is None else f", {share:.0%} of them in block {block}"
-        yield (
-            f"{busiest} sets the pace: {step:.0%} of its time in steps{where}: cut {block or 'it'} "
-            "earlier (partition.cuts), slice it (partition.slices), or give it an actor alone "
-            "(engine.placement)"
-        )
-    elif min(own.get("waiting", 0.0) for own in shares.values()) > MUCH and step < PLENTY:
+    if (
+        not sets_pace
+        and min(own.get("waiting", 0.0) for own in shares.values()) > MUCH
+        and step < PLENTY
+    ):
         yield (
             "every process waits: signals take long, or one sample at a time is in the network "
             "(level 'backprop'); larger batches, fewer actors, level 'pipeline' or 'trace', or "
@@ -127,7 +135,7 @@ def _processes(events: list[RunEvent], shares: Shares) -> Iterator[str]:
     for name, share in _most(shares, "packing"):
         yield (
             f"{name} packs signals {share:.0%} of its time: compression of wide edges "
-            "(engine.compression), or a cut where the state is narrower, make them smaller"
+            "(engine.compress), or a cut where the state is narrower, make them smaller"
         )
 
 

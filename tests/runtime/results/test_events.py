@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 import time
 
@@ -45,7 +46,7 @@ def events_of_run(level, **engine):
         make(),
         list(batches()),
         level=level,
-        metrics={"window": 10},
+        metrics={"window": 10, "alignment": 20},
         learning={"lr": 0.1},
         partition={"blocks": 3} if level != "group" else {},
         engine=engine,
@@ -130,8 +131,70 @@ def test_omega_norms_do_not_change_a_bit(level):
             assert norms[name].z == pytest.approx(float(block.z.norm()), rel=1e-5)
 
 
+@pytest.mark.parametrize(("level", "lr", "least", "most"), [
+    ("backprop", 0.5, 1 - 1e-5, 1.0), ("trace", 1e-4, 1 - 1e-5, 1.0), ("trace", 0.5, 0.0, 0.999),
+])  # fmt: skip
+def test_updates_are_compared_with_backpropagation(level, lr, least, most, monkeypatch):
+    """The oracle: at level `backprop` both are equal, and where the weights hardly move."""
+    monkeypatch.setattr("hamdist.runtime.engines.inprocess.PROGRESS_SECONDS", 0.0)
+    seen = []
+    hamdist.train(
+        make(),
+        list(batches()),
+        level=level,
+        learning={"lr": lr},
+        metrics={"alignment": 5},
+        engine={"kind": "inprocess"},
+        trackers=[seen.append],
+    )
+    events = by_name(seen, "alignment")
+    assert [event.sample for event in events] == list(range(*{
+        "backprop": (5, 40, 5), "trace": (10, 35, 10)}[level]))  # fmt: skip
+    cosines = [value for event in events for value in event.cosines.values()]
+    assert len(cosines) == 3 * len(events)
+    assert least <= min(cosines) <= most + 1e-6, cosines
+    again = [from_values(json.loads(event.to_line())) for event in events]
+    assert again == events
+
+
+def test_alignment_of_sequences_is_refused():
+    with pytest.raises(hamdist.HamdistError, match=r"metrics\.alignment"):
+        hamdist.train(
+            make(), list(batches()), level="pipeline", metrics={"alignment": 5},
+            locality={"microbatches": 2},
+        )  # fmt: skip
+
+
+def test_staleness_and_updates_are_measured(monkeypatch):
+    """Oracles: 2 (D - l) updates by the schedule (semantics.md), fewer at first; and lr |g|, which
+    stays nearly the same for one batch and small steps."""
+    from hamdist.runtime.engines import inprocess, sampler
+
+    monkeypatch.setattr(inprocess, "PROGRESS_SECONDS", 0.0)
+    monkeypatch.setattr(sampler, "PAUSE_SECONDS", 0.0)
+    monkeypatch.setattr(sampler, "SHARE", math.inf)
+    monkeypatch.setattr("hamdist.runtime.results.progress_events.ProgressPace.due", lambda *_: True)
+    seen, lr = [], 1e-3
+    hamdist.train(
+        make(),
+        [next(batches())] * 40,
+        level="trace",
+        learning={"lr": lr},
+        engine={"kind": "inprocess"},
+        trackers=[seen.append],
+    )
+    last = by_name(seen, "blocks")[-1]
+    assert last.staleness == {
+        "block0": {0: 1, 1: 1, 2: 1, 3: 1, 4: 36}, "block1": {0: 1, 1: 1, 2: 38}
+    }  # fmt: skip
+    assert from_values(json.loads(last.to_line())).staleness == last.staleness
+    for name, norms in last.norms.items():
+        assert norms.update == pytest.approx(lr * norms.omega, rel=0.05), name
+
+
 @pytest.mark.ray
-def test_both_engines_tell_the_same(session):
+def test_both_engines_tell_the_same(session, monkeypatch):
+    monkeypatch.setattr("hamdist.runtime.results.progress_events.ProgressPace.due", lambda *_: True)
     alone, _ = events_of_run("trace", kind="inprocess")
     apart, result = events_of_run("trace", kind="ray", actors=2)
     told = [(w.readout, w.first, w.last, w.loss, w.accuracy) for w in by_name(alone, "window")]
@@ -141,6 +204,9 @@ def test_both_engines_tell_the_same(session):
     [one], [two] = by_name(alone, "network"), by_name(apart, "network")
     assert (one.blocks, one.edges, one.staleness) == (two.blocks, two.edges, two.staleness)
     assert [actor.blocks for actor in two.actors] == result.placement
+    [exact], [same] = by_name(alone, "alignment"), by_name(apart, "alignment")
+    assert (exact.sample, set(exact.cosines)) == (20, {"block0", "block1", "block2"})
+    assert (same.sample, same.cosines) == (20, exact.cosines)
     edges = by_name(apart, "edges")[-1].edges
     assert {name: e.bytes for name, e in edges.items() if e.bytes} == result.bytes_per_edge
     assert any(e.waited > 0 for e in edges.values())

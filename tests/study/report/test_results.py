@@ -23,7 +23,7 @@ from hamdist.dynamics.objective.prequential import Window
 from hamdist.errors import SettingsError
 from hamdist.study.report import files as results
 from hamdist.study.report.aggregate import aggregate
-from hamdist.study.report.html import HtmlReport, render
+from hamdist.study.report.html import render
 from hamdist.study.report.plots import gap_figures
 from hamdist.study.report.save import save_comparison, save_run
 from hamdist.study.shared import result_folder as folder
@@ -188,8 +188,7 @@ def test_joined_windows_cover_the_same_items() -> None:
 
 
 def test_report_without_plots_or_notes() -> None:
-    report = HtmlReport(Settings(), Table(["level"], [["a & b"]], []), [], "x", "today", False)
-    page = render(report)
+    page = render(Settings(), Table(["level"], [["a & b"]], []), [], "x")
     assert "<td>a &amp; b</td>" in page
     assert "Notes and warnings" not in page
     assert "Ended early" not in page

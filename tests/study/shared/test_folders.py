@@ -18,7 +18,8 @@ from hamdist.cli import app
 from hamdist.dynamics.objective.prequential import Window
 from hamdist.errors import BlockError, SettingsError
 from hamdist.runtime.results.events import RunBegun
-from hamdist.runtime.results.result import Progress, Replaced
+from hamdist.runtime.results.measured import Replaced
+from hamdist.runtime.results.result import Progress
 from hamdist.study.shared.result_folder import ResultFolder, free_folder
 
 TINY = """

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
+
+from torch import Tensor
 
 from hamdist.errors import HamdistError
 
@@ -45,6 +47,22 @@ class Check:
     oracle: str
     bound: float
     measure: Callable[[], float | Difference]
+
+
+def absolute(a: Tensor, b: Tensor) -> float:
+    """Return max |a - b|."""
+    return float((a - b).detach().abs().max())
+
+
+def largest(differences: Iterable[tuple[str, float]]) -> Difference:
+    """Return the largest of differences by name, or the first that is NaN."""
+    worst = Difference(0.0, "")
+    for name, difference in differences:
+        if not difference <= worst.difference:
+            worst = Difference(difference, name)
+        if difference != difference:
+            break
+    return worst
 
 
 def reason(error: Exception) -> str:

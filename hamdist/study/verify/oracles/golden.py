@@ -19,7 +19,7 @@ from __future__ import annotations
 import importlib
 import zipfile
 import zlib
-from collections.abc import Generator, Mapping, Sequence
+from collections.abc import Generator, Iterable, Iterator, Mapping, Sequence
 from contextvars import ContextVar, copy_context
 from dataclasses import replace
 from functools import partial
@@ -32,7 +32,7 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from hamdist.errors import SettingsError
-from hamdist.study.verify.oracles.check import FAULTS, Check, Difference, failure, reason
+from hamdist.study.verify.oracles.check import FAULTS, Check, Difference, failure, largest, reason
 
 Array: TypeAlias = NDArray[Any]
 GoldenData: TypeAlias = Mapping[str, Array]
@@ -76,20 +76,21 @@ def files(folder: Path) -> list[Path]:
     Raises SettingsError if there are none, or it cannot be read.
     """
     try:
-        found = sorted(p for p in folder.iterdir() if p.suffix == ".npz")
+        paths = sorted(p for p in folder.iterdir() if p.suffix == ".npz")
     except OSError as error:
         raise SettingsError(
             f"--golden '{folder}': cannot read this folder ({error.strerror}); give the folder of "
             "the golden files"
         ) from None
-    if not found:
+    if not paths:
         raise SettingsError(
             f"--golden '{folder}': no .npz file in this folder; give the folder of the golden files"
         )
-    return found
+    return paths
 
 
 def checks(full: bool, paths: Sequence[Path]) -> Generator[Check, None, None]:  # noqa: ARG001
+    """Yield the checks of all files."""
     for path in paths:
         yield from file_checks(path)
 
@@ -99,13 +100,10 @@ def file_checks(path: Path) -> list[Check]:
     try:
         data = read(path)
         _, module = KINDS[kind_of(data)]
-        made: list[Check] = importlib.import_module(f"hamdist.study.verify.{module}").golden(
-            data, path.name
-        )
-        made = [_within(check, data) for check in made]
+        golden = importlib.import_module(f"hamdist.study.verify.{module}").golden
+        return [_within(check, data) for check in golden(data, path.name)]
     except FAULTS as error:
         return [failure(f"{path.name}: not understood: {reason(error)}", error)]
-    return made
 
 
 def _within(check: Check, data: GoldenData) -> Check:
@@ -156,10 +154,12 @@ def entry(data: GoldenData, key: str, shape: Sequence[int] | None = None) -> Arr
 
 
 def number(data: GoldenData, key: str) -> float:
+    """Return an entry that is one number. Raises SettingsError for another."""
     return float(entry(data, key, ()))
 
 
 def choice(data: GoldenData, key: str, known: Sequence[str]) -> str:
+    """Return an entry that is one of the `known` words. Raises SettingsError for another."""
     value = str(entry(data, key, ()))
     if value not in known:
         raise SettingsError(f"entry {key!r} is {value!r}; known: {', '.join(known)}")
@@ -167,31 +167,63 @@ def choice(data: GoldenData, key: str, known: Sequence[str]) -> str:
 
 
 def tensor(array: Array) -> Tensor:
+    """Return a copy of `array`."""
     return torch.tensor(array)
 
 
-def distance(found: Array, expected: Array) -> float:
+# -- dense layers: a layer is (outputs, activation) ------------------------------------------------
+
+
+def read_layers(layers: Iterable[tuple[int, str]], where: str) -> tuple[tuple[int, str], ...]:
+    """Return dense layers. Raises SettingsError, which names `where`, for an unknown activation."""
+    for _, activation in layers:
+        if activation not in ACTIVATIONS:
+            known = ", ".join(ACTIVATIONS)
+            raise SettingsError(f"{where} has the activation {activation!r}; known: {known}")
+    return tuple((int(outputs), activation) for outputs, activation in layers)
+
+
+def weight_shapes(
+    layers: Iterable[tuple[int, str]], inputs: int
+) -> Iterator[tuple[str, tuple[int, ...]]]:
+    """Yield the names i.W, i.b of the weights of layer i, in the order of the module's."""
+    for i, (outputs, _) in enumerate(layers):
+        yield f"{i}.W", (outputs, inputs)
+        yield f"{i}.b", (outputs,)
+        inputs = outputs
+
+
+def dense_layers(layers: Iterable[tuple[int, str]], inputs: int) -> list[nn.Sequential]:
+    """Return the layers in float64, each a linear module with its activation."""
+    modules = []
+    for outputs, activation in layers:
+        linear = nn.Linear(inputs, outputs, dtype=torch.float64)
+        modules.append(nn.Sequential(linear, ACTIVATIONS[activation]()))
+        inputs = outputs
+    return modules
+
+
+# -- distances ------------------------------------------------------------------------------------
+
+
+def distance(ours: Array, expected: Array) -> float:
     """Return max |a - b| / (|b| + floor), 0 where they are equal; NaN if one alone is NaN."""
-    if found.shape != expected.shape:
-        raise SettingsError(f"shape {found.shape} instead of {expected.shape}")
-    apart = np.abs(found - expected)
+    if ours.shape != expected.shape:
+        raise SettingsError(f"shape {ours.shape} instead of {expected.shape}")
+    apart = np.abs(ours - expected)
     with np.errstate(divide="ignore"):  # (infinitely far apart, where atol is 0)
         apart = np.where(apart == 0, 0.0, apart / (np.abs(expected) + _floor.get() + (apart == 0)))
-    apart = np.where(np.isnan(found) & np.isnan(expected), 0.0, apart)
+    apart = np.where(np.isnan(ours) & np.isnan(expected), 0.0, apart)
     return float(np.max(apart, initial=0.0))
 
 
 def worst(pairs: Mapping[str, tuple[Array, Array]]) -> Difference:
-    """Return the largest `distance` among (found, expected), and where it is.
+    """Return the largest `distance` among (ours, expected), and where it is.
 
     The pairs are compared by name, entry by entry along the first axis.
     """
-    largest = Difference(0.0, "")
-    for name, (found, expected) in pairs.items():
-        for k, (a, b) in enumerate(zip(found, expected, strict=True)):
-            difference = distance(np.asarray(a), np.asarray(b))
-            if not difference <= largest.difference:
-                largest = Difference(difference, f"{name} at k = {k}")
-            if np.isnan(difference):
-                return largest
-    return largest
+    return largest(
+        (f"{name} at k = {k}", distance(np.asarray(a), np.asarray(b)))
+        for name, (ours, expected) in pairs.items()
+        for k, (a, b) in enumerate(zip(ours, expected, strict=True))
+    )

@@ -9,6 +9,7 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor, nn
 
+from hamdist.config import Settings
 from hamdist.dynamics.graph.graph import INPUT, BlockSpec, Combine, Graph
 from hamdist.dynamics.objective.losses import cross_entropy
 from hamdist.streams.sample import Sample, SampleSpec
@@ -26,7 +27,13 @@ def seeded(build: Callable[[], T], seed: int = 7) -> T:
         return build()
 
 
+def settings_of(level: str, **sections: Any) -> Settings:
+    """Return the settings of a run at `level` in float64."""
+    return Settings.model_validate({"level": level, "dtype": "float64", **sections})
+
+
 def dense(inputs: int, outputs: int) -> nn.Sequential:
+    """Return a linear layer with tanh."""
     return nn.Sequential(nn.Linear(inputs, outputs, dtype=F64), nn.Tanh())
 
 
@@ -58,7 +65,7 @@ def tied(frozen: int = 0) -> nn.Sequential:
 
 
 class Masked(nn.Module):
-    """Attends over the features; a padding mask of -inf, made once, is used in both layers."""
+    """Attends over the features; a padding mask of -inf, net once, is used in both layers."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -112,9 +119,9 @@ class Reversing(nn.Module):
 
 def with_activation(activation: nn.Module) -> nn.Sequential:
     """Return the chain of 5 with another activation behind its second layer."""
-    made = chain()
-    made[3] = activation
-    return made
+    net = chain()
+    net[3] = activation
+    return net
 
 
 def _halved(grads: Any) -> Any:
@@ -123,13 +130,13 @@ def _halved(grads: Any) -> Any:
 
 def hooked() -> nn.Sequential:
     """Return the chain of 5 with hooks on its second layer, which change values and gradients."""
-    made = chain()
-    layer = made[2]
+    net = chain()
+    layer = net[2]
     layer.register_forward_pre_hook(lambda _, args: (0.7 * args[0],))
     layer.register_forward_hook(lambda _, __, y: 1.1 * y)
     layer.register_full_backward_hook(lambda _, grads, __: _halved(grads))
     layer.register_full_backward_pre_hook(lambda _, grads: _halved(grads))
-    return made
+    return net
 
 
 class Skips(nn.Module):

@@ -1,6 +1,8 @@
-"""Nodes whose weights and weight costates are kept at every t_k, while a loop steps them."""
+"""The nodes of a plan, to be set before they run; weights and weight costates at every t_k."""
 
 from __future__ import annotations
+
+from collections.abc import Callable
 
 from torch import Tensor
 
@@ -8,7 +10,7 @@ from hamdist.config import Order
 from hamdist.dynamics.blocks.hold import HoldBlock
 from hamdist.dynamics.graph.graph import INPUT
 from hamdist.dynamics.updates.weights import Weights
-from hamdist.runtime.nodes.factory import make_node
+from hamdist.runtime.nodes.factory import Node, make_node
 from hamdist.runtime.nodes.hold import HoldNode
 from hamdist.runtime.nodes.loop import run_loop
 from hamdist.runtime.nodes.mailbox import Mailbox
@@ -17,9 +19,25 @@ from hamdist.runtime.plan.plan import Plan
 from hamdist.streams.sample import Stream
 
 
+class PlanNodes:
+    """The nodes of a plan, by block in the graph's order."""
+
+    def __init__(self, plan: Plan) -> None:
+        self._plan, self._mailbox = plan, Mailbox({INPUT, *plan.graph.blocks})
+        self.nodes = {name: make_node(plan, name, self._mailbox) for name in plan.graph.blocks}
+
+    def run(self, stream: Stream, after_step: Callable[[Node, int], None] | None = None) -> None:
+        """Run the whole stream, as the engine in one process does."""
+        source = SourceNode(self._plan, stream, self._mailbox)
+        run_loop([source, *self.nodes.values()], after_step=after_step)
+
+
 class ModuleRecord:
-    """omega and theta of one module at every t_k. late: they move when z_{k+1} is complete, which
-    is at the start of tick k + 1 (a state block in the sequential order)."""
+    """omega and theta of one module at every t_k.
+
+    late: the weights move when z_{k+1} is complete, which is at the start of tick k + 1 (a state
+    block in the sequential order): those of t_k stand there after tick k, others before it.
+    """
 
     def __init__(self, weights: Weights, *, late: bool) -> None:
         self.weights = weights
@@ -27,65 +45,51 @@ class ModuleRecord:
         self.omega: list[list[Tensor]] = []
         self.theta: list[list[Tensor]] = []
 
-    def keep(self) -> None:
+    def copy_weights(self) -> None:
+        """Add copies of omega and theta as they are now."""
         self.omega.append([o.clone() for o in self.weights.omega])
         self.theta.append([t.clone() for t in self.weights.theta])
 
 
 class NodeRecord:
-    """A node, and the weights of its module and of its output module at every t_k."""
+    """A node of a held block, with the records of its module and of its output module."""
 
     def __init__(self, node: HoldNode, *, sequential: bool) -> None:
         self.node = node
-        self.name = node.name
-        self.late = node.late
-        self.tick = node.tick
         block = node.block
-        self.own = ModuleRecord(block.weights, late=sequential and isinstance(block, HoldBlock))
+        self.module = ModuleRecord(block.weights, late=sequential and isinstance(block, HoldBlock))
         self.output: ModuleRecord | None = None
         if isinstance(block, HoldBlock) and block.output_weights is not None:
             self.output = ModuleRecord(block.output_weights, late=False)
 
     @property
-    def omega(self) -> list[list[Tensor]]:
-        """Return omega of the block's own module."""
-        return self.own.omega
-
-    @property
-    def theta(self) -> list[list[Tensor]]:
-        """Return theta of the block's own module."""
-        return self.own.theta
-
-    def start(self) -> None:
-        self.node.start()
-
-    def step(self) -> None:
-        parts = [self.own] if self.output is None else [self.own, self.output]
-        for part in parts:
-            if not part.late:
-                part.keep()
-        self.node.step()
-        self.tick = self.node.tick
-        for part in parts:
-            if part.late:
-                part.keep()
+    def modules(self) -> list[ModuleRecord]:
+        """Return the records of both modules, or of the one there is."""
+        return [self.module] if self.output is None else [self.module, self.output]
 
 
 class RecordedNodes:
-    """The nodes of a plan (`watches`, in the graph's order), to be set before they are run."""
+    """The nodes of a plan whose blocks are held, with a record of each (`records`)."""
 
     def __init__(self, plan: Plan) -> None:
-        self._plan = plan
-        self._mailbox = Mailbox({INPUT, *plan.graph.blocks})
-        self.watches = [_watch(plan, name, self._mailbox) for name in plan.graph.blocks]
+        self._nodes = PlanNodes(plan)
+        sequential = plan.knobs.order is Order.SEQUENTIAL
+        self.records: dict[str, NodeRecord] = {}
+        for name, node in self._nodes.nodes.items():
+            if not isinstance(node, HoldNode):
+                raise TypeError(f"block {name!r} is not one that steps in every tick")
+            self.records[name] = NodeRecord(node, sequential=sequential)
 
     def run(self, stream: Stream) -> None:
-        """Run the whole stream, as the engine in one process does."""
-        run_loop([SourceNode(self._plan, stream, self._mailbox), *self.watches])
+        """Run the whole stream, and record."""
+        for record in self.records.values():
+            for module in record.modules:
+                if not module.late:
+                    module.copy_weights()
 
+        def copy_weights(node: Node, _tick: int) -> None:
+            if node.name in self.records:
+                for module in self.records[node.name].modules:
+                    module.copy_weights()
 
-def _watch(plan: Plan, name: str, mailbox: Mailbox) -> NodeRecord:
-    node = make_node(plan, name, mailbox)
-    if not isinstance(node, HoldNode):
-        raise TypeError(f"block {name!r} is not one that steps in every tick")
-    return NodeRecord(node, sequential=plan.knobs.order is Order.SEQUENTIAL)
+        self._nodes.run(stream, copy_weights)

@@ -9,12 +9,12 @@ K: ticks, B: batch.
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from itertools import islice
 from typing import Any
 
 import numpy as np
-import torch
 from torch import Tensor, nn
 
 from hamdist.config import Settings
@@ -31,18 +31,21 @@ from hamdist.streams.adapters import from_iterable
 from hamdist.streams.sample import Sample, Stream
 from hamdist.study.verify.oracles.check import Check, Difference
 from hamdist.study.verify.oracles.golden import (
-    ACTIVATIONS,
     ORACLE,
     ORDERS,
     RTOL,
     Array,
     GoldenData,
     choice,
+    dense_layers,
     entry,
     number,
+    read_layers,
     tensor,
+    weight_shapes,
     worst,
 )
+from hamdist.study.verify.oracles.networks import settings_of
 from hamdist.study.verify.oracles.recorded_run import ModuleRecord, RecordedNodes
 
 READOUT = "y"
@@ -60,7 +63,7 @@ class _Node:
     @property
     def keys(self) -> list[str]:
         """Return the names of its parameters, in the order of the module's."""
-        return [f"{self.name}.{i}.{part}" for i in range(len(self.layers)) for part in "Wb"]
+        return [f"{self.name}.{key}" for key, _ in weight_shapes(self.layers, 0)]
 
 
 @dataclass(frozen=True)
@@ -78,18 +81,21 @@ class Ticks:
     def state_readout(self) -> str | None:
         """The node that is its own output, if there is no output net, or whose block holds it."""
         alone = len(self.out.parents) == 1 and self.out.parents[0] != INPUT
-        own = not self.out.layers or bool(self.data.get("inner", False))
-        return self.out.parents[0] if alone and own else None
+        inside = not self.out.layers or bool(self.data.get("inner", False))
+        return self.out.parents[0] if alone and inside else None
 
     @property
     def blocks(self) -> tuple[_Node, ...]:
+        """Return the nodes that are blocks: all, and the output net where it is one."""
         return self.nodes if self.state_readout else (*self.nodes, self.out)
 
     def width(self, node: _Node) -> int:
+        """Return the number of a node's inputs."""
         return sum(self.dims[p] for p in node.parents)
 
     @property
     def order(self) -> str:
+        """Return the order of the equations."""
         return choice(self.data, "order", ORDERS)
 
     @property
@@ -100,7 +106,7 @@ class Ticks:
 
 
 def read_ticks(data: GoldenData) -> Ticks:
-    """Raises SettingsError where the entries do not fit together."""
+    """Read a tick file's entries. Raises SettingsError where they do not fit together."""
     spec = json.loads(str(entry(data, "spec", ())))
     K, batch, inputs = entry(data, "u").shape
     nodes = tuple(_node(*node) for node in spec["nodes"])
@@ -110,12 +116,9 @@ def read_ticks(data: GoldenData) -> Ticks:
         for q in ("h", "z"):
             entry(data, f"{q}.{node.name}", (K + 1, batch, dims[node.name]))
     for node in (*nodes, ticks.out):
-        wide = ticks.width(node)
-        for i, (outputs, _) in enumerate(node.layers):
-            for part, shape in (("W", (outputs, wide)), ("b", (outputs,))):
-                for q in ("th", "om"):
-                    entry(data, f"{q}.{node.name}.{i}.{part}", (K + 1, *shape))
-            wide = outputs
+        for key, shape in weight_shapes(node.layers, ticks.width(node)):
+            for q in ("th", "om"):
+                entry(data, f"{q}.{node.name}.{key}", (K + 1, *shape))
     for key in ("yhat", "tau", "phi"):
         if len(entry(data, key, None if key == "yhat" else (K,))) != K:
             raise SettingsError(f"entry {key!r} has {len(data[key])} ticks, u has {K}")
@@ -125,43 +128,31 @@ def read_ticks(data: GoldenData) -> Ticks:
 
 
 def _node(name: str, parents: Sequence[str], layers: Sequence[tuple[int, str]]) -> _Node:
-    for _, activation in layers:
-        if activation not in ACTIVATIONS:
-            known = ", ".join(ACTIVATIONS)
-            raise SettingsError(f"node {name!r} has the activation {activation!r}; known: {known}")
-    return _Node(name, tuple(parents), tuple((int(n), a) for n, a in layers))
-
-
-def module(layers: Sequence[tuple[int, str]], inputs: int) -> nn.Sequential:
-    """A chain of dense layers in float64, each with its activation."""
-    chain: list[nn.Module] = []
-    for outputs, activation in layers:
-        chain += [nn.Linear(inputs, outputs, dtype=torch.float64), ACTIVATIONS[activation]()]
-        inputs = outputs
-    return nn.Sequential(*chain)
+    return _Node(name, tuple(parents), read_layers(layers, f"node {name!r}"))
 
 
 def _graph(ticks: Ticks) -> Graph:
     loss = mse if ticks.classes is None else cross_entropy
 
-    def made(node: _Node) -> nn.Sequential:
-        own = module(node.layers, ticks.width(node))
-        for key, weight in zip(node.keys, own.parameters(), strict=True):
+    def module(node: _Node) -> nn.Sequential:
+        layers = dense_layers(node.layers, ticks.width(node))
+        chain = nn.Sequential(*(part for layer in layers for part in layer))
+        for key, weight in zip(node.keys, chain.parameters(), strict=True):
             weight.data = tensor(ticks.data[f"th.{key}"][0])
-        return own
+        return chain
 
     blocks = []
     for node in ticks.blocks:
         is_state = node is not ticks.out
-        is_own = node.name == ticks.state_readout
+        has_loss = node.name == ticks.state_readout
         blocks.append(
             BlockSpec(
                 node.name,
-                made(node),
+                module(node),
                 node.parents,
-                loss=loss if is_own or not is_state else None,
-                state=is_own,
-                output=made(ticks.out) if is_own and ticks.out.layers else None,
+                loss=loss if has_loss or not is_state else None,
+                state=has_loss,
+                output=module(ticks.out) if has_loss and ticks.out.layers else None,
                 shape=(ticks.dims[node.name],) if is_state else None,
             )
         )
@@ -180,7 +171,7 @@ def _settings(ticks: Ticks, delay_free: bool, **more: Any) -> Settings:
         "c": number(data, "c"),
         "sign": int(number(data, "s")),
         "beta": number(data, "beta") if "beta" in data else 0.0,
-        "blocks": {node.name: _own(ticks, node) for node in ticks.blocks},
+        "blocks": {node.name: _block_constants(ticks, node) for node in ticks.blocks},
         "limit": 1e300,
     }
     if data.get("reset"):
@@ -191,22 +182,15 @@ def _settings(ticks: Ticks, delay_free: bool, **more: Any) -> Settings:
     if "r_w" in data:
         dynamics["weight_cost"] = number(data, "r_w")
     order = ticks.order.replace("_", "-")
-    return Settings.model_validate(
-        {
-            "level": "local",
-            "dtype": "float64",
-            "locality": {"order": order, "target": "current", "readout": "state", **pace},
-            "dynamics": dynamics,
-            "metrics": {"record": "trajectory"},
-            **more,
-        }
-    )
+    locality = {"order": order, "target": "current", "readout": "state", **pace}
+    metrics = {"record": "trajectory"}
+    return settings_of("local", locality=locality, dynamics=dynamics, metrics=metrics, **more)
 
 
-def _own(ticks: Ticks, node: _Node) -> dict[str, Any]:
-    """Return the constants of a block that differ: c, eta, beta by parameter."""
+def _block_constants(ticks: Ticks, node: _Node) -> dict[str, Any]:
+    """Return a block's constants that differ from the network's: c, eta, beta by parameter."""
     data = ticks.data
-    own: dict[str, Any] = {
+    constants: dict[str, Any] = {
         key: number(data, f"{key}.{node.name}")
         for key in ("c", "eta")
         if f"{key}.{node.name}" in data
@@ -221,7 +205,7 @@ def _own(ticks: Ticks, node: _Node) -> dict[str, Any]:
             if f"beta.{key}" in data:
                 name = f"{prefix}{2 * int(i)}.{WEIGHTS[letter]}"
                 rates[name] = number(data, f"beta.{key}")
-    return own | ({"beta": rates} if rates else {})
+    return constants | ({"beta": rates} if rates else {})
 
 
 def _is_delay_free(ticks: Ticks, graph: Graph) -> bool:
@@ -280,28 +264,25 @@ def _planned(ticks: Ticks, **more: Any) -> tuple[Graph, Plan, Stream, Settings]:
 
 
 def run_ticks(ticks: Ticks) -> dict[str, Array]:
-    """hamdist's own trajectories, under the names of the file's entries; `L` holds phi L."""
+    """Return hamdist's trajectories, under the names of the file's entries; `L` holds phi L."""
     _, plan, stream, _ = _planned(ticks)
     network = RecordedNodes(plan)
-    watches = network.watches
-    kept: list[tuple[_Node, ModuleRecord]] = []
-    for watch, node in zip(watches, ticks.blocks, strict=True):
-        kept.append((node, watch.own))
-        if watch.output is not None:
-            kept.append((ticks.out, watch.output))
-        block = watch.node.block
+    modules: list[tuple[_Node, ModuleRecord]] = []
+    for record, node in zip(network.records.values(), ticks.blocks, strict=True):
+        modules += zip((node, ticks.out), record.modules, strict=False)
+        block = record.node.block
         if isinstance(block, HoldBlock):
             block.h = tensor(ticks.data[f"h.{node.name}"][0])
             block.z = tensor(ticks.data[f"z.{node.name}"][0])
-    for node, part in kept:
-        part.weights.omega = [tensor(ticks.data[f"om.{key}"][0]) for key in node.keys]
+    for node, module in modules:
+        module.weights.omega = [tensor(ticks.data[f"om.{key}"][0]) for key in node.keys]
     network.run(stream)
-    made = recorded(ticks, {w.name: w.node.records() for w in watches})
-    for node, part in kept:
+    entries = recorded(ticks, {b: one.node.records() for b, one in network.records.items()})
+    for node, module in modules:
         for i, key in enumerate(node.keys):
-            made[f"om.{key}"] = _first(ticks.K + 1, [o[i] for o in part.omega])
-            made[f"th.{key}"] = _first(ticks.K + 1, [t[i] for t in part.theta])
-    return made
+            entries[f"om.{key}"] = _first(ticks.K + 1, (o[i] for o in module.omega))
+            entries[f"th.{key}"] = _first(ticks.K + 1, (t[i] for t in module.theta))
+    return entries
 
 
 def begins_at_rest(ticks: Ticks) -> bool:
@@ -314,48 +295,47 @@ def begins_at_rest(ticks: Ticks) -> bool:
 
 
 def energies_through(ticks: Ticks, engine: Mapping[str, Any]) -> Difference:
-    """The distance of h, z, y, L and H' as an engine records them."""
+    """Return the distance of h, z, y, L and H' as an engine records them."""
     graph, _, stream, settings = _planned(ticks, engine=engine)
-    found = recorded(ticks, train(graph, stream, settings).records)
-    return compared(found, expected(ticks))
+    return compared(recorded(ticks, train(graph, stream, settings).records), expected(ticks))
 
 
-def _first(n: int, values: Sequence[Tensor]) -> Array:
-    return np.stack([v.numpy() for v in values[:n]])
+def _first(n: int, values: Iterable[Tensor]) -> Array:
+    return np.stack([v.numpy() for v in islice(values, n)])
 
 
-def recorded(ticks: Ticks, found: Mapping[str, Records | None]) -> dict[str, Array]:
-    """h, z, y, phi L and H' out of what the blocks recorded."""
-    records = {name: r for name, r in found.items() if r is not None}
-    made: dict[str, Array] = {}
+def recorded(ticks: Ticks, by_block: Mapping[str, Records | None]) -> dict[str, Array]:
+    """Return h, z, y, phi L and H' out of what the blocks recorded."""
+    records = {name: r for name, r in by_block.items() if r is not None}
+    entries: dict[str, Array] = {}
     for node in ticks.nodes:
-        own = records[node.name]
-        for q, values in (("h", own.h), ("z", own.z)):
+        for q in ("h", "z"):
+            values = getattr(records[node.name], q)
             if values is not None:
-                made[f"{q}.{node.name}"] = values[: ticks.K + 1].numpy()
+                entries[f"{q}.{node.name}"] = values[: ticks.K + 1].numpy()
     readout = records[ticks.state_readout or READOUT]
     if readout.prediction is not None:
-        made["y"] = readout.prediction[: ticks.K].numpy()
-    made["L"] = readout.loss[: ticks.K].numpy()
-    made["Hp"] = robust_hamiltonian(records)[1][: ticks.K].numpy()
-    return made
+        entries["y"] = readout.prediction[: ticks.K].numpy()
+    entries["L"] = readout.loss[: ticks.K].numpy()
+    entries["Hp"] = robust_hamiltonian(records)[1][: ticks.K].numpy()
+    return entries
 
 
 def expected(ticks: Ticks) -> dict[str, Array]:
     """Return the file's own trajectories; `L` as phi L."""
-    wanted = {
+    trajectories = {
         key: array
         for key, array in ticks.data.items()
         if key in ("y", "Hp") or key.partition(".")[0] in ("h", "z", "om", "th")
     }
     if "L" in ticks.data:
-        wanted["L"] = ticks.data["phi"] * entry(ticks.data, "L", (ticks.K,))
-    return wanted
+        trajectories["L"] = ticks.data["phi"] * entry(ticks.data, "L", (ticks.K,))
+    return trajectories
 
 
-def compared(found: Mapping[str, Array], wanted: Mapping[str, Array]) -> Difference:
+def compared(ours: Mapping[str, Array], expected: Mapping[str, Array]) -> Difference:
     """Return the largest distance over the entries that both have."""
-    return worst({key: (found[key], wanted[key]) for key in wanted if key in found})
+    return worst({key: (ours[key], expected[key]) for key in expected if key in ours})
 
 
 def golden(data: GoldenData, name: str) -> list[Check]:
@@ -366,7 +346,7 @@ def golden(data: GoldenData, name: str) -> list[Check]:
 def tick_checks(data: GoldenData, name: str, oracle: str) -> list[Check]:
     """Return the checks of a tick file's entries, of which `oracle` made the trajectories."""
     ticks = read_ticks(data)
-    made = [
+    checks = [
         Check(
             f"{name}: every tick (relative)",
             f"{oracle}: h, z, ω, θ, y, L, H'",
@@ -375,7 +355,7 @@ def tick_checks(data: GoldenData, name: str, oracle: str) -> list[Check]:
         )
     ]
     if any(key.startswith("bp_") for key in data):
-        made.append(
+        checks.append(
             Check(
                 f"{name}: states, costates, gradients (relative)",
                 "golden file: those of backpropagation",
@@ -383,12 +363,13 @@ def tick_checks(data: GoldenData, name: str, oracle: str) -> list[Check]:
                 lambda: _static(ticks, run_ticks(ticks)),
             )
         )
-    return made
+    return checks
 
 
-def _static(ticks: Ticks, found: Mapping[str, Array]) -> Difference:
-    """Static input, eta = beta = 0, c tau = 1, a chain of nu blocks: exact from tick
+def _static(ticks: Ticks, ours: Mapping[str, Array]) -> Difference:
+    """Compare a run with static input, eta = beta = 0, c tau = 1, a chain of nu blocks:
 
+    exact from tick
         h_l: l      z_l: 2 nu + 1 - l, sequential 2 nu - l      omega's increment: that of z_l
 
     (in the simultaneous order omega_{k+1} uses z_k, in the sequential order z_{k+1}).
@@ -399,15 +380,15 @@ def _static(ticks: Ticks, found: Mapping[str, Array]) -> Difference:
     pairs: dict[str, tuple[Array, Array]] = {}
     for depth, node in enumerate(ticks.nodes, start=1):
         z_from = 2 * nu + 1 - depth - sequential
-        h, z = found[f"h.{node.name}"][depth:], found[f"z.{node.name}"][z_from:]
+        h, z = ours[f"h.{node.name}"][depth:], ours[f"z.{node.name}"][z_from:]
         pairs[f"h.{node.name}"] = _same(h, entry(data, f"bp_h.{node.name}"))
         delta = entry(data, f"bp_delta.{node.name}")
         pairs[f"c z.{node.name}"] = _same(number(data, "c") * z / data["phi"][0], delta)
         for key in node.keys:
-            steps = np.diff(found[f"om.{key}"], axis=0)[z_from - sequential :] / scale
+            steps = np.diff(ours[f"om.{key}"], axis=0)[z_from - sequential :] / scale
             pairs[f"d omega.{key}"] = _same(steps, entry(data, f"bp_grad.{key}"))
     return worst(pairs)
 
 
-def _same(found: Array, expected: Array) -> tuple[Array, Array]:
-    return found, np.broadcast_to(expected, found.shape)
+def _same(ours: Array, expected: Array) -> tuple[Array, Array]:
+    return ours, np.broadcast_to(expected, ours.shape)

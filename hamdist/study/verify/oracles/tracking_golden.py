@@ -41,6 +41,7 @@ from hamdist.study.verify.oracles.golden import (
     tensor,
     worst,
 )
+from hamdist.study.verify.oracles.networks import settings_of
 from hamdist.study.verify.oracles.recorded_run import RecordedNodes
 
 # Without a bias unit a net is near an attractor, where rounding grows: 1e-12 in W_0 moves x by
@@ -52,19 +53,9 @@ NEURON_TICKS = 250
 
 def _graph(data: GoldenData) -> Graph:
     n = len(entry(data, "x0"))
-    return Graph(
-        [
-            BlockSpec(
-                WHOLE,
-                _module(data, range(n)),
-                (WHOLE,),
-                shape=(n,),
-                loss=mse,
-                state=True,
-                output=First(),
-            )
-        ]
-    )
+    module = _module(data, range(n))
+    whole = BlockSpec(WHOLE, module, (WHOLE,), shape=(n,), loss=mse, state=True, output=First())
+    return Graph([whole])
 
 
 def _by_neuron(data: GoldenData) -> Graph:
@@ -73,12 +64,7 @@ def _by_neuron(data: GoldenData) -> Graph:
     names = [f"x{i}" for i in range(n)]
     return Graph(
         BlockSpec(
-            name,
-            _module(data, [i]),
-            tuple(names),
-            shape=(1,),
-            loss=mse if i == 0 else None,
-            state=i == 0,
+            name, _module(data, [i]), tuple(names), shape=(1,), loss=None if i else mse, state=not i
         )
         for i, name in enumerate(names)
     )
@@ -91,10 +77,10 @@ def _module(data: GoldenData, rows: Sequence[int]) -> nn.Sequential:
     if weights.shape not in ((len(x0), len(x0)), (len(x0), len(x0) + 1)):
         raise SettingsError(f"W0 has shape {weights.shape}, with {len(x0)} neurons")
     linear = nn.Linear(len(x0), len(rows), bias=bias, dtype=torch.float64)
-    own = tensor(weights[list(rows)])
-    linear.weight.data = own[:, : len(x0)].contiguous()
+    W = tensor(weights[list(rows)])
+    linear.weight.data = W[:, : len(x0)].contiguous()
     if bias:
-        linear.bias.data = own[:, -1].contiguous()
+        linear.bias.data = W[:, -1].contiguous()
     return nn.Sequential(linear, ACTIVATIONS[choice(data, "act", list(ACTIVATIONS))]())
 
 
@@ -110,30 +96,22 @@ def _settings(data: GoldenData) -> Settings:
         "limit": 1e300,
     }
     order = choice(data, "order", ORDERS).replace("_", "-")
-    return Settings.model_validate(
-        {
-            "level": "local",
-            "dtype": "float64",
-            "locality": {"order": order, "target": "current", "readout": "state"},
-            "dynamics": dynamics,
-            "metrics": {"record": "trajectory"},
-        }
-    )
+    locality = {"order": order, "target": "current", "readout": "state"}
+    metrics = {"record": "trajectory"}
+    return settings_of("local", locality=locality, dynamics=dynamics, metrics=metrics)
 
 
 def track(data: GoldenData, graph: Graph, K: int) -> dict[str, Array]:
-    """hamdist's trajectories x, p, W, P (K + 1 entries) and energies L, H, Hrobust (K entries)."""
+    """Return hamdist's trajectories x, p, W, P (K + 1 entries) and energies L, H, Hrobust (K
+    entries)."""
     z = tensor(entry(data, "z"))[:K]
     samples = [(torch.zeros(1, 1, dtype=z.dtype), value.reshape(1, 1)) for value in [*z, z[-1]]]
     stream = from_iterable(samples)
-    settings = _settings(data)
-    plan = make_plan(graph, settings, stream.spec)
-    network = RecordedNodes(plan)
-    watches = network.watches
+    network = RecordedNodes(make_plan(graph, _settings(data), stream.spec))
     x0, p0, P0 = tensor(data["x0"]), tensor(entry(data, "p")[0]), _costate(data)
     at = 0
-    for watch in watches:
-        block = watch.node.block
+    for record in network.records.values():
+        block = record.node.block
         if not isinstance(block, HoldBlock):
             raise TypeError("a neuron is a block with a state")
         rows = slice(at, at + block.h.shape[1])
@@ -143,17 +121,19 @@ def track(data: GoldenData, graph: Graph, K: int) -> dict[str, Array]:
         if P0.shape[1] > len(x0):
             block.weights.omega.append(P0[rows, -1].contiguous())
     network.run(stream)
-    records = {w.name: r for w in watches for r in [w.node.records()] if r is not None}
-    made = {
-        "W": np.concatenate([_joined(w.theta, K) for w in watches], axis=1),
-        "P": np.concatenate([_joined(w.omega, K) for w in watches], axis=1),
+    modules = [record.module for record in network.records.values()]
+    ours = {
+        "W": np.concatenate([_joined(module.theta, K) for module in modules], axis=1),
+        "P": np.concatenate([_joined(module.omega, K) for module in modules], axis=1),
     }
+    recorded = {name: one.node.records() for name, one in network.records.items()}
+    records = {name: r for name, r in recorded.items() if r is not None}
     for name, part in (("x", "h"), ("p", "z")):
         states = [getattr(r, part)[: K + 1, 0] for r in records.values()]
-        made[name] = torch.cat(states, dim=-1).numpy()
+        ours[name] = torch.cat(states, dim=-1).numpy()
     for name, energy in (("L", lagrangian), ("H", hamiltonian), ("Hrobust", robust_hamiltonian)):
-        made[name] = energy(records)[1][:K].numpy()
-    return made
+        ours[name] = energy(records)[1][:K].numpy()
+    return ours
 
 
 def _costate(data: GoldenData) -> Tensor:
@@ -169,30 +149,30 @@ def _joined(entries: Sequence[Sequence[Tensor]], K: int) -> Array:
     return torch.stack(rows).numpy()
 
 
-def _pairs(data: GoldenData, found: Mapping[str, Array], K: int) -> dict[str, tuple[Array, Array]]:
-    """(found, expected) of x, p, W and P in the first K ticks."""
+def _pairs(data: GoldenData, ours: Mapping[str, Array], K: int) -> dict[str, tuple[Array, Array]]:
+    """Return (ours, expected) of x, p, W and P in the first K ticks."""
     snap = data["snap"][data["snap"] < K]
-    pairs = {name: (found[name][:K], entry(data, name)[:K]) for name in ("x", "p")}
+    pairs = {name: (ours[name][:K], entry(data, name)[:K]) for name in ("x", "p")}
     for name in ("W", "P"):
-        pairs[name] = (found[name][snap], entry(data, name)[: len(snap)])
+        pairs[name] = (ours[name][snap], entry(data, name)[: len(snap)])
     for name in ("x", "p", "W", "P"):
         if f"{name}_end" in data and len(data["z"]) == K:
-            pairs[f"{name}_end"] = (found[name][K:], data[f"{name}_end"][None])
+            pairs[f"{name}_end"] = (ours[name][K:], data[f"{name}_end"][None])
     return pairs
 
 
-def _energies(data: GoldenData, found: Mapping[str, Array]) -> Difference:
+def _energies(data: GoldenData, ours: Mapping[str, Array]) -> Difference:
     """L, H and H'. In the sequential order the recorded loss is that of x_{k+1}; a file may take it
     at x_k, as its formula is printed."""
     names = [name for name in ("L", "H", "Hrobust") if name in data]
-    as_recorded = worst({name: (found[name], data[name]) for name in names})
+    as_recorded = worst({name: (ours[name], data[name]) for name in names})
     if choice(data, "order", ORDERS) != "sequential":
         return as_recorded
     K, q = len(data["z"]), number(data, "q")
-    errors = found["x"][:, 0] - np.append(data["z"], 0.0)
-    ahead = found["x"][1:, 0] - data["z"]
+    errors = ours["x"][:, 0] - np.append(data["z"], 0.0)
+    ahead = ours["x"][1:, 0] - data["z"]
     shift = 0.5 * q * (errors[:K] ** 2 - ahead**2)
-    at_old = worst({name: (found[name] + shift, data[name]) for name in names})
+    at_old = worst({name: (ours[name] + shift, data[name]) for name in names})
     return min(as_recorded, at_old, key=lambda f: f.difference)
 
 

@@ -65,7 +65,7 @@ class _Network:
         return {v: m[i] * self._c[v] * (f[v] - h[v]) for i, v in enumerate(self.names)}
 
     def loss(self, u: Tensor, h: States, theta: States, target: Tensor) -> tuple[Tensor, Tensor]:
-        """(y, L)."""
+        """Return (y, L)."""
         parents, layers = self.out
         y = _chain("y", layers, _joined(u, h, parents), theta)
         if self._cross_entropy:
@@ -92,8 +92,8 @@ def _chain(name: str, layers: Sequence[tuple[int, str]], x: Tensor, theta: State
 
 
 def replay(case: Mapping[str, StateArray]) -> NetworkCase:
-    """The case with its trajectories: h, z, om, th (K + 1 entries), y, L, Hp (K entries). Without a
-    target y is NaN and L is 0."""
+    """Return the case with its trajectories: h, z, om, th (K + 1 entries), y, L, Hp (K entries).
+    Without a target y is NaN and L is 0."""
     K = len(case["u"])
     h, z, omega, theta = (
         {key.partition(".")[2]: torch.tensor(a[0]) for key, a in case.items() if _is(key, q)}
@@ -134,13 +134,13 @@ def replay(case: Mapping[str, StateArray]) -> NetworkCase:
         entries["Hp"].append((phi * L + cost + work).item())
         theta = {p: theta[p].detach() - tau * net.beta[p] * used[p] for p in theta}
         h, z, omega = after, z_after, later
-    made = {k: a for k, a in case.items() if k.partition(".")[0] not in TRAJECTORIES}
+    replayed = {k: a for k, a in case.items() if k.partition(".")[0] not in TRAJECTORIES}
     for q in TRAJECTORIES:
         for key in entries[q][0]:
-            made[f"{q}.{key}"] = torch.stack([e[key].detach() for e in entries[q]]).numpy()
-    made["y"] = torch.stack(entries["y"]).numpy()
-    made["L"], made["Hp"] = np.array(entries["L"]), np.array(entries["Hp"])
-    return made
+            replayed[f"{q}.{key}"] = torch.stack([e[key].detach() for e in entries[q]]).numpy()
+    replayed["y"] = torch.stack(entries["y"]).numpy()
+    replayed["L"], replayed["Hp"] = np.array(entries["L"]), np.array(entries["Hp"])
+    return replayed
 
 
 def _is(key: str, quantity: str) -> bool:
@@ -159,13 +159,13 @@ def _inner(z: States, velocity: States) -> Tensor:
 
 
 def _grad(of: Tensor, wrt: States) -> States:
-    """Zero where `of` does not depend on something."""
+    """Return the gradients of `of`, zero by what it does not depend on."""
     if not of.requires_grad:
         return {key: torch.zeros_like(value) for key, value in wrt.items()}
-    found = torch.autograd.grad(of, list(wrt.values()), retain_graph=True, allow_unused=True)
+    grads = torch.autograd.grad(of, list(wrt.values()), retain_graph=True, allow_unused=True)
     return {
         key: torch.zeros_like(value) if g is None else g
-        for (key, value), g in zip(wrt.items(), found, strict=True)
+        for (key, value), g in zip(wrt.items(), grads, strict=True)
     }
 
 
@@ -190,7 +190,7 @@ def make_case(
     rest: bool = False,
     more: Mapping[str, Any] | None = None,
 ) -> NetworkCase:
-    """What is given in a case, drawn from `seed`.
+    """Return a case without its trajectories, drawn from `seed`.
 
     held: ticks that a sample is shown. tau, phi: repeated to the length of the case. beta: one for
     all parameters, or several to be dealt out. rest: h, z and omega begin at zero. more: entries
@@ -290,12 +290,12 @@ def cases() -> Iterator[tuple[str, NetworkCase]]:
                 order=order, beta=(0.1, 0.05, 0.3), more={"inner": True},
             ),
         )  # fmt: skip
-        own = {"c.l2": 0.7, "eta.l1": 0.4, "eta_z": 0.1, "eta_omega": 0.3}
+        by_block = {"c.l2": 0.7, "eta.l1": 0.4, "eta_z": 0.1, "eta_omega": 0.3}
         yield (
             f"{order}: c and eta by block, eta_z and eta_omega",
             make_case(
                 CHAIN, (("l3",), ((3, "linear"),)), inputs=3, ticks=24, seed=6, order=order,
-                more=own,
+                more=by_block,
             ),
         )  # fmt: skip
         yield (
@@ -322,5 +322,6 @@ def cases() -> Iterator[tuple[str, NetworkCase]]:
 
 
 def checks(full: bool) -> Iterator[Check]:  # noqa: ARG001
+    """Yield a check of every case."""
     for name, case in cases():
         yield from tick_checks(replay(case), name, "autograd of H'")

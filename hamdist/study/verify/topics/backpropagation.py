@@ -14,7 +14,7 @@ from torch.nn import functional
 from hamdist.config import LearningSettings, Settings
 from hamdist.dynamics.graph.graph import Graph
 from hamdist.runtime.train.train import train
-from hamdist.study.verify.oracles.check import Check
+from hamdist.study.verify.oracles.check import Check, absolute
 from hamdist.study.verify.oracles.networks import (
     BATCH,
     F64,
@@ -26,6 +26,7 @@ from hamdist.study.verify.oracles.networks import (
     chain,
     hooked,
     seeded,
+    settings_of,
     skip_graph,
     tied,
     with_activation,
@@ -51,6 +52,7 @@ ADAMW = {"name": "adamw", **OPTIMISERS["AdamW"]}
 
 
 def checks(full: bool) -> Iterator[Check]:
+    """Yield a check per network, rule of the weights and grouping."""
     items = 600 if full else 60
     for name, learning, tau, partition in (
         ("one layer a block", PLAIN, 1.0, {}),
@@ -119,16 +121,13 @@ def _check(
     locality: Mapping[str, Any] | None = None,
     level: str = "backprop",
 ) -> Check:
-    settings = Settings.model_validate(
-        {
-            "level": level,
-            "locality": locality or {},
-            "dtype": "float64",
-            "learning": learning,
-            "dynamics": {"tau": tau},
-            "partition": partition,
-            "metrics": {"window": 1},
-        }
+    settings = settings_of(
+        level,
+        locality=locality or {},
+        learning=learning,
+        dynamics={"tau": tau},
+        partition=partition,
+        metrics={"window": 1},
     )
     what = f"{name}: losses and weights of {items} steps"
     return Check(what, ORACLE, BOUND, lambda: _apart(build, items, settings))
@@ -136,34 +135,33 @@ def _check(
 
 def _apart(build: Callable[[], nn.Module], items: int, settings: Settings) -> float:
     """Return the largest difference between losses, and between weights at the end."""
-    own = build()
-    model = skip_graph(own) if isinstance(own, Skips) else own
+    module = build()
+    model = skip_graph(module) if isinstance(module, Skips) else module
     result = train(model, Draws(items), settings)
     plain = build()
     group, behind = settings.locality.accumulate or 1, bool(settings.locality.double_buffered)
     curves = sgd(plain, Draws(items), settings.learning, group, behind=behind)
-    found = [torch.tensor([w.mean_loss for w in ws], dtype=F64) for ws in result.windows.values()]
-    pairs = list(zip(found, curves, strict=True))
+    losses = [torch.tensor([w.mean_loss for w in ws], dtype=F64) for ws in result.windows.values()]
+    pairs = list(zip(losses, curves, strict=True))
     if isinstance(model, Graph):
         weights = {f"{b}.{k}": t for b, s in result.blocks.items() for k, t in s.theta.items()}
     else:
         weights = dict(result.model.named_parameters())
     pairs += [(weights[key], p) for key, p in plain.named_parameters()]
-    return max(float((a - b).detach().abs().max()) for a, b in pairs)
+    return max(absolute(a, b) for a, b in pairs)
 
 
 def _torchs(weights: list[nn.Parameter], learning: LearningSettings) -> list[Any]:
-    """The optimisers that `learning` asks for, on the whole network."""
-    own = learning.optimizer
-    if own is None:
+    """Return the optimisers that `learning` asks for, on the whole network."""
+    if learning.optimizer is None:
         return [torch.optim.SGD(weights, learning.lr, learning.momentum, learning.dampening)]
-    kind = next(one for one in OPTIMISERS if one.lower() == own.name)
+    kind = next(one for one in OPTIMISERS if one.lower() == learning.optimizer.name)
     matrices = [w for w in weights if w.ndim == 2 or kind != "Muon"]
     others = [w for w in weights if w.ndim != 2 and kind == "Muon"]
-    made = [getattr(torch.optim, kind)(matrices, lr=learning.lr, **OPTIMISERS[kind])]
+    optimisers = [getattr(torch.optim, kind)(matrices, lr=learning.lr, **OPTIMISERS[kind])]
     if others:
-        made.append(torch.optim.AdamW(others, learning.lr, weight_decay=0.1))
-    return made
+        optimisers.append(torch.optim.AdamW(others, learning.lr, weight_decay=0.1))
+    return optimisers
 
 
 def sgd(

@@ -17,7 +17,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from hamdist.config import Settings
 from hamdist.dynamics.graph.graph import INPUT, BlockSpec, Combine, Graph
 from hamdist.dynamics.modules.recurrent import Reads, RecurrentCell
 from hamdist.dynamics.objective.losses import mse
@@ -25,7 +24,8 @@ from hamdist.runtime.results.result import RunResult
 from hamdist.runtime.train.train import train
 from hamdist.streams.adapters import from_iterable
 from hamdist.streams.sample import Sample
-from hamdist.study.verify.oracles.check import Check, Difference
+from hamdist.study.verify.oracles.check import Check, Difference, absolute, largest
+from hamdist.study.verify.oracles.networks import settings_of
 
 BOUND = 1e-12
 AUTOGRAD = "autograd, float64"
@@ -57,10 +57,16 @@ class SequenceCase:
         return f"{self.kind}, {self.layers} layers, {how}"
 
 
+def cell_block(name: str, module: nn.Module, below: str, size: int) -> BlockSpec:
+    """Return a block that reads `below` and its own state, of `size` numbers a row."""
+    return BlockSpec(name, module, (below, name), combine=Combine.ARGUMENTS, shape=(size,))
+
+
 # -- hamdist ------------------------------------------------------------------------------------
 
 
 def graph_of(case: SequenceCase) -> Graph:
+    """Return the network of a case."""
     blocks = []
     below, inputs = INPUT, case.inputs
     with torch.random.fork_rng(devices=[]):
@@ -68,15 +74,7 @@ def graph_of(case: SequenceCase) -> Graph:
         for i in range(case.layers):
             cell = RecurrentCell(CELLS[case.kind](inputs, case.hidden, dtype=torch.float64))
             module = cell if i == 0 else Reads(cell, slice(0, case.hidden), None)
-            blocks.append(
-                BlockSpec(
-                    f"cell{i}",
-                    module,
-                    (below, f"cell{i}"),
-                    combine=Combine.ARGUMENTS,
-                    shape=(cell.size,),
-                )
-            )
+            blocks.append(cell_block(f"cell{i}", module, below, cell.size))
             below, inputs = f"cell{i}", case.hidden
         head = nn.Linear(case.hidden, OUTPUTS, dtype=torch.float64)
     reads = Reads(head, slice(0, case.hidden))
@@ -84,30 +82,24 @@ def graph_of(case: SequenceCase) -> Graph:
 
 
 def samples_of(case: SequenceCase) -> list[Sample]:
+    """Return the tokens of all sequences of a case."""
     generator = torch.Generator().manual_seed(4)
 
     def noise(features: int) -> Tensor:
         return torch.randn(case.batch, features, generator=generator, dtype=torch.float64)
 
-    made = []
+    samples = []
     for length in case.lengths:
         for t in range(length):
-            u, y = noise(case.inputs), noise(OUTPUTS)
-            given = y if (t + 1) % case.missing or t == length - 1 else None
-            made.append(Sample(u, given, end=t == length - 1))
-    return made
+            u, y, end = noise(case.inputs), noise(OUTPUTS), t == length - 1
+            samples.append(Sample(u, y if (t + 1) % case.missing or end else None, end=end))
+    return samples
 
 
 def run(case: SequenceCase, samples: Sequence[Sample], **learning: Any) -> RunResult:
-    settings = Settings.model_validate(
-        {
-            "level": "bptt",
-            "dtype": "float64",
-            "locality": {"truncation": case.truncation},
-            "learning": learning,
-            "dynamics": {"tau": 0.5},
-        }
-    )
+    """Train the network of a case on `samples`."""
+    locality = {"truncation": case.truncation}
+    settings = settings_of("bptt", locality=locality, learning=learning, dynamics={"tau": 0.5})
     return train(graph_of(case), from_iterable(samples, outputs=OUTPUTS), settings)
 
 
@@ -123,17 +115,18 @@ class _Torch(nn.Module):
             case.inputs, case.hidden, num_layers=case.layers, dtype=torch.float64
         )
         self.head = nn.Linear(case.hidden, OUTPUTS, dtype=torch.float64)
-        own = dict(self.named_parameters())
+        weights = dict(self.named_parameters())
         self.parts: dict[tuple[str, str], Tensor] = {}
         for block in graph_of(case).blocks.values():
             for name, value in block.module.named_parameters():
                 part = name.rpartition(".")[2]
-                mine = f"head.{part}" if block.loss else f"layers.{part}_l{block.name[-1]}"
-                own[mine].data.copy_(value.data)
-                self.parts[block.name, name] = own[mine]
+                key = f"head.{part}" if block.loss else f"layers.{part}_l{block.name[-1]}"
+                weights[key].data.copy_(value.data)
+                self.parts[block.name, name] = weights[key]
 
     def loss(self, sequence: Sequence[Sample], keep: int) -> Tensor:
-        """The sum of the losses of the last `keep` tokens, cut off from those before them."""
+        """Return the sum of the losses of the last `keep` tokens, cut off from those before
+        them."""
         u = torch.stack([sample.u for sample in sequence])
         early = len(u) - keep
         state = None
@@ -141,44 +134,34 @@ class _Torch(nn.Module):
             with torch.no_grad():
                 _, state = self.layers(u[:early])
         predictions = self.head(self.layers(u[early:], state)[0])
-        taken = torch.zeros((), dtype=torch.float64)
+        total = torch.zeros((), dtype=torch.float64)
         for prediction, sample in zip(predictions, sequence[early:], strict=True):
             if isinstance(sample.y, Tensor):
-                taken = taken + mse(prediction, sample.y)
-        return taken
+                total = total + mse(prediction, sample.y)
+        return total
 
 
 def _sequences(samples: Sequence[Sample]) -> Iterator[list[Sample]]:
-    own: list[Sample] = []
+    sequence: list[Sample] = []
     for sample in samples:
-        own.append(sample)
+        sequence.append(sample)
         if sample.end:
-            yield own
-            own = []
+            yield sequence
+            sequence = []
 
 
 def _keep(case: SequenceCase, length: int) -> int:
     return length if case.truncation is None else min(length, case.truncation)
 
 
-def _apart(pairs: Iterator[tuple[str, Tensor, Tensor]]) -> Difference:
-    """The largest absolute difference, and where it is."""
-    largest = Difference(0.0, "")
-    for name, found, expected in pairs:
-        difference = float((found - expected).detach().abs().max())
-        if not difference <= largest.difference:
-            largest = Difference(difference, name)
-    return largest
-
-
 def _gradient(case: SequenceCase) -> Difference:
-    """omega after the longest sequence, without momentum, is the gradient of its losses."""
+    """Compare omega after the longest sequence, without momentum, with the gradient."""
     longest = max(_sequences(samples_of(case)), key=len)
     net = _Torch(case)
     net.loss(longest, _keep(case, len(longest))).backward()  # type: ignore[no-untyped-call]
     result = run(case, longest, lr=0.0)
-    return _apart(
-        (f"{block}.{name}", omega, _grad(net.parts[block, name]))
+    return largest(
+        (f"{block}.{name}", absolute(omega, _grad(net.parts[block, name])))
         for block, state in result.blocks.items()
         for name, omega in state.omega.items()
     )
@@ -189,7 +172,7 @@ def _grad(parameter: Tensor) -> Tensor:
 
 
 def _weights(case: SequenceCase) -> Difference:
-    """Final weights after all sequences, with momentum and dampening."""
+    """Compare the weights after all sequences, with momentum and dampening."""
     learning: dict[str, Any] = {"lr": case.lr, "momentum": 0.5, "dampening": 0.3}
     samples = samples_of(case)
     net = _Torch(case)
@@ -199,20 +182,18 @@ def _weights(case: SequenceCase) -> Difference:
         net.loss(sequence, _keep(case, len(sequence))).backward()  # type: ignore[no-untyped-call]
         optimiser.step()
     result = run(case, samples, **learning)
-    return _apart(
-        (f"{block}.{name}", theta, net.parts[block, name])
+    return largest(
+        (f"{block}.{name}", absolute(theta, net.parts[block, name]))
         for block, state in result.blocks.items()
         for name, theta in state.theta.items()
     )
 
 
 def _stored(case: SequenceCase) -> Difference:
-    """Tokens whose states a block keeps beyond (or below) min(n, r) of the longest sequence."""
+    """Compare the tokens whose states a block keeps with min(n, r) of the longest sequence."""
     expected = _keep(case, max(case.lengths))
     stored = run(case, samples_of(case), lr=0.0).stored
-    apart = {name: abs(count - expected) for name, count in stored.items()}
-    worst_block = max(apart, key=lambda name: apart[name])
-    return Difference(apart[worst_block], f"{worst_block} kept {stored[worst_block]}")
+    return largest((f"{name} kept {n}", abs(n - expected)) for name, n in stored.items())
 
 
 def checks(full: bool) -> Iterator[Check]:
@@ -226,30 +207,11 @@ def checks(full: bool) -> Iterator[Check]:
     for kind in CELLS:
         for truncation in (None, 3):
             case = SequenceCase(kind, truncation, **sizes)
-            yield Check(
-                f"gradient of one sequence ({case})",
-                AUTOGRAD,
-                BOUND,
-                partial(_gradient, case),
-            )
-            yield Check(
-                f"weights after {len(case.lengths)} sequences, momentum and dampening ({case})",
-                SGD,
-                BOUND,
-                partial(_weights, case),
-            )
+            what = f"gradient of one sequence ({case})"
+            yield Check(what, AUTOGRAD, BOUND, partial(_gradient, case))
+            what = f"weights after {len(case.lengths)} sequences, momentum and dampening ({case})"
+            yield Check(what, SGD, BOUND, partial(_weights, case))
     for truncation in (None, 3):
         case = SequenceCase("LSTM", truncation, **sizes)
-        yield Check(
-            f"stored states per block ({case})",
-            "min(n, r) of the longest sequence",
-            0.0,
-            partial(_stored, case),
-        )
-
-
-# -- golden files -------------------------------------------------------------------------------
-
-CELL = "cell"
-# Of the file, and of the cell.
-WEIGHTS = {"Wx": "cell.weight_ih", "Wh": "cell.weight_hh", "b": "cell.bias_ih"}
+        what, oracle = f"stored states per block ({case})", "min(n, r) of the longest sequence"
+        yield Check(what, oracle, 0.0, partial(_stored, case))

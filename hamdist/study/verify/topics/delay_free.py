@@ -14,11 +14,10 @@ from functools import partial
 import numpy as np
 import torch
 
-from hamdist.config import Settings
 from hamdist.runtime.train.train import train
-from hamdist.study.verify.oracles.check import Check, Difference
+from hamdist.study.verify.oracles.check import Check, Difference, absolute
 from hamdist.study.verify.oracles.golden import RTOL, Array, distance
-from hamdist.study.verify.oracles.networks import Draws, chain
+from hamdist.study.verify.oracles.networks import Draws, chain, settings_of
 from hamdist.study.verify.oracles.tick_golden import compared, expected, read_ticks, run_ticks
 from hamdist.study.verify.oracles.whole_network import NetworkCase, make_case, replay
 
@@ -37,6 +36,7 @@ FORMS = (
 
 
 def checks(full: bool) -> Iterator[Check]:
+    """Yield the checks of both forms, and of the level."""
     samples = 40 if full else 12
     for form, order, phi in FORMS:
         case = _case(order, phi, samples)
@@ -80,13 +80,13 @@ def _trajectory(case: NetworkCase) -> Difference:
     return compared(run_ticks(ticks), expected(ticks))
 
 
-def _passes(case: NetworkCase, found: dict[str, Array]) -> Iterator[tuple[int, list[Array]]]:
-    """(j, the feed-forward pass of sample j), each layer with its weights of the tick in which it
-    moves."""
+def _passes(case: NetworkCase, ours: dict[str, Array]) -> Iterator[tuple[int, list[Array]]]:
+    """Yield (j, the feed-forward pass of sample j), each layer with its weights of the tick in
+    which it moves."""
     for j, start in enumerate(range(0, len(case["u"]), NU)):
         x, states = case["u"][start], []
         for i, (name, _, ((_, activation),)) in enumerate(LAYERS):
-            weight, bias = (found[f"th.{name}.0.{part}"][start + i] for part in "Wb")
+            weight, bias = (ours[f"th.{name}.0.{part}"][start + i] for part in "Wb")
             x = x @ weight.T + bias
             x = np.tanh(x) if activation == "tanh" else x
             states.append(x)
@@ -94,42 +94,34 @@ def _passes(case: NetworkCase, found: dict[str, Array]) -> Iterator[tuple[int, l
 
 
 def _feed_forward(case: NetworkCase) -> float:
-    found = run_ticks(read_ticks(replay(case)))
+    ours = run_ticks(read_ticks(replay(case)))
     return max(
-        distance(found[f"h.{name}"][(j + 1) * NU], state)
-        for j, states in _passes(case, found)
+        distance(ours[f"h.{name}"][(j + 1) * NU], state)
+        for j, states in _passes(case, ours)
         for (name, _, _), state in zip(LAYERS, states, strict=True)
     )
 
 
 def _own_target(case: NetworkCase) -> float:
     """Return the difference of phi L, which is all that is taken in the tick of the last layer."""
-    found = run_ticks(read_ticks(replay(case)))
+    ours = run_ticks(read_ticks(replay(case)))
     losses = [
         0.5 * np.square(states[-1] - case["yhat"][j * NU]).sum() / TAU
-        for j, states in _passes(case, found)
+        for j, states in _passes(case, ours)
     ]
-    return distance(found["L"][NU - 1 :: NU], np.array(losses))
+    return distance(ours["L"][NU - 1 :: NU], np.array(losses))
 
 
 def _level(samples: int) -> float:
-    """The level's own predictions, with frozen weights."""
+    """Compare the level's predictions, with weights that do not move."""
     model = chain()
-    settings = Settings.model_validate(
-        {
-            "level": "delay-free",
-            "dtype": "float64",
-            "learning": {"lr": 0.0},
-            "metrics": {"record": "trajectory"},
-        }
-    )
+    metrics = {"record": "trajectory"}
+    settings = settings_of("delay-free", learning={"lr": 0.0}, metrics=metrics)
     result = train(model, Draws(samples), settings)
     readout = next(reversed(result.records.values()))
     if readout.prediction is None:
         raise ValueError("the readout recorded no prediction")
-    made = [p for p in readout.prediction if not torch.isnan(p).any()]
-    inputs = [s.u for s in Draws(samples).samples()]
-    found = torch.stack(made)
+    predictions = [p for p in readout.prediction if not torch.isnan(p).any()]
     with torch.no_grad():
-        exact = torch.stack([model(u) for u in inputs])
-    return float((found - exact).abs().max())
+        exact = torch.stack([model(sample.u) for sample in Draws(samples).samples()])
+    return absolute(torch.stack(predictions), exact)

@@ -23,8 +23,8 @@ from hamdist.dynamics.objective.losses import mse
 from hamdist.errors import DivergedError
 from hamdist.runtime.train.train import train
 from hamdist.streams.adapters import from_iterable
-from hamdist.study.verify.oracles.check import Check, Difference
-from hamdist.study.verify.oracles.networks import F64, dense, seeded
+from hamdist.study.verify.oracles.check import Check, Difference, absolute, largest
+from hamdist.study.verify.oracles.networks import F64, dense, seeded, settings_of
 
 TAU, PHI = 0.5, 1.5
 ORACLE = "autograd and a linear solve at the fixed point"
@@ -51,6 +51,7 @@ class Loops(nn.Module):
 
 
 def loops_graph(net: Loops) -> Graph:
+    """Return the same network as a graph of four blocks."""
     return Graph(
         [
             BlockSpec("a", net.a, (INPUT,)),
@@ -62,14 +63,11 @@ def loops_graph(net: Loops) -> Graph:
 
 
 def checks(full: bool) -> Iterator[Check]:  # noqa: ARG001
+    """Yield the checks of the fixed point, and of the wrong sign."""
     for c_tau, ticks in ((1.0, 100), (0.3, 350)):
         what = f"cycles, self-edges and a skip, static input, c tau = {c_tau:g}"
-        yield Check(
-            f"{what}: h, c z and omega after {ticks} ticks",
-            ORACLE,
-            1e-10,
-            partial(_fixed_point, c_tau, ticks),
-        )
+        name = f"{what}: h, c z and omega after {ticks} ticks"
+        yield Check(name, ORACLE, 1e-10, partial(_fixed_point, c_tau, ticks))
     yield Check(
         "s = +1 forward: stopped, with tick, block and quantity (1 if not)",
         "z grows by 1 + c tau in every tick (HL, NILP)",
@@ -79,22 +77,19 @@ def checks(full: bool) -> Iterator[Check]:  # noqa: ARG001
 
 
 def _settings(c_tau: float, sign: int) -> Settings:
-    return Settings.model_validate(
-        {
-            "level": "local",
-            "dtype": "float64",
-            "locality": {"order": "simultaneous", "target": "current", "readout": "state"},
-            "dynamics": {
-                "tau": TAU,
-                "c": c_tau / TAU,
-                "beta": 0.0,
-                "phi": PHI,
-                "eta_z": 0.0,
-                "eta_omega": 1 / TAU,
-                "sign": sign,
-            },
-            "metrics": {"record": "trajectory"},
-        }
+    return settings_of(
+        "local",
+        locality={"order": "simultaneous", "target": "current", "readout": "state"},
+        dynamics={
+            "tau": TAU,
+            "c": c_tau / TAU,
+            "beta": 0.0,
+            "phi": PHI,
+            "eta_z": 0.0,
+            "eta_omega": 1 / TAU,
+            "sign": sign,
+        },
+        metrics={"record": "trajectory"},
     )
 
 
@@ -128,15 +123,13 @@ def _fixed_point(c_tau: float, ticks: int) -> Difference:
     exact = torch.autograd.grad((z * f(h, leaves)).sum(), list(leaves.values()))
     # Not the states at the end, where the end itself has come along some edges.
     last = result.records.values()
-    found_h = torch.cat([r.h[ticks - 1].reshape(-1) for r in last if r.h is not None])
-    found_z = torch.cat([r.z[ticks - 1].reshape(-1) for r in last if r.z is not None])
-    pairs = {"h": (found_h, h), "c z": (found_z * c_tau / TAU / PHI, z)}
+    our_h = torch.cat([r.h[ticks - 1].reshape(-1) for r in last if r.h is not None])
+    our_z = torch.cat([r.z[ticks - 1].reshape(-1) for r in last if r.z is not None])
+    pairs = {"h": (our_h, h), "c z": (our_z * c_tau / TAU / PHI, z)}
     for key, gradient in zip(leaves, exact, strict=True):
         block, _, name = key.partition(".")
         pairs[f"omega.{key}"] = (result.blocks[block].omega[name] / (TAU * PHI), gradient)
-    apart = {name: float((a - b).abs().max()) for name, (a, b) in pairs.items()}
-    worst = max(apart, key=apart.__getitem__)
-    return Difference(apart[worst], worst)
+    return largest((name, absolute(a, b)) for name, (a, b) in pairs.items())
 
 
 def _runaway() -> Difference:

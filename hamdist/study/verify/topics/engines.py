@@ -11,14 +11,14 @@ import torch
 from torch import Tensor, nn
 
 from hamdist.config import EngineKind, EngineSettings, Settings
-from hamdist.dynamics.graph.graph import INPUT, BlockSpec, Combine, Graph
+from hamdist.dynamics.graph.graph import INPUT, BlockSpec, Graph
 from hamdist.dynamics.modules.recurrent import Reads, RecurrentCell
 from hamdist.dynamics.objective.losses import cross_entropy
 from hamdist.errors import SettingsError
 from hamdist.runtime.ray_engine.session import ray_session
 from hamdist.runtime.results.result import RunResult
 from hamdist.runtime.train.train import train
-from hamdist.study.verify.oracles.check import Check, Difference
+from hamdist.study.verify.oracles.check import Check, Difference, absolute, largest
 from hamdist.study.verify.oracles.golden import ORACLE, RTOL, kind_of, read
 from hamdist.study.verify.oracles.networks import (
     CLASSES,
@@ -33,6 +33,7 @@ from hamdist.study.verify.oracles.networks import (
     tied,
 )
 from hamdist.study.verify.oracles.tick_golden import begins_at_rest, energies_through, read_ticks
+from hamdist.study.verify.topics.bptt import cell_block
 from hamdist.study.verify.topics.reversible import couplings
 
 ACTORS = 2
@@ -58,14 +59,8 @@ def _recurrent() -> Graph:
     def build() -> Graph:
         cell = RecurrentCell(nn.LSTMCell(FEATURES, 5, dtype=F64))
         head = Reads(nn.Linear(5, CLASSES, dtype=F64), slice(0, 5))
-        size = (cell.size,)
-        arguments = Combine.ARGUMENTS
-        return Graph(
-            [
-                BlockSpec("cell", cell, (INPUT, "cell"), combine=arguments, shape=size),
-                BlockSpec("y", head, ("cell",), loss=cross_entropy),
-            ]
-        )
+        readout = BlockSpec("y", head, ("cell",), loss=cross_entropy)
+        return Graph([cell_block("cell", cell, INPUT, cell.size), readout])
 
     return seeded(build)
 
@@ -92,23 +87,15 @@ RUNS: tuple[tuple[str, Model, Mapping[str, Any]], ...] = (
 
 
 def checks(full: bool, paths: Sequence[Path] = ()) -> Generator[Check, None, None]:
-    """paths: golden files, of which a few that begin at rest are run on Ray."""
+    """Yield a check per run, and of a few golden files in `paths` that begin at rest."""
     items = 400 if full else 40
     with ray_session(EngineSettings(kind=EngineKind.RAY, actors=ACTORS)):
         for name, model, fields in RUNS:
-            yield Check(
-                f"{name}: {items} samples on {ACTORS} Ray actors",
-                IN_PROCESS,
-                0.0,
-                partial(_apart, model, items, fields),
-            )
+            what = f"{name}: {items} samples on {ACTORS} Ray actors"
+            yield Check(what, IN_PROCESS, 0.0, partial(_apart, model, items, fields))
         for path, measure in _golden(paths, len(paths) if full else GOLDEN_FILES):
-            yield Check(
-                f"{path.name} on {ACTORS} Ray actors (relative)",
-                f"{ORACLE}: h, z, y, L, H'",
-                RTOL,
-                measure,
-            )
+            what = f"{path.name} on {ACTORS} Ray actors (relative)"
+            yield Check(what, f"{ORACLE}: h, z, y, L, H'", RTOL, measure)
 
 
 def _apart(model: Model, items: int, fields: Mapping[str, Any]) -> Difference:
@@ -126,23 +113,21 @@ def difference(alone: RunResult, spread: RunResult) -> Difference:
 
     It is infinite if one has an entry that the other has not.
     """
-    a, b = dict(_leavings(alone)), dict(_leavings(spread))
+    a, b = dict(_numbers(alone)), dict(_numbers(spread))
     odd = a.keys() ^ b.keys()
     if odd:
         return Difference(float("inf"), f"only one run has {sorted(odd)[0]}")
-    largest = Difference(0.0, "")
-    for name, left in a.items():
-        right = b[name]
-        if torch.equal(left, right):
-            continue
-        same = left.shape == right.shape
-        apart = float((left.double() - right.double()).abs().max()) if same else float("inf")
-        if not apart <= largest.difference:
-            largest = Difference(apart, name)
-    return largest
+    return largest((name, _distance(left, b[name])) for name, left in a.items())
 
 
-def _leavings(result: RunResult) -> Iterator[tuple[str, Tensor]]:
+def _distance(a: Tensor, b: Tensor) -> float:
+    if torch.equal(a, b):
+        return 0.0
+    return absolute(a.double(), b.double()) if a.shape == b.shape else float("inf")
+
+
+def _numbers(result: RunResult) -> Iterator[tuple[str, Tensor]]:
+    """Yield all that a run has computed, by name."""
     for name, block in result.blocks.items():
         for part in ("theta", "omega", "buffers"):
             for key, value in getattr(block, part).items():
@@ -161,10 +146,9 @@ def _leavings(result: RunResult) -> Iterator[tuple[str, Tensor]]:
 
 
 def _golden(paths: Sequence[Path], most: int) -> Iterator[tuple[Path, Callable[[], Difference]]]:
-    """Up to `most` tick files that a run of its own can repeat, each with its measure."""
-    found = 0
+    """Yield up to `most` tick files that a run of its own can repeat, each with its measure."""
     for path in paths:
-        if found == most:
+        if not most:
             return
         try:
             data = read(path)
@@ -172,5 +156,5 @@ def _golden(paths: Sequence[Path], most: int) -> Iterator[tuple[Path, Callable[[
         except (SettingsError, ValueError, LookupError, TypeError):  # golden.py reports the file
             continue
         if ticks is not None and begins_at_rest(ticks):
-            found += 1
+            most -= 1
             yield path, partial(energies_through, ticks, {"kind": "ray", "actors": ACTORS})

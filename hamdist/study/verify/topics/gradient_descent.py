@@ -13,7 +13,6 @@ from dataclasses import dataclass
 from functools import partial
 
 import numpy as np
-import torch
 from torch import Tensor, nn
 
 from hamdist.dynamics.objective.losses import cross_entropy
@@ -32,14 +31,16 @@ from hamdist.study.gradient_descent.scenarios import (
 )
 from hamdist.study.verify.oracles.check import Check, Difference
 from hamdist.study.verify.oracles.golden import (
-    ACTIVATIONS,
     ORACLE,
     RTOL,
     Array,
     GoldenData,
+    dense_layers,
     entry,
     number,
+    read_layers,
     tensor,
+    weight_shapes,
     worst,
 )
 from hamdist.study.verify.oracles.recorded_run import RecordedNodes
@@ -54,9 +55,9 @@ def checks(full: bool) -> Iterator[Check]:
     `full`: the paper's epochs, in as many processes as there are cores; else the first 25 samples,
     in this one.
     """
-    wanted = jobs() if full else jobs(steps=SMALL_STEPS)
-    with RowWorkers(wanted, None if full else 1) as rows:
-        for job in wanted:
+    scenarios = jobs() if full else jobs(steps=SMALL_STEPS)
+    with RowWorkers(scenarios, None if full else 1) as rows:
+        for job in scenarios:
             for placement in Placement:
                 name = f"{NAMES[job.model]}, {job.scenario}, {placement.value}: losses and weights"
                 yield Check(name, SGD, BOUND, partial(_cell, rows, job, placement))
@@ -86,7 +87,7 @@ class _Case:
     @property
     def keys(self) -> list[str]:
         """Return the names of the parameters, in the order of the model's."""
-        return [f"{i}.{part}" for i in range(len(self.layers)) for part in "Wb"]
+        return [key for key, _ in weight_shapes(self.layers, 0)]
 
 
 def golden(data: GoldenData, name: str) -> list[Check]:
@@ -95,13 +96,10 @@ def golden(data: GoldenData, name: str) -> list[Check]:
     The network runs as output net, as one state block, and cut before its last layer.
     """
     case = _read(data)
-    whole = len(case.layers) == 1
+    whole, what = len(case.layers) == 1, "L, omega, theta, final weights (relative)"
     return [
         Check(
-            f"{name}, {placement.value}: L, omega, theta, final weights (relative)",
-            ORACLE,
-            RTOL,
-            partial(_compared, case, placement),
+            f"{name}, {placement.value}: {what}", ORACLE, RTOL, partial(_compared, case, placement)
         )
         for placement in Placement
         if not (whole and placement is Placement.SPLIT)
@@ -109,30 +107,22 @@ def golden(data: GoldenData, name: str) -> list[Check]:
 
 
 def _read(data: GoldenData) -> _Case:
-    """Raises SettingsError where the entries do not fit together."""
+    """Read a file's entries. Raises SettingsError where they do not fit together."""
     spec = json.loads(str(entry(data, "spec", ())))
-    layers = tuple((int(outputs), str(activation)) for outputs, activation in spec)
+    layers = read_layers(spec, "entry 'spec'")
     if not layers:
         raise SettingsError("entry 'spec' has no layer")
-    for _, activation in layers:
-        if activation not in ACTIVATIONS:
-            raise SettingsError(
-                f"entry 'spec' has the activation {activation!r}; known: {', '.join(ACTIVATIONS)}"
-            )
     constants = [number(data, key) for key in ("lr", "momentum", "dampening", "tau")]
     K = len(entry(data, "order"))
     case = _Case(data, layers, Scenario(*constants), K)
     snaps = len(entry(data, "snap"))
     if not np.all((data["snap"] >= 0) & (data["snap"] <= K)):
         raise SettingsError(f"entry 'snap' names ticks outside 0 ... {K}")
-    wide = entry(data, "X").shape[1]
-    for i, (outputs, _) in enumerate(layers):
-        for part, shape in (("W", (outputs, wide)), ("b", (outputs,))):
-            for q in ("th0", "torch_final"):
-                entry(data, f"{q}.{i}.{part}", shape)
-            for q in ("th", "om"):
-                entry(data, f"{q}.{i}.{part}", (snaps, *shape))
-        wide = outputs
+    for key, shape in weight_shapes(layers, entry(data, "X").shape[1]):
+        for q in ("th0", "torch_final"):
+            entry(data, f"{q}.{key}", shape)
+        for q in ("th", "om"):
+            entry(data, f"{q}.{key}", (snaps, *shape))
     for q in ("L", "torch_loss"):
         entry(data, q, (K,))
     return case
@@ -140,13 +130,10 @@ def _read(data: GoldenData) -> _Case:
 
 def _model(case: _Case) -> nn.Sequential:
     """The network, with the weights of the file, as a body and a head."""
-    wide = case.data["X"].shape[1]
-    layers: list[nn.Module] = []
-    for outputs, activation in case.layers:
-        linear = nn.Linear(wide, outputs, dtype=torch.float64)
-        layers.append(nn.Sequential(linear, ACTIVATIONS[activation]()))
-        wide = outputs
-    children = OrderedDict(body=nn.Sequential(*layers[:-1]), head=layers[-1])
+    layers = dense_layers(case.layers, case.data["X"].shape[1])
+    children: OrderedDict[str, nn.Module] = OrderedDict(
+        body=nn.Sequential(*layers[:-1]), head=layers[-1]
+    )
     if len(layers) == 1:
         del children["body"]
     model = nn.Sequential(children)
@@ -165,13 +152,13 @@ def _compared(case: _Case, placement: Placement) -> Difference:
     plan = make_plan(graph, settings, stream.spec)
     network = RecordedNodes(plan)
     network.run(stream)
-    watches = network.watches
-    readout = watches[-1].node.metrics
+    records = [*network.records.values()]
+    readout = records[-1].node.metrics
     losses = np.array([] if readout is None else [w.loss for w in readout.windows])
     pairs = {"L": (losses, data["L"]), "L of torch": (losses, data["torch_loss"])}
     snap = data["snap"].tolist()
-    omega = [_joined(moment) for moment in zip(*(w.omega for w in watches), strict=True)]
-    theta = [_joined(moment) for moment in zip(*(w.theta for w in watches), strict=True)]
+    omega = [_joined(moment) for moment in zip(*(r.module.omega for r in records), strict=False)]
+    theta = [_joined(moment) for moment in zip(*(r.module.theta for r in records), strict=False)]
     for i, key in enumerate(case.keys):
         pairs[f"om.{key}"] = np.stack([omega[k][i] for k in snap]), data[f"om.{key}"]
         pairs[f"th.{key}"] = np.stack([theta[k][i] for k in snap]), data[f"th.{key}"]
@@ -185,9 +172,9 @@ def _joined(moment: Iterable[Sequence[Tensor]]) -> list[Array]:
 
 
 def _constants(case: _Case, plan: Plan) -> dict[str, tuple[Array, Array]]:
-    """eta, beta and phi of the table, where the file has them."""
+    """Return eta, beta and phi of the table beside those of the file, where it has them."""
     d = plan.dynamics
-    found = {
+    constants = {
         "eta": d.eta_omega,
         "beta": d.beta,
         "phi": d.phi(1),
@@ -195,6 +182,6 @@ def _constants(case: _Case, plan: Plan) -> dict[str, tuple[Array, Array]]:
     }
     return {
         key: (np.array([value]), case.data[key].reshape(1))
-        for key, value in found.items()
+        for key, value in constants.items()
         if key in case.data
     }

@@ -11,12 +11,11 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from hamdist.config import Settings
 from hamdist.runtime.train.train import train
 from hamdist.streams.sample import Sample, Stream, with_weights
 from hamdist.streams.wrappers.late_targets import Delayed, LateLabels
-from hamdist.study.verify.oracles.check import Check
-from hamdist.study.verify.oracles.networks import BATCH, F64, Draws, chain
+from hamdist.study.verify.oracles.check import Check, absolute
+from hamdist.study.verify.oracles.networks import BATCH, F64, Draws, chain, settings_of
 
 BOUND = 1e-12
 ORACLE = "progressive validation with delay: questions and answers in the order of their times"
@@ -25,6 +24,7 @@ PATIENCE = 16
 
 
 def checks(full: bool) -> Iterator[Check]:
+    """Yield a check per way in which labels come."""
     items = 600 if full else 60
     for delay in (1, 5, 20):
         comes = {n: n + delay for n in range(items)}
@@ -84,37 +84,31 @@ def _check(
 def _apart(
     items: int, stream: Stream, comes: Mapping[int, int], kept: bool, weighed: bool
 ) -> float:
-    settings = Settings.model_validate(
-        {
-            "level": "backprop",
-            "dtype": "float64",
-            "learning": {"lr": RATE},
-            "metrics": {"window": 1},
-        }
-    )
+    settings = settings_of("backprop", learning={"lr": RATE}, metrics={"window": 1})
     result = train(chain(), stream, settings)
     (windows,) = result.windows.values()
     scores, weights = _progressive(items, comes, kept, weighed)
     if [w.first for w in windows] != list(scores):
         return float("inf")
-    own = torch.tensor([(w.loss, w.correct) for w in windows], dtype=F64)
-    apart = [(own - torch.tensor(list(scores.values()), dtype=F64)).abs().max()]
-    apart += [(a - b).abs().max() for a, b in zip(result.model.parameters(), weights, strict=True)]
-    return float(torch.stack(apart).max())
+    ours = torch.tensor([(w.loss, w.correct) for w in windows], dtype=F64)
+    pairs = [(ours, torch.tensor(list(scores.values()), dtype=F64))]
+    pairs += zip(result.model.parameters(), weights, strict=True)
+    return max(absolute(a, b) for a, b in pairs)
 
 
 def _progressive(
     items: int, comes: Mapping[int, int], kept: bool, weighed: bool
 ) -> tuple[dict[int, tuple[float, int]], list[Tensor]]:
-    """(loss, hits) by sample, in the order in which labels come, and the weights at the end."""
+    """Return (loss, hits) by sample, in the order in which labels come, and the weights at the
+    end."""
     model = chain()
     optimiser = torch.optim.SGD(model.parameters(), RATE)
     samples = list(Draws(items).samples())
-    asked: dict[int, list[Tensor]] = {}
+    questions: dict[int, list[Tensor]] = {}
     scores: dict[int, tuple[float, int]] = {}
     for now, sample in enumerate(samples):
         for n in [n for n in range(now) if comes.get(n) == now]:
-            u, y, then = samples[n].u, samples[n].y, asked.pop(n)
+            u, y, then = samples[n].u, samples[n].y, questions.pop(n)
             if not isinstance(y, Tensor):
                 continue
             rows = row_weights(n) if weighed else torch.ones(BATCH, dtype=F64)
@@ -124,17 +118,17 @@ def _progressive(
             if kept:
                 _gradients(model, then, y)
             optimiser.step()
-        asked[now] = _activations(model, sample.u)
+        questions[now] = _activations(model, sample.u)
     return scores, [p.detach() for p in model.parameters()]
 
 
 def _loss(prediction: Tensor, y: Tensor, rows: Tensor) -> Tensor:
-    """(1 / B) sum_b w_b l_b."""
+    """Return (1 / B) sum_b w_b l_b."""
     return (rows * functional.cross_entropy(prediction, y, reduction="none")).mean()
 
 
 def _activations(model: nn.Sequential, u: Tensor) -> list[Tensor]:
-    """The input, and what comes out of every activation and at the end."""
+    """Return the input, and what comes out of every activation and at the end."""
     with torch.no_grad():
         h = [u]
         for layer in model:

@@ -6,7 +6,6 @@ B: batch.
 
 from __future__ import annotations
 
-import math
 from bisect import bisect_left
 from collections.abc import Generator, Iterator
 from dataclasses import dataclass
@@ -32,7 +31,8 @@ from hamdist.study.propagation.gradients import (
     relative_error,
 )
 from hamdist.study.propagation.streams import StreamKind, timed_stream
-from hamdist.study.verify.oracles.check import Check, Difference
+from hamdist.study.verify.oracles.check import Check, Difference, largest
+from hamdist.study.verify.oracles.networks import settings_of
 
 STEPS = 10
 LR = 0.01
@@ -75,6 +75,7 @@ def parse_shape(text: str) -> tuple[int, ...]:
 
 
 def checks(own: VerifiedModel) -> Generator[Check, None, None]:
+    """Yield the checks. Raises SettingsError if the model cannot be own."""
     model = make(own, torch.float64)
     if not any(p.requires_grad for p in model.parameters()):
         raise SettingsError("--model: it has no weights that learn, so there is nothing to verify")
@@ -178,13 +179,13 @@ def _backprop(own: VerifiedModel, dtype: torch.dtype) -> Difference:
         ((p - b).abs().max().item() for p, b in zip(plain.parameters(), before, strict=True)),
         default=0.0,
     )
-    worst = max(apart, key=lambda name: math.inf if math.isnan(apart[name]) else apart[name])
-    where = f"largest at {worst}; " if apart[worst] else "equal to the bit; "
+    worst = largest(apart.items())
+    where = f"largest at {worst.where}; " if worst.difference else "equal to the bit; "
     blocks = len(result.blocks)
     where += f"{blocks} block{'s' * (blocks > 1)}, weights moved by up to {moved:.2g}"
     if items.spec.u_dtype == torch.int64:
         where += "; local is left out: whole-number inputs cannot change smoothly"
-    return Difference(apart[worst], where)
+    return Difference(worst.difference, where)
 
 
 def _local(own: VerifiedModel) -> Difference:
@@ -199,8 +200,8 @@ def _local(own: VerifiedModel) -> Difference:
 
     @cache
     def error(c: float) -> float:
-        found, _ = local_gradients(network, stream, c, 1.0, TargetOf.SAMPLE)
-        return relative_error(found, exact)
+        local, _ = local_gradients(network, stream, c, 1.0, TargetOf.SAMPLE)
+        return relative_error(local, exact)
 
     # It falls as 1/c, so a bisection finds the first that is small enough.
     first = bisect_left(TRIED, True, key=lambda c: error(c) <= TOLERANCE)
@@ -213,14 +214,12 @@ def _local(own: VerifiedModel) -> Difference:
 
 
 def _settings(level: str, own: VerifiedModel, dtype: torch.dtype) -> Settings:
-    return Settings.model_validate(
-        {
-            "level": level,
-            "dtype": str(dtype).removeprefix("torch."),
-            "learning": {"lr": LR},
-            "partition": {"blocks": own.blocks},
-            "metrics": {"window": 1},
-        }
+    return settings_of(
+        level,
+        dtype=str(dtype).removeprefix("torch."),
+        learning={"lr": LR},
+        partition={"blocks": own.blocks},
+        metrics={"window": 1},
     )
 
 

@@ -22,7 +22,7 @@ from hamdist.runtime.train.train import train
 from hamdist.streams.adapters import from_iterable
 from hamdist.streams.sample import Stream
 from hamdist.study.shared.live_bytes import LiveBytes
-from hamdist.study.verify.oracles.check import Check, Difference
+from hamdist.study.verify.oracles.check import Check, Difference, absolute, largest
 from hamdist.study.verify.oracles.golden import (
     ORACLE,
     RTOL,
@@ -34,7 +34,15 @@ from hamdist.study.verify.oracles.golden import (
     tensor,
     worst,
 )
-from hamdist.study.verify.oracles.networks import CLASSES, F64, FEATURES, Draws, dense, seeded
+from hamdist.study.verify.oracles.networks import (
+    CLASSES,
+    F64,
+    FEATURES,
+    Draws,
+    dense,
+    seeded,
+    settings_of,
+)
 from hamdist.study.verify.topics.backpropagation import sgd
 
 BOUND = 1e-10
@@ -50,14 +58,12 @@ CASES: dict[str, dict[str, Any]] = {
 
 
 def checks(full: bool) -> Generator[Check, None, None]:
+    """Yield the checks of gradients, of training, of the midpoint rule, and of memory."""
     for depth in (100, 1000) if full else (100,):
         for name, make in MODELS.items():
-            yield Check(
-                f"{name}, depth {depth}: gradients (relative to the largest)",
-                "autograd with every activation stored",
-                BOUND,
-                partial(_gradients, partial(make, depth), depth),
-            )
+            what = f"{name}, depth {depth}: gradients (relative to the largest)"
+            measure = partial(_gradients, partial(make, depth), depth)
+            yield Check(what, "autograd with every activation stored", BOUND, measure)
     depth, items = (100, 20) if full else (40, 10)
     for blocks in (1, depth // 10, depth):
         yield Check(
@@ -74,12 +80,8 @@ def checks(full: bool) -> Generator[Check, None, None]:
             "the adjoint of equations.md, by hand, with every state stored",
         )
     deepest = 1000 if full else 50
-    yield Check(
-        f"memory at depth {deepest}, beyond that at depth 10 (bytes)",
-        "an exact count of the tensors alive",
-        0.0,
-        partial(_memory, deepest),
-    )
+    what = f"memory at depth {deepest}, beyond that at depth 10 (bytes)"
+    yield Check(what, "an exact count of the tensors alive", 0.0, partial(_memory, deepest))
 
 
 # -- networks --------------------------------------------------------------------------------------
@@ -143,27 +145,23 @@ MODELS: dict[str, Callable[[int], nn.Sequential]] = {
 # -- against autograd ------------------------------------------------------------------------------
 
 
-def _settings(**sections: object) -> Settings:
-    """tau is not 1, so that it shows where one is forgotten; the gradients are the same."""
-    base = {"level": "reversible", "dtype": "float64", "dynamics": {"tau": 0.5}}
-    return Settings.model_validate({**base, **sections})
+def _settings(**sections: Any) -> Settings:
+    """Return settings with a tau that is not 1, so that it shows where one is forgotten."""
+    return settings_of("reversible", dynamics={"tau": 0.5}, **sections)
 
 
 def _gradients(make: Callable[[], nn.Sequential], depth: int) -> Difference:
     """Return the largest difference of a weight's gradient, relative to its largest entry."""
     settings = _settings(learning={"lr": 0.0})
     result = train(seeded(make), Draws(1), settings)
-    found = {k: g for block in result.blocks.values() for k, g in block.omega.items()}
+    omega = {k: g for block in result.blocks.values() for k, g in block.omega.items()}
     plain = seeded(make)
     sgd(plain, Draws(1), settings.learning)
-    largest = Difference(0.0, "")
-    for key, parameter in plain.named_parameters():
-        if parameter.grad is None:
-            raise ValueError(f"autograd finds no gradient of {key}")
-        apart = float((found[key] - parameter.grad).abs().max() / parameter.grad.abs().max())
-        if not apart <= largest.difference:
-            largest = Difference(apart, f"{key}, depth {depth}")
-    return largest
+    gradients = {key: p.grad for key, p in plain.named_parameters() if p.grad is not None}
+    return largest(
+        (f"{key}, depth {depth}", absolute(omega[key], grad) / float(grad.abs().max()))
+        for key, grad in gradients.items()
+    )
 
 
 def _trained(blocks: int, depth: int, items: int) -> float:
@@ -180,15 +178,15 @@ def _trained(blocks: int, depth: int, items: int) -> float:
     (windows,) = result.windows.values()
     pairs = [(torch.tensor([w.mean_loss for w in windows], dtype=F64), curve)]
     pairs += zip(result.model.parameters(), plain.parameters(), strict=True)
-    return max(float((a - b).detach().abs().max()) for a, b in pairs)
+    return max(absolute(a, b) for a, b in pairs)
 
 
 # -- memory ----------------------------------------------------------------------------------------
 
 
 def peak_bytes(model: nn.Sequential, stream: Stream, settings: Settings) -> int:
-    """The most bytes of activations alive at a time while `model` is trained. What has the shape of
-    a weight (weights, their costates, their gradients) is left out."""
+    """Return the most bytes of activations alive at a time while `model` is trained. What has the
+    shape of a weight (weights, their costates, their gradients) is left out."""
     # Single numbers are left out, too: omega is guarded by its norm, one number per weight tensor.
     live = LiveBytes([(), *(p.shape for p in model.parameters())])
     with live:
@@ -264,8 +262,8 @@ def _leapfrog_apart(data: GoldenData, part: str) -> Difference:
 
 
 def _run(data: GoldenData) -> dict[str, Array]:
-    """The case through the ordinary blocks and engine: states as f is shown them, gradients as the
-    blocks have them."""
+    """Run the case on ordinary blocks: states as f is shown them, gradients as the blocks have
+    them."""
     steps, leak = int(number(data, "N")), float(data.get("leak", 0.0))
     f = _Field(tensor(data["W"]), tensor(data["b"]), str(data["kind"]))
     end = SecondHalf()
@@ -294,8 +292,8 @@ def _run(data: GoldenData) -> dict[str, Array]:
 
 
 def _watched(module: nn.Module) -> list[Tensor]:
-    """What `module` will be shown, in order. A run works on copies; those keep the hook, which is a
-    function, and with it this list."""
+    """Return a list to which `module` will add its inputs. A run works on copies; those keep the
+    hook, which is a function, and with it this list."""
     shown: list[Tensor] = []
 
     def keep(_module: nn.Module, arguments: tuple[Tensor]) -> None:
@@ -309,7 +307,7 @@ def _watched(module: nn.Module) -> list[Tensor]:
 def leapfrog(
     kind: str, *, steps: int, tau: float, size: int, seed: int, leak: float = 0.0
 ) -> dict[str, Array]:
-    """A case of the kind leapfrog, drawn from `seed` and worked out in numpy by the equations
+    """Return a case of the kind leapfrog, drawn from `seed`, by the equations in numpy
 
         z_N = dL/dh_N, z_{N+1} = 0,  z_k = z_{k+2} + 2 tau J_k^T z_{k+1}
         z_0 = z_2 + z_1 + tau J_0^T z_1,   dA = sum_k (tau or 2 tau) (z_{k+1} (1 - f_k^2)) h_k^T

@@ -15,19 +15,15 @@ import torch
 from torch import Tensor
 
 from hamdist.config import EngineKind, EngineSettings, Settings
-from hamdist.dynamics.graph.graph import INPUT
 from hamdist.dynamics.objective.losses import cross_entropy
-from hamdist.runtime.nodes.factory import make_node
-from hamdist.runtime.nodes.loop import run_loop
-from hamdist.runtime.nodes.mailbox import Mailbox
-from hamdist.runtime.nodes.source import SourceNode
 from hamdist.runtime.plan.plan import Plan
 from hamdist.runtime.ray_engine.session import ray_session
 from hamdist.runtime.results.result import RunResult
-from hamdist.runtime.train.rules import make_rule
+from hamdist.runtime.train.named_rules import make_rule
 from hamdist.runtime.train.train import plan_of, train
 from hamdist.study.verify.oracles.check import Check, Difference
 from hamdist.study.verify.oracles.networks import Draws, chain
+from hamdist.study.verify.oracles.recorded_run import PlanNodes
 from hamdist.study.verify.topics.engines import ACTORS, IN_PROCESS, difference
 
 SAMPLES, AT = 30, 17  # a process is lost at sample AT
@@ -54,6 +50,7 @@ class VerifiedRule:
         self._ticks = TICKS if self._held else 1
 
     def checks(self) -> Generator[Check, None, None]:
+        """Yield the checks; some start Ray."""
         yield Check("it keeps plain data", "a dry run", 0.0, lambda: float(not self._plan()))
         with ray_session(EngineSettings(kind=EngineKind.RAY, actors=ACTORS)):
             yield Check(f"on {ACTORS} Ray actors", IN_PROCESS, 0.0, self._apart)
@@ -81,30 +78,29 @@ class VerifiedRule:
     def _killed(self) -> Difference:
         rule, method = copy.copy(self._rule), "relax" if self._held else "forward"
         with TemporaryDirectory() as folder:
-            own = getattr(rule, method), Path(folder, "mark"), os.getpid()
-            object.__setattr__(rule, method, partial(_dying, *own))
-            kept = {"path": f"{folder}/kept", "every": 10 * self._ticks}
-            result = self._run({"*": rule}, engine=RAY, snapshots=kept)
+            dying = partial(_dying, getattr(rule, method), Path(folder, "mark"), os.getpid())
+            object.__setattr__(rule, method, dying)
+            snapshots = {"path": f"{folder}/kept", "every": 10 * self._ticks}
+            result = self._run({"*": rule}, engine=RAY, snapshots=snapshots)
         lost = difference(self._run(), result)
         return lost if result.replaced else Difference(torch.inf, "no process was lost")
 
     def _resumed(self) -> Difference:
         with TemporaryDirectory() as folder:
-            kept = {"path": folder, "every": AT * self._ticks, "keep": 9}
-            whole = self._run(snapshots=kept)
+            snapshots = {"path": folder, "every": AT * self._ticks, "keep": 9}
+            whole = self._run(snapshots=snapshots)
             first = min(path for path in Path(folder).iterdir() if path.is_dir())
             return difference(whole, self._run(resume=str(first)))
 
     def _poisoned(self) -> Difference:
-        plan = self._plan()
-        mailbox = Mailbox({INPUT, *plan.graph.blocks})
-        nodes: list[Any] = [make_node(plan, name, mailbox) for name in plan.graph.blocks]
-        own = [_tensors(node.block) for node in nodes]
-        for node, mine in zip(nodes, own, strict=True):
+        network = PlanNodes(self._plan())
+        nodes: list[Any] = [*network.nodes.values()]
+        tensors = [_tensors(node.block) for node in nodes]
+        for node, mine in zip(nodes, tensors, strict=True):
             if hasattr(node.block, "rule"):
-                others = [t for o in own if o is not mine for t in o]
+                others = [t for block in tensors if block is not mine for t in block]
                 node.block.rule.call = partial(_with_nan, node.block.rule.call, others)
-        run_loop([SourceNode(plan, Draws(SAMPLES, missing={5}), mailbox), *nodes])
+        network.run(Draws(SAMPLES, missing={5}))
         clean = [t for block in self._run().blocks.values() for t in block.theta.values()]
         dirty = [t for node in nodes for t in node.block.weights.theta]
         same = all(torch.equal(a, b) for a, b in zip(clean, dirty, strict=True))
@@ -129,13 +125,16 @@ class VerifiedRule:
 
 def _tensors(block: Any) -> list[Tensor]:
     memory = block.rule.view.memory.values() if hasattr(block, "rule") else []
-    own = [*block.weights.theta, *memory]
-    return [t for t in own if isinstance(t, Tensor) and t.is_floating_point()]
+    return [
+        t
+        for t in [*block.weights.theta, *memory]
+        if isinstance(t, Tensor) and t.is_floating_point()
+    ]
 
 
 def _with_nan(call: Any, others: list[Tensor], *arguments: Any) -> Any:
     before = [t.clone() for t in others]
     torch._foreach_mul_(others, torch.nan)
-    found = call(*arguments)
+    result = call(*arguments)
     torch._foreach_copy_(others, before)
-    return found
+    return result

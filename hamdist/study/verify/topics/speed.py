@@ -40,6 +40,7 @@ Measure = Callable[[Sequence[Tensor], Sequence[Tensor]], float]
 
 
 def checks(full: bool) -> Iterator[Check]:
+    """Yield the checks of smooth and of static inputs, and of dissipation."""
     yield from _smooth(full)
     yield from _static(full)
     yield from _dissipated()
@@ -49,18 +50,10 @@ def _smooth(full: bool) -> Iterator[Check]:
     for a in (1.0, 0.5, 0.1) if full else (1.0,):
         for seed in range(3 if full else 1):
             what = f"smooth input, 3 layers, c tau = {a:g}, seed {seed}"
-            yield Check(
-                f"{what}: |exponent + 1| of the gradient's relative error, by c",
-                AUTOGRAD,
-                0.02,
-                partial(_from_order, -1, relative_error, a, seed),
-            )
-            yield Check(
-                f"{what}: |exponent + 2| of 1 - cos, by c",
-                AUTOGRAD,
-                0.05,
-                partial(_from_order, -2, one_minus_cos, a, seed),
-            )
+            name = f"{what}: |exponent + 1| of the gradient's relative error, by c"
+            yield Check(name, AUTOGRAD, 0.02, partial(_from_order, -1, relative_error, a, seed))
+            name = f"{what}: |exponent + 2| of 1 - cos, by c"
+            yield Check(name, AUTOGRAD, 0.05, partial(_from_order, -2, one_minus_cos, a, seed))
     yield Check(
         "smooth input, 3 layers: |exponent + 2| of the error of 2 G_2c - G_c, by c",
         AUTOGRAD,

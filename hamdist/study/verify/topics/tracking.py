@@ -32,7 +32,7 @@ from hamdist.runtime.train.train import train
 from hamdist.streams import make_stream
 from hamdist.study.run.tracking import Tracking, follow, rms, seconds, signals
 from hamdist.study.shared.recipes import load_settings
-from hamdist.study.verify.oracles.check import Check, Difference
+from hamdist.study.verify.oracles.check import Check, Difference, absolute, largest
 from hamdist.study.verify.oracles.networks import F64
 
 STATED = "equations.md (NILP)"
@@ -43,7 +43,7 @@ PURE = {"model": {"bias": False}, "dynamics": {"eta": 70}}
 
 
 def checks(full: bool) -> Iterator[Check]:
-    """The rows of the tracker; of 10 horizons where `full`, else as short as they can be."""
+    """Yield the checks of the tracker, of 10 horizons if `full`, else as short as possible."""
     yield Check(
         "tracker: x, p, |W| of 400 ticks (relative)",
         "its equations, written out",
@@ -110,21 +110,17 @@ def _offset(ticks: int) -> Iterator[Check]:
 
 def _with_jumps(kind: str, ticks: int, **signal: Any) -> Iterator[Check]:
     @cache
-    def found() -> Tracking:
+    def tracking() -> Tracking:
         times, y, target = _followed(ticks, kind=kind, **signal)
-        made = follow(y, target, times)
-        if made is None or made.settled is None:
+        result = follow(y, target, times)
+        if result is None or result.settled is None:
             raise ValueError("the target does not jump")
-        return made
+        return result
 
     name = "signal of cosines and constants" if kind == "patched" else f"signal of {kind}"
-    yield Check(_title(name, ticks), STATED, 0.27, lambda: found().share)
-    yield Check(
-        f"{_title(name, ticks)}, outside 0.3 s after each jump",
-        STATED,
-        0.09,
-        lambda: found().settled or 0.0,
-    )
+    yield Check(_title(name, ticks), STATED, 0.27, lambda: tracking().share)
+    what = f"{_title(name, ticks)}, outside 0.3 s after each jump"
+    yield Check(what, STATED, 0.09, lambda: tracking().settled or 0.0)
 
 
 def _title(target: str, ticks: int) -> str:
@@ -132,42 +128,43 @@ def _title(target: str, ticks: int) -> str:
 
 
 def _settings(ticks: int, *overrides: Mapping[str, Any], **signal: Any) -> Settings:
-    given = [{"steps": ticks, "stream": {"signal": signal}}, *overrides]
-    own = load_settings("tracking", given)
-    return own.for_level(own.level)
+    changes = [{"steps": ticks, "stream": {"signal": signal}}, *overrides]
+    settings = load_settings("tracking", changes)
+    return settings.for_level(settings.level)
 
 
-def _run(own: Settings, blocks: int = 1) -> dict[str, Records]:
-    graph = tracker(N, bias=own.model.bias, seed=own.seed, dtype=F64, blocks=blocks)
-    return train(graph, make_stream(own.stream, seed=own.seed, dtype=F64), own).records
+def _run(settings: Settings, blocks: int = 1) -> dict[str, Records]:
+    graph = tracker(N, bias=settings.model.bias, seed=settings.seed, dtype=F64, blocks=blocks)
+    stream = make_stream(settings.stream, seed=settings.seed, dtype=F64)
+    return train(graph, stream, settings).records
 
 
 def _followed(
     ticks: int, *overrides: Mapping[str, Any], **signal: Any
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Times, output and target, (K,) and (K, 1)."""
-    own = _settings(ticks, *overrides, **signal)
-    found = signals(_run(own)["x"])
-    times = None if found is None else seconds(found[0], own)
-    if found is None or times is None:
+    """Return times, output and target, (K,) and (K, 1)."""
+    settings = _settings(ticks, *overrides, **signal)
+    curves = signals(_run(settings)["x"])
+    times = None if curves is None else seconds(curves[0], settings)
+    if curves is None or times is None:
         raise ValueError("the run recorded no prediction")
-    return times, found[1], found[2]
+    return times, curves[1], curves[2]
 
 
 def _course(ticks: int, blocks: int = 1) -> dict[str, Tensor]:
-    """x, p (K, n) and |W| (K,) of hamdist."""
+    """Return x, p (K, n) and |W| (K,) of hamdist."""
     records = _run(_settings(ticks), blocks).values()
-    made = {
+    states = {
         name: torch.cat([getattr(r, part)[:ticks, 0] for r in records], dim=-1)
         for name, part in (("x", "h"), ("p", "z"))
     }
     squares = [r.theta_norm[:ticks].square() for r in records]
-    return {**made, "|W|": torch.stack(squares).sum(0).sqrt()}
+    return {**states, "|W|": torch.stack(squares).sum(0).sqrt()}
 
 
 def _written_out(ticks: int) -> dict[str, Tensor]:
-    own = _settings(ticks)
-    linear = next(iter(tracker(N, bias=True, seed=own.seed, dtype=F64).blocks.values())).module[0]  # type: ignore[index]
+    seed = _settings(ticks).seed
+    linear = next(iter(tracker(N, bias=True, seed=seed, dtype=F64).blocks.values())).module[0]  # type: ignore[index]
     W = torch.cat([linear.weight.detach(), linear.bias.detach()[:, None]], dim=1)
     x, p, P = torch.zeros(N, dtype=F64), torch.zeros(N, dtype=F64), torch.zeros_like(W)
     first, one = torch.eye(N, dtype=F64)[0], torch.ones(1, dtype=F64)
@@ -187,12 +184,10 @@ def _written_out(ticks: int) -> dict[str, Tensor]:
     return {"x": torch.stack(xs), "p": torch.stack(ps), "|W|": torch.stack(norms)}
 
 
-def _worst(found: Mapping[str, Tensor], expected: Mapping[str, Tensor]) -> Difference:
-    apart = {
-        name: float((found[name] - e).abs().max() / e.abs().max()) for name, e in expected.items()
-    }
-    worst = max(apart, key=apart.__getitem__)
-    return Difference(apart[worst], worst)
+def _worst(ours: Mapping[str, Tensor], expected: Mapping[str, Tensor]) -> Difference:
+    return largest(
+        (name, absolute(ours[name], e) / float(e.abs().max())) for name, e in expected.items()
+    )
 
 
 def _blows_up() -> Difference:

@@ -52,7 +52,7 @@
       runs.set(key, {
         key, folder, level: event.level ?? "run", seed: event.seed, title: "", windows: new Map(),
         network: null, blocks: null, history: new Map(), actors: [], edges: [], progress: null,
-        log: [], phase: null, finished: null, evaluation: null,
+        log: [], phase: null, finished: null, evaluation: null, aligned: new Map(),
       });
       chosenRun = chosenRun ?? key;
     }
@@ -76,8 +76,15 @@
       for (const [name, norms] of Object.entries(e.norms)) {
         if (!run.history.has(name)) run.history.set(name, []);
         const points = run.history.get(name);
-        points.push([run.progress ? run.progress.samples : 0, norms.h, norms.z, norms.omega, norms.theta]);
+        points.push([run.progress ? run.progress.samples : 0, norms.h, norms.z, norms.omega, norms.theta, norms.update]);
         thin(points);
+      }
+    },
+    alignment(run, e) {
+      for (const [name, cosine] of Object.entries(e.cosines)) {
+        if (!run.aligned.has(name)) run.aligned.set(name, []);
+        run.aligned.get(name).push([e.sample, cosine]);
+        thin(run.aligned.get(name));
       }
     },
     actors(run, e) { run.actors.push(e); thin(run.actors); },
@@ -296,6 +303,11 @@
     return new Map(Object.entries(seconds).map(([name, s]) => [name, sum > 0 ? s / sum : 0]));
   }
 
+  function slowest(run) { // the block that computes longest, where that is plain
+    const loads = [...blockLoads(run)].sort((a, b) => b[1] - a[1]);
+    return loads.length > 1 && loads[0][1] > 2 / loads.length && loads[0][1] > 1.5 * loads[1][1] ? loads[0][0] : null;
+  }
+
   function grouped(run) { // nodes and edges to draw: blocks, or actors, or hosts
     const net = run.network;
     const hostOf = new Map(net.actors.map((a) => [a.name, a.host || "host"]));
@@ -331,7 +343,7 @@
     const box = byId("network");
     if (!box || !run.network) return;
     const { kind, nodes, edges } = grouped(run);
-    const rates = edgeRates(run), loads = blockLoads(run);
+    const rates = edgeRates(run), loads = blockLoads(run), slow = slowest(run);
     const columns = [...new Set(nodes.map((n) => n.depth))].sort((a, b) => a - b);
     const rows = columns.map((d) => nodes.filter((n) => n.depth === d));
     const W = 132, H = 40, DX = 200, DY = 60;
@@ -360,11 +372,12 @@
       const [x, y] = place.get(node.name);
       const load = node.blocks.reduce((s, b) => s + (loads.get(b) ?? 0), 0);
       const waiting = run.blocks ? node.blocks.find((b) => run.blocks.waiting[b]) : undefined;
-      const says = node.input ? "input" : loads.size ? `${percent(load)} of all steps` : `${number(node.parameters)} parameters`;
+      const isSlow = node.blocks.includes(slow);
+      const says = node.input ? "input" : loads.size ? isSlow ? `slowest: ${percent(load)}` : `${percent(load)} of all steps` : `${number(node.parameters)} parameters`;
       const label = `${node.name}: ${says}${waiting ? `, waits for ${run.blocks.waiting[waiting]}` : ""}`;
       const open = () => { if (!node.input) { chosenBlock = node.blocks.length === 1 ? node.blocks[0] : node; changed = true; draw(); } };
       const chosen = chosenBlock && (chosenBlock === node.name || chosenBlock.name === node.name);
-      const g = make("g", { class: `node${chosen ? " chosen" : ""}`, tabindex: node.input ? undefined : 0,
+      const g = make("g", { class: `node${isSlow ? " slow" : ""}${chosen ? " chosen" : ""}`, tabindex: node.input ? undefined : 0,
         role: node.input ? undefined : "button", "aria-label": label, "data-name": node.name, onclick: open,
         onkeydown: (e) => { if (e.key === "Enter" || e.key === " ") { e.preventDefault(); open(); } } });
       g.append(make("title", {}, label), make("rect", { x, y, width: W, height: H, rx: 6 }));
@@ -374,16 +387,33 @@
       svg.append(g);
     }
     const focused = document.activeElement && document.activeElement.dataset ? document.activeElement.dataset.name : undefined;
+    const first = !box.querySelector("svg .slow");
     box.replaceChildren(svg);
+    if (slow && first) { // on a narrow page, too
+      const [x] = place.get(nodes.find((n) => n.blocks.includes(slow)).name);
+      box.scrollLeft = ((x + W / 2) * fit) / width - box.clientWidth / 2;
+    }
     box.classList.toggle("running", Boolean(run.progress && !run.finished));
     if (focused) { const again = [...svg.querySelectorAll(".node")].find((n) => n.dataset.name === focused); if (again) again.focus(); }
     byId("network-says").textContent = kind === "blocks" ? `${nodes.filter((n) => !n.input).length} blocks`
       : `${run.network.blocks.length} blocks, shown by ${kind}`;
   }
 
+  function staleness(counts) { // samples that came back after so many updates, as shares
+    const all = Object.entries(counts ?? {});
+    const sum = all.reduce((a, [, n]) => a + n, 0);
+    const most = all.filter(([, n]) => n / sum >= 0.005).map(([late, n]) => `${late} updates: ${percent(n / sum)}`);
+    return most.length ? most.join(", ") : "–";
+  }
+  function alignment(points) { // the cosine with backpropagation's gradient, and its mean
+    if (!points) return "– (metrics.alignment)";
+    return `${points.at(-1)[1].toFixed(3)} at sample ${points.at(-1)[0]}, mean ${number(points.reduce((a, p) => a + p[1], 0) / points.length)}`;
+  }
+
   function renderBlock(run) {
     const box = byId("block");
     if (!box) return;
+    if (!chosenBlock && slowest(run)) chosenBlock = slowest(run);
     if (!chosenBlock || !run.network) { box.replaceChildren(make("p", { class: "faint" }, "Choose a block in the picture.")); return; }
     if (typeof chosenBlock === "object") { // a group: its blocks to choose from
       const list = chosenBlock.blocks.slice(0, 200).map((b) => make("li", {}, make("button", { onclick: () => { chosenBlock = b; draw(); } }, b)));
@@ -395,9 +425,9 @@
     const now = run.blocks ?? { tick: {}, updates: {}, norms: {}, waiting: {} };
     const norms = now.norms[block.name] ?? {};
     const facts = { shape: `${block.shape.join(" × ")} (${block.dtype})`, parameters: number(block.parameters, 6),
-      actor: run.actorOf.get(block.name) ?? "–", depth: `${block.depth} tick${block.depth === 1 ? "" : "s"}`, "messages late by": block.delay === null ? "–" : `${block.delay} updates`,
+      actor: run.actorOf.get(block.name) ?? "–", depth: `${block.depth} tick${block.depth === 1 ? "" : "s"}`, "messages late by": block.delay === null ? "–" : `${block.delay} updates`, staleness: staleness(now.staleness?.[block.name]),
       tick: now.tick[block.name] ?? "–", updates: now.updates[block.name] ?? "–",
-      "|h|": number(norms.h), "|z|": number(norms.z), "|ω|": number(norms.omega), "|θ|": number(norms.theta),
+      "|h|": number(norms.h), "|z|": number(norms.z), "|ω|": number(norms.omega), "|θ|": number(norms.theta), "|Δθ| of an update": number(norms.update), alignment: alignment(run.aligned.get(block.name)),
       "share of steps": percent(blockLoads(run).get(block.name) ?? NaN), "waits for": now.waiting[block.name] ?? "nothing" };
     const list = make("dl", {});
     for (const [name, value] of Object.entries(facts)) list.append(make("dt", {}, name), make("dd", {}, String(value)));
@@ -407,8 +437,8 @@
       make("ul", { class: "log small" }, ...log.map((l) => make("li", {}, l.text))));
     const history = run.history.get(block.name) ?? [];
     if (history.length > 1) {
-      const names = ["|h|", "|z|", "|ω|", "|θ|"];
-      const data = [0, 1, 2, 3, 4].map((i) => history.map((p) => (i && !(p[i] > 0) ? null : p[i])));
+      const names = ["|h|", "|z|", "|ω|", "|θ|", "|Δθ|"];
+      const data = [0, 1, 2, 3, 4, 5].map((i) => history.map((p) => (i && !(p[i] > 0) ? null : p[i])));
       plot(canvas, data, names.map((label, i) => ({ label, stroke: PALETTE[i], dash: DASHES[i], width: 2, spanGaps: true, value: (_, v) => number(v) })),
         { height: 200, logY: true, xLabel: "samples" });
     }

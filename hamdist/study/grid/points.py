@@ -27,7 +27,7 @@ from hamdist.config import (
 )
 from hamdist.dynamics.schedule.levels import make_locality
 from hamdist.errors import SettingsError
-from hamdist.study.sweep.settings import Axis, SideSettings, StudySettings, Trains, trains_of
+from hamdist.study.grid.settings import Axis, SideSettings, StudySettings, Trains, trains_of
 
 FROZEN = "frozen"
 TUNING_SEEDS = 1_000_000  # the first seed of tuning runs: far from those of final ones
@@ -48,7 +48,7 @@ Candidate = Mapping[str, Any]
 
 
 @dataclass(frozen=True, slots=True)
-class SweepJob:
+class GridJob:
     """A run; `settings` are of one level, with seed, steps and the part it is scored on."""
 
     trains: Trains
@@ -67,7 +67,7 @@ class SweepJob:
 
 
 @dataclass(frozen=True, slots=True)
-class SweepCell:
+class GridCell:
     """A side at a point of the grid; `point` has the value by axis of the study."""
 
     name: str
@@ -83,7 +83,7 @@ class SweepCell:
         return ", ".join([self.name, *(f"{axis.value} {value}" for axis, value in self.point)])
 
 
-def cells(study: StudySettings) -> list[SweepCell]:
+def cells(study: StudySettings) -> list[GridCell]:
     """Return all cells of a study, point by point.
 
     If a side keeps nothing of the past, the side `frozen` is added: training the last block alone
@@ -100,10 +100,10 @@ def cells(study: StudySettings) -> list[SweepCell]:
     for point in points:
         for name, side in sides.items():
             trains, level = trains_of(name, side)
-            cell = SweepCell(name, side, trains, level, point, False)
+            cell = GridCell(name, side, trains, level, point, False)
             settings = [_settings(study, cell, candidate) for candidate in side.candidates]
             memoryless = trains is Trains.LEVEL and _keeps_nothing(settings[0])
-            found.append(SweepCell(name, side, trains, level, point, memoryless))
+            found.append(GridCell(name, side, trains, level, point, memoryless))
     return found
 
 
@@ -129,7 +129,7 @@ def _is_memoryless(study: StudySettings, name: str) -> bool:
     trains, level = trains_of(name, side)
     if trains is not Trains.LEVEL:
         return False
-    cell = SweepCell(name, side, trains, level, (), False)
+    cell = GridCell(name, side, trains, level, (), False)
     return _keeps_nothing(_settings(study, cell, side.candidates[0]))
 
 
@@ -137,7 +137,7 @@ def _keeps_nothing(settings: Settings) -> bool:
     return make_locality(settings.level, settings.locality).memory is Memory.NONE
 
 
-def tuning_jobs(study: StudySettings, cell: SweepCell) -> list[tuple[Candidate, list[SweepJob]]]:
+def tuning_jobs(study: StudySettings, cell: GridCell) -> list[tuple[Candidate, list[GridJob]]]:
     """Return the runs on the validation part, by candidate."""
     rows = study.tune.rows or study.rows
     return [
@@ -152,7 +152,7 @@ def tuning_jobs(study: StudySettings, cell: SweepCell) -> list[tuple[Candidate, 
     ]
 
 
-def final_jobs(study: StudySettings, cell: SweepCell, chosen: Candidate) -> list[SweepJob]:
+def final_jobs(study: StudySettings, cell: GridCell, chosen: Candidate) -> list[GridJob]:
     """Return the runs on the test part, one a seed."""
     seeds = range(study.first_seed, study.first_seed + study.seeds)
     return [_job(study, cell, chosen, seed, Split.TEST, study.rows) for seed in seeds]
@@ -160,12 +160,12 @@ def final_jobs(study: StudySettings, cell: SweepCell, chosen: Candidate) -> list
 
 def _job(
     study: StudySettings,
-    cell: SweepCell,
+    cell: GridCell,
     candidate: Candidate,
     seed: int,
     part: Split,
     rows: int,
-) -> SweepJob:
+) -> GridJob:
     settings = _settings(study, cell, candidate)
     steps = rows // settings.stream.batch
     if steps < 1:
@@ -174,10 +174,10 @@ def _job(
         )
     stream = settings.stream.model_copy(update={"evaluate": part})
     more = {"seed": seed, "steps": steps, "stream": stream}
-    return SweepJob(cell.trains, settings.model_copy(update=more))
+    return GridJob(cell.trains, settings.model_copy(update=more))
 
 
-def _settings(study: StudySettings, cell: SweepCell, candidate: Candidate) -> Settings:
+def _settings(study: StudySettings, cell: GridCell, candidate: Candidate) -> Settings:
     """Merge `run`, the point, the side's `set` and the candidate, in this order."""
     raw: dict[str, Any] = {"name": study.name, "engine": {"kind": "inprocess", "actors": 1}}
     layers = [study.run, *(_nested(_AXES[axis], value) for axis, value in cell.point)]

@@ -5,7 +5,6 @@ from __future__ import annotations
 import csv
 import dataclasses
 import io
-import time
 from collections.abc import Iterator, Mapping, Sequence
 from html import escape
 from pathlib import Path
@@ -14,14 +13,14 @@ from typing import Any
 from hamdist.display.figure import PageFigure
 from hamdist.display.table import Table, html_notes, html_table, latex, markdown
 from hamdist.runtime.results.events import RunEvent, WindowFull
+from hamdist.study.grid.plots import curve_name, study_figures
+from hamdist.study.grid.run import StudyOutcome
+from hamdist.study.grid.settings import Axis, StudySettings, study_yaml
+from hamdist.study.grid.summary import SummaryLine, summary
+from hamdist.study.grid.tables import study_tables
 from hamdist.study.report.files import flat_tests, to_json
 from hamdist.study.report.html import facts
 from hamdist.study.shared.result_folder import write_file
-from hamdist.study.sweep.plots import curve_name, study_figures
-from hamdist.study.sweep.run import StudyOutcome
-from hamdist.study.sweep.settings import Axis, StudySettings, study_yaml
-from hamdist.study.sweep.summary import SummaryLine, summary
-from hamdist.study.sweep.tables import study_tables
 from hamdist.study.view.page import FIGURES, baked, page, sections
 
 
@@ -42,7 +41,7 @@ def save_study(
     figures = study_figures(study, outcomes)
     write_file(folder / "study.yaml", study_yaml(study))
     rows = [record(line) for line in lines]
-    write_file(folder / "study.json", to_json({"command": command, "rows": rows}, indent=2) + "\n")
+    write_file(folder / "study.json", to_json({"command": command, "rows": rows}, indent=2))
     write_file(folder / "study.csv", _csv(rows))
     write_file(folder / "study.md", _markdown(study, tables, command))
     write_file(folder / "study.tex", "\n".join(map(latex, tables.values())))
@@ -85,7 +84,7 @@ def _html(
     outcomes: Sequence[StudyOutcome],
 ) -> str:
     title = escape(f"hamdist study: {study.name}")
-    parts = [f"<h1>{title}</h1>", facts(command, time.strftime("%Y-%m-%d %H:%M %z"))]
+    parts = [f"<h1>{title}</h1>", facts(command)]
     for name, table in tables.items():
         parts.append(f'<h2>{escape(name)}</h2><div class="scroll">{html_table(table)}</div>')
         parts.append(html_notes(table.notes))

@@ -14,7 +14,7 @@ from hamdist.errors import BlockError, SettingsError
 from hamdist.models.build import ModelFactory
 from hamdist.runtime.process.interrupts import OnProgress
 from hamdist.runtime.ray_engine.session import ray_session
-from hamdist.runtime.train.rules import make_rule
+from hamdist.runtime.train.named_rules import make_rule
 from hamdist.study.run.baseline import CENTRALISED
 from hamdist.study.run.run import DataFactory, Run, run_centralised, run_level
 from hamdist.study.shared.store import Store
@@ -35,16 +35,17 @@ class PlannedRun:
 
     @property
     def name(self) -> str:
+        """Return the level's name, the rule's, or 'centralised'."""
         if self.rule is not None:
             return self.rule.rpartition("/")[2]
         return CENTRALISED if self.level is None else self.level.value
 
     def of(self, settings: Settings) -> Settings:
         """Return the settings of this run (those of `backprop` for the baseline)."""
-        own = settings.for_level(self.level or Level.BACKPROP)
-        update = {} if self.rule is None else {"rules": {"*": self.rule}}
-        learning = own.learning.model_copy(update=update)
-        return own.model_copy(update={"seed": self.seed, "learning": learning})
+        settings = settings.for_level(self.level or Level.BACKPROP)
+        rules = {} if self.rule is None else {"rules": {"*": self.rule}}
+        learning = settings.learning.model_copy(update=rules)
+        return settings.model_copy(update={"seed": self.seed, "learning": learning})
 
 
 def plan(settings: Settings) -> list[PlannedRun]:
@@ -70,14 +71,14 @@ def plan(settings: Settings) -> list[PlannedRun]:
     return baselines + [PlannedRun(level, seed, rule) for seed in seeds for level, rule in levels]
 
 
-def _of_rule(name: str, given: Level) -> tuple[Level, str | None]:
-    """Return the level of an entry of `compare.rules`, `given` if it fits; and a rule's name."""
+def _of_rule(name: str, level: Level) -> tuple[Level, str | None]:
+    """Return the level of an entry of `compare.rules`, `level` if it fits; and a rule's name."""
     levels = {level.value: level for level in Level}
     if name in levels:
         return levels[name], None
     presentation = make_rule("compare.rules", name).presentation
-    fits = given is not Level.AUTO and PRESETS[given].presentation.value == presentation
-    return given if fits else Level.TRACE if presentation == "pulse" else Level.LOCAL, name
+    fits = level is not Level.AUTO and PRESETS[level].presentation.value == presentation
+    return level if fits else Level.TRACE if presentation == "pulse" else Level.LOCAL, name
 
 
 def compare(
@@ -105,18 +106,18 @@ def compare(
     with ExitStack() as stack:
         for item in planned:
             callback = None if on_progress is None else on_progress(item)
-            own = _kept_apart(item.of(settings), item.name)
-            key = run_key(own, item.name, made_of)
-            kept = None if store is None else store.find(key)
-            if kept is not None:
-                yield kept
+            run_settings = _with_own_snapshots(item.of(settings), item.name)
+            key = run_key(run_settings, item.name, made_of)
+            stored = None if store is None else store.find(key)
+            if stored is not None:
+                yield stored
                 continue
-            if item.level is not None and own.engine.kind is EngineKind.RAY:
-                stack.enter_context(ray_session(own.engine))
+            if item.level is not None and run_settings.engine.kind is EngineKind.RAY:
+                stack.enter_context(ray_session(run_settings.engine))
             if item.level is None:
                 try:
                     run, _ = run_centralised(
-                        own, factory=factory, data=data, plain=plain, on_progress=callback
+                        run_settings, factory=factory, data=data, plain=plain, on_progress=callback
                     )
                 except BlockError as error:
                     if plain is None or error.tick:
@@ -125,7 +126,7 @@ def compare(
                         f"--baseline-model, first sample: {error.message}"
                     ) from error
             else:
-                run, _ = run_level(own, factory=factory, data=data, on_progress=callback)
+                run, _ = run_level(run_settings, factory=factory, data=data, on_progress=callback)
                 run.level = item.name
             if store is not None and not run.interrupted:
                 store.keep(key, json.dumps({"key": key, **run.as_json()}))
@@ -140,10 +141,10 @@ def run_key(settings: Settings, *made_of: object) -> str:
     return hashlib.sha256(text.encode()).hexdigest()[:KEY_LENGTH]
 
 
-def _kept_apart(settings: Settings, name: str) -> Settings:
+def _with_own_snapshots(settings: Settings, name: str) -> Settings:
     """Return the settings with a folder of its own for the run's snapshots, if it takes any."""
-    kept = settings.snapshots
-    if kept.path is None:
+    snapshots = settings.snapshots
+    if snapshots.path is None:
         return settings
-    path = f"{kept.path.rstrip('/')}/{name}-{settings.seed}"
-    return settings.model_copy(update={"snapshots": kept.model_copy(update={"path": path})})
+    path = f"{snapshots.path.rstrip('/')}/{name}-{settings.seed}"
+    return settings.model_copy(update={"snapshots": snapshots.model_copy(update={"path": path})})

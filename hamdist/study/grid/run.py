@@ -20,20 +20,20 @@ from hamdist.config import EngineKind, EngineSettings
 from hamdist.errors import ClusterError, SettingsError
 from hamdist.runtime.process.threads import cores
 from hamdist.runtime.ray_engine.tasks import ray_tasks
-from hamdist.study.report.files import to_json
-from hamdist.study.shared.processes import Processes
-from hamdist.study.shared.result_folder import RUNS
-from hamdist.study.shared.store import Store
-from hamdist.study.sweep.points import (
+from hamdist.study.grid.points import (
     Candidate,
-    SweepCell,
-    SweepJob,
+    GridCell,
+    GridJob,
     cells,
     final_jobs,
     tuning_jobs,
 )
-from hamdist.study.sweep.settings import StudySettings
-from hamdist.study.sweep.work import RunRecord, work
+from hamdist.study.grid.settings import StudySettings
+from hamdist.study.grid.work import RunRecord, work
+from hamdist.study.report.files import to_json
+from hamdist.study.shared.processes import Processes
+from hamdist.study.shared.result_folder import RUNS
+from hamdist.study.shared.store import Store
 
 # (runs done, runs in this phase, the run's record)
 OnRecord = Callable[[str, int, int, RunRecord], None]
@@ -57,12 +57,12 @@ class TuningResult:
 class StudyOutcome:
     """A cell, its chosen values, and its final runs, one a seed."""
 
-    cell: SweepCell
+    cell: GridCell
     choice: TuningResult
     records: Sequence[RunRecord]
 
 
-def check(study: StudySettings, *, chosen: bool) -> list[SweepCell]:
+def check(study: StudySettings, *, chosen: bool) -> list[GridCell]:
     """Return the cells of a study, after a check of all settings. Raises SettingsError.
 
     `chosen`: tune nothing, take `best`.
@@ -111,7 +111,7 @@ def run_study(
     ]
 
 
-def _best(study: StudySettings, cell: SweepCell) -> Candidate:
+def _best(study: StudySettings, cell: GridCell) -> Candidate:
     """Return the side's `best` values. Raises SettingsError if they are not those that it tunes."""
     side = cell.side
     if set(side.best) != set(side.tune):
@@ -123,7 +123,7 @@ def _best(study: StudySettings, cell: SweepCell) -> Candidate:
     return side.best
 
 
-def _tuned(study: StudySettings, all_cells: Sequence[SweepCell], runs: _Runs) -> list[TuningResult]:
+def _tuned(study: StudySettings, all_cells: Sequence[GridCell], runs: _Runs) -> list[TuningResult]:
     asked = [tuning_jobs(study, cell) for cell in all_cells]
     many = [candidates for candidates in asked if len(candidates) > 1]
     found = runs.make("tuning", [job for cs in many for _, jobs in cs for job in jobs])
@@ -133,8 +133,8 @@ def _tuned(study: StudySettings, all_cells: Sequence[SweepCell], runs: _Runs) ->
 
 
 def _choose(
-    cell: SweepCell,
-    candidates: Sequence[tuple[Candidate, Sequence[SweepJob]]],
+    cell: GridCell,
+    candidates: Sequence[tuple[Candidate, Sequence[GridJob]]],
     found: dict[str, RunRecord],
 ) -> TuningResult:
     if len(candidates) == 1:
@@ -156,7 +156,7 @@ def score(records: Sequence[RunRecord]) -> float:
     return statistics.fmean(known) if len(known) == len(values) else -math.inf
 
 
-def _at_edge(cell: SweepCell, chosen: Candidate) -> tuple[str, ...]:
+def _at_edge(cell: GridCell, chosen: Candidate) -> tuple[str, ...]:
     edge = []
     for name, values in cell.side.tune.items():
         numbers = [v for v in values if isinstance(v, (int, float)) and not isinstance(v, bool)]
@@ -183,7 +183,7 @@ class _Runs:
         if self._processes is not None:
             self._processes.close()
 
-    def make(self, phase: str, jobs: Sequence[SweepJob]) -> dict[str, RunRecord]:
+    def make(self, phase: str, jobs: Sequence[GridJob]) -> dict[str, RunRecord]:
         """Return the records of `jobs` by key, running those that are not stored yet."""
         wanted = {job.key: job for job in jobs}
         kept = {key: self._store.find(key) for key in wanted}
@@ -196,7 +196,7 @@ class _Runs:
                 self._on_record(phase, len(found), len(wanted), record)
         return found
 
-    def _made(self, jobs: Sequence[SweepJob]) -> Iterator[RunRecord]:
+    def _made(self, jobs: Sequence[GridJob]) -> Iterator[RunRecord]:
         if not jobs:
             return
         if self._study.parallel == "ray":

@@ -7,13 +7,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
-from rich.text import Text
 
-from hamdist.cli.console import console, exit_codes, note, print_table, report
+from hamdist.cli.console import note, print_table, report, say
 from hamdist.cli.prepare import command_line
 
 if TYPE_CHECKING:
-    from hamdist.study.sweep.work import RunRecord
+    from hamdist.study.grid.work import RunRecord
 
 StudyArgument = Annotated[
     str,
@@ -58,8 +57,7 @@ def grid_command(name: str) -> Callable[..., None]:
         workers: WorkersOption = None,
         out: StudyOutOption = None,
     ) -> None:
-        with exit_codes():
-            run_grid(settings, axis, set_, chosen, workers, out)
+        run_grid(settings, axis, set_, chosen, workers, out)
 
     return command
 
@@ -75,7 +73,7 @@ def run_grid(
     """Run a study's runs that are not on disk yet, print the tables, and write the report."""
     from hamdist.study.interface.study import study
 
-    made = study(
+    result = study(
         source,
         axis_name,
         out=out,
@@ -86,10 +84,10 @@ def run_grid(
         command=command_line(),
         say=note,
     )
-    for title, table in made.tables.items():
+    for title, table in result.tables.items():
         print_table(table, title)
-    report(out=str(made.folder))
-    console().print(Text(f"Report: {made.folder / 'study.html'}"))
+    report(out=str(result.folder))
+    say(f"Report: {result.folder / 'study.html'}")
 
 
 def _say_record(phase: str, done: int, total: int, record: RunRecord) -> None:
@@ -97,5 +95,5 @@ def _say_record(phase: str, done: int, total: int, record: RunRecord) -> None:
     from hamdist.display.table import percent
 
     level = record.settings["level"] if record.trains == "level" else record.trains
-    found = record.failure or f"{percent(record.accuracy, digits=2)} %, {record.seconds:.1f} s"
-    note(f"[{phase} {done}/{total}] {level}, seed {record.seed}: {found}")
+    outcome = record.failure or f"{percent(record.accuracy, digits=2)} %, {record.seconds:.1f} s"
+    note(f"[{phase} {done}/{total}] {level}, seed {record.seed}: {outcome}")

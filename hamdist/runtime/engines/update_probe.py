@@ -1,0 +1,187 @@
+"""Watches single updates of blocks: how far they go, and whether backpropagation's go there, too.
+
+Of an update U of block v by sample n, with the weights theta(T) of all blocks at the tick T in
+which n enters:
+
+    norm       |theta_{U+1} - theta_U|
+    alignment  cos( theta_U - theta_{U+1}, dL_n/dtheta_v at theta(T) )
+
+The alignment of plain gradient steps at level `backprop` is 1. It falls with the staleness of the
+weights and activations that an update is made with, and with whatever else bends its direction:
+momentum, Adam, a rule of its own.
+"""
+
+from __future__ import annotations
+
+import math
+from collections import deque
+from collections.abc import Iterator, Mapping, Sequence
+from itertools import count
+from typing import Any, NamedTuple, TypeAlias
+
+import torch
+from torch import Tensor
+
+from hamdist.dynamics.graph.graph import OUTPUT_KEY
+from hamdist.dynamics.graph.merged import MergedGraph
+from hamdist.dynamics.schedule.hold import HoldSchedule
+from hamdist.dynamics.schedule.pulse import PulseSchedule
+from hamdist.dynamics.vjp.gradient import norm_of
+from hamdist.runtime.plan.plan import Plan
+from hamdist.runtime.results.measured import Alignment, ProcessSample
+
+WeightCopies: TypeAlias = dict[str, Tensor]  # of a block, by name
+PENDING = 8  # probes of which not all parts have come
+
+
+class UpdateProbe(NamedTuple):
+    """What blocks have made of one sample.
+
+    Attributes:
+        sample: its number.
+        before: by block, the weights at the tick in which it entered.
+        moved: by block, what its update added to them.
+        samples: itself, and those that share its update, by number; empty in other processes than
+            the one that draws them.
+    """
+
+    sample: int
+    before: dict[str, WeightCopies]
+    moved: dict[str, WeightCopies]
+    samples: dict[int, Any]
+
+
+def _copies(node: Any) -> WeightCopies:
+    parts = [part for part in node.contents().parts if part[2] is not None]
+    return {
+        prefix + name: theta.detach().clone()
+        for prefix, function, weights in parts
+        for name, theta in zip(function.names, weights.theta, strict=True)
+    }
+
+
+def _moved(node: Any, before: WeightCopies) -> WeightCopies:
+    return {name: theta.sub_(before[name]) for name, theta in _copies(node).items()}
+
+
+# The following are resumed behind every step of the process, and yield while there is more to see.
+
+
+def update_norms(nodes: Sequence[Any], norms: dict[str, float]) -> Iterator[None]:
+    """Note the norm of the next update of each block, one after the other: one is copied at a time.
+
+    Args:
+        nodes: of the blocks.
+        norms: to fill.
+    """
+    for node in nodes:
+        before, number = _copies(node), node.block.weights.updates
+        while node.block.weights.updates == number:
+            yield
+        if node.block.weights.updates == number + 1:
+            norms[node.name] = norm_of(list(_moved(node, before).values()))
+
+
+def update_probes(
+    plan: Plan, nodes: Sequence[Any], source: Any, probes: deque[UpdateProbe]
+) -> Iterator[None]:
+    """Take probes of one process, of every `metrics.alignment` samples.
+
+    A sample has left the network before the next one is watched, so that all processes watch the
+    same ones.
+
+    Args:
+        plan: of the run.
+        nodes: of the blocks, as restored.
+        source: the node of the stream, if it is drawn here.
+        probes: to fill.
+    """
+    schedule, c = plan.schedule, plan.schedule.c
+    group, under_way = 1, 0
+    if isinstance(schedule, PulseSchedule):
+        group, under_way = schedule.group, schedule.trip // c
+    every = math.lcm(plan.metrics.alignment or 1, group)
+    every *= -(-(under_way + 2 + group) // every)
+    begun = max(one.tick or 0 for one in (*nodes, *filter(None, [source])))
+    for sample in count((begun // c // every + 1) * every, every):
+        update = sample // group  # the number of updates before the (last) one by the sample
+        if isinstance(schedule, HoldSchedule):
+            update = schedule.updates_before((sample + 1) * c) - 1
+        probe = UpdateProbe(sample, {}, {}, {})
+        watched = [_watch(node, sample * c, update, probe) for node in nodes]
+        watched += [] if source is None else [_catch(source, sample, group, probe)]
+        while watched:
+            watched = [one for one in watched if next(one, probe) is None]
+            yield
+        probes.append(probe)
+
+
+def _watch(node: Any, tick: int, update: int, probe: UpdateProbe) -> Iterator[None]:
+    earlier: WeightCopies = {}
+    while node.block.weights.updates <= update:
+        if node.name not in probe.before and (node.tick or 0) >= tick:
+            probe.before[node.name] = _copies(node)
+        if node.block.weights.updates == update and not earlier:
+            earlier = _copies(node)
+        yield
+    probe.before.setdefault(node.name, earlier)
+    probe.moved[node.name] = _moved(node, earlier) if earlier else {}
+
+
+def _catch(source: Any, sample: int, group: int, probe: UpdateProbe) -> Iterator[None]:
+    while (source.latest or (-1,))[0] < sample + group - 1:
+        yield
+        number, caught = source.latest or (-1, None)
+        if sample <= number < sample + group:
+            probe.samples[number] = caught
+
+
+class Alignments:
+    """Compares updates with backpropagation, as the parts of a probe come from the processes."""
+
+    def __init__(self, plan: Plan) -> None:
+        self._graph = plan.graph
+        self._parts: dict[int, UpdateProbe] = {}
+        self._latest: Alignment | None = None
+
+    def of(self, processes: Mapping[str, ProcessSample]) -> Alignment | None:
+        """Return the latest alignment, with what the processes have brought meanwhile."""
+        known = -1 if self._latest is None else self._latest.sample
+        for part in [one for process in processes.values() for one in process.probes]:
+            if part.sample > known:
+                whole = self._parts.setdefault(part.sample, UpdateProbe(part.sample, {}, {}, {}))
+                whole.before.update(part.before)
+                whole.moved.update(part.moved)
+                whole.samples.update(part.samples)
+        for number, whole in sorted(self._parts.items()):
+            if whole.moved.keys() == self._graph.blocks.keys() and whole.samples:
+                known, self._latest = number, Alignment(number, dict(self._cosines(whole)))
+        waiting = [number for number in sorted(self._parts) if number > known][-PENDING:]
+        self._parts = {number: self._parts[number] for number in waiting}
+        return self._latest
+
+    @torch.enable_grad()
+    def _cosines(self, probe: UpdateProbe) -> Iterator[tuple[str, float]]:
+        model, theta, loss = MergedGraph(self._graph), dict[tuple[str, str], Tensor](), None
+        for name, key in ((name, key) for name, own in probe.before.items() for key in own):
+            part = "output" if key.startswith(OUTPUT_KEY) else "module"
+            parameter = model.get_parameter(f"blocks.{name}.{part}.{key.removeprefix(OUTPUT_KEY)}")
+            parameter.data = probe.before[name][key].to(parameter.device)
+            theta[name, key] = parameter.requires_grad_(True)
+        for sample in probe.samples.values():
+            found: Any = model(sample.u if sample.inputs is None else dict(sample.inputs))
+            outputs = found if isinstance(found, Mapping) else {self._graph.readouts[0]: found}
+            for name, output in outputs.items():
+                target, function = sample.target(name), self._graph.blocks[name].loss
+                if target is not None and function is not None:
+                    loss = function(output, target) + (0 if loss is None else loss)
+        if loss is None or not loss.requires_grad:
+            return
+        slopes = torch.autograd.grad(loss, list(theta.values()), allow_unused=True)
+        exact = dict(zip(theta, slopes, strict=True))
+        for name, moved in probe.moved.items():
+            pairs = [(step, exact[name, key]) for key, step in moved.items()]
+            both = [(step.to(slope.device), slope) for step, slope in pairs if slope is not None]
+            lengths = norm_of([step for step, _ in both]) * norm_of([slope for _, slope in both])
+            if lengths and math.isfinite(lengths):
+                yield name, -sum(float((step * slope).sum()) for step, slope in both) / lengths
