@@ -136,8 +136,8 @@ class AttachedRun:
     def status(self) -> LiveStatus:
         """Return where the run stands, without the engine's report."""
         facts = self._told("status", None)
-        numbers = (facts[name] for name in ("fed", "answered", "waiting"))
-        return LiveStatus(*numbers, bool(facts["paused"]), None)
+        fed, answered, waiting = (facts[name] for name in ("fed", "answered", "waiting"))
+        return LiveStatus(fed, answered, waiting, bool(facts["paused"]), None)
 
     def stop(self) -> None:
         """Ask the server to end the run in order; it does so behind what was fed."""
