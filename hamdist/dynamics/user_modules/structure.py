@@ -5,18 +5,8 @@ from __future__ import annotations
 import dataclasses
 import operator
 from collections.abc import Callable, Sequence
-<<<<<<< HEAD
-from typing import Any, NamedTuple
-
-import torch
-from torch import Tensor, fx, nn
-
-_WITHOUT = {int, float, bool, str, type(None), torch.dtype, Tensor, nn.Parameter, fx.Node}
-=======
-from dataclasses import dataclass
 from functools import lru_cache
-from typing import Any
->>>>>>> main
+from typing import Any, NamedTuple
 
 
 class Field(str):
@@ -47,16 +37,8 @@ def built(parts: Sequence[Any], kind: type, keys: Sequence[Any]) -> Any:
 
 def parts_of(value: Any) -> list[tuple[Any, Any]] | None:
     """Return the parts by key; None for a value without parts."""
-<<<<<<< HEAD
-    kind = type(value)
-    if kind in _WITHOUT:
-        return None
-    if kind is tuple or kind is list:
-        return list(enumerate(value))
-=======
     if _is_leaf(type(value)):  # type: ignore[arg-type]  # (to mypy a class has no hash)
         return None
->>>>>>> main
     if isinstance(value, Built):
         return list(value.parts)
     if isinstance(value, dict):
@@ -65,12 +47,6 @@ def parts_of(value: Any) -> list[tuple[Any, Any]] | None:
         names = getattr(value, "_fields", None)
         keys = range(len(value)) if names is None else map(Field, names)
         return list(zip(keys, value, strict=True))
-<<<<<<< HEAD
-    own = kind.__module__.startswith("hamdist.")  # a number of a template
-    if dataclasses.is_dataclass(kind) and not own:
-        return [(Field(f.name), getattr(value, f.name)) for f in dataclasses.fields(value)]
-    return None
-=======
     return [(Field(f.name), getattr(value, f.name)) for f in dataclasses.fields(value)]
 
 
@@ -80,7 +56,6 @@ def _is_leaf(kind: type) -> bool:
     place = kind.__module__.startswith("hamdist.")  # in a template
     is_dataclass = dataclasses.is_dataclass(kind) and not place
     return not is_dataclass and not issubclass(kind, (Built, dict, tuple, list))
->>>>>>> main
 
 
 def filled(value: Any, parts: Sequence[Any]) -> Any:
