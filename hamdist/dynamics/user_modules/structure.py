@@ -6,6 +6,7 @@ import dataclasses
 import operator
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Any
 
 
@@ -37,6 +38,8 @@ class Built:
 
 def parts_of(value: Any) -> list[tuple[Any, Any]] | None:
     """Return the parts by key; None for a value without parts."""
+    if _is_leaf(type(value)):  # type: ignore[arg-type]  # (to mypy a class has no hash)
+        return None
     if isinstance(value, Built):
         return list(value.parts)
     if isinstance(value, dict):
@@ -45,10 +48,15 @@ def parts_of(value: Any) -> list[tuple[Any, Any]] | None:
         names = getattr(value, "_fields", None)
         keys = range(len(value)) if names is None else map(Field, names)
         return list(zip(keys, value, strict=True))
-    place = type(value).__module__.startswith("hamdist.")  # in a template
-    if dataclasses.is_dataclass(value) and not isinstance(value, type) and not place:
-        return [(Field(f.name), getattr(value, f.name)) for f in dataclasses.fields(value)]
-    return None
+    return [(Field(f.name), getattr(value, f.name)) for f in dataclasses.fields(value)]
+
+
+@lru_cache(1024)
+def _is_leaf(kind: type) -> bool:
+    """Return True if objects of this class have no parts."""
+    place = kind.__module__.startswith("hamdist.")  # in a template
+    is_dataclass = dataclasses.is_dataclass(kind) and not place
+    return not is_dataclass and not issubclass(kind, (Built, dict, tuple, list))
 
 
 def filled(value: Any, parts: Sequence[Any]) -> Any:
