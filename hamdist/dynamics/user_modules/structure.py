@@ -5,9 +5,8 @@ from __future__ import annotations
 import dataclasses
 import operator
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from functools import lru_cache
-from typing import Any
+from typing import Any, NamedTuple
 
 
 class Field(str):
@@ -16,24 +15,24 @@ class Field(str):
     __slots__ = ()
 
 
-@dataclass(frozen=True, slots=True)
-class Built:
+class Built(NamedTuple):
     """A namedtuple or dataclass of class `kind`, in a template: its parts by key."""
 
     kind: type
     parts: tuple[tuple[Any, Any], ...]
 
-    def value(self) -> Any:
-        """Return the object itself, of parts that are no templates."""
-        made = dict(self.parts)
-        if issubclass(self.kind, tuple):
-            return self.kind(*made.values())
-        if issubclass(self.kind, dict):
-            return self.kind(**made)
-        new = object.__new__(self.kind)
-        for name, part in made.items():  # (of a frozen one, too)
-            object.__setattr__(new, name, part)
-        return new
+
+def built(parts: Sequence[Any], kind: type, keys: Sequence[Any]) -> Any:
+    """Return a namedtuple or dataclass of class `kind` of its parts."""
+    if issubclass(kind, tuple):
+        return kind(*parts)
+    if issubclass(kind, dict):
+        pairs = dict(zip(keys, parts, strict=True))
+        return pairs if kind is dict else kind(**pairs)
+    new = object.__new__(kind)
+    for name, part in zip(keys, parts, strict=True):  # (of a frozen one, too)
+        object.__setattr__(new, name, part)
+    return new
 
 
 def parts_of(value: Any) -> list[tuple[Any, Any]] | None:
@@ -61,39 +60,17 @@ def _is_leaf(kind: type) -> bool:
 
 def filled(value: Any, parts: Sequence[Any]) -> Any:
     """Return a template like `value`, with other parts."""
-    if type(value) is list or type(value) is tuple:
-        return type(value)(parts)
-    keys = [key for key, _ in parts_of(value) or ()]
-    by_key = tuple(zip(keys, parts, strict=True))
-    if isinstance(value, Built):
-        return Built(value.kind, by_key)
-    if isinstance(value, dict) and not dataclasses.is_dataclass(value):
-        return dict(by_key)
-    if isinstance(value, tuple) and not hasattr(value, "_fields"):  # a torch.Size
+    if type(value) is tuple:
         return tuple(parts)
-    return Built(type(value), by_key)
+    made = hasattr(value, "_fields") or dataclasses.is_dataclass(value)
+    if not made and not isinstance(value, dict):  # (a torch.Size becomes a tuple)
+        return list(parts) if isinstance(value, list) else tuple(parts)
+    by_key = tuple(zip([key for key, _ in parts_of(value) or ()], parts, strict=True))
+    if not made:
+        return dict(by_key)
+    return Built(value.kind if isinstance(value, Built) else type(value), by_key)
 
 
 def getter(key: Any) -> Callable[[Any, Any], Any]:
     """Return the function that takes the part of this key out of a value."""
     return getattr if isinstance(key, Field) else operator.getitem
-
-
-def part_of(value: Any, key: Any) -> Any:
-    """Return one part, by its key."""
-    return getter(key)(value, key)
-
-
-def objects(value: Any) -> Any:
-    """Return a template without places, with its namedtuples and dataclasses as objects."""
-    parts = parts_of(value)
-    if parts is None:
-        return value
-    made = filled(value, [objects(part) for _, part in parts])
-    return made.value() if isinstance(made, Built) else made
-
-
-def has_built(template: Any) -> bool:
-    """Return True if a template makes a namedtuple or a dataclass."""
-    inner = (part for _, part in parts_of(template) or ())
-    return isinstance(template, Built) or any(map(has_built, inner))
