@@ -152,8 +152,11 @@ class AttachedRun:
         headers = {"Authorization": f"Bearer {self._token}", "Accept": SAFETENSORS}
         if isinstance(body, Mapping):
             headers["Content-Type"] = SAFETENSORS
-            tensors = {n: torch.as_tensor(t).cpu() for n, t in body.items() if t is not None}
-            body = packed(tensors)
+            try:
+                given = {n: torch.as_tensor(t).cpu() for n, t in body.items() if t is not None}
+            except (TypeError, ValueError, RuntimeError) as error:
+                raise StreamError(f"{name}: {', '.join(body)}: no tensor: {error}") from None
+            body = packed(given)
         url = f"{self.address}/{name}?{urlencode(query)}"
         while True:
             try:
@@ -162,23 +165,25 @@ class AttachedRun:
                     data: bytes = reply.read()
                     return data
             except urllib.error.HTTPError as error:
-                refusal = _refused(error)
+                refusal, again = _refused(error)
             except (OSError, ValueError) as error:
                 raise ClusterError(f"{self.address} does not answer: {error}") from None
-            if not wait or not isinstance(refusal, BlockingIOError):
+            if not wait or not again:
                 raise refusal
             time.sleep(AGAIN_SECONDS)
 
 
-def _refused(error: urllib.error.HTTPError) -> Exception:
+def _refused(error: urllib.error.HTTPError) -> tuple[Exception, bool]:
+    """Return the error that a refusal means, and True if there may be room soon."""
     try:
         facts = json.loads(error.read())
         text, kind = str(facts["error"]), facts["kind"]
     except (ValueError, KeyError, TypeError, OSError):
-        return ClusterError(f"{error.url}: {error.code} {error.reason}: is it a run of hamdist?")
+        why = f"{error.url}: {error.code} {error.reason}: is it a run of hamdist?"
+        return ClusterError(why), False
     if error.code == 429:
-        return BlockingIOError(text)
+        return BlockingIOError(text), kind != "Paused"
     if error.code == 401:
-        return SettingsError(f"{error.url}: {text}")
+        return SettingsError(f"{error.url}: {text}"), False
     kinds = (SettingsError, SnapshotError)
-    return next((one for one in kinds if one.__name__ == kind), StreamError)(text)
+    return next((one for one in kinds if one.__name__ == kind), StreamError)(text), False

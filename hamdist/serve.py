@@ -119,7 +119,7 @@ def make_app(run: LiveRun, token: str, stopped: threading.Event) -> Starlette:
                 body = await _body(request)
                 return await run_in_threadpool(lambda: _replied(work(body), request))
             except BlockingIOError as error:
-                return _refusal(429, str(error))
+                return _refusal(429, str(error), "Paused" if run.status().paused else "Busy")
             except OverflowError as error:
                 return _refusal(413, str(error))
             except HamdistError as error:

@@ -8,6 +8,8 @@ import json
 import math
 import re
 import struct
+import subprocess
+import sys
 import time
 import urllib.request
 from pathlib import Path
@@ -315,3 +317,19 @@ def test_unknown_and_missing_trackers_are_refused(tmp_path, monkeypatch):
 def test_keywords_of_train_are_the_settings():
     own = {"model", "stream", "loss", "trackers"}  # arguments of train
     assert set(SettingsFields.__annotations__) == set(Settings.model_fields) - own
+
+
+@pytest.mark.slow  # (without a cache mypy reads all of torch)
+@pytest.mark.timeout(300)
+def test_a_misspelt_keyword_is_a_type_error(tmp_path):
+    pytest.importorskip("mypy", reason="mypy is not installed")
+    calls = ['level="trace", steps=3', 'levl="trace"']
+    (tmp_path / "calls.py").write_text(
+        "import hamdist\nfrom torch import nn\n"
+        + "".join(f"hamdist.train(nn.Linear(2, 2), [], {call})\n" for call in calls)
+    )
+    checked = [sys.executable, "-m", "mypy", "--no-pretty", str(tmp_path / "calls.py")]
+    done = subprocess.run(checked, cwd=ROOT, text=True, stdout=subprocess.PIPE, check=False)
+    errors = [line for line in done.stdout.splitlines() if ": error:" in line]
+    assert [line.split(":")[1] for line in errors] == ["4"], done.stdout
+    assert 'Unexpected keyword argument "levl" for "train"; did you mean "level"?' in errors[0]

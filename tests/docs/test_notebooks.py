@@ -58,6 +58,7 @@ def executed(name, monkeypatch, **constants):
     return names
 
 
+@pytest.mark.slow
 def test_a_sensor_raises_alarms_where_it_breaks_down(monkeypatch):
     pytest.importorskip("river")
     names = executed("sensor", monkeypatch)
@@ -66,6 +67,7 @@ def test_a_sensor_raises_alarms_where_it_breaks_down(monkeypatch):
     assert names["mean_error"](names["expected"]) < 0.36  # 0.38: as an hour ago
 
 
+@pytest.mark.slow
 def test_a_pole_is_balanced_in_a_closed_loop(monkeypatch):
     pytest.importorskip("gymnasium")
     names = executed("closed-loop", monkeypatch, SEEDS=1, LEVELS=("trace",), EPISODES=5)
@@ -75,6 +77,7 @@ def test_a_pole_is_balanced_in_a_closed_loop(monkeypatch):
     assert names["scores"]["trace"] == [500]  # alone, with new seeds
 
 
+@pytest.mark.slow
 def test_labels_of_a_video_come_a_second_late(monkeypatch):
     names = executed("video", monkeypatch, FRAMES=600)
     for shares, result in names["runs"].values():

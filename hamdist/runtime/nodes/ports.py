@@ -215,7 +215,8 @@ def events_from(schedule: PulseSchedule | HoldSchedule, name: str, event: Event)
 def make_metrics(plan: Plan) -> Prequential:
     """Make the collector of a readout's losses."""
     kept = plan.metrics
-    return Prequential(kept.window, kept.limit, ignore_index=plan.ignore_index)
+    ignored, rolls = plan.ignore_index, plan.spec.live
+    return Prequential(kept.window, kept.limit, ignore_index=ignored, rolls=rolls)
 
 
 def make_recorder(settings: MetricsSettings) -> Recorder | None:
