@@ -270,7 +270,7 @@ OFTEN = dict.fromkeys(SAID, 1)
 def sizes():
     """Bytes of all that Python's collector knows, containers and tensors, and of what is where."""
     gc.collect()
-    tracked = gc.get_objects()
+    tracked = [one for one in gc.get_objects() if type(one) is not torch.TypedStorage]  # (warns)
     tensors = sum(
         t.nbytes for t in tracked if type(t) is torch.Tensor and t.layout == torch.strided
     )
