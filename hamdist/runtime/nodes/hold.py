@@ -6,7 +6,7 @@ import math
 from collections.abc import Mapping
 from dataclasses import replace
 from time import perf_counter
-from typing import Any, ClassVar
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -22,47 +22,36 @@ from hamdist.dynamics.schedule.hold import HoldSchedule
 from hamdist.dynamics.updates.constants import TickSchedule
 from hamdist.dynamics.updates.weights import Weights
 from hamdist.dynamics.vjp.autograd import LocalFunction
-from hamdist.runtime.nodes.live import LiveBlock
 from hamdist.runtime.nodes.mailbox import Mailbox
+from hamdist.runtime.nodes.node import BlockNode
 from hamdist.runtime.nodes.ports import (
     BlockContents,
-    Ports,
-    block_state,
     events_from,
-    make_metrics,
     make_recorder,
     record,
 )
 from hamdist.runtime.plan.plan import Plan
-from hamdist.runtime.results.result import BlockState
 from hamdist.runtime.signals.signal import Signal, ready
 from hamdist.streams.sample import Emission, Emits
 
 
-class HoldNode(Remembers):
-    """A block that steps in every tick.
-
-    Attributes:
-        seconds: time spent in the block's own steps.
-    """
+class HoldNode(BlockNode):
+    """A block that steps in every tick."""
 
     def __init__(
         self, plan: Plan, spec: BlockSpec, mailbox: Mailbox, block: HoldBlock | HoldReadout
     ) -> None:
         if not isinstance(plan.schedule, HoldSchedule):
             raise TypeError("a HoldNode needs a HoldSchedule")
-        self.name = spec.name
+        super().__init__(plan, spec, mailbox)
         self.late = plan.schedule.late(spec.name)
         self.block = block
-        self.metrics = make_metrics(plan) if spec.loss is not None else None
-        self.seconds = 0.0
         tolerance = plan.knobs.gate
         wait = plan.schedule.wait(spec.name)
         self._gate = None if tolerance is None else Gate(wait, tolerance)
         self._recorder = make_recorder(plan.metrics)
         self._schedule = plan.schedule
         self._clock = _Clock(plan.dynamics.reset, plan.dynamics.tau)
-        self._ports = Ports(plan, spec.name, mailbox)
         self._acyclic = plan.graph.acyclic
         # Without a way from the input it is the targets that tell of the end.
         self._adrift = spec.name in plan.graph.adrift
@@ -83,7 +72,6 @@ class HoldNode(Remembers):
         }
         self._target: Tensor | None = None
         self._no_more_targets = False
-        self.live = LiveBlock(spec.name, plan.spec.patience)
         self._events = plan.schedule.events(spec.name)
         self.event = next(self._events)
         self.tick: int | None = self.event.tick
@@ -99,7 +87,6 @@ class HoldNode(Remembers):
         "_gate",
         "live",
     )
-    ADDED: ClassVar[Mapping[str, Any]] = {"live": None}
 
     def snapshot(self) -> dict[str, Any]:
         own = {"shown": self._shown, "event": self.event, "tick": self.tick}
@@ -116,6 +103,7 @@ class HoldNode(Remembers):
         self._events = events_from(self._schedule, self.name, self.event)
 
     def start(self) -> None:
+        """Post h_0 and zero messages."""
         h = ready(self.block.h) if isinstance(self.block, HoldBlock) else None
         self._ports.before_start(h, self._schedule)
 
@@ -123,6 +111,7 @@ class HoldNode(Remembers):
         return Stamp(tick, tick // self._schedule.c, version)
 
     def step(self) -> None:
+        """Do one tick."""
         event = self.event
         told = None if self._clock.stopped else self._ports.clock(event)
         if self.live.patience and told is not None and not told.end:
@@ -255,12 +244,8 @@ class HoldNode(Remembers):
         """Return the recorded energies; None if recording is off."""
         return None if self._recorder is None else self._recorder.records()
 
-    @property
-    def device(self) -> torch.device:
-        """Return the device on which the block computes."""
-        return self._ports.border.device
-
     def contents(self) -> BlockContents:
+        """Return the tensors of the block and of its output module."""
         block = self.block
         if isinstance(block, HoldReadout):
             return BlockContents([("", block.cell, block.weights)], None, None)
@@ -268,9 +253,6 @@ class HoldNode(Remembers):
         if block.output is not None:
             parts.append((OUTPUT_KEY, block.output, block.output_weights))
         return BlockContents(parts, block.h, block.z)
-
-    def state(self) -> BlockState:
-        return block_state(self.contents())
 
 
 class _Clock(Remembers):

@@ -10,7 +10,7 @@ from typing import Any, Protocol
 from hamdist.dynamics.finite import OutOfRange
 from hamdist.dynamics.schedule.events import Event, Phase
 from hamdist.errors import BlockError, DivergedError, HamdistError
-from hamdist.runtime.nodes.factory import Node
+from hamdist.runtime.nodes.node import Node
 from hamdist.runtime.nodes.pulse import PulseNode
 from hamdist.runtime.signals.interrupts import Aborted
 

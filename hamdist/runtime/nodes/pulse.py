@@ -5,9 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from functools import partial
 from time import perf_counter
-from typing import Any, ClassVar
+from typing import Any
 
-import torch
 from torch import Tensor
 
 from hamdist.dynamics.blocks.heads import HeadBlock
@@ -21,29 +20,24 @@ from hamdist.dynamics.blocks.pulse import (
 from hamdist.dynamics.blocks.readout_loss import Reading
 from hamdist.dynamics.blocks.rule_block import RuleBlock
 from hamdist.dynamics.graph.graph import BlockSpec
-from hamdist.dynamics.saved_state.remember import Remembers
 from hamdist.dynamics.schedule.events import Event, Phase, Stamp
 from hamdist.dynamics.schedule.pulse import PulseSchedule
 from hamdist.dynamics.vjp.tied import TiedFunction
-from hamdist.runtime.nodes.live import LiveBlock
 from hamdist.runtime.nodes.mailbox import Mailbox
+from hamdist.runtime.nodes.node import BlockNode
 from hamdist.runtime.nodes.ports import (
     BlockContents,
-    Ports,
-    block_state,
     events_from,
-    make_metrics,
     record,
 )
 from hamdist.runtime.nodes.ties import TiePorts
 from hamdist.runtime.plan.plan import Plan
-from hamdist.runtime.results.result import BlockState
 from hamdist.runtime.signals.signal import ready
 from hamdist.streams.sample import Emission, Emits
 
 
-class PulseNode(Remembers):
-    """A block that pulses pass; `seconds` is the time spent in its own steps."""
+class PulseNode(BlockNode):
+    """A block that pulses pass."""
 
     def __init__(
         self,
@@ -54,14 +48,10 @@ class PulseNode(Remembers):
     ) -> None:
         if not isinstance(plan.schedule, PulseSchedule):
             raise TypeError("a PulseNode needs a PulseSchedule")
-        self.name = spec.name
-        self.late = False
+        super().__init__(plan, spec, mailbox)
         self.block = block
-        self.metrics = make_metrics(plan) if isinstance(block, PulseReadout) else None
-        self.seconds = 0.0
         self.staleness: dict[int, int] = {}  # samples that came back after so many updates
         self._versions: dict[int, int] = {}  # of the weights, by sample under way
-        self._ports = Ports(plan, spec.name, mailbox)
         cell = block.cell
         self._ties = (
             TiePorts(plan, spec.name, mailbox, cell) if isinstance(cell, TiedFunction) else None
@@ -71,13 +61,11 @@ class PulseNode(Remembers):
         self._keeps, self._answers = plan.spec.kept, plan.spec.live
         # Messages leave first, then weights move (loop.py). Shared weights are sent themselves.
         block.defers = self._ties is None
-        self.live = LiveBlock(spec.name, plan.spec.patience)
         self._end: int | None = None
         self.event = next(self._events)
         self.tick: int | None = self.event.tick
 
     STATE = ("block", "metrics", "seconds", "_end", "event", "tick", "live")
-    ADDED: ClassVar[Mapping[str, Any]] = {"live": None}
 
     def restore(self, state: Mapping[str, Any]) -> None:
         super().restore({name: one for name, one in state.items() if name != "_asked"})  # (of 0.1)
@@ -275,18 +263,8 @@ class PulseNode(Remembers):
             return reading
         return None if earlier is None or reading is None else block.scored(earlier, reading)
 
-    def records(self) -> None:
-        """A pulse has no energies at one time (refused by plan.py)."""
-
-    @property
-    def device(self) -> torch.device:
-        """Return the device on which the block computes."""
-        return self._ports.border.device
-
     def contents(self) -> BlockContents:
+        """Return the tensors of the block; a readout has no state."""
         block = self.block
         h, z = (None, None) if isinstance(block, PulseReadout) else (block.h, block.z)
         return BlockContents([("", block.cell, block.weights)], h, z)
-
-    def state(self) -> BlockState:
-        return block_state(self.contents())

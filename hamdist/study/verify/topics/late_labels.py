@@ -14,8 +14,9 @@ from torch.nn import functional
 from hamdist.runtime.train.train import train
 from hamdist.streams.sample import Sample, Stream, with_weights
 from hamdist.streams.wrappers.late_targets import Delayed, LateLabels
+from hamdist.study.shared.exact_runs import float64_settings
 from hamdist.study.verify.oracles.check import Check, absolute
-from hamdist.study.verify.oracles.networks import BATCH, F64, Draws, chain, settings_of
+from hamdist.study.verify.oracles.networks import BATCH, F64, Draws, chain
 
 BOUND = 1e-12
 ORACLE = "progressive validation with delay: questions and answers in the order of their times"
@@ -84,7 +85,7 @@ def _check(
 def _apart(
     items: int, stream: Stream, comes: Mapping[int, int], kept: bool, weighed: bool
 ) -> float:
-    settings = settings_of("backprop", learning={"lr": RATE}, metrics={"window": 1})
+    settings = float64_settings("backprop", learning={"lr": RATE}, metrics={"window": 1})
     result = train(chain(), stream, settings)
     (windows,) = result.windows.values()
     scores, weights = _progressive(items, comes, kept, weighed)

@@ -31,8 +31,8 @@ from hamdist.study.propagation.gradients import (
     relative_error,
 )
 from hamdist.study.propagation.streams import StreamKind, timed_stream
+from hamdist.study.shared.exact_runs import float64_settings
 from hamdist.study.verify.oracles.check import Check, Difference, largest
-from hamdist.study.verify.oracles.networks import settings_of
 
 STEPS = 10
 LR = 0.01
@@ -214,7 +214,7 @@ def _local(own: VerifiedModel) -> Difference:
 
 
 def _settings(level: str, own: VerifiedModel, dtype: torch.dtype) -> Settings:
-    return settings_of(
+    return float64_settings(
         level,
         dtype=str(dtype).removeprefix("torch."),
         learning={"lr": LR},
