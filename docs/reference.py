@@ -11,8 +11,8 @@ from typing import Any, get_type_hints
 
 from hamdist.config import Settings
 from hamdist.launch.cluster_file import ClusterSettings
+from hamdist.study.grid.settings import StudySettings
 from hamdist.study.simulate.host_plan import HostPlanSettings
-from hamdist.study.sweep.settings import StudySettings
 
 EXPERIMENTAL = "Experimental"
 BOUNDS = (("minimum", "≥"), ("exclusiveMinimum", ">"), ("maximum", "≤"), ("exclusiveMaximum", "<"))

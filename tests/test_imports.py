@@ -107,7 +107,7 @@ ALLOWED = {
     "study/run": f"{STUDY} study/shared",
     "study/view": f"{STUDY} study/shared",
     "study/report": f"{STUDY} study/shared study/run study/view",
-    "study/sweep": f"{STUDY} study/shared study/run study/report study/view",
+    "study/grid": f"{STUDY} study/shared study/run study/report study/view",
     "study/gradient_descent": f"{STUDY} study/shared study/report",
     "study/propagation": f"{STUDY} study/shared study/report study/view",
     "study/simulate": f"{STUDY} study/shared study/run",

@@ -14,8 +14,7 @@ import typer
 from hamdist.cli import compare, diff, export, recipes, run, serve, settings, verify, view
 from hamdist.cli.cluster import cluster, launch
 from hamdist.cli.console import console, exit_codes, output
-from hamdist.cli.study import recovery, simulate, speed
-from hamdist.cli.study import sweep as grid
+from hamdist.cli.study import grid, recovery, simulate, speed
 
 __all__ = ["app"]
 

@@ -92,7 +92,7 @@ def compare(
     plain = prepare(None, baseline_model, "--baseline-model")
 
     from hamdist.study.interface.compare import Comparison, make_runs
-    from hamdist.study.run.compare import run_key
+    from hamdist.study.run.comparison import run_key
 
     files = [name for name in loaded.compare.rules if ":" in name]
     code = code_of(model, stream, baseline_model, *files)

@@ -1,7 +1,6 @@
 """Examines every host of the Ray that this process joins: `python -m hamdist.launch.doctor_job`,
 as a job of `hamdist doctor --cluster`. A probe (an actor that requests no CPU) on each host
-collects
-the host's facts, and measures links with hamdist's own transport.
+collects the host's facts, and measures links with hamdist's own transport.
 """
 
 from __future__ import annotations

@@ -1,9 +1,8 @@
 """The driver of a launched run: `python -m hamdist.launch.driver [SIGNAL]`, in the package folder.
 
 guardian.py starts it, and again if it was lost (SIGNAL ended the one before). Its standard output
-is
-the job's log, into which it writes events (events.py). SIGINT is the first Ctrl-C of a terminal: a
-snapshot, the end of the stream, and the state of the run by then is its result.
+is the job's log, into which it writes events (events.py). SIGINT is the first Ctrl-C of a terminal:
+a snapshot, the end of the stream, and the state of the run by then is its result.
 """
 
 from __future__ import annotations

@@ -30,8 +30,7 @@ class DryRun:
     Attributes:
         hosts: of the cluster.
         actors: by process its blocks, its actor options (None: the cluster lacks the resources),
-            and
-            the MiB of its weights and weight costates.
+            and the MiB of its weights and weight costates.
         missing: reasons why the run cannot start; notes: further information.
     """
 

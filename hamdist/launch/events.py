@@ -7,8 +7,7 @@ with JSON; anything else (a traceback, a print of the user's model) is text and 
 files of the result come as the last lines, in base64, with their SHA-256.
 
 Progress is reported at most once a second and ever less often, so that a log stays small: with
-pauses
-of max(1, t / 2000) seconds at time t, T seconds give at most 2000 (1 + ln(T / 2000)) lines.
+pauses of max(1, t / 2000) seconds at time t, T seconds give at most 2000 (1 + ln(T / 2000)) lines.
 """
 
 from __future__ import annotations

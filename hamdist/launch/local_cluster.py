@@ -2,9 +2,8 @@
 
 All its files are in one folder (mode 0700): the token, Ray's log, `cluster.yaml` for `--cluster`,
 `head.json`, which identifies its process, and `storage`, with the results and snapshots of its
-runs,
-which stay when it ends. Ray stays in the foreground of that process (`--block`), so that ending it
-ends its children and no other processes; `ray stop` would end every Ray of the machine.
+runs, which stay when it ends. Ray stays in the foreground of that process (`--block`), so that
+ending it ends its children and no other processes; `ray stop` would end every Ray of the machine.
 """
 
 from __future__ import annotations

@@ -1,8 +1,8 @@
 """Comparisons, studies and proofs; called, `hamdist.study(...)`, it runs a study.
 
 `interface` (the functions and their results), `run` (levels beside backpropagation), `report`,
-`sweep` (many runs), `gradient_descent` and `propagation` (two studies of the papers' claims),
-`verify` (the proof), `view` (the page)."""
+`grid` (many runs), `gradient_descent` and `propagation` (two studies of the papers' claims),
+`simulate` (a cluster that is not there), `verify` (the proof), `view` (the page)."""
 
 import sys
 from importlib import import_module

@@ -26,8 +26,8 @@ import hamdist
 from hamdist.cli import app
 from hamdist.config import Section, checked, read_settings, read_yaml
 from hamdist.launch.cluster_file import ClusterSettings
+from hamdist.study.grid.settings import read_study
 from hamdist.study.simulate.host_plan import HostPlanSettings
-from hamdist.study.sweep.settings import read_study
 
 ROOT = Path(__file__).parents[2]
 PAGES = ROOT / "docs" / "pages"

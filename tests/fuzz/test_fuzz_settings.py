@@ -16,7 +16,7 @@ from pydantic import BaseModel
 from hamdist.config import Settings, parse_override, read_settings, to_yaml
 from hamdist.errors import SettingsError
 from hamdist.launch.cluster_file import read_cluster
-from hamdist.study.sweep.settings import load_study
+from hamdist.study.grid.settings import load_study
 
 pytestmark = pytest.mark.timeout(3600)
 

@@ -44,11 +44,11 @@ from torch.nn.functional import cross_entropy
 
 from hamdist.runtime.placement.assign_hosts import ActorOptions
 from hamdist.runtime.ray_engine.session import Session
-from hamdist.study.sweep import run as grid_run
-from hamdist.study.sweep.run import check
-from hamdist.study.sweep.settings import Trains, load_study
-from hamdist.study.sweep.summary import SummaryLine
-from hamdist.study.sweep.work import RunRecord
+from hamdist.study.grid import run as grid_run
+from hamdist.study.grid.run import check
+from hamdist.study.grid.settings import Trains, load_study
+from hamdist.study.grid.summary import SummaryLine
+from hamdist.study.grid.work import RunRecord
 
 BENCH = Path(__file__).resolve().parents[2] / "scripts" / "bench"
 

@@ -11,7 +11,7 @@ import typer
 from hamdist.cli.console import note, print_table, say_written
 from hamdist.cli.options import ModelOption, OverwriteOption, given
 from hamdist.cli.prepare import command_line, prepare
-from hamdist.cli.study.sweep import ChosenOption, StudySetOption, WorkersOption, run_grid
+from hamdist.cli.study.grid import ChosenOption, StudySetOption, WorkersOption, run_grid
 from hamdist.display.progress import PLAIN_SECONDS
 from hamdist.errors import SettingsError
 from hamdist.study.shared.result_folder import free_folder

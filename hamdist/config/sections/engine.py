@@ -90,9 +90,9 @@ class BlockDType(str, Enum):
 class StepKind(str, Enum):
     """Implementation of a block's step.
 
-    closed: in closed form where its module has one, by torch. native: as closed, and linear layers
-    by C code. auto: native where hamdist was installed with it and a process
-    has one thread. autograd: by autograd alone.
+    closed: in closed form where its module has one, by torch. native: as closed, and most of it by
+    C code, as many operations at a time as follow each other. auto: native where hamdist was
+    installed with it and a process has one thread. autograd: by autograd alone.
     """
 
     AUTO = "auto"
@@ -207,7 +207,7 @@ class EngineSettings(Section):
     threads: Positive = 1
     """Threads of each process."""
     step: StepKind = StepKind.AUTO
-    """How a block's step is computed: `closed` forms of torch, `native` C code for linear layers,
+    """How a block's step is computed: `closed` forms of torch, `native` C code for most of them,
     `auto`, or `autograd`; equal to round-off."""
     bits: Bits = Bits.WARN
     """What is done where processes compute other bits: `warn`, refuse (`exact`), or make x86 hosts

@@ -178,6 +178,6 @@ class LocalityOverrides(Section):
     accumulate: Positive | None = None
     """Samples whose gradients make one step of a block, their mean (presentation 'pulse')."""
     double_buffered: bool | None = None
-    """Of `accumulate` samples all blocks use the weights that the steps by all but the latest group
-    of earlier ones have made, forward and backward: every step is late by one, at any depth
-    (PipeDream-2BW)."""
+    """Two versions of the weights: a group of `accumulate` samples goes forward and backward
+    through the weights of the step before the latest, so that every step is late by one, at any
+    depth (PipeDream-2BW)."""

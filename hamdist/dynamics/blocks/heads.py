@@ -22,7 +22,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
-from hamdist.dynamics.blocks.kept_passes import Block, BlockParts
+from hamdist.dynamics.blocks.block import Block, BlockParts
 from hamdist.dynamics.blocks.readout_loss import ReadoutLoss, plain, scaled
 from hamdist.dynamics.finite import Scale
 from hamdist.dynamics.saved_state.remember import Remembers

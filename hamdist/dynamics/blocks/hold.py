@@ -12,9 +12,9 @@ import torch
 from torch import Tensor
 
 from hamdist.config import Order
+from hamdist.dynamics.blocks.block import Block, BlockParts, SavesPasses
 from hamdist.dynamics.blocks.energy import Energy
 from hamdist.dynamics.blocks.gate import RetrospectiveInput
-from hamdist.dynamics.blocks.kept_passes import Block, BlockParts, SavesPasses
 from hamdist.dynamics.blocks.readout_loss import Reading, ReadoutLoss, plain, scaled, total
 from hamdist.dynamics.saved_state.remember import known
 from hamdist.dynamics.updates.weights import Weights

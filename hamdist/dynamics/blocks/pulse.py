@@ -14,8 +14,8 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
+from hamdist.dynamics.blocks.block import Block, BlockParts, SavesPasses
 from hamdist.dynamics.blocks.heads import HeadUpdate
-from hamdist.dynamics.blocks.kept_passes import Block, BlockParts, SavesPasses
 from hamdist.dynamics.blocks.microbatch_reading import MicrobatchReading
 from hamdist.dynamics.blocks.readout_loss import Reading, ReadoutLoss, plain, scaled, total
 from hamdist.dynamics.modules.reversible import InversePass, pieces_of

@@ -12,8 +12,8 @@ import torch
 from torch import Tensor, nn
 
 from hamdist.config import Order
+from hamdist.dynamics.blocks.block import BlockParts, SavesPasses
 from hamdist.dynamics.blocks.hold import HoldBlock, Tick
-from hamdist.dynamics.blocks.kept_passes import BlockParts, SavesPasses
 from hamdist.dynamics.blocks.pulse import PulseReadout
 from hamdist.dynamics.blocks.readout_loss import Reading, ReadoutLoss, plain, scaled, total
 from hamdist.dynamics.finite import Scale

@@ -23,7 +23,7 @@ from typing import Any, NamedTuple
 
 from torch import Tensor
 
-from hamdist.dynamics.blocks.kept_passes import BlockParts, SavesPasses
+from hamdist.dynamics.blocks.block import BlockParts, SavesPasses
 from hamdist.dynamics.blocks.readout_loss import Reading, ReadoutLoss, scaled, total
 from hamdist.dynamics.objective.losses import Slope
 from hamdist.dynamics.saved_state.remember import Remembers

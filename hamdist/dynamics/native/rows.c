@@ -1,4 +1,5 @@
-/* Linear layers. On one row (batch 1) a step is bound by reading and writing W:
+/* Chains of operations: linear layers, activations, layer norms, sums, embeddings. On one row
+   (batch 1) a step of a linear layer is bound by reading and writing W:
 
        forward   y = f(W x + b)                          one pass that reads W
        pull      d = z f'(y),  m = W^T d                 one pass that reads and writes W,
@@ -12,8 +13,9 @@
    so that all clones, and processors of all kinds, have the same bits. Pointers come as integers (Tensor.data_ptr()); shapes and types
    are the caller's business (rows.py).
 
-   A chain steps several layers in one call, each of which reads the one before. On several rows the
-   products are those of a BLAS, whose function the caller gives; its bits are its own.
+   A chain steps all its operations in one call. On several rows the products are those of a BLAS,
+   whose function the caller gives; its bits are its own. exp() is computed here, without the
+   machine's library, whose results differ between versions (cross-entropy still asks that one).
 
    W: (O, I), x, m: (I,), y, z, d: (O,), b: (O,) or NULL. */
 
@@ -31,13 +33,63 @@
 #define CLONES
 #endif
 
-/* A layer of a chain. */
-typedef struct {
-    size_t w, b, out, in, relu;
-} Layer;
+enum { LINEAR, NORM, ACTIVATION, ADD, SCALE, EMBEDDING };   /* kinds of operations, as in rows.py */
+enum { IDENTITY, RELU, TANH, SIGMOID, SILU };               /* f of an activation or linear layer */
+enum { NONE, GIVEN, SENT, FIRST };                          /* places of messages */
 
-/* So many numbers, filled up to a multiple of 64 bytes of either type. */
-#define FILLED(n) (((n) + 15) / 16 * 16)
+/* An operation of a chain, on values of so many rows, from width `in` to `out`. read: its inputs;
+   value 0 is x, value i is what operation i - 1 makes. at, d, known: places, in numbers, of its
+   output in `inner`, of what is kept of z in d, of a norm's mean and r in `inner`. number: epsilon,
+   factor, sign, or the padding's index. */
+typedef struct {
+    size_t kind, w, b, rows, in, out, act, read[2], at, d, known;
+    double number;
+} Operation;
+
+/* Where an operation's z lies, where the messages of what it reads go, and to which messages there
+   are already they are added. */
+typedef struct {
+    size_t z, to[2], had[2];
+} Way;
+
+/* e^x - 1 = 2^k (e^r - 1) + (2^k - 1) with x = k log 2 + r, |r| < 0.35: a polynomial. The same
+   operations for every x, so that a compiler can take several at once. */
+static inline __attribute__((always_inline)) double exp_minus_1(double x)
+{
+    const double shift = 6755399441055744.0; /* 1.5 2^52: rounds, and leaves k in the lowest bits */
+    x = x < -708 ? -708 : x;
+    x = x > 708 ? 708 : x;
+    double moved = x * 1.4426950408889634 + shift, k = moved - shift, p = 1.0 / 6227020800.0, power;
+    double r = (x - k * 6.93147180369123816490e-01) - k * 1.90821492927058770002e-10;
+    uint64_t bits;
+    p = p * r + 1.0 / 479001600.0;
+    p = p * r + 1.0 / 39916800.0;
+    p = p * r + 1.0 / 3628800.0;
+    p = p * r + 1.0 / 362880.0;
+    p = p * r + 1.0 / 40320.0;
+    p = p * r + 1.0 / 5040.0;
+    p = p * r + 1.0 / 720.0;
+    p = p * r + 1.0 / 120.0;
+    p = p * r + 1.0 / 24.0;
+    p = p * r + 1.0 / 6.0;
+    p = p * r + 0.5;
+    p = p * r * r + r;
+    memcpy(&bits, &moved, sizeof bits);
+    bits = (bits + 1023) << 52;
+    memcpy(&power, &bits, sizeof power);
+    return power * p + (power - 1);
+}
+
+static inline __attribute__((always_inline)) double tanh_of(double x)
+{
+    double e = exp_minus_1(2 * x);
+    return e / (e + 2);
+}
+
+static inline __attribute__((always_inline)) double sigmoid_of(double x)
+{
+    return 1 / (2 + exp_minus_1(-x));
+}
 
 #define REAL float
 #define NAME(x) x##_f32
@@ -75,9 +127,9 @@ static int arguments(PyObject *const *args, Py_ssize_t given, size_t *whole, int
 }
 
 /* Of several rows, whose products take their time, other threads run meanwhile. */
-static PyThreadState *let_others_run(size_t rows)
+static PyThreadState *let_others_run(const Operation *op, size_t n)
 {
-    return rows == 1 ? NULL : PyEval_SaveThread();
+    return op[n - 1].rows == 1 ? NULL : PyEval_SaveThread();
 }
 
 static void go_on(PyThreadState *others)
@@ -88,73 +140,50 @@ static void go_on(PyThreadState *others)
 
 static PyObject *py_chain_forward(PyObject *self, PyObject *const *args, Py_ssize_t given)
 {
-    size_t a[8];
+    size_t a[7];
+    int known;
     (void)self;
-    if (!arguments(args, given, a, 8, NULL, 0))
+    if (!arguments(args, given, a, 7, NULL, 0))
         return NULL;
-    PyThreadState *others = let_others_run(a[5]);
-    if (a[7] & DOUBLE)
-        chain_forward_f64((void *)a[0], a[1], (void *)a[2], (void *)a[3], (void *)a[4], a[5],
-                          (Gemm_f64 *)a[6]);
+    const Operation *op = (void *)a[0];
+    PyThreadState *others = let_others_run(op, a[1]);
+    if (a[6] & DOUBLE)
+        known = chain_forward_f64(op, a[1], (void *)a[2], (void *)a[3], (void *)a[4],
+                                  (Gemm_f64 *)a[5]);
     else
-        chain_forward_f32((void *)a[0], a[1], (void *)a[2], (void *)a[3], (void *)a[4], a[5],
-                          (Gemm_f32 *)a[6]);
+        known = chain_forward_f32(op, a[1], (void *)a[2], (void *)a[3], (void *)a[4],
+                                  (Gemm_f32 *)a[5]);
     go_on(others);
-    Py_RETURN_NONE;
+    return PyBool_FromLong(known);
 }
 
 static PyObject *py_chain_pull(PyObject *self, PyObject *const *args, Py_ssize_t given)
 {
-    size_t a[13], most = 0, *active = NULL;
+    size_t a[14], most = 0, *active = NULL;
     double limit;
     unsigned long long moved;
     (void)self;
-    if (!arguments(args, given, a, 13, &limit, 1))
+    if (!arguments(args, given, a, 14, &limit, 1))
         return NULL;
-    const Layer *layer = (void *)a[0];
-    for (size_t l = 0; a[10] == 1 && l < a[1]; l++)
-        if (layer[l].out > most)
-            most = layer[l].out;
-    if (a[10] == 1 && (active = malloc(most * sizeof(size_t))) == NULL)
+    const Operation *op = (void *)a[0];
+    const Way *way = (void *)a[1];
+    for (size_t i = 0; i < a[2]; i++)
+        if (op[i].kind == LINEAR && op[i].rows == 1 && op[i].out > most)
+            most = op[i].out;
+    if (most && (active = malloc(most * sizeof(size_t))) == NULL)
         return PyErr_NoMemory();
-    PyThreadState *others = let_others_run(a[10]);
-    if (a[12] & DOUBLE)
-        moved = chain_pull_f64(layer, a[1], (void *)a[2], (void *)a[3], (void *)a[4], (void *)a[5],
-                               (void *)a[6], (void *)a[7], (void *)a[8], (void *)a[9], a[10],
-                               (Gemm_f64 *)a[11], active, limit);
+    PyThreadState *others = let_others_run(op, a[2]);
+    if (a[13] & DOUBLE)
+        moved = chain_pull_f64(op, way, a[2], (void *)a[3], (void *)a[4], (void *)a[5],
+                               (void *)a[6], (void *)a[7], (void *)a[8], a[9], (void *)a[10],
+                               (void *)a[11], (Gemm_f64 *)a[12], active, limit);
     else
-        moved = chain_pull_f32(layer, a[1], (void *)a[2], (void *)a[3], (void *)a[4], (void *)a[5],
-                               (void *)a[6], (void *)a[7], (void *)a[8], (void *)a[9], a[10],
-                               (Gemm_f32 *)a[11], active, limit);
+        moved = chain_pull_f32(op, way, a[2], (void *)a[3], (void *)a[4], (void *)a[5],
+                               (void *)a[6], (void *)a[7], (void *)a[8], a[9], (void *)a[10],
+                               (void *)a[11], (Gemm_f32 *)a[12], active, limit);
     go_on(others);
     free(active);
     return PyLong_FromUnsignedLongLong(moved);
-}
-
-static PyObject *py_masked(PyObject *self, PyObject *const *args, Py_ssize_t given)
-{
-    size_t a[5];
-    (void)self;
-    if (!arguments(args, given, a, 5, NULL, 0))
-        return NULL;
-    double squares = a[4] & DOUBLE
-                         ? masked_f64((void *)a[0], (void *)a[1], (void *)a[2], a[3])
-                         : masked_f32((void *)a[0], (void *)a[1], (void *)a[2], a[3]);
-    return PyFloat_FromDouble(sqrt(squares));
-}
-
-static PyObject *py_columns(PyObject *self, PyObject *const *args, Py_ssize_t given)
-{
-    size_t a[5];
-    double beta;
-    (void)self;
-    if (!arguments(args, given, a, 5, &beta, 1))
-        return NULL;
-    if (a[4] & DOUBLE)
-        columns_f64((void *)a[0], (void *)a[1], a[2], a[3], beta);
-    else
-        columns_f32((void *)a[0], (void *)a[1], a[2], a[3], (float)beta);
-    Py_RETURN_NONE;
 }
 
 static PyObject *py_cross_entropy(PyObject *self, PyObject *const *args, Py_ssize_t given)
@@ -184,17 +213,14 @@ static PyObject *py_norm(PyObject *self, PyObject *const *args, Py_ssize_t given
 
 static PyMethodDef METHODS[] = {
     {"chain_forward", (PyCFunction)(void (*)(void))py_chain_forward, METH_FASTCALL,
-     "chain_forward(layers, n, x, inner, y, rows, gemm, flags): y; the outputs of the others go to\n"
-     "`inner`. gemm: the address of a BLAS's function for several rows, 0 for one."},
+     "chain_forward(operations, n, x, inner, y, gemm, flags) -> whether all indices are known: y, the\n"
+     "outputs of the others in `inner`. gemm: the address of a BLAS's function, 0 for one row."},
     {"chain_pull", (PyCFunction)(void (*)(void))py_chain_pull, METH_FASTCALL,
-     "chain_pull(layers, n, x, inner, y, z, d, m, to, rates, rows, gemm, flags, limit) -> bit l:\n"
-     "layer l has moved. m: room for the widest message; to: the first layer's, 0 where it is not wanted;\n"
-     "rates: alpha and beta of every layer, or 0. Where |d| sqrt(|x|^2 [alpha != 0] + R [beta != 0])\n"
-     "is above the limit, or NaN, W and b of a layer stay as they are."},
-    {"masked", (PyCFunction)(void (*)(void))py_masked, METH_FASTCALL,
-     "masked(z, y, d, n, flags) -> |d|, where d is z, and 0 where y <= 0."},
-    {"columns", (PyCFunction)(void (*)(void))py_columns, METH_FASTCALL,
-     "columns(b, d, rows, n, flags, beta): b += beta times the sum of d's rows."},
+     "chain_pull(operations, ways, n, x, inner, y, z, d, m, apart, to, rates, gemm, flags, limit) ->\n"
+     "bit i: the weights of operation i have moved. m: room for messages, so many numbers apart; to:\n"
+     "of x; rates: of W and b, by operation, or 0. Where a number that the norm of their gradient does\n"
+     "not exceed, |d| sqrt(|x|^2 [alpha != 0] + R [beta != 0]) of a linear layer, is above the limit,\n"
+     "or NaN, they stay as they are."},
     {"cross_entropy", (PyCFunction)(void (*)(void))py_cross_entropy, METH_FASTCALL,
      "cross_entropy(y, classes, loss, d, rows, n, -ignored, flags) -> whether all classes are\n"
      "known: the mean loss, and its slope d."},
@@ -204,11 +230,16 @@ static PyMethodDef METHODS[] = {
 };
 
 static struct PyModuleDef MODULE = {
-    PyModuleDef_HEAD_INIT, "_rows", "Linear layers; see rows.py.", -1, METHODS,
+    PyModuleDef_HEAD_INIT, "_rows", "Chains of operations; see rows.py.", -1, METHODS,
     NULL, NULL, NULL, NULL,
 };
 
 PyMODINIT_FUNC PyInit__rows(void)
 {
-    return PyModule_Create(&MODULE);
+    PyObject *module = PyModule_Create(&MODULE);
+    if (module != NULL && PyModule_AddIntConstant(module, "LAYOUT", 2) < 0) { /* as in rows.py */
+        Py_DECREF(module);
+        return NULL;
+    }
+    return module;
 }

@@ -44,25 +44,19 @@ NAME(products)(const REAL *w, const REAL *x, REAL *sum, size_t n, int many)
             sum[r] += w[r * n + i] * x[i];
 }
 
-static inline void NAME(finish)(const REAL *bias, REAL *y, size_t o, REAL sum, int relu)
-{
-    REAL value = bias ? sum + bias[o] : sum;
-    y[o] = relu && value < 0 ? 0 : value;
-}
-
-CLONES static void NAME(forward)(const REAL *w, const REAL *bias, const REAL *x, REAL *y,
-                                 size_t out, size_t in, int relu)
+CLONES static void NAME(one_forward)(const REAL *w, const REAL *bias, const REAL *x, REAL *y,
+                                     size_t out, size_t in)
 {
     REAL sum[GROUP];
     size_t o = 0;
     for (; o + GROUP <= out; o += GROUP) {
         NAME(products)(w + o * in, x, sum, in, GROUP);
         for (int r = 0; r < GROUP; r++)
-            NAME(finish)(bias, y, o + r, sum[r], relu);
+            y[o + r] = bias ? sum[r] + bias[o + r] : sum[r];
     }
     for (; o < out; o++) {
         NAME(products)(w + o * in, x, sum, in, 1);
-        NAME(finish)(bias, y, o, sum[0], relu);
+        y[o] = bias ? sum[0] + bias[o] : sum[0];
     }
 }
 
@@ -129,43 +123,23 @@ NAME(all_rows)(REAL *w, const size_t *active, size_t count, const REAL *x, const
         NAME(rows)(w, active + a, x, d, m, n, alpha, 1, wanted, moves);
 }
 
-CLONES static int NAME(pull)(REAL *w, REAL *bias, const REAL *x, const REAL *z, const REAL *y,
-                             REAL *d, REAL *m, size_t out, size_t in, size_t *active, double alpha,
-                             double beta, double limit)
+/* m = W^T d and the update of one row, over the rows of W with d != 0 (NaN counts). active: room
+   for their numbers. */
+CLONES static void NAME(one_pull)(REAL *w, const REAL *x, const REAL *d, REAL *m, size_t out,
+                                  size_t in, size_t *active, REAL alpha)
 {
     size_t count = 0;
-    for (size_t o = 0; o < out; o++) {
-        d[o] = y != NULL && y[o] <= 0 ? 0 : z[o];
-        if (d[o] != 0) /* NaN counts */
+    for (size_t o = 0; o < out; o++)
+        if (d[o] != 0)
             active[count++] = o;
-    }
-    int moves = alpha != 0 || beta != 0;
-    if (moves) {
-        double reach = (alpha != 0 ? NAME(squares)(x, in) : 0) + (beta != 0);
-        moves = sqrt(NAME(squares)(d, out) * reach) <= limit;
-    }
     if (m != NULL)
         memset(m, 0, in * sizeof(REAL));
-    if (moves && alpha != 0) {
-        if (m != NULL)
-            NAME(all_rows)(w, active, count, x, d, m, in, (REAL)alpha, 1, 1);
-        else
-            NAME(all_rows)(w, active, count, x, d, m, in, (REAL)alpha, 0, 1);
-    } else if (m != NULL) {
+    if (alpha != 0 && m != NULL)
+        NAME(all_rows)(w, active, count, x, d, m, in, alpha, 1, 1);
+    else if (alpha != 0)
+        NAME(all_rows)(w, active, count, x, d, m, in, alpha, 0, 1);
+    else if (m != NULL)
         NAME(all_rows)(w, active, count, x, d, m, in, 0, 1, 0);
-    }
-    if (moves && beta != 0 && bias != NULL)
-        for (size_t o = 0; o < out; o++)
-            bias[o] += (REAL)beta * d[o];
-    return moves;
-}
-
-/* Of several rows: d = z, 0 where y <= 0; the sum of d's squares. */
-CLONES static double NAME(masked)(const REAL *z, const REAL *y, REAL *d, size_t n)
-{
-    for (size_t i = 0; i < n; i++)
-        d[i] = y[i] <= 0 ? 0 : z[i];
-    return NAME(squares)(d, n);
 }
 
 /* b += beta times the sum of the rows of d: 64 bytes of columns at a time, row after row. */
@@ -216,8 +190,7 @@ static int NAME(cross_entropy)(const REAL *y, const int64_t *k, REAL *loss, REAL
     return 1;
 }
 
-/* -- several rows: x (R, I), y, z, d (R, O); a layer's part of `inner` and of d is filled up to a
-   multiple of 64 bytes.
+/* -- several rows: x (R, I), y, z, d (R, O).
 
    A matrix of rows is the transposed one to the Fortran interface of a BLAS, which has columns:
 
@@ -232,103 +205,297 @@ typedef void NAME(Gemm)(const char *, const char *, const int64_t *, const int64
                         const int64_t *, const REAL *, const REAL *, const int64_t *,
                         const REAL *, const int64_t *, const REAL *, REAL *, const int64_t *);
 
-CLONES static void NAME(cut)(REAL *y, size_t n)
+/* f of every number; act: its number in rows.c. y may be x. */
+CLONES static void NAME(activate)(const REAL *x, REAL *y, size_t n, size_t act)
+{
+    if (act == RELU)
+        for (size_t i = 0; i < n; i++)
+            y[i] = x[i] < 0 ? 0 : x[i];
+    else if (act == TANH)
+        for (size_t i = 0; i < n; i++)
+            y[i] = (REAL)tanh_of(x[i]);
+    else if (act == SIGMOID)
+        for (size_t i = 0; i < n; i++)
+            y[i] = (REAL)sigmoid_of(x[i]);
+    else if (act == SILU)
+        for (size_t i = 0; i < n; i++)
+            y[i] = (REAL)(x[i] * sigmoid_of(x[i]));
+}
+
+/* d = z f', which follows from y = f(x), or (SILU) from y = x. d may be z. */
+CLONES static void NAME(slopes)(const REAL *z, const REAL *y, REAL *d, size_t n, size_t act)
+{
+    if (act == RELU)
+        for (size_t i = 0; i < n; i++)
+            d[i] = y[i] <= 0 ? 0 : z[i];
+    else if (act == TANH)
+        for (size_t i = 0; i < n; i++)
+            d[i] = z[i] * (1 - y[i] * y[i]);
+    else if (act == SIGMOID)
+        for (size_t i = 0; i < n; i++)
+            d[i] = z[i] * (1 - y[i]) * y[i];
+    else if (act == SILU)
+        for (size_t i = 0; i < n; i++) {
+            double s = sigmoid_of(y[i]);
+            d[i] = (REAL)(z[i] * (s * (1 + y[i] * (1 - s))));
+        }
+    else
+        memmove(d, z, n * sizeof(REAL));
+}
+
+/* to = a + s b. */
+CLONES static void NAME(sum)(const REAL *a, const REAL *b, REAL *to, size_t n, REAL s)
 {
     for (size_t i = 0; i < n; i++)
-        y[i] = y[i] < 0 ? 0 : y[i];
+        to[i] = a[i] + s * b[i];
 }
 
-static void NAME(many_forward)(const Layer *layer, const REAL *x, REAL *y, size_t rows,
+CLONES static void NAME(scale)(const REAL *x, REAL *to, size_t n, REAL s)
+{
+    for (size_t i = 0; i < n; i++)
+        to[i] = s * x[i];
+}
+
+/* -- layer norm, row by row, sums in doubles:
+       y = (x - mean) r w + b,   r = (variance + e)^(-1/2);      with u = z w, v = (x - mean) r
+       m = r (u - mean(u) - v mean(u v)),   g_w = sum z v,   g_b = sum z */
+
+#define SUM8(total, term)                                                                          \
+    do {                                                                                           \
+        double part[8] = {0};                                                                      \
+        size_t i = 0;                                                                              \
+        for (; i + 8 <= n; i += 8)                                                                 \
+            for (size_t j = 0; j < 8; j++)                                                         \
+                part[j] += term(i + j);                                                            \
+        for (; i < n; i++)                                                                         \
+            part[0] += term(i);                                                                    \
+        total = ((part[0] + part[4]) + (part[2] + part[6])) +                                      \
+                ((part[1] + part[5]) + (part[3] + part[7]));                                       \
+    } while (0)
+
+CLONES static void NAME(norm_forward)(const REAL *x, REAL *y, double *known, const REAL *w,
+                                      const REAL *b, size_t rows, size_t n, double epsilon)
+{
+    for (size_t row = 0; row < rows; row++, x += n, y += n, known += 2) {
+        double mean, squares;
+#define TERM(i) (double)x[i]
+        SUM8(mean, TERM);
+#undef TERM
+        mean /= (double)n;
+#define TERM(i) (x[i] - mean) * (x[i] - mean)
+        SUM8(squares, TERM);
+#undef TERM
+        double r = 1 / sqrt(squares / (double)n + epsilon);
+        known[0] = mean;
+        known[1] = r;
+        if (w == NULL)
+            for (size_t i = 0; i < n; i++)
+                y[i] = (REAL)((x[i] - mean) * r);
+        else
+            for (size_t i = 0; i < n; i++)
+                y[i] = (REAL)((x[i] - mean) * r * w[i] + (b ? b[i] : 0));
+    }
+}
+
+/* to: NULL, or where m goes; it may be z. g: g_w and g_b where there is a w. */
+CLONES static void NAME(norm_pull)(const REAL *x, const REAL *z, const double *known, const REAL *w,
+                                   REAL *g, REAL *to, size_t rows, size_t n)
+{
+    if (w != NULL)
+        memset(g, 0, 2 * n * sizeof(REAL));
+    for (size_t row = 0; row < rows; row++, x += n, z += n, known += 2) {
+        double mean = known[0], r = known[1], mean_u, mean_uv;
+        for (size_t i = 0; w != NULL && i < n; i++) {
+            g[i] += (REAL)(z[i] * ((x[i] - mean) * r));
+            g[n + i] += z[i];
+        }
+        if (to == NULL)
+            continue;
+#define U(i) (w ? (double)z[i] * w[i] : (double)z[i])
+#define TERM(i) U(i) * ((x[i] - mean) * r)
+        SUM8(mean_u, U);
+        SUM8(mean_uv, TERM);
+        mean_u /= (double)n;
+        mean_uv /= (double)n;
+        for (size_t i = 0; i < n; i++)
+            to[i] = (REAL)(r * (U(i) - mean_u - (x[i] - mean) * r * mean_uv));
+#undef TERM
+#undef U
+        to += n;
+    }
+}
+#undef SUM8
+
+/* -- linear layers */
+
+static void NAME(linear_forward)(const Operation *o, const REAL *x, REAL *y, NAME(Gemm) *gemm)
+{
+    const REAL one = 1, none = 0, *w = (const REAL *)o->w, *bias = (const REAL *)o->b;
+    const int64_t out = o->out, in = o->in, many = o->rows;
+    if (o->rows == 1) {
+        NAME(one_forward)(w, bias, x, y, o->out, o->in);
+    } else {
+        for (size_t r = 0; bias && r < o->rows; r++)
+            memcpy(y + r * o->out, bias, o->out * sizeof(REAL));
+        gemm("T", "N", &out, &many, &in, &one, w, &in, x, &in, bias ? &one : &none, y, &out);
+    }
+    NAME(activate)(y, y, o->rows * o->out, o->act);
+}
+
+/* Where a weight moves, its rate is not 0; the bound is that of its layer's gradient. */
+static int NAME(linear_pull)(const Operation *o, const REAL *x, const REAL *z, const REAL *y,
+                             REAL *d, REAL *m, NAME(Gemm) *gemm, size_t *active, double alpha,
+                             double beta, double limit)
+{
+    const REAL one = 1, none = 0;
+    const size_t outs = o->rows * o->out;
+    const int64_t out = o->out, in = o->in, many = o->rows;
+    REAL step = (REAL)alpha, *w = (REAL *)o->w, *bias = (REAL *)o->b;
+    NAME(slopes)(z, y, d, outs, o->act);
+    int moves = alpha != 0 || beta != 0;
+    if (moves) {
+        double reach = beta != 0 ? (double)o->rows : 0;
+        if (alpha != 0)
+            reach += NAME(squares)(x, o->rows * o->in);
+        moves = sqrt(NAME(squares)(d, outs) * reach) <= limit; /* NaN is above it */
+    }
+    step = moves ? step : 0;
+    if (o->rows == 1) {
+        NAME(one_pull)(w, x, d, m, o->out, o->in, active, step);
+    } else {
+        if (m)
+            gemm("N", "N", &in, &many, &out, &one, w, &in, d, &out, &none, m, &in);
+        if (step != 0)
+            gemm("N", "T", &in, &out, &many, &step, x, &in, d, &out, &one, w, &in);
+    }
+    if (moves && beta != 0 && bias)
+        NAME(columns)(bias, d, o->rows, o->out, (REAL)beta);
+    return moves;
+}
+
+/* -- all operations */
+
+#define VALUE(i) ((i) == 0 ? x : (i) == n ? y : inner + op[(i) - 1].at)
+
+/* Returns 0 for an index that is in no table. */
+static int NAME(chain_forward)(const Operation *op, size_t n, const REAL *x, REAL *inner, REAL *y,
                                NAME(Gemm) *gemm)
 {
-    const REAL one = 1, none = 0, *bias = (const REAL *)layer->b;
-    const int64_t out = layer->out, in = layer->in, many = rows;
-    for (size_t r = 0; bias && r < rows; r++)
-        memcpy(y + r * layer->out, bias, layer->out * sizeof(REAL));
-    gemm("T", "N", &out, &many, &in, &one, (const REAL *)layer->w, &in, x, &in,
-         bias ? &one : &none, y, &out);
-    if (layer->relu)
-        NAME(cut)(y, rows * layer->out);
-}
-
-static int NAME(many_pull)(const Layer *layer, const REAL *x, const REAL *z, const REAL *y, REAL *d,
-                           REAL *m, size_t rows, NAME(Gemm) *gemm, double alpha, double beta,
-                           double limit)
-{
-    const REAL one = 1, none = 0, step = (REAL)alpha;
-    const size_t outs = rows * layer->out;
-    const int64_t out = layer->out, in = layer->in, many = rows;
-    double squares;
-    if (layer->relu) {
-        squares = NAME(masked)(z, y, d, outs);
-    } else {
-        memcpy(d, z, outs * sizeof(REAL));
-        squares = NAME(squares)(d, outs);
+    for (size_t i = 0; i < n; i++) {
+        const Operation *o = &op[i];
+        const REAL *a = VALUE(o->read[0]);
+        REAL *to = i == n - 1 ? y : inner + o->at;
+        const size_t outs = o->rows * o->out;
+        const int64_t *index = (const int64_t *)a;
+        switch (o->kind) {
+        case LINEAR:
+            NAME(linear_forward)(o, a, to, gemm);
+            break;
+        case NORM:
+            NAME(norm_forward)(a, to, (double *)(inner + o->known), (const REAL *)o->w,
+                               (const REAL *)o->b, o->rows, o->out, o->number);
+            break;
+        case ACTIVATION:
+            NAME(activate)(a, to, outs, o->act);
+            break;
+        case ADD:
+            NAME(sum)(a, VALUE(o->read[1]), to, outs, (REAL)o->number);
+            break;
+        case SCALE:
+            NAME(scale)(a, to, outs, (REAL)o->number);
+            break;
+        default:
+            for (size_t r = 0; r < o->rows; r++) {
+                if (index[r] < 0 || (size_t)index[r] >= o->in)
+                    return 0;
+                memcpy(to + r * o->out, (const REAL *)o->w + index[r] * o->out,
+                       o->out * sizeof(REAL));
+            }
+        }
     }
-    if (m)
-        gemm("N", "N", &in, &many, &out, &one, (const REAL *)layer->w, &in, d, &out, &none, m, &in);
-    if (alpha == 0 && beta == 0)
-        return 0;
-    double reach = beta != 0 ? (double)rows : 0;
-    if (alpha != 0)
-        reach += NAME(squares)(x, rows * layer->in);
-    if (!(sqrt(squares * reach) <= limit)) /* NaN is above it */
-        return 0;
-    if (alpha != 0)
-        gemm("N", "T", &in, &out, &many, &step, x, &in, d, &out, &one, (REAL *)layer->w, &in);
-    if (beta != 0 && layer->b)
-        NAME(columns)((REAL *)layer->b, d, rows, layer->out, (REAL)beta);
     return 1;
 }
 
-/* -- all layers; one row has products of its own */
-
-static void NAME(chain_forward)(const Layer *layer, size_t n, const REAL *x, REAL *inner, REAL *y,
-                                size_t rows, NAME(Gemm) *gemm)
+/* What is kept of z in d, and the updates; the message of the first value read goes to m. */
+static int NAME(operation_pull)(const Operation *o, const REAL *x, const REAL *z, const REAL *y,
+                                const REAL *inner, REAL *d, REAL *m, NAME(Gemm) *gemm,
+                                size_t *active, const double *rates, double limit)
 {
-    for (size_t l = 0; l < n; l++) {
-        REAL *to = l == n - 1 ? y : inner;
-        if (rows == 1)
-            NAME(forward)((const REAL *)layer[l].w, (const REAL *)layer[l].b, x, to, layer[l].out,
-                          layer[l].in, layer[l].relu != 0);
-        else
-            NAME(many_forward)(&layer[l], x, to, rows, gemm);
-        x = to;
-        inner += FILLED(rows * layer[l].out);
+    const size_t outs = o->rows * o->out;
+    double alpha = rates ? rates[0] : 0, beta = rates ? rates[1] : 0;
+    const int64_t *index = (const int64_t *)x;
+    int moves = alpha != 0 || beta != 0;
+    switch (o->kind) {
+    case LINEAR:
+        return NAME(linear_pull)(o, x, z, y, d, m, gemm, active, alpha, beta, limit);
+    case NORM:
+        NAME(norm_pull)(x, z, (const double *)(inner + o->known), (const REAL *)o->w, d, m, o->rows,
+                        o->out);
+        moves = moves && o->w && sqrt(NAME(squares)(d, 2 * o->out)) <= limit;
+        if (moves)
+            NAME(sum)((REAL *)o->w, d, (REAL *)o->w, o->out, (REAL)alpha);
+        if (moves && o->b)
+            NAME(sum)((REAL *)o->b, d + o->out, (REAL *)o->b, o->out, (REAL)beta);
+        return moves;
+    case ACTIVATION:
+        if (m)
+            NAME(slopes)(z, o->act == SILU ? x : y, m, outs, o->act);
+        return 0;
+    case EMBEDDING:
+        for (size_t r = 0; r < o->rows; r++)
+            if ((double)index[r] == o->number) /* padding */
+                memset(d + r * o->out, 0, o->out * sizeof(REAL));
+            else
+                memcpy(d + r * o->out, z + r * o->out, o->out * sizeof(REAL));
+        moves = moves && sqrt(NAME(squares)(d, outs) * (double)o->rows) <= limit;
+        for (size_t r = 0; moves && r < o->rows; r++) {
+            REAL *row = (REAL *)o->w + index[r] * o->out;
+            NAME(sum)(row, d + r * o->out, row, o->out, (REAL)alpha);
+        }
+        return moves;
+    default:
+        if (m)
+            NAME(scale)(z, m, outs, o->kind == SCALE ? (REAL)o->number : 1);
+        return 0;
     }
 }
 
-/* From the last layer to the first; z of a layer is the message of the one above. active: of one
-   row, room for the numbers of the outputs of the widest layer. */
-static unsigned long long NAME(chain_pull)(const Layer *layer, size_t n, const REAL *x,
-                                           const REAL *inner, const REAL *y, const REAL *z,
-                                           REAL *d, REAL *m, REAL *to, const double *rates,
-                                           size_t rows, NAME(Gemm) *gemm, size_t *active,
+/* From the last operation to the first. A place of a message: NONE, GIVEN (z), SENT (to), or one in
+   m, so many numbers apart. active: of one row, room for the outputs of the widest layer. */
+static unsigned long long NAME(chain_pull)(const Operation *op, const Way *way, size_t n,
+                                           const REAL *x, const REAL *inner, const REAL *y,
+                                           REAL *z, REAL *d, REAL *m, size_t apart, REAL *to,
+                                           const double *rates, NAME(Gemm) *gemm, size_t *active,
                                            double limit)
 {
     unsigned long long moved = 0;
-    size_t at = 0;
-    for (size_t l = 0; l < n; l++)
-        at += FILLED(rows * layer[l].out);
-    for (size_t l = n; l-- > 0;) {
-        at -= FILLED(rows * layer[l].out);
-        const REAL *out = l == n - 1 ? y : inner + at;
-        const REAL *in = l == 0 ? x : inner + at - FILLED(rows * layer[l - 1].out);
-        REAL *message = l == 0 ? to : m;
-        const double alpha = rates ? rates[2 * l] : 0, beta = rates ? rates[2 * l + 1] : 0;
-        int moves = rows == 1
-                        ? NAME(pull)((REAL *)layer[l].w, (REAL *)layer[l].b, in, z,
-                                     layer[l].relu ? out : NULL, d + at, message, layer[l].out,
-                                     layer[l].in, active, alpha, beta, limit)
-                        : NAME(many_pull)(&layer[l], in, z, out, d + at, message, rows, gemm, alpha,
-                                          beta, limit);
-        if (moves)
-            moved |= 1ULL << l;
-        z = message;
+#define PLACE(p) ((p) == NONE ? NULL : (p) == GIVEN ? z : (p) == SENT ? to : m + ((p) - FIRST) * apart)
+    for (size_t i = n; i-- > 0;) {
+        const Operation *o = &op[i];
+        if (way[i].z == NONE)
+            continue;
+        const REAL *about = PLACE(way[i].z);
+        REAL *first = PLACE(way[i].to[0]), *second = PLACE(way[i].to[1]);
+        const REAL *had = PLACE(way[i].had[0]);
+        const size_t ins = o->kind == LINEAR ? o->rows * o->in : o->rows * o->out;
+        if (NAME(operation_pull)(o, VALUE(o->read[0]), about, VALUE(i + 1), inner, d + o->d, first,
+                                 gemm, active, rates ? rates + 2 * i : NULL, limit))
+            moved |= 1ULL << i;
+        if (first && had)
+            NAME(sum)(had, first, first, ins, 1);
+        if (!second)
+            continue;
+        had = PLACE(way[i].had[1]);
+        if (had)
+            NAME(sum)(had, about, second, ins, (REAL)o->number);
+        else
+            NAME(scale)(about, second, ins, (REAL)o->number);
     }
     return moved;
+#undef PLACE
 }
 
+#undef VALUE
 #undef AT
 #undef OF
 #undef VECTOR

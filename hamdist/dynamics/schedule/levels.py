@@ -12,7 +12,7 @@
     bptt        layer     inf    sequence      -               trace   sequence
 
 Combinations that cannot mean anything are refused here with the reason; those that do not fit a
-particular graph are refused in schedule.py.
+particular graph are refused in make.py.
 """
 
 from __future__ import annotations

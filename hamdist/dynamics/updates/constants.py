@@ -64,8 +64,8 @@ class Dynamics:
     adaptive steps. momentum: the share of omega that a sequence takes over from the one before it
     (presentation 'sequence'). adaptive: beta by weight, as Adam has it. reset, limit: see
     DynamicsSettings. average: of the weights; clip: the most that |tau g| may be; ahead: momentum
-    looks ahead (weights.py); inputs: what steps do about theirs (whitening.py). blocks, learning:
-    overrides by pattern, for `of`. per_lr: beta at a learning rate of 1.
+    looks ahead (weights.py); inputs: how steps precondition a layer's inputs (whitening.py).
+    blocks, learning: overrides by pattern, for `of`. per_lr: beta at a learning rate of 1.
     """
 
     tau: TickSchedule | None

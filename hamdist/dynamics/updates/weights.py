@@ -139,7 +139,7 @@ class Weights(Remembers):
         self._bound = math.inf  # not known
 
     def scaled_by(self, scale: Scale, item_of: Callable[[int], int]) -> Scale:  # noqa: ARG002
-        """`scale` (of beta, by sample), asked for before each `move`. item_of: of a sample."""
+        """Return the factor of beta by sample. item_of: the sample's number, by its pulse's."""
         return scale
 
     def at_once(self, scale: float, tau: float) -> AtOnce | None:

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from hamdist.dynamics.native.chain import Activation
 from hamdist.dynamics.vjp.kernels import aten
 
 ActivationForward: TypeAlias = Callable[[Tensor], Tensor]
@@ -78,6 +79,14 @@ FROM_INPUT: dict[type, Callable[[Any], tuple[ActivationForward, ActivationVjp]]]
     nn.ELU: _elu,
     nn.Hardtanh: _hardtanh,
     nn.ReLU6: _hardtanh,
+}
+
+# What the C code has.
+IN_C: dict[type, Activation] = {
+    nn.ReLU: Activation.RELU,
+    nn.Tanh: Activation.TANH,
+    nn.Sigmoid: Activation.SIGMOID,
+    nn.SiLU: Activation.SILU,
 }
 
 # What a forward of one's own calls, as a module.

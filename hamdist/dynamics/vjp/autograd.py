@@ -288,7 +288,7 @@ class LocalFunction(Remembers):
             self._random.restore(state["random"])
 
     def held(self, record: Any) -> dict[str, Any]:
-        """Return a record as plain data (state/remember.py)."""
+        """Return a record as plain data (saved_state/)."""
         live = {t.untyped_storage().data_ptr() for t in self.module.parameters()}
         live |= {t.untyped_storage().data_ptr() for t in self.module.buffers()}
         return {

@@ -17,8 +17,9 @@ from hamdist.dynamics.saved_state.remember import Slot, nested_slots
 from hamdist.dynamics.vjp.autograd import LocalFunction
 from hamdist.dynamics.vjp.gradient import AtOnce, Gradient, Gradients
 from hamdist.dynamics.vjp.kernels import KeptTensors
-from hamdist.dynamics.vjp.linear_chain import Chain
-from hamdist.dynamics.vjp.program import ProgramStep, read_program
+from hamdist.dynamics.vjp.native_chain import Chain
+from hamdist.dynamics.vjp.program import read_program
+from hamdist.dynamics.vjp.steps import ProgramStep, needed, pull_steps, run_steps
 from hamdist.errors import SnapshotError
 
 
@@ -62,14 +63,9 @@ class ClosedFunction(LocalFunction):
             return Steps([made], [x], (wanted[0] and x.is_floating_point(),), made[0])
         given = [t.detach() if t.requires_grad else t for t in inputs]
         wants = tuple(w and t.is_floating_point() for w, t in zip(wanted, given, strict=True))
-        values: list[Any] = combined(self._combine, given)
-        kept: list[KeptTensors] = []
-        for i, step in enumerate(self._steps):
-            before = None if old is None or step.lasting else old.kept[i]
-            made = step.kernel.forward(before, *[values[r] for r in step.reads])
-            kept.append(made)
-            values.append(made[0])
-        return Steps(kept, given, wants, values[-1])
+        before = None if old is None else old.kept
+        kept = run_steps(self._steps, combined(self._combine, given), before)
+        return Steps(kept, given, wants, kept[-1][0])
 
     def pull(  # type: ignore[override]
         self,
@@ -128,41 +124,24 @@ class ClosedFunction(LocalFunction):
         """Return the messages to the parents; put the gradients into `g`, if given."""
         needs = self._wanted(wanted, weights=g is not None)
         only = self._only
-        if only is not None and len(wanted) == 1 and needs[0][0]:
+        if only is not None and len(wanted) == 1 and needs[-1][0]:
             (m,) = only.kernel.pull(record.kept[0], cotangent, wanted, g)
             if not wanted[0]:
                 return [None]
             return [torch.zeros_like(record.inputs[0]) if m is None else m]
-        many = len(_combined_places(self._combine, len(record.inputs)))
-        about: list[Tensor | None] = [None] * (many + len(self._steps))
-        about[-1] = cotangent
-        for i in range(len(self._steps) - 1, -1, -1):
-            step, z = self._steps[i], about[many + i]
-            if z is None or not needs[i][0]:
-                continue
-            found = step.kernel.pull(record.kept[i], z, needs[i][1], g)
-            for place, one in zip(step.reads, found, strict=True):
-                if one is not None:
-                    had = about[place]
-                    about[place] = one if had is None else had + one
-        return self._apart(record, wanted, about[:many])
+        about = pull_steps(self._steps, record.kept, cotangent, needs, g)
+        return self._apart(record, wanted, about)
 
     def _wanted(
         self, wanted: tuple[bool, ...], *, weights: bool
     ) -> list[tuple[bool, tuple[bool, ...]]]:
-        """Return by step whether it has anything to do, and which of its inputs need a product."""
+        """Return `needed` for messages to these parents."""
         key = (*wanted, weights)
         known = self._needs.get(key)
         if known is None:
             places = _combined_places(self._combine, len(wanted))
             asks = [any(wanted[p] for p in place) for place in places]
-            known = []
-            for step in self._steps:
-                reads = tuple(asks[r] for r in step.reads)
-                own = weights and any(w is not None for w in step.kernel.weights)
-                known.append((own or any(reads), reads))
-                asks.append(own or any(reads))
-            self._needs[key] = known
+            known = self._needs[key] = needed(self._steps, asks, weights=weights)
         return known
 
     def _apart(
@@ -196,7 +175,11 @@ def closed_cell(
 ) -> ClosedFunction | None:
     """Return the closed form of `module` with so many parents; None where it has none.
 
-    native: its linear layers run in C for batches of one row (native/rows.py).
+    <<<<<<< HEAD
+        native: kernels that follow each other run in C (native/chain.py).
+    =======
+        native: its chains of linear layers run in C (native/rows.py).
+    >>>>>>> main
     """
     program = read_program(module, len(_combined_places(combine, parents)), native=native)
     return None if program is None else ClosedFunction(module, combine, seed, program)

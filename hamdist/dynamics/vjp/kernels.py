@@ -17,8 +17,8 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 
-from hamdist.dynamics.native import rows
-from hamdist.dynamics.vjp.gradient import AtOnce, Column, Gradients, Outer, TableRows
+from hamdist.dynamics.native.chain import Activation, Operation, OperationKind
+from hamdist.dynamics.vjp.gradient import Column, Gradients, Outer, TableRows
 
 aten = torch.ops.aten
 
@@ -40,6 +40,9 @@ class Kernel(Protocol):
 
     @property
     def weights(self) -> tuple[int | None, ...]: ...
+
+    def operation(self, reads: tuple[int, ...]) -> Operation | None:
+        """Return it for the C code, on these values; None where that has none."""
 
     @property
     def forward(self) -> Callable[..., KeptTensors]:
@@ -70,41 +73,47 @@ def rows_of_width(x: Tensor, width: int) -> Tensor:
     return x if x.dim() == 2 else x.reshape(-1, width)
 
 
-class Linear:
+class Lends:
+    """Memory for z^T df/dx.
+
+    lends: it stays inside the block, so that it is used again: by the pull after the next, for
+    until then it may be a factor of omega.
+    """
+
+    def __init__(self) -> None:
+        self.lends = False
+        self._products: list[Tensor | None] = [None, None]
+
+    def lent(self, x: Tensor) -> Tensor:
+        """Return memory like x."""
+        to = like(self._products if self.lends else None, 0, x.shape, x)
+        if self.lends:
+            self._products = [self._products[1], to]
+        return to
+
+
+class Linear(Lends):
     """f = x W^T + b, or the relu of it; with d = z (behind a relu: where f > 0)
     z^T df/dx = d W, z^T df/dW = d^T x, z^T df/db = sum of d's rows.
 
-    relu: set where a relu is the only reader of the layer. lends: z^T df/dx stays inside the block,
-    so that its memory is used again: by the pull after the next, for until then it may be a factor
-    of omega. native: elementwise operations run in C (native/rows.py), in as few passes as can be;
-    and the weights move here, where they may. owns_z: z is memory that only the next layer used,
-    so d may be written over it.
+    relu: set where a relu is the only reader of the layer.
     """
 
     owns = True
     in_place = False
 
     def __init__(self, module: nn.Linear, weights: tuple[int | None, ...]) -> None:
+        super().__init__()
         self.weights = weights
         self.relu = False
-        self.lends = False
-        self.native = False
-        self.owns_z = False
-        self._masked: list[Tensor | None] = [None, None]
         self.into, self.out = module.in_features, module.out_features
-        self._products: list[Tensor | None] = [None, None]
         self._w = module.weight.data
         self._w_t = self._w.t()
         self._b = None if module.bias is None else module.bias.data
 
-    def whole(self) -> bool:
-        """Return True if the C code can step the weights."""
-        known = [t for t in (self._w, self._b) if t is not None]
-        return all(rows.reads(t) and t.dtype is self._w.dtype for t in known)
-
-    def parts(self) -> tuple[Tensor, Tensor | None, bool]:
-        """Return W (O, I), b, and True if a relu is behind them."""
-        return self._w, self._b, self.relu
+    def operation(self, reads: tuple[int, ...]) -> Operation | None:
+        act = Activation.RELU if self.relu else Activation.IDENTITY
+        return Operation(OperationKind.LINEAR, reads, self._w, self._b, act, width=self.out)
 
     def forward(self, old: KeptTensors | None, x: Tensor) -> KeptTensors:
         flat = rows_of_width(x, self.into)
@@ -123,50 +132,15 @@ class Linear:
     ) -> tuple[Tensor | None, ...]:
         _, x, y = kept
         d = z if z.dim() == 2 else z.reshape(y.shape)
-        native = self.native and rows.reads(d) and d.dtype is self._w.dtype
-        norm: float | None = None
-        if self.relu and native:
-            z_rows = d
-            # d may take z's place where only this layer reads z. Otherwise two buffers take turns:
-            # the d of the pull before may still be a factor of omega.
-            if not self.owns_z:
-                d = like(self._masked, 0, y.shape, y)
-                self._masked = [self._masked[1], d]
-            norm = rows.masked(z_rows, y, d)
-        elif self.relu:
+        if self.relu:
             d = aten.threshold_backward(d, y, 0)
         to = None
         if wanted[0]:
             to = self.lent(x)
             torch.mm(d, self._w, out=to)
         if g is not None:
-            w, b = self.weights
-            moved = native and g.at_once is not None and self._move(d, x, norm, g.at_once)
-            g.moved += moved * ((w is not None) + (b is not None))
-            g.put(self.weights, (Outer(d, x, moved), Column(d, moved)))
+            g.put(self.weights, (Outer(d, x), Column(d)))
         return (to if to is None or z.dim() == 2 else to.view(*z.shape[:-1], self.into),)
-
-    def _move(self, d: Tensor, x: Tensor, norm: float | None, at_once: AtOnce) -> bool:
-        """W += alpha d^T x, b += beta sum of d's rows, where a number that the norm of both
-        together does not exceed is in the limit: |d| (|x|^2 + R)^(1/2). norm: |d|, if known."""
-        w, b = self.weights
-        of_d, of_x = rows.norm(d) if norm is None else norm, rows.norm(x)
-        if of_d is None or of_x is None or not d.is_contiguous():
-            return False
-        if not of_d * math.sqrt(of_x * of_x + d.shape[0]) <= at_once.limit:
-            return False
-        if w is not None and at_once.rates[w]:
-            self._w.addmm_(d.t(), x, alpha=at_once.rates[w])
-        if b is not None and self._b is not None and at_once.rates[b]:
-            rows.add_columns(self._b, d, at_once.rates[b])
-        return True
-
-    def lent(self, x: Tensor) -> Tensor:
-        """Memory for z^T df/dx."""
-        to = like(self._products if self.lends else None, 0, x.shape, x)
-        if self.lends:
-            self._products = [self._products[1], to]
-        return to
 
 
 class Embedding:
@@ -179,6 +153,12 @@ class Embedding:
         self.weights = weights
         self._table = module.weight.data
         self._padding = module.padding_idx
+
+    def operation(self, reads: tuple[int, ...]) -> Operation | None:
+        padding = -1 if self._padding is None else self._padding
+        return Operation(
+            OperationKind.EMBEDDING, reads, self._table, number=padding, width=self._table.shape[1]
+        )
 
     def forward(self, old: KeptTensors | None, x: Tensor) -> KeptTensors:  # noqa: ARG002
         return [nn.functional.embedding(x, self._table), x]
@@ -201,6 +181,9 @@ class Unary:
     weights = ()
     owns = True
     in_place = False
+
+    def operation(self, reads: tuple[int, ...]) -> Operation | None:  # noqa: ARG002
+        return None
 
     def product(self, kept: KeptTensors, z: Tensor) -> Tensor:
         """Return z^T df/dx."""
@@ -231,10 +214,15 @@ class FromResult(Unary):
         back: Callable[[Tensor, Tensor], Tensor],
         *,
         in_place: bool,
+        act: Activation = Activation.IDENTITY,
     ) -> None:
         self.in_place = in_place
+        self.act = act
         self._run = run_in_place if in_place else run
         self._back = back
+
+    def operation(self, reads: tuple[int, ...]) -> Operation | None:
+        return Operation(OperationKind.ACTIVATION, reads, act=self.act) if self.act else None
 
     def forward(self, old: KeptTensors | None, x: Tensor) -> KeptTensors:  # noqa: ARG002
         return [self._run(x)]
@@ -247,10 +235,17 @@ class FromInput(Unary):
     """An elementwise operation whose derivative follows from its input: df/dx z = back(z, x)."""
 
     def __init__(
-        self, run: Callable[[Tensor], Tensor], back: Callable[[Tensor, Tensor], Tensor]
+        self,
+        run: Callable[[Tensor], Tensor],
+        back: Callable[[Tensor, Tensor], Tensor],
+        act: Activation = Activation.IDENTITY,
     ) -> None:
         self._run = run
         self._back = back
+        self.act = act
+
+    def operation(self, reads: tuple[int, ...]) -> Operation | None:
+        return Operation(OperationKind.ACTIVATION, reads, act=self.act) if self.act else None
 
     def forward(self, old: KeptTensors | None, x: Tensor) -> KeptTensors:  # noqa: ARG002
         return [self._run(x), x]
@@ -280,6 +275,9 @@ class ScaleKernel(Unary):
     def __init__(self, factor: float) -> None:
         self._factor = factor
 
+    def operation(self, reads: tuple[int, ...]) -> Operation | None:
+        return Operation(OperationKind.SCALE, reads, number=self._factor)
+
     def forward(self, old: KeptTensors | None, x: Tensor) -> KeptTensors:  # noqa: ARG002
         return [x * self._factor]
 
@@ -296,6 +294,9 @@ class Add:
 
     def __init__(self, sign: float = 1.0) -> None:
         self._sign = sign
+
+    def operation(self, reads: tuple[int, ...]) -> Operation | None:
+        return Operation(OperationKind.ADD, reads, number=self._sign)
 
     def forward(self, old: KeptTensors | None, *x: Tensor) -> KeptTensors:  # noqa: ARG002
         a, b = x
@@ -329,6 +330,12 @@ class LayerNorm:
         self._b = None if module.bias is None else module.bias.data
         self._eps = module.eps
 
+    def operation(self, reads: tuple[int, ...]) -> Operation | None:
+        if self._w is not None and len(self._shape) > 1:
+            return None
+        width = math.prod(self._shape)
+        return Operation(OperationKind.NORM, reads, self._w, self._b, number=self._eps, width=width)
+
     def forward(self, old: KeptTensors | None, x: Tensor) -> KeptTensors:  # noqa: ARG002
         y, mean, rstd = torch.native_layer_norm(x, self._shape, self._w, self._b, self._eps)
         return [y, x, mean, rstd]
@@ -360,6 +367,9 @@ class Conv2d:
         # module.padding is a string only for 'same' and 'valid' (refused by program.py)
         self._how = (list(module.stride), [int(p) for p in padding], list(module.dilation))
         self._groups = module.groups
+
+    def operation(self, reads: tuple[int, ...]) -> Operation | None:  # noqa: ARG002
+        return None
 
     def forward(self, old: KeptTensors | None, x: Tensor) -> KeptTensors:  # noqa: ARG002
         stride, padding, dilation = self._how

@@ -7,17 +7,15 @@ to do the same at every call (purity.py); a proved one is traced by torch.fx.
 from __future__ import annotations
 
 import operator
-from collections import Counter
-from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import fx, nn
 
-from hamdist.dynamics.native.rows import NativeLayers
+from hamdist.dynamics.native.chain import Activation
 from hamdist.dynamics.tracing.traced_module import TracedModule
 from hamdist.dynamics.user_modules.hooks import is_usual
-from hamdist.dynamics.vjp.activations import FROM_INPUT, FROM_RESULT, FUNCTIONS
+from hamdist.dynamics.vjp.activations import FROM_INPUT, FROM_RESULT, FUNCTIONS, IN_C
 from hamdist.dynamics.vjp.kernels import (
     Add,
     Conv2d,
@@ -30,20 +28,9 @@ from hamdist.dynamics.vjp.kernels import (
     Reshape,
     ScaleKernel,
 )
-from hamdist.dynamics.vjp.linear_chain import Chain
+from hamdist.dynamics.vjp.native_chain import Chain, chain_of
 from hamdist.dynamics.vjp.purity import is_pure
-
-
-@dataclass(frozen=True, slots=True)
-class ProgramStep:
-    """One kernel. reads: places of its inputs among the arguments and the steps' outputs.
-
-    lasting: its output leaves the block, so that its memory is not used again.
-    """
-
-    kernel: Kernel
-    reads: tuple[int, ...]
-    lasting: bool
+from hamdist.dynamics.vjp.steps import ProgramStep
 
 
 def read_program(
@@ -51,7 +38,7 @@ def read_program(
 ) -> list[ProgramStep] | None:
     """Return the steps of `module`, which takes so many arguments; None if it has no closed form.
 
-    native: linear layers that follow each other are one kernel, in C for one row (native/rows.py).
+    native: kernels that follow each other are one, in C (native/chain.py).
     """
     try:
         return _Program(module, arguments, native=native).read()
@@ -99,30 +86,45 @@ class _Program:
         return self._steps(self._arguments + len(self._made) - 1)
 
     def _join(self) -> None:
-        """Replace linear layers that follow each other by one kernel."""
-        readers = Counter(place for _, reads in self._made for place in reads)
-        runs: list[tuple[list[Kernel], tuple[int, ...]]] = []
+        """Replace kernels by chains, each of as many as follow each other and are in C.
+
+        Of what a chain makes, nobody else reads more than its last value, and it reads one value.
+        """
+        last_reader = {p: i for i, (_, reads) in enumerate(self._made) for p in reads}
+        joined: list[tuple[Kernel, tuple[int, ...]]] = []
         now_at = {place: place for place in range(self._arguments)}  # of a value, by its place
-        for i, (kernel, reads) in enumerate(self._made):
-            before = runs[-1][0] if runs else []
-            goes_on = (
-                isinstance(kernel, Linear)
-                and bool(before)
-                and isinstance(before[0], Linear)
-                and reads == (self._arguments + i - 1,)
-                and readers[reads[0]] == 1
-                and len(before) < NativeLayers.MOST
-            )
-            if goes_on:
-                before.append(kernel)
-            else:
-                runs.append(([kernel], tuple(now_at[place] for place in reads)))
-            now_at[self._arguments + i] = self._arguments + len(runs) - 1
-        self._made = []
-        for kernels, reads in runs:
-            layers = [kernel for kernel in kernels if isinstance(kernel, Linear)]
-            joined = Chain(layers) if layers else None
-            self._made.append((kernels[0] if joined is None else joined, reads))
+        i = 0
+        while i < len(self._made):
+            chain, end = self._longest(i, last_reader)
+            kernel, reads = self._made[i]
+            reads = tuple(now_at[p] for p in (reads if chain is None else reads[:1]))
+            joined.append((kernel if chain is None else chain, reads))
+            i = end
+            now_at[self._arguments + i - 1] = self._arguments + len(joined) - 1
+        self._made = joined
+
+    def _longest(self, i: int, last_reader: dict[int, int]) -> tuple[Chain | None, int]:
+        """Return the longest chain from kernel i on, and the kernel behind it."""
+        source, *_ = self._made[i][1]
+        kernels: list[Kernel] = []
+        local: dict[int, int] = {source: 0}
+        reads: list[tuple[int, ...]] = []
+        best: tuple[Chain | None, int] = None, i + 1
+        for k in range(i, len(self._made)):
+            kernel, places = self._made[k]
+            if any(p not in local for p in places):
+                break
+            kernels.append(kernel)
+            reads.append(tuple(local[p] for p in places))
+            place = self._arguments + k
+            local[place] = len(kernels)
+            inside = (p for p in local if p not in (source, place))
+            if any(last_reader[p] > k for p in inside):
+                continue
+            chain = chain_of(kernels, reads)
+            if chain is not None:
+                best = chain, k + 1
+        return best
 
     def _steps(self, last: int) -> list[ProgramStep]:
         """Return the steps, those marked whose output leaves the block.
@@ -217,11 +219,11 @@ class _Program:
                 maker.relu = True
                 self._owns.discard(place)
                 return place
-            kernel = FromResult(run, in_place, back, in_place=works)
+            kernel = FromResult(run, in_place, back, in_place=works, act=IN_C[kind])
             return self._add(kernel, place)
         if kind in FROM_INPUT:
             run, back = FROM_INPUT[kind](m)
-            return self._add(FromInput(run, back), place)
+            return self._add(FromInput(run, back, IN_C.get(kind, Activation.IDENTITY)), place)
         raise _Unknown
 
     # -- a forward of the module's own ---------------------------------------------------------

@@ -34,13 +34,13 @@ from hamdist.runtime.nodes.source import SourceNode
 from hamdist.runtime.plan.plan import Plan
 from hamdist.runtime.process.process_memory import own_bytes, peak_bytes, reset_peak
 from hamdist.runtime.process.switches import set_switches
-from hamdist.runtime.process.threads import actor_options, pinned
+from hamdist.runtime.process.threads import pinned, processors_of_actor
 from hamdist.runtime.results.digests import Digests
 from hamdist.runtime.signals.cast import CastBorder
 from hamdist.runtime.signals.interrupts import Aborted
 from hamdist.runtime.signals.sent_log import SentLog
 from hamdist.runtime.signals.signal import Channel
-from hamdist.runtime.snapshots.writer import SnapshotWriter
+from hamdist.runtime.snapshots.process_snapshots import ProcessSnapshots
 from hamdist.runtime.transport.cuda_ipc import cuda_memory
 from hamdist.runtime.transport.gpu_ring import GpuMemory, GpuRingSender, Refusal
 from hamdist.runtime.transport.ring import GPU_SCHEME
@@ -103,9 +103,9 @@ class Worker:
             self._source.waits_with(self._look_up)
         self._channels = {c.number: c for c in plan.channels.all()}
         self._gpu_senders: dict[int, GpuRingSender] = {}
-        self._snapshot_writer: SnapshotWriter | None = None
+        self._snapshot_writer: ProcessSnapshots | None = None
         if snapshot_policy is not None and self._sent_log is not None:
-            self._snapshot_writer = SnapshotWriter(
+            self._snapshot_writer = ProcessSnapshots(
                 plan, self._all_nodes(), self._mailbox, self._sent_log
             )
             if snapshot_policy.snapshot is not None:
@@ -242,7 +242,7 @@ class Worker:
         self._sampler.begin()
         self._requests.begin()
         try:
-            with pinned(self._actor_options(index, actors)):
+            with pinned(self._processors(index, actors)):
                 run_loop(
                     nodes,
                     self._look_up,
@@ -284,9 +284,9 @@ class Worker:
         report.refusals = self._refusals()
         return report
 
-    def _actor_options(self, index: int, actors: int) -> set[int] | None:
+    def _processors(self, index: int, actors: int) -> set[int] | None:
         engine = self._plan.engine
-        return None if engine.pin is Pin.OFF else actor_options(index, actors, engine.threads)
+        return None if engine.pin is Pin.OFF else processors_of_actor(index, actors, engine.threads)
 
     def _look_up(self) -> None:
         if self._abort.is_set():

@@ -13,7 +13,7 @@ from hamdist.runtime.results.measured import ProcessSample
 from hamdist.runtime.results.result import BlockState
 from hamdist.runtime.results.trace import TraceSpan
 from hamdist.runtime.signals.edge_codecs import CompressionMap
-from hamdist.runtime.snapshots.writer import WrittenFiles
+from hamdist.runtime.snapshots.process_snapshots import WrittenFiles
 from hamdist.runtime.transport.gpu_ring import Refusal
 
 

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 
 from torch import Tensor
 
-from hamdist.runtime.nodes.live import Answered
+from hamdist.runtime.nodes.emissions import Answered
 from hamdist.runtime.plan.plan import Plan
 from hamdist.runtime.results.result import Progress
 

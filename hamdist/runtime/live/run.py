@@ -24,7 +24,7 @@ from hamdist.errors import SettingsError, Stop, StreamError
 from hamdist.runtime.live.answers import Answer, LiveStatus, versions_of
 from hamdist.runtime.live.callbacks import Callback
 from hamdist.runtime.live.journal import Journal
-from hamdist.runtime.nodes.live import Answered, HandedOver
+from hamdist.runtime.nodes.emissions import Answered, HandedOver
 from hamdist.runtime.nodes.source import checker_of
 from hamdist.runtime.plan.plan import Plan
 from hamdist.runtime.results.events import (
@@ -71,7 +71,7 @@ class LiveRun:
         self._stream, self._reader, self._journal = stream, reader, journal
         self._losses = losses or make_losses(settings.loss, settings.ignore_index)
         self._answers: dict[int, Answer] = {}
-        self._parts: dict[int, dict[str, Tensor]] = {}  # answers of which a readout's part lacks
+        self._parts: dict[int, dict[str, Tensor]] = {}  # answers that some readouts lack
         self._from: dict[str, int] = {}  # by readout: the first number that is not there
         self._asked: set[int] = set()  # by predict, which takes its answer itself
         self._progress: Progress | None = None

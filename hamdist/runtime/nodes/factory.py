@@ -24,10 +24,10 @@ import torch
 from torch import Tensor, nn
 
 from hamdist.config import Compensation, Credit, Memory, StepKind
+from hamdist.dynamics.blocks.block import BlockParts
 from hamdist.dynamics.blocks.gate import RetrospectiveInput
 from hamdist.dynamics.blocks.heads import FrozenBlock, Head, HeadBlock, HeadUpdate
 from hamdist.dynamics.blocks.hold import HoldBlock, HoldReadout
-from hamdist.dynamics.blocks.kept_passes import BlockParts
 from hamdist.dynamics.blocks.microbatch_reading import MicrobatchReading
 from hamdist.dynamics.blocks.pulse import KeepingReadout, PulseBlock, PulseReadout, ReversibleBlock
 from hamdist.dynamics.blocks.readout_loss import ReadoutLoss
@@ -54,8 +54,8 @@ from hamdist.dynamics.vjp.closed import closed_cell
 from hamdist.dynamics.vjp.joined import JoinedFunction
 from hamdist.dynamics.vjp.tied import TiedFunction
 from hamdist.errors import ClusterError
+from hamdist.runtime.nodes.emissions import LiveBlock
 from hamdist.runtime.nodes.hold import HoldNode
-from hamdist.runtime.nodes.live import LiveBlock
 from hamdist.runtime.nodes.mailbox import Mailbox
 from hamdist.runtime.nodes.pulse import PulseNode
 from hamdist.runtime.nodes.sequence import SequenceNode

@@ -11,7 +11,7 @@ import torch
 from hamdist.dynamics.blocks.energy import Records
 from hamdist.dynamics.graph.graph import BlockSpec
 from hamdist.dynamics.saved_state.remember import Remembers
-from hamdist.runtime.nodes.live import LiveBlock
+from hamdist.runtime.nodes.emissions import LiveBlock
 from hamdist.runtime.nodes.mailbox import Mailbox
 from hamdist.runtime.nodes.ports import BlockContents, Ports, block_state, make_metrics
 from hamdist.runtime.plan.plan import Plan

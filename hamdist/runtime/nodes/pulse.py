@@ -9,8 +9,8 @@ from typing import Any
 
 from torch import Tensor
 
+from hamdist.dynamics.blocks.block import SavesPasses
 from hamdist.dynamics.blocks.heads import HeadBlock
-from hamdist.dynamics.blocks.kept_passes import SavesPasses
 from hamdist.dynamics.blocks.pulse import (
     KeepingReadout,
     PulseBlock,

@@ -18,7 +18,7 @@ from hamdist.dynamics.schedule.events import Event, Stamp, source_events
 from hamdist.dynamics.schedule.sequence import SequenceSchedule
 from hamdist.dynamics.updates.constants import TOLERANCE
 from hamdist.errors import SnapshotError, StreamError
-from hamdist.runtime.nodes.live import emission_of
+from hamdist.runtime.nodes.emissions import emission_of
 from hamdist.runtime.nodes.mailbox import Mailbox
 from hamdist.runtime.plan.plan import Plan
 from hamdist.runtime.signals.cast import CPU

@@ -47,7 +47,7 @@ from hamdist.runtime.plan.dtypes import taken, with_cast_plans
 from hamdist.runtime.plan.heads import Heads, plan_heads
 from hamdist.runtime.plan.microbatches import cut_batches
 from hamdist.runtime.plan.optimizers import plan_optimizers
-from hamdist.runtime.plan.rules import check_rules, ruled
+from hamdist.runtime.plan.rule_checks import check_rules, ruled
 from hamdist.runtime.process.arithmetic import Arithmetic, arithmetic
 from hamdist.runtime.process.switches import Switches, read_switches
 from hamdist.runtime.signals.cast import CastPlan
@@ -109,7 +109,7 @@ class Plan:
         silent: blocks that get no messages, for nothing learns there or before them.
         heads: the blocks' local readouts, where labels travel with the signal.
         replan: where delays follow from the links, makes the plan with ticks by edge.
-        native: linear layers on one row use the C code, in every process.
+        native: chains of linear layers use the C code, in every process.
         snapshot_policy: how snapshots are taken, if they are.
         skip: samples of the stream that an earlier run has had; passed: that it passed over.
         memory_of: the memory that a process can share of a device (tests replace it).

@@ -27,6 +27,7 @@ from torch.nn import functional
 
 from hamdist.config import Bits
 from hamdist.dynamics.native import rows
+from hamdist.dynamics.native.chain import Activation, NativeChain, Operation, OperationKind
 from hamdist.errors import SettingsError
 from hamdist.runtime.process.portable import other_bits, portable_environment
 from hamdist.runtime.process.switches import Switches, read_switches
@@ -251,12 +252,13 @@ def _libm() -> list[float]:
 def _in_c(dtype: torch.dtype) -> Iterator[Tensor]:
     if not rows.built():
         return
-    layer = (_numbers(dtype, 70, 130), _numbers(dtype, 70), False)
-    chain = rows.NativeLayers.of([layer])
-    if chain is not None:
-        y = torch.zeros(1, 70, dtype=dtype)
-        chain.forward(_numbers(dtype, 1, 130), y.clone(), y)
-        yield y
+    x, w, b = _numbers(dtype, 1, 130), _numbers(dtype, 70, 130), _numbers(dtype, 70)
+    layer = Operation(OperationKind.LINEAR, (0,), w, b, Activation.TANH, width=70)
+    norm = Operation(OperationKind.NORM, (1,), number=1e-5, width=70)
+    chain = NativeChain([layer, norm], [(130, 130), (70, 70), (70, 70)])
+    y = torch.zeros(1, 70, dtype=dtype)
+    chain.forward(x, y.new_empty(chain.inner), y)
+    yield y
     known = rows.cross_entropy(4 * _numbers(dtype, 4, 10), torch.tensor([1, 2, 3, 4]), -100)
     yield from known or ()
 

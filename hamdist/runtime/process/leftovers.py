@@ -25,7 +25,7 @@ def claim(folder: Path) -> None:
     """Claim a folder for this process, until `release` or its end.
 
     Args:
-        folder: exists, and nobody sweeps it (it is young, or claimed by others of its run).
+        folder: exists, and nobody removes it (it is young, or claimed by others of its run).
     """
     if folder not in _claims:
         descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
@@ -40,7 +40,7 @@ def release(folder: Path) -> None:
         os.close(descriptor)
 
 
-def sweep() -> list[Path]:
+def remove_leftovers() -> list[Path]:
     """Remove what killed runs of this user have left in the folder for temporary files.
 
     Returns:

@@ -17,7 +17,7 @@ def cores() -> int:
     return os.cpu_count() or 1
 
 
-def actor_options(index: int, actors: int, threads: int) -> set[int] | None:
+def processors_of_actor(index: int, actors: int, threads: int) -> set[int] | None:
     """Return the processor of actor `index` of the `actors` on this host; None if it gets none.
 
     It gets none if it is alone and may run where there is room, if processors are too few, if an

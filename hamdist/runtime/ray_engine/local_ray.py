@@ -17,7 +17,7 @@ import psutil
 from hamdist.config import EngineSettings
 from hamdist.errors import ClusterError
 from hamdist.runtime.process.interrupts import deaf_to_interrupts, handlers_of_ours
-from hamdist.runtime.process.leftovers import RAY_PREFIX, claim, release, sweep
+from hamdist.runtime.process.leftovers import RAY_PREFIX, claim, release, remove_leftovers
 from hamdist.runtime.ray_engine.auth_token import (
     own_token,
 )
@@ -38,7 +38,7 @@ _environment: dict[str, str] | None = None  # what hamdist sets for Ray, once it
 def local_ray(cpus: int) -> Iterator[set[psutil.Process]]:
     import ray
 
-    sweep()
+    remove_leftovers()
     folder = tempfile.mkdtemp(prefix=RAY_PREFIX, dir=short_folder())
     claim(Path(folder))
     before = set(psutil.Process().children(recursive=True))

@@ -73,7 +73,7 @@ class PlacedWorkers:
         self._called_off = False
         self.arithmetic = [plan.arithmetic]  # of all kinds of processes that the run has had
         self.notes: list[str] = []  # what there is to say of the actors before the first tick
-        self.local_forgot = False  # as Actor.forgot, of a stream in this process
+        self.local_forgot = False  # as WorkerHandle.forgot, of a stream in this process
         self.lent = 0  # channels between GPUs of one host, at the start
         self.links: dict[tuple[int, int], Link] = {}  # by pair of actors, if they were measured
         # Told of an actor that died, or ended with an error; answers whether it is replaced.

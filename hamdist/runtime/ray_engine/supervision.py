@@ -108,7 +108,7 @@ class SnapshotSupervision:
             losses, self._losses = self._losses, []
             before = len(self._recovery.replaced)
             self._recovery.replace(losses)
-            # (they have not all heard of it, and have their time again)
+            # (not all actors have heard of the snapshot that was asked for: ask again, later)
             self._asked = self._last = self._last_by = self._pace = self._for_user = None
             if self._live is not None:
                 self._live.begin_again()

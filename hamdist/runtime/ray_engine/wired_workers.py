@@ -93,7 +93,7 @@ class WiredWorkers(PlacedWorkers):
         return plan
 
     def _all_or_none(self, options_of_actors: Sequence[ActorOptions]) -> list[Any]:
-        """Start an actor for each actor options, and hold none while others are missing.
+        """Start one actor for each of `options_of_actors`; hold none while others are missing.
 
         Two runs that start at once on a cluster with room for one of them could otherwise take half
         of it each and wait for each other. (Ray's placement groups reserve at once, too, but bind a

@@ -22,7 +22,7 @@ from hamdist.runtime.placement.assign_hosts import ActorOptions
 from hamdist.runtime.placement.links import Probe
 from hamdist.runtime.plan.plan import Plan
 from hamdist.runtime.process.arithmetic import Arithmetic, arithmetic
-from hamdist.runtime.process.leftovers import sweep
+from hamdist.runtime.process.leftovers import remove_leftovers
 from hamdist.runtime.process.switches import Switches, set_switches
 from hamdist.runtime.process.threads import product_seconds
 from hamdist.runtime.timing.cluster_model import Link
@@ -51,7 +51,7 @@ class WorkerActor:
         # What the imports have made stays: without it the collection with which every run begins
         # takes milliseconds instead of a tenth of a second and more.
         gc.freeze()
-        sweep()
+        remove_leftovers()
         sys.path.extend(entry for entry in path if entry not in sys.path)
 
     def where(self) -> tuple[str, str, int]:

@@ -30,8 +30,7 @@ def compressed(
     """Return `channels` with the codecs that the settings give to the edges.
 
     One word for all edges means every edge between blocks. Signals of the stream are compressed
-    only
-    where a pattern fits their edge. Integers and targets are never compressed.
+    only where a pattern fits their edge. Integers and targets are never compressed.
 
     Args:
         channels: of the whole graph.

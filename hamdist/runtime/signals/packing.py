@@ -98,8 +98,7 @@ class Packer:
     """Packs and unpacks the signals of one channel of one run.
 
     Headers of one channel differ in their stamps alone, as long as type and shape stay the same.
-    The
-    other bytes are made and checked once, and recognised by their value from then on.
+    The other bytes are made and checked once, and recognised by their value from then on.
     """
 
     def __init__(self, run: int, channel: Channel) -> None:

@@ -70,8 +70,7 @@ class Channels(NamedTuple):
         states, messages: by edge index.
         targets: by readout; clocks: by block.
         labels: where labels travel with the signal, by the block that takes them; each passes them
-            on
-            along the first of its edges that leads to a child.
+            on along the first of its edges that leads to a child.
         gradients, weights: by tie (nodes/ties.py).
         errors: of the first readout, by the block whose rule asks for them.
     """

@@ -12,7 +12,7 @@ from hamdist.errors import HamdistWarning, SnapshotError
 from hamdist.runtime.plan.plan import Plan
 from hamdist.runtime.process.arithmetic import Arithmetic
 from hamdist.runtime.snapshots.fingerprint import fingerprint
-from hamdist.runtime.snapshots.writer import WrittenFiles
+from hamdist.runtime.snapshots.process_snapshots import WrittenFiles
 from hamdist.runtime.storage.claims import now
 from hamdist.runtime.storage.snapshot_files import (
     FORMAT,

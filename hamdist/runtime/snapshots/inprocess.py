@@ -11,7 +11,7 @@ from hamdist.runtime.nodes.mailbox import Mailbox
 from hamdist.runtime.plan.plan import Plan
 from hamdist.runtime.signals.sent_log import SentLog
 from hamdist.runtime.snapshots.catalogue import SnapshotCatalogue, SnapshotFailures
-from hamdist.runtime.snapshots.writer import SnapshotWriter, Stateful, WrittenFiles
+from hamdist.runtime.snapshots.process_snapshots import ProcessSnapshots, Stateful, WrittenFiles
 from hamdist.streams.live import LiveStream
 
 
@@ -36,7 +36,7 @@ class InProcessSnapshots:
         self._policy = plan.snapshot_policy
         self._catalogue = SnapshotCatalogue(plan)
         self._failures = SnapshotFailures()
-        self.snapshot_writer = SnapshotWriter(plan, nodes, mailbox, sent_log, self._written)
+        self.snapshot_writer = ProcessSnapshots(plan, nodes, mailbox, sent_log, self._written)
         self.on = plan.snapshot_policy.snapshot is not None
         self._seconds = plan.snapshot_policy.seconds or inf
         self._due = time.monotonic() + self._seconds

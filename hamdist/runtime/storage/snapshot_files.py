@@ -7,8 +7,8 @@
 
 A file is named after its node, the run, and the epoch of the process that wrote it, so that a
 process that was given up, or whose driver was lost, cannot write into what its successor has
-written. Nothing in a file can execute code:
-safetensors holds numbers, the rest is JSON that is checked (dynamics/saved_state, `Manifest`).
+written. Nothing in a file can execute code: safetensors holds numbers, the rest is JSON that is
+checked (dynamics/saved_state, `Manifest`).
 """
 
 from __future__ import annotations

@@ -28,7 +28,7 @@ from hamdist.dynamics.user_modules.hooks import check_hooks
 from hamdist.errors import SettingsError
 from hamdist.runtime.nodes.ties import against_ties
 from hamdist.runtime.placement.step_costs import example_input, example_inputs
-from hamdist.runtime.plan.rules import with_rules
+from hamdist.runtime.plan.rule_checks import with_rules
 from hamdist.streams.sample import SampleSpec, Stream
 from hamdist.streams.wrappers.dtype import in_dtype
 

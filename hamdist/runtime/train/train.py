@@ -31,7 +31,7 @@ from hamdist.errors import ChoiceWarning, DivergedError, HamdistWarning, Setting
 from hamdist.runtime.advice.advice import before, end_of_stream, of_resumed
 from hamdist.runtime.advice.divergence import explained
 from hamdist.runtime.engines.inprocess import InProcessEngine
-from hamdist.runtime.nodes.rules import try_rules
+from hamdist.runtime.nodes.rule_trial import try_rules
 from hamdist.runtime.placement.step_costs import example_input
 from hamdist.runtime.plan.checks import least_bytes
 from hamdist.runtime.plan.plan import Plan, make_plan, make_snapshot_policy
@@ -60,9 +60,9 @@ from hamdist.runtime.storage.claims import claimed
 from hamdist.runtime.storage.snapshot_files import Snapshot, check_usable, latest
 from hamdist.runtime.storage.store import storage
 from hamdist.runtime.train.choose_level import resolved
+from hamdist.runtime.train.named_rules import NamedRule, make_rule
 from hamdist.runtime.train.outcome import make_result
 from hamdist.runtime.train.prepare import graph_in_blocks, in_dtype_of, modules_of
-from hamdist.runtime.train.rules import NamedRule, make_rule
 from hamdist.streams.live import live_of
 from hamdist.streams.sample import SampleSpec, Stream, with_example
 from hamdist.streams.wrappers.chosen_targets import with_targets_of
@@ -94,30 +94,25 @@ def train(
 
     Args:
         model: is not changed; a copy is cut into blocks and trained. A `Graph` brings its own
-            blocks
-            and losses.
+            blocks and losses.
         stream: the samples to learn from.
         settings: of the run.
         loss: (prediction, target) -> scalar mean over the batch, instead of `settings.loss`, or one
-            for
-            each output of a model that has several.
+            for each output of a model that has several.
         policy: where blocks begin, instead of `settings.partition`.
         phi: the scale of the loss by tick (by sample, in levels of presentation 'pulse'), instead
-            of
-            `settings.dynamics.phi`.
+            of `settings.dynamics.phi`.
         optimizer: makes the torch.optim optimiser (or several) of a list of parameters, for each
-            block,
-            instead of `settings.learning.optimizer`.
+            block, instead of `settings.learning.optimizer`.
         scheduler: makes the scheduler of an optimiser, stepped once per sample.
         rules: of learning, by block or pattern, before those of `settings.learning.rules`.
         on_progress: called about four times a second, and for every phase of the start
             (`Progress.phase`), in the calling thread. It may end the run (`Stop`: the result then
-            says
-            `stopped`); any other exception does so, too, with the trained state as its `result`.
+            says `stopped`); any other exception does so, too, with the trained state as its
+            `result`.
         resume: a folder of snapshots, or one of them: the run continues from it as if it had never
             stopped; a network that is cut in another way, or another level, takes over the weights
-            and
-            the place in the stream.
+            and the place in the stream.
 
     Raises:
         SettingsError, GraphError, LevelError, SnapshotError: before anything starts.

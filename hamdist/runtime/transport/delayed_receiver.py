@@ -1,11 +1,9 @@
 """A link with a fixed latency, for tests and studies (`engine.link_delay`): a signal is handed out
-no
-sooner than so many seconds after it has arrived.
+no sooner than so many seconds after it has arrived.
 
 A thread takes the signals as they come and notes when they are due. It stops while as many signals
 as the channel has room for are overdue, so that a slow receiver still holds its sender back.
-Signals
-on their way over the link do not count: a link of d seconds holds d seconds' signals.
+Signals on their way over the link do not count: a link of d seconds holds d seconds' signals.
 """
 
 from __future__ import annotations

@@ -17,8 +17,8 @@ of g = max(1, slack // 2), so that not every signal costs a packet back. Nobody 
    u <= g - 1 taken but not yet given back. The schedule needs in_flight = C - slack of them under
    way, and g <= slack: so w + n > in_flight, as in a channel of capacity C - g + 1. The oldest
    waiting signal is then one that the receiver needs in a tick before the sender's own. A receiver
-   waits only for a signal of an earlier tick, too (`Bundle` in schedule.py). Every wait leads to a
-   strictly earlier tick; ticks are bounded from below, so somebody can go on.
+   waits only for a signal of an earlier tick, too (`Bundle` in dynamics/schedule). Every wait
+   leads to a strictly earlier tick; ticks are bounded from below, so somebody can go on.
 2. The kernel's buffer never blocks before C signals wait: `inline_limit` lets only so much payload
    into a packet that C packets fit, and `takes` leaves channels with very large C to ZeroMQ.
 3. A slot is free when its signal's room was given back. The ring has C slots and at most C signals

@@ -217,8 +217,8 @@ class LateLabels(_LateTargets):
     again, or of which blocks kept the trace), before sample n is predicted: progressive validation
     with delay (Grzenda et al. 2020; river's `progressive_val_score(delay=...)`). The readout keeps
     the predictions of the samples that wait, and scores each against its target
-    (runtime/nodes/live.py); the stream keeps as many inputs. What has no target at the end of the
-    stream is not learned. Portable where the wrapped stream is.
+    (runtime/nodes/emissions.py); the stream keeps as many inputs. What has no target at the end of
+    the stream is not learned. Portable where the wrapped stream is.
 
     `report`: `let_go`, samples let go without the target they waited for; `too_late`, targets of
     samples that wait for none, or no longer; `awaiting_most`, the most samples that waited.

@@ -27,8 +27,8 @@ from hamdist.study.report.files import final_events
 from hamdist.study.report.save import save_comparison
 from hamdist.study.report.table import comparison_table, finished_line
 from hamdist.study.run.baseline import CENTRALISED
-from hamdist.study.run.compare import PlannedRun, plan, run_key
-from hamdist.study.run.compare import compare as runs_of
+from hamdist.study.run.comparison import PlannedRun, plan, run_key
+from hamdist.study.run.comparison import compare as runs_of
 from hamdist.study.run.own_data import data_of
 from hamdist.study.run.run import DataFactory, Run
 from hamdist.study.shared.recipes import load_settings

@@ -10,11 +10,11 @@ from typing import Any
 from hamdist.config import parse_override
 from hamdist.display.table import Table
 from hamdist.errors import SettingsError
+from hamdist.study.grid.report import save_study
+from hamdist.study.grid.run import OnRecord, StudyOutcome, check, run_study
+from hamdist.study.grid.settings import Axis, StudySettings, load_study
+from hamdist.study.grid.summary import SummaryLine, summary
 from hamdist.study.shared.result_folder import RUNS, prepare_folder, results_of
-from hamdist.study.sweep.report import save_study
-from hamdist.study.sweep.run import OnRecord, StudyOutcome, check, run_study
-from hamdist.study.sweep.settings import Axis, StudySettings, load_study
-from hamdist.study.sweep.summary import SummaryLine, summary
 
 
 @dataclass(frozen=True, slots=True)

@@ -9,9 +9,9 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-from hamdist.study.sweep.settings import StudySettings, Trains, trains_of
-from hamdist.study.sweep.summary import SummaryLine
-from hamdist.study.sweep.tables import chosen, gap, held_out
+from hamdist.study.grid.settings import StudySettings, Trains, trains_of
+from hamdist.study.grid.summary import SummaryLine
+from hamdist.study.grid.tables import chosen, gap, held_out
 from harness.figures import Row, Target, missing
 from harness.output import table
 

@@ -10,7 +10,7 @@ import tempfile
 import pytest
 
 from hamdist.runtime.process import leftovers
-from hamdist.runtime.process.leftovers import claim, release, sweep
+from hamdist.runtime.process.leftovers import claim, release, remove_leftovers
 
 CLAIMS = (
     "import sys; from pathlib import Path; from hamdist.runtime.process.leftovers import claim; "
@@ -32,7 +32,7 @@ def old(folder):
 
 
 def swept(place):
-    return {folder for folder in sweep() if folder.parent == place}
+    return {folder for folder in remove_leftovers() if folder.parent == place}
 
 
 def test_a_folder_is_swept_once_its_process_was_killed(place):

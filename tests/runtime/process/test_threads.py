@@ -15,7 +15,7 @@ from torch import nn
 from hamdist.config import EngineSettings, Pin, Settings, read_settings
 from hamdist.runtime.advice.advice import thread_warnings
 from hamdist.runtime.process import threads
-from hamdist.runtime.process.threads import actor_options, pinned
+from hamdist.runtime.process.threads import pinned, processors_of_actor
 from hamdist.runtime.train.train import train
 
 pytestmark = pytest.mark.timeout(90)
@@ -38,7 +38,7 @@ needs_affinity = pytest.mark.skipif(
 )
 def test_options_of_actors(monkeypatch, processors, actors, of_a_thread, options_of_actors):
     monkeypatch.setattr(threads.os, "sched_getaffinity", lambda _: processors, raising=False)  # type: ignore[attr-defined]
-    assert [actor_options(i, actors, of_a_thread) for i in range(actors)] == options_of_actors
+    assert [processors_of_actor(i, actors, of_a_thread) for i in range(actors)] == options_of_actors
 
 
 @needs_affinity

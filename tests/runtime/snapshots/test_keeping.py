@@ -32,7 +32,7 @@ from hamdist.runtime.signals.sent_log import OBJECT_BYTES, SentLog
 from hamdist.runtime.signals.signal import Channel, Signal
 from hamdist.runtime.snapshots.catalogue import SnapshotCatalogue
 from hamdist.runtime.snapshots.inprocess import InProcessSnapshots
-from hamdist.runtime.snapshots.writer import SnapshotWriter, WrittenFiles
+from hamdist.runtime.snapshots.process_snapshots import ProcessSnapshots, WrittenFiles
 from hamdist.runtime.storage.snapshot_files import write_part
 from hamdist.runtime.storage.store import storage
 from hamdist.runtime.train.prepare import as_graph
@@ -316,7 +316,7 @@ class Stands:
 def test_no_snapshot_of_a_tick_that_has_begun(tmp_path, ticks, tick, comes):
     """Its file would hold a later state. What was asked for before is still due."""
     plan = plan_of(tmp_path, seconds=1000)
-    snapshot_writer = SnapshotWriter(plan, [Stands(k) for k in ticks], None, None)
+    snapshot_writer = ProcessSnapshots(plan, [Stands(k) for k in ticks], None, None)
     assert snapshot_writer.ask(7 if None not in ticks else 20) == (ticks != (None, None))
     before = snapshot_writer.due
     assert snapshot_writer.ask(tick) == comes

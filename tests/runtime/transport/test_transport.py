@@ -15,7 +15,7 @@ import zmq
 from hamdist.config import EngineSettings
 from hamdist.dynamics.schedule.events import Kind, Stamp
 from hamdist.errors import ClusterError, WireError
-from hamdist.runtime.process.leftovers import sweep
+from hamdist.runtime.process.leftovers import remove_leftovers
 from hamdist.runtime.signals.interrupts import Aborted
 from hamdist.runtime.signals.packing import Packer
 from hamdist.runtime.signals.signal import Channel, Signal
@@ -218,7 +218,7 @@ def test_the_socket_folder_is_private_and_goes_away(leaves_no_socket, way):
     assert address.startswith(f"{way}://{folder}/3.")
     assert stat.S_IMODE(folder.stat().st_mode) == 0o700
     os.utime(folder, (0, 0))
-    assert folder not in sweep()  # (it is claimed until it is closed, however old it is)
+    assert folder not in remove_leftovers()  # (it is claimed until it is closed, however old it is)
     endpoints.close()
     assert not folder.exists()
 

@@ -18,7 +18,7 @@ from hamdist.runtime.results.scores import evaluate
 from hamdist.streams import held_out
 from hamdist.streams.sample import Stream
 from hamdist.study.run import run as runs
-from hamdist.study.run.compare import PlannedRun, compare, plan
+from hamdist.study.run.comparison import PlannedRun, compare, plan
 from hamdist.study.run.run import Timeline, run_level
 from hamdist.study.shared.recipes import load_settings, recipes
 

@@ -26,7 +26,7 @@ from hamdist.study.report.aggregate import aggregate
 from hamdist.study.report.files import run_summary
 from hamdist.study.report.table import comparison_table, run_facts
 from hamdist.study.run.baseline import train_centralised
-from hamdist.study.run.compare import compare, plan
+from hamdist.study.run.comparison import compare, plan
 from hamdist.study.run.own_data import load_stream
 from hamdist.study.run.run import run_level
 

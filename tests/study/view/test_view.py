@@ -2,14 +2,22 @@
 
 from __future__ import annotations
 
+import contextlib
+import itertools
 import json
+import os
 import shutil
+import signal
 import time
 import urllib.error
 import urllib.request
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 
 import pytest
+import torch
+from runtime.ray_engine.test_recovery import in_an_actor
+from torch import nn
 
 import hamdist
 from hamdist.display.network import NetworkActor, NetworkBlock, NetworkEdge, PlacedNetwork
@@ -260,6 +268,56 @@ def test_the_page_in_a_browser(folder, browser):
             until(browser, "document.documentElement.scrollWidth <= window.innerWidth")
     until(browser, "!document.getElementById('gone').hidden")  # the server has ended
     assert [e for e in browser.get_log("browser") if "Failed to load" not in e["message"]] == []
+
+
+class Dies(nn.Module):
+    """Passes on what it gets; kills its process once, when the file `go` is there."""
+
+    def __init__(self, folder):
+        super().__init__()
+        self.go, self.done = str(folder / "go"), str(folder / "done")
+
+    def forward(self, x):
+        if x.device.type != "meta" and in_an_actor() and os.path.exists(self.go):
+            with contextlib.suppress(FileExistsError):
+                os.close(os.open(self.done, os.O_CREAT | os.O_EXCL))
+                os.kill(os.getpid(), signal.SIGKILL)
+        return x
+
+
+@pytest.mark.ray
+@pytest.mark.timeout(200)
+def test_a_killed_actor_is_seen_on_the_page(session, folder, browser, tmp_path, monkeypatch):
+    """A run on Ray goes on; its actor dies, and is seen to be replaced; a button ends the run."""
+    monkeypatch.setenv("HAMDIST_TEST_DRIVER", str(os.getpid()))
+    parts = [nn.Linear(6, 8), nn.Sequential(Dies(tmp_path), nn.Linear(8, 8)), nn.Linear(8, 3)]
+    batch = torch.randn(4, 6, generator=torch.Generator().manual_seed(1))
+    note = folder.watch(begun(), lambda _: None)
+
+    def look():
+        with PageServer([folder.path]) as server:
+            browser.get(server.address)
+            until(browser, "!document.getElementById('stop').disabled", 90)
+            assert len(browser.find_elements("css selector", "#network .node")) == 4
+            (tmp_path / "go").touch()
+            until(browser, "document.getElementById('log').textContent.includes('was lost at')", 60)
+            until(browser, "document.getElementById('advice').textContent.includes('replaced')")
+            tick = "hamdist.runs.values().next().value.progress.tick"
+            until(browser, f"{tick} > {browser.execute_script(f'return {tick}')}", 60)
+            by_id(browser, "stop").click()
+            until(browser, "document.getElementById('asked').textContent.includes('stop')")
+
+    with ThreadPoolExecutor(1) as pool:
+        seen = pool.submit(look)
+        result = hamdist.train(
+            nn.Sequential(*parts), itertools.repeat((batch, batch[:, :3].argmax(1))), level="trace",
+            classes=3, partition={"cuts": ["1", "2"]}, engine={"kind": "ray", "actors": 2},
+            snapshots={"path": str(tmp_path / "kept"), "every": 20},
+            on_progress=lambda p: note(p) or (hamdist.Stop if seen.done() else None),
+        )  # fmt: skip
+        seen.result()
+    assert result.stopped
+    assert [one.blocks for one in result.replaced if one.lost]
 
 
 def test_thousands_of_blocks_stay_usable(folder, browser):

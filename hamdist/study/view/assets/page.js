@@ -373,7 +373,7 @@
       const load = node.blocks.reduce((s, b) => s + (loads.get(b) ?? 0), 0);
       const waiting = run.blocks ? node.blocks.find((b) => run.blocks.waiting[b]) : undefined;
       const isSlow = node.blocks.includes(slow);
-      const says = node.input ? "input" : loads.size ? `${isSlow ? "slowest: " : ""}${percent(load)} of all steps` : `${number(node.parameters)} parameters`;
+      const says = node.input ? "input" : loads.size ? isSlow ? `slowest: ${percent(load)}` : `${percent(load)} of all steps` : `${number(node.parameters)} parameters`;
       const label = `${node.name}: ${says}${waiting ? `, waits for ${run.blocks.waiting[waiting]}` : ""}`;
       const open = () => { if (!node.input) { chosenBlock = node.blocks.length === 1 ? node.blocks[0] : node; changed = true; draw(); } };
       const chosen = chosenBlock && (chosenBlock === node.name || chosenBlock.name === node.name);
@@ -387,7 +387,12 @@
       svg.append(g);
     }
     const focused = document.activeElement && document.activeElement.dataset ? document.activeElement.dataset.name : undefined;
+    const first = !box.querySelector("svg .slow");
     box.replaceChildren(svg);
+    if (slow && first) { // on a narrow page, too
+      const [x] = place.get(nodes.find((n) => n.blocks.includes(slow)).name);
+      box.scrollLeft = ((x + W / 2) * fit) / width - box.clientWidth / 2;
+    }
     box.classList.toggle("running", Boolean(run.progress && !run.finished));
     if (focused) { const again = [...svg.querySelectorAll(".node")].find((n) => n.dataset.name === focused); if (again) again.focus(); }
     byId("network-says").textContent = kind === "blocks" ? `${nodes.filter((n) => !n.input).length} blocks`
@@ -397,7 +402,8 @@
   function staleness(counts) { // samples that came back after so many updates, as shares
     const all = Object.entries(counts ?? {});
     const sum = all.reduce((a, [, n]) => a + n, 0);
-    return sum ? all.map(([late, n]) => `${late} updates: ${percent(n / sum)}`).join(", ") : "–";
+    const most = all.filter(([, n]) => n / sum >= 0.005).map(([late, n]) => `${late} updates: ${percent(n / sum)}`);
+    return most.length ? most.join(", ") : "–";
   }
   function alignment(points) { // the cosine with backpropagation's gradient, and its mean
     if (!points) return "– (metrics.alignment)";

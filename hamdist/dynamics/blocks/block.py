@@ -63,7 +63,8 @@ class Block(Remembers):
         self._group = parts.group
         self._sum = GradientSum() if self._parts * self._group > 1 else None
         self.defers = False  # True: a step by a sum of gradients waits for `settle`
-        self._waiting: tuple[list[Gradient] | None, float, float] | None = None  # that waits
+        # (sum of gradients, scale, tau) of a step that waits for `settle`
+        self._waiting: tuple[list[Gradient] | None, float, float] | None = None
         self.buffers = WeightBuffers(parts.weights, parts.group) if parts.double_buffered else None
 
     def snapshot(self) -> dict[str, Any]:

@@ -74,7 +74,7 @@ class _Done:
     failure: str | None = None
 
 
-class SnapshotWriter:
+class ProcessSnapshots:
     """The snapshots of the `nodes` of one process.
 
     As a `Cut` (loop.py) it takes one at every multiple of `every` ticks, at requested ticks, and

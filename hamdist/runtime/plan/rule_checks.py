@@ -64,7 +64,7 @@ def check_rules(
 
 
 def _against_class(rule: Rule) -> Iterator[tuple[object, str]]:
-    """Yield what a rule may lack of that which it asks for."""
+    """Yield (it is wrong, what is wrong) for each way in which a rule contradicts itself."""
     back, label, own = rule.signals.back, rule.signals.label, rule.overrides
     presentation, held = rule.presentation, rule.presentation == "hold"
     known = ("pulse", "hold"), ("message", "error", "none")

@@ -12,7 +12,7 @@ from hamdist.errors import GraphError, HamdistError, LevelError
 from hamdist.runtime.nodes.factory import make_node
 from hamdist.runtime.nodes.mailbox import Mailbox
 from hamdist.runtime.plan.plan import Plan
-from hamdist.runtime.plan.rules import ruled
+from hamdist.runtime.plan.rule_checks import ruled
 
 
 def try_rules(plan: Plan) -> None:

@@ -6,10 +6,10 @@ from collections.abc import Sequence
 from typing import Any
 
 from hamdist.display.table import MISSING, Table, number, percent
+from hamdist.study.grid.points import Point
+from hamdist.study.grid.settings import Axis, StudySettings, Trains
+from hamdist.study.grid.summary import SummaryLine
 from hamdist.study.report.table import interval, points
-from hamdist.study.sweep.points import Point
-from hamdist.study.sweep.settings import Axis, StudySettings, Trains
-from hamdist.study.sweep.summary import SummaryLine
 
 WORDS = {Axis.DEPTH: "L", Axis.SPEED: "c", Axis.SMOOTHNESS: "S", Axis.BATCH: "batch"}
 TITLES = {

@@ -12,9 +12,9 @@ from hamdist.display.windows import joined
 from hamdist.dynamics.objective.prequential import merge_windows
 from hamdist.errors import DivergedError
 from hamdist.runtime.process.threads import torch_threads
+from hamdist.study.grid.points import GridJob
+from hamdist.study.grid.settings import Trains
 from hamdist.study.run.run import Run, run_centralised, run_level
-from hamdist.study.sweep.points import SweepJob
-from hamdist.study.sweep.settings import Trains
 
 POINTS = 60  # of a curve
 
@@ -50,7 +50,7 @@ class RunRecord:
     drifts: Sequence[Sequence[Any]] = ()
 
 
-def work(job: SweepJob) -> RunRecord:
+def work(job: GridJob) -> RunRecord:
     """Run a job, on one thread, and return its record, also if it leaves the finite range.
 
     Raises HamdistError for wrong settings, KeyboardInterrupt if it was ended early (Ctrl-C,
@@ -67,13 +67,13 @@ def work(job: SweepJob) -> RunRecord:
     return _record(job, run)
 
 
-def _run(job: SweepJob) -> Run:
+def _run(job: GridJob) -> Run:
     if job.trains is Trains.LEVEL:
         return run_level(job.settings)[0]
     return run_centralised(job.settings, frozen=job.trains is Trains.FROZEN)[0]
 
 
-def _record(job: SweepJob, run: Run) -> RunRecord:
+def _record(job: GridJob, run: Run) -> RunRecord:
     at = {w.last: s for w, s in zip(run.windows, run.window_seconds, strict=True)}
     curve = [
         ((w.last + 1) * run.batch, at[w.last], w.accuracy, w.mean_loss)
@@ -95,7 +95,7 @@ def _record(job: SweepJob, run: Run) -> RunRecord:
     )
 
 
-def _head(job: SweepJob) -> dict[str, Any]:
+def _head(job: GridJob) -> dict[str, Any]:
     """Return the fields that a record has of its job, whatever became of it."""
     settings = job.settings.model_dump(mode="json", exclude_unset=True)
     head = {"key": job.key, "trains": job.trains.value, "seed": job.settings.seed}

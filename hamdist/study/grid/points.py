@@ -19,7 +19,7 @@ from pydantic import ValidationError
 from hamdist.config import EngineKind, Level, Memory, Settings, Split, describe, merge
 from hamdist.dynamics.schedule.levels import make_locality
 from hamdist.errors import SettingsError
-from hamdist.study.sweep.settings import Axis, SideSettings, StudySettings, Trains, trains_of
+from hamdist.study.grid.settings import Axis, SideSettings, StudySettings, Trains, trains_of
 
 FROZEN = "frozen"
 TUNING_SEEDS = 1_000_000  # the first seed of tuning runs: far from those of final ones
@@ -40,7 +40,7 @@ Candidate = Mapping[str, Any]
 
 
 @dataclass(frozen=True, slots=True)
-class SweepJob:
+class GridJob:
     """A run; `settings` are of one level, with seed, steps and the part it is scored on."""
 
     trains: Trains
@@ -59,7 +59,7 @@ class SweepJob:
 
 
 @dataclass(frozen=True, slots=True)
-class SweepCell:
+class GridCell:
     """A side at a point of the grid; `point` has the value by axis of the study."""
 
     name: str
@@ -75,7 +75,7 @@ class SweepCell:
         return ", ".join([self.name, *(f"{axis.value} {value}" for axis, value in self.point)])
 
 
-def cells(study: StudySettings) -> list[SweepCell]:
+def cells(study: StudySettings) -> list[GridCell]:
     """Return all cells of a study, point by point.
 
     If a side keeps nothing of the past, the side `frozen` is added: training the last block alone
@@ -92,10 +92,10 @@ def cells(study: StudySettings) -> list[SweepCell]:
     ]
 
 
-def _cell(study: StudySettings, name: str, side: SideSettings, point: Point) -> SweepCell:
+def _cell(study: StudySettings, name: str, side: SideSettings, point: Point) -> GridCell:
     """Return a cell, after a check of the settings of all its candidates."""
     trains, level = trains_of(name, side)
-    cell = SweepCell(name, side, trains, level, point, memoryless=False)
+    cell = GridCell(name, side, trains, level, point, memoryless=False)
     first, *_ = [_settings(study, cell, candidate) for candidate in side.candidates]
     memory = make_locality(first.level, first.locality).memory if trains is Trains.LEVEL else None
     return replace(cell, memoryless=memory is Memory.NONE)
@@ -118,7 +118,7 @@ def _with_frozen(study: StudySettings) -> dict[str, SideSettings]:
     return sides
 
 
-def tuning_jobs(study: StudySettings, cell: SweepCell) -> list[tuple[Candidate, list[SweepJob]]]:
+def tuning_jobs(study: StudySettings, cell: GridCell) -> list[tuple[Candidate, list[GridJob]]]:
     """Return the runs on the validation part, by candidate."""
     rows = study.tune.rows or study.rows
     seeds = range(TUNING_SEEDS, TUNING_SEEDS + study.tune.seeds)
@@ -128,15 +128,15 @@ def tuning_jobs(study: StudySettings, cell: SweepCell) -> list[tuple[Candidate, 
     ]
 
 
-def final_jobs(study: StudySettings, cell: SweepCell, chosen: Candidate) -> list[SweepJob]:
+def final_jobs(study: StudySettings, cell: GridCell, chosen: Candidate) -> list[GridJob]:
     """Return the runs on the test part, one a seed."""
     seeds = range(study.first_seed, study.first_seed + study.seeds)
     return [_job(study, cell, chosen, seed, Split.TEST, study.rows) for seed in seeds]
 
 
 def _job(
-    study: StudySettings, cell: SweepCell, candidate: Candidate, seed: int, part: Split, rows: int
-) -> SweepJob:
+    study: StudySettings, cell: GridCell, candidate: Candidate, seed: int, part: Split, rows: int
+) -> GridJob:
     settings = _settings(study, cell, candidate)
     steps = rows // settings.stream.batch
     if steps < 1:
@@ -145,10 +145,10 @@ def _job(
         )
     stream = settings.stream.model_copy(update={"evaluate": part})
     more = {"seed": seed, "steps": steps, "stream": stream}
-    return SweepJob(cell.trains, settings.model_copy(update=more))
+    return GridJob(cell.trains, settings.model_copy(update=more))
 
 
-def _settings(study: StudySettings, cell: SweepCell, candidate: Candidate) -> Settings:
+def _settings(study: StudySettings, cell: GridCell, candidate: Candidate) -> Settings:
     """Merge `run`, the point, the side's `set` and the candidate, in this order."""
     raw: dict[str, Any] = {"name": study.name, "engine": {"kind": "inprocess", "actors": 1}}
     layers = [study.run, *(_nested(_AXES[axis], value) for axis, value in cell.point)]

@@ -5,11 +5,11 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 
 from hamdist.display.figure import FigureCurve, PageFigure
-from hamdist.study.sweep.points import SweepCell
-from hamdist.study.sweep.run import StudyOutcome
-from hamdist.study.sweep.settings import Axis, StudySettings, Trains
-from hamdist.study.sweep.summary import SummaryLine, summary
-from hamdist.study.sweep.tables import TITLES, WORDS, varied
+from hamdist.study.grid.points import GridCell
+from hamdist.study.grid.run import StudyOutcome
+from hamdist.study.grid.settings import Axis, StudySettings, Trains
+from hamdist.study.grid.summary import SummaryLine, summary
+from hamdist.study.grid.tables import TITLES, WORDS, varied
 
 LOGARITHMIC = (Axis.BATCH, Axis.SMOOTHNESS)
 
@@ -21,19 +21,19 @@ def study_figures(study: StudySettings, outcomes: Sequence[StudyOutcome]) -> lis
     return [_along(study, axis, lines, real_valued) for axis in varied(study)]
 
 
-def curve_name(study: StudySettings, axis: Axis | None, line: SummaryLine | SweepCell) -> str:
+def curve_name(study: StudySettings, axis: Axis | None, line: SummaryLine | GridCell) -> str:
     """Return a curve's label: the side, and its place on the other axes."""
     others = [a for a in varied(study) if a is not axis]
     at = dict(line.point)
     return ", ".join([_side(line), *(f"{WORDS[a]} {at[a]}" for a in others)])
 
 
-def _side(line: SummaryLine | SweepCell) -> str:
+def _side(line: SummaryLine | GridCell) -> str:
     return line.side if isinstance(line, SummaryLine) else line.name
 
 
 def _styles(
-    curves: Mapping[str, SummaryLine | SweepCell],
+    curves: Mapping[str, SummaryLine | GridCell],
 ) -> dict[str, tuple[int, int] | None]:
     """Return the style by label. Baselines have none; of the others each side has a colour, and
     its curves differ in their dashes."""

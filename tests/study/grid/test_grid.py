@@ -21,14 +21,12 @@ from typer.testing import CliRunner
 from hamdist.cli import app
 from hamdist.config import Level, Settings, Split
 from hamdist.errors import ClusterError, SettingsError
-from hamdist.study.run.run import run_centralised, run_level
-from hamdist.study.shared.store import Store
-from hamdist.study.sweep import run as grid_run
-from hamdist.study.sweep.plots import study_figures
-from hamdist.study.sweep.points import TUNING_SEEDS, SweepJob, cells, final_jobs, tuning_jobs
-from hamdist.study.sweep.report import save_study
-from hamdist.study.sweep.run import StudyOutcome, TuningResult, check, run_study
-from hamdist.study.sweep.settings import (
+from hamdist.study.grid import run as grid_run
+from hamdist.study.grid.plots import study_figures
+from hamdist.study.grid.points import TUNING_SEEDS, GridJob, cells, final_jobs, tuning_jobs
+from hamdist.study.grid.report import save_study
+from hamdist.study.grid.run import StudyOutcome, TuningResult, check, run_study
+from hamdist.study.grid.settings import (
     Axis,
     SideSettings,
     StudySettings,
@@ -38,9 +36,11 @@ from hamdist.study.sweep.settings import (
     studies,
     study_yaml,
 )
-from hamdist.study.sweep.summary import summary
-from hamdist.study.sweep.tables import study_tables
-from hamdist.study.sweep.work import RunRecord, work
+from hamdist.study.grid.summary import summary
+from hamdist.study.grid.tables import study_tables
+from hamdist.study.grid.work import RunRecord, work
+from hamdist.study.run.run import run_centralised, run_level
+from hamdist.study.shared.store import Store
 
 TINY = """
 name: tiny
@@ -63,7 +63,7 @@ def side(level: str | None = None, *lrs: float, **more: Any) -> dict[str, Any]:
     return {"level": level, "tune": {"learning.lr": list(lrs)} if lrs else {}, **more}
 
 
-def record(job: SweepJob, accuracy: float | None, **more: Any) -> RunRecord:
+def record(job: GridJob, accuracy: float | None, **more: Any) -> RunRecord:
     blank = RunRecord(
         key=job.key,
         trains=job.trains.value,
@@ -87,11 +87,11 @@ def record(job: SweepJob, accuracy: float | None, **more: Any) -> RunRecord:
 class Made:
     """Stands in for `work`: notes the jobs; the accuracy is what `of` says of one."""
 
-    def __init__(self, of: Callable[[SweepJob], float | None]) -> None:
+    def __init__(self, of: Callable[[GridJob], float | None]) -> None:
         self.of = of
-        self.jobs: list[SweepJob] = []
+        self.jobs: list[GridJob] = []
 
-    def __call__(self, job: SweepJob) -> RunRecord:
+    def __call__(self, job: GridJob) -> RunRecord:
         self.jobs.append(job)
         return record(job, self.of(job))
 
@@ -100,7 +100,7 @@ class Made:
 def made(monkeypatch: pytest.MonkeyPatch) -> Made:
     """Accuracy 1 - |lr - 0.1| for centralised training, |lr - 0.1| for a level, + seed/1000."""
 
-    def accuracy(job: SweepJob) -> float:
+    def accuracy(job: GridJob) -> float:
         away = abs(job.settings.learning.lr - 0.1)
         own = away if job.trains is Trains.LEVEL else 1 - away
         return own + job.settings.seed % 1000 / 1000
@@ -239,7 +239,7 @@ class TestCells:
 
 class TestKeys:
     def key(self, trains: Trains, **fields: Any) -> str:
-        return SweepJob(trains, Settings.model_validate(fields)).key
+        return GridJob(trains, Settings.model_validate(fields)).key
 
     @pytest.mark.parametrize(
         ("fields", "same_for_levels", "same_for_centralised"),
@@ -297,7 +297,7 @@ class TestChoice:
             run_study(tiny(sides={"centralised": best["trace"]}), tmp_path, chosen=True)
 
     def test_losses_where_there_are_no_accuracies(self) -> None:
-        job = SweepJob(Trains.LEVEL, Settings())
+        job = GridJob(Trains.LEVEL, Settings())
         losses = [record(job, None, loss=loss, failure=None) for loss in (1.0, 3.0)]
         assert grid_run.score(losses) == -2.0
         assert grid_run.score([record(job, 0.5), record(job, None)]) == -math.inf
@@ -331,7 +331,7 @@ class TestResume:
         assert len(made.jobs) - len(centralised) == 2 * (3 + 2)
 
     def test_files_that_are_no_records(self, tmp_path: Path) -> None:
-        job = SweepJob(Trains.LEVEL, Settings(steps=3))
+        job = GridJob(Trains.LEVEL, Settings(steps=3))
         store = Store(tmp_path, lambda values: RunRecord(**values))
         assert store.find(job.key) is None
         store.keep(job.key, json.dumps(dataclasses.asdict(record(job, 0.5))))
@@ -349,7 +349,7 @@ class TestResume:
             store.find(job.key)
 
 
-def killed(job: SweepJob) -> RunRecord:
+def killed(job: GridJob) -> RunRecord:
     os._exit(1)
 
 
@@ -395,7 +395,7 @@ class TestWhole:
             "learning": {"lr": 1e6},
             "engine": {"actors": 1},
         }
-        found = work(SweepJob(Trains.LEVEL, Settings.model_validate(raw)))
+        found = work(GridJob(Trains.LEVEL, Settings.model_validate(raw)))
         assert found.failure
         assert found.accuracy is None
 
@@ -413,7 +413,7 @@ class TestWhole:
         timer.start()
         try:
             with pytest.raises(KeyboardInterrupt):
-                work(SweepJob(Trains.LEVEL, Settings.model_validate(raw)))
+                work(GridJob(Trains.LEVEL, Settings.model_validate(raw)))
         finally:
             timer.cancel()
             signal.signal(signal.SIGTERM, before)
@@ -575,7 +575,7 @@ class TestCommand:
 
 
 def test_a_side_has_one_colour_and_its_curves_other_dashes() -> None:
-    from hamdist.study.sweep.plots import _styles
+    from hamdist.study.grid.plots import _styles
 
     study = tiny(axes={"depth": [2, 3]})
     curves = {f"{cell.name}, {cell.point}": cell for cell in cells(study)}

@@ -125,7 +125,7 @@ class LiveBlock(Remembers):
                 self._rates.pop(0)
 
     def scaled(self, scale: Scale) -> Scale:
-        """Return the factor of beta by number: `scale` of the samples until then, as set since."""
+        """Return the factor of beta by sample: `scale`, times the rate that was set for it."""
 
         def factor(number: int) -> float:
             told = (one for one in reversed(self._rates) if one[0] <= number)
@@ -148,7 +148,7 @@ class LiveBlock(Remembers):
         return oldest
 
     def asked(self, told: Emission) -> Tensor | None:
-        """Return the prediction of then of a sample whose label has come."""
+        """Return the prediction that was made when a sample came whose label has come now."""
         return self._asked.pop(told.number, None)
 
 

@@ -19,20 +19,20 @@ from hamdist.config import EngineKind, EngineSettings
 from hamdist.errors import ClusterError, SettingsError
 from hamdist.runtime.process.threads import cores
 from hamdist.runtime.ray_engine.tasks import ray_tasks
-from hamdist.study.report.files import to_json
-from hamdist.study.shared.processes import Processes
-from hamdist.study.shared.result_folder import RUNS
-from hamdist.study.shared.store import Store
-from hamdist.study.sweep.points import (
+from hamdist.study.grid.points import (
     Candidate,
-    SweepCell,
-    SweepJob,
+    GridCell,
+    GridJob,
     cells,
     final_jobs,
     tuning_jobs,
 )
-from hamdist.study.sweep.settings import StudySettings
-from hamdist.study.sweep.work import RunRecord, work
+from hamdist.study.grid.settings import StudySettings
+from hamdist.study.grid.work import RunRecord, work
+from hamdist.study.report.files import to_json
+from hamdist.study.shared.processes import Processes
+from hamdist.study.shared.result_folder import RUNS
+from hamdist.study.shared.store import Store
 
 # (runs done, runs in this phase, the run's record)
 OnRecord = Callable[[str, int, int, RunRecord], None]
@@ -56,12 +56,12 @@ class TuningResult:
 class StudyOutcome:
     """A cell, its chosen values, and its final runs, one a seed."""
 
-    cell: SweepCell
+    cell: GridCell
     choice: TuningResult
     records: Sequence[RunRecord]
 
 
-def check(study: StudySettings, *, chosen: bool) -> list[SweepCell]:
+def check(study: StudySettings, *, chosen: bool) -> list[GridCell]:
     """Return the cells of a study, after a check of all settings. Raises SettingsError.
 
     `chosen`: tune nothing, take `best`.
@@ -110,7 +110,7 @@ def run_study(
     ]
 
 
-def _best(study: StudySettings, cell: SweepCell) -> Candidate:
+def _best(study: StudySettings, cell: GridCell) -> Candidate:
     """Return the side's `best` values. Raises SettingsError if they are not those that it tunes."""
     side = cell.side
     if set(side.best) != set(side.tune):
@@ -122,7 +122,7 @@ def _best(study: StudySettings, cell: SweepCell) -> Candidate:
     return side.best
 
 
-def _tuned(study: StudySettings, all_cells: Sequence[SweepCell], runs: _Runs) -> list[TuningResult]:
+def _tuned(study: StudySettings, all_cells: Sequence[GridCell], runs: _Runs) -> list[TuningResult]:
     candidates = [tuning_jobs(study, cell) for cell in all_cells]
     several = [of_cell for of_cell in candidates if len(of_cell) > 1]
     records = runs.make("tuning", [job for cs in several for _, jobs in cs for job in jobs])
@@ -131,8 +131,8 @@ def _tuned(study: StudySettings, all_cells: Sequence[SweepCell], runs: _Runs) ->
 
 
 def _choose(
-    cell: SweepCell,
-    candidates: Sequence[tuple[Candidate, Sequence[SweepJob]]],
+    cell: GridCell,
+    candidates: Sequence[tuple[Candidate, Sequence[GridJob]]],
     records: dict[str, RunRecord],
 ) -> TuningResult:
     if len(candidates) == 1:
@@ -154,7 +154,7 @@ def score(records: Sequence[RunRecord]) -> float:
     return statistics.fmean(known) if len(known) == len(values) else -math.inf
 
 
-def _at_edge(cell: SweepCell, chosen: Candidate) -> tuple[str, ...]:
+def _at_edge(cell: GridCell, chosen: Candidate) -> tuple[str, ...]:
     edge = []
     for name, values in cell.side.tune.items():
         numbers = [v for v in values if isinstance(v, (int, float)) and not isinstance(v, bool)]
@@ -181,7 +181,7 @@ class _Runs:
         if self._processes is not None:
             self._processes.close()
 
-    def make(self, phase: str, jobs: Sequence[SweepJob]) -> dict[str, RunRecord]:
+    def make(self, phase: str, jobs: Sequence[GridJob]) -> dict[str, RunRecord]:
         """Return the records of `jobs` by key, running those that are not stored yet."""
         by_key = {job.key: job for job in jobs}
         stored = {key: self._store.find(key) for key in by_key}
@@ -193,7 +193,7 @@ class _Runs:
                 self._on_record(phase, len(records), len(by_key), record)
         return records
 
-    def _run(self, jobs: Sequence[SweepJob]) -> Iterator[RunRecord]:
+    def _run(self, jobs: Sequence[GridJob]) -> Iterator[RunRecord]:
         if not jobs:
             return
         if self._study.parallel == "ray":
