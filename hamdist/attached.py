@@ -152,8 +152,8 @@ class AttachedRun:
         headers = {"Authorization": f"Bearer {self._token}", "Accept": SAFETENSORS}
         if isinstance(body, Mapping):
             headers["Content-Type"] = SAFETENSORS
-            given = {n: None if t is None else torch.as_tensor(t) for n, t in body.items()}
-            body = packed({n: None if t is None else t.cpu() for n, t in given.items()})
+            tensors = {n: None if t is None else torch.as_tensor(t) for n, t in body.items()}
+            body = packed({n: None if t is None else t.cpu() for n, t in tensors.items()})
         url = f"{self.address}/{name}?{urlencode(query)}"
         while True:
             try:

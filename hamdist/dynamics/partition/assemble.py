@@ -64,14 +64,14 @@ def assembled(
                 leaving[home[value[0]]].append(value)
     blocks = []
     for run in runs:
-        made = _Builder(flow, model, run, home, leaving, losses)
-        parents = made.build(inputs)
+        builder = _Builder(flow, model, run, home, leaving, losses)
+        parents = builder.build(inputs)
         between = [p for p in parents if p in leaving]
         predicts = run.output is not None and readouts[run.output] == run.name
         blocks.append(
             BlockSpec(
                 name=run.name,
-                module=made.piece(parents),
+                module=builder.piece(parents),
                 parents=tuple(parents),
                 combine=Combine.ARGUMENTS,
                 delays=dict.fromkeys(between, delay),
@@ -84,7 +84,7 @@ def assembled(
 
 def _outer(flow: Flow, run: OperationRun, home: Mapping[int, str]) -> list[Value]:
     """Return the values of other runs that a run reads, in order."""
-    found = [
+    values = [
         (ref.step, ref.path)
         for i in run.ops
         for ref in references(flow.ops[i])
@@ -93,8 +93,8 @@ def _outer(flow: Flow, run: OperationRun, home: Mapping[int, str]) -> list[Value
     if run.output is not None:
         value = flow.outputs[run.output]
         if home[value[0]] != run.name:
-            found.append(value)
-    return list(dict.fromkeys(found))
+            values.append(value)
+    return list(dict.fromkeys(values))
 
 
 @dataclass(slots=True)
@@ -131,8 +131,8 @@ class _Builder:
             self._add(TracedStep(FUNCTION, packed, (SymbolicSize(1), sent, forms)))
             self.output = ValueRef(len(self.program) - 1)
         blocks = [name for name in self.leaving if name in self._inputs]
-        own = [name for name in inputs if name in self._inputs]
-        return [*blocks, *own] or list(inputs[:1])
+        known = [name for name in inputs if name in self._inputs]
+        return [*blocks, *known] or list(inputs[:1])
 
     def _predict(self, output: int) -> None:
         """Add the output of a readout; a model's own loss is repeated for each row."""
@@ -171,9 +171,9 @@ class _Builder:
 
     def _emit(self, i: int) -> int:
         """Add op i to the program; return its place there."""
-        found = self._made.get(i)
-        if found is not None:
-            return found
+        emitted = self._made.get(i)
+        if emitted is not None:
+            return emitted
         for before in sorted(self.flow.needs[i] & self.flow.free):  # what writes to what it reads
             self._emit(before)
         step = self.flow.ops[i].step
@@ -193,8 +193,10 @@ class _Builder:
             self._inputs.update(one.name for one, _, _ in place.lengths)
         elif isinstance(place, WeightRef):
             if place.name not in self.weights:
-                own = _tensor(self.model, place.name)
-                self.weights[place.name] = own.clone() if self.flow.steady(place.name) else own
+                tensor = _tensor(self.model, place.name)
+                self.weights[place.name] = (
+                    tensor.clone() if self.flow.steady(place.name) else tensor
+                )
         elif isinstance(place, ConstantRef):
             constant = self.flow.trace.constants[place.index]
             self.constants.setdefault(place.index, constant.clone())  # each block has its own
@@ -202,18 +204,18 @@ class _Builder:
 
     def _ref(self, ref: ValueRef) -> Template:
         i = ref.step
-        own = self.home.get(i) == self.run.name
-        if own or i in self.flow.free or (i in self.flow.pure and i not in self.home):
+        is_here = self.home.get(i) == self.run.name
+        if is_here or i in self.flow.free or (i in self.flow.pure and i not in self.home):
             return ValueRef(self._emit(i), ref.path)
         value = (i, ref.path)
         out = self.leaving[self.home[i]]
         if value not in out:  # read by what is made here again alone
             return ValueRef(self._emit(i), ref.path)
         if value not in self._taken:
-            taken = self._take(value, out)
+            column = self._take(value, out)
             if self._is_written(value):  # here, and not where it came from
-                taken = ValueRef(self._add(TracedStep(METHOD, "clone", (taken,))))
-            self._taken[value] = taken
+                column = ValueRef(self._add(TracedStep(METHOD, "clone", (column,))))
+            self._taken[value] = column
         return self._taken[value]
 
     def _is_written(self, value: Value) -> bool:
@@ -231,16 +233,16 @@ class _Builder:
         before, dims = replaced(
             ([(f.free, _dims(f)) for f in forms[:at]], _dims(forms[at])), self._place
         )
-        own = forms[at].dtype if len({f.dtype for f in forms}) > 1 else None
+        dtype = forms[at].dtype if len({f.dtype for f in forms}) > 1 else None
         return ValueRef(
-            self._add(TracedStep(FUNCTION, unpacked, (Arg(sender), before, dims, forms[at], own)))
+            self._add(TracedStep(FUNCTION, unpacked, (Arg(sender), before, dims, forms[at], dtype)))
         )
 
 
 def _tensor(model: nn.Module, name: str) -> Tensor:
     path, _, last = name.rpartition(".")
-    found: Tensor = getattr(model.get_submodule(path), last)
-    return found
+    tensor: Tensor = getattr(model.get_submodule(path), last)
+    return tensor
 
 
 def _dims(form: ColumnForm) -> tuple[int | SymbolicSize, ...]:

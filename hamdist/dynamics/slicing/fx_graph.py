@@ -47,8 +47,8 @@ class Called(nn.Module):
         self.step = step
 
     def forward(self, *tensors: Any) -> Any:
-        given = iter(tensors)
-        args, kwargs = objects(replaced((self.step.args, self.step.kwargs), lambda _: next(given)))
+        values = iter(tensors)
+        args, kwargs = objects(replaced((self.step.args, self.step.kwargs), lambda _: next(values)))
         with torch.set_grad_enabled(self.step.grad and torch.is_grad_enabled()):
             if self.step.kind == METHOD:
                 return getattr(args[0], self.step.target)(*args[1:], **kwargs)
@@ -74,17 +74,17 @@ def read(graph: fx.Graph, root: nn.Module, path: str, arguments: Sequence[fx.Nod
     if tracer.is_leaf_module(module, path):
         return graph.call_module(path, tuple(arguments))
     known: dict[fx.Node, Any] = {}
-    given = iter(arguments)
+    values = iter(arguments)
     for node in tracer.trace(module).nodes:
         if node.op == "placeholder":
-            known[node] = next(given, node.args[0] if node.args else None)
+            known[node] = next(values, node.args[0] if node.args else None)
         elif node.op == "output":
             return fx.map_arg(node.args[0], lambda n: known[n])
         else:
-            made = graph.node_copy(node, lambda n: known[n])
+            copied = graph.node_copy(node, lambda n: known[n])
             if node.op in ("call_module", "get_attr"):
-                made.target = f"{path}.{node.target}"
-            known[node] = made
+                copied.target = f"{path}.{node.target}"
+            known[node] = copied
     return None
 
 
@@ -131,19 +131,19 @@ class _Program:
     def _called(self, step: TracedStep) -> fx.Node:
         name = f"hamdist_step_{len(self._made)}"
         self._piece.add_module(name, Called(step))
-        found: list[Any] = []
-        replaced((step.args, step.kwargs), lambda place: found.append(self._node(place)))
-        return self._graph.call_module(f"{self._path}.{name}", tuple(found))
+        values: list[Any] = []
+        replaced((step.args, step.kwargs), lambda place: values.append(self._node(place)))
+        return self._graph.call_module(f"{self._path}.{name}", tuple(values))
 
     def _node(self, place: Any) -> Any:
         graph = self._graph
         if isinstance(place, Arg):
             return self._inputs[place.name]
         if isinstance(place, ValueRef):
-            found = self._made[place.step]
+            step_node = self._made[place.step]
             for key in place.path:
-                found = graph.call_function(getter(key), (found, key))
-            return found
+                step_node = graph.call_function(getter(key), (step_node, key))
+            return step_node
         if isinstance(place, WeightRef):
             return graph.get_attr(f"{self._path}.{place.name}")
         if isinstance(place, ConstantRef):

@@ -24,13 +24,13 @@ class Built:
 
     def value(self) -> Any:
         """Return the object itself, of parts that are no templates."""
-        made = dict(self.parts)
+        parts = dict(self.parts)
         if issubclass(self.kind, tuple):
-            return self.kind(*made.values())
+            return self.kind(*parts.values())
         if issubclass(self.kind, dict):
-            return self.kind(**made)
+            return self.kind(**parts)
         new = object.__new__(self.kind)
-        for name, part in made.items():  # (of a frozen one, too)
+        for name, part in parts.items():  # (of a frozen one, too)
             object.__setattr__(new, name, part)
         return new
 
@@ -81,8 +81,8 @@ def objects(value: Any) -> Any:
     parts = parts_of(value)
     if parts is None:
         return value
-    made = filled(value, [objects(part) for _, part in parts])
-    return made.value() if isinstance(made, Built) else made
+    built = filled(value, [objects(part) for _, part in parts])
+    return built.value() if isinstance(built, Built) else built
 
 
 def has_built(template: Any) -> bool:

@@ -131,12 +131,12 @@ class _Program:
 
         That is the output, the messages, and every value that shares memory with them.
         """
-        told = set(range(self._arguments))
+        known = set(range(self._arguments))
         for i, (kernel, reads) in enumerate(self._made):
-            if isinstance(kernel, (Reshape, Add)) and told.intersection(reads):
-                told.add(self._arguments + i)
+            if isinstance(kernel, (Reshape, Add)) and known.intersection(reads):
+                known.add(self._arguments + i)
             elif isinstance(kernel, (Linear, Chain)):
-                kernel.lends = reads[0] not in told
+                kernel.lends = reads[0] not in known
         leaving = {last}
         for i in range(len(self._made) - 1, -1, -1):
             kernel, reads = self._made[i]

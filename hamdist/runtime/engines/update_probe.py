@@ -152,8 +152,8 @@ class UpdateProbes:
             self._earlier[name] = _copies(node)
         if updates <= due or name not in probe.before:
             return False
-        own = self._earlier.get(name)
-        probe.moved[name] = {} if own is None or updates > due + 1 else _moved(node, own)
+        earlier = self._earlier.get(name)
+        probe.moved[name] = {} if earlier is None or updates > due + 1 else _moved(node, earlier)
         return True
 
 
@@ -187,16 +187,20 @@ class Alignments:
         graph, model = self._plan.graph, MergedGraph(self._plan.graph)
         blocks: Any = model.blocks
         theta: dict[tuple[str, str], Tensor] = {}
-        for name, own in ((n, o) for part in parts for n, o in part.before.items()):
-            for key, value in own.items():
+        for name, weights in ((n, o) for part in parts for n, o in part.before.items()):
+            for key, value in weights.items():
                 module = blocks[name].output if key.startswith(OUTPUT_KEY) else blocks[name].module
                 parameter = module.get_parameter(key.removeprefix(OUTPUT_KEY))
                 parameter.data = value.to(parameter.device)
                 theta[name, key] = parameter.requires_grad_(True)
         loss: Any = 0.0
         for sample in (one for part in parts for one in part.samples):
-            found: Any = model(sample.u if sample.inputs is None else dict(sample.inputs))
-            outputs = found if isinstance(found, Mapping) else {graph.readouts[0]: found}
+            predictions: Any = model(sample.u if sample.inputs is None else dict(sample.inputs))
+            outputs = (
+                predictions
+                if isinstance(predictions, Mapping)
+                else {graph.readouts[0]: predictions}
+            )
             for name, output in outputs.items():
                 target, function = sample.target(name), graph.blocks[name].loss
                 if target is not None and function is not None:

@@ -89,8 +89,8 @@ class HoldNode(BlockNode):
     )
 
     def snapshot(self) -> dict[str, Any]:
-        own = {"shown": self._shown, "event": self.event, "tick": self.tick}
-        return {**super().snapshot(), **own, "ended": [edge.index for edge in self._ended]}
+        position = {"shown": self._shown, "event": self.event, "tick": self.tick}
+        return {**super().snapshot(), **position, "ended": [edge.index for edge in self._ended]}
 
     def restore(self, state: Mapping[str, Any]) -> None:
         ended, state = taken(state, "ended")
@@ -113,12 +113,12 @@ class HoldNode(BlockNode):
     def step(self) -> None:
         """Do one tick."""
         event = self.event
-        told = None if self._clock.stopped else self._ports.clock(event)
-        if self.live.patience and told is not None and not told.end:
-            self.live.hear(event.sample, lambda: told, self.state)
+        clock = None if self._clock.stopped else self._ports.clock(event)
+        if self.live.patience and clock is not None and not clock.end:
+            self.live.hear(event.sample, lambda: clock, self.state)
             self.live.forget(event.sample - self._schedule.idle)
-            told = replace(told, payload=None)  # (what is left concerns the clock)
-        self._clock.advance(event.tick, event.tick % self._schedule.c == 0, told)
+            clock = replace(clock, payload=None)  # (what is left concerns the clock)
+        self._clock.advance(event.tick, event.tick % self._schedule.c == 0, clock)
         inputs = [self._input(edge, event) for edge in self._ports.into]
         messages = [self._message(edge, event) for edge in self._ports.out_of]
         if self._has_ended():
@@ -216,14 +216,14 @@ class HoldNode(BlockNode):
                 self.live.answer(answered, block.prediction, stamp.version, event)
             sample = self._schedule.records(self.name, k)
             if sample is not None:
-                told = self.live.of(sample)
-                record(self.metrics, sample if told is None else told.number, reading)
+                emission = self.live.of(sample)
+                record(self.metrics, sample if emission is None else emission.number, reading)
 
     def _answered(self, k: int) -> Emission | None:
         """Return the emission of the sample whose prediction a live run gets in this tick."""
         slot = self._schedule.answers(self.name, k) if self.live.patience and self.metrics else None
-        told = None if slot is None else self.live.of(slot)
-        return told if told is not None and told.kind is Emits.SAMPLE else None
+        emission = None if slot is None else self.live.of(slot)
+        return emission if emission is not None and emission.kind is Emits.SAMPLE else None
 
     def _clear(self, k: int) -> None:
         due = self._clock.due
@@ -277,23 +277,23 @@ class _Clock(Remembers):
 
     STATE = ("due", "h_since", "z_since", "stopped", "_told_tau", "_sequence_over")
 
-    def advance(self, k: int, first: bool, told: Signal | None) -> None:
+    def advance(self, k: int, first: bool, signal: Signal | None) -> None:
         """Move to tick k.
 
         Args:
             k: the tick.
             first: True in the first tick of a sample.
-            told: the clock signal of the stream about the sample, if there is one.
+            signal: the clock signal of the stream about the sample, if there is one.
         """
-        if not self._reset and told is None:
+        if not self._reset and signal is None:
             return
         new_sequence = False
-        if told is not None and told.end:
+        if signal is not None and signal.end:
             self.stopped = True
-        elif told is not None:
-            new_sequence, self._sequence_over = self._sequence_over, told.sequence_end
-            if told.payload is not None:
-                self._told_tau = float(told.payload)
+        elif signal is not None:
+            new_sequence, self._sequence_over = self._sequence_over, signal.sequence_end
+            if signal.payload is not None:
+                self._told_tau = float(signal.payload)
         now = {Reset.SAMPLE: first and k > 0, Reset.SEQUENCE: new_sequence}
         self.due = {name for name, when in self._reset.items() if now[when]}
         if "h" in self.due:

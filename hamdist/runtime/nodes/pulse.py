@@ -190,15 +190,15 @@ class PulseNode(BlockNode):
 
     def _recall(self, event: Event, number: int) -> None:
         """Keep the record of a sample whose label is to come, or recall it when that has come."""
-        told = self.live.of(event.sample) if self._keeps else None
-        if told is None or not isinstance(self.block, SavesPasses):
+        emission = self.live.of(event.sample) if self._keeps else None
+        if emission is None or not isinstance(self.block, SavesPasses):
             return
-        if told.kind is Emits.AGAIN:
-            self.block.recall(number, told.number)
+        if emission.kind is Emits.AGAIN:
+            self.block.recall(number, emission.number)
             if not isinstance(self.block, KeepingReadout):
-                self.live.asked(told)
-        elif told.waits and not isinstance(self.block, KeepingReadout):
-            self.block.keep(number, told.number, self.live.ask(told, None))
+                self.live.asked(emission)
+        elif emission.waits and not isinstance(self.block, KeepingReadout):
+            self.block.keep(number, emission.number, self.live.ask(emission, None))
 
     def _rests(self, event: Event) -> bool:
         """Return True, with the update counted, if the event is of an idle emission."""
@@ -216,8 +216,8 @@ class PulseNode(BlockNode):
         if inputs is None:
             return
         target = self._ports.target(event)
-        given = None if target is None else target.payload
-        told = self.live.hear(event.sample, partial(self._ports.clock, event), self.state)
+        label = None if target is None else target.payload
+        emission = self.live.hear(event.sample, partial(self._ports.clock, event), self.state)
         if self._ties is not None:
             self._ties.before_forward(event)
             self._ties.before_backward(event)
@@ -227,7 +227,7 @@ class PulseNode(BlockNode):
         if not self._rests(event):
             number = self.live.number(event.sample)
             self._recall(event, number)
-            messages, reading = self.block.read(number, inputs, given)
+            messages, reading = self.block.read(number, inputs, label)
         self.seconds += perf_counter() - begin
         self._ports.to_parents(stamp, messages)
         self._ports.error_to_blocks(stamp, self.block.take_error())
@@ -236,30 +236,32 @@ class PulseNode(BlockNode):
         sample, part = divmod(n, self._schedule.parts)
         if part < self._schedule.parts - 1:
             return
-        if told is not None:
-            sample = told.number
-            reading = self._answer(self.block, told, reading, stamp.version, event)
+        if emission is not None:
+            sample = emission.number
+            reading = self._answer(self.block, emission, reading, stamp.version, event)
         record(self.metrics, sample, reading)
 
     def _answer(
         self,
         block: PulseReadout,
-        told: Emission,
+        emission: Emission,
         reading: Reading | None,
         version: int,
         event: Event,
     ) -> Reading | None:
         """Answer a sample that has come; score its answer of then when its label has come."""
         y, let_go = block.prediction, None
-        if told.kind is Emits.SAMPLE and y is not None:
+        if emission.kind is Emits.SAMPLE and y is not None:
             if self._answers:
-                self.live.answer(told, y, version, event)
-            let_go = self.live.ask(told, y) if told.waits else None
+                self.live.answer(emission, y, version, event)
+            let_go = self.live.ask(emission, y) if emission.waits else None
         if isinstance(block, KeepingReadout):
-            block.keep(self.live.number(event.sample), told.number if told.waits else None, let_go)
-        earlier = self.live.asked(told) if told.kind is Emits.AGAIN else None
+            block.keep(
+                self.live.number(event.sample), emission.number if emission.waits else None, let_go
+            )
+        earlier = self.live.asked(emission) if emission.kind is Emits.AGAIN else None
         self.live.forget(event.sample)
-        if told.kind is not Emits.AGAIN:
+        if emission.kind is not Emits.AGAIN:
             return reading
         return None if earlier is None or reading is None else block.scored(earlier, reading)
 

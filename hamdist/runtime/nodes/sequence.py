@@ -76,7 +76,7 @@ class SequenceNode(BlockNode):
         if last:
             self.event = self._schedule.closed(event)
         block = self.block
-        told = self.live.hear(event.sample, partial(self._ports.clock, event), self.state)
+        emission = self.live.hear(event.sample, partial(self._ports.clock, event), self.state)
         idle = self.live.idle(event.sample)
         if isinstance(block, SequenceBlock):
             stays = self._back_out if last and not self._schedule.carries else ()
@@ -86,15 +86,15 @@ class SequenceNode(BlockNode):
             self._ports.to_children(stamp, h, sequence_end=last, leaving_out=stays)
         elif self.metrics is not None:
             target = self._ports.target(event)
-            given = None if target is None else target.payload
+            label = None if target is None else target.payload
             if idle:
                 return
             begin = perf_counter()
-            reading = block.forward(self.live.number(event.sample), inputs, given)
+            reading = block.forward(self.live.number(event.sample), inputs, label)
             self.seconds += perf_counter() - begin
-            record(self.metrics, event.sample if told is None else told.number, reading)
-            if told is not None and block.prediction is not None:
-                self.live.answer(told, block.prediction, stamp.version, event)
+            record(self.metrics, event.sample if emission is None else emission.number, reading)
+            if emission is not None and block.prediction is not None:
+                self.live.answer(emission, block.prediction, stamp.version, event)
 
     def _inputs(self, event: Event) -> tuple[list[Tensor], bool]:
         """Return the parents' states, and True if this token is the last one of its sequence. The

@@ -100,12 +100,12 @@ def frozen(
 
 def in_float64(graph: Graph) -> Graph:
     """Return a copy in float64, in evaluation mode: dropout would draw other masks."""
-    made = graph.copy()
-    for spec in made.blocks.values():
+    copied = graph.copy()
+    for spec in copied.blocks.values():
         for module in (spec.module, spec.output):
             if module is not None:
                 module.double().eval()
-    return made
+    return copied
 
 
 def omegas(block: FrozenRunBlock) -> list[Tensor]:
@@ -133,7 +133,7 @@ class Backprop:
     @property
     def weights(self) -> int:
         """Return P."""
-        return sum(t.numel() for own in self._theta.values() for t in own)
+        return sum(t.numel() for tensors in self._theta.values() for t in tensors)
 
     def predictions(self, u: Tensor) -> dict[str, Tensor]:
         """Return the prediction of each readout from u (B, ...)."""
@@ -146,9 +146,9 @@ class Backprop:
         loss = torch.zeros((), dtype=u.dtype)
         for name, take in self._losses.items():
             loss = loss + take(predictions[name], y)
-        theta = [t for own in self._theta.values() for t in own]
-        found = iter(torch.autograd.grad(loss, theta, materialize_grads=True))
-        return {name: [next(found) for _ in own] for name, own in self._theta.items()}
+        theta = [t for tensors in self._theta.values() for t in tensors]
+        gradients = iter(torch.autograd.grad(loss, theta, materialize_grads=True))
+        return {name: [next(gradients) for _ in tensors] for name, tensors in self._theta.items()}
 
 
 def _keys(graph: Graph, name: str, *, whole: bool) -> Iterator[str]:
