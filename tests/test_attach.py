@@ -140,8 +140,14 @@ def test_several_inputs_and_outputs_and_back_pressure():
         far.teach(0, y)
         far.pause()
         assert [far.feed(u, y) for _ in range(64)] == [*range(1, 65)]
-        with pytest.raises(BlockingIOError, match="paused"):
-            far.feed(u, y, wait=False)
+        for wait in (True, False):  # as the run itself: nobody would make room
+            with pytest.raises(BlockingIOError, match="paused"):
+                far.feed(u, y, wait=wait)
         far.go_on()
         assert far.feed(u, y) == 65
         assert far.predict(u).number == 66
+        with pytest.raises(StreamError, match="no tensor"):
+            far.feed({"left": "text", "right": u["right"]}, y)
+        run.stop()
+        with pytest.raises(StreamError, match="stopped"):
+            far.feed(u, y)

@@ -28,7 +28,7 @@ from hamdist.cli.options import (
 )
 from hamdist.cli.prepare import own_stream, prepare
 from hamdist.errors import HamdistError, SettingsError
-from hamdist.runtime.results.run_events import EVENTS
+from hamdist.runtime.results.run_events import EVENTS, line_of
 from hamdist.study.shared.result_folder import results_of, write_file
 
 if TYPE_CHECKING:
@@ -87,7 +87,7 @@ def watch(
     """Show runs while they go on, or afterwards, in this terminal; Ctrl-C ends it, not the run."""
     with _folders([name or str(latest_results())], cluster) as [folder]:
         from hamdist.runtime.results.events import RunBegun
-        from hamdist.study.view.follow import FollowedRun, followed, line_of
+        from hamdist.study.view.follow import FollowedRun, followed
 
         run, show = None, None
         with Display() as display:

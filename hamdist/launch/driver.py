@@ -30,6 +30,7 @@ from hamdist.errors import (
     SettingsError,
     SnapshotError,
     exit_code,
+    need_package,
 )
 from hamdist.launch.events import (
     DriverLost,
@@ -137,6 +138,7 @@ def _run(folder: Path, lost: str | None) -> Ended:
 
 def _serve(order: JobSpec, settings: Settings, factory: ModelFactory | None) -> Ended:
     """Serve a live run until it is stopped; a driver that was lost goes on with its journal."""
+    need_package("uvicorn", "'hamdist[serve]'", "`hamdist launch --live`")
     from hamdist.api import start
     from hamdist.serve import serving
     from hamdist.study.report.save import save_weights

@@ -125,15 +125,9 @@ class NativeChain:
         Returns False for an index that is in no table.
         """
         torch.get_num_threads()  # tells OpenMP torch's number, once in each Python thread
-        return rows.library.chain_forward(
-            self._table.buffer_info()[0],
-            len(self._operations),
-            x.data_ptr(),
-            inner.data_ptr(),
-            y.data_ptr(),
-            self._gemm,
-            self._flags,
-        )
+        table, many = self._table.buffer_info()[0], len(self._operations)
+        memory = (t.data_ptr() for t in (x, inner, y))
+        return rows.library.chain_forward(table, many, *memory, self._gemm, self._flags)
 
     def messages(self, *, wanted: bool) -> int:
         """Return the numbers of m of `pull`, with the input's message or without."""
@@ -165,22 +159,13 @@ class NativeChain:
         is set if operation i has moved.
         """
         torch.get_num_threads()  # (as in `forward`)
+        tables = (t.buffer_info()[0] for t in (self._table, self._ways[to is not None]))
+        memory = (t.data_ptr() for t in (x, inner, y, z, d, m))
+        sent = 0 if to is None else to.data_ptr()
+        alphas = 0 if rates is None else rates.buffer_info()[0]
         return rows.library.chain_pull(
-            self._table.buffer_info()[0],
-            self._ways[to is not None].buffer_info()[0],
-            len(self._operations),
-            x.data_ptr(),
-            inner.data_ptr(),
-            y.data_ptr(),
-            z.data_ptr(),
-            d.data_ptr(),
-            m.data_ptr(),
-            self._apart,
-            0 if to is None else to.data_ptr(),
-            0 if rates is None else rates.buffer_info()[0],
-            self._gemm,
-            self._flags,
-            limit,
+            *(*tables, len(self._operations), *memory),
+            *(self._apart, sent, alphas, self._gemm, self._flags, limit),
         )
 
     def read_by(self, i: int, x: Tensor, inner: Tensor) -> Tensor:

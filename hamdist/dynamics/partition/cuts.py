@@ -18,7 +18,6 @@ from hamdist.config import CutBalance, Grouping
 from hamdist.dynamics.partition.assemble import OperationRun
 from hamdist.dynamics.tracing.dataflow import Flow
 from hamdist.dynamics.tracing.recorded_calls import Unfollowed, stays_whole
-from hamdist.dynamics.tracing.traced_module import MODULE
 from hamdist.errors import GraphError
 
 SHOWN = 12  # names in an error
@@ -124,9 +123,9 @@ class Cuts:
                 named.setdefault(place, []).append(name)
         at = sorted(named)
         crossing = self._flow.crossing()
-        places = []
+        found = []
         for place, end in zip(at, [*at[1:], len(self._flow.order)], strict=True):
-            places.append(
+            found.append(
                 CutPlace(
                     tuple(named[place]),
                     int(self._cost(CutBalance.PARAMETERS, place, end)),
@@ -134,7 +133,7 @@ class Cuts:
                     crossing[place],
                 )
             )
-        chosen = policy(places)
+        chosen = policy(found)
         if isinstance(chosen, str) or not isinstance(chosen, Iterable):
             raise GraphError(
                 f"the partition's function returned {chosen!r:.60}; return the names of the "
@@ -146,12 +145,12 @@ class Cuts:
         """Return the places where units begin."""
         starts, weighted = [0], False
         for place, i in enumerate(self._flow.order):
-            learns = self._flow.ops[i].step.kind == MODULE and self._flow.learned(i) > 0
-            new = place in self.forced or (learns and weighted and place in self._legal_set)
+            own = self._flow.ops[i].node.op == "call_module" and self._flow.learned(i) > 0
+            new = place in self.forced or (own and weighted and place in self._legal_set)
             if place and new:
                 starts.append(place)
                 weighted = False
-            weighted = weighted or learns
+            weighted = weighted or own
         return starts
 
     @property
@@ -208,8 +207,8 @@ class Cuts:
             counts[worst] += 1
         return [
             part[k]
-            for (part, of_part), count in zip(parts, counts, strict=True)
-            for k in balanced(of_part, count)
+            for (part, own), count in zip(parts, counts, strict=True)
+            for k in balanced(own, count)
         ]
 
     def _too_many(self, blocks: int, most: int) -> str:
@@ -242,19 +241,19 @@ class Cuts:
         """
         flow = self._flow
         bounds = [*flow.segments, len(flow.order)]
-        runs: list[OperationRun] = []
+        made: list[OperationRun] = []
         for segment, (a, b) in enumerate(pairwise(bounds)):
-            inside = [s for s in starts if a <= s < b]
-            ops = [tuple(flow.order[s:e]) for s, e in pairwise([*inside, b])]
+            own = [s for s in starts if a <= s < b]
+            ops = [tuple(flow.order[s:e]) for s, e in pairwise([*own, b])]
             output = segment - 1 if len(bounds) > 2 else 0
             if output >= 0 and not ops:  # others go on from it
                 ops = [()]
             for k, run in enumerate(ops):
                 last = output >= 0 and k == len(ops) - 1
-                states = sum(r.output is None for r in runs)
+                states = sum(r.output is None for r in made)
                 name = names[output] if last and names[output] else f"block{states}"
-                runs.append(OperationRun(name, run, output if last else None))
-        return runs
+                made.append(OperationRun(name, run, output if last else None))
+        return made
 
 
 def _outer(name: str) -> list[str]:
@@ -270,13 +269,13 @@ def _largest(costs: Sequence[float], parts: int) -> float:
 
 def stays(whole: Mapping[str, Unfollowed], model: nn.Module) -> list[str]:
     """Return warnings about modules with several layers that could not be traced."""
-    reasons = []
+    told = []
     for name, why in whole.items():
         part = model.get_submodule(name) if name else model
-        weighted = [m for m in part.modules() if len(m._parameters)]
-        if len(weighted) > 1:
-            reasons.append(stays_whole(name, model, why))
-    return reasons
+        own = [m for m in part.modules() if len(m._parameters)]
+        if len(own) > 1:
+            told.append(stays_whole(name, model, why))
+    return told
 
 
 def balanced(costs: Sequence[float], parts: int) -> list[int]:

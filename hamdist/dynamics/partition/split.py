@@ -31,11 +31,11 @@ from hamdist.dynamics.objective.losses import Losses, LossFunction, mse
 from hamdist.dynamics.objective.outputs import losses_of, named
 from hamdist.dynamics.partition.assemble import OperationRun, assembled
 from hamdist.dynamics.partition.cuts import Cuts, Policy, balanced, stays
-from hamdist.dynamics.tracing.dataflow import Flow, Value
+from hamdist.dynamics.tracing.dataflow import Flow
 from hamdist.dynamics.tracing.join_runs import Trace
+from hamdist.dynamics.tracing.program import Value, value_of
 from hamdist.dynamics.tracing.recorded_calls import Unfollowed, stays_whole
 from hamdist.dynamics.tracing.trace import trace, traced_whole
-from hamdist.dynamics.tracing.traced_module import ValueRef
 from hamdist.dynamics.user_modules.copies import copied, overlaps
 from hamdist.dynamics.user_modules.hooks import is_usual
 from hamdist.dynamics.user_modules.python_state import is_foreign
@@ -237,30 +237,30 @@ def split_module(
     """
     check_taken(model, example)
     inputs = by_parent(example)
-    wants_cuts = (partition.blocks or 1) > 1 or bool(partition.cuts) or policy is not None
+    asked = (partition.blocks or 1) > 1 or bool(partition.cuts) or policy is not None
     try:
         followed = trace(model, inputs, called_by_parent, ragged=ragged)
     except Unfollowed as why:
-        text = stays_whole(why.module, model, why)
-        if wants_cuts:
+        told = stays_whole(why.module, model, why)
+        if asked:
             raise GraphError(
-                f"the model cannot be cut into blocks: {text}; change that line, put it into a "
+                f"the model cannot be cut into blocks: {told}; change that line, put it into a "
                 "submodule (which then stays whole alone), or leave the partition out"
             ) from None
         one = _one_step(model, inputs, why)
-        if callable(loss) and len(inputs) == 1 and (one is None or one.output == ValueRef(0)):
+        if callable(loss) and len(inputs) == 1 and (one is None or value_of(one.output) == (0, ())):
             return _whole(model, loss, inputs, state_readout, why if one is None else one.whole[""])
         if one is None:
-            raise GraphError(f"the model cannot be run: {text}") from None
+            raise GraphError(f"the model cannot be run: {told}") from None
         followed = one
     names, values, losses = _outputs(followed, loss, targets)
     flow = Flow(followed, model, values, together)
     cuts = Cuts(flow, model)
 
     def graph(
-        runs: Sequence[OperationRun], ends: Sequence[LossFunction], *, delay: int, state: bool
+        runs: Sequence[OperationRun], own: Sequence[LossFunction], *, delay: int, state: bool
     ) -> Graph:
-        return assembled(flow, model, runs, ends, list(inputs), delay=delay, state_readout=state)
+        return assembled(flow, model, runs, own, list(inputs), delay=delay, state_readout=state)
 
     def seconds(starts: list[int]) -> list[float]:
         runs = cuts.runs(starts, names)
@@ -276,10 +276,10 @@ def split_module(
         starts = cuts.balanced(partition.blocks, partition.balance, seconds, len(names))
     else:
         starts = cuts.grouped(grouping)
-    cut = graph(cuts.runs(starts, names), losses, delay=partition.delay, state=state_readout)
-    cut.notes += stays(followed.whole, model)
-    cut.one_length, cut.one_row = followed.one_length, followed.one_row
-    return cut
+    made = graph(cuts.runs(starts, names), losses, delay=partition.delay, state=state_readout)
+    made.notes += stays(followed.whole, model)
+    made.one_length, made.one_row = followed.one_length, followed.one_row
+    return made
 
 
 def _whole(
@@ -291,9 +291,9 @@ def _whole(
 ) -> Graph:
     """Return one block with a whole model that takes one tensor and returns one."""
     block = BlockSpec("block0", model, tuple(inputs), loss=loss, state=state_readout)
-    graph = Graph([block], original=model)
-    graph.notes += stays({"": why}, model)
-    return graph
+    made = Graph([block], original=model)
+    made.notes += stays({"": why}, model)
+    return made
 
 
 def _one_step(model: nn.Module, inputs: Mapping[str, Tensor], why: Unfollowed) -> Trace | None:
@@ -308,8 +308,8 @@ def _outputs(
     followed: Trace, loss: Losses, targets: Collection[str] | None
 ) -> tuple[list[str], list[Value], list[LossFunction]]:
     """Return names (of the only one: ''), values and losses of the outputs that have a loss."""
-    by_name = dict(named(followed.output))
-    refs = {n: (r.step, r.path) for n, r in by_name.items() if isinstance(r, ValueRef)}
+    found = [(name, value_of(node)) for name, node in named(followed.output)]
+    refs = {name: value for name, value in found if value is not None}
     if not refs:
         raise GraphError(
             "the model's output does not depend on its input and its weights; return the prediction"

@@ -118,7 +118,7 @@ class SlicePhases:
         Steps are torch's own modules, and modules that stay whole in a trace.
         """
         probe = copied(self.spec.module)
-        steps = probe.parts.values() if isinstance(probe, TracedModule) else ()
+        steps = probe.hamdist_called() if isinstance(probe, TracedModule) else []
         whole = {id(m) for step in steps for m in step.modules()}
         names = [
             (name, part)

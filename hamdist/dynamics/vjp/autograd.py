@@ -153,7 +153,7 @@ class LocalFunction(Remembers):
         self._weights_at = {p.untyped_storage().data_ptr() for p in module.parameters()}
         self._pieces = any(isinstance(m, TracedModule) for m in module.modules())
         self._copies = self._foreign or any(
-            getattr(m, "inplace", False) or (isinstance(m, TracedModule) and m.writes)
+            getattr(m, "inplace", False) or (isinstance(m, TracedModule) and m.hamdist_writes)
             for m in module.modules()
         )
 
@@ -341,7 +341,7 @@ def _foreign(module: nn.Module) -> bool:
     An invertible map counts as known.
     """
     return any(
-        m.is_whole
+        m.hamdist_whole
         if isinstance(m, TracedModule)
         else not type(m).__module__.startswith("torch.nn.modules.")
         for m in module.modules()
@@ -361,7 +361,7 @@ def random_parts(module: nn.Module) -> list[nn.Module]:
     parts = []
     for part in module.modules():
         rate = getattr(part, "dropout", 0.0)  # a number (attention, recurrent nets), or a module
-        chance = isinstance(part, TracedModule) and part.draws
+        chance = isinstance(part, TracedModule) and part.hamdist_draws
         if chance or isinstance(part, _RANDOM) or (isinstance(rate, (int, float)) and rate):
             parts.append(part)
     return parts

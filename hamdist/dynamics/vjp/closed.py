@@ -175,11 +175,7 @@ def closed_cell(
 ) -> ClosedFunction | None:
     """Return the closed form of `module` with so many parents; None where it has none.
 
-    <<<<<<< HEAD
-        native: kernels that follow each other run in C (native/chain.py).
-    =======
-        native: its chains of linear layers run in C (native/rows.py).
-    >>>>>>> main
+    native: kernels that follow each other run in C (native/chain.py).
     """
     program = read_program(module, len(_combined_places(combine, parents)), native=native)
     return None if program is None else ClosedFunction(module, combine, seed, program)

@@ -73,26 +73,7 @@ def rows_of_width(x: Tensor, width: int) -> Tensor:
     return x if x.dim() == 2 else x.reshape(-1, width)
 
 
-class Lends:
-    """Memory for z^T df/dx.
-
-    lends: it stays inside the block, so that it is used again: by the pull after the next, for
-    until then it may be a factor of omega.
-    """
-
-    def __init__(self) -> None:
-        self.lends = False
-        self._products: list[Tensor | None] = [None, None]
-
-    def lent(self, x: Tensor) -> Tensor:
-        """Return memory like x."""
-        to = like(self._products if self.lends else None, 0, x.shape, x)
-        if self.lends:
-            self._products = [self._products[1], to]
-        return to
-
-
-class Linear(Lends):
+class Linear:
     """f = x W^T + b, or the relu of it; with d = z (behind a relu: where f > 0)
     z^T df/dx = d W, z^T df/dW = d^T x, z^T df/db = sum of d's rows.
 
@@ -103,7 +84,6 @@ class Linear(Lends):
     in_place = False
 
     def __init__(self, module: nn.Linear, weights: tuple[int | None, ...]) -> None:
-        super().__init__()
         self.weights = weights
         self.relu = False
         self.into, self.out = module.in_features, module.out_features
@@ -134,10 +114,7 @@ class Linear(Lends):
         d = z if z.dim() == 2 else z.reshape(y.shape)
         if self.relu:
             d = aten.threshold_backward(d, y, 0)
-        to = None
-        if wanted[0]:
-            to = self.lent(x)
-            torch.mm(d, self._w, out=to)
+        to = d @ self._w if wanted[0] else None
         if g is not None:
             g.put(self.weights, (Outer(d, x), Column(d)))
         return (to if to is None or z.dim() == 2 else to.view(*z.shape[:-1], self.into),)

@@ -9,6 +9,7 @@ from array import array
 from collections import Counter
 from collections.abc import Sequence
 
+import torch
 from torch import Size, Tensor, int64
 
 from hamdist.dynamics.native.chain import (
@@ -19,18 +20,18 @@ from hamdist.dynamics.native.chain import (
 )
 from hamdist.dynamics.native.rows import reads as is_readable
 from hamdist.dynamics.vjp.gradient import AtOnce, Column, Gradient, Gradients, Outer, TableRows
-from hamdist.dynamics.vjp.kernels import KeptTensors, Kernel, Lends, Reshape, like
+from hamdist.dynamics.vjp.kernels import KeptTensors, Kernel, Reshape, like
 from hamdist.dynamics.vjp.steps import ProgramStep, needed, pull_steps, run_steps
 
 SHAPES = 256  # of inputs, whose sizes and places are kept
 
 
-class Chain(Lends):
+class Chain:
     """Kernels on one value, each of which reads that or what earlier ones made.
 
     lasting: the output leaves the block, so that its memory is not used again. Memory that stays
-    inside is: activations by a later forward pass (see `Kernel.forward`), d and the messages by the
-    pull after the next, for until then they may be factors of omega. apart: one kernel after the
+    inside is: activations by a later forward pass (see `Kernel.forward`), d by the pull after the
+    next, for until then it may be a factor of omega. apart: one kernel after the
     other in any case; otherwise where the C code cannot step an input.
 
     values: by step, which value of the operations is its output (a view has none of its own).
@@ -48,7 +49,6 @@ class Chain(Lends):
         values: Sequence[int],
         places: Sequence[tuple[int | None, ...]],
     ) -> None:
-        super().__init__()
         self._steps = [
             ProgramStep(k, r, lasting=False) for k, r in zip(kernels, reads, strict=True)
         ]
@@ -119,7 +119,7 @@ class Chain(Lends):
         native, _ = self._shapes.get(x.shape) or self._sizes_of(x)
         if native is None:
             raise RuntimeError("a record of the C code, which cannot step its input")
-        to = self.lent(x) if wanted[0] else None
+        to = torch.empty_like(x) if wanted[0] else None
         d = like(self._slopes, 0, (native.d,), self._w)
         self._slopes = [self._slopes[1], d]
         m = like(self._messages, 0, (native.messages(wanted=wanted[0]),), self._w)

@@ -119,7 +119,7 @@ class _Program:
             place = self._arguments + k
             local[place] = len(kernels)
             inside = (p for p in local if p not in (source, place))
-            if any(last_reader[p] > k for p in inside):
+            if any(last_reader.get(p, len(self._made)) > k for p in inside):
                 continue
             chain = chain_of(kernels, reads)
             if chain is not None:
@@ -129,14 +129,8 @@ class _Program:
     def _steps(self, last: int) -> list[ProgramStep]:
         """Return the steps, those marked whose output leaves the block.
 
-        That is the output, the messages, and every value that shares memory with them.
+        That is the output, and every value that shares memory with it.
         """
-        known = set(range(self._arguments))
-        for i, (kernel, reads) in enumerate(self._made):
-            if isinstance(kernel, (Reshape, Add)) and known.intersection(reads):
-                known.add(self._arguments + i)
-            elif isinstance(kernel, (Linear, Chain)):
-                kernel.lends = reads[0] not in known
         leaving = {last}
         for i in range(len(self._made) - 1, -1, -1):
             kernel, reads = self._made[i]
@@ -258,7 +252,7 @@ class _Program:
         if node.op == "call_module":
             if len(node.args) != 1 or node.kwargs or len(read) != 1:
                 raise _Unknown
-            return self._layer(parts[str(node.target)], at[0], alone=alone)
+            return self._layer(parts.get(str(node.target)), at[0], alone=alone)
         if node.kwargs not in ({}, {"inplace": False}):
             raise _Unknown
         if node.target in (operator.add, torch.add, operator.iadd) and len(at) == 2:
@@ -291,13 +285,8 @@ def _is_chain(module: nn.Module) -> bool:
 
 def _trace(module: nn.Module) -> fx.Graph:
     """Return the operations of forward; raise _Unknown where they may differ between calls."""
-    if isinstance(
-        module, TracedModule
-    ):  # written down already, whole where it depends on Python state
-        known = module.fx_graph()
-        if known is None:
-            raise _Unknown
-        return known
+    if isinstance(module, TracedModule):  # (whole where it depends on Python state)
+        return module.hamdist_graph
     if not is_pure(module):
         raise _Unknown
     try:

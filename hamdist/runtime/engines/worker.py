@@ -295,23 +295,23 @@ class Worker:
             self._requests.serve()
         self._sampler.look()
 
-    def status(self, seen: int, every: int | None) -> WorkerStatus:
-        """Return the status, in another thread; `seen`: windows that the caller has, of `every`
-        samples.
+    def status(self, seen: int, joined: int | None) -> WorkerStatus:
+        """Return the status, in another thread; `seen`: windows that the caller has, which
+        had been joined so often.
         """
         measured = {n.name: n.metrics for n in self._nodes if n.metrics is not None}
         metrics = measured.pop(next(iter(measured), ""), None)
         others = {name: other.windows[-LATEST:] for name, other in measured.items()}
-        now = None if metrics is None else metrics.every  # before the windows, which it may join
+        now = None if metrics is None else metrics.joined  # before the windows, which it may join
         windows = [] if metrics is None else metrics.windows
-        first = seen if every == now else 0
+        first = seen if joined == now else 0
         return WorkerStatus(
             ticks={n.name: n.event.tick for n in self._nodes},
             updates={n.name: n.block.weights.updates for n in self._nodes},
             samples=0 if self._source is None else self._source.samples,
             windows=windows[first:],
             first=first,
-            every=now,
+            joined=now,
             others=others,
             sample=self._sampler.sample(),
             wait=self._wait(),

@@ -215,7 +215,8 @@ def events_from(schedule: PulseSchedule | HoldSchedule, name: str, event: Event)
 def make_metrics(plan: Plan) -> Prequential:
     """Make the collector of a readout's losses."""
     settings = plan.metrics
-    return Prequential(settings.window, settings.limit, ignore_index=plan.ignore_index)
+    ignored, rolls = plan.ignore_index, plan.spec.live
+    return Prequential(settings.window, settings.limit, ignore_index=ignored, rolls=rolls)
 
 
 def make_recorder(settings: MetricsSettings) -> Recorder | None:

@@ -323,7 +323,7 @@ class WorkerHandle:
     asked: Any = None  # a status call under way
     asked_at: float = 0.0
     windows: list[Window] = field(default_factory=list)
-    every: int | None = None
+    joined: int | None = None
 
     told: list[SnapshotNews] = field(default_factory=list)
     kept_bytes: int = 0
@@ -339,7 +339,7 @@ class WorkerHandle:
         """Discard what is recorded of the actor's run."""
         self.running = self.report = self.status = self.asked = None
         self.windows = []
-        self.every = None
+        self.joined = None
 
     @property
     def tick(self) -> int | None:
@@ -352,7 +352,7 @@ class WorkerHandle:
             self.told.append(status.kept)
             self.kept_bytes, self.forgot = status.kept.nbytes, status.kept.forgot
         self.windows = [*self.windows[: status.first], *status.windows]
-        self.every = status.every
+        self.joined = status.joined
 
     def __str__(self) -> str:
         return f"{self.name} (blocks {', '.join(self.blocks)}; process {self.pid})"

@@ -165,7 +165,7 @@ class WorkerGroup(WiredWorkers):
         """Query the status of all running actors, and note the answers that come in time."""
         for actor in self.actors:
             if actor.report is None and actor.asked is None:
-                actor.asked = actor.handle.status.remote(len(actor.windows), actor.every)
+                actor.asked = actor.handle.status.remote(len(actor.windows), actor.joined)
                 actor.asked_at = now
         calls = {actor.asked: actor for actor in self.actors if actor.asked is not None}
         if not calls:
@@ -194,7 +194,7 @@ class WorkerGroup(WiredWorkers):
             first = next((b for b in actor.blocks if b in self._plan.graph.readouts), None)
             if actor.report is not None:
                 windows |= actor.report.windows
-            elif first is not None and actor.every is not None:
+            elif first is not None and actor.joined is not None:
                 windows[first] = actor.windows
                 windows |= {} if actor.status is None else actor.status.others
         return windows

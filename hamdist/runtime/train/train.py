@@ -93,31 +93,16 @@ def train(
     The first Ctrl-C or SIGTERM ends the stream; the result then says `interrupted`.
 
     Args:
-        model: is not changed; a copy is cut into blocks and trained. A `Graph` brings its own
-            blocks and losses.
-        stream: the samples to learn from.
+        model: is not changed; a copy is cut into blocks and trained.
+        stream, phi, optimizer, scheduler, rules, resume: as of `hamdist.train`.
         settings: of the run.
-        loss: (prediction, target) -> scalar mean over the batch, instead of `settings.loss`, or one
-            for each output of a model that has several.
+        loss: instead of `settings.loss`; by output for a model that has several.
         policy: where blocks begin, instead of `settings.partition`.
-        phi: the scale of the loss by tick (by sample, in levels of presentation 'pulse'), instead
-            of `settings.dynamics.phi`.
-        optimizer: makes the torch.optim optimiser (or several) of a list of parameters, for each
-            block, instead of `settings.learning.optimizer`.
-        scheduler: makes the scheduler of an optimiser, stepped once per sample.
-        rules: of learning, by block or pattern, before those of `settings.learning.rules`.
-        on_progress: called about four times a second, and for every phase of the start
-            (`Progress.phase`), in the calling thread. It may end the run (`Stop`: the result then
-            says `stopped`); any other exception does so, too, with the trained state as its
-            `result`.
-        resume: a folder of snapshots, or one of them: the run continues from it as if it had never
-            stopped; a network that is cut in another way, or another level, takes over the weights
-            and the place in the stream.
+        on_progress: called about four times a second, and for every phase of the start, in the
+            calling thread; it may end the run, as that of `hamdist.train`.
 
     Raises:
-        SettingsError, GraphError, LevelError, SnapshotError: before anything starts.
-        StreamError, BlockError, StallError, ClusterError: the run failed; its processes have ended.
-        DivergedError: has the results up to then as its `result`.
+        HamdistError: as `hamdist.train`.
     """
     if any(torch.is_autocast_enabled(device) for device in ("cpu", "cuda")):
         raise SettingsError(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import math
 import time
 
@@ -11,6 +12,7 @@ import torch
 from torch import nn
 
 import hamdist
+from hamdist.config import Settings
 from hamdist.dynamics.objective.prequential import Window
 from hamdist.runtime.results.events import (
     EVENTS,
@@ -22,6 +24,7 @@ from hamdist.runtime.results.events import (
 from hamdist.runtime.results.measured import EdgeCounts, ProcessSample, summed
 from hamdist.runtime.results.progress_events import ProgressEvents, ProgressPace
 from hamdist.runtime.results.result import Progress
+from hamdist.runtime.results.run_events import RunEvents
 
 
 def make():
@@ -356,6 +359,26 @@ def test_the_end_of_train_is_told_and_why():
         )
     assert heard[-1].error == str(caught.value)
     assert heard[-2].failure == heard[-1].error
+
+
+def test_what_happens_is_logged_with_levels(caplog):
+    settings = Settings(level="trace", name="tiny")
+    logger = logging.getLogger("hamdist.run")
+    logger.addHandler(caplog.handler)
+    try:
+        with caplog.at_level(logging.INFO, "hamdist.run"):
+            note = RunEvents(settings, [], 4).over(None)
+            note(Progress(0.1, 1, None, [], [], warnings=["slow"], snapshots=["s/1"]))
+        with caplog.at_level(logging.WARNING, "hamdist.run"):
+            assert RunEvents(settings, [], 4).over(None) is None  # (nothing is worked out)
+    finally:
+        logger.removeHandler(caplog.handler)
+    logged = {(record.levelname, record.message) for record in caplog.records}
+    assert logged == {
+        ("INFO", "run: tiny"),
+        ("WARNING", "warning: slow"),
+        ("INFO", "snapshot: s/1"),
+    }
 
 
 def test_drops_of_the_stream_are_told():
