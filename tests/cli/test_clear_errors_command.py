@@ -191,7 +191,7 @@ def test_a_folder_whose_name_is_no_utf8(tmp_path):
     assert json.loads((tmp_path / os.fsdecode(b"a\xffb") / "summary.json").read_text())
 
 
-@pytest.mark.parametrize("imported", ["psutil", "torch._C", "hamdist.study.run.run", None])
+@pytest.mark.parametrize("imported", ["psutil", "torch._C", None])
 def test_ctrl_c_while_it_starts(tmp_path, imported):
     """SIGINT as soon as a module has been imported, or (None) as the first line is shown."""
     (tmp_path / "tiny.yaml").write_text(TINY)

@@ -270,7 +270,7 @@ OFTEN = dict.fromkeys(SAID, 1)
 def sizes():
     """Bytes of all that Python's collector knows, containers and tensors, and of what is where."""
     gc.collect()
-    tracked = gc.get_objects()
+    tracked = [one for one in gc.get_objects() if type(one) is not torch.TypedStorage]  # (warns)
     tensors = sum(
         t.nbytes for t in tracked if type(t) is torch.Tensor and t.layout == torch.strided
     )
@@ -424,10 +424,10 @@ def test_on_ray_answers_belong_to_their_questions_at_every_level(session):
 
 
 def lose_one(level, out, engine):
-    """Say 200 things, kill an actor in between, and repeat all of it in one process."""
+    """Say 120 things, kill an actor in between, and repeat all of it in one process."""
     with start(level, out=out, idle=0.001, engine=engine, snapshots={"seconds": 1}) as run:
-        kill = lambda k: kill_an_actor(k) if k == 70 else None  # noqa: E731
-        talk(run, samples(200), before=kill, said=OFTEN, sequences=level == "bptt")
+        kill = lambda k: kill_an_actor(k) if k == 40 else None  # noqa: E731
+        talk(run, samples(120), before=kill, said=OFTEN, sequences=level == "bptt")
     assert run.result.replaced
     again = hamdist.replay(out, network(seed=7))
     assert equal(run.result, again)
