@@ -62,6 +62,7 @@ class Fingerprints:
         self.ids: dict[int, Any] = {}
 
     def add(self, name: str, value: Any) -> None:
+        """Add a value under a name, once."""
         if name not in self.marks:
             self.marks[name] = self._mark(value)
 

@@ -68,10 +68,12 @@ class PlacedRun:
         return self.model.steps.samples / self.period.seconds
 
     def timed(self) -> TimedGraph:
+        """Return the run's steps with their times on this cluster."""
         return self.model.timed(self.placement, self.hosts, self.cluster)
 
     @property
     def delays(self) -> dict[str, int]:
+        """Return the delays of edges between blocks, in ticks."""
         return {e.name: e.delay for e in self.model.plan.graph.edges if not e.from_input}
 
     def memory(self) -> dict[str, int]:
