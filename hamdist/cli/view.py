@@ -28,7 +28,7 @@ from hamdist.cli.options import (
 )
 from hamdist.cli.prepare import own_stream, prepare
 from hamdist.errors import HamdistError, SettingsError
-from hamdist.runtime.results.run_events import EVENTS, line_of
+from hamdist.runtime.results.run_events import EVENTS, EventFile, line_of
 from hamdist.study.shared.result_folder import results_of, write_file
 
 if TYPE_CHECKING:
@@ -197,15 +197,18 @@ def _folders(names: list[str], cluster: str | None) -> Iterator[list[Path]]:
                 raise SettingsError(text) from None
             folders.append(Path(scratch) / job)
             folders[-1].mkdir()
-            threading.Thread(target=_follow, args=(jobs, job, folders[-1]), daemon=True).start()
+            file = EventFile(folders[-1], complain)  # (there, and locked, before it is read)
+            threading.Thread(target=_follow, args=(jobs, job, file), daemon=True).start()
         yield folders
 
 
-def _follow(jobs: Jobs, name: str, folder: Path) -> None:
+def _follow(jobs: Jobs, name: str, file: EventFile) -> None:
     """Write the events of a launched run, from its log, until it ends."""
     from hamdist.launch.follow import mirror_events
 
     try:
-        mirror_events(jobs.lines(name), folder / EVENTS)
+        mirror_events(jobs.lines(name), file)
     except HamdistError as error:
         complain(f"{name}: {error}")
+    finally:
+        file.close()
