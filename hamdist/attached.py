@@ -7,6 +7,7 @@ import time
 import urllib.error
 import urllib.request
 from collections.abc import Mapping
+from http.client import HTTPException
 from pathlib import Path
 from typing import Any, cast
 from urllib.parse import urlencode
@@ -88,6 +89,8 @@ class AttachedRun:
     """
 
     def __init__(self, address: str, token: str, timeout: float) -> None:
+        if not address.startswith(("http://", "https://")):
+            raise SettingsError(f"attach: {address!r} is no address; give http://HOST:PORT")
         self.address, self._token, self._timeout = address.rstrip("/"), token, timeout
         # (no proxy: the token is for that host alone)
         self._opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))
@@ -166,7 +169,7 @@ class AttachedRun:
                     return data
             except urllib.error.HTTPError as error:
                 refusal, again = _refused(error)
-            except (OSError, ValueError) as error:
+            except (OSError, HTTPException, ValueError) as error:
                 raise ClusterError(f"{self.address} does not answer: {error}") from None
             if not wait or not again:
                 raise refusal

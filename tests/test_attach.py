@@ -5,9 +5,11 @@ from __future__ import annotations
 import inspect
 import json
 import os
+import socket
 import stat
 import subprocess
 import sys
+import threading
 
 import pytest
 import torch
@@ -110,6 +112,30 @@ def test_another_process_is_talked_to_as_if_it_were_here(level, tmp_path):
         hamdist.attach(tmp_path)
     with pytest.raises(ClusterError, match="does not answer"):
         far.status()
+
+
+def test_who_answers_in_another_way_is_no_run():
+    """A server that speaks no HTTP, one that is no run, and what is no address."""
+    for reply in (b"220 mail\r\n", b"HTTP/1.1 404 Not Found\r\nContent-Length: 0\r\n\r\n"):
+        with socket.socket() as server:
+            server.bind(("127.0.0.1", 0))
+            server.listen()
+
+            def answer(server=server, reply=reply):
+                one, _ = server.accept()
+                with one:
+                    one.recv(4096)
+                    one.sendall(reply)
+
+            thread = threading.Thread(target=answer)
+            thread.start()
+            with pytest.raises(ClusterError, match="does not answer|is it a run of hamdist"):
+                hamdist.attach(f"http://127.0.0.1:{server.getsockname()[1]}", "token", timeout=10)
+            thread.join(10)
+    with pytest.raises(SettingsError, match="http://HOST:PORT"):
+        hamdist.attach("file:///etc/hosts", "token")
+    with pytest.raises(SettingsError, match="needs a token"):
+        hamdist.attach("http://127.0.0.1:1")
 
 
 def test_its_calls_are_those_of_a_run():
