@@ -88,7 +88,9 @@ class Tracker:
             self.log(run, values, at)
         if isinstance(event, BlocksMeasured) and event.histograms:
             parts = event.histograms.items()
-            named = {f"{block}/{kind}": one for block, own in parts for kind, one in own.items()}
+            named = {
+                f"{block}/{kind}": one for block, by_kind in parts for kind, one in by_kind.items()
+            }
             self.histograms(run, named, at)
         if isinstance(event, FolderEnded):
             self.close()

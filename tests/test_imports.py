@@ -112,7 +112,7 @@ ALLOWED = {
     "study/propagation": f"{STUDY} study/shared study/report study/view",
     "study/simulate": f"{STUDY} study/shared study/run",
     "study/verify": STUDY,
-    "study/verify/oracles": STUDY,
+    "study/verify/oracles": f"{STUDY} study/shared",
     "study/verify/topics": (
         f"{STUDY} study/shared study/run study/gradient_descent study/propagation "
         "study/verify/oracles"

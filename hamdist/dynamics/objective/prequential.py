@@ -126,8 +126,8 @@ class Prequential(Remembers):
     def record(self, sample: int, prediction: Tensor, target: Tensor, loss: Tensor) -> None:
         """Record a sample. prediction: (B, ...), never changed again; target: (B, ...)."""
         if prediction.dim() == 2 and prediction.numel() <= SMALL and target.dim() == 1:
-            kept = None if target.is_floating_point() else prediction
-            self._looks.append(_Look(sample, kept, None, target, loss))
+            scored = None if target.is_floating_point() else prediction
+            self._looks.append(_Look(sample, scored, None, target, loss))
         else:
             with torch.no_grad():
                 guess = guessed(prediction, target)

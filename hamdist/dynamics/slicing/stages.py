@@ -82,12 +82,12 @@ class SlicePhases:
 
     def _refuse_what_has_no_slices(self) -> None:
         b = self.spec
-        for what, given in (
+        for what, applies in (
             ("an output module", b.output is not None),
             ("an initial state", b.initial is not None),
             ("a Joining of its own", isinstance(b.combine, Joining)),
         ):
-            if given:
+            if applies:
                 raise GraphError(f"block {b.name!r} with {what} cannot be sliced; set its slices=1")
 
     def _refuse_what_would_be_lost(self, shapes: ShapeMap) -> None:
@@ -120,12 +120,12 @@ class SlicePhases:
         probe = copied(self.spec.module)
         steps = probe.hamdist_called() if isinstance(probe, TracedModule) else []
         whole = {id(m) for step in steps for m in step.modules()}
-        own = [
+        names = [
             (name, part)
             for name, part in probe.named_modules()
             if id(part) not in whole and (is_foreign(type(part)) or type(part) is nn.Module)
         ]
-        before = [dict(part._buffers) for _, part in own]
+        before = [dict(part._buffers) for _, part in names]
         versions = [[None if b is None else b._version for b in known.values()] for known in before]
         try:
             with torch.no_grad(), torch.random.fork_rng(devices=[]):
@@ -133,7 +133,7 @@ class SlicePhases:
         except (RuntimeError, TypeError, ValueError, IndexError, NotImplementedError):
             return []  # the dry run says why
         moved = []
-        for (name, part), known, then in zip(own, before, versions, strict=True):
+        for (name, part), known, then in zip(names, before, versions, strict=True):
             for (key, buffer), version in zip(known.items(), then, strict=True):
                 now = part._buffers[key]
                 if now is not buffer or (now is not None and now._version != version):
@@ -255,14 +255,14 @@ class SlicePhases:
 
     def _outside(self, node: fx.Node, stage: SlicePhase) -> set[int]:
         """Return the stages that `node` reads from inside of `stage`."""
-        found = set()
+        nodes = set()
         uses = self.layouts.steps[node].uses
         for i in node.all_input_nodes:
-            own = self.stage_of.get(i)
-            taken = own is stage and (not stage.many or uses.get(i) is Use.PIECE)
-            if not taken:
-                found |= self._sources(i)
-        return found
+            phase = self.stage_of.get(i)
+            is_inside = phase is stage and (not stage.many or uses.get(i) is Use.PIECE)
+            if not is_inside:
+                nodes |= self._sources(i)
+        return nodes
 
     def _sources(self, node: fx.Node) -> set[int]:
         """Return the stages whose results make `node`."""
@@ -310,7 +310,7 @@ class SlicePhases:
         That is `node` itself where all of them do.
         """
         start = node
-        first = next(n for n, own in self.stage_of.items() if own is stage)
+        first = next(n for n, phase in self.stage_of.items() if phase is stage)
         while True:
             before = [i for i in start.all_input_nodes if self.stage_of.get(i) is stage]
             if len(before) != 1 or list(before[0].users) != [start] or before[0] is first:
@@ -324,8 +324,8 @@ class SlicePhases:
     def _sent(self, stage: SlicePhase) -> list[fx.Node]:
         """Return the values of `stage` that others read, in order: in the end one."""
         sent = []
-        for node, own in self.stage_of.items():
-            if own is not stage:
+        for node, phase in self.stage_of.items():
+            if phase is not stage:
                 continue
             outside = node is self.result
             for user in node.users:
@@ -341,8 +341,8 @@ class SlicePhases:
 
     def _check(self) -> None:
         name = self.spec.name
-        found = [(n, self.layouts.units(n)) for n in self.traced.nodes if n.op == "call_module"]
-        layers = [(n, units) for n, units in found if units is not None]
+        widths = [(n, self.layouts.units(n)) for n in self.traced.nodes if n.op == "call_module"]
+        layers = [(n, units) for n, units in widths if units is not None]
         if not layers:
             kinds = dict.fromkeys(type(m).__name__ for m in self._inner.modules())
             raise GraphError(

@@ -141,7 +141,7 @@ class InProcessEngine:
         if ending.reports:
             ending.report(progress())
         seconds, time_use = time.perf_counter() - started, sampler.seconds
-        peak, own = peak_bytes(), own_bytes()  # before the states are copied
+        peak, now = peak_bytes(), own_bytes()  # before the states are copied
         blocks = {n.name: n.state() for n in nodes}
         outcome = Outcome(
             blocks=blocks,
@@ -156,7 +156,7 @@ class InProcessEngine:
             bytes_per_edge=dict(mailbox.payload_bytes),
             compression=mailbox.compression,
             peak_memory={DRIVER: peak},
-            own_memory={DRIVER: own},
+            own_memory={DRIVER: now},
             smoothness=source.smoothness.frames,
             placement=[list(plan.graph.blocks)],
             stream=source.counts,

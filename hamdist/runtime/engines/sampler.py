@@ -123,8 +123,8 @@ class Sampler:
         steps = dict(self._updates)
         norms = {n: one._replace(update=steps.get(n)) for n, one in self._norms.items()}
         late = {n.name: dict(n.staleness) for n in self._nodes if getattr(n, "staleness", None)}
-        own = norms, self._steps, edges, stream, self._histograms, late
-        return ProcessSample(spent, memory, *own, self._fetched())
+        measured = norms, self._steps, edges, stream, self._histograms, late
+        return ProcessSample(spent, memory, *measured, self._fetched())
 
     def _fetched(self) -> Sequence[UpdateProbe]:
         """Return the probes to fetch; those of blocks are returned once, for they are large."""

@@ -167,11 +167,11 @@ class Worker:
     def _gpu_sender(self, channel: Channel, address: str) -> GpuRingSender | None:
         self._gpu_senders.pop(channel.number, None)
         memory = self._memory(channel, channel.sender)
-        asked = address.startswith(GPU_SCHEME)
+        is_gpu = address.startswith(GPU_SCHEME)
         cast_plan = self._plan.cast_plans.get(channel.receiver)
         to_gpu = cast_plan is not None and cast_plan.device.startswith("cuda")
         too_long = to_gpu and address.startswith(IPC) and not takes(channel)
-        if memory is None or not (asked or too_long):
+        if memory is None or not (is_gpu or too_long):
             return None
         gpu_sender = GpuRingSender(memory, channel, self._plan.run, slot_bytes(self._plan, channel))
         if too_long:
@@ -340,12 +340,12 @@ class Worker:
 
     def news(self, seconds: float) -> list[Any]:
         """Return what the blocks have for the driver; waits so long for something."""
-        found = []
+        addresses = []
         with contextlib.suppress(Empty):
-            found.append(self._news.get(timeout=seconds))
+            addresses.append(self._news.get(timeout=seconds))
             while True:
-                found.append(self._news.get_nowait())
-        return found
+                addresses.append(self._news.get_nowait())
+        return addresses
 
     def stop_stream(self) -> None:
         """End the stream at its next sample; samples under way are finished."""

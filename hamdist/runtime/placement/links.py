@@ -110,8 +110,8 @@ class Probe:
 def pairs(plan: Plan, placement: Sequence[Sequence[str]]) -> set[tuple[int, int]]:
     """Return the actors (first, second) that exchange signals."""
     host = {name: i for i, blocks in enumerate(placement) for name in blocks}
-    found = {(host[e.parent], host[e.child]) for e in plan.graph.edges if not e.from_input}
-    return {(min(a, b), max(a, b)) for a, b in found if a != b}
+    crossing = {(host[e.parent], host[e.child]) for e in plan.graph.edges if not e.from_input}
+    return {(min(a, b), max(a, b)) for a, b in crossing if a != b}
 
 
 def least_delays(

@@ -12,8 +12,8 @@ NOTHING = BlockEngineSettings()
 def block_settings(graph: Graph, engine: EngineSettings) -> dict[str, BlockEngineSettings]:
     """Return the settings of each block. Raises SettingsError for a pattern that fits no block."""
     check_patterns("engine.blocks", engine.blocks, graph.blocks, "block")
-    found = {name: fitting(name, engine.blocks) for name in graph.blocks}
-    return {n: NOTHING if p is None else engine.blocks[p] for n, p in found.items()}
+    fields = {name: fitting(name, engine.blocks) for name in graph.blocks}
+    return {n: NOTHING if p is None else engine.blocks[p] for n, p in fields.items()}
 
 
 def device_of(block_setting: BlockEngineSettings, engine: EngineSettings) -> str:

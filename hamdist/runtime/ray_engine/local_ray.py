@@ -86,11 +86,11 @@ def _of_session(folder: str, before: set[psutil.Process]) -> set[psutil.Process]
         with contextlib.suppress(psutil.Error):
             if folder in " ".join(process.cmdline()):
                 heads.add(process)
-    found = set(heads)
+    pids = set(heads)
     for head in heads:
         with contextlib.suppress(psutil.Error):
-            found |= set(head.children(recursive=True))
-    return found
+            pids |= set(head.children(recursive=True))
+    return pids
 
 
 @contextmanager

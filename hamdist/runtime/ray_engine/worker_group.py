@@ -88,14 +88,14 @@ class WorkerGroup(WiredWorkers):
 
     def kept(self) -> list[SnapshotNews]:
         """Return the snapshot news of all actors since the last call."""
-        found = [kept for actor in self.actors for kept in actor.told]
+        all_news = [news for actor in self.actors for news in actor.told]
         for actor in self.actors:
             actor.told.clear()
         if self._local is not None:
             status = self._local.status(0, None)
-            found += [] if status.kept is None else [status.kept]
+            all_news += [] if status.kept is None else [status.kept]
             self.local_forgot = status.kept is not None and status.kept.forgot
-        return found
+        return all_news
 
     def start(self) -> None:
         """Start `run` on all actors."""
@@ -167,11 +167,11 @@ class WorkerGroup(WiredWorkers):
             if actor.report is None and actor.asked is None:
                 actor.asked = actor.handle.status.remote(len(actor.windows), actor.joined)
                 actor.asked_at = now
-        asked = {actor.asked: actor for actor in self.actors if actor.asked is not None}
-        if not asked:
+        calls = {actor.asked: actor for actor in self.actors if actor.asked is not None}
+        if not calls:
             return
-        for call in ray.wait(list(asked), num_returns=len(asked), timeout=seconds)[0]:
-            actor = asked[call]
+        for call in ray.wait(list(calls), num_returns=len(calls), timeout=seconds)[0]:
+            actor = calls[call]
             actor.asked = None
             with contextlib.suppress(RayError):  # an actor that died is found by its run call
                 actor.note(ray.get(call))

@@ -36,7 +36,7 @@ def chrome_trace(trace: Mapping[str, Sequence[TraceSpan]]) -> str:
     first = min((s.begin for spans in trace.values() for s in spans), default=0.0)
     events: list[dict[str, Any]] = []
     left = {s.flow[1:] for spans in trace.values() for s in spans if s.flow[:1] == ">"}
-    taken = {s.flow[1:] for spans in trace.values() for s in spans if s.flow[:1] == "<"}
+    arrived = {s.flow[1:] for spans in trace.values() for s in spans if s.flow[:1] == "<"}
     for pid, (process, spans) in enumerate(trace.items()):
         tracks = list(dict.fromkeys(span.track for span in spans))
         events.append({"ph": "M", "name": "process_name", "pid": pid, "args": {"name": process}})
@@ -45,15 +45,15 @@ def chrome_trace(trace: Mapping[str, Sequence[TraceSpan]]) -> str:
             events.append({**name, "args": {"name": track}})
         for span in spans:
             place = {"pid": pid, "tid": tracks.index(span.track)}
-            events += _events(span._replace(begin=span.begin - first), place, left & taken)
+            events += _events(span._replace(begin=span.begin - first), place, left & arrived)
     other = {"displayTimeUnit": "ms", "otherData": {"begin": first}}
     return json.dumps({"traceEvents": events, **other})
 
 
 def _events(span: TraceSpan, place: Mapping[str, int], flows: set[str]) -> Iterator[dict[str, Any]]:
     begin, duration = span.begin * MICRO, span.seconds * MICRO
-    own = {"name": span.name, "cat": span.name.split()[0], "args": {"tick": span.tick}, **place}
-    yield {"ph": "X", "ts": begin, "dur": duration, **own}
+    common = {"name": span.name, "cat": span.name.split()[0], "args": {"tick": span.tick}, **place}
+    yield {"ph": "X", "ts": begin, "dur": duration, **common}
     if span.flow[1:] in flows:
         left = {"ph": "s", "ts": begin}  # (it may be taken before the sender's call returns)
         # (within the span that waits: at its end it is closed, and an arrow would have no target)

@@ -46,7 +46,7 @@ class TimingModel:
         cluster: ClusterModel | None = None,
     ) -> TimedGraph:
         """Return the activities of the run; without `hosts` all actors are on the first one."""
-        actors = [[*((INPUT,) if self.source in own else ()), *own] for own in placement]
+        actors = [[*((INPUT,) if self.source in blocks else ()), *blocks] for blocks in placement]
         where = [*(hosts or [0] * len(actors))]
         if self.source is None:
             actors.append([INPUT])

@@ -20,14 +20,14 @@ from hamdist.study.run.run import DataFactory, build, torch_dtype
 
 
 def exported(
-    where: str, factory: ModelFactory | None, told: Callable[[str], None]
+    where: str, factory: ModelFactory | None, say: Callable[[str], None]
 ) -> tuple[dict[str, Tensor], str]:
     """Return the `state_dict` at the latest snapshot of a folder (or at one snapshot), and its
     name.
 
     `factory` makes the model, if the run had one of the user's. Raises SnapshotError.
     """
-    snapshot = latest(where, told)
+    snapshot = latest(where, say)
     settings = earlier(snapshot)
     model, stream = _made(settings, factory)
     learned = snapshot_model(snapshot, model, stream.spec, settings)

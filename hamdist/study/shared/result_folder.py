@@ -189,8 +189,8 @@ class ResultFolder:
     def __exit__(self, _: object, error: BaseException | None, *__: object) -> None:
         """Release the folder, and remove it if a run has failed before its first sample."""
         warnings.showwarning = self._show
-        told = None if error is None else str(error) or type(error).__name__
-        self.emit(FolderEnded(error=told))
+        failure = None if error is None else str(error) or type(error).__name__
+        self.emit(FolderEnded(error=failure))
         if self._events is not None:
             self._events.close()
         if error is not None and not self._moved and not self.goes_on:
@@ -228,8 +228,8 @@ class ResultFolder:
                 self._read = file.tell()
         except OSError:  # nobody has asked for anything
             return None
-        asked = [name for name in REQUESTS for line in lines if name.encode() in line]
-        return REQUESTS[asked[0]] if asked else None
+        requests = [name for name in REQUESTS for line in lines if name.encode() in line]
+        return REQUESTS[requests[0]] if requests else None
 
     def watch(
         self, begun: RunBegun, then: Callable[[Progress], object]
