@@ -54,6 +54,7 @@ class Share(NamedTuple):
         return size // self.units * self.first
 
     def places(self, size: int) -> Tensor:
+        """Return the places of this part's neurons among `size`."""
         part = size // self.chunks
         indices = torch.arange(self.start(part), self.start(part) + self.length(part))
         return torch.cat([indices + part * chunk for chunk in range(self.chunks)])
