@@ -28,6 +28,7 @@ def checkup(jobs: Jobs | None, say: Callable[[str], None]) -> tuple[Findings, li
 
 
 def this_host() -> tuple[Findings, list[DoctorCheck]]:
+    """Collect and judge the facts of this host alone."""
     found = Findings(hosts=[host_facts()], clocks=[(0.0, 0.0)])
     missing = missing_extras()
     extras = DoctorCheck("ok", "Ray's Jobs API: its packages are here")

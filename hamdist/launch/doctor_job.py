@@ -45,9 +45,11 @@ class HostProbe:
         self._probes: dict[int, Probe] = {}
 
     def facts(self, storage: str | None, mark: str | None) -> HostFacts:
+        """Return the facts of this host."""
         return host_facts(storage, mark)
 
     def clock(self) -> float:
+        """Return this host's time, in seconds since 1970."""
         return time.time()
 
     def new_key(self, run: int, number: int) -> str:
@@ -61,19 +63,24 @@ class HostProbe:
         return self._probes[number].open({channel: way})
 
     def join(self, number: int, addresses: dict[int, str]) -> None:
+        """Open the sending end of link `number`."""
         self._probes[number].join(addresses)
 
     def answer(self, number: int) -> None:
+        """Send back what arrives on link `number`."""
         self._probes[number].answer(number)
 
     def measure(self, number: int) -> Link:
+        """Return the latency and the rate of link `number`."""
         return self._probes[number].measure(number)
 
     def close(self, number: int) -> None:
+        """Close this end of link `number`."""
         self._probes.pop(number).close()
 
 
 def main() -> int:
+    """Examine all hosts, report the findings, and return the exit code."""
     tell(Started(title="doctor", batch=1))
     try:
         order = read_order(Path.cwd())

@@ -90,6 +90,7 @@ class Findings(BaseModel):
         return {"Hosts": hosts, **({"Links": links} if self.links else {})}
 
     def name(self, i: int) -> str:
+        """Return a host's name, with its address where that is another text."""
         host = self.hosts[i]
         return host.name if host.address in ("", host.name) else f"{host.name} ({host.address})"
 

@@ -189,6 +189,7 @@ def from_line(line: str) -> tuple[str, JobEvent | None]:
 
 
 def moved(progress: Progress, *, network: bool = True) -> Progressed:
+    """Return what the terminal is shown of a run's progress."""
     windows = list(progress.windows)
     brief = windows[-1:]
     if len(windows) > 1:

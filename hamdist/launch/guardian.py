@@ -115,6 +115,7 @@ def _failed(error: str) -> int:
 
 
 def main() -> int:
+    """Run the package in this folder, and return the exit code."""
     try:
         order = read_order(Path.cwd())
         pin(load_settings(str(Path.cwd() / SETTINGS)).engine)  # for the driver, its child

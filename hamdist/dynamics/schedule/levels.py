@@ -70,14 +70,17 @@ class Locality:
 
     @property
     def pulse(self) -> bool:
+        """Return True if a sample enters once and travels."""
         return self.presentation is Presentation.PULSE
 
     @property
     def hold(self) -> bool:
+        """Return True if a sample stays at the input while states relax."""
         return self.presentation is Presentation.HOLD
 
     @property
     def sequence(self) -> bool:
+        """Return True if whole sequences travel forward, then in reverse."""
         return self.presentation is Presentation.SEQUENCE
 
 

@@ -55,6 +55,7 @@ class SliceModule:
         self.module = fx.GraphModule(self._held, self.graph, "Slice")
 
     def share(self, units: int, chunks: int = 1) -> Share:
+        """Return this slice's share of so many neurons."""
         return self._stages.share(self.i, units, chunks)
 
     def _operation(self, node: fx.Node) -> fx.Node:
@@ -76,10 +77,12 @@ class SliceModule:
         return self.graph.create_node(node.op, node.target, args, kwargs)
 
     def module_of(self, node: fx.Node, module: nn.Module) -> fx.Node:
+        """Add a call of a module that this slice has whole, in the place of `node`."""
         stateful = [*module.state_dict(), *(k for k, _ in module.named_buffers())]
         return self.module_with(node, module, dict.fromkeys(stateful))
 
     def module_with(self, node: fx.Node, module: nn.Module, places: SlicePlaces) -> fx.Node:
+        """Add a call of a module of which this slice has parts, in the place of `node`."""
         path = inner_path(str(node.target))
         self._held[path or "layer"] = module
         prefix = f"{path}." if path else ""

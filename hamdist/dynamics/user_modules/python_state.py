@@ -62,6 +62,7 @@ class Fingerprints:
         self.ids: dict[int, Any] = {}
 
     def add(self, name: str, value: Any) -> None:
+        """Add a value under a name, once."""
         if name not in self.marks:
             self.marks[name] = self._mark(value)
 
@@ -182,14 +183,9 @@ def modules_of(function: Any) -> list[nn.Module]:
 
 def names_in(part: nn.Module) -> set[str]:
     """List the names that the code of the part's own class mentions."""
-    attributes = [vars(base).values() for base in type(part).__mro__ if is_foreign(base)]
-    return {
-        n
-        for values in attributes
-        for v in values
-        for f in _functions(v)
-        for n in _names(f.__code__)
-    }
+    classes = [vars(base).values() for base in type(part).__mro__ if is_foreign(base)]
+    functions = [f for values in classes for value in values for f in _functions(value)]
+    return {name for f in functions for name in _names(f.__code__)}
 
 
 class Outside(Fingerprints):

@@ -223,6 +223,7 @@ class Worker:
         self._transport.allow(key)
 
     def withdraw(self, key: str) -> None:
+        """Forget the key of a process that has gone."""
         self._transport.withdraw(key)
 
     def run(self, index: int = 0, actors: int = 0) -> WorkerReport:
@@ -357,4 +358,5 @@ class Worker:
         self._abort.set()
 
     def close(self) -> None:
+        """Close the transport."""
         self._transport.close()

@@ -89,6 +89,7 @@ class Probe:
             self._endpoints.send(back, came)
 
     def measure(self, number: int) -> Link:
+        """Return the latency and the rate of a link, by signals there and back."""
         there, back = self.channels(number)
         small: list[float] = []
         large: list[float] = []
@@ -104,6 +105,7 @@ class Probe:
         return Link(way, LARGE / (full - way) if full > way else math.inf)
 
     def close(self) -> None:
+        """Close both ends."""
         self._endpoints.close()
 
 

@@ -17,4 +17,5 @@ def block_settings(graph: Graph, engine: EngineSettings) -> dict[str, BlockEngin
 
 
 def device_of(block_setting: BlockEngineSettings, engine: EngineSettings) -> str:
+    """Return the device on which a block computes."""
     return engine.device if block_setting.device is None else block_setting.device

@@ -59,12 +59,10 @@ def replannable(
     engine = settings.engine
     if engine.bundle == "auto":
         engine = engine.model_copy(update={"bundle": "off"})
-    new_settings = settings.model_copy(update={"engine": engine})
+    planned = settings.model_copy(update={"engine": engine})
 
     def replan(delays: Mapping[str, int]) -> Plan:
-        plan_with = make_plan(
-            delayed(graph, delays), new_settings, plan.spec, phi=phi, optimizer=optimizer
-        )
-        return dataclasses.replace(plan_with, run=plan.run, snapshot_policy=plan.snapshot_policy)
+        new = make_plan(delayed(graph, delays), planned, plan.spec, phi=phi, optimizer=optimizer)
+        return dataclasses.replace(new, run=plan.run, snapshot_policy=plan.snapshot_policy)
 
     return dataclasses.replace(plan, replan=replan)

@@ -36,6 +36,7 @@ _environment: dict[str, str] | None = None  # what hamdist sets for Ray, once it
 
 @contextmanager
 def local_ray(cpus: int) -> Iterator[set[psutil.Process]]:
+    """Start a Ray of this machine alone; it ends with the context."""
     import ray
 
     remove_leftovers()

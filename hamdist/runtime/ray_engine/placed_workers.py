@@ -347,6 +347,7 @@ class WorkerHandle:
         return None if self.status is None else min(self.status.ticks.values(), default=None)
 
     def note(self, status: WorkerStatus) -> None:
+        """Keep what a worker reports of itself."""
         self.status = status
         if status.kept is not None:
             self.told.append(status.kept)
@@ -367,5 +368,6 @@ def _processors(cpus: int) -> int:
 
 
 def last_line(error: BaseException) -> str:
+    """Return the last line of an error that says something."""
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
     return lines[-1] if lines else type(error).__name__

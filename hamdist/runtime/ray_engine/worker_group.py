@@ -109,6 +109,7 @@ class WorkerGroup(WiredWorkers):
 
     @property
     def done(self) -> bool:
+        """Return True if all workers have reported their end."""
         finished = all(actor.report is not None for actor in self.actors)
         return finished and (self._local is None or self.local_report is not None)
 

@@ -69,6 +69,7 @@ class WireForm(NamedTuple):
     fill: bytes
 
     def new(self) -> Tensor:
+        """Return an empty tensor of this form."""
         return torch.empty(self.shape, dtype=self.dtype)
 
     def bytes_of(self, tensor: Tensor) -> Any:

@@ -85,6 +85,7 @@ class Channels(NamedTuple):
     errors: dict[str, Channel]
 
     def all(self) -> list[Channel]:
+        """Return the channels of all kinds."""
         edges = [*self.states.values(), *self.messages.values()]
         aside = [*self.targets.values(), *self.clocks.values(), *self.labels.values()]
         ties = [*self.gradients.values(), *self.weights.values()]

@@ -188,6 +188,7 @@ class Snapshot:
 
     @property
     def tick(self) -> int:
+        """Return the tick at which it was taken."""
         return self.manifest.tick
 
     @property
@@ -225,6 +226,7 @@ class Snapshot:
 
 
 def folder_of(tick: int) -> str:
+    """Return the name of the folder of a snapshot."""
     return f"{_PREFIX}{tick:012d}"
 
 

@@ -37,6 +37,7 @@ class TimingModel:
 
     @cached_property
     def steps(self) -> StepGraph:
+        """Return the graph of the steps of a run."""
         return step_graph(self.plan, self.tokens)
 
     def timed(

@@ -101,6 +101,7 @@ class TimedGraph:
     nbytes: dict[tuple[int, int], int] = field(default_factory=lambda: defaultdict(int))
 
     def add(self, owner: int, work: float, label: str) -> int:
+        """Add a step of `owner`, and return its index."""
         self.owner.append(owner)
         self.work.append(work)
         self.label.append(label)

@@ -26,6 +26,7 @@ def make_result(
     settings: Settings,
     why: list[str],
 ) -> RunResult:
+    """Return the result of a run from what its engine returned."""
     startup.add(outcome.startup)
     lost = [name for name in graph.blocks if name not in outcome.blocks]
     if lost:

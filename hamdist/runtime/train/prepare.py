@@ -57,6 +57,7 @@ def in_dtype_of(settings: Settings, model: nn.Module | Graph, stream: Stream) ->
 
 
 def modules_of(model: nn.Module | Graph) -> list[nn.Module]:
+    """Return the modules of a model or of a graph's blocks."""
     if isinstance(model, nn.Module):
         return [model]
     return [m for b in model.blocks.values() for m in (b.module, b.output) if m is not None]

@@ -316,6 +316,7 @@ def snapshot_model(
 
 
 def make_engine(settings: Settings) -> Engine:
+    """Return the engine that the settings name."""
     if settings.engine.kind is EngineKind.INPROCESS:
         return InProcessEngine()
     with ray_environment(settings.engine):

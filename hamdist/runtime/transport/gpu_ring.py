@@ -144,6 +144,7 @@ class GpuRingSender:
         self.used = True
 
     def takes(self, payload: Tensor) -> bool:
+        """Return True if a payload can go through the ring."""
         if not self.used or not payload.nbytes or not self._memory.holds(payload):
             return False
         if payload.nbytes > self._slot_bytes:
@@ -164,6 +165,7 @@ class GpuRingSender:
         return slot
 
     def free(self, slot: int) -> None:
+        """Give a slot back that its receiver has read."""
         self._free.append(slot)
 
     def settle(self) -> None:

@@ -235,6 +235,7 @@ def interval(test: PairedTest | None, unit: float = 1.0) -> str:
 
 
 def mebibytes(size: int) -> str:
+    """Return bytes as whole MiB."""
     return f"{size / MIB:,.0f}"
 
 

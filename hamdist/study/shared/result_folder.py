@@ -42,20 +42,10 @@ _STUDIES = (
     *("recovery.csv", "recovery.json", "recovery.md"),
 )
 FILES = (  # what --overwrite may remove: whatever these commands write
-    *(
-        EVENTS,
-        CONTROL,
-        "metrics.jsonl",
-        "runs.jsonl",
-        "settings*.yaml",
-        "summary.json",
-        "results.csv",
-        "results.tex",
-    ),
-    *("model.safetensors", "plain.safetensors", "records.npz", "report.html", "gap.png"),
-    "records.html",
-    *("accuracy-rows.png", "accuracy-seconds.png", "energies.png", "weights.png"),
-    *("tracking.png", "digests*.json", f"{RUNS}/*.json", *_STUDIES),
+    *(EVENTS, CONTROL, "metrics.jsonl", "runs.jsonl", "settings*.yaml", "summary.json"),
+    *("results.csv", "results.tex", "report.html", "gap.png", "records.npz", "records.html"),
+    *("model.safetensors", "plain.safetensors", "digests*.json", f"{RUNS}/*.json", *_STUDIES),
+    *("accuracy-rows.png", "accuracy-seconds.png", "energies.png", "weights.png", "tracking.png"),
 )
 
 

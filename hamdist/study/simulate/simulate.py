@@ -68,10 +68,12 @@ class PlacedRun:
         return self.model.steps.samples / self.period.seconds
 
     def timed(self) -> TimedGraph:
+        """Return the run's steps with their times on this cluster."""
         return self.model.timed(self.placement, self.hosts, self.cluster)
 
     @property
     def delays(self) -> dict[str, int]:
+        """Return the delays of edges between blocks, in ticks."""
         return {e.name: e.delay for e in self.model.plan.graph.edges if not e.from_input}
 
     def memory(self) -> dict[str, int]:
@@ -297,12 +299,8 @@ def _snapshots(one: PlacedRun, timed: TimedGraph) -> SnapshotModel | None:
         every = min(every, (snapshots.seconds or 30.0) / one.period.seconds)
     blocks = one.model.plan.graph.blocks
     sizes = [
-        sum(
-            2 * p.numel() * p.element_size()
-            for b in on_actor
-            for p in blocks[b].module.parameters()
-        )
-        for on_actor in one.placement
+        sum(2 * p.numel() * p.element_size() for b in names for p in blocks[b].module.parameters())
+        for names in one.placement
     ]
     sizes += [0] * (len(timed.resources) - len(sizes))
     return SnapshotModel(max(1, round(every)), [size / COPY_BYTES_PER_SECOND for size in sizes])
@@ -315,12 +313,10 @@ def learn(
 
     The digest is that of all weights; seconds are those of the cluster, at `rate` samples a second.
     """
-    chosen_settings = one.chosen()
+    chosen = one.chosen()
     update: dict[str, Any] = {"kind": EngineKind.INPROCESS, "placement": None, "digests": True}
     update["blocks"] = one.settings.engine.blocks
-    settings = chosen_settings.model_copy(
-        update={"engine": chosen_settings.engine.model_copy(update=update)}
-    )
+    settings = chosen.model_copy(update={"engine": chosen.engine.model_copy(update=update)})
     run, _ = run_level(settings, factory=factory, data=data)
     curve = [
         {"seconds": (w.last + 1) / rate, "loss": w.mean_loss, "accuracy": w.accuracy}
