@@ -2,9 +2,8 @@
 
 Ray's Jobs API sends the log over HTTP, from the start, to any terminal that attaches, also when the
 job has ended; so a terminal needs no other connection to the cluster. An event is a line `#hamdist
-`
-with JSON; anything else (a traceback, a print of the user's model) is text and shown unchanged. The
-files of the result come as the last lines, in base64, with their SHA-256.
+` with JSON; anything else (a traceback, a print of the user's model) is text and shown unchanged.
+The files of the result come as the last lines, in base64, with their SHA-256.
 
 Progress is reported at most once a second and ever less often, so that a log stays small: with
 pauses of max(1, t / 2000) seconds at time t, T seconds give at most 2000 (1 + ln(T / 2000)) lines.
