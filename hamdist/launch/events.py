@@ -178,11 +178,11 @@ def tell(event: JobEvent) -> bool:
 
 def from_line(line: str) -> tuple[str, JobEvent | None]:
     """Return the text of a line, and its event, if it has a readable one."""
-    text, found, own = line.partition(PREFIX)
-    if not found:
+    text, prefix, body = line.partition(PREFIX)
+    if not prefix:
         return line, None
     try:
-        return text, _events.validate_json(own)
+        return text, _events.validate_json(body)
     except ValidationError:
         return line, None
 
@@ -211,8 +211,8 @@ def file_events(path: Path, most: int) -> Iterator[JobEvent]:
 
 
 def _digest(path: Path) -> str:
-    found = hashlib.sha256()
+    digest = hashlib.sha256()
     with path.open("rb") as file:
         while data := file.read(2**20):
-            found.update(data)
-    return found.hexdigest()
+            digest.update(data)
+    return digest.hexdigest()
