@@ -20,7 +20,7 @@ from collections.abc import Collection, Mapping, Sequence
 from typing import TypeGuard
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor, fx, nn
 from torch.nn.parameter import UninitializedBuffer, UninitializedParameter
 
 from hamdist.config import CutBalance, Grouping, PartitionSettings
@@ -31,6 +31,7 @@ from hamdist.dynamics.objective.losses import Losses, LossFunction, mse
 from hamdist.dynamics.objective.outputs import losses_of, named
 from hamdist.dynamics.partition.assemble import OperationRun, assembled
 from hamdist.dynamics.partition.cuts import Cuts, Policy, balanced, stays
+from hamdist.dynamics.tracing.block_graph import one_block
 from hamdist.dynamics.tracing.dataflow import Flow
 from hamdist.dynamics.tracing.join_runs import Trace
 from hamdist.dynamics.tracing.program import Value, value_of
@@ -44,7 +45,7 @@ from hamdist.errors import GraphError
 REPEATS = 5
 
 
-__all__ = ["Policy", "check_made", "is_chain", "split_module", "split_sequential"]
+__all__ = ["Policy", "check_made", "is_chain", "split_module", "split_sequential", "traced"]
 
 
 def check_made(model: nn.Module, *, sent: bool = False) -> None:
@@ -280,6 +281,29 @@ def split_module(
     made.notes += stays(followed.whole, model)
     made.one_length, made.one_row = followed.one_length, followed.one_row
     return made
+
+
+def traced(model: nn.Module, example: NetworkInputs) -> fx.Graph:
+    """Write down what a model does, as the graph of which hamdist makes blocks.
+
+    Modules of torch are one node each, weights have their dotted names. `print(graph)` and
+    `graph.print_tabular()` show it, `graph.python_code("self").src` as Python code.
+
+    Args:
+        model: stays as it is.
+        example: an input (B, ...) of the right shape and dtype, or several by name.
+
+    Raises:
+        GraphError: the model does something that cannot be followed.
+    """
+    check_taken(model, example)
+    inputs = by_parent(example)
+    try:
+        made = trace(model, inputs, called_by_parent)
+        return one_block(made, model, list(inputs)).hamdist_graph
+    except Unfollowed as why:
+        told = stays_whole(why.module, model, why)
+        raise GraphError(f"the model cannot be traced: {told}") from None
 
 
 def _whole(

@@ -225,33 +225,3 @@ def _as_linear(module: nn.Linear) -> nn.Linear:
     linear.weight = module.weight
     linear.bias = module.bias
     return linear
-
-
-class EncoderLayer(nn.Module):
-    """An nn.TransformerEncoderLayer, with its keys, written so that torch.fx reads it."""
-
-    def __init__(self, layer: nn.TransformerEncoderLayer) -> None:
-        super().__init__()
-        self.norm_first = layer.norm_first
-        self.activation: Any = layer.activation
-        self.self_attn = layer.self_attn
-        self.linear1, self.dropout, self.linear2 = layer.linear1, layer.dropout, layer.linear2
-        self.norm1, self.norm2 = layer.norm1, layer.norm2
-        self.dropout1, self.dropout2 = layer.dropout1, layer.dropout2
-
-    def forward(self, x: Tensor) -> Tensor:
-        if self.norm_first:
-            x = x + self._attention(self.norm1(x))
-            return x + self._mlp(self.norm2(x))
-        x = self.norm1(x + self._attention(x))
-        after: Tensor = self.norm2(x + self._mlp(x))
-        return after
-
-    def _attention(self, x: Tensor) -> Tensor:
-        out: Tensor = self.dropout1(self.self_attn(x, x, x, need_weights=False)[0])
-        return out
-
-    def _mlp(self, x: Tensor) -> Tensor:
-        inner = self.dropout(self.activation(self.linear1(x)))
-        out: Tensor = self.dropout2(self.linear2(inner))
-        return out

@@ -55,16 +55,6 @@ from hamdist.dynamics.user_modules.python_state import SETS_REQUIRES_GRAD
 from hamdist.dynamics.user_modules.structure import filled, getter, parts_of
 from hamdist.errors import GraphError
 
-# Torch's modules that only call others: they are gone through.
-CONTAINERS = (
-    nn.Sequential,
-    nn.Transformer,
-    nn.TransformerEncoder,
-    nn.TransformerDecoder,
-    nn.TransformerEncoderLayer,
-    nn.TransformerDecoderLayer,
-)
-OWN = ("torch.", "hamdist.")  # packages whose modules are one step
 # What may be asked of a tensor without reading its values.
 # fmt: off
 ABOUT = frozenset({
@@ -171,7 +161,7 @@ class _Recorder(TorchFunctionMode):
         if self._inside:
             return run(*args, **kwargs)
         name = self._names[id(part)]
-        if self._is_one_step(part, name):
+        if name in self._whole or (name and part._hamdist_one_step):
             self._check_weights(part)
             call = TorchCall("call_module", name, args, kwargs)
             return self._take(call, args, kwargs, lambda: run(*args, **kwargs), name, own=part)
@@ -190,12 +180,6 @@ class _Recorder(TorchFunctionMode):
             raise
         finally:
             self._stack.pop()
-
-    def _is_one_step(self, part: nn.Module, name: str) -> bool:
-        if name in self._whole or not name:
-            return name in self._whole
-        kind = type(part).__mro__[2]  # behind the two of `watch`
-        return kind.__module__.startswith(OWN) and kind not in CONTAINERS
 
     def _check_weights(self, part: nn.Module) -> None:
         """Fail where other tensors have taken the places of a module's weights for this call."""

@@ -28,9 +28,9 @@ from hamdist.dynamics.tracing.join_runs import (
 )
 from hamdist.dynamics.tracing.program import Length, Op, SymbolicSize, TakenOp
 from hamdist.dynamics.tracing.recorded_calls import Unfollowed
-from hamdist.dynamics.tracing.recorder import OWN, record
+from hamdist.dynamics.tracing.recorder import record
 from hamdist.dynamics.tracing.signal_columns import ColumnForm
-from hamdist.dynamics.tracing.watched import watch
+from hamdist.dynamics.tracing.watched import OWN, watch
 from hamdist.dynamics.user_modules.copies import copied
 from hamdist.dynamics.user_modules.python_state import (
     Fingerprints,
@@ -45,16 +45,21 @@ Call: TypeAlias = Callable[[nn.Module, Mapping[str, Tensor]], Any]  # runs a mod
 
 
 def trace(
-    model: nn.Module, inputs: Mapping[str, Tensor], call: Call, *, ragged: bool = False
+    model: nn.Module,
+    inputs: Mapping[str, Tensor],
+    call: Call,
+    *,
+    ragged: bool = False,
+    own: tuple[str, ...] = OWN,
 ) -> Trace:
     """Return the steps of `model` on `inputs` (examples, (B, ...), by name); it stays as it is.
 
     ragged: samples may have lengths of their own, which is tried; where the model does not take
-    them, or cannot be traced then, `Trace.one_length` has the reason. Raises Unfollowed where its
-    own forward cannot be traced.
+    them, or cannot be traced then, `Trace.one_length` has the reason. own: packages whose modules
+    are one step. Raises Unfollowed where its own forward cannot be traced.
     """
     probe = copied(model)
-    whole = watch(probe)
+    whole = watch(probe, own)
     why = None
     if ragged:
         try:
