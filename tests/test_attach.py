@@ -177,3 +177,18 @@ def test_several_inputs_and_outputs_and_back_pressure():
         run.stop()
         with pytest.raises(StreamError, match="stopped"):
             far.feed(u, y)
+
+
+def test_sequences_end_where_it_is_said():
+    u, y = torch.ones(2, 3), torch.tensor([0, 1])
+    begun = {"level": "bptt", "example": (u, y), "classes": 2, "idle": None}
+    with hamdist.start(network(), **begun) as run, serving(run) as served:
+        far = hamdist.attach(served.address, served.token)
+        assert far.feed(u, y) == 0
+        assert far.predict(u, end=True).number == 1
+        assert not run._stream.accepted.open
+        assert far.weights().keys() == network().state_dict().keys()
+    with hamdist.start(network(), **begun) as other:
+        other.feed(u, y)
+        other.predict(u, end=True)
+    assert same(run.result.model.state_dict(), other.result.model.state_dict())

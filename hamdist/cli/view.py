@@ -151,9 +151,9 @@ def draw(
     if Path(settings).is_dir():
         network, name = network_of_folder(_with_events(Path(settings)) / EVENTS)
     else:
-        own = load(settings, set_, changes(level=level, engine=engine))
-        factory, data = prepare(None, model), own_stream(stream, own)
-        network, name = network_of_settings(own, factory, data)
+        loaded = load(settings, set_, changes(level=level, engine=engine))
+        factory, data = prepare(None, model), own_stream(stream, loaded)
+        network, name = network_of_settings(loaded, factory, data)
     file = out or Path(f"{results_of(name).name}.svg")
     if file.suffix not in (".svg", ".dot"):
         raise SettingsError(f"--out {str(file)!r}: name a file that ends in .svg or .dot")

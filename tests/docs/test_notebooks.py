@@ -33,11 +33,12 @@ def test_cells_show_bar_table_and_plot():
 
 def test_the_page_of_a_notebook_shows_its_pictures(monkeypatch):
     monkeypatch.syspath_prepend(str(DOCS))
-    [text] = (
-        importlib.import_module("notebooks").page(DOCS / "tutorials" / "results.ipynb").values()
-    )
-    assert text.count("<svg") == 3
-    assert "<progress" in text
+    notebooks = importlib.import_module("notebooks")
+    [text] = notebooks.page(DOCS / "tutorials" / "results.ipynb").values()
+    assert all(f'data-output="{name}"' in text for name in notebooks.RICH)
+    rich = "".join(notebooks.RICH.values())
+    assert rich.count("<svg") == 3
+    assert "<progress" in rich
     sys.modules.pop("notebooks")
 
 

@@ -18,7 +18,7 @@ from hamdist.runtime.results.trace import TraceSpan
 from hamdist.runtime.transport.transport import Endpoints
 
 PAUSE_SECONDS = 1.0  # between two samples of the norms
-SHARE = 0.003  # of the time that they may take
+SHARE = 0.001  # of the time that they may take
 KEPT = 4  # probes that wait to be fetched
 
 

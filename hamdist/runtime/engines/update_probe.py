@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import math
 from collections import deque
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Generator, Iterator, Mapping, Sequence
 from itertools import count
 from typing import Any, NamedTuple, TypeAlias
 
@@ -60,41 +60,33 @@ def _copies(node: Any) -> WeightCopies:
     }
 
 
-def _moved(node: Any, before: WeightCopies) -> WeightCopies:
-    return {name: theta.sub_(before[name]) for name, theta in _copies(node).items()}
-
-
 # The following are resumed behind every step of the process, and yield while there is more to see.
 
 
-def update_norms(nodes: Sequence[Any], norms: dict[str, float]) -> Iterator[None]:
-    """Note the norm of the next update of each block, one after the other: one is copied at a time.
+def _moved_by(node: Any, update: int) -> Generator[None, None, WeightCopies]:
+    """Return what an update (by its number) adds to the weights; nothing if it was missed."""
+    while node.block.weights.updates < update:
+        yield
+    before = _copies(node) if node.block.weights.updates == update else {}
+    while node.block.weights.updates <= update:
+        yield
+    return {name: theta - before[name] for name, theta in _copies(node).items() if before}
 
-    Args:
-        nodes: of the blocks.
-        norms: to fill.
-    """
+
+def update_norms(nodes: Sequence[Any], norms: dict[str, float]) -> Iterator[None]:
+    """Note in `norms` that of each block's next update, one by one, so that one copy is held."""
     for node in nodes:
-        before, number = _copies(node), node.block.weights.updates
-        while node.block.weights.updates == number:
-            yield
-        if node.block.weights.updates == number + 1:
-            norms[node.name] = norm_of(list(_moved(node, before).values()))
+        moved = yield from _moved_by(node, node.block.weights.updates)
+        norms[node.name] = norm_of(list(moved.values()))
 
 
 def update_probes(
     plan: Plan, nodes: Sequence[Any], source: Any, probes: deque[UpdateProbe]
 ) -> Iterator[None]:
-    """Take probes of one process, of every `metrics.alignment` samples.
+    """Take probes of one process, of every `metrics.alignment` samples, into `probes`.
 
     A sample has left the network before the next one is watched, so that all processes watch the
-    same ones.
-
-    Args:
-        plan: of the run.
-        nodes: of the blocks, as restored.
-        source: the node of the stream, if it is drawn here.
-        probes: to fill.
+    same ones. `nodes` are as restored; `source` is that of the stream, if it is drawn here.
     """
     schedule, c = plan.schedule, plan.schedule.c
     group, under_way = 1, 0
@@ -108,7 +100,8 @@ def update_probes(
         if isinstance(schedule, HoldSchedule):
             update = schedule.updates_before((sample + 1) * c) - 1
         probe = UpdateProbe(sample, {}, {}, {})
-        watched = [_watch(node, sample * c, update, probe) for node in nodes]
+        watched = [_watch(node, sample * c, probe) for node in nodes]
+        watched += [_note(node, update, probe, node.name in plan.silent) for node in nodes]
         watched += [] if source is None else [_catch(source, sample, group, probe)]
         while watched:
             watched = [one for one in watched if next(one, probe) is None]
@@ -116,16 +109,14 @@ def update_probes(
         probes.append(probe)
 
 
-def _watch(node: Any, tick: int, update: int, probe: UpdateProbe) -> Iterator[None]:
-    earlier: WeightCopies = {}
-    while node.block.weights.updates <= update:
-        if node.name not in probe.before and (node.tick or 0) >= tick:
-            probe.before[node.name] = _copies(node)
-        if node.block.weights.updates == update and not earlier:
-            earlier = _copies(node)
+def _watch(node: Any, tick: int, probe: UpdateProbe) -> Iterator[None]:
+    while (node.tick or 0) < tick:
         yield
-    probe.before.setdefault(node.name, earlier)
-    probe.moved[node.name] = _moved(node, earlier) if earlier else {}
+    probe.before[node.name] = _copies(node)
+
+
+def _note(node: Any, update: int, probe: UpdateProbe, silent: bool) -> Iterator[None]:
+    probe.moved[node.name] = {} if silent else (yield from _moved_by(node, update))
 
 
 def _catch(source: Any, sample: int, group: int, probe: UpdateProbe) -> Iterator[None]:

@@ -160,6 +160,18 @@ def test_updates_are_compared_with_backpropagation(level, lr, least, most, monke
     assert again == events
 
 
+def test_frozen_blocks_have_no_alignment_and_hold_up_none(monkeypatch):
+    monkeypatch.setattr("hamdist.runtime.engines.inprocess.PROGRESS_SECONDS", 0.0)
+    seen, model = [], make()
+    model[0].requires_grad_(False)
+    own = {"learning": {"lr": 1e-4}, "metrics": {"alignment": 10}, "engine": {"kind": "inprocess"}}
+    hamdist.train(model, list(batches()), level="trace", trackers=[seen.append], **own)
+    events = by_name(seen, "alignment")
+    assert [event.sample for event in events] == [10, 20, 30]
+    assert {name for event in events for name in event.cosines} == {"block1", "block2"}
+    assert min(min(event.cosines.values()) for event in events) > 1 - 1e-5
+
+
 def test_alignment_of_sequences_is_refused():
     with pytest.raises(hamdist.HamdistError, match=r"metrics\.alignment"):
         hamdist.train(
