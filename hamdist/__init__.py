@@ -34,6 +34,7 @@ if TYPE_CHECKING:
     from hamdist.dynamics.modules.reversible import MidpointStart as MidpointStart
     from hamdist.dynamics.modules.reversible import Squeeze as Squeeze
     from hamdist.dynamics.partition.cuts import CutPlace as CutPlace
+    from hamdist.dynamics.partition.split import traced as traced
     from hamdist.dynamics.rules.rule import BlockView as BlockView
     from hamdist.dynamics.rules.rule import Rule as Rule
     from hamdist.dynamics.rules.rule import Signals as Signals
@@ -57,6 +58,7 @@ _HOMES = {  # the names of `__all__` by module; above, for type checkers, once m
     "hamdist.attached": "attach",
     "hamdist.config": "Level Settings",
     "hamdist.dynamics.partition.cuts": "CutPlace",
+    "hamdist.dynamics.partition.split": "traced",
     "hamdist.dynamics.graph.graph": "BlockSpec Combine Graph",
     "hamdist.dynamics.modules.recurrent": "Reads RecurrentCell",
     "hamdist.dynamics.modules.pairs": "MeanHalf SecondHalf ToPair",

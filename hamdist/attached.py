@@ -7,17 +7,16 @@ import time
 import urllib.error
 import urllib.request
 from collections.abc import Mapping
-from dataclasses import fields
+from http.client import HTTPException
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 from urllib.parse import urlencode
 
 import torch
 from safetensors.torch import load
 from torch import Tensor
 
-import hamdist.errors as errors
-from hamdist.errors import ClusterError, HamdistError, SettingsError, StreamError
+from hamdist.errors import ClusterError, SettingsError, SnapshotError, StreamError
 from hamdist.runtime.live.answers import ADDRESS, SAFETENSORS, Answer, LiveStatus
 from hamdist.runtime.live.journal import named, packed, read_named
 
@@ -45,14 +44,16 @@ def attach(
         SettingsError: no run is served there, or the token is another one.
         ClusterError: nobody answers.
     """
-    text, file = str(where), Path(where) / ADDRESS
-    if "://" not in text and file.exists():
-        facts = json.loads(file.read_text("utf-8"))
-        text, token = facts["address"], facts["token"]
-    elif "://" not in text and Path(where).is_dir():
-        raise SettingsError(f"attach: {text!r} has no {ADDRESS}: its run is not served, or is over")
-    elif "://" not in text:
+    text = str(where)
+    if "://" not in text and not Path(where).is_dir():
         return _launched(text, cluster, timeout)
+    if "://" not in text:
+        try:
+            facts = json.loads((Path(where) / ADDRESS).read_text("utf-8"))
+            text, token = facts["address"], facts["token"]
+        except (OSError, ValueError, KeyError, TypeError):
+            why = f"has no readable {ADDRESS}: its run is not served, or is over"
+            raise SettingsError(f"attach: {text!r} {why}") from None
     if token is None:
         raise SettingsError(f"attach: {text} needs a token, which the server has printed")
     return AttachedRun(text, token, timeout)
@@ -88,6 +89,8 @@ class AttachedRun:
     """
 
     def __init__(self, address: str, token: str, timeout: float) -> None:
+        if not address.startswith(("http://", "https://")):
+            raise SettingsError(f"attach: {address!r} is no address; give http://HOST:PORT")
         self.address, self._token, self._timeout = address.rstrip("/"), token, timeout
         # (no proxy: the token is for that host alone)
         self._opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))
@@ -96,15 +99,14 @@ class AttachedRun:
     def feed(self, u: Any, y: Any = None, *, end: bool = False, wait: bool = True) -> int:
         """Feed a sample; return its number."""
         tensors = {**named("u", u), **named("y", y)}
-        return int(self._told("learn", tensors, wait=wait, **({"end": 1} if end else {}))["number"])
+        return int(self._told("learn", tensors, wait=wait, end=end or "")["number"])
 
     def predict(self, u: Any, *, end: bool = False, wait: bool = True) -> Answer:
         """Feed a sample without a label, and return its prediction."""
-        data = self._say("predict", named("u", u), wait=wait, **({"end": 1} if end else {}))
-        header = json.loads(data[8 : 8 + int.from_bytes(data[:8], "little")])["__metadata__"]
-        facts = json.loads(header["answer"])
-        prediction: Any = read_named("y", load(data))
-        return Answer(facts["number"], prediction, lambda: facts["versions"])
+        data = self._say("predict", named("u", u), wait=wait, end=end or "")
+        header = json.loads(data[8 : 8 + int.from_bytes(data[:8], "little")])
+        facts, y = json.loads(header["__metadata__"]["answer"]), read_named("y", load(data))
+        return Answer(facts["number"], cast("Tensor", y), lambda: facts["versions"])
 
     def teach(self, number: int, y: Any, *, wait: bool = True) -> None:
         """Give the label of an earlier sample."""
@@ -136,8 +138,9 @@ class AttachedRun:
 
     def status(self) -> LiveStatus:
         """Return where the run stands, without the engine's report."""
-        facts = {**self._told("status", None), "progress": None}
-        return LiveStatus(**{one.name: facts[one.name] for one in fields(LiveStatus)})
+        facts = self._told("status", None)
+        fed, answered, waiting = (facts[name] for name in ("fed", "answered", "waiting"))
+        return LiveStatus(fed, answered, waiting, bool(facts["paused"]), None)
 
     def stop(self) -> None:
         """Ask the server to end the run in order; it does so behind what was fed."""
@@ -152,8 +155,11 @@ class AttachedRun:
         headers = {"Authorization": f"Bearer {self._token}", "Accept": SAFETENSORS}
         if isinstance(body, Mapping):
             headers["Content-Type"] = SAFETENSORS
-            given = {n: None if t is None else torch.as_tensor(t) for n, t in body.items()}
-            body = packed({n: None if t is None else t.cpu() for n, t in given.items()})
+            try:
+                given = {n: torch.as_tensor(t).cpu() for n, t in body.items() if t is not None}
+            except (TypeError, ValueError, RuntimeError) as error:
+                raise StreamError(f"{name}: {', '.join(body)}: no tensor: {error}") from None
+            body = packed(given)
         url = f"{self.address}/{name}?{urlencode(query)}"
         while True:
             try:
@@ -162,27 +168,25 @@ class AttachedRun:
                     data: bytes = reply.read()
                     return data
             except urllib.error.HTTPError as error:
-                refusal = _refused(error)
-            except (OSError, ValueError) as error:
+                refusal, again = _refused(error)
+            except (OSError, HTTPException, ValueError) as error:
                 raise ClusterError(f"{self.address} does not answer: {error}") from None
-            if not wait or not isinstance(refusal, BlockingIOError):
+            if not wait or not again:
                 raise refusal
             time.sleep(AGAIN_SECONDS)
 
 
-def _refused(error: urllib.error.HTTPError) -> Exception:
+def _refused(error: urllib.error.HTTPError) -> tuple[Exception, bool]:
+    """Return the error that a refusal means, and True if there may be room soon."""
     try:
         facts = json.loads(error.read())
-        text, kind = str(facts["error"]), getattr(errors, str(facts["kind"]), StreamError)
+        text, kind = str(facts["error"]), facts["kind"]
     except (ValueError, KeyError, TypeError, OSError):
-        return ClusterError(f"{error.url}: {error.code} {error.reason}: is it a run of hamdist?")
+        why = f"{error.url}: {error.code} {error.reason}: is it a run of hamdist?"
+        return ClusterError(why), False
     if error.code == 429:
-        return BlockingIOError(text)
+        return BlockingIOError(text), kind != "Paused"
     if error.code == 401:
-        return SettingsError(f"{error.url}: {text}")
-    plain = (
-        isinstance(kind, type)
-        and issubclass(kind, HamdistError)
-        and kind.__init__ is HamdistError.__init__
-    )
-    return (kind if plain else StreamError)(text)
+        return SettingsError(f"{error.url}: {text}"), False
+    kinds = (SettingsError, SnapshotError)
+    return next((one for one in kinds if one.__name__ == kind), StreamError)(text), False

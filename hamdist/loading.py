@@ -28,18 +28,18 @@ def load_function(option: str, name: str) -> Callable[..., object]:
     neighbours, and so that other processes of this host find it. option: what the user wrote before
     it ('--model'), for errors. Raises SettingsError for every way in which it can be wrong.
     """
-    said = f"{option} {name!r}"
+    origin = f"{option} {name!r}"
     where, colon, attribute = name.rpartition(":")
     if not colon or not where or not attribute:
-        raise SettingsError(f"{said}: write it as {FORMS}")
+        raise SettingsError(f"{origin}: write it as {FORMS}")
     file = where.endswith(".py")
-    module = _from_file(Path(where), said) if file else _imported(where, said)
+    module = _from_file(Path(where), origin) if file else _imported(where, origin)
     function = getattr(module, attribute, None)
     if function is None:
         kind = "file" if file else "module"
-        raise SettingsError(f"{said}: {kind} {where!r} has no {attribute!r}")
+        raise SettingsError(f"{origin}: {kind} {where!r} has no {attribute!r}")
     if not callable(function):
-        raise SettingsError(f"{said}: {attribute!r} is {type(function).__name__}, not a function")
+        raise SettingsError(f"{origin}: {attribute!r} is {type(function).__name__}, not a function")
     return function  # type: ignore[no-any-return]  # callable() narrows to Callable[..., object]
 
 
@@ -69,37 +69,37 @@ def title(function: Callable[..., object]) -> str:
     return getattr(function, "__qualname__", repr(function))
 
 
-def _from_file(path: Path, said: str) -> ModuleType:
+def _from_file(path: Path, origin: str) -> ModuleType:
     if not path.is_file():
-        raise SettingsError(f"{said}: there is no file {str(path)!r}")
+        raise SettingsError(f"{origin}: there is no file {str(path)!r}")
     path = path.resolve()
     if "." in path.stem:
         raise SettingsError(
-            f"{said}: Python cannot import a file with a dot in its name; rename it"
+            f"{origin}: Python cannot import a file with a dot in its name; rename it"
         )
     _search(path.parent)
-    module = _imported(path.stem, said)
-    own = getattr(module, "__file__", None)
-    if own is None or Path(own).resolve() != path:
+    module = _imported(path.stem, origin)
+    file = getattr(module, "__file__", None)
+    if file is None or Path(file).resolve() != path:
         raise SettingsError(
-            f"{said}: Python has another module {path.stem!r} ({own or 'its own'}), which it takes "
-            "instead; rename the file"
+            f"{origin}: Python has another module {path.stem!r} ({file or 'its own'}), which it "
+            "takes instead; rename the file"
         )
     return module
 
 
-def _imported(module_name: str, said: str) -> ModuleType:
+def _imported(module_name: str, origin: str) -> ModuleType:
     _search(Path.cwd())
     try:
         return importlib.import_module(module_name)
     except ModuleNotFoundError as error:
         if error.name is not None and f"{module_name}.".startswith(f"{error.name}."):
             raise SettingsError(
-                f"{said}: no module {error.name!r} in the current directory or on the Python path"
+                f"{origin}: no module {error.name!r} in the current directory or on the Python path"
             ) from None
-        raise SettingsError(f"{said}: its import failed: {_short(error)}") from error
+        raise SettingsError(f"{origin}: its import failed: {_short(error)}") from error
     except (Exception, SystemExit) as error:
-        raise SettingsError(f"{said}: its import failed: {_short(error)}") from error
+        raise SettingsError(f"{origin}: its import failed: {_short(error)}") from error
 
 
 def _search(folder: Path) -> None:

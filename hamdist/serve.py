@@ -7,8 +7,8 @@
     POST /snapshot  {"snapshot": "results/live/snapshots/..."}
     POST /set       {"learning": {"lr": 0.1}} -> {}; likewise /pause, /go_on, /settle, /stop
 
-Arrays instead of JSON: a body of the type application/x-npz with the same names, or one of
-application/x-safetensors (`u`, `y`, or `u.NAME`; numbers in the query), as `hamdist.attach` sends.
+Arrays instead of JSON, as `hamdist.attach` sends them: a body of the type application/x-safetensors
+with `u` and `y` (or `u.NAME`), and `number` and `end` in the query; `y` in the reply, if accepted.
 Every request has `Authorization: Bearer TOKEN`. 400: the sample does not fit; 401: another token;
 413: too long; 429: the network is slower than its clients, come again; 503: the run has ended.
 """
@@ -16,9 +16,7 @@ Every request has `Authorization: Bearer TOKEN`. 400: the sample does not fit; 4
 from __future__ import annotations
 
 import contextlib
-import io
 import json
-import os
 import secrets
 import socket
 import threading
@@ -30,6 +28,7 @@ from typing import Any
 import numpy as np
 import torch
 import uvicorn
+from safetensors import SafetensorError
 from safetensors.torch import load
 from starlette.applications import Starlette
 from starlette.concurrency import run_in_threadpool
@@ -42,7 +41,6 @@ from hamdist.runtime.live.answers import ADDRESS, SAFETENSORS, Answer
 from hamdist.runtime.live.journal import named, packed, read_named
 from hamdist.runtime.live.run import LiveRun
 
-NPZ = "application/x-npz"
 LONGEST = 2**26  # bytes of a body
 AT_ONCE = 32  # requests that wait for the network; starlette has threads for 40
 
@@ -93,10 +91,9 @@ def serving(
         file = None if out is None else out / ADDRESS
         try:
             if file is not None:
-                with os.fdopen(
-                    os.open(file, os.O_CREAT | os.O_WRONLY | os.O_TRUNC, 0o600), "w"
-                ) as f:
-                    json.dump({"address": address, "token": served.token}, f)
+                file.unlink(missing_ok=True)  # (of a process that was killed)
+                file.touch(0o600, exist_ok=False)
+                file.write_text(json.dumps({"address": address, "token": served.token}), "utf-8")
             yield served
         finally:
             if file is not None:
@@ -122,12 +119,12 @@ def make_app(run: LiveRun, token: str, stopped: threading.Event) -> Starlette:
                 body = await _body(request)
                 return await run_in_threadpool(lambda: _replied(work(body), request))
             except BlockingIOError as error:
-                return _refusal(429, str(error))
+                return _refusal(429, str(error), "Paused" if run.status().paused else "Busy")
             except OverflowError as error:
                 return _refusal(413, str(error))
             except HamdistError as error:
                 return _refusal(400 if run.running else 503, str(error), type(error).__name__)
-            except (KeyError, ValueError, TypeError) as error:
+            except (KeyError, ValueError, TypeError, SafetensorError) as error:
                 return _refusal(400, f"{type(error).__name__}: {error}")
             finally:
                 busy.discard(request)
@@ -145,9 +142,6 @@ def make_app(run: LiveRun, token: str, stopped: threading.Event) -> Starlette:
     def predict(body: dict[str, Any]) -> Answer:
         return run.predict(_input(run, body["u"]), end=bool(body.get("end")), wait=False)
 
-    def set_(body: dict[str, Any]) -> None:
-        run.set(learning=body["learning"])
-
     def metrics(_: object) -> str:
         return "".join(f"hamdist_{name} {value}\n" for name, value in _status(run).items())
 
@@ -159,7 +153,7 @@ def make_app(run: LiveRun, token: str, stopped: threading.Event) -> Starlette:
     said: dict[str, Callable[[dict[str, Any]], Any]] = {
         "predict": predict,
         "learn": learn,
-        "set": set_,
+        "set": lambda body: run.set(learning=body["learning"]),
         "pause": lambda _: run.pause(),
         "go_on": lambda _: run.go_on(),
         "settle": lambda _: run.settle(),
@@ -180,9 +174,6 @@ async def _body(request: Request) -> dict[str, Any]:
         tensors = load(bytes(data))
         parts = {name: read_named(name, tensors) for name in ("u", "y")}
         return {n: one for n, one in parts.items() if one is not None} | dict(request.query_params)
-    if request.headers.get("content-type") == NPZ:
-        with np.load(io.BytesIO(data), allow_pickle=False) as arrays:
-            return {name: arrays[name] for name in arrays.files}
     body = json.loads(data or b"{}")
     if not isinstance(body, dict):
         raise TypeError("give an object of names and values")
@@ -197,19 +188,12 @@ def _replied(result: Any, request: Request) -> Response:
     if not isinstance(result, Answer):
         return JSONResponse(result or {})
     y = result.prediction
+    told: dict[str, Any] = {"number": result.number, "versions": result.versions}
     if request.headers.get("accept") == SAFETENSORS:
-        told: Any = {"number": result.number, "versions": result.versions}
         data = packed(named("y", y), {"answer": json.dumps(told)})
         return Response(data, media_type=SAFETENSORS)
-    found = y if isinstance(y, Mapping) else {"prediction": y}
-    if request.headers.get("accept") == NPZ:
-        file, arrays = io.BytesIO(), {n: t.numpy() for n, t in found.items()}
-        np.savez(file, **{"number": np.array(result.number), **arrays})  # type: ignore[arg-type]
-        return Response(file.getvalue(), media_type=NPZ)
-    values: Any = {n: t.tolist() for n, t in found.items()}
-    values = values if isinstance(y, Mapping) else values["prediction"]
-    told = {"number": result.number, "prediction": values, "versions": result.versions}
-    return JSONResponse(told)
+    values = {n: t.tolist() for n, t in y.items()} if isinstance(y, Mapping) else y.tolist()
+    return JSONResponse({**told, "prediction": values})
 
 
 def _input(run: LiveRun, u: Any) -> Any:

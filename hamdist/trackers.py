@@ -1,4 +1,4 @@
-"""Trackers: a run's events as scalars in TensorBoard, MLflow, Weights & Biases, Prometheus, CSV.
+"""Trackers: a run's events as scalars in TensorBoard, MLflow, W&B, Prometheus, Ray's metrics, CSV.
 
 Each needs its own package (an extra of hamdist's, of the same name), csv none.
 """
@@ -17,7 +17,7 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
-from hamdist.config import Settings, TrackerKind, to_yaml
+from hamdist.config import EngineKind, Settings, TrackerKind, to_yaml
 from hamdist.errors import SettingsError, need_package
 from hamdist.runtime.results.events import (
     ActorsMeasured,
@@ -88,7 +88,9 @@ class Tracker:
             self.log(run, values, at)
         if isinstance(event, BlocksMeasured) and event.histograms:
             parts = event.histograms.items()
-            named = {f"{block}/{kind}": one for block, own in parts for kind, one in own.items()}
+            named = {
+                f"{block}/{kind}": one for block, by_kind in parts for kind, one in by_kind.items()
+            }
             self.histograms(run, named, at)
         if isinstance(event, FolderEnded):
             self.close()
@@ -206,12 +208,28 @@ def _prometheus(_: Path, settings: Settings) -> Tracker:
     return Tracker(log, close=server.shutdown)
 
 
+def _ray(_: Path, settings: Settings) -> Tracker:
+    """Make the tracker for the `/metrics` of a Ray cluster, which its hosts' agents serve."""
+    need_package("aiohttp_cors", "'hamdist[cluster]'", "trackers: ray")
+    if settings.engine.kind is not EngineKind.RAY:
+        raise SettingsError("trackers: ray has no Ray to tell: use engine.kind ray, or prometheus")
+    ray, metrics = import_module("ray"), import_module("ray.util.metrics")
+    gauge = metrics.Gauge("hamdist", "The latest value.", ("run", "name"))
+
+    def log(run: str, values: dict[str, float], _: int) -> None:
+        for name, value in values.items() if ray.is_initialized() else ():
+            gauge.set(value, {"run": run, "name": name})
+
+    return Tracker(log)
+
+
 _MAKERS: Mapping[TrackerKind, Callable[[Path, Settings], Tracker]] = {
     TrackerKind.CSV: _csv,
     TrackerKind.TENSORBOARD: _tensorboard,
     TrackerKind.MLFLOW: _mlflow,
     TrackerKind.WANDB: _wandb,
     TrackerKind.PROMETHEUS: _prometheus,
+    TrackerKind.RAY: _ray,
 }
 
 

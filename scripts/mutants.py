@@ -72,7 +72,7 @@ MUTANTS = (
     ),
     Mutant(
         "sequence: the way back begins with the costate of the last one",
-        "return arrived if kept is None else kept + arrived",
+        "return arrived if decayed is None else decayed + arrived",
         "return arrived",
         "tests/dynamics/levels/test_sequence_oracle.py tests/dynamics/levels/test_golden.py",
     ),
@@ -203,7 +203,7 @@ MUTANTS = (
     ),
     Mutant(
         "late labels: scored with the prediction of the latest sample",
-        "return self._asked.pop(told.number, None)",
+        "return self._asked.pop(emission.number, None)",
         "return self._asked.pop(max(self._asked), None)",
         "tests/samples/test_late_labels.py -m 'not ray'",
     ),

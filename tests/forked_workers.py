@@ -1,6 +1,6 @@
 """Ray's workers as forks of one process that has imported torch, Ray and hamdist: a tenth of a
 second each instead of three. (The tests start, kill and replace a hundred of them. How a user's
-workers start is shown by tests that run the command: test_whole.py, runtime/ray_engine/idle.py.)
+workers start is shown by the tests that run the command: test_whole.py.)
 
     raylet -> this file as a script, in place of worker_process.py -> a socket -> the process that
     forks, whose child takes over the script's arguments, environment, folder and open files.

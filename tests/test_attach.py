@@ -5,9 +5,11 @@ from __future__ import annotations
 import inspect
 import json
 import os
+import socket
 import stat
 import subprocess
 import sys
+import threading
 
 import pytest
 import torch
@@ -112,6 +114,30 @@ def test_another_process_is_talked_to_as_if_it_were_here(level, tmp_path):
         far.status()
 
 
+def test_who_answers_in_another_way_is_no_run():
+    """A server that speaks no HTTP, one that is no run, and what is no address."""
+    for reply in (b"220 mail\r\n", b"HTTP/1.1 404 Not Found\r\nContent-Length: 0\r\n\r\n"):
+        with socket.socket() as server:
+            server.bind(("127.0.0.1", 0))
+            server.listen()
+
+            def answer(server=server, reply=reply):
+                one, _ = server.accept()
+                with one:
+                    one.recv(4096)
+                    one.sendall(reply)
+
+            thread = threading.Thread(target=answer)
+            thread.start()
+            with pytest.raises(ClusterError, match="does not answer|is it a run of hamdist"):
+                hamdist.attach(f"http://127.0.0.1:{server.getsockname()[1]}", "token", timeout=10)
+            thread.join(10)
+    with pytest.raises(SettingsError, match="http://HOST:PORT"):
+        hamdist.attach("file:///etc/hosts", "token")
+    with pytest.raises(SettingsError, match="needs a token"):
+        hamdist.attach("http://127.0.0.1:1")
+
+
 def test_its_calls_are_those_of_a_run():
     for name, call in inspect.getmembers(AttachedRun, inspect.isfunction):
         if not name.startswith("_"):
@@ -140,8 +166,29 @@ def test_several_inputs_and_outputs_and_back_pressure():
         far.teach(0, y)
         far.pause()
         assert [far.feed(u, y) for _ in range(64)] == [*range(1, 65)]
-        with pytest.raises(BlockingIOError, match="paused"):
-            far.feed(u, y, wait=False)
+        for wait in (True, False):  # as the run itself: nobody would make room
+            with pytest.raises(BlockingIOError, match="paused"):
+                far.feed(u, y, wait=wait)
         far.go_on()
         assert far.feed(u, y) == 65
         assert far.predict(u).number == 66
+        with pytest.raises(StreamError, match="no tensor"):
+            far.feed({"left": "text", "right": u["right"]}, y)
+        run.stop()
+        with pytest.raises(StreamError, match="stopped"):
+            far.feed(u, y)
+
+
+def test_sequences_end_where_it_is_said():
+    u, y = torch.ones(2, 3), torch.tensor([0, 1])
+    begun = {"level": "bptt", "example": (u, y), "classes": 2, "idle": None}
+    with hamdist.start(network(), **begun) as run, serving(run) as served:
+        far = hamdist.attach(served.address, served.token)
+        assert far.feed(u, y) == 0
+        assert far.predict(u, end=True).number == 1
+        assert not run._stream.accepted.open
+        assert far.weights().keys() == network().state_dict().keys()
+    with hamdist.start(network(), **begun) as other:
+        other.feed(u, y)
+        other.predict(u, end=True)
+    assert same(run.result.model.state_dict(), other.result.model.state_dict())

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import csv
+import importlib
 import json
 import math
 import re
 import struct
+import subprocess
+import sys
 import time
 import urllib.request
 from pathlib import Path
@@ -22,6 +25,8 @@ from hamdist.config.fields import SettingsFields
 from hamdist.runtime.engines import inprocess, sampler
 from hamdist.runtime.results.events import WindowFull
 from hamdist.trackers import open_trackers, scalars
+
+ROOT = Path(hamdist.__file__).parents[1]
 
 
 def batches():
@@ -39,7 +44,7 @@ def trained(*trackers, **fields):
         list(batches()),
         level="trace",
         metrics={"window": 10, **fields.pop("metrics", {})},
-        engine={"kind": "inprocess"},
+        engine=fields.pop("engine", {"kind": "inprocess"}),
         trackers=trackers,
         **fields,
     )
@@ -224,14 +229,71 @@ def test_the_dashboard_asks_for_what_prometheus_gets(here):
     heard = []
     trained(heard.append)
     names = {name for event in heard for name, _ in scalars(event)} | {"seconds/actor 0/waiting"}
-    root = Path(hamdist.__file__).parents[1]
-    board = json.loads((root / "cluster-configs" / "grafana.json").read_text())
+    board = json.loads((ROOT / "cluster-configs" / "grafana.json").read_text())
     for panel in board["panels"]:
         [target] = panel["targets"]
-        kind, pattern = re.search(r'hamdist\{name=(~?)"([^"]+)"\}', target["expr"]).groups()
+        expression = r'\{__name__=~"\(ray_\)\?hamdist", name=(~?)"([^"]+)"\}'
+        kind, pattern = re.search(expression, target["expr"]).groups()
         assert any(re.fullmatch(pattern, name) if kind else pattern == name for name in names)
     places = [(p["gridPos"]["x"], p["gridPos"]["y"]) for p in board["panels"]]
     assert len({*places}) == len({p["id"] for p in board["panels"]}) == len(board["panels"])
+
+
+def test_the_dashboard_is_one_of_grafanas_schema():
+    """What Grafana's own package reads is all that is there: no field is unknown or of another
+    type."""
+    sdk = "grafana_foundation_sdk"
+    pytest.importorskip(sdk, reason="grafana-foundation-sdk is not installed")
+    importlib.import_module(f"{sdk}.cog.plugins").register_default_plugins()
+    raw = json.loads((ROOT / "cluster-configs" / "grafana.json").read_text())
+    board = importlib.import_module(f"{sdk}.models.dashboard").Dashboard.from_json(raw)
+    encoder = importlib.import_module(f"{sdk}.cog.encoder").JSONEncoder()
+    written = json.loads(encoder.encode(board))
+
+    def lost(ours, theirs, place):
+        if isinstance(ours, dict):
+            for name, value in ours.items():
+                yield from lost(value, theirs.get(name), f"{place}.{name}")
+        elif isinstance(ours, list):
+            assert len(ours) == len(theirs), place
+            for number, pair in enumerate(zip(ours, theirs, strict=True)):
+                yield from lost(*pair, f"{place}[{number}]")
+        elif ours != theirs:
+            yield place, ours, theirs
+
+    assert not list(lost(raw, written, ""))
+
+
+@pytest.mark.ray
+@pytest.mark.timeout(120)
+def test_metrics_of_a_ray_cluster(session):
+    """They are read from the agent of the host, as Prometheus does: the loss of the last window."""
+    pytest.importorskip("aiohttp_cors", reason="ray[default] is not installed")
+    parser = pytest.importorskip("prometheus_client.parser", reason="for its format")
+    import ray
+
+    result = trained("ray", engine={"kind": "ray", "actors": 2})
+    [(readout, windows)] = result.windows.items()
+    address = f"http://127.0.0.1:{ray.nodes()[0]['MetricsExportPort']}/metrics"
+    end, found = time.monotonic() + 60, {}
+    while f"{readout}/loss" not in found:
+        assert time.monotonic() < end, found
+        text = urllib.request.urlopen(address, timeout=10).read().decode()
+        families = parser.text_string_to_metric_families(text)
+        found = {
+            s.labels["name"]: s.value
+            for one in families
+            for s in one.samples
+            if s.name == "ray_hamdist" and s.labels["run"] == "trace-0"
+        }
+    assert found[f"{readout}/loss"] == pytest.approx(windows[-1].mean_loss)
+
+
+def test_metrics_of_ray_need_ray(monkeypatch, tmp_path):
+    monkeypatch.setattr("hamdist.errors.find_spec", lambda _: True)
+    settings = Settings(trackers=["ray"], engine={"kind": "inprocess"})
+    with pytest.raises(hamdist.HamdistError, match=r"engine\.kind ray"):
+        open_trackers(settings, tmp_path)
 
 
 def test_functions_hear_every_event(here):
@@ -247,7 +309,7 @@ def test_unknown_and_missing_trackers_are_refused(tmp_path, monkeypatch):
     with pytest.raises(hamdist.HamdistError, match="trackers"):
         trained("tensorbord")
     monkeypatch.setattr("hamdist.errors.find_spec", lambda _: None)
-    for name in ("tensorboard", "mlflow", "wandb", "prometheus"):
+    for name in ("tensorboard", "mlflow", "wandb", "prometheus", "ray"):
         with pytest.raises(hamdist.HamdistError, match=f"trackers: {name}.*pip install"):
             open_trackers(Settings(trackers=[name]), tmp_path)
 
@@ -255,3 +317,19 @@ def test_unknown_and_missing_trackers_are_refused(tmp_path, monkeypatch):
 def test_keywords_of_train_are_the_settings():
     own = {"model", "stream", "loss", "trackers"}  # arguments of train
     assert set(SettingsFields.__annotations__) == set(Settings.model_fields) - own
+
+
+@pytest.mark.slow  # (without a cache mypy reads all of torch)
+@pytest.mark.timeout(300)
+def test_a_misspelt_keyword_is_a_type_error(tmp_path):
+    pytest.importorskip("mypy", reason="mypy is not installed")
+    calls = ['level="trace", steps=3', 'levl="trace"']
+    (tmp_path / "calls.py").write_text(
+        "import hamdist\nfrom torch import nn\n"
+        + "".join(f"hamdist.train(nn.Linear(2, 2), [], {call})\n" for call in calls)
+    )
+    checked = [sys.executable, "-m", "mypy", "--no-pretty", str(tmp_path / "calls.py")]
+    done = subprocess.run(checked, cwd=ROOT, text=True, stdout=subprocess.PIPE, check=False)
+    errors = [line for line in done.stdout.splitlines() if ": error:" in line]
+    assert [line.split(":")[1] for line in errors] == ["4"], done.stdout
+    assert 'Unexpected keyword argument "levl" for "train"; did you mean "level"?' in errors[0]

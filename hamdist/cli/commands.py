@@ -42,11 +42,10 @@ def with_output(command: Callable[..., None]) -> Callable[..., None]:
     parameters += [
         inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=False, annotation=option)
         for name, option in OUTPUT_OPTIONS.items()
-        if not (name == "as_json" and "json_" in signature.parameters)
     ]
 
     @functools.wraps(command)
-    def printing(*, verbose: bool, quiet: bool, as_json: bool = False, **options: Any) -> None:
+    def printing(*, verbose: bool, quiet: bool, as_json: bool, **options: Any) -> None:
         level = logging.WARNING if quiet else logging.DEBUG if verbose else logging.INFO
         with output(as_json=as_json, level=level), exit_codes():
             command(**options)
@@ -86,10 +85,9 @@ for _command in (  # in the order of use
     *(view.view, view.watch, view.explain, view.draw, serve.serve, serve.replay),
     *(export.export, diff.diff, simulate.simulate, simulate.profile),
     *(verify.verify, cluster.doctor, launch.launch, launch.attach, launch.stop, launch.runs),
+    settings.schema,
 ):
     app.command()(with_output(_command))
-
-app.command()(settings.schema)
 
 _study = typer.Typer(
     name="study", help="Measure what the papers state, and print the table.", no_args_is_help=True

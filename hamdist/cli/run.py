@@ -105,12 +105,12 @@ def _run(
     (resume, weights), (shown, trace) = begin, seen
     if resume is not None and weights is not None:
         raise SettingsError("--resume and --weights: a run begins with one of them")
-    own = settings.for_level(settings.level)
-    title = f"{own.name}, {own.level.value}"
-    with Display(own) as display, warning_at_once() as shown_warnings, ExitStack() as stack:
+    at_level = settings.for_level(settings.level)
+    title = f"{at_level.name}, {at_level.level.value}"
+    with Display(at_level) as display, warning_at_once() as shown_warnings, ExitStack() as stack:
         display.note(f"{title}: starting (imports)")
         factory = prepare(None, model_name)
-        data = own_stream(stream_name, own)
+        data = own_stream(stream_name, at_level)
         folder = stack.enter_context(
             ResultFolder(out, overwrite=overwrite, controls=True, say=display.say)
         )
@@ -121,7 +121,7 @@ def _run(
         from hamdist.study.run.run import run_level
         from hamdist.trackers import open_trackers
 
-        for tracker in open_trackers(own, folder.path):
+        for tracker in open_trackers(at_level, folder.path):
             folder.listen(tracker)
         if shown:
             from hamdist.cli.view import show_page
@@ -132,13 +132,13 @@ def _run(
             write_file(trace, chrome_trace({}))  # (it can be written)
         display.say(f"Results go to {folder.path}")
         imports = {} if began is None else {"imports": time.perf_counter() - began}
-        batch = own.stream.batch if data is None else None
+        batch = at_level.stream.batch if data is None else None
         show = display.watch(title, batch)
         result, model = run_level(
-            own,
+            at_level,
             factory=factory,
             data=data,
-            on_progress=folder.watch(RunBegun.of(own, title, batch), show),
+            on_progress=folder.watch(RunBegun.of(at_level, title, batch), show),
             before=imports,
             resume=resume,
             weights=weights,
@@ -146,12 +146,12 @@ def _run(
         for event in final_events(result):
             folder.emit(event)
         try:
-            save_run(folder.path, result, model, own)
+            save_run(folder.path, result, model, at_level)
             if trace is not None:
                 write_file(trace, chrome_trace(result.trace))
         finally:
             display.close()
-            _print_run(result, own, shown_warnings, folder.path)
+            _print_run(result, at_level, shown_warnings, folder.path)
     if result.failure is not None:
         complain(f"Error: {result.failure}")
         complain(f"Stopped after {result.samples} samples; the metrics so far are above.")

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import sys
 from pathlib import Path
 from typing import Annotated
 
@@ -42,4 +41,5 @@ def schema() -> None:
     """Print the JSON schema of the settings, for editors that complete and check YAML."""
     record = {"$schema": "https://json-schema.org/draft/2020-12/schema"}
     record |= json_schema()
-    sys.stdout.write(json.dumps(record, indent=2) + "\n")
+    report(**record)
+    say(json.dumps(record, indent=2))

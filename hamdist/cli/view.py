@@ -28,7 +28,7 @@ from hamdist.cli.options import (
 )
 from hamdist.cli.prepare import own_stream, prepare
 from hamdist.errors import HamdistError, SettingsError
-from hamdist.runtime.results.run_events import EVENTS
+from hamdist.runtime.results.run_events import EVENTS, EventFile, line_of
 from hamdist.study.shared.result_folder import results_of, write_file
 
 if TYPE_CHECKING:
@@ -87,7 +87,7 @@ def watch(
     """Show runs while they go on, or afterwards, in this terminal; Ctrl-C ends it, not the run."""
     with _folders([name or str(latest_results())], cluster) as [folder]:
         from hamdist.runtime.results.events import RunBegun
-        from hamdist.study.view.follow import FollowedRun, followed, line_of
+        from hamdist.study.view.follow import FollowedRun, followed
 
         run, show = None, None
         with Display() as display:
@@ -151,9 +151,9 @@ def draw(
     if Path(settings).is_dir():
         network, name = network_of_folder(_with_events(Path(settings)) / EVENTS)
     else:
-        own = load(settings, set_, changes(level=level, engine=engine))
-        factory, data = prepare(None, model), own_stream(stream, own)
-        network, name = network_of_settings(own, factory, data)
+        loaded = load(settings, set_, changes(level=level, engine=engine))
+        factory, data = prepare(None, model), own_stream(stream, loaded)
+        network, name = network_of_settings(loaded, factory, data)
     file = out or Path(f"{results_of(name).name}.svg")
     if file.suffix not in (".svg", ".dot"):
         raise SettingsError(f"--out {str(file)!r}: name a file that ends in .svg or .dot")
@@ -197,15 +197,18 @@ def _folders(names: list[str], cluster: str | None) -> Iterator[list[Path]]:
                 raise SettingsError(text) from None
             folders.append(Path(scratch) / job)
             folders[-1].mkdir()
-            threading.Thread(target=_follow, args=(jobs, job, folders[-1]), daemon=True).start()
+            file = EventFile(folders[-1], complain)  # (there, and locked, before it is read)
+            threading.Thread(target=_follow, args=(jobs, job, file), daemon=True).start()
         yield folders
 
 
-def _follow(jobs: Jobs, name: str, folder: Path) -> None:
+def _follow(jobs: Jobs, name: str, file: EventFile) -> None:
     """Write the events of a launched run, from its log, until it ends."""
     from hamdist.launch.follow import mirror_events
 
     try:
-        mirror_events(jobs.lines(name), folder / EVENTS)
+        mirror_events(jobs.lines(name), file)
     except HamdistError as error:
         complain(f"{name}: {error}")
+    finally:
+        file.close()

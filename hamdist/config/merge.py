@@ -44,8 +44,8 @@ def lay_over(base: Mapping[str, Any], over: Mapping[str, Any]) -> dict[str, Any]
     levels = merged.get("levels")
     if sections and isinstance(levels, Mapping):
         merged["levels"] = {
-            level: merge(own, sections) if isinstance(own, Mapping) else own
-            for level, own in levels.items()
+            level: merge(fields, sections) if isinstance(fields, Mapping) else fields
+            for level, fields in levels.items()
         }
         merged = merge(merged, {k: v for k, v in over.items() if k == "levels"})
     return merged

@@ -28,24 +28,24 @@ def describe(error: ValidationError) -> str:
 
     A field with several possible types has one line for each of them.
     """
-    found: dict[tuple[str, str], list[str]] = {}
+    messages: dict[tuple[str, str], list[str]] = {}
     for item in error.errors(include_url=False):
         # pydantic names the types of a union inside the path, as no field is named
         path = [str(part) for part in item["loc"]]
         where = ".".join(part for part in path if not _TYPE.match(part)) or "settings"
         if item["type"] == "extra_forbidden":
             text = f"no such setting{_known_instead(error.title, path)}"
-            found.setdefault((where, ""), []).append(text)
+            messages.setdefault((where, ""), []).append(text)
             continue
         value = item["input"]
-        given = "" if isinstance(value, Mapping) else f" (received {shown(value)})"
+        received = "" if isinstance(value, Mapping) else f" (received {shown(value)})"
         text = item["msg"].removeprefix("Value error, ")
         if item["type"] == "enum" and isinstance(value, str):
             text += did_you_mean(value, re.findall(r"'([^']+)'", item["ctx"]["expected"]))
-        found.setdefault((where, given), []).append(text)
+        messages.setdefault((where, received), []).append(text)
     return "\n".join(
-        f"{where}: {', or: '.join(dict.fromkeys(reasons))}{given}"
-        for (where, given), reasons in found.items()
+        f"{where}: {', or: '.join(dict.fromkeys(reasons))}{received}"
+        for (where, received), reasons in messages.items()
     )
 
 

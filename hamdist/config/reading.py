@@ -57,8 +57,8 @@ def parse_override(text: str) -> dict[str, Any]:
 
     Raises SettingsError where there is no '=' or the value is no YAML.
     """
-    key, found, value = text.partition("=")
-    if not found or not key:
+    key, equals, value = text.partition("=")
+    if not equals or not key:
         raise SettingsError(f"--set {text!r}: write it as key=value, for example stream.batch=8")
     try:
         parsed: Any = plain_values(value)

@@ -139,9 +139,11 @@ def settled(settings: Settings | None, fields: Mapping[str, Any]) -> Settings:
 
 def _merged(settings: Settings, level: Level) -> Settings:
     if level is Level.AUTO:  # which level's overrides hold shows later
-        others = {one: own for one, own in settings.levels.items() if one is not Level.AUTO}
-        made = _laid(settings, level)
-        return made.model_copy(update={"levels": others}) if others else made
+        others = {
+            one: overrides for one, overrides in settings.levels.items() if one is not Level.AUTO
+        }
+        merged = _laid(settings, level)
+        return merged.model_copy(update={"levels": others}) if others else merged
     return _laid(settings, level)
 
 

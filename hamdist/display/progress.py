@@ -120,9 +120,9 @@ class RunDisplay:
 
 def display_of(settings: Settings) -> RunDisplay:
     """Return the display of a call from Python, as `metrics.progress` says."""
-    asked, console = settings.metrics.progress, Console(stderr=True, highlight=False)
-    plain = (lambda text: console.print(text, soft_wrap=True)) if asked else None
-    return RunDisplay(console, live=asked is not False, plain=plain)
+    progress, console = settings.metrics.progress, Console(stderr=True, highlight=False)
+    plain = (lambda text: console.print(text, soft_wrap=True)) if progress else None
+    return RunDisplay(console, live=progress is not False, plain=plain)
 
 
 @contextmanager

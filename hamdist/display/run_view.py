@@ -62,6 +62,7 @@ class RunView:
         self._recent: deque[tuple[float, int]] = deque([(0.0, 0)])
 
     def update(self, progress: Progress) -> None:
+        """Take what a run reports."""
         if progress.phase is not None:
             self._phase = f" ({TITLES.get(progress.phase, progress.phase)})"
             return

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import csv
+import io
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from html import escape
 from importlib.util import find_spec
@@ -53,6 +55,15 @@ def latex(table: Table) -> str:
     )
 
 
+def csv_text(rows: Sequence[Mapping[str, Any]], columns: Sequence[str] = ()) -> str:
+    """Return rows as CSV, with these columns, or those of the first row."""
+    out = io.StringIO()
+    writer = csv.DictWriter(out, columns or list(rows[0]), lineterminator="\n")
+    writer.writeheader()
+    writer.writerows(rows)
+    return out.getvalue()
+
+
 _LATEX = {"\\": r"\textbackslash{}", "–": "--", "±": r"$\pm$", "→": r"$\to$", "\n": ", "}
 
 
@@ -83,6 +94,7 @@ def percent(value: float | None, spread: float | None = None, *, digits: int = 1
 
 
 def number(value: float | None, spread: float | None = None) -> str:
+    """Return a number of four digits, `–` if there is none, with its spread behind a ±."""
     return _with_spread(value, spread, lambda v: f"{v:.4g}")
 
 

@@ -54,16 +54,18 @@ def bounded(limit: float, from_stream: Sequence[bool] = ()) -> Guard:
             norm = float(torch.linalg.vector_norm(value)) if fast is None else fast
             if not norm <= limit:
                 parents = len(data) - (quantity == "loss")
-                given = compress(data, [*from_stream[:parents], True])
-                raise OutOfRange(quantity, norm, _cause(value, given))
+                from_stream_data = compress(data, [*from_stream[:parents], True])
+                raise OutOfRange(quantity, norm, _cause(value, from_stream_data))
 
     return guard
 
 
 def _cause(value: Tensor, data: Iterable[Tensor]) -> str:
     """Return the likely cause of a value out of range, where it is not the step size."""
-    for given in data:
-        largest = float(given.abs().max()) if given.is_floating_point() and given.numel() else 0.0
+    for tensor in data:
+        largest = (
+            float(tensor.abs().max()) if tensor.is_floating_point() and tensor.numel() else 0.0
+        )
         if largest > LARGE:
             return (
                 f"the stream's sample holds values up to {largest:.3g}: scale it, or leave such "

@@ -80,21 +80,21 @@ class ClusterSettings(Section):
     """Largest file in MiB that travels back; larger ones stay where they are."""
 
 
-def find_cluster(given: str | None) -> ClusterSettings:
+def find_cluster(name: str | None) -> ClusterSettings:
     """Return the cluster that `--cluster` names. Raises SettingsError.
 
     Without that option it is the one of HAMDIST_CLUSTER, else the one that `hamdist cluster start`
     has started on this machine.
     """
-    source = given or os.environ.get(VARIABLE)
+    source = name or os.environ.get(VARIABLE)
     if source is None:
-        own = HOME.expanduser() / FILE
-        if not own.is_file():
+        file = HOME.expanduser() / FILE
+        if not file.is_file():
             raise SettingsError(
                 "which cluster? Name it (--cluster FILE|ADDRESS, or the variable "
                 f"{VARIABLE}), or start one on this machine: hamdist cluster start"
             )
-        source = str(own)
+        source = str(file)
     if source.endswith((".yaml", ".yml")) or Path(source).is_file():
         return read_cluster(Path(source))
     return _with_token({"jobs": source}, f"--cluster {source!r}")

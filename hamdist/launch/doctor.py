@@ -23,25 +23,26 @@ def checkup(jobs: Jobs | None, say: Callable[[str], None]) -> tuple[Findings, li
     """
     if jobs is None:
         return this_host()
-    found = _cluster(jobs, say)
-    return found, judged(found, host_facts().versions)
+    findings = _cluster(jobs, say)
+    return findings, judged(findings, host_facts().versions)
 
 
 def this_host() -> tuple[Findings, list[DoctorCheck]]:
-    found = Findings(hosts=[host_facts()], clocks=[(0.0, 0.0)])
+    """Collect and judge the facts of this host alone."""
+    findings = Findings(hosts=[host_facts()], clocks=[(0.0, 0.0)])
     missing = missing_extras()
     extras = DoctorCheck("ok", "Ray's Jobs API: its packages are here")
     if missing:
         text = f"no {', '.join(missing)}: hamdist launch needs pip install 'hamdist[cluster]'"
         extras = DoctorCheck("warning", text)
-    return found, [*judged(found), extras]
+    return findings, [*judged(findings), extras]
 
 
 def _cluster(jobs: Jobs, say: Callable[[str], None]) -> Findings:
     name = submit_checkup(jobs)
-    heard: list[str] = []
+    lines: list[str] = []
     say(f"Looking at all hosts ({name})")
-    for event in follow(jobs.lines(name), Results(None), heard.append):
+    for event in follow(jobs.lines(name), Results(None), lines.append):
         if isinstance(event, WarningEvent):
             say(f"Warning: {event.warning}")
         elif isinstance(event, DoctorReport):
@@ -54,4 +55,4 @@ def _cluster(jobs: Jobs, say: Callable[[str], None]) -> Findings:
                 ) from None
         elif isinstance(event, Ended) and event.error is not None:
             raise ClusterError(event.error)
-    raise ClusterError("\n".join([*heard, jobs.find(name).unfinished()]))
+    raise ClusterError("\n".join([*lines, jobs.find(name).unfinished()]))

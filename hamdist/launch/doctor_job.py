@@ -45,9 +45,11 @@ class HostProbe:
         self._probes: dict[int, Probe] = {}
 
     def facts(self, storage: str | None, mark: str | None) -> HostFacts:
+        """Return the facts of this host."""
         return host_facts(storage, mark)
 
     def clock(self) -> float:
+        """Return this host's time, in seconds since 1970."""
         return time.time()
 
     def new_key(self, run: int, number: int) -> str:
@@ -61,19 +63,24 @@ class HostProbe:
         return self._probes[number].open({channel: way})
 
     def join(self, number: int, addresses: dict[int, str]) -> None:
+        """Open the sending end of link `number`."""
         self._probes[number].join(addresses)
 
     def answer(self, number: int) -> None:
+        """Send back what arrives on link `number`."""
         self._probes[number].answer(number)
 
     def measure(self, number: int) -> Link:
+        """Return the latency and the rate of link `number`."""
         return self._probes[number].measure(number)
 
     def close(self, number: int) -> None:
+        """Close this end of link `number`."""
         self._probes.pop(number).close()
 
 
 def main() -> int:
+    """Examine all hosts, report the findings, and return the exit code."""
     tell(Started(title="doctor", batch=1))
     try:
         order = read_order(Path.cwd())
@@ -85,8 +92,8 @@ def main() -> int:
         logging_level=logging.ERROR,
         log_to_driver=False,
     )
-    found = examine(hosts(), order.storage)
-    tell(DoctorReport(report=found.model_dump_json()))
+    findings = examine(hosts(), order.storage)
+    tell(DoctorReport(report=findings.model_dump_json()))
     tell(Ended(code=0))
     return 0
 
@@ -108,7 +115,7 @@ def examine(known: Sequence[HostInfo], storage: str | None = None) -> Findings:
             )
     started = [(host, _start(host)) for host in known]
     try:
-        return _found(started, storage, mark)
+        return _findings(started, storage, mark)
     finally:
         for _, witness in started:
             ray.kill(witness)
@@ -122,26 +129,27 @@ def _start(host: HostInfo) -> Any:
     return ray.remote(HostProbe).options(**options).remote()
 
 
-def _found(
+def _findings(
     started: Sequence[tuple[HostInfo, Any]], storage: str | None, mark: str | None
 ) -> Findings:
     facts: list[HostFacts] = []
     there: list[tuple[HostInfo, Any]] = []
     unreached: dict[str, str] = {}
-    asked = [witness.facts.remote(storage, mark) for _, witness in started]
+    calls = [witness.facts.remote(storage, mark) for _, witness in started]
     end = time.monotonic() + WITNESS_SECONDS
-    for (host, witness), call in zip(started, asked, strict=True):
+    for (host, witness), call in zip(started, calls, strict=True):
         try:
-            own = ray.get(call, timeout=max(1.0, end - time.monotonic()))
-            facts.append(own.model_copy(update={"address": host.address, "promised": host.cpus}))
+            of_host = ray.get(call, timeout=max(1.0, end - time.monotonic()))
+            more = {"address": host.address, "promised": host.cpus}
+            facts.append(of_host.model_copy(update=more))
             there.append((host, witness))
         except GetTimeoutError:
             unreached[str(host)] = f"no answer within {WITNESS_SECONDS:.0f} s"
         except RayError as error:
             unreached[str(host)] = f"hamdist does not run there: {_last_line(error)}"
-    wanted, skipped = pairs(len(there))
+    measured, skipped = pairs(len(there))
     run = secrets.randbits(31)
-    links = [_link(run, n, i, j, there) for n, (i, j) in enumerate(wanted)]
+    links = [_link(run, n, i, j, there) for n, (i, j) in enumerate(measured)]
     if len(there) == 1:
         links = [_inside(run, there[0])]
     return Findings(
@@ -164,13 +172,13 @@ def pairs(hosts: int) -> tuple[list[tuple[int, int]], int]:
 
 def _clock(witness: Any) -> tuple[float, float]:
     """Return its clock less ours, by the quickest of a few queries, and the uncertainty."""
-    found = []
+    offsets = []
     for _ in range(CLOCK_ROUNDS):
         begin = time.time()
         there = ray.get(witness.clock.remote(), timeout=LINK_SECONDS)
         end = time.time()
-        found.append((end - begin, there - (begin + end) / 2))
-    took, offset = min(found)
+        offsets.append((end - begin, there - (begin + end) / 2))
+    took, offset = min(offsets)
     return offset, took / 2
 
 
@@ -178,10 +186,10 @@ def _inside(run: int, only: tuple[HostInfo, Any]) -> LinkFacts:
     """Measure the link between two processes of a single host."""
     other = (only[0], _start(only[0]))
     try:
-        found = _link(run, 0, 0, 1, [only, other])
+        link = _link(run, 0, 0, 1, [only, other])
     finally:
         ray.kill(other[1])
-    return found.model_copy(update={"second": 0})
+    return link.model_copy(update={"second": 0})
 
 
 def _link(
@@ -192,8 +200,8 @@ def _link(
     same = first.id == second.id
     ways = [local_way(c) for c in (out, back)]
     try:
-        made = [witness.new_key.remote(run, number) for witness in (mine, other)]
-        my_key, others_key = ray.get(made, timeout=WITNESS_SECONDS)
+        keys = [witness.new_key.remote(run, number) for witness in (mine, other)]
+        my_key, others_key = ray.get(keys, timeout=WITNESS_SECONDS)
         if not same:  # encrypted, as in a run
             ways = [f"{TCP}{second.address} {my_key}", f"{TCP}{first.address} {others_key}"]
         opened = ray.get(

@@ -62,7 +62,7 @@ class Findings(BaseModel):
         head += ["free GiB", "/dev/shm MiB", "C code", "GPUs", "clock, ms"]
         hosts = [head]
         for i, host in enumerate(self.hosts):
-            own = host.versions
+            versions = host.versions
             shared = "none" if host.shared is None else f"{host.shared / MIB:.0f}"
             cpus = str(host.processors)
             cpus += f" ({host.promised:g} in Ray)" if host.promised else ""
@@ -72,7 +72,7 @@ class Findings(BaseModel):
                     self.name(i),
                     host.platform,
                     host.arithmetic.capability,
-                    *(own[p] for p in ("hamdist", "torch", "ray", "python")),
+                    *(versions[p] for p in ("hamdist", "torch", "ray", "python")),
                     cpus,
                     str(host.threads),
                     f"{host.free / GIB:.1f}",
@@ -90,6 +90,7 @@ class Findings(BaseModel):
         return {"Hosts": hosts, **({"Links": links} if self.links else {})}
 
     def name(self, i: int) -> str:
+        """Return a host's name, with its address where that is another text."""
         host = self.hosts[i]
         return host.name if host.address in ("", host.name) else f"{host.name} ({host.address})"
 
@@ -102,52 +103,52 @@ class DoctorCheck:
     text: str
 
 
-def judged(found: Findings, here: Mapping[str, str] | None = None) -> list[DoctorCheck]:
+def judged(findings: Findings, here: Mapping[str, str] | None = None) -> list[DoctorCheck]:
     """Return the verdicts; `here`: versions of the terminal's host, if it is not among them."""
-    checks = [DoctorCheck("FAIL", f"{name}: {why}") for name, why in found.unreached.items()]
-    checks += _versions(found, here)
-    checks += _arithmetic(found)
-    for i, host in enumerate(found.hosts):
-        checks += _host(found.name(i), host)
-    checks += _clocks(found)
-    checks += _storage(found)
-    checks += _links(found)
+    checks = [DoctorCheck("FAIL", f"{name}: {why}") for name, why in findings.unreached.items()]
+    checks += _versions(findings, here)
+    checks += _arithmetic(findings)
+    for i, host in enumerate(findings.hosts):
+        checks += _host(findings.name(i), host)
+    checks += _clocks(findings)
+    checks += _storage(findings)
+    checks += _links(findings)
     return checks
 
 
-def _versions(found: Findings, here: Mapping[str, str] | None) -> list[DoctorCheck]:
+def _versions(findings: Findings, here: Mapping[str, str] | None) -> list[DoctorCheck]:
     checks = []
     for package in SAME:
         known: dict[str, list[str]] = {}
-        for i, host in enumerate(found.hosts):
-            known.setdefault(host.versions[package], []).append(found.name(i))
+        for i, host in enumerate(findings.hosts):
+            known.setdefault(host.versions[package], []).append(findings.name(i))
         if here is not None and package == "hamdist":
             known.setdefault(here[package], []).append("this terminal")
         if len(known) > 1:
             who = "; ".join(f"{v}: {', '.join(names)}" for v, names in sorted(known.items()))
             checks.append(DoctorCheck("FAIL", f"{package} differs ({who}): install one version"))
-    if not checks and found.hosts:
-        own = found.hosts[0].versions
-        text = ", ".join(f"{package} {own[package]}" for package in SAME)
+    if not checks and findings.hosts:
+        versions = findings.hosts[0].versions
+        text = ", ".join(f"{package} {versions[package]}" for package in SAME)
         checks.append(DoctorCheck("ok", f"versions: {text}"))
     return checks
 
 
-def _arithmetic(found: Findings) -> list[DoctorCheck]:
+def _arithmetic(findings: Findings) -> list[DoctorCheck]:
     """Check which hosts compute the same bits, without C code where one has none (see `_host`)."""
     kinds: list[tuple[Arithmetic, list[str]]] = []
-    for i, host in enumerate(found.hosts):
-        own = host.arithmetic
-        alike = next((names for kind, names in kinds if not own.unlike(kind)), None)
+    for i, host in enumerate(findings.hosts):
+        arithmetic = host.arithmetic
+        alike = next((names for kind, names in kinds if not arithmetic.unlike(kind)), None)
         if alike is None:
-            kinds.append((own, [found.name(i)]))
+            kinds.append((arithmetic, [findings.name(i)]))
         else:
-            alike.append(found.name(i))
+            alike.append(findings.name(i))
     if len(kinds) < 2:
         return [DoctorCheck("ok", f"equal bits: {kind}") for kind, _ in kinds]
     (first, firsts), others = kinds[0], kinds[1:]
-    told = [f"{', '.join(n)} on {k} ({', '.join(k.unlike(first))})" for k, n in others]
-    text = f"other bits than {', '.join(firsts)} on {first}: {'; '.join(told)}"
+    kinds_text = [f"{', '.join(n)} on {k} ({', '.join(k.unlike(first))})" for k, n in others]
+    text = f"other bits than {', '.join(firsts)} on {first}: {'; '.join(kinds_text)}"
     return [DoctorCheck("warning", f"{text}: engine.bits 'portable' makes x86 processors agree")]
 
 
@@ -184,31 +185,31 @@ def _host(name: str, host: HostFacts) -> list[DoctorCheck]:
     return checks
 
 
-def _clocks(found: Findings) -> list[DoctorCheck]:
-    if len(found.clocks) < 2:
+def _clocks(findings: Findings) -> list[DoctorCheck]:
+    if len(findings.clocks) < 2:
         return []
     wrong = [
         DoctorCheck(
-            "warning", f"{found.name(i)}: its clock is {offset:+.1f} s from the head's (ntp?)"
+            "warning", f"{findings.name(i)}: its clock is {offset:+.1f} s from the head's (ntp?)"
         )
-        for i, (offset, doubt) in enumerate(found.clocks)
+        for i, (offset, doubt) in enumerate(findings.clocks)
         if abs(offset) - doubt > CLOCK_SECONDS
     ]
     return wrong or [DoctorCheck("ok", f"clocks agree within {CLOCK_SECONDS:g} s")]
 
 
-def _storage(found: Findings) -> list[DoctorCheck]:
-    named = [(i, host.storage) for i, host in enumerate(found.hosts) if host.storage is not None]
-    wrong = [DoctorCheck("FAIL", f"{found.name(i)}: storage: {why}") for i, why in named if why]
+def _storage(findings: Findings) -> list[DoctorCheck]:
+    named = [(i, host.storage) for i, host in enumerate(findings.hosts) if host.storage is not None]
+    wrong = [DoctorCheck("FAIL", f"{findings.name(i)}: storage: {why}") for i, why in named if why]
     if named and not wrong:
         return [DoctorCheck("ok", "storage: every host reads and writes it")]
     return wrong
 
 
-def _links(found: Findings) -> list[DoctorCheck]:
+def _links(findings: Findings) -> list[DoctorCheck]:
     checks = []
-    for link in found.links:
-        ends = f"{found.name(link.first)} - {found.name(link.second)}"
+    for link in findings.links:
+        ends = f"{findings.name(link.first)} - {findings.name(link.second)}"
         if link.error is not None:
             checks.append(
                 DoctorCheck(
@@ -220,10 +221,12 @@ def _links(found: Findings) -> list[DoctorCheck]:
         elif link.seconds is not None and link.seconds > SLOW_SECONDS:
             text = f"{ends}: {1000 * link.seconds:.0f} ms a signal; partition.delays: auto hides it"
             checks.append(DoctorCheck("warning", text))
-    if found.links and not checks:
-        checks.append(DoctorCheck("ok", f"links: {len(found.links)} measured"))
-    if found.skipped:
-        checks.append(DoctorCheck("warning", f"{found.skipped} pairs of hosts were not measured"))
+    if findings.links and not checks:
+        checks.append(DoctorCheck("ok", f"links: {len(findings.links)} measured"))
+    if findings.skipped:
+        checks.append(
+            DoctorCheck("warning", f"{findings.skipped} pairs of hosts were not measured")
+        )
     return checks
 
 

@@ -30,6 +30,7 @@ from hamdist.errors import (
     SettingsError,
     SnapshotError,
     exit_code,
+    need_package,
 )
 from hamdist.launch.events import (
     DriverLost,
@@ -71,11 +72,11 @@ def _run(folder: Path, lost: str | None) -> Ended:
     """Run the package; `lost` is the signal that ended the driver before this one."""
     order = read_order(folder)
     here = {"engine": {"address": os.environ.get("RAY_ADDRESS", "auto")}}
-    given = load_settings(str(folder / SETTINGS), [here])
-    settings = given
+    as_sent = load_settings(str(folder / SETTINGS), [here])
+    settings = as_sent
     if order.snapshots is not None:
-        own = given.snapshots.model_copy(update={"path": order.snapshots})
-        settings = given.model_copy(update={"snapshots": own})
+        snapshots = as_sent.snapshots.model_copy(update={"path": order.snapshots})
+        settings = as_sent.model_copy(update={"snapshots": snapshots})
     factory = None
     if order.model is not None:
         from hamdist.models.build import load_factory
@@ -115,9 +116,9 @@ def _run(folder: Path, lost: str | None) -> Ended:
         )
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # it has ended; what is left is to hand it over
     if run.chosen is not None:
-        run.chosen = _as_given(run.chosen, given)
+        run.chosen = _as_given(run.chosen, as_sent)
     with _Results(order) as results:
-        save_run(results.path, run, model, _as_given(settings, given))
+        save_run(results.path, run, model, _as_given(settings, as_sent))
         tell(ResultValues(title=run_title(run, settings.name), facts=run_facts(run)))
         for warning in dict.fromkeys(run.warnings):
             if warning != run.failure:
@@ -137,6 +138,7 @@ def _run(folder: Path, lost: str | None) -> Ended:
 
 def _serve(order: JobSpec, settings: Settings, factory: ModelFactory | None) -> Ended:
     """Serve a live run until it is stopped; a driver that was lost goes on with its journal."""
+    need_package("uvicorn", "'hamdist[serve]'", "`hamdist launch --live`")
     from hamdist.api import start
     from hamdist.serve import serving
     from hamdist.study.report.save import save_weights
@@ -189,10 +191,10 @@ def _found_again(order: JobSpec, lost: str) -> str | None:
     return None
 
 
-def _as_given(settings: Settings, given: Settings) -> Settings:
+def _as_given(settings: Settings, as_sent: Settings) -> Settings:
     """Return the settings as the user can run them again, from elsewhere."""
     engine = settings.engine.model_copy(update={"address": None})
-    return settings.model_copy(update={"engine": engine, "snapshots": given.snapshots})
+    return settings.model_copy(update={"engine": engine, "snapshots": as_sent.snapshots})
 
 
 class _Results:

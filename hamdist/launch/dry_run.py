@@ -16,9 +16,8 @@ from hamdist.runtime.placement.assign_hosts import ActorOptions, HostInfo, optio
 from hamdist.runtime.placement.requirements import requirements
 from hamdist.runtime.plan.block_settings import block_settings
 from hamdist.runtime.plan.plan import Plan
-from hamdist.runtime.train.train import plan_of
-from hamdist.streams import make_stream
-from hamdist.study.run.run import DataFactory, build, torch_dtype
+from hamdist.study.run.export import planned
+from hamdist.study.run.run import DataFactory, torch_dtype
 
 MIB = 2**20
 
@@ -83,25 +82,20 @@ def dry_run(
     Raises:
         SettingsError, GraphError, LevelError: no cluster could run the settings.
     """
-    dtype = torch_dtype(settings.dtype)
-    if data is None:
-        stream = make_stream(settings.stream, seed=settings.seed, dtype=dtype)
-    else:
-        stream = data(settings.seed).in_dtype(dtype).train
-    plan = plan_of(build(settings, stream.spec, factory, dtype), settings, stream.spec)
+    plan, _ = planned(settings, factory, data)
     cpus = int(sum(host.cpus for host in hosts))
     groups = place(plan.graph, plan.engine, max(1, cpus))
     missing = [] if hosts else ["the cluster has no host that is alive"]
-    found: Sequence[ActorOptions | None] = [None] * len(groups)
+    options: Sequence[ActorOptions | None] = [None] * len(groups)
     try:
-        found = _options_of_actors(plan, groups, hosts)
+        options = _options_of_actors(plan, groups, hosts)
     except ClusterError as error:
         missing.append(str(error))
     work = dict(zip(plan.graph.blocks, by_parameters(plan.graph), strict=True))
-    item = dtype.itemsize
+    size = torch_dtype(settings.dtype).itemsize
     actors = [
-        (group, actor_options, sum(2 * (work[name] - 1) * item for name in group) / MIB)
-        for group, actor_options in zip(groups, found, strict=True)
+        (group, actor_options, sum(2 * (work[name] - 1) * size for name in group) / MIB)
+        for group, actor_options in zip(groups, options, strict=True)
     ]
     return DryRun(hosts, actors, missing, _notes(settings, named, cluster, plan, groups, hosts))
 
@@ -109,15 +103,14 @@ def dry_run(
 def _options_of_actors(
     plan: Plan, groups: Sequence[Sequence[str]], hosts: Sequence[HostInfo]
 ) -> list[ActorOptions]:
-    asked = block_settings(plan.graph, plan.engine)
+    by_block = block_settings(plan.graph, plan.engine)
     work = dict(zip(plan.graph.blocks, by_parameters(plan.graph), strict=True))
     busy = [sum(work[name] for name in group) for group in groups]
     spread = plan.engine.spread if len(hosts) > 1 else Spread.AUTO
     if spread is Spread.PROFILE:  # no host is measured here
         spread = Spread.PACKED
-    return options_of_actors(
-        [requirements(g, asked, plan.engine) for g in groups], hosts, spread, busy
-    )
+    requests = [requirements(group, by_block, plan.engine) for group in groups]
+    return options_of_actors(requests, hosts, spread, busy)
 
 
 def _notes(
@@ -132,28 +125,28 @@ def _notes(
     crossing = [
         e for e in plan.graph.edges if not e.from_input and actor[e.parent] != actor[e.child]
     ]
-    told = [
+    notes = [
         "the driver runs on the head and asks for no CPU; placed by parameters: the run itself "
         "measures the blocks first, and may place them otherwise",
         f"{len(crossing)} edge(s) cross actors; between hosts each takes one TCP port of the "
         "system's choosing on either side (Linux: net.ipv4.ip_local_port_range), besides Ray's own",
     ]
     if settings.engine.spread is Spread.PROFILE and len(hosts) > 1:
-        told.append("engine.spread 'profile': shown as if all hosts were equally fast")
+        notes.append("engine.spread 'profile': shown as if all hosts were equally fast")
     if cluster.storage is None:
-        told.append("no storage in the cluster file: results come back here, and nowhere else")
+        notes.append("no storage in the cluster file: results come back here, and nowhere else")
     if kept_at(settings, cluster, "") is None:
-        told.append(NOTHING_KEPT)
+        notes.append(NOTHING_KEPT)
     if settings.stream.path is not None and named.get("--stream") is None:
-        told.append(f"stream.path {str(settings.stream.path)!r} must be there on the head")
+        notes.append(f"stream.path {str(settings.stream.path)!r} must be there on the head")
     for option, name in named.items():
         if name is not None:
             code = own_code(name)
-            told.append(
+            notes.append(
                 f"{option}: {'installed, so it must be on all hosts' if code is None else code}"
                 + ("" if code is None else " travels along")
             )
-    return told
+    return notes
 
 
 def _shown(resources: Mapping[str, float]) -> str:

@@ -2,9 +2,8 @@
 
 Ray's Jobs API sends the log over HTTP, from the start, to any terminal that attaches, also when the
 job has ended; so a terminal needs no other connection to the cluster. An event is a line `#hamdist
-`
-with JSON; anything else (a traceback, a print of the user's model) is text and shown unchanged. The
-files of the result come as the last lines, in base64, with their SHA-256.
+` with JSON; anything else (a traceback, a print of the user's model) is text and shown unchanged.
+The files of the result come as the last lines, in base64, with their SHA-256.
 
 Progress is reported at most once a second and ever less often, so that a log stays small: with
 pauses of max(1, t / 2000) seconds at time t, T seconds give at most 2000 (1 + ln(T / 2000)) lines.
@@ -179,16 +178,17 @@ def tell(event: JobEvent) -> bool:
 
 def from_line(line: str) -> tuple[str, JobEvent | None]:
     """Return the text of a line, and its event, if it has a readable one."""
-    text, found, own = line.partition(PREFIX)
-    if not found:
+    text, prefix, body = line.partition(PREFIX)
+    if not prefix:
         return line, None
     try:
-        return text, _events.validate_json(own)
+        return text, _events.validate_json(body)
     except ValidationError:
         return line, None
 
 
 def moved(progress: Progress, *, network: bool = True) -> Progressed:
+    """Return what the terminal is shown of a run's progress."""
     windows = list(progress.windows)
     brief = windows[-1:]
     if len(windows) > 1:
@@ -211,8 +211,8 @@ def file_events(path: Path, most: int) -> Iterator[JobEvent]:
 
 
 def _digest(path: Path) -> str:
-    found = hashlib.sha256()
+    digest = hashlib.sha256()
     with path.open("rb") as file:
         while data := file.read(2**20):
-            found.update(data)
-    return found.hexdigest()
+            digest.update(data)
+    return digest.hexdigest()

@@ -23,7 +23,7 @@ from hamdist.launch.events import (
     WarningEvent,
     from_line,
 )
-from hamdist.runtime.results.events import FolderEnded, RunBegun, RunEvent, Warned
+from hamdist.runtime.results.events import EventListener, FolderEnded, RunBegun, Warned
 from hamdist.runtime.results.progress_events import ProgressEvents
 from hamdist.study.shared.result_folder import prepare_folder
 
@@ -144,29 +144,23 @@ class Results:
         return self.out / f".{file.name}.part"
 
 
-def mirror_events(lines: Iterable[str], path: Path) -> None:
-    """Write the events of a run's log to `path`, in the form of events.jsonl, as they come."""
+def mirror_events(lines: Iterable[str], emit: EventListener) -> None:
+    """Hand the events of a run's log, as they come, to `emit`."""
     events: ProgressEvents | None = None
-    with path.open("w", encoding="utf-8") as file:
-
-        def emit(event: RunEvent) -> None:
-            file.write(event.to_line() + "\n")
-            file.flush()
-
-        for line in lines:
-            _, event = from_line(line)
-            if isinstance(event, Started):
-                events = ProgressEvents(event.level, event.seed)
-                head = events.head
-                emit(RunBegun(title=event.title, engine="ray", batch=event.batch, **head))
-            elif isinstance(event, Progressed) and events is not None:
-                latest = event.progress.windows[-1:]  # (before it: all others in one)
-                for one in events(replace(event.progress, windows=latest)):
-                    emit(one)
-            elif isinstance(event, (WarningEvent, Ended)) and events is not None:
-                failed = event.error if isinstance(event, Ended) else None
-                text = event.warning if isinstance(event, WarningEvent) else "ended"
-                emit(FolderEnded(error=failed) if isinstance(event, Ended) else Warned(text=text))
+    for line in lines:
+        _, event = from_line(line)
+        if isinstance(event, Started):
+            events = ProgressEvents(event.level, event.seed)
+            head = events.head
+            emit(RunBegun(title=event.title, engine="ray", batch=event.batch, **head))
+        elif isinstance(event, Progressed) and events is not None:
+            latest = event.progress.windows[-1:]  # (before it: all others in one)
+            for one in events(replace(event.progress, windows=latest)):
+                emit(one)
+        elif isinstance(event, (WarningEvent, Ended)) and events is not None:
+            failed = event.error if isinstance(event, Ended) else None
+            text = event.warning if isinstance(event, WarningEvent) else "ended"
+            emit(FolderEnded(error=failed) if isinstance(event, Ended) else Warned(text=text))
 
 
 def follow(

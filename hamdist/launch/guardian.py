@@ -38,12 +38,12 @@ class Guardian:
     """Restarts the driver of a run when it is lost.
 
     `command` starts a driver; its last argument is the signal that ended the one before, if there
-    was one. `kept` says whether the run keeps snapshots.
+    was one. `keeps_snapshots` says whether the run keeps snapshots.
     """
 
-    def __init__(self, command: tuple[str, ...], kept: bool) -> None:
+    def __init__(self, command: tuple[str, ...], keeps_snapshots: bool) -> None:
         self._command = command
-        self._kept = kept
+        self._kept = keeps_snapshots
         self._driver: subprocess.Popen[bytes] | None = None
         self._stopping = False
 
@@ -115,6 +115,7 @@ def _failed(error: str) -> int:
 
 
 def main() -> int:
+    """Run the package in this folder, and return the exit code."""
     try:
         order = read_order(Path.cwd())
         pin(load_settings(str(Path.cwd() / SETTINGS)).engine)  # for the driver, its child

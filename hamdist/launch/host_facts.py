@@ -82,11 +82,11 @@ def storage_fault(folder: Path, mark: str | None) -> str:
     """Return why `folder` is no storage for this host; empty if it is one."""
     if mark is not None and not (folder / mark).is_file():
         return f"{folder} is not the same folder as on the head" if folder.is_dir() else "missing"
-    own = folder / f".hamdist-{secrets.token_hex(4)}"
+    probe = folder / f".hamdist-{secrets.token_hex(4)}"
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        own.write_bytes(b"here")
-        own.unlink()
+        probe.write_bytes(b"here")
+        probe.unlink()
     except OSError as error:
         return f"cannot be written: {error.strerror or error}"
     return ""

@@ -57,6 +57,7 @@ class RayJob:
 
     @property
     def over(self) -> bool:
+        """Return True if the job has ended."""
         return self.state in ("STOPPED", "SUCCEEDED", "FAILED")
 
     def unfinished(self) -> str:

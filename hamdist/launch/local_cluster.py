@@ -51,8 +51,8 @@ class LocalHead:
     def process(self) -> psutil.Process | None:
         """Return the process, if it is still there: its id alone may belong to another by now."""
         try:
-            found = psutil.Process(self.pid)
-            return found if abs(found.create_time() - self.born) < 1 else None
+            process = psutil.Process(self.pid)
+            return process if abs(process.create_time() - self.born) < 1 else None
         except psutil.NoSuchProcess:
             return None
 
@@ -94,8 +94,8 @@ def start(folder: Path, *, port: int, jobs_port: int, cpus: int | None) -> Path:
         raise
     where = {"jobs": f"http://{HERE}:{jobs_port}", "address": f"{HERE}:{port}"}
     where["storage"] = str(folder / STORAGE)
-    own = {"python": sys.executable} if " " not in sys.executable else {}
-    text = yaml.safe_dump({**where, "token": str(token), **own}, sort_keys=False)
+    python = {"python": sys.executable} if " " not in sys.executable else {}
+    text = yaml.safe_dump({**where, "token": str(token), **python}, sort_keys=False)
     (folder / FILE).write_text(text)
     return folder / FILE
 
@@ -148,7 +148,7 @@ def _prepare(folder: Path) -> Path:
 
 
 def _command(ray_folder: str, port: int, jobs_port: int, cpus: int | None) -> list[str]:
-    own = [] if cpus is None else [f"--num-cpus={cpus}"]
+    more = [] if cpus is None else [f"--num-cpus={cpus}"]
     return [
         *(sys.executable, "-m", "ray.scripts.scripts", "start", "--head", "--block"),
         f"--port={port}",
@@ -157,17 +157,17 @@ def _command(ray_folder: str, port: int, jobs_port: int, cpus: int | None) -> li
         *(f"--ray-client-server-port={_any_port()}", "--disable-usage-stats"),
         f"--object-store-memory={OBJECT_STORE_BYTES}",
         f"--temp-dir={ray_folder}/r",
-        *own,
+        *more,
     ]
 
 
 def _environment(inherited: Mapping[str, str], token: Path) -> dict[str, str]:
     """Return the environment of Ray's processes: this Python first in the path, for the jobs."""
     other = {"RAY_ADDRESS", "RAY_API_SERVER_ADDRESS", "RAY_AUTH_TOKEN"}
-    kept = {name: value for name, value in inherited.items() if name not in other}
-    path = os.pathsep.join([str(Path(sys.executable).parent), kept.get("PATH", os.defpath)])
+    rest = {name: value for name, value in inherited.items() if name not in other}
+    path = os.pathsep.join([str(Path(sys.executable).parent), rest.get("PATH", os.defpath)])
     mine = {"PATH": path, TOKEN_MODE: "token", TOKEN_PATH: str(token.resolve())}
-    return {**HEALTH, **MANNERS, **kept, **mine}
+    return {**HEALTH, **MANNERS, **rest, **mine}
 
 
 def _check_free(port: int, option: str) -> None:

@@ -83,12 +83,12 @@ def packed(settings: Settings, order: JobSpec) -> Iterator[Path]:
     """
     rules, files = {}, {}
     for pattern, rule in settings.learning.rules.items():
-        own = {"name": rule} if isinstance(rule, str) else rule
+        fields = {"name": rule} if isinstance(rule, str) else rule
         field = f"learning.rules.{pattern}"
-        if ":" in (name := str(own.get("name"))):
+        if ":" in (name := str(fields.get("name"))):
             load_function(field, name)
             files[name] = field
-        rules[pattern] = {**own, "name": named_there(name)}
+        rules[pattern] = {**fields, "name": named_there(name)}
     if rules:
         learning = settings.learning.model_copy(update={"rules": rules})
         settings = settings.model_copy(update={"learning": learning})

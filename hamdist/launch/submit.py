@@ -69,19 +69,19 @@ def kept_at(settings: Settings, cluster: ClusterSettings, name: str) -> str | No
     return path
 
 
-def resumed_from(given: str, cluster: ClusterSettings) -> str:
+def resumed_from(name: str, cluster: ClusterSettings) -> str:
     """Return the snapshots that `--resume` names: a run by its id, or a path or URL on the cluster.
 
     Raises SettingsError.
     """
-    if "/" in given:
-        return given
+    if "/" in name:
+        return name
     if cluster.storage is None:
         raise SettingsError(
-            f"--resume {given!r}: the cluster file names no storage, where runs keep their "
+            f"--resume {name!r}: the cluster file names no storage, where runs keep their "
             "snapshots; give their folder, or a URL"
         )
-    return snapshots_in(cluster.storage, given)
+    return snapshots_in(cluster.storage, name)
 
 
 def submit_checkup(jobs: Jobs) -> str:

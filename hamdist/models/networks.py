@@ -172,8 +172,8 @@ class Attention(nn.Module):
         shape = (rows, tokens, self.heads, width // self.heads)
         q, k, v = self.qkv(h).chunk(3, dim=2)
         q, k, v = (x.reshape(shape).transpose(1, 2) for x in (q, k, v))
-        found = nn.functional.scaled_dot_product_attention(q, k, v, is_causal=self.causal)
-        out: Tensor = self.project(found.transpose(1, 2).reshape(rows, tokens, width))
+        attended = nn.functional.scaled_dot_product_attention(q, k, v, is_causal=self.causal)
+        out: Tensor = self.project(attended.transpose(1, 2).reshape(rows, tokens, width))
         return out
 
 

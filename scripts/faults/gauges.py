@@ -106,7 +106,9 @@ class Gauges:
 
 def _anonymous(process: psutil.Process) -> int:
     with open(f"/proc/{process.pid}/status") as lines:
-        line = next(line for line in lines if line.startswith("RssAnon"))
+        line = next((line for line in lines if line.startswith("RssAnon")), None)
+    if line is None:  # (a killed process, until its parent has heard of it)
+        raise psutil.ZombieProcess(process.pid)
     return int(line.split()[1]) * 1024
 
 

@@ -34,11 +34,13 @@ def talk(
     before: Callable[[int], object] = lambda _: None,
     said: dict[str, int] = SAID,
     sequences: bool = False,
+    most: int = MOST_WAITING,
 ) -> dict[str, int]:
     """Say something for each of `samples`, chosen by `seed`; return how often what was said.
 
     before: called with the number of each in front of it. sequences: samples are tokens, of which
-    every fifth ends a sequence; one looks at the run behind an end, and labels come at once.
+    every fifth ends a sequence; one looks at the run behind an end, and labels come at once. most:
+    samples that wait for a label.
     """
     drawn, counts = random.Random(seed), dict.fromkeys(said, 0)
     waiting: list[tuple[int, Any]] = []
@@ -49,9 +51,9 @@ def talk(
         looks = what in ("settle", "weights", "snapshot")
         end = sequences and (looks or drawn.random() < 0.2)
         if what == "feed without a label":
-            waiting = [*waiting[-MOST_WAITING:], (run.feed(u, end=end), y)]
+            waiting = [*waiting[1 - most :], (run.feed(u, end=end), y)]
         elif what == "predict":
-            waiting.append((run.predict(u, end=end).number, y))
+            waiting = [*waiting[1 - most :], (run.predict(u, end=end).number, y)]
         elif what == "teach" and waiting and not sequences:
             run.teach(*waiting.pop(drawn.randrange(len(waiting))))
         elif what == "set":

@@ -5,8 +5,10 @@ from __future__ import annotations
 
 import json
 from importlib import metadata
+from typing import Any
 
 import pytest
+import typer
 from typer.testing import CliRunner
 
 import hamdist
@@ -146,6 +148,7 @@ def test_the_comments_of_a_settings_file_are_its_defaults():
 
 def test_the_schema_knows_all_settings():
     schema = json.loads(command("schema").stdout)
+    assert schema == json.loads(command("schema", "--json").stdout)
     assert schema["$schema"].startswith("https://json-schema.org/")
     assert set(schema["properties"]) == set(Settings.model_fields)
     assert schema["properties"]["seed"]["minimum"] == 0
@@ -172,3 +175,19 @@ def test_settings_of_a_result_are_those_that_were_set(folder):
     assert again.exit_code == 0, again.output
     model = "model.safetensors"
     assert (folder / "t" / model).read_bytes() == (folder / "s" / model).read_bytes()
+
+
+def test_every_command_has_the_options_of_output():
+    def options(commands):
+        for name, one in commands.items():
+            if hasattr(one, "commands"):
+                yield from options(one.commands)
+            else:
+                yield name, {"-v", "-q", "--json"} - {o for p in one.params for o in p.opts}
+
+    group: Any = typer.main.get_command(app)
+    lacking = dict(options(group.commands))
+    assert len(lacking) > 25
+    assert {name: few for name, few in lacking.items() if few} == {}
+    own = {option for p in group.params for option in p.opts}
+    assert {"--version", "--install-completion"} <= own

@@ -25,7 +25,7 @@ from study.builders import make_run
 from typer.testing import CliRunner
 
 from hamdist.cli import app
-from hamdist.cli.process import replaced
+from hamdist.cli.process import SteadyFile, replaced
 from hamdist.config import Level, Settings, read_settings
 from hamdist.display.run_view import RunView
 from hamdist.dynamics.objective.prequential import Window
@@ -74,7 +74,6 @@ def names(folder):
 # -- whoever reads along ---------------------------------------------------------------------------
 
 STREAMS = {  # by what is wrong: the command, its environment, standard output and error
-    "closed by its reader, full": ("run", {}, "broken", "full"),
     "closed before": ("run", {}, "closed", "closed"),
     "full, no UTF-8, a notebook's backend, no home": (
         "compare",
@@ -90,11 +89,6 @@ STREAMS = {  # by what is wrong: the command, its environment, standard output a
 
 
 def opened(kind, path, stack):
-    if kind == "broken":
-        read, write = os.pipe()
-        os.close(read)
-        stack.callback(os.close, write)
-        return write
     return stack.enter_context(open("/dev/full" if kind == "full" else path, "wb"))
 
 
@@ -119,7 +113,15 @@ def test_no_stream_of_the_terminal_takes_results_away(tiny, tmp_path):
     for n, (command, *_) in enumerate(STREAMS.values()):
         wanted = OF_A_COMPARISON if command == "compare" else OF_A_RUN
         assert wanted <= names(tmp_path / f"out{n}")
-    assert "\n* one seed" in (tmp_path / "2.out").read_text("latin-1")
+    assert "\n* one seed" in (tmp_path / "1.out").read_text("latin-1")
+
+
+def test_a_stream_that_is_full_or_closed_by_its_reader_takes_all():
+    read, broken = os.pipe()
+    os.close(read)
+    for number in (broken, os.open("/dev/full", os.O_WRONLY)):
+        with SteadyFile(number, "w") as stream:
+            assert stream.write(b"seven by") == 8
 
 
 def test_what_a_terminal_cannot_show_becomes_ascii():

@@ -695,7 +695,7 @@ def test_no_second_one_and_no_port_of_others(tmp_path, bystander, monkeypatch):
     assert not (tmp_path / "n").exists()
 
 
-def test_the_log_of_a_launched_run_becomes_events(tmp_path):
+def test_the_log_of_a_launched_run_becomes_events():
     """`hamdist view ID`: the newest window each time, warnings and the end."""
     from dataclasses import replace
 
@@ -711,8 +711,9 @@ def test_the_log_of_a_launched_run_becomes_events(tmp_path):
         moved(later),
         Ended(code=0),
     ]
-    mirror_events([*map(to_line, told), "a print of the model"], tmp_path / "e.jsonl")
-    found = list(read_events((tmp_path / "e.jsonl").read_text().splitlines()))
+    found = []
+    mirror_events([*map(to_line, told), "a print of the model"], found.append)
+    assert list(read_events(e.to_line() for e in found)) == found
     assert [e.name for e in found if e.name not in ("progress", "blocks")] == [
         *("run", "window", "warning", "window", "ended"),
     ]

@@ -81,10 +81,10 @@ def launch(
     where = find_cluster(cluster)
     begin = None if resume is None else resumed_from(resume, where)
     loaded = load(settings, set_, changes(level=level, seed=seed, steps=steps))
-    own = on_ray(loaded.for_level(loaded.level))
-    kept = kept_at(own, where, "") is not None
+    run_settings = on_ray(loaded.for_level(loaded.level))
+    keeps_snapshots = kept_at(run_settings, where, "") is not None
     results = results_in(None if dry_run else out, overwrite)
-    factory, data = prepare(None, model), own_stream(stream, own)
+    factory, data = prepare(None, model), own_stream(stream, run_settings)
 
     from hamdist.launch.jobs_api import Jobs
 
@@ -93,12 +93,12 @@ def launch(
         from hamdist.launch.dry_run import dry_run as work_out
 
         named = {"--model": model, "--stream": stream}
-        _print_plan(work_out(own, named, factory, data, where, jobs.hosts()))
+        _print_plan(work_out(run_settings, named, factory, data, where, jobs.hosts()))
         return
 
-    if not kept:
+    if not keeps_snapshots:
         warn(NOTHING_KEPT)
-    name = submit_run(jobs, own, model, begin, stream, (host, port) if live else None)
+    name = submit_run(jobs, run_settings, model, begin, stream, (host, port) if live else None)
     report(id=name)
     say(name)
     if not detach:

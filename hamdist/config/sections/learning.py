@@ -204,16 +204,16 @@ class LearningSettings(Section):
     def _optimizer_decides(self) -> LearningSettings:
         if self.optimizer is None:
             return self
-        own = ("momentum", "dampening", "weight_decay", "adaptive", "first_step")
-        for name in own:
+        names = ("momentum", "dampening", "weight_decay", "adaptive", "first_step")
+        for name in names:
             if getattr(self, name) != type(self).model_fields[name].default:
                 raise ValueError(
                     f"'{name}' beside 'optimizer', whose steps do not depend on it: give the "
                     f"optimiser its own arguments (optimizer: {{name: {self.optimizer.name}, ...}})"
                 )
-        lr, given = self.optimizer.lr, "lr" in self.model_fields_set
-        if lr is not None and given and lr != self.lr:
+        lr, lr_is_set = self.optimizer.lr, "lr" in self.model_fields_set
+        if lr is not None and lr_is_set and lr != self.lr:
             raise ValueError(f"'lr' is {self.lr:g} and 'optimizer.lr' {lr:g}: give one of them")
-        if not given:  # (a dump of all fields has it then)
+        if not lr_is_set:  # (a dump of all fields has it then)
             self.__dict__["lr"] = self.optimizer.default_lr if lr is None else lr
         return self

@@ -25,6 +25,7 @@ class TrackerKind(str, Enum):
     MLFLOW = "mlflow"
     WANDB = "wandb"
     PROMETHEUS = "prometheus"
+    RAY = "ray"
 
 
 class MetricsSettings(Section):
@@ -33,7 +34,7 @@ class MetricsSettings(Section):
     window: Positive = 50
     """Samples of one prequential window."""
     limit: Annotated[int, Field(ge=2)] = 2048
-    """Windows that are kept; with more, neighbours are joined."""
+    """Windows that are kept; with more, neighbours are joined (live runs: in the older half)."""
     record: RecordedState | None = None
     """Record by tick and block: energies, or trajectories as well (presentation `hold`)."""
     record_every: Positive = 1

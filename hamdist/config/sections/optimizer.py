@@ -53,8 +53,8 @@ class OptimizerSettings(Section):
         if self.name == MUON:
             _check_known(self.rest, arguments("adamw"), "adamw", "rest.")
             of_groups = [a for a in of_class if a in arguments("adamw")]
-        for pattern, own in self.groups.items():
-            _check_known(own, of_groups, self.name, f"groups.{pattern}.")
+        for pattern, options in self.groups.items():
+            _check_known(options, of_groups, self.name, f"groups.{pattern}.")
         self._try()
         return self
 
@@ -104,10 +104,10 @@ def known_optimizers() -> dict[str, type[Optimizer]]:
     """Return the classes of torch.optim that move weights by their gradients alone, by name."""
     from torch import optim
 
-    found = {name.lower(): one for name, one in vars(optim).items() if inspect.isclass(one)}
+    classes = {name.lower(): one for name, one in vars(optim).items() if inspect.isclass(one)}
     return {
         name: one
-        for name, one in sorted(found.items())
+        for name, one in sorted(classes.items())
         if issubclass(one, optim.Optimizer) and name not in _NO_STEP_ALONE
     }
 
@@ -132,8 +132,8 @@ def optimizer_class(name: str) -> type[Optimizer]:
 
 def arguments(name: str) -> list[str]:
     """Return the arguments of an optimiser that settings may give."""
-    found = inspect.signature(optimizer_class(name)).parameters
-    return [argument for argument in found if argument not in _NOT_OURS]
+    parameters = inspect.signature(optimizer_class(name)).parameters
+    return [argument for argument in parameters if argument not in _NOT_OURS]
 
 
 def _check_known(options: Mapping[str, Any], known: Collection[str], name: str, where: str) -> None:

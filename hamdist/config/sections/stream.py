@@ -293,7 +293,11 @@ _IMAGES = (Source.DIGITS, Source.MNIST, Source.FASHION_MNIST)
 def _by_row(raw: Mapping[str, Any]) -> bool:
     """Return True if samples of these stream settings have one row by default."""
     if raw.get("source") == Source.SEQUENCES.value:
-        own = raw.get("sequences")
-        view = own.get("view") if isinstance(own, Mapping) else getattr(own, "view", None)
+        sequences = raw.get("sequences")
+        view = (
+            sequences.get("view")
+            if isinstance(sequences, Mapping)
+            else getattr(sequences, "view", None)
+        )
         return view == View.TOKENS.value
     return raw.get("source") == Source.SIGNAL.value

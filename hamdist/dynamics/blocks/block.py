@@ -226,8 +226,8 @@ class SavesPasses(Block):
 
     def restore(self, state: Mapping[str, Any]) -> None:
         """Continue from `state`; raise SnapshotError where it is that of another class."""
-        records, own = taken(state, self.RECORDS)
-        super().restore(own)
+        records, rest = taken(state, self.RECORDS)
+        super().restore(rest)
         self.rebuild(records)
         # Once more: rebuilding runs the module, which moves its buffers and random numbers.
-        self.cell.restore(own["cell"])
+        self.cell.restore(rest["cell"])

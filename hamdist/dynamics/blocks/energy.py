@@ -133,8 +133,8 @@ class Recorder(Remembers):
 
 
 def _size(entry: _Entry) -> int:
-    kept = (entry.h, entry.z, entry.prediction, entry.target)
-    return sum(t.nbytes for t in kept if t is not None)
+    tensors = (entry.h, entry.z, entry.prediction, entry.target)
+    return sum(t.nbytes for t in tensors if t is not None)
 
 
 def _stacked(values: list[Tensor | None]) -> Tensor | None:

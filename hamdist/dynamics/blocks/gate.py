@@ -77,11 +77,11 @@ class RetrospectiveInput(Remembers):
         """Record this tick's inputs x_k; return x^_k."""
         if self._e is None or any(e.shape != x.shape for e, x in zip(self._e, inputs, strict=True)):
             self._e = [x.detach().clone() for x in inputs]
-        found = []
+        estimates = []
         for e, x in zip(self._e, inputs, strict=True):
             if not x.is_floating_point():
-                found.append(x)
+                estimates.append(x)
                 continue
             e.add_(x - e, alpha=self._keep)
-            found.append(torch.add(x, e - x, alpha=self._blend))
-        return found
+            estimates.append(torch.add(x, e - x, alpha=self._blend))
+        return estimates

@@ -213,8 +213,8 @@ class HoldBlock(SavesPasses):
         reading = None
         g: list[Gradient] | None = None
         if tick.answers:
-            asked = None if self.output is None else self.output.forward([self.h], [False])
-            self.prediction = self.h if asked is None else plain(asked.output)
+            answer = None if self.output is None else self.output.forward([self.h], [False])
+            self.prediction = self.h if answer is None else plain(answer.output)
         if tick.target is not None:
             if self.output is None:
                 self._own, reading = self._loss.look(

@@ -48,10 +48,10 @@ class MicrobatchReading(Remembers):
         if self._target is None:
             return None, 0.0
         rows = rows_of(len(self._target), self._parts, part)
-        own = self._target[rows.start : rows.stop]
-        counted = counts(self._alone(own), self._ignore_index)
+        rows_target = self._target[rows.start : rows.stop]
+        counted = counts(self._alone(rows_target), self._ignore_index)
         self._share = counted / max(1, counts(self._alone(self._target), self._ignore_index))
-        return (own if counted else None), self._share
+        return (rows_target if counted else None), self._share
 
     def end(
         self, sample: int, prediction: Tensor | None, reading: Reading | None
@@ -65,8 +65,8 @@ class MicrobatchReading(Remembers):
         if prediction is not None:
             self._predictions.append(prediction)
         if reading is not None:
-            own = reading.loss * self._share
-            self._loss = own if self._loss is None else self._loss + own
+            part_loss = reading.loss * self._share
+            self._loss = part_loss if self._loss is None else self._loss + part_loss
         if (sample + 1) % self._parts:
             return prediction, None
         whole = torch.cat(self._predictions)

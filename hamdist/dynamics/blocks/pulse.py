@@ -119,14 +119,14 @@ class ReversibleBlock(Block):
 
         The child's message is removed from `messages`, so that its memory can be freed.
         """
-        given = messages.pop()
-        if given is None:
+        from_child = messages.pop()
+        if from_child is None:
             self.learn_from(sample, None, self._tau)
             return [None]
-        z = scaled(given[0], self._tau)
+        z = scaled(from_child[0], self._tau)
         self._guard("z", z)
-        held = [given[1], scaled(z, self._c)]
-        del given, z
+        held = [from_child[1], scaled(z, self._c)]
+        del from_child, z
         x, to_parent, g = self._rewinder.back(held)
         self._guard("h", x)
         self.learn_from(sample, g, self._tau)
@@ -179,8 +179,8 @@ class PulseReadout(Block):
         """
         if self._item is None:
             return self._learn(sample, inputs, target)
-        own, share = self._item.begin(sample, target)
-        messages, reading = self._learn(sample, inputs, own, share)
+        part_target, share = self._item.begin(sample, target)
+        messages, reading = self._learn(sample, inputs, part_target, share)
         prediction = self.prediction if inputs else None
         self.prediction, reading = self._item.end(sample, prediction, reading)
         if reading is not None and self.moves(sample):

@@ -73,20 +73,20 @@ class AppliedRule(Remembers):
         """
         view, names = self.view, RETURNS.get(method)
         view.at(method, sample, batch)
-        found = getattr(self.rule, method)(view, *arguments)
+        result = getattr(self.rule, method)(view, *arguments)
         if names is None:
-            return found
-        if not isinstance(found, tuple) or len(found) != len(names):
-            self._refuse(method, f"returned {_kind(found)}, not ({', '.join(names)})")
-        made = dict(zip(names, found, strict=True))
-        if "h" in made:
+            return result
+        if not isinstance(result, tuple) or len(result) != len(names):
+            self._refuse(method, f"returned {_kind(result)}, not ({', '.join(names)})")
+        by_name = dict(zip(names, result, strict=True))
+        if "h" in by_name:
             shape = (batch, *view.shape)
-            if _shape(made["h"]) != shape:
-                self._refuse(method, f"gives h as {_kind(made['h'])}, not of shape {shape}")
-            made["h"] = plain(made["h"])
-        if "messages" in made:
-            made["messages"] = self._messages(method, made["messages"])
-        return tuple(made.values())
+            if _shape(by_name["h"]) != shape:
+                self._refuse(method, f"gives h as {_kind(by_name['h'])}, not of shape {shape}")
+            by_name["h"] = plain(by_name["h"])
+        if "messages" in by_name:
+            by_name["messages"] = self._messages(method, by_name["messages"])
+        return tuple(by_name.values())
 
     def _messages(self, method: str, messages: Any) -> list[Tensor | None]:
         view, many = self.view, len(self.view.inputs)
@@ -123,8 +123,8 @@ class AppliedRule(Remembers):
                 what = f"and the weight has shape {_shape(known[name])}"
                 self._refuse("rule", f"its update for {name!r} is {_kind(g)}, {what}")
         if any(name.startswith(MEMORY) for name in updates):
-            own = _in_order(updates, self.learned, MEMORY)
-            self.weights.move(own, self._scale(sample), tau)
+            steps = _in_order(updates, self.learned, MEMORY)
+            self.weights.move(steps, self._scale(sample), tau)
         return _in_order(updates, theta) if any(name in theta for name in updates) else None
 
     def _refuse(self, method: str, text: str) -> NoReturn:
@@ -135,8 +135,8 @@ class AppliedRule(Remembers):
 
 
 def _in_order(updates: Updates, like: Mapping[str, Tensor], prefix: str = "") -> list[Tensor]:
-    found = {name: updates.get(prefix + name) for name in like}
-    return [torch.zeros_like(like[n]) if g is None else plain(g) for n, g in found.items()]
+    by_name = {name: updates.get(prefix + name) for name in like}
+    return [torch.zeros_like(like[n]) if g is None else plain(g) for n, g in by_name.items()]
 
 
 def _shape(value: object) -> tuple[int, ...] | None:

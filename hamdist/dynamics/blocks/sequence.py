@@ -123,11 +123,11 @@ class SequenceBlock(SavesPasses):
 
     def _costate(self, message: Tensor | None) -> Tensor | None:
         """Return z_{j+1}; None for zeros."""
-        kept = None if self.z is None or self._keeps == 0 else scaled(self.z, self._keeps)
+        decayed = None if self.z is None or self._keeps == 0 else scaled(self.z, self._keeps)
         if message is None:
-            return kept
+            return decayed
         arrived = scaled(message, self._tau)
-        return arrived if kept is None else kept + arrived
+        return arrived if decayed is None else decayed + arrived
 
     def end(self, sample: int) -> None:
         """End the reverse pass with the weights' one step. sample: the sequence's last token."""
@@ -183,13 +183,13 @@ class SequenceReadout(SavesPasses):
         record = self.cell.forward(inputs, self._wanted)
         prediction = self.prediction = record.output.detach()
         random = self._loss.random
-        found = None if target is None else self._loss.value(prediction, target)
-        self._trace.append(_Read(record, None if found is None else found[1], target, random))
+        loss = None if target is None else self._loss.value(prediction, target)
+        self._trace.append(_Read(record, None if loss is None else loss[1], target, random))
         self.stored = max(self.stored, len(self._trace))
-        if target is None or found is None:
+        if target is None or loss is None:
             return None
         y, phi = self._loss.target(target), self._loss.phi(sample)
-        return Reading(prediction, y, found[0], phi, target)
+        return Reading(prediction, y, loss[0], phi, target)
 
     def begin(self) -> None:
         """Begin the reverse pass."""

@@ -56,9 +56,9 @@ def check_delays(blocks: Mapping[str, BlockSpec], edges: Sequence[Edge]) -> None
             raise GraphError(f"edge {edge.name}: delay {edge.delay!r} is no whole number")
         if edge.delay < 1:
             cycle = _zero_delay_cycle(blocks, edges)
-            found = f"; it lies on the zero-delay cycle {' -> '.join(cycle)}" if cycle else ""
+            where = f"; it lies on the zero-delay cycle {' -> '.join(cycle)}" if cycle else ""
             raise GraphError(
-                f"edge {edge.name} has delay {edge.delay}{found}: a signal needs at least one "
+                f"edge {edge.name} has delay {edge.delay}{where}: a signal needs at least one "
                 "tick; for an instantaneous connection put both into one block"
             )
 
@@ -70,9 +70,9 @@ def _zero_delay_cycle(blocks: Mapping[str, BlockSpec], edges: Sequence[Edge]) ->
         for child in zero[path[-1]]:
             if child in path:
                 return [*path[path.index(child) :], child]
-            found = walk([*path, child])
-            if found:
-                return found
+            cycle = walk([*path, child])
+            if cycle:
+                return cycle
         return []
 
     return next((c for c in (walk([b]) for b in blocks) if c), [])

@@ -93,8 +93,8 @@ class Sliced:
         for part in self.parts:
             if part.old not in whole or part.old in unsliced:
                 unsliced = [name for name in unsliced if name != part.old]
-                own = self.graph.blocks[part.old].module.state_dict()
-                whole[part.old] = {k: copy.deepcopy(v) for k, v in own.items()}
+                state = self.graph.blocks[part.old].module.state_dict()
+                whole[part.old] = {k: copy.deepcopy(v) for k, v in state.items()}
             piece = weights[part.block][part.key]
             if part.index is None or part.axis is None:
                 whole[part.old][part.old_key] = piece
@@ -236,12 +236,12 @@ class Graph:
         """Return the names of the weights by block, those of an output module behind `output:`."""
         names = {}
         for block in self.blocks.values():
-            own = [n for n, p in block.module.named_parameters() if p.requires_grad]
+            learning = [n for n, p in block.module.named_parameters() if p.requires_grad]
             if block.output is not None:
                 outer = block.output.named_parameters()
-                own += [OUTPUT_KEY + n for n, p in outer if p.requires_grad]
+                learning += [OUTPUT_KEY + n for n, p in outer if p.requires_grad]
             borrowed = self.borrowed(block.name)
-            names[block.name] = [name for name in own if name not in borrowed]
+            names[block.name] = [name for name in learning if name not in borrowed]
         return names
 
     def borrowed(self, block: str) -> set[str]:
@@ -268,13 +268,13 @@ class Graph:
         seen: set[int] = set()
         blocks = []
         for block in self.blocks.values():
-            own = {id(p) for p in block.module.parameters()}
-            copied = copy.deepcopy(block.module) if own & seen else block.module
+            ids = {id(p) for p in block.module.parameters()}
+            copied = copy.deepcopy(block.module) if ids & seen else block.module
             blocks.append(BlockSpec(**{**vars(block), "module": copied}))
-            seen |= own
-        found = shared_weights(self.blocks.values())
+            seen |= ids
+        shared = shared_weights(self.blocks.values())
         changed = any(b.module is not self.blocks[b.name].module for b in blocks)
-        return self.over(blocks, found) if changed else self
+        return self.over(blocks, shared) if changed else self
 
     def silent(self) -> frozenset[str]:
         """Return the blocks to which no message needs to be sent.
@@ -283,8 +283,8 @@ class Graph:
         frozen ones (`requires_grad` is False). The set is empty if they have no weights at all:
         then whoever observes their costates gets them.
         """
-        own = {name for name, weights in self.parameters().items() if weights}
-        trained = own | {tie.user for tie in self.ties}
+        learning = {name for name, weights in self.parameters().items() if weights}
+        trained = learning | {tie.user for tie in self.ties}
         unmoved = self.blocks.keys() - reach(trained, ((e.parent, e.child) for e in self.edges))
         frozen = any(next(self.blocks[b].module.parameters(), None) is not None for b in unmoved)
         return frozenset(unmoved) if frozen else frozenset()
@@ -333,7 +333,7 @@ class Graph:
             if shape is not None:
                 known[name] = ((batch, *shape), declared_dtype(self.blocks[name].module, u_dtype))
         waiting = list(self.blocks)
-        found: ShapeMap = {}
+        shapes: ShapeMap = {}
         while waiting:
             ready = [n for n in waiting if all(p in known for p in self.blocks[n].parents)]
             if not ready:
@@ -342,16 +342,16 @@ class Graph:
                     "each cycle its shape (shape=..., without the batch)"
                 )
             for name in ready:
-                found[name] = shape_of(self.blocks[name], known, self.example, self.state)
-                declared = known.setdefault(name, found[name])
-                if declared[0] != found[name][0]:
+                shapes[name] = shape_of(self.blocks[name], known, self.example, self.state)
+                declared = known.setdefault(name, shapes[name])
+                if declared[0] != shapes[name][0]:
                     raise GraphError(
-                        f"block {name!r} gives h of shape {found[name][0]}, but shape="
+                        f"block {name!r} gives h of shape {shapes[name][0]}, but shape="
                         f"{self.blocks[name].shape} was declared (batch {batch} in front)"
                     )
                 check_initial(self.blocks[name], declared[0])
                 waiting.remove(name)
-        return found
+        return shapes
 
     def draw(self) -> NetworkPicture:
         """Return a picture of the blocks and edges; `save` it as .svg or .dot."""
@@ -383,10 +383,10 @@ class Graph:
             shared: as for a graph; None if that does not change.
         """
         shared = self.shared if shared is None else shared
-        made = Graph(blocks, original=self.original, sliced=self.sliced, shared=shared)
-        made.notes, made.example = list(self.notes), self.example
-        made.one_length, made.one_row = self.one_length, self.one_row
-        return made
+        graph = Graph(blocks, original=self.original, sliced=self.sliced, shared=shared)
+        graph.notes, graph.example = list(self.notes), self.example
+        graph.one_length, graph.one_row = self.one_length, self.one_row
+        return graph
 
     @property
     def unsliced(self) -> Graph:

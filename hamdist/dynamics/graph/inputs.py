@@ -74,9 +74,9 @@ def check_taken(model: nn.Module, u: NetworkInputs) -> None:
     try:
         signature.bind(*u.values()) if numbered else signature.bind(**u)
     except TypeError as error:
-        given = f"{len(u)} inputs by position" if numbered else f"the inputs {', '.join(u)}"
+        received = f"{len(u)} inputs by position" if numbered else f"the inputs {', '.join(u)}"
         raise GraphError(
-            f"the stream gives {given}, but {type(model).__name__}.forward{signature} does not "
+            f"the stream gives {received}, but {type(model).__name__}.forward{signature} does not "
             f"take them ({error}): give u as a dict by its arguments, or as a tuple in their "
             "order, or say with names= what the keys of a batch mean"
         ) from None

@@ -137,16 +137,16 @@ class MergedSequence(nn.Module):
         for name in self.carried:
             zeros = self.get_buffer(f"before_{name}")
             last[name] = zeros.expand(u.shape[1], *zeros.shape[1:])
-        found: dict[str, list[Tensor]] = {name: [] for name in self.readouts}
+        predictions: dict[str, list[Tensor]] = {name: [] for name in self.readouts}
         for token in u:
             h = {INPUT: token}
             for name, parents in self.parents.items():
                 inputs = [(last if recurrent else h)[p] for p, recurrent in parents]
                 h[name] = self._module(name)(*combined(self.combines[name], inputs))
             for name in self.readouts:
-                found[name].append(h[name])
+                predictions[name].append(h[name])
             last = h
-        outputs = {name: torch.stack(tokens) for name, tokens in found.items()}
+        outputs = {name: torch.stack(tokens) for name, tokens in predictions.items()}
         return outputs[self.readouts[0]] if len(outputs) == 1 else outputs
 
     def _module(self, name: str) -> nn.Module:
@@ -188,11 +188,11 @@ def merged_module(
             if value is not None:
                 like = value if old is None else old
                 part._buffers[name] = value.to(like.dtype, copy=True)
-    kept = merged.state_dict()  # has the versions of modules' formats, which some ask for
-    found = {k: v for k, v in state.items() if k in kept}
-    kept.clear()
-    kept.update(found)
-    merged.load_state_dict(kept, strict=True)
+    merged_state = merged.state_dict()  # has the versions of modules' formats, which some ask for
+    fitting = {k: v for k, v in state.items() if k in merged_state}
+    merged_state.clear()
+    merged_state.update(fitting)
+    merged.load_state_dict(merged_state, strict=True)
     return merged
 
 
@@ -209,8 +209,8 @@ def _by_all_names(module: nn.Module, tensors: Mapping[str, Tensor]) -> dict[str,
     names: dict[int, list[str]] = {}
     for name, weight in module.named_parameters(remove_duplicate=False):
         names.setdefault(id(weight), []).append(name)
-    found = {}
+    by_name = {}
     for same in names.values():
         known = [name for name in same if name in tensors]
-        found.update({name: tensors[known[0]] for name in same if known})
-    return found
+        by_name.update({name: tensors[known[0]] for name in same if known})
+    return by_name

@@ -34,10 +34,10 @@ def shape_of(
     """
     name = block.name
     shapes = [known[p] for p in block.parents]
-    given = ", ".join(f"{p} {tuple(s)}" for p, (s, _) in zip(block.parents, shapes, strict=True))
+    received = ", ".join(f"{p} {tuple(s)}" for p, (s, _) in zip(block.parents, shapes, strict=True))
     real = [example.get(p) for p in block.parents]
     leaves = [not is_input(p) for p in block.parents]
-    h = _run_on(name, block.module, block.combine, shapes, given, leaves, real, kept)
+    h = _run_on(name, block.module, block.combine, shapes, received, leaves, real, kept)
     if not isinstance(h, Tensor):
         raise GraphError(
             f"block {name!r} returned {type(h).__name__}, not a tensor; return the one tensor "
@@ -45,7 +45,7 @@ def shape_of(
         )
     if h.dim() == 0 or h.shape[0] != shapes[0][0][0]:
         raise GraphError(
-            f"block {name!r} turns {given} into {tuple(h.shape)}: the batch must stay in front"
+            f"block {name!r} turns {received} into {tuple(h.shape)}: the batch must stay in front"
         )
     if block.output is not None:
         state = [(tuple(h.shape), h.dtype)]
@@ -80,7 +80,7 @@ def _run_on(
     module: nn.Module,
     combine: Combine | Joining,
     shapes: Sequence[tuple[tuple[int, ...], torch.dtype]],
-    given: str,
+    received: str,
     leaves: Sequence[bool],
     real: Sequence[Tensor | None] = (),
     kept: set[str] | None = None,
@@ -102,11 +102,11 @@ def _run_on(
         weights = {n: (p, p.untyped_storage()) for n, p in probe.named_parameters()}
         try:
             with torch.set_grad_enabled(grad), torch.random.fork_rng(devices=[]):
-                made = probe(*combined(combine, [x.clone() for x in inputs]))
+                output = probe(*combined(combine, [x.clone() for x in inputs]))
             _check_same(name, probe, weights)
             if kept is not None:
                 kept.update(n for part, was in before for n in changed_in(part, was))
-            return made.detach() if isinstance(made, Tensor) else made
+            return output.detach() if isinstance(output, Tensor) else output
         except NotImplementedError:
             continue
         except (RuntimeError, TypeError, ValueError, IndexError, AttributeError) as error:
@@ -116,10 +116,10 @@ def _run_on(
                 raise
             reason = str(error).strip().splitlines()[0] if str(error).strip() else repr(error)
             raise GraphError(
-                f"block {name!r} ({type(module).__name__}) does not take its input {given}: "
+                f"block {name!r} ({type(module).__name__}) does not take its input {received}: "
                 f"{reason}{_of_dtypes(module, shapes)}"
             ) from error
-    raise GraphError(f"block {name!r} cannot be run on its input {given}")
+    raise GraphError(f"block {name!r} cannot be run on its input {received}")
 
 
 def _of_dtypes(module: nn.Module, shapes: Sequence[tuple[tuple[int, ...], torch.dtype]]) -> str:

@@ -40,10 +40,10 @@ def ties_of(shared: Sequence[SharedWeight], heard: Mapping[str, int]) -> tuple[T
     order = list(heard)
     pairs: dict[tuple[str, str], list[tuple[str, str, int]]] = {}
     for weight in shared:
-        owner, own = max(weight.uses, key=lambda use: (heard[use[0]], order.index(use[0])))
+        owner, owner_key = max(weight.uses, key=lambda use: (heard[use[0]], order.index(use[0])))
         for user, key in weight.uses:
             if user != owner:
-                pairs.setdefault((owner, user), []).append((own, key, weight.numel))
+                pairs.setdefault((owner, user), []).append((owner_key, key, weight.numel))
     return tuple(
         Tie(i, owner, user, tuple((a, b) for a, b, _ in keys), sum(n for _, _, n in keys))
         for i, ((owner, user), keys) in enumerate(pairs.items())
@@ -53,5 +53,5 @@ def ties_of(shared: Sequence[SharedWeight], heard: Mapping[str, int]) -> tuple[T
 def names_of(module: nn.Module, keys: Iterable[str]) -> set[str]:
     """Return all names in `module` of the weights that `keys` name."""
     wanted = {id(module.get_parameter(key)) for key in keys}
-    found = module.named_parameters(remove_duplicate=False)
-    return {name for name, weight in found if id(weight) in wanted}
+    parameters = module.named_parameters(remove_duplicate=False)
+    return {name for name, weight in parameters if id(weight) in wanted}

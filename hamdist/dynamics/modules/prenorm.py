@@ -49,8 +49,8 @@ class PreNorm(nn.Module):
         Args:
             h: (B, ..., H).
         """
-        made: Tensor = h + self.alpha * self.branch(self.norm(h))
-        return made
+        output: Tensor = h + self.alpha * self.branch(self.norm(h))
+        return output
 
     def extra_repr(self) -> str:
         return f"alpha={self.alpha:g}"
@@ -75,8 +75,8 @@ class Normed(nn.Module):
         Args:
             h: (B, ..., H).
         """
-        made: Tensor = self.branch(self.norm(h))
-        return made
+        output: Tensor = self.branch(self.norm(h))
+        return output
 
 
 def _norm(shape: int | Sequence[int]) -> nn.LayerNorm:
@@ -111,10 +111,10 @@ def stabilised(model: nn.Module, example: NetworkInputs) -> tuple[nn.Module, lis
     Raises:
         GraphError: there is nothing to stabilise.
     """
-    made = copied(model)
-    units, kept = _units(made)
-    order = _watched(made, units, example)
-    many = len(order) + kept
+    normed = copied(model)
+    units, unchanged = _units(normed)
+    order = _watched(normed, units, example)
+    many = len(order) + unchanged
     alpha = 1 / math.sqrt(many) if many else 1.0
     changed = {id(unit.owner) for unit in order[1:]}
     if not changed:
@@ -126,17 +126,17 @@ def stabilised(model: nn.Module, example: NetworkInputs) -> tuple[nn.Module, lis
     for unit in order[1:]:
         _wrap(unit, alpha)
     same = sum(unit.before == unit.after for unit in order[1:])
-    told = (
+    notes = (
         f"stabilised: of {many} layers {same} have become h + {alpha:.3g} f(LN(h)), "
         f"{len(order) - 1 - same} f(LN(h)); the keys of their weights have 'branch' in them"
     )
-    return made, [told]
+    return normed, [notes]
 
 
 def _units(model: nn.Module) -> tuple[list[_Unit], int]:
     """Return the units of all nn.Sequentials, and the number of other children with weights."""
     units: list[_Unit] = []
-    kept = 0
+    unchanged = 0
     for module in model.modules():
         if type(module) is not nn.Sequential:
             continue
@@ -148,10 +148,10 @@ def _units(model: nn.Module) -> tuple[list[_Unit], int]:
             elif unit is not None and _goes_along(child):
                 unit.children.append((name, child))
             else:
-                own = any(type(m) in _WEIGHTED for m in child.modules())
-                kept += own and type(child) is not nn.Sequential
+                weighted = any(type(m) in _WEIGHTED for m in child.modules())
+                unchanged += weighted and type(child) is not nn.Sequential
                 unit = None
-    return units, kept
+    return units, unchanged
 
 
 def _goes_along(child: nn.Module) -> bool:

@@ -58,8 +58,8 @@ class RecurrentCell(nn.Module):
         Args:
             *inputs: inputs (B, ...), and as the last one the state before, (B, S).
         """
-        *given, state = inputs
-        x = given[0] if len(given) == 1 else torch.cat(given, dim=-1)
+        *read, state = inputs
+        x = read[0] if len(read) == 1 else torch.cat(read, dim=-1)
         if isinstance(self.cell, nn.LSTMCell):
             h, c = state.chunk(2, dim=-1)
             return torch.cat(self.cell(x, (h, c)), dim=-1)

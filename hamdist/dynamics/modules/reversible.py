@@ -273,18 +273,18 @@ class InversePass:
         self._pieces = [(piece, owners[id(piece)]) for piece in pieces]
         self._parameters = list(parameters)
 
-    def back(self, given: list[Tensor]) -> InverseStep:
+    def back(self, pair: list[Tensor]) -> InverseStep:
         """Return the input, its message and the gradients of the chain.
 
-        given: y and the message about it, which are removed from the list, so that their memory
+        pair: y and the message about it, which are removed from the list, so that their memory
         can be freed. A parameter that several maps share gets the sum over them, from the last on.
         """
-        y, message = given
-        given.clear()
+        y, message = pair
+        pair.clear()
         g: list[Tensor | None] = [None] * len(self._parameters)
         for piece, places in reversed(self._pieces):
-            y, message, own = piece.back(y, message)
-            for place, term in zip(places, own, strict=True):
+            y, message, piece_g = piece.back(y, message)
+            for place, term in zip(places, piece_g, strict=True):
                 before = g[place]
                 g[place] = term if before is None else before + term
         whole = [
@@ -315,10 +315,10 @@ def _pull(
     wrt = [leaf, *theta]
     with torch.enable_grad():
         value = _field(f, leak, leaf)
-    found: Sequence[Tensor | None] = [None] * len(wrt)
+    pulled: Sequence[Tensor | None] = [None] * len(wrt)
     if value.requires_grad:
-        found = torch.autograd.grad(value, wrt, cotangent, allow_unused=True)
-    to_h, *g = [torch.zeros_like(w) if d is None else d for d, w in zip(found, wrt, strict=True)]
+        pulled = torch.autograd.grad(value, wrt, cotangent, allow_unused=True)
+    to_h, *g = [torch.zeros_like(w) if d is None else d for d, w in zip(pulled, wrt, strict=True)]
     return value.detach(), to_h, g
 
 

@@ -104,18 +104,18 @@ def loss_and_slope(
         return value, lambda phi: apart * (phi / y.shape[0])
     if isinstance(loss, CrossEntropy) and y.dim() == 2 and target.dtype == torch.int64:
         ignored = loss.ignore_index
-        found = rows.cross_entropy(y, target, ignored) if native and ignored < 0 else None
-        if found is not None:
-            value, d = found
+        row_losses = rows.cross_entropy(y, target, ignored) if native and ignored < 0 else None
+        if row_losses is not None:
+            value, d = row_losses
             return value, lambda phi: d if phi == 1 else d * phi
         logs = torch.log_softmax(y, 1)
         value, counted = aten.nll_loss_forward(logs, target, None, 1, ignored)
 
         def slope(phi: float) -> Tensor:
-            given = torch.full_like(value, phi)
-            back = aten.nll_loss_backward(given, logs, target, None, 1, ignored, counted)
-            made: Tensor = aten._log_softmax_backward_data(back, logs, 1, y.dtype)
-            return made
+            phis = torch.full_like(value, phi)
+            back = aten.nll_loss_backward(phis, logs, target, None, 1, ignored, counted)
+            back_slope: Tensor = aten._log_softmax_backward_data(back, logs, 1, y.dtype)
+            return back_slope
 
         return value, slope
     return _by_autograd(loss, y, target)
@@ -126,8 +126,10 @@ def _by_autograd(loss: LossFunction, y: Tensor, target: Tensor) -> tuple[Tensor,
     with torch.enable_grad():
         value = loss(leaf, target)
     if not isinstance(value, Tensor) or value.numel() != 1:
-        given = f"shape {tuple(value.shape)}" if isinstance(value, Tensor) else repr(value)
-        raise ValueError(f"the loss is {given}; return a tensor with one number, the batch's mean")
+        received = f"shape {tuple(value.shape)}" if isinstance(value, Tensor) else repr(value)
+        raise ValueError(
+            f"the loss is {received}; return a tensor with one number, the batch's mean"
+        )
     if value and not value.requires_grad:
         raise ValueError(
             "the loss has no gradient, so nothing would learn: it does not depend on the "
@@ -138,8 +140,8 @@ def _by_autograd(loss: LossFunction, y: Tensor, target: Tensor) -> tuple[Tensor,
     def slope(phi: float) -> Tensor:
         if not value.requires_grad:
             return torch.zeros_like(y)
-        (found,) = torch.autograd.grad(value, leaf, torch.full_like(value, phi), allow_unused=True)
-        return torch.zeros_like(y) if found is None else found
+        (pulled,) = torch.autograd.grad(value, leaf, torch.full_like(value, phi), allow_unused=True)
+        return torch.zeros_like(y) if pulled is None else pulled
 
     return value.detach(), slope
 

@@ -25,9 +25,9 @@ def named(output: Any, name: str = ONLY) -> list[tuple[str, Any]]:
         return [(name, output)]
     first = f"{name}_" if name else ""
     return [
-        found
+        pair
         for key, value in parts
-        for found in named(
+        for pair in named(
             value, first + (str(key) if name or type(key) is not int else f"out{key}")
         )
     ]

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
 import torch
 from torch import Tensor
@@ -98,26 +98,36 @@ class _Look(NamedTuple):
 class Prequential(Remembers):
     """Collects a readout's losses into windows of `every` samples.
 
-    With `limit` windows kept, neighbours are joined and `every` doubles: an endless stream is
-    recorded in constant memory. ignore_index: class targets of this number are no rows.
+    With `limit` windows kept, neighbours are joined (`joined` times by now): an endless stream is
+    recorded in constant memory. All of them, and `every` doubles; or, where it `rolls`, those of
+    the older half: the latest windows stay as short as they were. ignore_index: class targets of
+    this number are no rows.
     """
 
-    def __init__(self, every: int, limit: int = 2048, *, ignore_index: int = IGNORE_INDEX) -> None:
-        self.every = every
-        self.limit = limit
+    def __init__(
+        self,
+        every: int,
+        limit: int = 2048,
+        *,
+        ignore_index: int = IGNORE_INDEX,
+        rolls: bool = False,
+    ) -> None:
+        self.every, self.limit, self._rolls = every, limit, rolls
+        self.joined = 0
         self.windows: list[Window] = []
         self._open: list[Window] = []  # at most one
         self._looks: list[_Look] = []  # behind it; counted together, which is cheaper
         self._items = 0  # of both
         self._ignore_index = ignore_index
 
-    STATE = ("every", "windows", "_open", "_looks", "_items")
+    STATE = ("every", "joined", "windows", "_open", "_looks", "_items")
+    ADDED: ClassVar[Mapping[str, Any]] = {"joined": 0}
 
     def record(self, sample: int, prediction: Tensor, target: Tensor, loss: Tensor) -> None:
         """Record a sample. prediction: (B, ...), never changed again; target: (B, ...)."""
         if prediction.dim() == 2 and prediction.numel() <= SMALL and target.dim() == 1:
-            kept = None if target.is_floating_point() else prediction
-            self._looks.append(_Look(sample, kept, None, target, loss))
+            scored = None if target.is_floating_point() else prediction
+            self._looks.append(_Look(sample, scored, None, target, loss))
         else:
             with torch.no_grad():
                 guess = guessed(prediction, target)
@@ -141,11 +151,11 @@ class Prequential(Remembers):
         self._open = []
         self._items = 0
         if len(self.windows) >= self.limit:
-            pairs = range(0, len(self.windows) - 1, 2)
-            self.windows = [merge_windows(self.windows[i : i + 2]) for i in pairs] + (
-                self.windows[-1:] if len(self.windows) % 2 else []
-            )
-            self.every *= 2
+            old = max(2, len(self.windows) // 2) if self._rolls else len(self.windows)
+            pairs = [merge_windows(self.windows[i : min(i + 2, old)]) for i in range(0, old, 2)]
+            self.windows = pairs + self.windows[old:]
+            self.joined += 1
+            self.every *= 1 if self._rolls else 2
 
 
 def _window(looks: Sequence[_Look], ignore_index: int) -> Window:

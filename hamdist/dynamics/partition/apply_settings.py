@@ -39,15 +39,17 @@ def arranged(
             many = block.slices if pattern is None else partition.slices[pattern]
             blocks.append(replace(block, slices=many))
         graph = graph.over(blocks)
-    made = sliced(graph, u_shape, u_dtype, inputs)
-    if made is not graph and knobs.memory is Memory.REVERSIBLE:
+    graph_in_slices = sliced(graph, u_shape, u_dtype, inputs)
+    if graph_in_slices is not graph and knobs.memory is Memory.REVERSIBLE:
         raise LevelError(
             "slices with memory 'reversible': a slice knows its own neurons alone and cannot "
             "recompute what all of them read; use level 'backprop', or leave the slices out"
         )
     if isinstance(partition.delays, str):
-        return delayed(made, {e.name: 1 for e in made.edges if not e.from_input})
-    return delayed(made, partition.delays)
+        return delayed(
+            graph_in_slices, {e.name: 1 for e in graph_in_slices.edges if not e.from_input}
+        )
+    return delayed(graph_in_slices, partition.delays)
 
 
 def delayed(graph: Graph, delays: Mapping[str, int]) -> Graph:
@@ -62,7 +64,7 @@ def delayed(graph: Graph, delays: Mapping[str, int]) -> Graph:
     for pattern in delays:
         if not any(n == pattern or fnmatchcase(n, pattern) for ns in known.values() for n in ns):
             raise GraphError(f"partition.delays.{pattern}: no such edge; known: {', '.join(known)}")
-    found = {e.name: d for e in graph.edges for d in [_delay(known[e.name], delays)] if d}
+    by_edge = {e.name: d for e in graph.edges for d in [_delay(known[e.name], delays)] if d}
     for pattern in delays:
         if all(_pattern(names, delays) != pattern for names in known.values()):
             raise GraphError(
@@ -71,8 +73,8 @@ def delayed(graph: Graph, delays: Mapping[str, int]) -> Graph:
             )
     blocks = []
     for block in graph.blocks.values():
-        own = {e.parent: found[e.name] for e in graph.into[block.name] if e.name in found}
-        blocks.append(replace(block, delays={**block.delays, **own}))
+        by_parent = {e.parent: by_edge[e.name] for e in graph.into[block.name] if e.name in by_edge}
+        blocks.append(replace(block, delays={**block.delays, **by_parent}))
     return graph.over(blocks)
 
 

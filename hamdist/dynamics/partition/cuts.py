@@ -18,7 +18,6 @@ from hamdist.config import CutBalance, Grouping
 from hamdist.dynamics.partition.assemble import OperationRun
 from hamdist.dynamics.tracing.dataflow import Flow
 from hamdist.dynamics.tracing.recorded_calls import Unfollowed, stays_whole
-from hamdist.dynamics.tracing.traced_module import MODULE
 from hamdist.errors import GraphError
 
 SHOWN = 12  # names in an error
@@ -146,7 +145,7 @@ class Cuts:
         """Return the places where units begin."""
         starts, weighted = [0], False
         for place, i in enumerate(self._flow.order):
-            own = self._flow.ops[i].step.kind == MODULE and self._flow.learned(i) > 0
+            own = self._flow.ops[i].node.op == "call_module" and self._flow.learned(i) > 0
             new = place in self.forced or (own and weighted and place in self._legal_set)
             if place and new:
                 starts.append(place)

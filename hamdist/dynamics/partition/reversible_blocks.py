@@ -42,9 +42,9 @@ def reversible_blocks(graph: Graph, shapes: ShapeMap) -> frozenset[str]:
     several parents or children, a block between them whose input cannot be recomputed, parts that
     differ from one evaluation to the next, a leak that is too strong for the dtype of the states.
     """
-    found = {b.name for b in graph.blocks.values() if b.loss is None and pieces_of(b.module)}
+    names = {b.name for b in graph.blocks.values() if b.loss is None and pieces_of(b.module)}
     for block in graph.blocks.values():
-        if block.name in found:
+        if block.name in names:
             _check_neighbours(graph, block)
             _check_evaluations(block)
         elif block.loss is None and not all(map(is_input, block.parents)):
@@ -53,15 +53,15 @@ def reversible_blocks(graph: Graph, shapes: ShapeMap) -> frozenset[str]:
                 "(HL Eq. 9) or the like, whose input cannot be recomputed from its output; "
                 + _INSTEAD
             )
-    if not found:
+    if not names:
         raise LevelError(
             "memory 'reversible': no block is reversible, so every activation would be stored; "
             "give each hamdist.Coupling or hamdist.Midpoint a block of its own "
             "(partition.cuts), or use level 'backprop'"
         )
-    for chain in _chains(graph, found):
+    for chain in _chains(graph, names):
         _check_leak(graph, chain, shapes[chain[0]][1])
-    return frozenset(found)
+    return frozenset(names)
 
 
 def _check_neighbours(graph: Graph, block: BlockSpec) -> None:
@@ -164,7 +164,7 @@ def recoveries(graph: Graph, reversible: Collection[str], u: Tensor) -> list[Inv
     In `reversible`, as `reversible_blocks` returns them. Memory: a few states, whatever the depth;
     modules are copied. Raises LevelError for a block whose buffers differ after an evaluation.
     """
-    found = []
+    errors = []
     for chain in _chains(graph, reversible):
         start = _before(graph, graph.blocks[chain[0]], u)
         x = start.clone()  # which a user's module might write to
@@ -177,8 +177,8 @@ def recoveries(graph: Graph, reversible: Collection[str], u: Tensor) -> list[Inv
         size = torch.linalg.vector_norm(start.double())
         apart = torch.linalg.vector_norm((x - start).double())
         error = float(apart / size) if size else float(apart)
-        found.append(InversionError(chain, error, start.dtype))
-    return found
+        errors.append(InversionError(chain, error, start.dtype))
+    return errors
 
 
 def _before(graph: Graph, block: BlockSpec, u: Tensor) -> Tensor:
@@ -215,18 +215,18 @@ def drift_warnings(graph: Graph, reversible: Collection[str], u: Tensor) -> list
     warnings: list[str] = []
     if not reversible:
         return warnings
-    for found in recoveries(graph, reversible, u):
+    for error in recoveries(graph, reversible, u):
         what = (
-            f"memory 'reversible': {found} recover their states with a relative error of "
-            f"{found.error:.1e} ({_short(found.dtype)}, at the weights of the start)"
+            f"memory 'reversible': {error} recover their states with a relative error of "
+            f"{error.error:.1e} ({_short(error.dtype)}, at the weights of the start)"
         )
-        if not found.error <= REFUSE_ABOVE:
+        if not error.error <= REFUSE_ABOVE:
             raise LevelError(
                 f"{what}, so their gradients would mean nothing. If F draws random numbers or "
                 "writes to its input, take that out; else use dtype float64, a smaller tau or "
                 "scale, or fewer steps; or level 'backprop'"
             )
-        if found.error > WARN_ABOVE:
+        if error.error > WARN_ABOVE:
             warnings.append(
                 f"{what}; gradients will be off by about as much, and the error grows as the "
                 "weights do. Use dtype float64, a smaller tau or scale, or fewer steps"

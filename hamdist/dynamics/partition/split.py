@@ -20,7 +20,7 @@ from collections.abc import Collection, Mapping, Sequence
 from typing import TypeGuard
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor, fx, nn
 from torch.nn.parameter import UninitializedBuffer, UninitializedParameter
 
 from hamdist.config import CutBalance, Grouping, PartitionSettings
@@ -31,11 +31,12 @@ from hamdist.dynamics.objective.losses import Losses, LossFunction, mse
 from hamdist.dynamics.objective.outputs import losses_of, named
 from hamdist.dynamics.partition.assemble import OperationRun, assembled
 from hamdist.dynamics.partition.cuts import Cuts, Policy, balanced, stays
-from hamdist.dynamics.tracing.dataflow import Flow, Value
+from hamdist.dynamics.tracing.block_graph import one_block
+from hamdist.dynamics.tracing.dataflow import Flow
 from hamdist.dynamics.tracing.join_runs import Trace
+from hamdist.dynamics.tracing.program import Value, value_of
 from hamdist.dynamics.tracing.recorded_calls import Unfollowed, stays_whole
 from hamdist.dynamics.tracing.trace import trace, traced_whole
-from hamdist.dynamics.tracing.traced_module import ValueRef
 from hamdist.dynamics.user_modules.copies import copied, overlaps
 from hamdist.dynamics.user_modules.hooks import is_usual
 from hamdist.dynamics.user_modules.python_state import is_foreign
@@ -44,7 +45,7 @@ from hamdist.errors import GraphError
 REPEATS = 5
 
 
-__all__ = ["Policy", "check_made", "is_chain", "split_module", "split_sequential"]
+__all__ = ["Policy", "check_made", "is_chain", "split_module", "split_sequential", "traced"]
 
 
 def check_made(model: nn.Module, *, sent: bool = False) -> None:
@@ -248,7 +249,7 @@ def split_module(
                 "submodule (which then stays whole alone), or leave the partition out"
             ) from None
         one = _one_step(model, inputs, why)
-        if callable(loss) and len(inputs) == 1 and (one is None or one.output == ValueRef(0)):
+        if callable(loss) and len(inputs) == 1 and (one is None or value_of(one.output) == (0, ())):
             return _whole(model, loss, inputs, state_readout, why if one is None else one.whole[""])
         if one is None:
             raise GraphError(f"the model cannot be run: {told}") from None
@@ -282,6 +283,30 @@ def split_module(
     return made
 
 
+def traced(model: nn.Module, example: NetworkInputs) -> fx.Graph:
+    """Write down what a model does, as the graph of which hamdist makes blocks.
+
+    Modules of torch are one node each, weights have their dotted names. `print(graph)` and
+    `graph.print_tabular()` show it, `graph.python_code("self").src` as Python code.
+
+    Args:
+        model: stays as it is.
+        example: an input (B, ...) of the right shape and dtype, or several by name.
+
+    Raises:
+        GraphError: the model does something that cannot be followed.
+    """
+    check_taken(model, example)
+    inputs = by_parent(example)
+    try:
+        steps = trace(model, inputs, called_by_parent)
+        return one_block(steps, model, list(inputs)).hamdist_graph
+    except Unfollowed as why:
+        raise GraphError(
+            f"the model cannot be traced: {stays_whole(why.module, model, why)}"
+        ) from None
+
+
 def _whole(
     model: nn.Module,
     loss: LossFunction,
@@ -308,8 +333,8 @@ def _outputs(
     followed: Trace, loss: Losses, targets: Collection[str] | None
 ) -> tuple[list[str], list[Value], list[LossFunction]]:
     """Return names (of the only one: ''), values and losses of the outputs that have a loss."""
-    found = dict(named(followed.output))
-    refs = {n: (r.step, r.path) for n, r in found.items() if isinstance(r, ValueRef)}
+    found = [(name, value_of(node)) for name, node in named(followed.output)]
+    refs = {name: value for name, value in found if value is not None}
     if not refs:
         raise GraphError(
             "the model's output does not depend on its input and its weights; return the prediction"

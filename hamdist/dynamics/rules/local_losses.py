@@ -102,5 +102,5 @@ class DifferenceTargetPropagation(Rule):
         there = x + self.noise * block.randn_like(x)  # of g: 1/2 |g(f(there)) - there|^2
         then = block.f([there])
         wrong = (g(then) - there.flatten(1)) * (1 - g(then) ** 2) / block.batch
-        own = {"memory:V": wrong.T @ then.flatten(1), "memory:c": wrong.sum(0)}
-        return [to_parent], {**updates, **own}
+        inverse_updates = {"memory:V": wrong.T @ then.flatten(1), "memory:c": wrong.sum(0)}
+        return [to_parent], {**updates, **inverse_updates}

@@ -24,5 +24,5 @@ HOMES = {  # module and class
 def built_in(name: str) -> type[Rule]:
     """Return the class of a built-in rule. Raises KeyError for a name that is none."""
     module, _, cls = HOMES[name].partition(".")
-    found: type[Rule] = getattr(importlib.import_module(f"{__package__}.{module}"), cls)
-    return found
+    rule: type[Rule] = getattr(importlib.import_module(f"{__package__}.{module}"), cls)
+    return rule

@@ -266,10 +266,10 @@ class BlockView:
             where = f"block {self.name!r}: {unused[0]!r} is of no linear layer or convolution"
             raise GraphError(f"{where}, so no other matrix can take its place on the way back")
         wrt = [x for x in leaves if x.requires_grad] + list(theta.values())
-        found: Sequence[Tensor] = [torch.zeros_like(w) for w in wrt]
+        pulled: Sequence[Tensor] = [torch.zeros_like(w) for w in wrt]
         if h.requires_grad:
-            found = torch.autograd.grad(h, wrt, cotangent, materialize_grads=True)
-        each = iter(found)
+            pulled = torch.autograd.grad(h, wrt, cotangent, materialize_grads=True)
+        each = iter(pulled)
         messages = [next(each) if x.requires_grad else None for x in leaves]
         return messages, dict(zip(theta, each, strict=True))
 
@@ -279,10 +279,10 @@ class BlockView:
             values |= {name: b.clone() for name, b in self.module.named_buffers()}
         self._first = False
         with self.random(f"module {self.sample} {self.tick}"):
-            made = functional_call(self.module, values, tuple(self.join(inputs)))
-        if not isinstance(made, Tensor):
-            raise GraphError(f"block {self.name!r} returned {type(made).__name__}, not a tensor")
-        return made
+            output = functional_call(self.module, values, tuple(self.join(inputs)))
+        if not isinstance(output, Tensor):
+            raise GraphError(f"block {self.name!r} returned {type(output).__name__}, not a tensor")
+        return output
 
 
 class _Feedback(TorchFunctionMode):

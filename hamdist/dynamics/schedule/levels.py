@@ -70,14 +70,17 @@ class Locality:
 
     @property
     def pulse(self) -> bool:
+        """Return True if a sample enters once and travels."""
         return self.presentation is Presentation.PULSE
 
     @property
     def hold(self) -> bool:
+        """Return True if a sample stays at the input while states relax."""
         return self.presentation is Presentation.HOLD
 
     @property
     def sequence(self) -> bool:
+        """Return True if whole sequences travel forward, then in reverse."""
         return self.presentation is Presentation.SEQUENCE
 
 
@@ -118,24 +121,24 @@ def make_locality(level: Level, overrides: LocalityOverrides) -> Locality:
         raise LevelError(
             "level 'auto' is chosen by `train`, from the stream and the network; name a level here"
         )
-    given = {k: v for k, v in overrides if v is not None}
-    if given.get("presentation") not in (None, PRESETS[level].presentation):
+    overridden = {k: v for k, v in overrides if v is not None}
+    if overridden.get("presentation") not in (None, PRESETS[level].presentation):
         # The other presentation brings its own memory and update, unless they are given as well.
-        base = _BASES[given["presentation"]]
-        own = {"memory": base.memory, "update": base.update, "moves": base.moves}
-        given = {**own, "credit": base.credit, **given}
+        base = _BASES[overridden["presentation"]]
+        fields = {"memory": base.memory, "update": base.update, "moves": base.moves}
+        overridden = {**fields, "credit": base.credit, **overridden}
         if base is _SEQUENCE:
-            given = {"speed": base.speed, **given}
-    asked = tuple(made for knob, made in _ASKS.items() if knob in given)
-    if asked and "compensation" not in given:
-        given["compensation"] = asked
-    if Compensation.WEIGHT_PREDICTION in given.get("compensation", ()):
-        given.setdefault("memory", Memory.TRACE_WEIGHTS)
-    if given.get("double_buffered"):
-        given.setdefault("memory", Memory.TRACE_WEIGHTS)
-    if isinstance(given.get("gate"), bool):
-        given["gate"] = STILL if given["gate"] else None
-    knobs = replace(PRESETS[level], **given)
+            overridden = {"speed": base.speed, **overridden}
+    needed = tuple(made for knob, made in _ASKS.items() if knob in overridden)
+    if needed and "compensation" not in overridden:
+        overridden["compensation"] = needed
+    if Compensation.WEIGHT_PREDICTION in overridden.get("compensation", ()):
+        overridden.setdefault("memory", Memory.TRACE_WEIGHTS)
+    if overridden.get("double_buffered"):
+        overridden.setdefault("memory", Memory.TRACE_WEIGHTS)
+    if isinstance(overridden.get("gate"), bool):
+        overridden["gate"] = STILL if overridden["gate"] else None
+    knobs = replace(PRESETS[level], **overridden)
     for reason in _contradictions(knobs):
         raise LevelError(f"level {level.value!r} cannot run with these knobs: {reason}")
     return knobs
@@ -282,7 +285,7 @@ def _against_recipes(k: Locality) -> list[str]:
 def _against_sequence(k: Locality) -> list[str]:
     """Return the reasons for which the knobs of presentation 'sequence' cannot go together."""
     reasons = []
-    for name, given, needed in (
+    for name, current, needed in (
         ("speed", k.speed, "inf"),
         ("memory", k.memory, Memory.TRACE),
         ("update", k.update, Update.SEQUENCE),
@@ -294,8 +297,8 @@ def _against_sequence(k: Locality) -> list[str]:
         ("readout", k.readout, Readout.OUTPUT),
         ("target", k.target, TargetOf.SAMPLE),
     ):
-        if given != needed:
-            value, need = _word(given), _word(needed)
+        if current != needed:
+            value, need = _word(current), _word(needed)
             reasons.append(
                 f"presentation 'sequence' with {name} {value!r}: a sequence travels forward with "
                 f"its states kept, then back, and the weights move once; use {name} {need!r}"

@@ -95,10 +95,12 @@ class SequenceSchedule:
     # -- events -------------------------------------------------------------------------------
 
     def forward(self, block: str, span: Span, m: int) -> Event:
+        """Return the event in which token m of a sequence passes a block."""
         tick = span.start + m * self.c + self._depths[block]
         return Event(tick, Phase.FORWARD, span.first + m, span)
 
     def backward(self, block: str, span: Span, j: int) -> Event:
+        """Return the event in which reversed token j passes a block."""
         last = _length(span) - 1
         tick = span.start + (last + j) * self.c + self._D + (self._D - self._depths[block])
         return Event(tick, Phase.BACKWARD, span.first + last - j, span)

@@ -161,8 +161,8 @@ class Layouts(ShapeLayouts):
         if kind in NORMS:
 
             def norm(piece: SliceBuilder) -> fx.Node:
-                own = channels_of(module, piece.share(layout.units, layout.chunks))
-                return piece.module_with(node, *own)
+                channels = channels_of(module, piece.share(layout.units, layout.chunks))
+                return piece.module_with(node, *channels)
 
             return OpLayout(layout, {x: Use.PIECE}, norm)
         return None
@@ -193,8 +193,8 @@ class Layouts(ShapeLayouts):
         def rows(piece: SliceBuilder) -> fx.Node:
             return piece.module_with(node, *outputs_of(module, piece.share(units, chunks)))
 
-        made = Shard(axis, units, chunks, frozenset([node]))
-        return OpLayout(made, {x: Use.WHOLE}, rows)
+        shard = Shard(axis, units, chunks, frozenset([node]))
+        return OpLayout(shard, {x: Use.WHOLE}, rows)
 
     def _heads(self, node: fx.Node, module: nn.MultiheadAttention) -> OpLayout:
         odd = module.bias_k is not None or module.add_zero_attn
@@ -334,13 +334,13 @@ def _path(node: fx.Node) -> str:
 
 def dry_run(module: fx.GraphModule, inputs: list[Tensor]) -> dict[fx.Node, Any]:
     """Return the value of every node."""
-    found: dict[fx.Node, Any] = {}
+    values: dict[fx.Node, Any] = {}
 
     class Noting(fx.Interpreter):
         def run_node(self, n: fx.Node) -> Any:
-            found[n] = super().run_node(n)
-            return found[n]
+            values[n] = super().run_node(n)
+            return values[n]
 
     with torch.no_grad(), torch.random.fork_rng(devices=[]):
         Noting(module).run(*inputs)
-    return found
+    return values

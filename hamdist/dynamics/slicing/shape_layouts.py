@@ -85,10 +85,10 @@ class ShapeLayouts:
             return OpLayout(layout, {x: Use.PIECE}, lambda piece: shaped(piece, (lead, *first[1:])))
         if not isinstance(layout, Shard) or layout.chunks != 1 or not layout.axis:
             return None
-        found = _refold(self._shape(x), first, layout.axis)
-        if found is None or found == 0:
+        refolded = _refold(self._shape(x), first, layout.axis)
+        if refolded is None or refolded == 0:
             return None
-        size = first[found]
+        size = first[refolded]
         units = layout.units
         if size % units:
             if units % size:
@@ -97,10 +97,10 @@ class ShapeLayouts:
 
         def own(piece: SliceBuilder) -> fx.Node:
             shape = [lead, *first[1:]]
-            shape[found] = piece.share(units).length(size)
+            shape[refolded] = piece.share(units).length(size)
             return shaped(piece, tuple(shape))
 
-        return OpLayout(replace(layout, axis=found), {x: Use.PIECE}, own)
+        return OpLayout(replace(layout, axis=refolded), {x: Use.PIECE}, own)
 
     def _permute(self, node: fx.Node, name: str) -> OpLayout | None:
         x, *dims = node.args
@@ -110,10 +110,10 @@ class ShapeLayouts:
         if isinstance(layout, Partial):
             return OpLayout(layout, {x: Use.PIECE})
         rank = len(self._shape(x))
-        given = dims[0] if len(dims) == 1 and isinstance(dims[0], (tuple, list)) else dims
-        if not isinstance(layout, Shard) or not all(isinstance(d, int) for d in given):
+        axes = dims[0] if len(dims) == 1 and isinstance(dims[0], (tuple, list)) else dims
+        if not isinstance(layout, Shard) or not all(isinstance(d, int) for d in axes):
             return None
-        order = [int(d) % rank for d in given]  # type: ignore[arg-type]
+        order = [int(d) % rank for d in axes]  # type: ignore[arg-type]
         if name != "permute":
             a, b = order
             order = list(range(rank))
@@ -121,9 +121,9 @@ class ShapeLayouts:
         return OpLayout(replace(layout, axis=order.index(layout.axis)), {x: Use.PIECE})
 
     def _reduce(self, node: fx.Node) -> OpLayout | None:
-        x, *given = node.args
-        dims = node.kwargs.get("dim", given[0] if given else None)
-        keep = bool(node.kwargs.get("keepdim", given[1] if len(given) > 1 else False))
+        x, *arguments = node.args
+        dims = node.kwargs.get("dim", arguments[0] if arguments else None)
+        keep = bool(node.kwargs.get("keepdim", arguments[1] if len(arguments) > 1 else False))
         layout = self._of(x)
         if not isinstance(x, fx.Node) or dims is None:
             return None
@@ -140,9 +140,9 @@ class ShapeLayouts:
 
     def _chunk(self, node: fx.Node) -> OpLayout | None:
         """Return the step of `chunk`; on the split axis units are distributed within each part."""
-        x, _, *given = node.args
+        x, _, *arguments = node.args
         layout = self._of(x)
-        dim = node.kwargs.get("dim", given[0] if given else 0)
+        dim = node.kwargs.get("dim", arguments[0] if arguments else 0)
         if not isinstance(x, fx.Node) or not isinstance(dim, int):
             return None
         parts = self._values[0][node]
@@ -160,12 +160,12 @@ class ShapeLayouts:
             if layout.chunks != 1:
                 return None
             raise Regrain(layout.origins, sizes.pop(), len(parts))
-        made = replace(layout, chunks=1)
+        whole = replace(layout, chunks=1)
 
         def chunks(piece: SliceBuilder) -> fx.Node:
             return piece.graph.call_method("chunk", (piece.value(x), len(parts), axis))
 
-        return OpLayout(TupleLayout((made,) * len(parts)), {x: Use.PIECE}, chunks)
+        return OpLayout(TupleLayout((whole,) * len(parts)), {x: Use.PIECE}, chunks)
 
     def _getitem(self, node: fx.Node) -> OpLayout | None:
         x, index = node.args

@@ -77,9 +77,9 @@ def sliced(
     origin: dict[str, str] = {}
     for block in graph.blocks.values():
         cut = cuts.get(block.name)
-        made = [_reading(block, outs)] if cut is None else list(cut.blocks(outs, parts))
-        blocks += made
-        origin |= dict.fromkeys((b.name for b in made), block.name)
+        blocks_of = [_reading(block, outs)] if cut is None else list(cut.blocks(outs, parts))
+        blocks += blocks_of
+        origin |= dict.fromkeys((b.name for b in blocks_of), block.name)
     origins = Sliced(graph, tuple(parts), origin)
     return Graph(blocks, sliced=origins, shared=graph.shared)
 
@@ -98,9 +98,9 @@ class _Out:
 
 def _reading(block: BlockSpec, outs: Mapping[str, _Out]) -> BlockSpec:
     """Return an unsliced block with parents that may be sliced."""
-    given = [outs[p] for p in block.parents]
-    if all(len(out.names) == 1 for out in given):
-        names = {p: out.names[0] for p, out in zip(block.parents, given, strict=True)}
+    sources = [outs[p] for p in block.parents]
+    if all(len(out.names) == 1 for out in sources):
+        names = {p: out.names[0] for p, out in zip(block.parents, sources, strict=True)}
         delays = {names[p]: d for p, d in block.delays.items()}
         return replace(block, parents=tuple(names.values()), delays=delays)
     if isinstance(block.combine, Joining):
@@ -110,8 +110,8 @@ def _reading(block: BlockSpec, outs: Mapping[str, _Out]) -> BlockSpec:
         )
     return replace(
         block,
-        parents=tuple(name for out in given for name in out.names),
-        combine=Joining(tuple(out.join for out in given), block.combine),
+        parents=tuple(name for out in sources for name in out.names),
+        combine=Joining(tuple(out.join for out in sources), block.combine),
         delays={n: d for p, d in block.delays.items() for n in outs[p].names},
     )
 
@@ -170,36 +170,36 @@ class _Cut:
         outs: Mapping[str, _Out],
         parts: list[TensorSlice],
     ) -> BlockSpec:
-        made = SliceModule(self._stages, stage, i, frozenset())
-        joined = {f.stage for f in made.reads if f.piece is None and f.stage is not None}
-        twice = {f.stage for f in made.reads if f.piece is not None and f.stage in joined}
+        module = SliceModule(self._stages, stage, i, frozenset())
+        joined = {f.stage for f in module.reads if f.piece is None and f.stage is not None}
+        twice = {f.stage for f in module.reads if f.piece is not None and f.stage in joined}
         if twice:
-            made = SliceModule(self._stages, stage, i, frozenset(twice))
-        given: list[_Out] = []
+            module = SliceModule(self._stages, stage, i, frozenset(twice))
+        sources: list[_Out] = []
         delays: dict[str, int] = {}
-        for source in made.reads:
+        for source in module.reads:
             if source.parent is not None:
                 parent = self.spec.parents[source.parent]
-                given.append(outs[parent])
+                sources.append(outs[parent])
                 delay = self.spec.delays.get(parent, 1)
                 delays |= dict.fromkeys(outs[parent].names, delay) if delay != 1 else {}
             else:
                 out = self._out_of(self._stages.stages[source.stage or 0])
-                given.append(out if source.piece is None else _Out((out.names[source.piece],)))
-        parts += [replace(part, block=name) for part in made.parts]
-        joining = Joining(tuple(out.join for out in given), Combine.ARGUMENTS)
-        single = all(len(out.names) == 1 for out in given)
+                sources.append(out if source.piece is None else _Out((out.names[source.piece],)))
+        parts += [replace(part, block=name) for part in module.parts]
+        joining = Joining(tuple(out.join for out in sources), Combine.ARGUMENTS)
+        single = all(len(out.names) == 1 for out in sources)
         last = stage is self._last
         shape = self.spec.shape if last else None
-        layout = self._stages.layouts.steps[made.sent].layout
+        layout = self._stages.layouts.steps[module.sent].layout
         if shape is not None and isinstance(layout, Shard):
             size = self._stages.share(i, layout.units, layout.chunks).length(shape[layout.axis - 1])
             shape = (*shape[: layout.axis - 1], size, *shape[layout.axis :])
         readout = last and not stage.many and self.spec.loss is not None
         return BlockSpec(
             name,
-            made.module,
-            tuple(n for out in given for n in out.names),
+            module.module,
+            tuple(n for out in sources for n in out.names),
             combine=Combine.ARGUMENTS if single else joining,
             delays=delays,
             loss=self.spec.loss if readout else None,

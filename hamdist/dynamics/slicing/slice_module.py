@@ -48,13 +48,14 @@ class SliceModule:
         self._held: dict[str, Any] = {}
         self._uses: Mapping[fx.Node, Use | Narrow] = {}
         self.sent = stages.sent(stage)
-        for node, own in stages.stage_of.items():
-            if own is stage:
+        for node, phase in stages.stage_of.items():
+            if phase is stage:
                 self._made[node] = self._operation(node)
         self.graph.output(self._made[self.sent])
         self.module = fx.GraphModule(self._held, self.graph, "Slice")
 
     def share(self, units: int, chunks: int = 1) -> Share:
+        """Return this slice's share of so many neurons."""
         return self._stages.share(self.i, units, chunks)
 
     def _operation(self, node: fx.Node) -> fx.Node:
@@ -76,10 +77,12 @@ class SliceModule:
         return self.graph.create_node(node.op, node.target, args, kwargs)
 
     def module_of(self, node: fx.Node, module: nn.Module) -> fx.Node:
+        """Add a call of a module that this slice has whole, in the place of `node`."""
         stateful = [*module.state_dict(), *(k for k, _ in module.named_buffers())]
         return self.module_with(node, module, dict.fromkeys(stateful))
 
     def module_with(self, node: fx.Node, module: nn.Module, places: SlicePlaces) -> fx.Node:
+        """Add a call of a module of which this slice has parts, in the place of `node`."""
         path = inner_path(str(node.target))
         self._held[path or "layer"] = module
         prefix = f"{path}." if path else ""
@@ -98,10 +101,10 @@ class SliceModule:
         if isinstance(use, Narrow):
             return self._narrowed(node, use)
         if use is Use.PIECE:
-            own = self._stages.stage_of[node]
-            if own is self._stage:
+            phase = self._stages.stage_of[node]
+            if phase is self._stage:
                 return self._made[node]
-            return self._input(From(stage=own.number, piece=self.i))
+            return self._input(From(stage=phase.number, piece=self.i))
         return self._whole(node)
 
     def _narrowed(self, node: fx.Node, use: Narrow) -> fx.Node:
@@ -126,11 +129,11 @@ class SliceModule:
 
     def _whole(self, node: fx.Node) -> fx.Node:
         """Return all of a value: as another block gives it, or computed again from other values."""
-        own = self._stages.stage_of.get(node)
-        if own is self._stage and not own.many:
+        phase = self._stages.stage_of.get(node)
+        if phase is self._stage and not phase.many:
             return self._made[node]
-        if own is not None:
-            return self._joined(own)
+        if phase is not None:
+            return self._joined(phase)
         key = (node, Use.WHOLE)
         if key not in self._made:
             if node.op == "placeholder":
@@ -150,12 +153,12 @@ class SliceModule:
     def _attribute(self, node: fx.Node) -> fx.Node:
         path = inner_path(str(node.target))
         tensor = self._stages.values[0][node]
-        found: Any = self._stages.root
+        value: Any = self._stages.root
         for part in str(node.target).split("."):
-            found = getattr(found, part)
-        if not isinstance(found, nn.Parameter) and isinstance(tensor, Tensor):
-            found = found.clone()  # a constant, of which every block has its own
-        self._held[path] = found
+            value = getattr(value, part)
+        if not isinstance(value, nn.Parameter) and isinstance(tensor, Tensor):
+            value = value.clone()  # a constant, of which every block has its own
+        self._held[path] = value
         self.parts.append(TensorSlice(self._stages.spec.name, path, "", path))
         return self.graph.get_attr(path)
 

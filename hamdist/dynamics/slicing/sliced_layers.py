@@ -54,9 +54,10 @@ class Share(NamedTuple):
         return size // self.units * self.first
 
     def places(self, size: int) -> Tensor:
+        """Return the places of this part's neurons among `size`."""
         part = size // self.chunks
-        own = torch.arange(self.start(part), self.start(part) + self.length(part))
-        return torch.cat([own + part * chunk for chunk in range(self.chunks)])
+        indices = torch.arange(self.start(part), self.start(part) + self.length(part))
+        return torch.cat([indices + part * chunk for chunk in range(self.chunks)])
 
 
 def _cut(parameter: Tensor, axis: int, index: Tensor) -> nn.Parameter:
@@ -66,25 +67,25 @@ def _cut(parameter: Tensor, axis: int, index: Tensor) -> nn.Parameter:
 
 def _bare(module: nn.Module) -> Any:
     """Return a copy of a layer's settings, with its tensors still those of `module`."""
-    made = copy.copy(module)
+    bare = copy.copy(module)
     for name in ("_parameters", "_buffers", "_modules"):
-        made.__dict__[name] = dict(module.__dict__[name])
-    return made
+        bare.__dict__[name] = dict(module.__dict__[name])
+    return bare
 
 
 def outputs_of(module: Any, share: Share) -> tuple[nn.Module, SlicePlaces]:
     """Return the layer of some output neurons (channels) of a Linear or a convolution."""
-    made = _bare(module)
+    layer = _bare(module)
     size = module.weight.shape[0]
     index = share.places(int(size))
     places: SlicePlaces = {}
     for key in ("weight", "bias"):
         parameter = getattr(module, key)
         if parameter is not None:
-            setattr(made, key, _cut(parameter, 0, index))
+            setattr(layer, key, _cut(parameter, 0, index))
             places[key] = (0, index)
-    _rename(made, ("out_features", "out_channels"), len(index))
-    return made, places
+    _rename(layer, ("out_features", "out_channels"), len(index))
+    return layer, places
 
 
 def inputs_of(module: Any, share: Share) -> tuple[nn.Module, SlicePlaces]:
@@ -92,42 +93,42 @@ def inputs_of(module: Any, share: Share) -> tuple[nn.Module, SlicePlaces]:
 
     The sum of all parts is the whole; the first part has the bias.
     """
-    made = _bare(module)
+    layer = _bare(module)
     index = share.places(int(module.weight.shape[1]))
-    made.weight = _cut(module.weight, 1, index)
+    layer.weight = _cut(module.weight, 1, index)
     places: SlicePlaces = {"weight": (1, index)}
-    made.bias = None
+    layer.bias = None
     if module.bias is not None and share.i == 0:
-        made.bias = _whole(module.bias)
+        layer.bias = _whole(module.bias)
         places["bias"] = None
-    _rename(made, ("in_features", "in_channels"), len(index))
-    return made, places
+    _rename(layer, ("in_features", "in_channels"), len(index))
+    return layer, places
 
 
 def channels_of(module: Any, share: Share) -> tuple[nn.Module, SlicePlaces]:
     """Return the layer of some channels of a batch norm, with their statistics."""
-    made = _bare(module)
+    layer = _bare(module)
     index = share.places(int(module.num_features))
     places: SlicePlaces = {}
     for key, tensor in (*module._parameters.items(), *module._buffers.items()):
         if tensor is None:
             continue
         if tensor.dim() == 0:  # the number of batches
-            setattr(made, key, tensor.clone())
+            setattr(layer, key, tensor.clone())
             places[key] = None
         elif isinstance(tensor, nn.Parameter):
-            setattr(made, key, _cut(tensor, 0, index))
+            setattr(layer, key, _cut(tensor, 0, index))
             places[key] = (0, index)
         else:
-            setattr(made, key, tensor.index_select(0, index).clone())
+            setattr(layer, key, tensor.index_select(0, index).clone())
             places[key] = (0, index)
-    made.num_features = len(index)
-    return made, places
+    layer.num_features = len(index)
+    return layer, places
 
 
 def heads_of(module: nn.MultiheadAttention, share: Share) -> tuple[nn.Module, SlicePlaces]:
     """Return some heads of an attention, with their part of the output projection."""
-    made = AttentionHeads(module, share)
+    heads = AttentionHeads(module, share)
     size = module.embed_dim
     rows = share._replace(chunks=3).places(3 * size)
     columns = share.places(size)
@@ -136,7 +137,7 @@ def heads_of(module: nn.MultiheadAttention, share: Share) -> tuple[nn.Module, Sl
         places["in_proj_bias"] = (0, rows)
         if share.i == 0:
             places["out_proj.bias"] = None
-    return made, places
+    return heads, places
 
 
 def _whole(parameter: Tensor) -> nn.Parameter:
@@ -180,16 +181,16 @@ class AttentionHeads(nn.Module):
         average_attn_weights: bool = True,  # noqa: ARG002
         is_causal: bool = False,  # noqa: ARG002
     ) -> tuple[Tensor, None]:
-        given = (query, key, value)
+        arguments = (query, key, value)
         if not self.batch_first:
-            given = tuple(x.transpose(0, 1) for x in given)  # type: ignore[assignment]
+            arguments = tuple(x.transpose(0, 1) for x in arguments)  # type: ignore[assignment]
         weights = self.in_proj_weight.chunk(3)
         biases: Sequence[Tensor | None] = (None,) * 3
         if self.in_proj_bias is not None:
             biases = self.in_proj_bias.chunk(3)
         q, k, v = (
             functional.linear(x, w, b).view(*x.shape[:2], self.heads, -1).transpose(1, 2)
-            for x, w, b in zip(given, weights, biases, strict=True)
+            for x, w, b in zip(arguments, weights, biases, strict=True)
         )  # (B, H, T, D), (B, H, S, D)
         scores = q @ k.transpose(-2, -1) / math.sqrt(q.shape[-1])
         for mask in self._masks(scores, key_padding_mask, attn_mask):
@@ -202,12 +203,12 @@ class AttentionHeads(nn.Module):
         self, scores: Tensor, padding: Tensor | None, mask: Tensor | None
     ) -> Sequence[Tensor]:
         """Return the summands of the scores: padding (B, S), and a mask (T, S) for all heads."""
-        found = []
+        masks = []
         if padding is not None:
-            found.append(_additive(padding, scores)[:, None, None, :])
+            masks.append(_additive(padding, scores)[:, None, None, :])
         if mask is not None:
-            found.append(_additive(mask, scores))
-        return found
+            masks.append(_additive(mask, scores))
+        return masks
 
 
 def _additive(mask: Tensor, scores: Tensor) -> Tensor:
@@ -218,37 +219,9 @@ def _additive(mask: Tensor, scores: Tensor) -> Tensor:
 
 def _as_linear(module: nn.Linear) -> nn.Linear:
     """Return a plain Linear: torch's attention has a Linear of a class of its own."""
-    made = nn.Linear(module.in_features, module.out_features, bias=False, dtype=module.weight.dtype)
-    made.weight = module.weight
-    made.bias = module.bias
-    return made
-
-
-class EncoderLayer(nn.Module):
-    """An nn.TransformerEncoderLayer, with its keys, written so that torch.fx reads it."""
-
-    def __init__(self, layer: nn.TransformerEncoderLayer) -> None:
-        super().__init__()
-        self.norm_first = layer.norm_first
-        self.activation: Any = layer.activation
-        self.self_attn = layer.self_attn
-        self.linear1, self.dropout, self.linear2 = layer.linear1, layer.dropout, layer.linear2
-        self.norm1, self.norm2 = layer.norm1, layer.norm2
-        self.dropout1, self.dropout2 = layer.dropout1, layer.dropout2
-
-    def forward(self, x: Tensor) -> Tensor:
-        if self.norm_first:
-            x = x + self._attention(self.norm1(x))
-            return x + self._mlp(self.norm2(x))
-        x = self.norm1(x + self._attention(x))
-        after: Tensor = self.norm2(x + self._mlp(x))
-        return after
-
-    def _attention(self, x: Tensor) -> Tensor:
-        out: Tensor = self.dropout1(self.self_attn(x, x, x, need_weights=False)[0])
-        return out
-
-    def _mlp(self, x: Tensor) -> Tensor:
-        inner = self.dropout(self.activation(self.linear1(x)))
-        out: Tensor = self.dropout2(self.linear2(inner))
-        return out
+    linear = nn.Linear(
+        module.in_features, module.out_features, bias=False, dtype=module.weight.dtype
+    )
+    linear.weight = module.weight
+    linear.bias = module.bias
+    return linear

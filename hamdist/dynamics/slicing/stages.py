@@ -8,13 +8,15 @@ from __future__ import annotations
 
 import copy
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
 
-from hamdist.dynamics.graph.spec import BlockSpec, Combine, Joining, ShapeMap, combined
-from hamdist.dynamics.slicing.fx_graph import read, readable
+from hamdist.dynamics.graph.spec import BlockSpec, Joining, ShapeMap, combined
+from hamdist.dynamics.slicing.fx_graph import read
 from hamdist.dynamics.slicing.layouts import Layouts, dry_run
 from hamdist.dynamics.slicing.op_layouts import (
     NumberLayout,
@@ -26,6 +28,7 @@ from hamdist.dynamics.slicing.op_layouts import (
     Use,
 )
 from hamdist.dynamics.slicing.sliced_layers import Share
+from hamdist.dynamics.tracing.block_graph import one_block
 from hamdist.dynamics.tracing.recorded_calls import Unfollowed, stays_whole
 from hamdist.dynamics.tracing.trace import trace
 from hamdist.dynamics.tracing.traced_module import TracedModule
@@ -61,10 +64,9 @@ class SlicePhases:
         self.m = block.slices
         self._refuse_what_has_no_slices()
         self._refuse_what_would_be_lost(shapes)
-        self._inner = readable(copied(block.module))
-        self.root = nn.Module()
-        self.root.add_module("m", self._inner)
-        self.traced, self.result = self._trace()
+        self.root: nn.Module = nn.Module()
+        self.root.add_module("m", copied(block.module))
+        self.traced, self.result = self._trace({p: _zeros(shapes[p], 0) for p in block.parents})
         module = fx.GraphModule(self.root, self.traced)
         self.modules = dict(module.named_modules(remove_duplicate=False))
         runs = tuple(
@@ -82,34 +84,25 @@ class SlicePhases:
 
     def _refuse_what_has_no_slices(self) -> None:
         b = self.spec
-        for what, given in (
+        for what, applies in (
             ("an output module", b.output is not None),
             ("an initial state", b.initial is not None),
             ("a Joining of its own", isinstance(b.combine, Joining)),
         ):
-            if given:
+            if applies:
                 raise GraphError(f"block {b.name!r} with {what} cannot be sliced; set its slices=1")
 
     def _refuse_what_would_be_lost(self, shapes: ShapeMap) -> None:
-        """Refuse hooks, autograd.Functions and Python state, which torch.fx does not see."""
-        spec, module = self.spec, self.spec.module
-        parts = list(module.modules())
+        """Refuse hooks and moving buffers, which a slice would not have."""
+        parts = list(self.spec.module.modules())
         lost = [f"a {type(m).__name__} has a {hook}" for m in parts if (hook := hook_of(m))]
-        # (what stays whole in a piece does so in a slice, too)
-        if not isinstance(module, TracedModule) and any(is_foreign(type(m)) for m in parts):
-            inputs = {p: _zeros(shapes[p], 0) for p in spec.parents}
-            try:
-                whole = trace(
-                    module, inputs, lambda m, h: m(*combined(spec.combine, list(h.values())))
-                ).whole
-            except Unfollowed as why:
-                whole = {why.module: why}
-            lost += [stays_whole(name, module, why) for name, why in whole.items()]
-        lost += self._moved_buffers([_zeros(shapes[p], 0) for p in spec.parents])
-        if lost:
+        self._refuse(lost + self._moved_buffers([_zeros(shapes[p], 0) for p in self.spec.parents]))
+
+    def _refuse(self, reasons: list[str]) -> None:
+        if reasons:
             raise GraphError(
-                f"block {spec.name!r} cannot be sliced: {lost[0]}; leave its slices out, or cut "
-                "the model so that the layers to slice are a block of their own"
+                f"block {self.spec.name!r} cannot be sliced: {reasons[0]}; leave its slices out, "
+                "or cut the model so that the layers to slice are a block of their own"
             )
 
     def _moved_buffers(self, inputs: list[Tensor]) -> list[str]:
@@ -118,14 +111,14 @@ class SlicePhases:
         Steps are torch's own modules, and modules that stay whole in a trace.
         """
         probe = copied(self.spec.module)
-        steps = probe.parts.values() if isinstance(probe, TracedModule) else ()
+        steps = probe.hamdist_called() if isinstance(probe, TracedModule) else []
         whole = {id(m) for step in steps for m in step.modules()}
-        own = [
+        names = [
             (name, part)
             for name, part in probe.named_modules()
             if id(part) not in whole and (is_foreign(type(part)) or type(part) is nn.Module)
         ]
-        before = [dict(part._buffers) for _, part in own]
+        before = [dict(part._buffers) for _, part in names]
         versions = [[None if b is None else b._version for b in known.values()] for known in before]
         try:
             with torch.no_grad(), torch.random.fork_rng(devices=[]):
@@ -133,7 +126,7 @@ class SlicePhases:
         except (RuntimeError, TypeError, ValueError, IndexError, NotImplementedError):
             return []  # the dry run says why
         moved = []
-        for (name, part), known, then in zip(own, before, versions, strict=True):
+        for (name, part), known, then in zip(names, before, versions, strict=True):
             for (key, buffer), version in zip(known.items(), then, strict=True):
                 now = part._buffers[key]
                 if now is not buffer or (now is not None and now._version != version):
@@ -162,38 +155,43 @@ class SlicePhases:
 
     # -- what the block does -------------------------------------------------------------------
 
-    def _trace(self) -> tuple[fx.Graph, fx.Node]:
+    def _trace(self, inputs: dict[str, Tensor]) -> tuple[fx.Graph, fx.Node]:
         """Return its operations, from one placeholder by parent to the result."""
-        spec = self.spec
         graph = fx.Graph()
-        parents = [graph.placeholder(f"p{i}") for i in range(len(spec.parents))]
-        arguments = parents
-        if len(parents) > 1 and spec.combine is Combine.CONCAT:
-            arguments = [graph.call_function(torch.cat, (parents, -1))]
-        elif len(parents) > 1 and spec.combine is Combine.SUM:
-            total = parents[0]
-            for parent in parents[1:]:
-                total = graph.call_function(torch.add, (total, parent))
-            arguments = [total]
-        try:
-            result = read(graph, self.root, "m", arguments)
-        except Exception as error:  # a user's forward may raise anything on fx's stand-ins
-            reason = str(error).strip().splitlines()[0] if str(error).strip() else repr(error)
-            raise GraphError(
-                f"block {spec.name!r} ({type(spec.module).__name__}) cannot be sliced: torch.fx "
-                f"cannot read its forward ({reason}); leave its slices out, or cut the model so "
-                "that the layers to slice are a block of their own"
-            ) from error
+        parents = [graph.placeholder(f"p{i}") for i in range(len(inputs))]
+        inner = self.root.get_submodule("m")
+        if not isinstance(inner, TracedModule):
+            self.root = self._traced_root(inputs)
+            result = read(graph, "", self.root, parents)
+        else:  # (what stays whole in a piece does so in a slice, too)
+            self._refuse(["the model stays whole"] if inner.hamdist_whole else [])
+            result = read(graph, "m.", inner, parents)
         if not isinstance(result, fx.Node):
             raise GraphError(
-                f"block {spec.name!r} cannot be sliced: it returns {type(result).__name__}, not "
-                "one tensor"
+                f"block {self.spec.name!r} cannot be sliced: it returns {type(result).__name__}, "
+                "not one tensor"
             )
         graph.output(result)
         for node in reversed(graph.nodes):  # what nobody reads
             if not node.users and node.op not in ("placeholder", "output"):
                 graph.erase_node(node)
         return graph, result
+
+    def _traced_root(self, inputs: dict[str, Tensor]) -> TracedModule:
+        """Return the block's module in a module of its own, traced down to torch's modules."""
+        spec = self.spec
+
+        def call(root: Any, h: Mapping[str, Tensor]) -> Any:
+            return root.m(*combined(spec.combine, list(h.values())))
+
+        try:
+            steps = trace(self.root, inputs, call, own=("torch.",))
+            whole = {inner_path(name): why for name, why in steps.whole.items()}
+            self._refuse([stays_whole(name, spec.module, why) for name, why in whole.items()])
+            return one_block(steps, self.root, list(inputs))
+        except Unfollowed as why:
+            self._refuse([stays_whole(inner_path(why.module), spec.module, why)])
+            raise
 
     # -- stages --------------------------------------------------------------------------------
 
@@ -255,14 +253,14 @@ class SlicePhases:
 
     def _outside(self, node: fx.Node, stage: SlicePhase) -> set[int]:
         """Return the stages that `node` reads from inside of `stage`."""
-        found = set()
+        nodes = set()
         uses = self.layouts.steps[node].uses
         for i in node.all_input_nodes:
-            own = self.stage_of.get(i)
-            taken = own is stage and (not stage.many or uses.get(i) is Use.PIECE)
-            if not taken:
-                found |= self._sources(i)
-        return found
+            phase = self.stage_of.get(i)
+            is_inside = phase is stage and (not stage.many or uses.get(i) is Use.PIECE)
+            if not is_inside:
+                nodes |= self._sources(i)
+        return nodes
 
     def _sources(self, node: fx.Node) -> set[int]:
         """Return the stages whose results make `node`."""
@@ -310,7 +308,7 @@ class SlicePhases:
         That is `node` itself where all of them do.
         """
         start = node
-        first = next(n for n, own in self.stage_of.items() if own is stage)
+        first = next(n for n, phase in self.stage_of.items() if phase is stage)
         while True:
             before = [i for i in start.all_input_nodes if self.stage_of.get(i) is stage]
             if len(before) != 1 or list(before[0].users) != [start] or before[0] is first:
@@ -324,8 +322,8 @@ class SlicePhases:
     def _sent(self, stage: SlicePhase) -> list[fx.Node]:
         """Return the values of `stage` that others read, in order: in the end one."""
         sent = []
-        for node, own in self.stage_of.items():
-            if own is not stage:
+        for node, phase in self.stage_of.items():
+            if phase is not stage:
                 continue
             outside = node is self.result
             for user in node.users:
@@ -341,10 +339,10 @@ class SlicePhases:
 
     def _check(self) -> None:
         name = self.spec.name
-        found = [(n, self.layouts.units(n)) for n in self.traced.nodes if n.op == "call_module"]
-        layers = [(n, units) for n, units in found if units is not None]
+        widths = [(n, self.layouts.units(n)) for n in self.traced.nodes if n.op == "call_module"]
+        layers = [(n, units) for n, units in widths if units is not None]
         if not layers:
-            kinds = dict.fromkeys(type(m).__name__ for m in self._inner.modules())
+            kinds = dict.fromkeys(type(m).__name__ for m in self.spec.module.modules())
             raise GraphError(
                 f"block {name!r} cannot be sliced: nothing in it has neurons, channels or heads to "
                 f"share out (it holds {', '.join(kinds)}); slices take Linear, Conv1d to Conv3d "
@@ -352,10 +350,10 @@ class SlicePhases:
             )
         for node, (units, noun) in layers:
             if units < self.m:
+                layer = inner_path(str(node.target)) or type(self.spec.module).__name__
                 raise GraphError(
-                    f"block {name!r} cannot be spread over {self.m} slices: its module "
-                    f"{inner_path(str(node.target)) or type(self._inner).__name__!r} has {units} "
-                    f"{noun}; use at most {units} slices"
+                    f"block {name!r} cannot be spread over {self.m} slices: its module {layer!r} "
+                    f"has {units} {noun}; use at most {units} slices"
                 )
         for stage in self.stages:
             (sent,) = self._sent(stage)

@@ -22,19 +22,8 @@ from dataclasses import dataclass
 from torch import Tensor, nn
 
 from hamdist.dynamics.tracing.join_runs import Trace
-from hamdist.dynamics.tracing.recorder import Op
+from hamdist.dynamics.tracing.program import Op, Value, is_weight, value_of
 from hamdist.dynamics.tracing.signal_columns import ColumnForm
-from hamdist.dynamics.tracing.traced_module import (
-    MODULE,
-    Arg,
-    Path,
-    Template,
-    ValueRef,
-    WeightRef,
-    places,
-)
-
-Value = tuple[int, Path]  # a tensor: the op that makes it, and where in its result
 
 
 @dataclass(frozen=True, slots=True)
@@ -100,9 +89,9 @@ class Flow:
 
     def _of_module(self, op: Op[ColumnForm]) -> dict[int, str]:
         """Return weights and buffers of the module that an op calls: names by identity."""
-        if op.step.kind != MODULE:
+        if op.node.op != "call_module":
             return {}
-        prefix = f"{op.step.target}." if op.step.target else ""
+        prefix = f"{op.node.target}." if op.node.target else ""
         return {id(t): n for n, t in self._tensors.items() if n.startswith(prefix)}
 
     def _moves_buffers(self, op: Op[ColumnForm]) -> bool:
@@ -111,23 +100,23 @@ class Flow:
         buffers = set(self._of_module(op)) - self._parameters
         return bool(buffers or self._written_weights(op))
 
-    def _written_weights(self, op: Op[ColumnForm]) -> list[WeightRef]:
+    def _written_weights(self, op: Op[ColumnForm]) -> list[str]:
         origins = [self.trace.origin.get(m) for m in op.writes]
-        return [w for w in origins if isinstance(w, WeightRef)]
+        return [str(w.target) for w in origins if is_weight(w)]
 
     def _only_read(self) -> set[int]:
         """Return the constant buffers: never written to, and in no module that is one step."""
         moved = {key for op in self.ops for key in self._of_module(op)}
-        moved |= {id(self._tensors[w.name]) for op in self.ops for w in self._written_weights(op)}
+        moved |= {id(self._tensors[w]) for op in self.ops for w in self._written_weights(op)}
         buffers = {id(t) for t in self._tensors.values() if not isinstance(t, nn.Parameter)}
         return buffers - moved
 
     def _weights(self, op: Op[ColumnForm]) -> dict[int, str]:
         """Return the weights, and the buffers that move, that an op uses: names by identity."""
         found = self._of_module(op)
-        named = [p for p in places((op.step.args, op.step.kwargs)) if isinstance(p, WeightRef)]
+        named = [str(node.target) for node in op.node.all_input_nodes if is_weight(node)]
         for weight in (*named, *self._written_weights(op)):
-            found.setdefault(id(self._tensors[weight.name]), weight.name)
+            found.setdefault(id(self._tensors[weight]), weight)
         return {key: name for key, name in found.items() if key not in self._steady}
 
     def _pure(self) -> set[int]:
@@ -274,7 +263,7 @@ class Flow:
         for i in self.order:
             for memory in self.ops[i].writes:
                 origin = self.trace.origin.get(memory)
-                if isinstance(origin, WeightRef):
+                if is_weight(origin):
                     continue
                 first = self.place.get(origin, 0) if isinstance(origin, int) else 0
                 for place in range(first + 1, self.place[i] + 1):
@@ -323,9 +312,9 @@ class Flow:
         """Return the last place where a value is read, of values that are read in the order."""
         last: dict[Value, int] = {}
         for k, i in enumerate(self.order):
-            for ref in references(self.ops[i]):
-                if ref.step in self.place:
-                    last[ref.step, ref.path] = max(k, last.get((ref.step, ref.path), 0))
+            for value in references(self.ops[i]):
+                if value[0] in self.place:
+                    last[value] = max(k, last.get(value, 0))
         return last
 
     def crossing(self) -> list[int]:
@@ -353,31 +342,24 @@ class Flow:
     def title(self, i: int) -> str:
         """Return the name of an op for users."""
         op = self.ops[i]
-        if op.step.kind == MODULE:
-            return f"{op.step.target!r}"
+        if op.node.op == "call_module":
+            return f"{op.node.target!r}"
         return op.line or f"{op.where!r}"
 
     def names(self, i: int) -> tuple[str, ...]:
         """Return the modules that an op belongs to, outermost first."""
         op = self.ops[i]
-        own = (str(op.step.target),) if op.step.kind == MODULE else ()
+        own = (str(op.node.target),) if op.node.op == "call_module" else ()
         return tuple(n for n in (*op.modules, *own) if n)
 
 
 def _needs(op: Op[ColumnForm]) -> set[int]:
-    return {r.step for r in references(op)} | op.reads
+    return {i for i, _ in references(op)} | op.reads
 
 
-def references(op: Op[ColumnForm]) -> list[ValueRef]:
-    return refs((op.step.args, op.step.kwargs))
-
-
-def refs(template: Template) -> list[ValueRef]:
-    return [p for p in places(template) if isinstance(p, ValueRef)]
-
-
-def args(template: Template) -> list[Arg]:
-    return [p for p in places(template) if isinstance(p, Arg)]
+def references(op: Op[ColumnForm]) -> list[Value]:
+    """Return the results of other ops that an op reads."""
+    return list(filter(None, map(value_of, op.node.all_input_nodes)))
 
 
 def _tensors(model: nn.Module) -> Iterable[tuple[str, Tensor]]:

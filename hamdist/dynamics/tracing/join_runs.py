@@ -3,27 +3,26 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, TypeAlias
 
 import torch
-from torch import Tensor
+from torch import Tensor, fx
 
 from hamdist.dynamics.finite import LARGE
-from hamdist.dynamics.tracing.recorded_calls import Unfollowed
-from hamdist.dynamics.tracing.recorder import Op, Recording, TakenOp
-from hamdist.dynamics.tracing.signal_columns import ColumnForm
-from hamdist.dynamics.tracing.traced_module import (
-    PLACES,
-    ConstantRef,
+from hamdist.dynamics.tracing.program import (
+    CONSTANT,
     Length,
+    Op,
+    Recording,
     SymbolicSize,
-    Template,
-    TracedStep,
-    ValueRef,
-    places,
-    replaced,
+    TakenOp,
+    TracedProgram,
+    is_constant,
+    value_of,
 )
+from hamdist.dynamics.tracing.recorded_calls import Unfollowed
+from hamdist.dynamics.tracing.signal_columns import ColumnForm
 from hamdist.dynamics.user_modules.structure import filled, parts_of
 
 TracePoint: TypeAlias = tuple[int, Mapping[Length, int]]  # a batch, and lengths that differ
@@ -60,15 +59,23 @@ class _Apart(Exception):
     """Two runs differ."""
 
 
-def joined_runs(
-    runs: Sequence[Recording], points: Sequence[TracePoint], whole: dict[str, Unfollowed]
-) -> Trace:
-    first = runs[0]
+@dataclass(slots=True)
+class JoinedRuns:
+    """What several runs agree on: by step its arguments and results, and the output."""
+
+    calls: list[tuple[Any, Any]]
+    ops: list[Op[ColumnForm]]
+    output: Any
+
+
+def joined_runs(runs: Sequence[Recording], points: Sequence[TracePoint]) -> JoinedRuns:
+    """Return what the runs have in common; raise Unfollowed where they take other steps."""
     join = _Join(runs, points)
-    ops = []
+    joined = JoinedRuns([], [], None)
     for taken in zip(*(r.taken for r in runs), strict=False):
         try:
-            ops.append(join.op(taken))
+            joined.ops.append(join.op(taken))
+            joined.calls.append(join.call(taken))
         except _Apart as why:
             raise Unfollowed(f"at another batch {why}", taken[0].where, taken[0].line) from None
     lengths = {len(r.taken) for r in runs}
@@ -76,11 +83,10 @@ def joined_runs(
         longest = max(runs, key=lambda r: len(r.taken)).taken[min(lengths)]
         raise Unfollowed("at another batch it takes more steps", longest.where, longest.line)
     try:
-        output = join.template([r.output for r in runs])
+        joined.output = join.template([r.output for r in runs])
     except _Apart as why:
         raise Unfollowed(f"at another batch its output: {why}", "", "") from None
-    constants = [t.detach() for t in first.constants]
-    return _folded(Trace(ops, output, constants, first.origin, whole), first)
+    return joined
 
 
 class _Join:
@@ -94,29 +100,24 @@ class _Join:
             rows.append([1, batch, *own, *(batch * length for length in own)])
         self._basis = torch.tensor(rows, dtype=torch.float64)
         self._solves = torch.linalg.pinv(self._basis)
+        self._sizes: dict[tuple[int, ...], SymbolicSize] = {}
 
     def op(self, taken: Sequence[TakenOp]) -> Op[ColumnForm]:
         one = taken[0]
-        steps = [t.step for t in taken]
-        if any((s.kind, s.target, s.grad) != (one.step.kind, one.step.target, one.step.grad)
-               or t.where != one.where for s, t in zip(steps, taken, strict=True)):  # fmt: skip
+        calls = {(t.node.op, t.node.target, t.grad, t.where) for t in taken}
+        if len(calls) > 1:
             raise _Apart("it takes other steps")
-        step = TracedStep(
-            one.step.kind,
-            one.step.target,
-            self.template([s.args for s in steps]),
-            self.template([s.kwargs for s in steps]),
-            one.step.grad,
-        )
         if any(t.out.keys() != one.out.keys() for t in taken):
             raise _Apart("it returns more or fewer tensors")
-        fills = any(name in str(step.target) for name in ("masked_fill", "where"))
-        mask = fills and not all(map(_ordinary, step.args))
+        fills = any(name in str(one.node.target) for name in ("masked_fill", "where"))
+        mask = fills and not all(map(_ordinary, one.node.args))
         forms = {path: self._form([t.out[path] for t in taken], mask) for path in one.out}
-        return Op(
-            step, one.where, one.line, one.modules, forms, any(t.random for t in taken),
-            one.varies, one.reads, one.writes, one.memory,
-        )  # fmt: skip
+        return replace(one, out=forms, random=any(t.random for t in taken))  # type: ignore[arg-type,return-value]
+
+    def call(self, taken: Sequence[TakenOp]) -> tuple[Any, Any]:
+        """Return the arguments of a step."""
+        args, kwargs = ([t.node.args for t in taken], [t.node.kwargs for t in taken])
+        return self.template(args), self.template(kwargs)
 
     def _form(self, tensors: Sequence[Tensor], mask: bool) -> ColumnForm:
         one = tensors[0]
@@ -130,8 +131,13 @@ class _Join:
             return ColumnForm(None, one.dtype)
         return ColumnForm(dims, one.dtype, mask or not all(map(_ordinary, tensors)))
 
-    def _size(self, values: Sequence[int]) -> SymbolicSize:
+    def _size(self, values: tuple[int, ...]) -> SymbolicSize:
         """Return the number by batch and lengths, with which all runs have to agree."""
+        if values not in self._sizes:
+            self._sizes[values] = self._solved(values)
+        return self._sizes[values]
+
+    def _solved(self, values: tuple[int, ...]) -> SymbolicSize:
         many = len(self._lengths)
         given = torch.tensor(values, dtype=torch.float64)
         found = (self._solves @ given).round()
@@ -143,16 +149,19 @@ class _Join:
         parts = zip(self._lengths, rest[:many], rest[many:], strict=True)
         return SymbolicSize(per, more, tuple((one, a, b) for one, a, b in parts if a or b))
 
-    def template(self, values: Sequence[Any]) -> Template:
+    def template(self, values: Sequence[Any]) -> Any:
         one = values[0]
         kind = type(one)
         if any(type(v) is not kind for v in values):
             raise _Apart("it calls with values of other types")
         if kind is int:
-            size = self._size(values)
+            size = self._size(tuple(values))
             return size if size.batched or size.lengths else one
-        if kind is ConstantRef:
-            self._check_constant(one.index, [v.index for v in values])
+        if kind is fx.Node:
+            if is_constant(one):
+                self._check_constant(values)
+            elif any(v.name != one.name for v in values):
+                raise _Apart("it reads another tensor once, and not always")
             return one
         parts = [parts_of(v) or [] for v in values]
         if parts_of(one) is not None:
@@ -165,15 +174,15 @@ class _Join:
             return slice(*(self.template(p) for p in parts))
         same = all(v is one or v == one or (v != v and one != one) for v in values)
         if not same:
-            what = "reads another tensor" if isinstance(one, PLACES) else f"calls with {one!r:.40}"
-            raise _Apart(f"it {what} once, and not always")
+            raise _Apart(f"it calls with {one!r:.40} once, and not always")
         return one
 
-    def _check_constant(self, index: int, others: Sequence[int]) -> None:
-        tensors = [r.constants[i] for r, i in zip(self._runs, others, strict=True)]
-        one = tensors[0]
-        if any(i != index for i in others) or any(
-            t.shape != one.shape or t.dtype != one.dtype or not torch.equal(t, one) for t in tensors
+    def _check_constant(self, nodes: Sequence[fx.Node]) -> None:
+        target = str(nodes[0].target)
+        index = int(target.removeprefix(CONSTANT.format("")))
+        one, *others = (r.constants[index] for r in self._runs if index < len(r.constants))
+        if any(n.target != target for n in nodes) or any(
+            t.shape != one.shape or t.dtype != one.dtype or not torch.equal(t, one) for t in others
         ):
             raise _Apart("it uses another tensor that no step of torch's has made")
 
@@ -189,48 +198,57 @@ BATCHES = (2, 3, 5)
 
 
 @dataclass(slots=True)
-class Trace:
-    """A joined program. ops: in the model's own order; output: a template; constants: by index.
+class Trace(TracedProgram):
+    """A joined program, whose graph has constants for what is the same for every sample.
 
-    origin: of memory (as in `Recording`). whole: the modules that could not be traced, and why.
-    one_length: the reason for which all samples have the lengths of the example, if that was open.
-    one_row: what it does otherwise with a batch of one row.
+    ops: in the model's own order. whole: the modules that could not be traced, and why. one_length:
+    the reason for which all samples have the lengths of the example, if that was open. one_row:
+    what it does otherwise with a batch of one row.
     """
 
     ops: list[Op[ColumnForm]]
-    output: Template
-    constants: list[Tensor]
-    origin: dict[int, object]
     whole: dict[str, Unfollowed]
     one_length: str | None = None
     one_row: str | None = None
 
 
-def _folded(made: Trace, run: Recording) -> Trace:
-    """Return the trace with constants in place of values that are the same for every sample."""
-    written = {m for op in made.ops for m in op.writes}
-    kept: dict[ValueRef, ConstantRef] = {}
+def trace_of(
+    run: Recording, joined: JoinedRuns, whole: dict[str, Unfollowed], one_row: str | None
+) -> Trace:
+    """Return a run with the arguments that all runs have in common; it is changed in place."""
+    for op, (args, kwargs) in zip(joined.ops, joined.calls, strict=True):
+        op.node.args, op.node.kwargs = args, kwargs
+    run.end.args = (joined.output,)
+    constants = [t.detach() for t in run.constants]
+    trace = Trace(run.graph, constants, run.origin, joined.ops, whole, one_row=one_row)
+    _fold(trace, run)
+    return trace
+
+
+def _fold(trace: Trace, run: Recording) -> None:
+    """Put constants in place of values that are the same for every sample."""
+    written = {m for op in trace.ops for m in op.writes}
     moving: set[int] = set()  # what depends on batch or lengths
-    for k, op in enumerate(made.ops):
+    for k, (op, taken) in enumerate(zip(trace.ops, run.taken, strict=True)):
         steady = not (op.varies or op.writes or op.memory & written)
         fixed = all(f.free and not any(d.lengths for d in f.dims or ()) for f in op.out.values())
-        for place in places((op.step.args, op.step.kwargs)):
-            if isinstance(place, SymbolicSize) and place.lengths:
-                fixed = False
-            if isinstance(place, ValueRef) and place not in kept and place.step in moving:
-                fixed = False
+        values = filter(None, map(value_of, op.node.all_input_nodes))
+        if _has_length(op.node) or any(i in moving for i, _ in values):
+            fixed = False
         if not fixed:
             moving.add(k)
         if steady and op.out and fixed:
-            for path, tensor in run.taken[k].out.items():
-                kept[ValueRef(k, path)] = ConstantRef(len(made.constants))
-                made.constants.append(tensor.detach().clone())
+            for path, tensor in taken.out.items():
+                with trace.graph.inserting_after(op.nodes[path]):
+                    constant = trace.graph.get_attr(CONSTANT.format(len(trace.constants)))
+                op.nodes[path].replace_all_uses_with(constant)
+                trace.constants.append(tensor.detach().clone())
 
-    def value(place: Any) -> Any:
-        return kept.get(place, place) if isinstance(place, ValueRef) else place
 
-    for op in made.ops:
-        args, kwargs = replaced(op.step.args, value), replaced(op.step.kwargs, value)
-        op.step = TracedStep(op.step.kind, op.step.target, args, kwargs, op.step.grad)
-    made.output = replaced(made.output, value)
-    return made
+def _has_length(node: fx.Node) -> bool:
+    found = []
+    fx.node.map_aggregate(
+        (node.args, node.kwargs),
+        lambda v: found.append(v) if isinstance(v, SymbolicSize) and v.lengths else None,
+    )
+    return bool(found)

@@ -8,22 +8,17 @@ import operator
 import sys
 from collections.abc import Iterator
 from enum import Enum
-from types import BuiltinFunctionType, FunctionType, MethodDescriptorType
-from typing import Any
+from functools import lru_cache
+from types import BuiltinFunctionType, FrameType, FunctionType
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 from torch.autograd.function import BackwardCFunction
 
-from hamdist.dynamics.tracing.traced_module import (
-    FUNCTION,
-    METHOD,
-    Path,
-    TracedStep,
-)
+from hamdist.dynamics.tracing.program import Path
 from hamdist.dynamics.user_modules.structure import filled, parts_of
 
-# fmt: on
 _OPERATORS = {
     "add": operator.add,
     "sub": operator.sub,
@@ -31,6 +26,7 @@ _OPERATORS = {
     "div": operator.truediv,
 }
 _REVERSED = {"__rsub__": operator.sub, "__rdiv__": operator.truediv}
+_ITEMS = {"__getitem__": operator.getitem, "__setitem__": operator.setitem}
 
 _FILES = ("/torch/", f"/{__package__.replace('.', '/')}/")  # whose lines are not the user's
 
@@ -48,19 +44,28 @@ class Unfollowed(Exception):
         self.line = line
 
 
-def as_step(func: Any, name: str, args: Any, kwargs: dict[str, Any]) -> TracedStep:
+class TorchCall(NamedTuple):
+    """A call as torch.fx writes it: the kind of node, what is called, and with which arguments."""
+
+    op: str
+    target: Any
+    args: tuple[Any, ...]
+    kwargs: dict[str, Any]
+
+
+def as_call(func: Any, name: str, args: Any, kwargs: dict[str, Any]) -> TorchCall:
     """Return the call, in the form in which people write it."""
-    if name in _OPERATORS and len(args) == 2 and not kwargs and isinstance(args[0], Tensor):
-        return TracedStep(FUNCTION, _OPERATORS[name], tuple(args))
-    if name in _REVERSED and len(args) == 2 and not kwargs:
-        return TracedStep(FUNCTION, _REVERSED[name], (args[1], args[0]))
-    if isinstance(func, MethodDescriptorType) and not name.startswith("__"):
-        return TracedStep(METHOD, name, tuple(args), kwargs)
-    if name == "__getitem__":
-        return TracedStep(FUNCTION, operator.getitem, tuple(args))
-    if name == "__setitem__":
-        return TracedStep(FUNCTION, operator.setitem, tuple(args))
-    return TracedStep(FUNCTION, func, tuple(args), _said(func, kwargs))
+    named: Any = None
+    if len(args) == 2 and not kwargs:
+        named = _OPERATORS.get(name) if isinstance(args[0], Tensor) else None
+        if name in _REVERSED:
+            named, args = _REVERSED[name], (args[1], args[0])
+    named = named or _ITEMS.get(name)
+    if named is not None:
+        return TorchCall("call_function", named, tuple(args), {})
+    if "TensorBase." in getattr(func, "__qualname__", ""):
+        return TorchCall("call_method", name, tuple(args), kwargs)
+    return TorchCall("call_function", func, tuple(args), _said(func, kwargs))
 
 
 def _said(func: Any, kwargs: dict[str, Any]) -> dict[str, Any]:
@@ -143,12 +148,11 @@ def is_stateful(part: nn.Module) -> bool:
 
 
 def line_here() -> str:
-    frame = sys._getframe(1)
+    frame: FrameType | None = sys._getframe(1)
     while frame is not None:
-        code = frame.f_code.co_filename
-        if not any(part in code.replace("\\", "/") for part in _FILES):
-            return _line(code, frame.f_lineno)
-        frame = frame.f_back  # type: ignore[assignment]
+        if _is_users(frame.f_code.co_filename):
+            return _line(frame.f_code.co_filename, frame.f_lineno)
+        frame = frame.f_back
     return ""
 
 
@@ -156,11 +160,16 @@ def line_of(error: BaseException) -> str:
     """Return the last line outside torch that the error passed."""
     found, trace = "", error.__traceback__
     while trace is not None:
-        code = trace.tb_frame.f_code.co_filename
-        if not any(part in code.replace("\\", "/") for part in _FILES):
-            found = _line(code, trace.tb_lineno)
+        file = trace.tb_frame.f_code.co_filename
+        if _is_users(file):
+            found = _line(file, trace.tb_lineno)
         trace = trace.tb_next
     return found
+
+
+@lru_cache
+def _is_users(file: str) -> bool:
+    return not any(part in file.replace("\\", "/") for part in _FILES)
 
 
 def _line(file: str, number: int) -> str:

@@ -16,17 +16,28 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
-from typing import Any, Generic, TypeAlias, TypeVar
+from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor, fx, nn
 from torch.overrides import TorchFunctionMode
 
+from hamdist.dynamics.tracing.program import (
+    CONSTANT,
+    DeviceRef,
+    Op,
+    Path,
+    Recording,
+    TakenOp,
+    is_constant,
+    is_weight,
+    value_of,
+)
 from hamdist.dynamics.tracing.recorded_calls import (
+    TorchCall,
     Unfollowed,
     address_of,
-    as_step,
+    as_call,
     autocast_state,
     backward_of,
     is_plain,
@@ -38,35 +49,12 @@ from hamdist.dynamics.tracing.recorded_calls import (
     tensors_in,
     without_others,
 )
-from hamdist.dynamics.tracing.traced_module import (
-    FUNCTION,
-    MODULE,
-    Arg,
-    ConstantRef,
-    DeviceRef,
-    Path,
-    Template,
-    TracedStep,
-    ValueRef,
-    WeightRef,
-    places,
-)
 from hamdist.dynamics.user_modules.hooks import hook_of
 from hamdist.dynamics.user_modules.libraries import masks_stay
 from hamdist.dynamics.user_modules.python_state import SETS_REQUIRES_GRAD
-from hamdist.dynamics.user_modules.structure import filled, parts_of
+from hamdist.dynamics.user_modules.structure import filled, getter, parts_of
 from hamdist.errors import GraphError
 
-# Torch's modules that only call others: they are gone through.
-CONTAINERS = (
-    nn.Sequential,
-    nn.Transformer,
-    nn.TransformerEncoder,
-    nn.TransformerDecoder,
-    nn.TransformerEncoderLayer,
-    nn.TransformerDecoderLayer,
-)
-OWN = ("torch.", "hamdist.")  # packages whose modules are one step
 # What may be asked of a tensor without reading its values.
 # fmt: off
 ABOUT = frozenset({
@@ -78,44 +66,6 @@ ABOUT = frozenset({
     "untyped_storage", "storage", "retain_grad",
 })
 _SETTERS = ("_set_grad_enabled", "_set_autocast", "set_autocast")
-
-
-Out = TypeVar("Out")
-
-
-@dataclass(slots=True)
-class Op(Generic[Out]):
-    """A recorded step. where: the module whose forward took it; line: of that forward. modules: all
-    active modules, outermost first. out: results by path (of one run the tensors; of several their
-    forms, trace.py); varies: it depends on the input, on weights, or on chance. reads: steps that
-    had to come first, through memory that they share. writes: memory that it changed.
-    """
-
-    step: TracedStep
-    where: str
-    line: str
-    modules: tuple[str, ...]
-    out: dict[Path, Out]
-    random: bool
-    varies: bool
-    reads: set[int]
-    writes: set[int]
-    memory: set[int]
-
-
-TakenOp: TypeAlias = Op[Tensor]
-
-
-@dataclass(slots=True)
-class Recording:
-    """taken: in order. output: a template. constants: by index. memory: what each block of memory
-    is at the first step that had it: ('arg', name), ('weight', name), ('const', index) or a step.
-    """
-
-    taken: list[TakenOp]
-    output: Template
-    constants: list[Tensor]
-    origin: dict[int, object]
 
 
 def record(
@@ -161,21 +111,23 @@ class _Recorder(TorchFunctionMode):
         self._inside = 0  # steps under way
         self.failure: Unfollowed | None = None
         self.inner_at_failure: str | None = None
+        self._graph = fx.Graph()
         self._taken: list[TakenOp] = []
-        self._known: dict[int, tuple[Tensor, Template]] = {}
+        self._known: dict[int, tuple[Tensor, fx.Node]] = {}
         self._graded: dict[int, object] = {}  # `backward_of` it when it was made
         self._constants: list[Tensor] = []
-        self._origin: dict[int, object] = {}
+        self._origin: dict[int, fx.Node | int] = {}
         self._writers: dict[int, set[int]] = {}
         self._readers: dict[int, set[int]] = {}
         self._varying: set[int] = set()  # memory that was written to from what varies
         self._autocast = autocast_state()
         self._learned = {name for name, _ in model.named_parameters()}
+        placeholders = [self._graph.placeholder(name) for name in inputs]
         for name, tensor in (*model.named_parameters(), *model.named_buffers()):
-            self._learn(tensor, WeightRef(name))
+            self._learn(tensor, self._graph.get_attr(name))
         self._registered = set(self._known)
-        for name, tensor in inputs.items():
-            self._learn(tensor, Arg(name))
+        for node, tensor in zip(placeholders, inputs.values(), strict=True):
+            self._learn(tensor, node)
 
     # -- what torch shows -----------------------------------------------------------------------
 
@@ -191,8 +143,8 @@ class _Recorder(TorchFunctionMode):
             return func(*args, **kwargs)
         if name in ("__set__", "backward", "set_", "set_data") or name.startswith("register_"):
             raise self._fails(f"it calls {name} on a tensor")
-        step = as_step(func, name, args, kwargs)
-        return self._take(step, args, kwargs, lambda: func(*args, **kwargs), name)
+        call = as_call(func, name, args, kwargs)
+        return self._take(call, args, kwargs, lambda: func(*args, **kwargs), name)
 
     def _attribute(self, name: str, tensor: Tensor) -> Any:
         if name == "grad_fn":
@@ -200,8 +152,8 @@ class _Recorder(TorchFunctionMode):
         value = getattr(tensor, name)
         if not isinstance(value, Tensor):
             return value
-        step = TracedStep(FUNCTION, getattr, (tensor, name))
-        return self._take(step, (tensor,), {}, lambda: value, name)
+        call = TorchCall("call_function", getattr, (tensor, name), {})
+        return self._take(call, (tensor,), {}, lambda: value, name)
 
     def module(
         self, part: nn.Module, run: Callable[..., Any], args: Any, kwargs: dict[str, Any]
@@ -209,10 +161,10 @@ class _Recorder(TorchFunctionMode):
         if self._inside:
             return run(*args, **kwargs)
         name = self._names[id(part)]
-        if self._is_one_step(part, name):
+        if name in self._whole or (name and part._hamdist_one_step):
             self._check_weights(part)
-            step = TracedStep(MODULE, name, args, kwargs)
-            return self._take(step, args, kwargs, lambda: run(*args, **kwargs), name, own=part)
+            call = TorchCall("call_module", name, args, kwargs)
+            return self._take(call, args, kwargs, lambda: run(*args, **kwargs), name, own=part)
         self._check_backward((args, kwargs))
         self._stack.append(name)
         hook = hook_of(part)
@@ -228,12 +180,6 @@ class _Recorder(TorchFunctionMode):
             raise
         finally:
             self._stack.pop()
-
-    def _is_one_step(self, part: nn.Module, name: str) -> bool:
-        if name in self._whole or not name:
-            return name in self._whole
-        kind = type(part).__mro__[2]  # behind the two of `watch`
-        return kind.__module__.startswith(OWN) and kind not in CONTAINERS
 
     def _check_weights(self, part: nn.Module) -> None:
         """Fail where other tensors have taken the places of a module's weights for this call."""
@@ -275,7 +221,7 @@ class _Recorder(TorchFunctionMode):
 
     def _take(
         self,
-        step: TracedStep,
+        call: TorchCall,
         args: Any,
         kwargs: dict[str, Any],
         run: Callable[[], Any],
@@ -284,13 +230,8 @@ class _Recorder(TorchFunctionMode):
     ) -> Any:
         with self._a_step():
             given = list(tensors_in((args, kwargs)))
-            template = TracedStep(
-                step.kind,
-                step.target,
-                self._template(step.args),
-                self._template(step.kwargs),
-                torch.is_grad_enabled(),
-            )
+            arguments = self._template(call.args), self._template(call.kwargs)
+            node = self._graph.create_node(call.op, call.target, *arguments)
             if autocast_state() != self._autocast:
                 raise self._fails("it switches autocast on or off")
             versions = [t._version for t in given]
@@ -299,24 +240,25 @@ class _Recorder(TorchFunctionMode):
             random = not torch.equal(torch.get_rng_state(), chance)
             written = [t for t, v in zip(given, versions, strict=True) if t._version != v]
             made = list(paths_of_tensors(out))
-            varies = random or self._varies(template) or (own is not None and is_stateful(own))
+            varies = random or self._varies(node) or (own is not None and is_stateful(own))
             if not made and not written:
                 about = own is not None or not given or name in ABOUT
                 if not about and varies:
                     raise self._fails(f"what it does depends on values of a tensor ({name})")
                 if own is None and not random:
+                    self._graph.erase_node(node)
                     return out
             if own is not None or given or made:
                 for odd in other_objects(out):
                     raise self._fails(
                         f"{name} returns a {type(odd).__name__}, which is not followed"
                     )
-            self._note(template, given, written, made, random=random, varies=varies)
+            self._note(node, given, written, made, random=random, varies=varies)
             return out
 
     def _note(
         self,
-        step: TracedStep,
+        node: fx.Node,
         given: list[Tensor],
         written: list[Tensor],
         made: list[tuple[Path, Tensor]],
@@ -326,8 +268,8 @@ class _Recorder(TorchFunctionMode):
     ) -> None:
         k = len(self._taken)
         taken: TakenOp = Op(
-            step, self._innermost, line_here(), tuple(self._stack), dict(made), random, varies,
-            set(), set(), set(),
+            node, torch.is_grad_enabled(), self._innermost, line_here(), tuple(self._stack),
+            dict(made), {}, random, varies, set(), set(), set(),
         )  # fmt: skip
         self._taken.append(taken)
         for tensor in given:
@@ -339,10 +281,10 @@ class _Recorder(TorchFunctionMode):
         for tensor in written:
             memory = address_of(tensor)
             origin = self._origin.get(memory)
-            if isinstance(origin, tuple) and origin[0] == "const":
+            if is_constant(origin):
                 raise self._fails("it writes to a tensor that outlives the call")
-            if isinstance(origin, WeightRef) and origin.name in self._learned:
-                raise self._fails(f"it changes its weight {origin.name!r}")
+            if is_weight(origin) and origin.target in self._learned:
+                raise self._fails(f"it changes its weight {origin.target!r}")
             taken.writes.add(memory)
             taken.reads |= self._readers.get(memory, set()) - {k}
             self._writers.setdefault(memory, set()).add(k)
@@ -353,21 +295,25 @@ class _Recorder(TorchFunctionMode):
             memory = address_of(tensor)
             taken.memory.add(memory)
             self._origin.setdefault(memory, k)
-            self._known[id(tensor)] = (tensor, ValueRef(k, path))
+            result = node
+            for key in path:
+                result = self._graph.call_function(getter(key), (result, key))
+            result.meta["value"] = (k, path)
+            taken.nodes[path] = result
+            self._known[id(tensor)] = (tensor, result)
             self._graded[id(tensor)] = backward_of(tensor)
 
-    def _learn(self, tensor: Tensor, template: WeightRef | Arg) -> None:
-        self._known[id(tensor)] = (tensor, template)
+    def _learn(self, tensor: Tensor, node: fx.Node) -> None:
+        self._known[id(tensor)] = (tensor, node)
         self._graded[id(tensor)] = backward_of(tensor)
-        self._origin.setdefault(address_of(tensor), template)
+        self._origin.setdefault(address_of(tensor), node)
 
-    def _varies(self, template: TracedStep) -> bool:
-        for place in (*places(template.args), *places(template.kwargs)):
-            if isinstance(place, (Arg, WeightRef)):
-                return True
-            if isinstance(place, ValueRef) and self._taken[place.step].varies:
-                return True
-        return False
+    def _varies(self, node: fx.Node) -> bool:
+        values = [(one, value_of(one)) for one in node.all_input_nodes]
+        return any(
+            not is_constant(one) if value is None else self._taken[value[0]].varies
+            for one, value in values
+        )
 
     # -- templates ------------------------------------------------------------------------------
 
@@ -388,7 +334,7 @@ class _Recorder(TorchFunctionMode):
             raise self._fails(f"it passes a {kind.__name__} on, which may hold tensors")
         return value
 
-    def _tensor(self, tensor: Tensor) -> Template:
+    def _tensor(self, tensor: Tensor) -> fx.Node:
         found = self._known.get(id(tensor))
         if found is not None:
             self._check_backward(tensor)
@@ -398,12 +344,10 @@ class _Recorder(TorchFunctionMode):
             raise self._fails(f"it uses {what} (autograd.Function, compiled or foreign code)")
         if tensor.layout != torch.strided:
             raise self._fails("it uses a sparse tensor that it keeps beside its weights")
-        place = ConstantRef(len(self._constants))
+        node = self._graph.get_attr(CONSTANT.format(len(self._constants)))
         self._constants.append(tensor)
-        self._known[id(tensor)] = (tensor, place)
-        self._graded[id(tensor)] = backward_of(tensor)
-        self._origin.setdefault(address_of(tensor), ("const", place.index))
-        return place
+        self._learn(tensor, node)
+        return node
 
     def finished(self, output: Any) -> Recording:
         """Return the recording. Of the output what can be learned: a cache, or another object that
@@ -415,4 +359,5 @@ class _Recorder(TorchFunctionMode):
                 f"the model returns a {type(odd).__name__}; return tensors, or a tuple or dict of "
                 "them", "", "",
             )  # fmt: skip
-        return Recording(self._taken, self._template(learnable), self._constants, self._origin)
+        self._graph.output(self._template(learnable))
+        return Recording(self._graph, self._constants, self._origin, self._taken)

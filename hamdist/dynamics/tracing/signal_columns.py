@@ -10,7 +10,7 @@ from functools import reduce
 import torch
 from torch import Tensor
 
-from hamdist.dynamics.tracing.traced_module import SymbolicSize
+from hamdist.dynamics.tracing.program import SymbolicSize
 
 
 @dataclass(frozen=True, slots=True)

@@ -2,7 +2,7 @@
 
 It runs three times, each time with another batch (recorder.py), and where samples may have lengths
 of their own, with other lengths, too. The runs have to take the same steps; a whole number that
-differs is the batch times something, plus something (traced_module.py, `SymbolicSize`). A submodule
+differs is the batch times something, plus something (program.py). A submodule
 that cannot be traced, or does other things at another batch, stays whole, as one step.
 B: batch.
 """
@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from posixpath import commonpath
 from typing import Any, TypeAlias
 
@@ -23,15 +24,13 @@ from hamdist.dynamics.tracing.join_runs import (
     joined_runs,
     other_length,
     points_of_runs,
+    trace_of,
 )
+from hamdist.dynamics.tracing.program import Length, Op, SymbolicSize, TakenOp
 from hamdist.dynamics.tracing.recorded_calls import Unfollowed
-from hamdist.dynamics.tracing.recorder import OWN, Op, TakenOp, record
+from hamdist.dynamics.tracing.recorder import record
 from hamdist.dynamics.tracing.signal_columns import ColumnForm
-from hamdist.dynamics.tracing.traced_module import (
-    Length,
-    SymbolicSize,
-)
-from hamdist.dynamics.tracing.watched import watch
+from hamdist.dynamics.tracing.watched import OWN, watch
 from hamdist.dynamics.user_modules.copies import copied
 from hamdist.dynamics.user_modules.python_state import (
     Fingerprints,
@@ -46,16 +45,21 @@ Call: TypeAlias = Callable[[nn.Module, Mapping[str, Tensor]], Any]  # runs a mod
 
 
 def trace(
-    model: nn.Module, inputs: Mapping[str, Tensor], call: Call, *, ragged: bool = False
+    model: nn.Module,
+    inputs: Mapping[str, Tensor],
+    call: Call,
+    *,
+    ragged: bool = False,
+    own: tuple[str, ...] = OWN,
 ) -> Trace:
     """Return the steps of `model` on `inputs` (examples, (B, ...), by name); it stays as it is.
 
     ragged: samples may have lengths of their own, which is tried; where the model does not take
-    them, or cannot be traced then, `Trace.one_length` has the reason. Raises Unfollowed where its
-    own forward cannot be traced.
+    them, or cannot be traced then, `Trace.one_length` has the reason. own: packages whose modules
+    are one step. Raises Unfollowed where its own forward cannot be traced.
     """
     probe = copied(model)
-    whole = watch(probe)
+    whole = watch(probe, own)
     why = None
     if ragged:
         try:
@@ -106,7 +110,7 @@ def traced_whole(
     if why.reason.startswith("it raised"):  # and now it did not
         reason = f"with other rows {why.reason}, so its rows are no batch"
         why = Unfollowed(reason, "", why.line)
-    return Trace(ops, run.output, run.constants, run.origin, {"": why})
+    return Trace(run.graph, run.constants, run.origin, ops, {"": why})
 
 
 def _of_one_run(op: TakenOp, batch: int) -> Op[ColumnForm]:
@@ -117,10 +121,7 @@ def _of_one_run(op: TakenOp, batch: int) -> Op[ColumnForm]:
         if t.dim() and t.shape[0] == batch:
             dims[0] = SymbolicSize(1)
         forms[path] = ColumnForm(tuple(dims), t.dtype)
-    return Op(
-        op.step, op.where, op.line, op.modules, forms, op.random, op.varies, op.reads, op.writes,
-        op.memory,
-    )  # fmt: skip
+    return replace(op, out=forms)  # type: ignore[arg-type,return-value]
 
 
 def _traced(
@@ -141,15 +142,16 @@ def _traced(
         runs.append(record(probe, _rows(inputs, batch, run, sizes), call, names))
         _check_state(probe, state, _state(probe, names))
     _check_kept(probe, before, names)
-    made = joined_runs(runs, points, whole)
+    made = joined_runs(runs, points)
+    one_row = None
     if all(batch > 1 for batch, _ in points):
         try:
             alone = record(probe, _rows(inputs, 1, 0), call, names)
-            joined_runs([runs[0], alone, *runs[1:]], [points[0], (1, {}), *points[1:]], whole)
+            joined_runs([runs[0], alone, *runs[1:]], [points[0], (1, {}), *points[1:]])
         except Unfollowed as why:  # (a model that fails with one row does so anywhere)
             if not why.reason.startswith("it raised"):
-                made.one_row = f"{why.reason} {why.line}".strip()
-    return made
+                one_row = f"{why.reason} {why.line}".strip()
+    return trace_of(runs[0], made, whole, one_row)
 
 
 def _lengths(probe: nn.Module, inputs: Mapping[str, Tensor], call: Call) -> list[Length]:
@@ -275,6 +277,3 @@ def _check_kept(model: nn.Module, before: dict[str, dict[str, Any]], whole: set[
         if changed:
             kept = "buffers" if changed[0] == "_buffers" else changed[0]
             raise Unfollowed(f"its forward changes {kept!r} of the module", name, "")
-
-
-# -- three runs in one ---------------------------------------------------------------------------

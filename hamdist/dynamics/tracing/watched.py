@@ -10,8 +10,19 @@ from torch import nn
 
 from hamdist.dynamics.tracing.recorded_calls import Unfollowed
 
+# Torch's modules that only call others: they are gone through.
+CONTAINERS = (
+    nn.Sequential,
+    nn.Transformer,
+    nn.TransformerEncoder,
+    nn.TransformerDecoder,
+    nn.TransformerEncoderLayer,
+    nn.TransformerDecoderLayer,
+)
+OWN = ("torch.", "hamdist.")  # packages whose modules are one step
 
-def _watched(kind: type[nn.Module]) -> type[nn.Module]:
+
+def _watched(kind: type[nn.Module], own: tuple[str, ...]) -> type[nn.Module]:
     """Return a subclass of `kind` that reports its calls to a recorder. (Of `kind` alone, so that
     an object of it can become one, whatever other classes it has.)
     """
@@ -23,7 +34,9 @@ def _watched(kind: type[nn.Module]) -> type[nn.Module]:
             return run(*args, **kwargs)
         return recorder.module(self, run, args, kwargs)
 
-    seen = type("_Watched", (kind,), {"__module__": __name__, "__call__": call})
+    one_step = kind.__module__.startswith(own) and kind not in CONTAINERS
+    shown = {"__module__": __name__, "__call__": call, "_hamdist_one_step": one_step}
+    seen = type("_Watched", (kind,), shown)
     return type(kind.__name__, (seen,), {"__module__": kind.__module__})
 
 
@@ -38,10 +51,10 @@ class _Shell(nn.Module):
         return self.inner(*args, **kwargs)
 
 
-def watch(model: nn.Module) -> dict[str, Unfollowed]:
+def watch(model: nn.Module, own: tuple[str, ...] = OWN) -> dict[str, Unfollowed]:
     """Prepare a model, a copy without other users, for `record`; return the modules that have to
-    stay whole, because they are no Python classes (scripted ones).  Raises Unfollowed where the
-    model itself is one.
+    stay whole, because they are no Python classes (scripted ones). own: packages whose modules are
+    one step. Raises Unfollowed where the model itself is scripted.
     """
     compiled = "it is compiled (torch.jit)"
     if isinstance(model, torch.jit.ScriptModule):
@@ -59,5 +72,5 @@ def watch(model: nn.Module) -> dict[str, Unfollowed]:
         kind = type(part)
         if isinstance(part, torch.jit.ScriptModule):
             continue
-        part.__class__ = _watched(kind)
+        part.__class__ = _watched(kind, own)
     return scripted

@@ -69,8 +69,8 @@ def _stays(total: Sequence[Factors], one: Factors, copies: Copies) -> bool:
     if isinstance(one, Column):
         return (id(one.z),) in copies
     outputs = one.z.shape[1]
-    inputs, own = (one.x.shape[1],) * 2 if isinstance(one, Outer) else (one.many, 1)
-    return sum(len(part.z) for part in (*total, one)) * (outputs + own) <= outputs * inputs
+    inputs, columns = (one.x.shape[1],) * 2 if isinstance(one, Outer) else (one.many, 1)
+    return sum(len(part.z) for part in (*total, one)) * (outputs + columns) <= outputs * inputs
 
 
 def _joined(parts: Sequence[Factors], copies: Copies) -> Factors:

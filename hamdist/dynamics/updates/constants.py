@@ -95,28 +95,28 @@ class Dynamics:
     def of(self, block: str) -> Dynamics:
         """Return the constants of `block`."""
         pattern = fitting(block, self.learning)
-        made = self if pattern is None else self._learning(self.learning[pattern])
+        d = self if pattern is None else self._learning(self.learning[pattern])
         pattern = fitting(block, self.blocks)
-        return replace(made, blocks={}) if pattern is None else made._with(self.blocks[pattern])
+        return replace(d, blocks={}) if pattern is None else d._with(self.blocks[pattern])
 
-    def _learning(self, own: BlockLearningSettings) -> Dynamics:
+    def _learning(self, learning: BlockLearningSettings) -> Dynamics:
         return replace(
             self,
-            beta=self.beta if own.lr is None else own.lr * self.per_lr,
-            average=self.average if own.average is None else _average(own.average),
-            clip=self.clip if own.clip is None else _clip(own.clip),
-            inputs=self.inputs if own.inputs is None else _inputs(own.inputs),
+            beta=self.beta if learning.lr is None else learning.lr * self.per_lr,
+            average=self.average if learning.average is None else _average(learning.average),
+            clip=self.clip if learning.clip is None else _clip(learning.clip),
+            inputs=self.inputs if learning.inputs is None else _inputs(learning.inputs),
             learning={},
         )
 
-    def _with(self, own: BlockDynamicsSettings) -> Dynamics:
-        betas = tuple(own.beta.items()) if isinstance(own.beta, dict) else ()
+    def _with(self, constants: BlockDynamicsSettings) -> Dynamics:
+        betas = tuple(constants.beta.items()) if isinstance(constants.beta, dict) else ()
         return replace(
             self,
-            c=_first(own.c, self.c),
-            eta_z=_first(own.eta_z, own.eta, self.eta_z),
-            eta_omega=_first(own.eta_omega, own.eta, self.eta_omega),
-            beta=_first(own.beta if isinstance(own.beta, float) else None, self.beta),
+            c=_first(constants.c, self.c),
+            eta_z=_first(constants.eta_z, constants.eta, self.eta_z),
+            eta_omega=_first(constants.eta_omega, constants.eta, self.eta_omega),
+            beta=_first(constants.beta if isinstance(constants.beta, float) else None, self.beta),
             betas=betas,
             blocks={},
         )
@@ -138,19 +138,19 @@ class Dynamics:
         return self.tau is None or Reset.SEQUENCE in (r.h, r.z, r.omega)
 
 
-def _average(given: AverageSettings | str) -> AverageSettings | None:
-    return None if isinstance(given, str) else given
+def _average(settings: AverageSettings | str) -> AverageSettings | None:
+    return None if isinstance(settings, str) else settings
 
 
-def _inputs(given: InputsSettings | str) -> Whitening | None:
-    if isinstance(given, str):
+def _inputs(settings: InputsSettings | str) -> Whitening | None:
+    if isinstance(settings, str):
         return None
-    centred = given.rule is InputRule.CENTRED
-    return Whitening(given.memory, given.damping, given.look, given.refresh, centred)
+    centred = settings.rule is InputRule.CENTRED
+    return Whitening(settings.memory, settings.damping, settings.look, settings.refresh, centred)
 
 
-def _clip(given: float | str) -> float:
-    return math.inf if isinstance(given, str) else given
+def _clip(limit: float | str) -> float:
+    return math.inf if isinstance(limit, str) else limit
 
 
 def _first(*values: float | None) -> float:
@@ -190,7 +190,7 @@ def make_dynamics(
             "learning.weight_decay and dynamics.weight_cost are the same term of the Hamiltonian: "
             "give one of them"
         )
-    made = Dynamics(
+    result = Dynamics(
         tau=tau,
         c=_first(d.c, 1 / largest),
         eta_z=_first(d.eta_z, d.eta, 0.0),
@@ -214,19 +214,19 @@ def make_dynamics(
         learning=learning.blocks,
         per_lr=1 / largest if learning.blocks else 1.0,
     )
-    _check(made, None if tau is None else largest, knobs)
-    return made
+    _check(result, None if tau is None else largest, knobs)
+    return result
 
 
 def _unknown_tau(d: DynamicsSettings, phi: TickSchedule | None) -> float:
     """Return a stand-in for tau where only the stream has it: nothing may follow from it."""
-    given = {
+    names = {
         "c": d.c is not None,
         "beta": d.beta is not None,
         "phi": d.phi is not None or phi is not None,
         "eta": d.eta is not None or d.eta_omega is not None,
     }
-    open_ = [name for name, known in given.items() if not known]
+    open_ = [name for name, known in names.items() if not known]
     if open_:
         raise LevelError(
             "dynamics.tau 'stamps': the step is known only when the stream runs, so nothing can "
@@ -259,85 +259,85 @@ def _reset(reset: ResetSettings, knobs: Locality) -> ResetSettings:
     return reset.model_copy(update={"h": h})
 
 
-def _check(made: Dynamics, tau: float | None, knobs: Locality) -> None:
-    for block, c in (("", made.c), *((p, b.c) for p, b in made.blocks.items())):
+def _check(d: Dynamics, tau: float | None, knobs: Locality) -> None:
+    for block, c in (("", d.c), *((p, b.c) for p, b in d.blocks.items())):
         if c is not None and tau is not None and c * tau > 1 + TOLERANCE:
             where = f"dynamics.blocks.{block}" if block else "dynamics"
             raise LevelError(
                 f"{where}: c tau = {c * tau:g} is above 1: the state would overshoot; "
                 f"use c <= {1 / tau:g} or a smaller tau"
             )
-    if made.adaptive is not None and knobs.sequence:
+    if d.adaptive is not None and knobs.sequence:
         raise LevelError(
             "learning.adaptive with presentation 'sequence', whose omega gathers the gradients of "
             "a whole sequence before the weights move: leave it out, or use another presentation"
         )
-    _check_recipes(made, tau, knobs)
+    _check_recipes(d, tau, knobs)
     if not knobs.hold:
-        _check_wave(made, tau, knobs)
+        _check_wave(d, tau, knobs)
 
 
 def _named(inputs: InputsSettings | str | None) -> bool:
     return inputs is not None and inputs != "off"
 
 
-def _check_recipes(made: Dynamics, tau: float | None, knobs: Locality) -> None:
+def _check_recipes(d: Dynamics, tau: float | None, knobs: Locality) -> None:
     """Check the recipes of `learning` against the other settings."""
-    clips = [made.clip, *(_clip(b.clip) for b in made.learning.values() if b.clip is not None)]
+    clips = [d.clip, *(_clip(b.clip) for b in d.learning.values() if b.clip is not None)]
     if knobs.sequence and min(clips) < math.inf:
         raise LevelError(
             f"learning.clip {min(clips):g} with presentation 'sequence', whose omega gathers the "
             "gradients of a whole sequence: leave it out, or use another presentation"
         )
-    if knobs.sequence and (made.inputs or any(_named(b.inputs) for b in made.learning.values())):
+    if knobs.sequence and (d.inputs or any(_named(b.inputs) for b in d.learning.values())):
         raise LevelError(
             "learning.inputs with presentation 'sequence', whose omega gathers the gradients of a "
             "whole sequence: leave it out, or use another presentation"
         )
-    if Compensation.WEIGHT_PREDICTION in knobs.compensation and made.adaptive is not None:
+    if Compensation.WEIGHT_PREDICTION in knobs.compensation and d.adaptive is not None:
         raise LevelError(
             "compensation 'weight-prediction' with learning.adaptive, whose steps are not along "
             "omega: leave one of them out"
         )
-    if not made.ahead:
+    if not d.ahead:
         return
-    if made.adaptive is not None:
+    if d.adaptive is not None:
         raise LevelError(
             "compensation 'look-ahead' with learning.adaptive, whose steps are not along omega: "
             "leave one of them out"
         )
-    each = [made, *(made._with(own) for own in made.blocks.values())]
-    if tau is not None and any(abs(1 - tau * d.eta_omega) <= TOLERANCE for d in each):
+    each = [d, *(d._with(block) for block in d.blocks.values())]
+    if tau is not None and any(abs(1 - tau * one.eta_omega) <= TOLERANCE for one in each):
         raise LevelError(
             "compensation 'look-ahead' without momentum: there is nothing that could carry the "
             "weights ahead; set learning.momentum (or dynamics.eta_omega below 1/tau)"
         )
 
 
-def _check_wave(made: Dynamics, tau: float | None, knobs: Locality) -> None:
+def _check_wave(d: Dynamics, tau: float | None, knobs: Locality) -> None:
     """Check that a pulse and a sequence are the travelling wave: c tau = 1 everywhere, s = -1."""
     name = knobs.presentation.value
-    if tau is None or not isinstance(made.tau, Constant):
+    if tau is None or not isinstance(d.tau, Constant):
         raise LevelError(
             f"dynamics.tau changes from tick to tick with presentation {name!r}: a travelling wave "
             "makes one hop a tick; use presentation 'hold'"
         )
     if knobs.sequence:
-        _check_sequence(made.reset)
-    elif made.reset != _reset(ResetSettings(), knobs):
+        _check_sequence(d.reset)
+    elif d.reset != _reset(ResetSettings(), knobs):
         raise LevelError(
             "dynamics.reset with presentation 'pulse': every sample has states and costates of its "
             "own there, and momentum 0 clears omega; use presentation 'hold'"
         )
-    each = [made, *(made._with(own) for own in made.blocks.values())]
+    each = [d, *(d._with(block) for block in d.blocks.values())]
     needs: list[tuple[str, list[float], float]] = [
-        ("c tau", [d.c * tau for d in each], 1.0),
-        ("sign", [made.sign], -1.0),
+        ("c tau", [one.c * tau for one in each], 1.0),
+        ("sign", [d.sign], -1.0),
     ]
     if knobs.pulse:
-        needs.append(("eta_z", [d.eta_z for d in each], 0.0))
-    for what, given, needed in needs:
-        for value in given:
+        needs.append(("eta_z", [one.eta_z for one in each], 0.0))
+    for what, current, needed in needs:
+        for value in current:
             if not math.isclose(value, needed, abs_tol=TOLERANCE):
                 raise LevelError(
                     f"dynamics: {what} = {value:g} with presentation {name!r}: a {name} is the "
@@ -382,11 +382,11 @@ def check_names(dynamics: Dynamics, parameters: Mapping[str, Iterable[str]]) -> 
                 f"dynamics.blocks.{a}.beta and learning.blocks.{b}.lr both are the rate of the "
                 f"weights of {block!r}: give one of them"
             )
-    for pattern, own in dynamics.blocks.items():
+    for pattern, constants in dynamics.blocks.items():
         fits = [b for b in parameters if fnmatchcase(b, pattern)]
-        if isinstance(own.beta, dict):
+        if isinstance(constants.beta, dict):
             names = [name for block in fits for name in parameters[block]]
-            for key in own.beta:
+            for key in constants.beta:
                 if not any(fnmatchcase(name, key) for name in names):
                     raise LevelError(
                         f"dynamics.blocks.{pattern}.beta.{key}: no such parameter; known: "

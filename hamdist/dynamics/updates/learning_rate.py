@@ -39,6 +39,7 @@ class Listed:
 
 
 def listed(course: CourseSettings) -> Listed:
+    """Return the course that a list in the settings describes."""
     return Listed(course.values, course.cycle, course.every, course.smooth)
 
 

@@ -81,22 +81,22 @@ class OptimizerRule:
     def _by_function(self, block: str, parameters: list[nn.Parameter]) -> list[Optimizer]:
         if self.function is None:
             raise TypeError("a rule has settings or a function")
-        made = _called("optimizer", block, self.function, parameters)
-        found = list(made) if isinstance(made, (list, tuple)) else [made]
-        for one in found:
+        result = _called("optimizer", block, self.function, parameters)
+        optimizers = list(result) if isinstance(result, (list, tuple)) else [result]
+        for one in optimizers:
             if not isinstance(one, Optimizer):
                 raise SettingsError(
                     f"optimizer: the function returned {_kind(one)} for block {block!r}; return "
                     "a torch.optim.Optimizer of the parameters that it gets, or a list of some"
                 )
             _check_optimizer(one, block, parameters)
-        seen = [id(p) for one in found for group in one.param_groups for p in group["params"]]
+        seen = [id(p) for one in optimizers for group in one.param_groups for p in group["params"]]
         if len(seen) > len(set(seen)):
             raise SettingsError(
                 f"optimizer: two optimisers of block {block!r} have the same parameter; give each "
                 "parameter to one of them"
             )
-        return found
+        return optimizers
 
     def schedulers(self, block: str, optimizers: Sequence[Optimizer]) -> list[Any]:
         """Make the scheduler of each optimiser.
@@ -106,15 +106,15 @@ class OptimizerRule:
         """
         if self.scheduler is None:
             return []
-        made = [_called("scheduler", block, self.scheduler, one) for one in optimizers]
-        for one in made:
+        schedulers = [_called("scheduler", block, self.scheduler, one) for one in optimizers]
+        for one in schedulers:
             if isinstance(one, ReduceLROnPlateau) or not isinstance(one, LRScheduler):
                 raise SettingsError(
                     f"scheduler: the function returned {_kind(one)}; return a scheduler of "
                     "torch.optim.lr_scheduler whose step() needs no measured loss: it is stepped "
                     "once per sample"
                 )
-        return made
+        return schedulers
 
 
 def _called(what: str, block: str, function: Callable[[Any], Any], argument: Any) -> Any:
@@ -132,7 +132,7 @@ def _kind(value: object) -> str:
 
 
 def _check_optimizer(one: Optimizer, block: str, parameters: Sequence[nn.Parameter]) -> None:
-    kind, own = type(one).__name__, {id(p) for p in parameters}
+    kind, known = type(one).__name__, {id(p) for p in parameters}
     closure = inspect.signature(one.step).parameters.get("closure")
     if closure is not None and closure.default is inspect.Parameter.empty:
         raise SettingsError(
@@ -140,7 +140,7 @@ def _check_optimizer(one: Optimizer, block: str, parameters: Sequence[nn.Paramet
             "does not have; use one that moves by the gradient alone"
         )
     for group in one.param_groups:
-        if not all(id(p) in own for p in group["params"]):
+        if not all(id(p) in known for p in group["params"]):
             raise SettingsError(
                 f"optimizer: {kind} of block {block!r} has parameters that are not the block's; "
                 "make it of those that the function gets"
@@ -163,7 +163,11 @@ def _by_settings(
         matrices = {name: p for name, p in named.items() if p.ndim == 2}
         others = {name: p for name, p in named.items() if p.ndim != 2}
         parts = [(MUON, options, matrices), ("adamw", {**shared, **s.rest}, others)]
-    return [optimizer_class(name)(_grouped(s, part), **own) for name, own, part in parts if part]
+    return [
+        optimizer_class(name)(_grouped(s, part), **keywords)
+        for name, keywords, part in parts
+        if part
+    ]
 
 
 def _grouped(s: OptimizerSettings, named: Mapping[str, nn.Parameter]) -> list[dict[str, Any]]:
@@ -173,9 +177,9 @@ def _grouped(s: OptimizerSettings, named: Mapping[str, nn.Parameter]) -> list[di
         fits = [pattern for pattern in s.groups if _fits(name, p, pattern)]
         groups[name if name in fits else next(iter(fits), None)].append(p)
     return [
-        {"params": own, **({} if pattern is None else s.groups[pattern])}
-        for pattern, own in groups.items()
-        if own
+        {"params": options, **({} if pattern is None else s.groups[pattern])}
+        for pattern, options in groups.items()
+        if options
     ]
 
 
@@ -257,8 +261,8 @@ class BlockOptimizers(Remembers):
             groups = saved["param_groups"] if alike else self._by_name(one)["param_groups"]
             place = {name: i for i, name in enumerate(names)}
             numbered = [{**g, "params": [place[n] for n in g["params"]]} for g in groups]
-            own = {place.get(key, key): value for key, value in saved["state"].items()}
-            one.load_state_dict({**saved, "state": own, "param_groups": numbered})
+            state_by_place = {place.get(key, key): value for key, value in saved["state"].items()}
+            one.load_state_dict({**saved, "state": state_by_place, "param_groups": numbered})
             for p in self._parameters:  # (`load_state_dict` gives tensors the type of the weight)
                 if self._names[id(p)] in saved["state"]:
                     one.state[p].update(saved["state"][self._names[id(p)]])
@@ -273,8 +277,8 @@ class BlockOptimizers(Remembers):
     def _by_name(self, one: Optimizer) -> dict[str, Any]:
         names, state = self._order(one), one.state_dict()
         groups = [{**g, "params": [names[i] for i in g["params"]]} for g in state["param_groups"]]
-        own = {names[k] if isinstance(k, int) else k: v for k, v in state["state"].items()}
-        return {**state, "state": own, "param_groups": groups}
+        by_name = {names[k] if isinstance(k, int) else k: v for k, v in state["state"].items()}
+        return {**state, "state": by_name, "param_groups": groups}
 
 
 class OptimizerWeights(Weights):
@@ -327,11 +331,11 @@ class OptimizerWeights(Weights):
             g = self._inputs.applied(g)
         gain = self._gain(g, tau)
         # Fresh tensors: omega outlives the memory of gradients.
-        own = [one.clone() if isinstance(one, Tensor) else dense(one) for one in g]
+        gradients = [one.clone() if isinstance(one, Tensor) else dense(one) for one in g]
         if gain != 1:
-            torch._foreach_mul_(own, gain)
-        norm = math.hypot(*(float(n) for n in torch._foreach_norm(own)))
+            torch._foreach_mul_(gradients, gain)
+        norm = math.hypot(*(float(n) for n in torch._foreach_norm(gradients)))
         if not norm <= self._limit:
             raise OutOfRange("omega", norm)
-        self.omega = own
-        self.optimizers.step(own, scale)
+        self.omega = gradients
+        self.optimizers.step(gradients, scale)

@@ -149,14 +149,14 @@ class Weights(Remembers):
         """
         known = self._known
         if known is None or known[0] != scale or known[1] != tau:
-            made = None
+            permission = None
             alone = self._adaptive is None and not self._cost and self._omega_first
             alone = alone and self._clip == math.inf and self._inputs is None
             if self.theta and alone and 1 - tau * self._eta == 0:
                 gain = -self._sign * tau
                 rates = tuple(-(tau * scale) * beta * gain for beta in self._rates)
-                made = AtOnce(rates, self._largest / abs(gain))
-            known = self._known = (scale, tau, made)
+                permission = AtOnce(rates, self._largest / abs(gain))
+            known = self._known = (scale, tau, permission)
         return known[2]
 
     def move(self, g: Sequence[Gradient] | None, scale: float, tau: float) -> None:
@@ -198,10 +198,10 @@ class Weights(Remembers):
         if g is not None and not in_tensors and not self._cost:
             self._move_fused(g, scale, tau, self._gain(g, tau))
             return
-        given, gain = self._with_cost(None if g is None else all_dense(g), tau)
-        later = self._moved(given, tau, gain)
+        gradients, gain = self._with_cost(None if g is None else all_dense(g), tau)
+        later = self._moved(gradients, tau, gain)
         if self._ahead:
-            self._move_ahead(given, later, scale, tau, gain)
+            self._move_ahead(gradients, later, scale, tau, gain)
             return
         if self._omega_first:
             self.omega = later
@@ -243,13 +243,13 @@ class Weights(Remembers):
         which is Adam (Kingma and Ba 2015, Algorithm 1): there m = (1 - mu) omega.
         """
         before = self.omega
-        given, gain = self._with_cost(g, tau)
-        later = self._moved(given, tau, gain)
+        gradients, gain = self._with_cost(g, tau)
+        later = self._moved(gradients, tau, gain)
         squares = self._squares or [torch.zeros_like(t) for t in self.theta]
         torch._foreach_mul_(squares, adaptive.memory)
-        if given is not None:
+        if gradients is not None:
             share = (1 - adaptive.memory) * gain * gain
-            torch._foreach_addcmul_(squares, given, given, share)
+            torch._foreach_addcmul_(squares, gradients, gradients, share)
         keeps = 1 - tau * self._eta
         self._squares = squares
         self._steps += 1

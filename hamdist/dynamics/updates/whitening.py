@@ -119,7 +119,7 @@ class InputWhitening(Remembers):
         """
         if isinstance(g, GradientsWithInputs):
             return self._watched(g)
-        made = list(g)
+        gradients = list(g)
         for i, one in enumerate(g):
             if not isinstance(one, Outer):
                 continue
@@ -128,18 +128,18 @@ class InputWhitening(Remembers):
                 continue
             layer = self.layers.setdefault(i, InputStatistics(self.rule))
             layer.see(one.x)
-            made[i], made[bias] = layer.factors(one)
-        return made
+            gradients[i], gradients[bias] = layer.factors(one)
+        return gradients
 
     def _watched(self, g: GradientsWithInputs) -> list[Gradient]:
-        made = list(g)
+        gradients = list(g)
         for layer, read in g.read:
             weight, bias = dense(g[layer.weight]), dense(g[layer.bias])
             known = self.layers.setdefault(layer.weight, InputStatistics(self.rule))
             known.see(rows_of(layer.module, read).to(weight.dtype))
-            flat, made[layer.bias] = whitened(weight.flatten(1), bias, known)
-            made[layer.weight] = flat.view_as(weight)
-        return made
+            flat, gradients[layer.bias] = whitened(weight.flatten(1), bias, known)
+            gradients[layer.weight] = flat.view_as(weight)
+        return gradients
 
 
 def _bias(g: Sequence[Gradient], of: Outer) -> int | None:
@@ -152,7 +152,7 @@ def whitened(g: Tensor, g_bias: Tensor, layer: InputStatistics) -> tuple[Tensor,
     """Return G' (O, I) and g_b' (O,) for gradients that are tensors: G (O, I), g_b (O,)."""
     if layer.mean is None:
         raise RuntimeError("whitened: no inputs have been seen")
-    made = torch.addr(g, g_bias, layer.mean, alpha=-1)
+    centred = torch.addr(g, g_bias, layer.mean, alpha=-1)
     if layer.inverse is not None:
-        made = torch.mm(made, layer.inverse)
-    return made, g_bias - torch.mv(made, layer.mean)
+        centred = torch.mm(centred, layer.inverse)
+    return centred, g_bias - torch.mv(centred, layer.mean)

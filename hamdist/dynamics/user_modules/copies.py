@@ -33,14 +33,14 @@ def copied(thing: T, memo: dict[int, Any] | None = None) -> T:
             if buffer is not None and overlaps(buffer):
                 memo[id(buffer)] = buffer.clone(memory_format=torch.contiguous_format)
     try:
-        made = copy.deepcopy(thing, memo)
+        copy_of_thing = copy.deepcopy(thing, memo)
     except TypeError as error:
         raise SettingsError(_uncopied(modules, memo, error)) from None
-    for module in made if isinstance(made, tuple) else (made,):
+    for module in copy_of_thing if isinstance(copy_of_thing, tuple) else (copy_of_thing,):
         for p in module.parameters() if isinstance(module, nn.Module) else ():
             if not p.is_leaf:  # of a scripted module, which torch copies with a history
                 p.detach_().requires_grad_()
-    return made
+    return copy_of_thing
 
 
 def _uncopied(modules: tuple[Any, ...], memo: dict[int, Any], error: TypeError) -> str:

@@ -62,6 +62,7 @@ class Fingerprints:
         self.ids: dict[int, Any] = {}
 
     def add(self, name: str, value: Any) -> None:
+        """Add a value under a name, once."""
         if name not in self.marks:
             self.marks[name] = self._mark(value)
 
@@ -141,12 +142,12 @@ def check_apart(blocks: Mapping[str, Sequence[nn.Module]]) -> None:
     }
     for block, modules in blocks.items():
         parts = [part for module in modules for part in module.modules()]
-        own = {id(t) for part in parts for t in (part, *part.parameters())}
+        ids = {id(t) for part in parts for t in (part, *part.parameters())}
         for part in parts:
             held = list(inside(part).ids.values())
             for thing in [thing for thing in held if isinstance(thing, nn.Module)]:
                 held += [*thing.modules(), *thing.parameters()]
-            for stray in {id(thing) for thing in held} & names.keys() - own:
+            for stray in {id(thing) for thing in held} & names.keys() - ids:
                 raise GraphError(
                     f"block {block!r}: a {type(part).__name__} holds {names[stray]} in a hook or "
                     "an attribute, so both would learn a copy of their own; keep the two in one "
@@ -156,11 +157,11 @@ def check_apart(blocks: Mapping[str, Sequence[nn.Module]]) -> None:
 
 def mutable_in(values: Iterable[Any]) -> set[int]:
     """Identify what can change in `values`, at any depth."""
-    found = Fingerprints()
+    fingerprints = Fingerprints()
     for i, value in enumerate(values):
-        found.add(str(i), value)
+        fingerprints.add(str(i), value)
     fixed = (tuple, frozenset, FunctionType, type, nn.Module)
-    return {key for key, value in found.ids.items() if not isinstance(value, fixed)}
+    return {key for key, value in fingerprints.ids.items() if not isinstance(value, fixed)}
 
 
 def functions_of(model: nn.Module) -> list[str]:
@@ -182,8 +183,9 @@ def modules_of(function: Any) -> list[nn.Module]:
 
 def names_in(part: nn.Module) -> set[str]:
     """List the names that the code of the part's own class mentions."""
-    own = [vars(base).values() for base in type(part).__mro__ if is_foreign(base)]
-    return {n for values in own for v in values for f in _functions(v) for n in _names(f.__code__)}
+    classes = [vars(base).values() for base in type(part).__mro__ if is_foreign(base)]
+    functions = [f for values in classes for value in values for f in _functions(value)]
+    return {name for f in functions for name in _names(f.__code__)}
 
 
 class Outside(Fingerprints):
@@ -199,8 +201,8 @@ class Outside(Fingerprints):
     def __init__(self, modules: Iterable[nn.Module]) -> None:
         super().__init__()
         parts = [part for module in modules for part in module.modules()]
-        own = (t for part in parts for t in (part, *part._parameters.values()))
-        self._own = {id(t) for t in own if t is not None}
+        inside = (t for part in parts for t in (part, *part._parameters.values()))
+        self._own = {id(t) for t in inside if t is not None}
         self._read: set[int] = set()
         self._names = {"forward", "backward", "setup_context"}
         self.classes: list[type] = []
@@ -242,17 +244,17 @@ class Outside(Fingerprints):
         where, names = function.__qualname__, _names(function.__code__)
         self._names |= names
         defaults = (function.__defaults__, function.__kwdefaults__, vars(function))
-        found: dict[str, Any] = {f"a default or attribute of {where}": defaults}
+        reached: dict[str, Any] = {f"a default or attribute of {where}": defaults}
         for name, cell in zip(
             function.__code__.co_freevars, function.__closure__ or (), strict=True
         ):
             with suppress(ValueError):  # it is empty
-                found[f"{name!r}, a closure variable of {where}"] = cell.cell_contents
+                reached[f"{name!r}, a closure variable of {where}"] = cell.cell_contents
         for name in names & function.__globals__.keys():
-            found[f"{name!r}, a global of {function.__module__}"] = function.__globals__[name]
+            reached[f"{name!r}, a global of {function.__module__}"] = function.__globals__[name]
         if "random" in names:  # perhaps imported inside
-            found |= {"random": random, "numpy.random": np.random}
-        for label, value in found.items():
+            reached |= {"random": random, "numpy.random": np.random}
+        for label, value in reached.items():
             self._value(label, value, names, _is_installed(function))
 
     def _value(self, label: str, value: Any, names: set[str], installed: bool) -> None:

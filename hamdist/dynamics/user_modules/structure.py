@@ -5,8 +5,8 @@ from __future__ import annotations
 import dataclasses
 import operator
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
-from typing import Any
+from functools import lru_cache
+from typing import Any, NamedTuple
 
 
 class Field(str):
@@ -15,28 +15,30 @@ class Field(str):
     __slots__ = ()
 
 
-@dataclass(frozen=True, slots=True)
-class Built:
+class Built(NamedTuple):
     """A namedtuple or dataclass of class `kind`, in a template: its parts by key."""
 
     kind: type
     parts: tuple[tuple[Any, Any], ...]
 
-    def value(self) -> Any:
-        """Return the object itself, of parts that are no templates."""
-        made = dict(self.parts)
-        if issubclass(self.kind, tuple):
-            return self.kind(*made.values())
-        if issubclass(self.kind, dict):
-            return self.kind(**made)
-        new = object.__new__(self.kind)
-        for name, part in made.items():  # (of a frozen one, too)
-            object.__setattr__(new, name, part)
-        return new
+
+def built(parts: Sequence[Any], kind: type, keys: Sequence[Any]) -> Any:
+    """Return a namedtuple or dataclass of class `kind` of its parts."""
+    if issubclass(kind, tuple):
+        return kind(*parts)
+    if issubclass(kind, dict):
+        pairs = dict(zip(keys, parts, strict=True))
+        return pairs if kind is dict else kind(**pairs)
+    new = object.__new__(kind)
+    for name, part in zip(keys, parts, strict=True):  # (of a frozen one, too)
+        object.__setattr__(new, name, part)
+    return new
 
 
 def parts_of(value: Any) -> list[tuple[Any, Any]] | None:
     """Return the parts by key; None for a value without parts."""
+    if _is_leaf(type(value)):  # type: ignore[arg-type]  # (to mypy a class has no hash)
+        return None
     if isinstance(value, Built):
         return list(value.parts)
     if isinstance(value, dict):
@@ -45,47 +47,30 @@ def parts_of(value: Any) -> list[tuple[Any, Any]] | None:
         names = getattr(value, "_fields", None)
         keys = range(len(value)) if names is None else map(Field, names)
         return list(zip(keys, value, strict=True))
-    place = type(value).__module__.startswith("hamdist.")  # in a template
-    if dataclasses.is_dataclass(value) and not isinstance(value, type) and not place:
-        return [(Field(f.name), getattr(value, f.name)) for f in dataclasses.fields(value)]
-    return None
+    return [(Field(f.name), getattr(value, f.name)) for f in dataclasses.fields(value)]
+
+
+@lru_cache(1024)
+def _is_leaf(kind: type) -> bool:
+    """Return True if objects of this class have no parts."""
+    place = kind.__module__.startswith("hamdist.")  # in a template
+    is_dataclass = dataclasses.is_dataclass(kind) and not place
+    return not is_dataclass and not issubclass(kind, (Built, dict, tuple, list))
 
 
 def filled(value: Any, parts: Sequence[Any]) -> Any:
     """Return a template like `value`, with other parts."""
-    if type(value) is list or type(value) is tuple:
-        return type(value)(parts)
-    keys = [key for key, _ in parts_of(value) or ()]
-    by_key = tuple(zip(keys, parts, strict=True))
-    if isinstance(value, Built):
-        return Built(value.kind, by_key)
-    if isinstance(value, dict) and not dataclasses.is_dataclass(value):
-        return dict(by_key)
-    if isinstance(value, tuple) and not hasattr(value, "_fields"):  # a torch.Size
+    if type(value) is tuple:
         return tuple(parts)
-    return Built(type(value), by_key)
+    made = hasattr(value, "_fields") or dataclasses.is_dataclass(value)
+    if not made and not isinstance(value, dict):  # (a torch.Size becomes a tuple)
+        return list(parts) if isinstance(value, list) else tuple(parts)
+    by_key = tuple(zip([key for key, _ in parts_of(value) or ()], parts, strict=True))
+    if not made:
+        return dict(by_key)
+    return Built(value.kind if isinstance(value, Built) else type(value), by_key)
 
 
 def getter(key: Any) -> Callable[[Any, Any], Any]:
     """Return the function that takes the part of this key out of a value."""
     return getattr if isinstance(key, Field) else operator.getitem
-
-
-def part_of(value: Any, key: Any) -> Any:
-    """Return one part, by its key."""
-    return getter(key)(value, key)
-
-
-def objects(value: Any) -> Any:
-    """Return a template without places, with its namedtuples and dataclasses as objects."""
-    parts = parts_of(value)
-    if parts is None:
-        return value
-    made = filled(value, [objects(part) for _, part in parts])
-    return made.value() if isinstance(made, Built) else made
-
-
-def has_built(template: Any) -> bool:
-    """Return True if a template makes a namedtuple or a dataclass."""
-    inner = (part for _, part in parts_of(template) or ())
-    return isinstance(template, Built) or any(map(has_built, inner))

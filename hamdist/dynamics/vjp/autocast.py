@@ -54,8 +54,8 @@ class AutocastFunction(LocalFunction):
         self._measured: list[float] = []
 
     def snapshot(self) -> dict[str, Any]:
-        own = {"calls": self._calls, "measured": self._measured}
-        return {"cell": super().snapshot(), **own}
+        counts = {"calls": self._calls, "measured": self._measured}
+        return {"cell": super().snapshot(), **counts}
 
     def restore(self, state: Mapping[str, Any]) -> None:
         check_names("cell under autocast", state, ("cell", "calls", "measured"))
@@ -65,21 +65,21 @@ class AutocastFunction(LocalFunction):
     @property
     def rounding(self) -> Rounding | None:
         """Return the measured rounding; None before the first pass."""
-        found = self._measured
-        if not found:
+        measured = self._measured
+        if not measured:
             return None
-        return Rounding(len(found), sum(found) / len(found), max(found))
+        return Rounding(len(measured), sum(measured) / len(measured), max(measured))
 
     def _call(self, arguments: list[Tensor], theta: list[Tensor]) -> object:
         self._calls += 1
         due = self._calls & (self._calls - 1) == 0
         exact = self._without(arguments) if due else None
         with torch.autocast(self._device, torch.bfloat16):
-            found = super()._call(arguments, theta)
-        if not isinstance(found, Tensor):
-            return found
+            output = super()._call(arguments, theta)
+        if not isinstance(output, Tensor):
+            return output
         like = self._parameters[0].dtype if self._parameters else arguments[0].dtype
-        rounded = found.to(like) if found.is_floating_point() else found
+        rounded = output.to(like) if output.is_floating_point() else output
         if isinstance(exact, Tensor):
             self._note(rounded.detach(), exact)
         return rounded
@@ -87,16 +87,16 @@ class AutocastFunction(LocalFunction):
     @torch.no_grad()
     def _without(self, arguments: Sequence[Tensor]) -> object:
         """Run the same pass by a copy, with the same random numbers and without side effects."""
-        own = copy.deepcopy(self._random) if isinstance(self._random, OwnGenerator) else None
+        random = copy.deepcopy(self._random) if isinstance(self._random, OwnGenerator) else None
         module = copied(self.module)
-        given = [argument.detach().clone() for argument in arguments]
-        if own is None:
-            return module(*given)
-        with own:
-            return module(*given)
+        inputs = [argument.detach().clone() for argument in arguments]
+        if random is None:
+            return module(*inputs)
+        with random:
+            return module(*inputs)
 
-    def _note(self, found: Tensor, exact: Tensor) -> None:
+    def _note(self, output: Tensor, exact: Tensor) -> None:
         size = float(torch.linalg.vector_norm(exact, dtype=torch.float64))
         if size > 0:
-            apart = float(torch.linalg.vector_norm(found - exact, dtype=torch.float64))
+            apart = float(torch.linalg.vector_norm(output - exact, dtype=torch.float64))
             self._measured.append(apart / size)

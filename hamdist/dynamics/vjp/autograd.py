@@ -153,7 +153,7 @@ class LocalFunction(Remembers):
         self._weights_at = {p.untyped_storage().data_ptr() for p in module.parameters()}
         self._pieces = any(isinstance(m, TracedModule) for m in module.modules())
         self._copies = self._foreign or any(
-            getattr(m, "inplace", False) or (isinstance(m, TracedModule) and m.writes)
+            getattr(m, "inplace", False) or (isinstance(m, TracedModule) and m.hamdist_writes)
             for m in module.modules()
         )
 
@@ -190,8 +190,8 @@ class LocalFunction(Remembers):
                 f"the module returned {type(output).__name__}, not a tensor; return the one tensor "
                 "that its children read"
             )
-        own = output.clone() if self._is_own(output) else output
-        return ForwardRecord(leaves, theta, own, inputs, read)
+        apart = output.clone() if self._is_own(output) else output
+        return ForwardRecord(leaves, theta, apart, inputs, read)
 
     def _is_own(self, output: Tensor) -> bool:
         """Return True if the module may write to the memory of `output` later.
@@ -237,10 +237,10 @@ class LocalFunction(Remembers):
         wanted = len(wrt)
         wrt += record.theta if weights else []
         output = record.output
-        found: Sequence[Tensor | None] = [None] * len(wrt)
+        pulled: Sequence[Tensor | None] = [None] * len(wrt)
         if wrt and output.requires_grad:
             try:
-                found = torch.autograd.grad(
+                pulled = torch.autograd.grad(
                     output, wrt, cotangent, allow_unused=True, retain_graph=keep
                 )
             except RuntimeError:
@@ -250,7 +250,7 @@ class LocalFunction(Remembers):
                 raise
         grads = [
             torch.zeros_like(w) if g is None else g.to_dense() if g.is_sparse else g
-            for g, w in zip(found, wrt, strict=True)
+            for g, w in zip(pulled, wrt, strict=True)
         ]
         to_inputs = iter(grads[:wanted])
         per_parent = [
@@ -317,10 +317,10 @@ class LocalFunction(Remembers):
         yield from nested_slots(record.read, "read")
 
 
-def _write(own: Mapping[str, Tensor], saved: Mapping[str, Tensor]) -> None:
+def _write(tensors: Mapping[str, Tensor], saved: Mapping[str, Tensor]) -> None:
     """Copy saved tensors; raise SnapshotError where names or shapes differ."""
-    check_names("module", saved, own)
-    for name, tensor in own.items():
+    check_names("module", saved, tensors)
+    for name, tensor in tensors.items():
         if tensor.shape != saved[name].shape:
             raise SnapshotError(
                 f"{name!r} has shape {tuple(tensor.shape)}, the saved one "
@@ -341,7 +341,7 @@ def _foreign(module: nn.Module) -> bool:
     An invertible map counts as known.
     """
     return any(
-        m.is_whole
+        m.hamdist_whole
         if isinstance(m, TracedModule)
         else not type(m).__module__.startswith("torch.nn.modules.")
         for m in module.modules()
@@ -358,10 +358,10 @@ def draws(module: nn.Module) -> bool:
 
 def random_parts(module: nn.Module) -> list[nn.Module]:
     """Return the parts of `module` that draw random numbers: torch's layers, invertible maps."""
-    found = []
+    parts = []
     for part in module.modules():
         rate = getattr(part, "dropout", 0.0)  # a number (attention, recurrent nets), or a module
-        chance = isinstance(part, TracedModule) and part.draws
+        chance = isinstance(part, TracedModule) and part.hamdist_draws
         if chance or isinstance(part, _RANDOM) or (isinstance(rate, (int, float)) and rate):
-            found.append(part)
-    return found
+            parts.append(part)
+    return parts

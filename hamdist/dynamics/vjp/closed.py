@@ -59,13 +59,13 @@ class ClosedFunction(LocalFunction):
             x = inputs[0]
             x = x.detach() if x.requires_grad else x
             before = None if old is None or only.lasting else old.kept[0]
-            made = only.kernel.forward(before, x)
-            return Steps([made], [x], (wanted[0] and x.is_floating_point(),), made[0])
-        given = [t.detach() if t.requires_grad else t for t in inputs]
-        wants = tuple(w and t.is_floating_point() for w, t in zip(wanted, given, strict=True))
+            output = only.kernel.forward(before, x)
+            return Steps([output], [x], (wanted[0] and x.is_floating_point(),), output[0])
+        states = [t.detach() if t.requires_grad else t for t in inputs]
+        wants = tuple(w and t.is_floating_point() for w, t in zip(wanted, states, strict=True))
         before = None if old is None else old.kept
-        kept = run_steps(self._steps, combined(self._combine, given), before)
-        return Steps(kept, given, wants, kept[-1][0])
+        kept = run_steps(self._steps, combined(self._combine, states), before)
+        return Steps(kept, states, wants, kept[-1][0])
 
     def pull(  # type: ignore[override]
         self,
@@ -94,8 +94,8 @@ class ClosedFunction(LocalFunction):
         if g is None:
             return to_parents, []
         if g.moved < len(g):
-            for i, made in enumerate(g):
-                if made is None:
+            for i, gradient in enumerate(g):
+                if gradient is None:
                     g[i] = torch.zeros_like(self.theta[i])
         return to_parents, cast("list[Gradient]", g)
 
@@ -175,11 +175,7 @@ def closed_cell(
 ) -> ClosedFunction | None:
     """Return the closed form of `module` with so many parents; None where it has none.
 
-    <<<<<<< HEAD
-        native: kernels that follow each other run in C (native/chain.py).
-    =======
-        native: its chains of linear layers run in C (native/rows.py).
-    >>>>>>> main
+    native: kernels that follow each other run in C (native/chain.py).
     """
     program = read_program(module, len(_combined_places(combine, parents)), native=native)
     return None if program is None else ClosedFunction(module, combine, seed, program)

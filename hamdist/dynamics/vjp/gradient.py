@@ -47,9 +47,9 @@ class Gradients(list["Gradient | None"]):
         self.moved = 0
         self.later: list[Callable[[Gradients], None]] = []  # (of which none may hold this list)
 
-    def put(self, places: Sequence[int | None], found: Sequence[Gradient | None]) -> None:
+    def put(self, places: Sequence[int | None], gradients: Sequence[Gradient | None]) -> None:
         """Set the gradients of a kernel's weights, each at its place; None: not trained."""
-        for place, gradient in zip(places, found, strict=True):
+        for place, gradient in zip(places, gradients, strict=True):
             if place is not None:
                 self[place] = gradient
 
@@ -111,8 +111,8 @@ class TableRows:
     moved: bool = False
 
     def dense(self) -> Tensor:
-        made = self.z.new_zeros(self.many, self.z.shape[1])
-        return made.index_add_(0, self.index, self.z)
+        table = self.z.new_zeros(self.many, self.z.shape[1])
+        return table.index_add_(0, self.index, self.z)
 
     def add_to(self, tensor: Tensor, alpha: float, beta: float = 1.0) -> None:
         """Set tensor = beta tensor + alpha g, in place."""
@@ -156,10 +156,10 @@ def add_to(tensor: Tensor, g: Gradient, alpha: float, beta: float = 1.0) -> None
 
 
 def _norms(tensors: list[Tensor]) -> list[float]:
-    found = [rows.norm(t) for t in tensors]
-    if None in found:
+    norms = [rows.norm(t) for t in tensors]
+    if None in norms:
         return [float(n) for n in torch._foreach_norm(tensors)]
-    return cast("list[float]", found)
+    return cast("list[float]", norms)
 
 
 def norm_of(g: Sequence[Gradient]) -> float:

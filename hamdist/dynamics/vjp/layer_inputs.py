@@ -46,13 +46,13 @@ class LayerInputs:
 
     def __init__(self, module: nn.Module, theta: Sequence[Tensor]) -> None:
         places = {id(p): i for i, p in enumerate(theta)}
-        found = [
+        layers = [
             InputLayer(m, places[id(m.weight)], places[id(m.bias)])
             for m in module.modules()
             if is_watched(m) and id(m.weight) in places and id(m.bias) in places
         ]
-        many = Counter(place for one in found for place in (one.weight, one.bias))
-        self.layers = [one for one in found if many[one.weight] == many[one.bias] == 1]
+        many = Counter(place for one in layers for place in (one.weight, one.bias))
+        self.layers = [one for one in layers if many[one.weight] == many[one.bias] == 1]
 
     @contextmanager
     def reading(self) -> Iterator[list[list[Tensor]]]:
@@ -94,12 +94,12 @@ def rows_of(layer: nn.Linear | nn.Conv2d, inputs: Sequence[Tensor]) -> Tensor:
 def _patches(layer: nn.Conv2d, x: Tensor) -> Tensor:
     """Return the patches (B, patches, I) of images (B, C, S, S)."""
     padding: Any = 0 if layer.padding == "valid" else layer.padding
-    found = nn.functional.unfold(x, layer.kernel_size, layer.dilation, padding, layer.stride)
-    return found.transpose(1, 2)
+    patches = nn.functional.unfold(x, layer.kernel_size, layer.dilation, padding, layer.stride)
+    return patches.transpose(1, 2)
 
 
 def _noting(into: list[Tensor]) -> Any:
-    def note(_: nn.Module, given: tuple[Tensor, ...]) -> None:
-        into.append(given[0].detach())
+    def note(_: nn.Module, arguments: tuple[Tensor, ...]) -> None:
+        into.append(arguments[0].detach())
 
     return note

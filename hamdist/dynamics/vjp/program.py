@@ -251,7 +251,7 @@ class _Program:
         if node.op == "call_module":
             if len(node.args) != 1 or node.kwargs or len(read) != 1:
                 raise _Unknown
-            return self._layer(parts[str(node.target)], at[0], alone=alone)
+            return self._layer(parts.get(str(node.target)), at[0], alone=alone)
         if node.kwargs not in ({}, {"inplace": False}):
             raise _Unknown
         if node.target in (operator.add, torch.add, operator.iadd) and len(at) == 2:
@@ -284,13 +284,8 @@ def _is_chain(module: nn.Module) -> bool:
 
 def _trace(module: nn.Module) -> fx.Graph:
     """Return the operations of forward; raise _Unknown where they may differ between calls."""
-    if isinstance(
-        module, TracedModule
-    ):  # written down already, whole where it depends on Python state
-        known = module.fx_graph()
-        if known is None:
-            raise _Unknown
-        return known
+    if isinstance(module, TracedModule):  # (whole where it depends on Python state)
+        return module.hamdist_graph
     if not is_pure(module):
         raise _Unknown
     try:

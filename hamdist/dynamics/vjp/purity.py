@@ -55,8 +55,8 @@ def is_constant(value: Any) -> bool:
 
 def _pure_part(part: nn.Module, root: nn.Module, known: dict[int, bool]) -> bool:
     kind = type(part)
-    own = [base for base in kind.__mro__[:-1] if not base.__module__.startswith(OWN)]
-    special = {n for base in own for n in vars(base) if n.startswith("__")} - _HARMLESS
+    bases = [base for base in kind.__mro__[:-1] if not base.__module__.startswith(OWN)]
+    special = {n for base in bases for n in vars(base) if n.startswith("__")} - _HARMLESS
     return not special and _pure_function(kind.forward, root, known)
 
 
@@ -98,8 +98,8 @@ def _pure_attribute(name: str, root: nn.Module, known: dict[int, bool]) -> bool:
             continue
         if not hasattr(part, name):
             continue
-        found = vars(part).get(name, getattr(type(part), name, part))
-        if not is_constant(found) and not _pure_function(found, root, known):
+        attribute = vars(part).get(name, getattr(type(part), name, part))
+        if not is_constant(attribute) and not _pure_function(attribute, root, known):
             return False
         means = True
     return means

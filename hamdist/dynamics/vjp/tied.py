@@ -105,10 +105,12 @@ class TiedFunction(LocalFunction):
 
     def take(self) -> dict[str, Tensor] | None:
         """Return the gradients of borrowed weights from the latest pull; None without one."""
-        found, self._for_owners = self._for_owners, None
-        return found
+        gradients, self._for_owners = self._for_owners, None
+        return gradients
 
     def overwrite(self, names: Sequence[str], numbers: Tensor) -> None:
         """Overwrite borrowed weights with the values of their owner."""
-        for own, new in zip(self.weights(names), parted(numbers, self.weights(names)), strict=True):
-            own.copy_(new)
+        for weight, new in zip(
+            self.weights(names), parted(numbers, self.weights(names)), strict=True
+        ):
+            weight.copy_(new)

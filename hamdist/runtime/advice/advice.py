@@ -45,34 +45,34 @@ LONG_SEQUENCE = 100
 
 def before(plan: Plan, settings: Settings) -> list[str]:
     """Return the warnings before the run."""
-    told = []
+    notes = []
     if settings.dynamics.beta is not None and "lr" in settings.learning.model_fields_set:
-        told.append(
+        notes.append(
             f"learning.lr {settings.learning.lr:g} has no effect: dynamics.beta "
             f"{settings.dynamics.beta:g} is the rate of the weights"
         )
     if plan.engine.kind is EngineKind.INPROCESS:
-        told += _no_links(settings)
+        notes += _no_links(settings)
     else:
-        told += open_endpoints(plan.engine)
-        told += _unused_spares(plan)
+        notes += open_endpoints(plan.engine)
+        notes += _unused_spares(plan)
     if plan.engine.address is None:
-        told += thread_warnings(plan.engine.processes(), plan.engine.threads, cores())
-    told += compression_warnings(plan.channels, plan.graph, plan.engine)
-    told += _late(plan, settings)
-    asked = make_locality(settings.level, settings.locality)
-    auto = asked.microbatches == "auto"
+        notes += thread_warnings(plan.engine.processes(), plan.engine.threads, cores())
+    notes += compression_warnings(plan.channels, plan.graph, plan.engine)
+    notes += _late(plan, settings)
+    knobs = make_locality(settings.level, settings.locality)
+    auto = knobs.microbatches == "auto"
     sample = example_sample(plan.spec)
     inputs = {INPUT: sample.u} if sample.inputs is None else by_parent(sample.inputs)
-    told += microbatch_warnings(plan.knobs, plan.graph, plan.spec, inputs, auto=auto)
-    told += _losses(plan)
-    told += _alone(plan)
-    told += _as_they_are(plan)
+    notes += microbatch_warnings(plan.knobs, plan.graph, plan.spec, inputs, auto=auto)
+    notes += _losses(plan)
+    notes += _alone(plan)
+    notes += _as_they_are(plan)
     if isinstance(plan.schedule, HoldSchedule):
-        told += dissipation_warnings(plan.graph, plan.dynamics)
-        told += reset_warnings(plan, plan.schedule)
-        told += _one_hop(plan)
-    return told
+        notes += dissipation_warnings(plan.graph, plan.dynamics)
+        notes += reset_warnings(plan, plan.schedule)
+        notes += _one_hop(plan)
+    return notes
 
 
 def _unused_spares(plan: Plan) -> list[str]:
@@ -87,18 +87,18 @@ def _unused_spares(plan: Plan) -> list[str]:
 
 def _late(plan: Plan, settings: Settings) -> list[str]:
     """Return the cost of labels that come late, as warnings."""
-    late, given = plan.spec.patience, settings.stream
+    late, stream = plan.spec.patience, settings.stream
     if late and not plan.spec.live:
-        kept = sum(math.prod(plan.shapes[r][0]) * plan.shapes[r][1].itemsize
+        nbytes = sum(math.prod(plan.shapes[r][0]) * plan.shapes[r][1].itemsize
                    for r in plan.graph.readouts)  # fmt: skip
         then = "shown again when its label comes, to learn from: two passes, its input waits, too"
         if plan.spec.kept:
             then = f"learned with the trace of that time: every block keeps {late} samples more"
         return [
             f"labels come up to {late} samples late: a sample is scored by its prediction from "
-            f"when it came (as many predictions wait, {late * kept / 1024:.1f} KiB), and {then}"
+            f"when it came (as many predictions wait, {late * nbytes / 1024:.1f} KiB), and {then}"
         ]
-    if given.late_targets and not given.again:
+    if stream.late_targets and not stream.again:
         return [
             "samples wait for their labels before they are predicted (stream.relearn: wait, or a "
             "pace): prequential scores are as if labels came at once"
@@ -108,10 +108,10 @@ def _late(plan: Plan, settings: Settings) -> list[str]:
 
 def _losses(plan: Plan) -> list[str]:
     """Warn where the choice of learned outputs is implicit, and of weights that do not learn."""
-    told = []
+    notes = []
     readouts = plan.graph.unsliced.readouts
     if len(readouts) > 1 and plan.spec.targets is None and plan.graph.unsliced.was_cut:
-        told.append(
+        notes.append(
             f"the model returns {len(readouts)} outputs and the stream has one target, with which "
             f"{', '.join(map(repr, readouts))} are all learned; leave one out by naming the losses "
             f"of the others, loss={{{readouts[0]!r}: 'cross-entropy'}}"
@@ -125,12 +125,12 @@ def _losses(plan: Plan) -> list[str]:
             if weight.requires_grad
         ]
         if weights:
-            told.append(
+            notes.append(
                 f"the loss of {name!r} has weights of its own, which are not learned: "
                 f"{', '.join(weights)}; make them weights of the model, or freeze them with "
                 "requires_grad_(False)"
             )
-    return told
+    return notes
 
 
 def of_resumed(stream: Stream) -> list[str]:
@@ -154,25 +154,25 @@ def of_resumed(stream: Stream) -> list[str]:
 
 def _no_links(settings: Settings) -> list[str]:
     """Warn if settings of links have no effect in one process."""
-    told = []
+    notes = []
     if settings.partition.delays == "auto":
-        told.append(
+        notes.append(
             "partition.delays 'auto' in one process, which has no links: all delays are 1; give "
             "those of a run on Ray (its settings.yaml) to repeat it here"
         )
     if settings.engine.link_delay:
-        told.append(
+        notes.append(
             f"engine.link_delay {settings.engine.link_delay:g} has no effect in one process: it "
             "makes messages between actors late"
         )
     if settings.engine.ports is not None:
-        told.append(f"engine.ports {settings.engine.ports!r} has no effect in one process")
+        notes.append(f"engine.ports {settings.engine.ports!r} has no effect in one process")
     if settings.engine.device_signals is not DeviceSignals.AUTO:
-        told.append(
+        notes.append(
             f"engine.device_signals {settings.engine.device_signals.value!r} has no effect in one "
             "process, whose signals stay where they are"
         )
-    return told
+    return notes
 
 
 def open_endpoints(engine: EngineSettings) -> list[str]:
@@ -201,35 +201,35 @@ def lending_notes(engine: EngineSettings, lent: int, refusals: Sequence[Refusal]
     channels: dict[str, list[str]] = {}
     for channel, reason in refusals:
         channels.setdefault(reason, []).append(channel)
-    told = []
+    notes = []
     for reason, those in channels.items():
         more = "" if len(those) == 1 else f", and {len(those) - 1} more like it,"
-        told.append(
+        notes.append(
             f"signals between GPUs: {those[0]}{more} went through host memory: {reason}; "
             "engine.device_signals 'host' does so without a word"
         )
-    return told
+    return notes
 
 
 def unmeasured_notes(reason: str, places: bool, delays: bool) -> list[str]:
     """Warn that the steps of the blocks could not be measured."""
-    told = []
+    notes = []
     if places:
-        told.append(
+        notes.append(
             "the blocks are spread by their parameters: their steps could not be measured "
             f"({reason})"
         )
     if delays:
-        told.append(
+        notes.append(
             f"partition.delays 'auto': all delays are 1, for the steps of the blocks could not be "
             f"measured ({reason}); give them as numbers"
         )
-    return told
+    return notes
 
 
 def _as_they_are(plan: Plan) -> list[str]:
     """Warn if `learning.inputs` has no effect."""
-    found = []
+    names = []
     for name, block in plan.graph.blocks.items():
         linear = any(isinstance(m, (nn.Linear, nn.Conv2d)) for m in block.module.modules())
         if plan.dynamics.of(name).inputs is None or not linear:
@@ -237,11 +237,11 @@ def _as_they_are(plan: Plan) -> list[str]:
         theta = [p for p in block.module.parameters() if p.requires_grad]
         rewinds = plan.knobs.memory is Memory.REVERSIBLE
         if rewinds or not LayerInputs(block.module, theta).layers:
-            found.append(name)
-    if not found:
+            names.append(name)
+    if not names:
         return []
     return [
-        f"learning.inputs has no effect on {', '.join(found)}: it needs linear layers or "
+        f"learning.inputs has no effect on {', '.join(names)}: it needs linear layers or "
         "convolutions with weights and a bias of their own, and another memory than 'reversible'"
     ]
 
@@ -320,24 +320,24 @@ def end_of_stream(plan: Plan, outcome: Outcome) -> list[str]:
 
 def reset_warnings(plan: Plan, schedule: HoldSchedule) -> list[str]:
     """Warn if states are cleared before they can have an effect."""
-    told = []
+    notes = []
     late = max(schedule.target_lag(r) for r in plan.graph.readouts)
     reset, c = plan.dynamics.reset, schedule.c
-    own = plan.knobs.target is TargetOf.SAMPLE
-    if reset.h is Reset.SEQUENCE and own and c <= late:
-        told.append(
+    by_sample = plan.knobs.target is TargetOf.SAMPLE
+    if reset.h is Reset.SEQUENCE and by_sample and c <= late:
+        notes.append(
             f"dynamics.reset.h 'sequence' with speed {c}: a prediction stands at the readout "
             f"{late} ticks after its sample, so nothing is learned of the last {-(-late // c)} "
             f"sample(s) of a sequence; use locality.speed {late + 1} or more"
         )
     needed = plan.graph.depth + 1 - (plan.knobs.order is Order.SEQUENTIAL)
     if reset.z is Reset.SAMPLE and c < needed:
-        told.append(
+        notes.append(
             f"dynamics.reset.z 'sample' with speed {c}: costates are cleared before they have come "
             f"back to the first blocks, whose weights will not move; use locality.speed {needed} "
             "or more"
         )
-    return told
+    return notes
 
 
 def _one_hop(plan: Plan) -> list[str]:

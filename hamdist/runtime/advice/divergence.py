@@ -12,9 +12,9 @@ from hamdist.runtime.plan.plan import Plan
 def explained(error: DivergedError, plan: Plan) -> DivergedError:
     """Return the same error with its likely cause."""
     cause = error.cause or _cause(error, plan)
-    made = DivergedError(error.block, error.tick, error.quantity, error.norm, cause)
-    made.outcome = error.outcome
-    return made
+    explained_error = DivergedError(error.block, error.tick, error.quantity, error.norm, cause)
+    explained_error.outcome = error.outcome
+    return explained_error
 
 
 def _cause(error: DivergedError, plan: Plan) -> str:

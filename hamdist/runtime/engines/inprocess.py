@@ -28,6 +28,8 @@ from hamdist.streams.live import live_of
 from hamdist.streams.sample import Stream
 
 PROGRESS_SECONDS = 0.25
+LATEST = 4  # times as long at most, where a report costs more of the processor's time than this:
+REPORT_SHARE = 0.004
 DRIVER = "driver"  # the only process
 
 
@@ -52,7 +54,8 @@ class InProcessEngine:
         writer = None if snapshot_policy is None else snapshot_policy.snapshot_writer
         sampler = Sampler(plan, [source, *nodes], mailbox, writer=writer)
         started = time.perf_counter()
-        due = started
+        due = latest = started
+        reported = cost = 0.0  # processor seconds: at the end of the latest report, and of it
         diverged: DivergedError | None = None
 
         actor = NetworkActor(DRIVER, socket.gethostname(), list(plan.graph.blocks))
@@ -83,15 +86,22 @@ class InProcessEngine:
             )
 
         def between() -> None:
-            nonlocal due
+            nonlocal due, reported, cost, latest
             if snapshot_policy is not None:
                 snapshot_policy.look()
             if not ending.reports:
                 return
             sampler.look()
-            if time.perf_counter() >= due:
-                due = time.perf_counter() + PROGRESS_SECONDS
-                ending.report(progress())
+            now = time.perf_counter()
+            if now < due:
+                return
+            begin = time.process_time()
+            due = now + PROGRESS_SECONDS
+            if begin - reported < cost / REPORT_SHARE and now < latest:
+                return
+            ending.report(progress())
+            reported = time.process_time()
+            cost, latest = reported - begin, now + LATEST * PROGRESS_SECONDS
 
         stop = (
             source.stop.set
@@ -131,7 +141,7 @@ class InProcessEngine:
         if ending.reports:
             ending.report(progress())
         seconds, time_use = time.perf_counter() - started, sampler.seconds
-        peak, own = peak_bytes(), own_bytes()  # before the states are copied
+        peak, now = peak_bytes(), own_bytes()  # before the states are copied
         blocks = {n.name: n.state() for n in nodes}
         outcome = Outcome(
             blocks=blocks,
@@ -146,7 +156,7 @@ class InProcessEngine:
             bytes_per_edge=dict(mailbox.payload_bytes),
             compression=mailbox.compression,
             peak_memory={DRIVER: peak},
-            own_memory={DRIVER: own},
+            own_memory={DRIVER: now},
             smoothness=source.smoothness.frames,
             placement=[list(plan.graph.blocks)],
             stream=source.counts,

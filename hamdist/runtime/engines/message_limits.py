@@ -38,6 +38,6 @@ def slot_bytes(plan: Plan, channel: Channel) -> int:
     shape, dtype = plan.shapes[channel.sender]
     if channel.kind is Kind.STATE:
         return math.prod(shape) * dtype.itemsize
-    shape, own = plan.shapes[channel.receiver]
+    shape, state_dtype = plan.shapes[channel.receiver]
     brings = 2 if channel.receiver in plan.reversible else 1
-    return math.prod(shape) * max(own.itemsize, dtype.itemsize) * brings
+    return math.prod(shape) * max(state_dtype.itemsize, dtype.itemsize) * brings

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from time import perf_counter
 from typing import Any
 
 from hamdist.dynamics.graph.graph import INPUT
 from hamdist.runtime.engines.tracer import Tracer
-from hamdist.runtime.engines.update_probe import UpdateNorms, UpdateProbe, UpdateProbes
+from hamdist.runtime.engines.update_probe import UpdateProbe, update_norms, update_probes
 from hamdist.runtime.nodes.mailbox import Mailbox
 from hamdist.runtime.plan.plan import Plan
 from hamdist.runtime.process.process_memory import resident_bytes
@@ -18,7 +18,8 @@ from hamdist.runtime.results.trace import TraceSpan
 from hamdist.runtime.transport.transport import Endpoints
 
 PAUSE_SECONDS = 1.0  # between two samples of the norms
-SHARE = 0.003  # of the time that they may take
+SHARE = 0.001  # of the time that they may take
+KEPT = 4  # probes that wait to be fetched
 
 
 class Sampler:
@@ -51,10 +52,13 @@ class Sampler:
         self._before = {n.name: n.seconds for n in self._nodes}  # of the run that this one resumes
         self._norms: dict[str, Norms] = {}
         moving = [node for node in self._nodes if node.name not in plan.silent]
-        self._update_norms = UpdateNorms([n for n in moving if n.block.weights.theta])
-        self._probes: UpdateProbes | None = None
+        self._moving = [node for node in moving if node.block.weights.theta]
+        self._updates: dict[str, float] = {}  # norms
+        self._probes: deque[UpdateProbe] = deque(maxlen=KEPT)
+        self._probing = None
         if plan.metrics.alignment is not None:
-            self._probes = UpdateProbes(plan, self._nodes, self._source)
+            self._probing = update_probes(plan, self._nodes, self._source, self._probes)
+        self._watched: Iterator[None] | None = None
         self._spent = 0.0  # in measuring, since the norms were due
         self._draws = plan.metrics.histograms
         self._histograms: dict[str, dict[str, Histogram]] = {}
@@ -68,18 +72,19 @@ class Sampler:
 
     def look(self) -> None:
         """Take the norms of all blocks, if they are due, and look at updates that are watched."""
-        now, norms = perf_counter(), self._update_norms
-        if self._probes is not None:
-            self._probes.look()
-        if norms.due:
-            norms.look()
+        now = perf_counter()
+        if self._probing is not None:
+            next(self._probing)
+        if self._watched is not None:
+            if next(self._watched, self) is self:
+                self._watched = None
             self._spent += perf_counter() - now
         if now < self._due:
             return
         self._norms = {node.name: node.contents().norms() for node in self._nodes}
         if self._draws:
             self._histograms = {node.name: node.contents().histograms() for node in self._nodes}
-        norms.begin()
+        self._watched = self._watched or update_norms(self._moving, self._updates)
         after = perf_counter()
         self._due = after + max(PAUSE_SECONDS, (self._spent + after - now) / SHARE)
         self._spent = 0.0
@@ -115,15 +120,13 @@ class Sampler:
             edges[edge] = edges.get(edge, EdgeCounts()) + EdgeCounts(nbytes)
         stream = {} if self._source is None else dict(self._source.counts)
         spent, memory = self.seconds, resident_bytes()
-        latest = self._update_norms.latest
-        norms = {n: one._replace(update=latest.get(n)) for n, one in self._norms.items()}
+        steps = dict(self._updates)
+        norms = {n: one._replace(update=steps.get(n)) for n, one in self._norms.items()}
         late = {n.name: dict(n.staleness) for n in self._nodes if getattr(n, "staleness", None)}
-        own = norms, self._steps, edges, stream, self._histograms, late
-        return ProcessSample(spent, memory, *own, self._fetched())
+        measured = norms, self._steps, edges, stream, self._histograms, late
+        return ProcessSample(spent, memory, *measured, self._fetched())
 
     def _fetched(self) -> Sequence[UpdateProbe]:
         """Return the probes to fetch; those of blocks are returned once, for they are large."""
-        waiting: deque[UpdateProbe] = deque() if self._probes is None else self._probes.taken
-        if not self._nodes:
-            return list(waiting)
-        return [waiting.popleft() for _ in range(len(waiting))]
+        probes = self._probes
+        return [probes.popleft() for _ in range(len(probes))] if self._nodes else list(probes)

@@ -48,8 +48,8 @@ class Tracer:
             owners = [(node.block, method, name) for method, name in PHASES.items()]
             for owner, method, name in [*owners, (node.block.weights, "move", "update")]:
                 if callable(getattr(owner, method, None)):
-                    made = lambda *_, n=node, name=name, **__: (n.name, name, n.event.tick)  # noqa: E731
-                    self._wrap(owner, method, made)
+                    label = lambda *_, n=node, name=name, **__: (n.name, name, n.event.tick)  # noqa: E731
+                    self._wrap(owner, method, label)
         if writer is not None:
             self._wrap(writer, "reach", lambda tick: ("snapshots", "snapshot", tick))
 

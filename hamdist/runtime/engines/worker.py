@@ -167,11 +167,11 @@ class Worker:
     def _gpu_sender(self, channel: Channel, address: str) -> GpuRingSender | None:
         self._gpu_senders.pop(channel.number, None)
         memory = self._memory(channel, channel.sender)
-        asked = address.startswith(GPU_SCHEME)
+        is_gpu = address.startswith(GPU_SCHEME)
         cast_plan = self._plan.cast_plans.get(channel.receiver)
         to_gpu = cast_plan is not None and cast_plan.device.startswith("cuda")
         too_long = to_gpu and address.startswith(IPC) and not takes(channel)
-        if memory is None or not (asked or too_long):
+        if memory is None or not (is_gpu or too_long):
             return None
         gpu_sender = GpuRingSender(memory, channel, self._plan.run, slot_bytes(self._plan, channel))
         if too_long:
@@ -223,6 +223,7 @@ class Worker:
         self._transport.allow(key)
 
     def withdraw(self, key: str) -> None:
+        """Forget the key of a process that has gone."""
         self._transport.withdraw(key)
 
     def run(self, index: int = 0, actors: int = 0) -> WorkerReport:
@@ -295,23 +296,23 @@ class Worker:
             self._requests.serve()
         self._sampler.look()
 
-    def status(self, seen: int, every: int | None) -> WorkerStatus:
-        """Return the status, in another thread; `seen`: windows that the caller has, of `every`
-        samples.
+    def status(self, seen: int, joined: int | None) -> WorkerStatus:
+        """Return the status, in another thread; `seen`: windows that the caller has, which
+        had been joined so often.
         """
         measured = {n.name: n.metrics for n in self._nodes if n.metrics is not None}
         metrics = measured.pop(next(iter(measured), ""), None)
         others = {name: other.windows[-LATEST:] for name, other in measured.items()}
-        now = None if metrics is None else metrics.every  # before the windows, which it may join
+        now = None if metrics is None else metrics.joined  # before the windows, which it may join
         windows = [] if metrics is None else metrics.windows
-        first = seen if every == now else 0
+        first = seen if joined == now else 0
         return WorkerStatus(
             ticks={n.name: n.event.tick for n in self._nodes},
             updates={n.name: n.block.weights.updates for n in self._nodes},
             samples=0 if self._source is None else self._source.samples,
             windows=windows[first:],
             first=first,
-            every=now,
+            joined=now,
             others=others,
             sample=self._sampler.sample(),
             wait=self._wait(),
@@ -340,12 +341,12 @@ class Worker:
 
     def news(self, seconds: float) -> list[Any]:
         """Return what the blocks have for the driver; waits so long for something."""
-        found = []
+        addresses = []
         with contextlib.suppress(Empty):
-            found.append(self._news.get(timeout=seconds))
+            addresses.append(self._news.get(timeout=seconds))
             while True:
-                found.append(self._news.get_nowait())
-        return found
+                addresses.append(self._news.get_nowait())
+        return addresses
 
     def stop_stream(self) -> None:
         """End the stream at its next sample; samples under way are finished."""
@@ -357,4 +358,5 @@ class Worker:
         self._abort.set()
 
     def close(self) -> None:
+        """Close the transport."""
         self._transport.close()

@@ -73,7 +73,7 @@ class SnapshotNews:
 class WorkerStatus:
     """Status of a running process; ticks and updates are by block.
 
-    The windows are those of its first readout from number `first` on, `every` samples each
+    The windows are those of its first readout from number `first` on, `joined` so often
     (None: no readout here); others: the latest ones of its other readouts.
     """
 
@@ -82,7 +82,7 @@ class WorkerStatus:
     samples: int
     windows: list[Window]
     first: int
-    every: int | None
+    joined: int | None
     others: Mapping[str, list[Window]]
     sample: ProcessSample
     wait: BlockedChannel | None

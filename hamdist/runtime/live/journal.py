@@ -140,7 +140,9 @@ def packed(tensors: Mapping[str, Any], facts: dict[str, str] | None = None) -> b
 
 
 def named(name: str, value: Any) -> dict[str, Tensor | None]:
-    """Return one tensor, or those of a dict, by names for a file: 'u', or 'u.NAME'."""
+    """Return one tensor, or those of a dict or tuple, by names for a file: 'u', or 'u.NAME'."""
+    if isinstance(value, tuple):
+        value = dict(enumerate(value))
     if isinstance(value, Mapping):
         return {f"{name}.{key}": one for key, one in value.items()}
     return {name: value}

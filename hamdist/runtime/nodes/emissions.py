@@ -82,18 +82,18 @@ class LiveBlock(Remembers):
         if signal is None or signal.payload is None:
             return self.of(pulse)
         self._heard[slot] = signal.payload.tolist()
-        told = emission_of(self._heard[slot])
-        self._latest = (slot, told.shown - (told.kind is Emits.IDLE))
+        emission = emission_of(self._heard[slot])
+        self._latest = (slot, emission.shown - (emission.kind is Emits.IDLE))
         _, rate, apart = self._rates[-1]
-        if told.kind is not Emits.IDLE:
-            self._fed = told.number if told.kind is Emits.SAMPLE else self._fed
-            apart = told.shown - self._fed
-            self._fed += told.kind is Emits.SAMPLE
-        if (told.rate, apart) != (rate, self._rates[-1][2]):
-            self._rates.append((told.shown, told.rate, apart))
-        if told.cut:
-            self.send(HandedOver(told.cut, self._name, state()))
-        return told
+        if emission.kind is not Emits.IDLE:
+            self._fed = emission.number if emission.kind is Emits.SAMPLE else self._fed
+            apart = emission.shown - self._fed
+            self._fed += emission.kind is Emits.SAMPLE
+        if (emission.rate, apart) != (rate, self._rates[-1][2]):
+            self._rates.append((emission.shown, emission.rate, apart))
+        if emission.cut:
+            self.send(HandedOver(emission.cut, self._name, state()))
+        return emission
 
     def of(self, pulse: int) -> Emission | None:
         """Return what was heard of an emission, as long as it is not forgotten."""
@@ -102,17 +102,17 @@ class LiveBlock(Remembers):
 
     def idle(self, pulse: int) -> bool:
         """Return True if the emission is idle."""
-        told = self.of(pulse)
-        return told is not None and told.kind is Emits.IDLE
+        emission = self.of(pulse)
+        return emission is not None and emission.kind is Emits.IDLE
 
     def number(self, pulse: int) -> int:
         """Return the number of a pulse without idle ones; an idle one has that of the latest."""
         if not self.patience:
             return pulse
-        (slot, part), told = divmod(pulse, self._parts), self.of(pulse)
+        (slot, part), emission = divmod(pulse, self._parts), self.of(pulse)
         shown = self._latest[1] + slot - self._latest[0]  # (behind the end of the stream)
-        if told is not None:
-            shown = told.shown - (told.kind is Emits.IDLE)
+        if emission is not None:
+            shown = emission.shown - (emission.kind is Emits.IDLE)
         return max(0, shown) * self._parts + part
 
     def forget(self, pulse: int) -> None:
@@ -128,28 +128,28 @@ class LiveBlock(Remembers):
         """Return the factor of beta by sample: `scale`, times the rate that was set for it."""
 
         def factor(number: int) -> float:
-            told = (one for one in reversed(self._rates) if one[0] <= number)
-            _, rate, apart = next(told, self._rates[0])
+            rates = (one for one in reversed(self._rates) if one[0] <= number)
+            _, rate, apart = next(rates, self._rates[0])
             return scale(number - apart) * rate
 
         return factor if self.patience else scale
 
-    def answer(self, told: Emission, prediction: Tensor, version: int, event: Event) -> None:
+    def answer(self, emission: Emission, prediction: Tensor, version: int, event: Event) -> None:
         """Send the prediction of a sample that has come."""
-        self.send(Answered(self._name, told.number, prediction, version, event))
+        self.send(Answered(self._name, emission.number, prediction, version, event))
 
-    def ask(self, told: Emission, prediction: Tensor | None) -> int | None:
+    def ask(self, emission: Emission, prediction: Tensor | None) -> int | None:
         """Keep the prediction of an unlabelled sample; return the sample that is let go for it."""
-        self._asked[told.number] = prediction
+        self._asked[emission.number] = prediction
         if len(self._asked) <= self.patience:
             return None
         oldest = min(self._asked)
         del self._asked[oldest]
         return oldest
 
-    def asked(self, told: Emission) -> Tensor | None:
+    def asked(self, emission: Emission) -> Tensor | None:
         """Return the prediction that was made when a sample came whose label has come now."""
-        return self._asked.pop(told.number, None)
+        return self._asked.pop(emission.number, None)
 
 
 def emission_of(numbers: Sequence[float]) -> Emission:

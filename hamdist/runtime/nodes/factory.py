@@ -19,7 +19,6 @@ from collections.abc import Sequence
 from contextlib import nullcontext
 from dataclasses import replace
 from functools import partial
-from typing import Protocol
 
 import torch
 from torch import Tensor, nn
@@ -65,23 +64,6 @@ from hamdist.runtime.signals.cast import CastBorder
 from hamdist.streams.sample import parted
 
 
-class Node(Protocol):
-    """The interface through which loop.py steps a block or the stream.
-
-    Attributes:
-        tick: the tick of the next event; None when the node has finished.
-        late: True if the node comes after the others of the same tick.
-    """
-
-    name: str
-    late: bool
-    tick: int | None
-
-    def start(self) -> None: ...
-
-    def step(self) -> None: ...
-
-
 def ticks_of(nodes: Sequence[PulseNode | HoldNode | SequenceNode]) -> int:
     """Return how many ticks the nodes have completed."""
     return max((node.event.tick + 1 for node in nodes), default=0)
@@ -92,11 +74,11 @@ def make_node(plan: Plan, name: str, mailbox: Mailbox) -> PulseNode | HoldNode |
     parts = _Parts(plan, name)
     node: PulseNode | HoldNode | SequenceNode
     if plan.knobs.sequence:
-        node = _sequence_node(plan, parts, mailbox)
+        node = SequenceNode(plan, parts.spec, mailbox, _sequence_block(plan, parts))
     elif plan.knobs.pulse:
-        node = _pulse_node(plan, parts, mailbox)
+        node = PulseNode(plan, parts.spec, mailbox, _pulse_block(plan, parts))
     else:
-        node = _hold_node(plan, parts, mailbox)
+        node = HoldNode(plan, parts.spec, mailbox, _hold_block(plan, parts))
     node.live = parts.live
     return node
 
@@ -139,10 +121,11 @@ class _Parts(BlockParts):
         target = plan.spec.target(plan.taught_by if self.spec.loss is None else self.name)
         if plan.spec.weighted and target is not None:
             loss = Weighted(loss, partial(parted, spec=target), plan.ignore_index)
-        own = seeded_loss(loss, block_seed(plan.seed, seed_name), self.border.device)
-        return ReadoutLoss(own, self.dynamics, self.guard, native=plan.native)
+        seeded = seeded_loss(loss, block_seed(plan.seed, seed_name), self.border.device)
+        return ReadoutLoss(seeded, self.dynamics, self.guard, native=plan.native)
 
     def make_cell(self, module: nn.Module, seed_name: str) -> LocalFunction:
+        """Make the local function of the block's module, or of its output module."""
         combine, parents = self.spec.combine, len(self.spec.parents)
         if module is self.spec.output:
             combine, parents = Combine.ARGUMENTS, 1
@@ -177,6 +160,7 @@ class _Parts(BlockParts):
         return LocalFunction(module, combine, seed, stash=stash, device=device, watched=watched)
 
     def make_weights(self, cell: LocalFunction, prefix: str = "") -> Weights:
+        """Make the weights of a local function, with their costates."""
         names = [prefix + name for name in cell.names]
         return self._weights(cell.theta, self.dynamics, names)
 
@@ -228,15 +212,15 @@ class _Parts(BlockParts):
         module = heads.make(self.name, plan.shapes, plan.seed).to(self.border.device)
         seed_name = f"{self.name}/head"
         cell = self._cell(module, seed_name, Combine.CONCAT, 1)
-        own = replace(self.dynamics, average=None, betas=())
-        given = plan.graph.blocks[heads.readout].loss
-        if given is None:  # (a readout has one)
+        dynamics = replace(self.dynamics, average=None, betas=())
+        loss = plan.graph.blocks[heads.readout].loss
+        if loss is None:  # (a readout has one)
             raise TypeError(f"{heads.readout!r} has no loss")
-        taker = self.make_loss(given, f"{seed_name}/loss")
+        readout_loss = self.make_loss(loss, f"{seed_name}/loss")
         order, weight = plan.knobs.order, heads.weights[self.name]
-        own_weights = self._weights(cell.theta, own, [f"head.{name}" for name in cell.names])
-        course = self._scaled(own_weights, plan.course)
-        head = Head(cell, own_weights, taker, weight, course, constant_tau(own))
+        weights = self._weights(cell.theta, dynamics, [f"head.{name}" for name in cell.names])
+        course = self._scaled(weights, plan.course)
+        head = Head(cell, weights, readout_loss, weight, course, constant_tau(dynamics))
         weights = self.weights
         if plan.knobs.credit is Credit.MESSAGES:  # whose steps have an omega of their own
             beside = replace(self.dynamics, average=None, weight_cost=0.0, decay=0.0)
@@ -245,66 +229,61 @@ class _Parts(BlockParts):
         return HeadUpdate(head, self.cell, weights, self.dynamics, course)
 
 
-def _pulse_node(plan: Plan, p: _Parts, mailbox: Mailbox) -> PulseNode:
-    hands_back = [e.parent in plan.reversible for e in plan.graph.into[p.name]]
+def _pulse_block(
+    plan: Plan, p: _Parts
+) -> PulseBlock | ReversibleBlock | HeadBlock | RuleBlock | PulseReadout:
     if p.name in plan.silent and p.loss is None:
-        return PulseNode(plan, p.spec, mailbox, FrozenBlock(p, None))
-    if p.spec.rule is not None and p.loss is not None:
-        return PulseNode(plan, p.spec, mailbox, RuleReadout(p, p.loss, p.make_rule(p.spec.rule)))
+        return FrozenBlock(p, None)
     if p.spec.rule is not None:
-        block = RuleBlock(p, p.make_rule(p.spec.rule), constant_tau(p.dynamics))
-        return PulseNode(plan, p.spec, mailbox, block)
+        rule = p.make_rule(p.spec.rule)
+        if p.loss is not None:
+            return RuleReadout(p, p.loss, rule)
+        return RuleBlock(p, rule, constant_tau(p.dynamics))
     if p.loss is not None and plan.spec.kept:
-        return PulseNode(plan, p.spec, mailbox, KeepingReadout(p, p.loss))
+        return KeepingReadout(p, p.loss)
+    hands_back = [e.parent in plan.reversible for e in plan.graph.into[p.name]]
     if p.loss is not None:
         parts = p.microbatches
-        item = MicrobatchReading(parts, plan.ignore_index, p.loss) if parts > 1 else None
-        return PulseNode(plan, p.spec, mailbox, PulseReadout(p, p.loss, hands_back, item))
+        reading = MicrobatchReading(parts, plan.ignore_index, p.loss) if parts > 1 else None
+        return PulseReadout(p, p.loss, hands_back, reading)
     if p.name in plan.reversible:
-        return PulseNode(plan, p.spec, mailbox, ReversibleBlock(p, hands_back=any(hands_back)))
+        return ReversibleBlock(p, hands_back=any(hands_back))
     taught = p.make_taught()
     if plan.knobs.credit is Credit.HEADS:
-        return PulseNode(plan, p.spec, mailbox, HeadBlock(p, taught))
-    predicts = None
-    if Compensation.WEIGHT_PREDICTION in plan.knobs.compensation:
-        predicts = plan.delay(p.name)
-    return PulseNode(plan, p.spec, mailbox, PulseBlock(p, taught, predicts))
+        return HeadBlock(p, taught)
+    predicts = Compensation.WEIGHT_PREDICTION in plan.knobs.compensation
+    return PulseBlock(p, taught, plan.delay(p.name) if predicts else None)
 
 
-def _sequence_node(plan: Plan, p: _Parts, mailbox: Mailbox) -> SequenceNode:
-    truncation = 0 if p.name in plan.silent else plan.knobs.truncation
+def _sequence_block(plan: Plan, p: _Parts) -> SequenceBlock | SequenceReadout:
     if p.loss is not None:
-        read = SequenceReadout(p, p.loss, plan.knobs.truncation)
-        return SequenceNode(plan, p.spec, mailbox, read)
+        return SequenceReadout(p, p.loss, plan.knobs.truncation)
     shape, dtype = plan.shapes[p.name]
     h = p.border.own(torch.zeros(shape, dtype=dtype))
-    return SequenceNode(plan, p.spec, mailbox, SequenceBlock(p, h, truncation))
+    return SequenceBlock(p, h, 0 if p.name in plan.silent else plan.knobs.truncation)
 
 
-def _hold_node(plan: Plan, p: _Parts, mailbox: Mailbox) -> HoldNode:
+def _hold_block(plan: Plan, p: _Parts) -> HoldBlock | HoldReadout:
     if p.loss is not None and not p.spec.state:
-        return HoldNode(plan, p.spec, mailbox, HoldReadout(p, p.loss))
+        return HoldReadout(p, p.loss)
+    h, knobs = p.border.own(plan.start(p.name)), plan.knobs
     if p.spec.rule is not None:
-        h = p.border.own(plan.start(p.name))
-        relaxing = RelaxingBlock(p, h, p.make_rule(p.spec.rule), plan.schedule.c)
-        return HoldNode(plan, p.spec, mailbox, relaxing)
+        return RelaxingBlock(p, h, p.make_rule(p.spec.rule), plan.schedule.c)
     output = output_weights = None
     if p.spec.output is not None:
         output = p.make_cell(p.spec.output, f"{p.name}/{OUTPUT_KEY}")
         output_weights = p.make_weights(output, OUTPUT_KEY)
-    knobs = plan.knobs
     retrospect = None
     if Compensation.RETROSPECTIVE in knobs.compensation and isinstance(plan.schedule, HoldSchedule):
         wait = plan.schedule.wait(p.name)
         retrospect = RetrospectiveInput(wait, knobs.blend) if wait else None
-    block = HoldBlock(
+    return HoldBlock(
         p,
         knobs.order,
-        p.border.own(plan.start(p.name)),
+        h,
         loss=p.loss,
         output=output,
         output_weights=output_weights,
         lead=knobs.lead if Compensation.PROSPECTIVE in knobs.compensation else 0.0,
         retrospect=retrospect,
     )
-    return HoldNode(plan, p.spec, mailbox, block)

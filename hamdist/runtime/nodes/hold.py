@@ -6,7 +6,7 @@ import math
 from collections.abc import Mapping
 from dataclasses import replace
 from time import perf_counter
-from typing import Any, ClassVar
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -22,47 +22,36 @@ from hamdist.dynamics.schedule.hold import HoldSchedule
 from hamdist.dynamics.updates.constants import TickSchedule
 from hamdist.dynamics.updates.weights import Weights
 from hamdist.dynamics.vjp.autograd import LocalFunction
-from hamdist.runtime.nodes.emissions import LiveBlock
 from hamdist.runtime.nodes.mailbox import Mailbox
+from hamdist.runtime.nodes.node import BlockNode
 from hamdist.runtime.nodes.ports import (
     BlockContents,
-    Ports,
-    block_state,
     events_from,
-    make_metrics,
     make_recorder,
     record,
 )
 from hamdist.runtime.plan.plan import Plan
-from hamdist.runtime.results.result import BlockState
 from hamdist.runtime.signals.signal import Signal, ready
 from hamdist.streams.sample import Emission, Emits
 
 
-class HoldNode(Remembers):
-    """A block that steps in every tick.
-
-    Attributes:
-        seconds: time spent in the block's own steps.
-    """
+class HoldNode(BlockNode):
+    """A block that steps in every tick."""
 
     def __init__(
         self, plan: Plan, spec: BlockSpec, mailbox: Mailbox, block: HoldBlock | HoldReadout
     ) -> None:
         if not isinstance(plan.schedule, HoldSchedule):
             raise TypeError("a HoldNode needs a HoldSchedule")
-        self.name = spec.name
+        super().__init__(plan, spec, mailbox)
         self.late = plan.schedule.late(spec.name)
         self.block = block
-        self.metrics = make_metrics(plan) if spec.loss is not None else None
-        self.seconds = 0.0
         tolerance = plan.knobs.gate
         wait = plan.schedule.wait(spec.name)
         self._gate = None if tolerance is None else Gate(wait, tolerance)
         self._recorder = make_recorder(plan.metrics)
         self._schedule = plan.schedule
         self._clock = _Clock(plan.dynamics.reset, plan.dynamics.tau)
-        self._ports = Ports(plan, spec.name, mailbox)
         self._acyclic = plan.graph.acyclic
         # Without a way from the input it is the targets that tell of the end.
         self._adrift = spec.name in plan.graph.adrift
@@ -83,7 +72,6 @@ class HoldNode(Remembers):
         }
         self._target: Tensor | None = None
         self._no_more_targets = False
-        self.live = LiveBlock(spec.name, plan.spec.patience)
         self._events = plan.schedule.events(spec.name)
         self.event = next(self._events)
         self.tick: int | None = self.event.tick
@@ -99,11 +87,10 @@ class HoldNode(Remembers):
         "_gate",
         "live",
     )
-    ADDED: ClassVar[Mapping[str, Any]] = {"live": None}
 
     def snapshot(self) -> dict[str, Any]:
-        own = {"shown": self._shown, "event": self.event, "tick": self.tick}
-        return {**super().snapshot(), **own, "ended": [edge.index for edge in self._ended]}
+        position = {"shown": self._shown, "event": self.event, "tick": self.tick}
+        return {**super().snapshot(), **position, "ended": [edge.index for edge in self._ended]}
 
     def restore(self, state: Mapping[str, Any]) -> None:
         ended, state = taken(state, "ended")
@@ -116,6 +103,7 @@ class HoldNode(Remembers):
         self._events = events_from(self._schedule, self.name, self.event)
 
     def start(self) -> None:
+        """Post h_0 and zero messages."""
         h = ready(self.block.h) if isinstance(self.block, HoldBlock) else None
         self._ports.before_start(h, self._schedule)
 
@@ -123,13 +111,14 @@ class HoldNode(Remembers):
         return Stamp(tick, tick // self._schedule.c, version)
 
     def step(self) -> None:
+        """Do one tick."""
         event = self.event
-        told = None if self._clock.stopped else self._ports.clock(event)
-        if self.live.patience and told is not None and not told.end:
-            self.live.hear(event.sample, lambda: told, self.state)
+        clock = None if self._clock.stopped else self._ports.clock(event)
+        if self.live.patience and clock is not None and not clock.end:
+            self.live.hear(event.sample, lambda: clock, self.state)
             self.live.forget(event.sample - self._schedule.idle)
-            told = replace(told, payload=None)  # (what is left concerns the clock)
-        self._clock.advance(event.tick, event.tick % self._schedule.c == 0, told)
+            clock = replace(clock, payload=None)  # (what is left concerns the clock)
+        self._clock.advance(event.tick, event.tick % self._schedule.c == 0, clock)
         inputs = [self._input(edge, event) for edge in self._ports.into]
         messages = [self._message(edge, event) for edge in self._ports.out_of]
         if self._has_ended():
@@ -227,14 +216,14 @@ class HoldNode(Remembers):
                 self.live.answer(answered, block.prediction, stamp.version, event)
             sample = self._schedule.records(self.name, k)
             if sample is not None:
-                told = self.live.of(sample)
-                record(self.metrics, sample if told is None else told.number, reading)
+                emission = self.live.of(sample)
+                record(self.metrics, sample if emission is None else emission.number, reading)
 
     def _answered(self, k: int) -> Emission | None:
         """Return the emission of the sample whose prediction a live run gets in this tick."""
         slot = self._schedule.answers(self.name, k) if self.live.patience and self.metrics else None
-        told = None if slot is None else self.live.of(slot)
-        return told if told is not None and told.kind is Emits.SAMPLE else None
+        emission = None if slot is None else self.live.of(slot)
+        return emission if emission is not None and emission.kind is Emits.SAMPLE else None
 
     def _clear(self, k: int) -> None:
         due = self._clock.due
@@ -255,12 +244,8 @@ class HoldNode(Remembers):
         """Return the recorded energies; None if recording is off."""
         return None if self._recorder is None else self._recorder.records()
 
-    @property
-    def device(self) -> torch.device:
-        """Return the device on which the block computes."""
-        return self._ports.border.device
-
     def contents(self) -> BlockContents:
+        """Return the tensors of the block and of its output module."""
         block = self.block
         if isinstance(block, HoldReadout):
             return BlockContents([("", block.cell, block.weights)], None, None)
@@ -268,9 +253,6 @@ class HoldNode(Remembers):
         if block.output is not None:
             parts.append((OUTPUT_KEY, block.output, block.output_weights))
         return BlockContents(parts, block.h, block.z)
-
-    def state(self) -> BlockState:
-        return block_state(self.contents())
 
 
 class _Clock(Remembers):
@@ -295,23 +277,23 @@ class _Clock(Remembers):
 
     STATE = ("due", "h_since", "z_since", "stopped", "_told_tau", "_sequence_over")
 
-    def advance(self, k: int, first: bool, told: Signal | None) -> None:
+    def advance(self, k: int, first: bool, signal: Signal | None) -> None:
         """Move to tick k.
 
         Args:
             k: the tick.
             first: True in the first tick of a sample.
-            told: the clock signal of the stream about the sample, if there is one.
+            signal: the clock signal of the stream about the sample, if there is one.
         """
-        if not self._reset and told is None:
+        if not self._reset and signal is None:
             return
         new_sequence = False
-        if told is not None and told.end:
+        if signal is not None and signal.end:
             self.stopped = True
-        elif told is not None:
-            new_sequence, self._sequence_over = self._sequence_over, told.sequence_end
-            if told.payload is not None:
-                self._told_tau = float(told.payload)
+        elif signal is not None:
+            new_sequence, self._sequence_over = self._sequence_over, signal.sequence_end
+            if signal.payload is not None:
+                self._told_tau = float(signal.payload)
         now = {Reset.SAMPLE: first and k > 0, Reset.SEQUENCE: new_sequence}
         self.due = {name for name, when in self._reset.items() if now[when]}
         if "h" in self.due:

@@ -10,7 +10,7 @@ from typing import Any, Protocol
 from hamdist.dynamics.finite import OutOfRange
 from hamdist.dynamics.schedule.events import Event, Phase
 from hamdist.errors import BlockError, DivergedError, HamdistError
-from hamdist.runtime.nodes.factory import Node
+from hamdist.runtime.nodes.node import Node
 from hamdist.runtime.nodes.pulse import PulseNode
 from hamdist.runtime.signals.interrupts import Aborted
 
@@ -127,8 +127,8 @@ def _guarded(node: Node, act: Callable[[], None], tick: int | None = None) -> No
     except (HamdistError, Aborted):
         raise
     except OutOfRange as error:
-        found = (error.quantity, error.norm, error.cause)
-        raise DivergedError(node.name, tick, *found) from None
+        facts = (error.quantity, error.norm, error.cause)
+        raise DivergedError(node.name, tick, *facts) from None
     except Exception as error:
         first = str(error).strip().split("\n")[0]
         message = f"{type(error).__name__}: {first}" if first else type(error).__name__

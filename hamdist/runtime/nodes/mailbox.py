@@ -133,11 +133,11 @@ class Mailbox:
                 self.flush(tick)
             signal = self._remote(channel).receive(channel, stamp)
         if signal is None or signal.stamp != stamp:
-            found = "nothing" if signal is None else _words(signal.stamp)
+            received = "nothing" if signal is None else _words(signal.stamp)
             raise StampError(
                 channel.receiver,
                 tick,
-                f"on {channel} the schedule names {_words(stamp)}, but {found} was there",
+                f"on {channel} the schedule names {_words(stamp)}, but {received} was there",
             )
         if self._sent_log is None:
             self._taken[channel.number] = self._taken.get(channel.number, 0) + 1

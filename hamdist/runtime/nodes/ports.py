@@ -81,8 +81,8 @@ class Ports:
     def messages(self, event: Event) -> list[Tensor | None]:
         """Take what comes back for `event`: the children's messages, or the readout's error."""
         if self._error is None or not isinstance(self._schedule, PulseSchedule):
-            found = [self.message(edge, event) for edge in self.out_of]
-            return [None if signal is None else signal.payload for signal in found]
+            signals = [self.message(edge, event) for edge in self.out_of]
+            return [None if signal is None else signal.payload for signal in signals]
         stamp = self._schedule.error(event)
         error = None if stamp is None else self._take(self._error, stamp, event).payload
         return [None if error is None else self.border.message(error)]
@@ -204,18 +204,19 @@ def events_from(schedule: PulseSchedule | HoldSchedule, name: str, event: Event)
         SnapshotError: the schedule does not contain `event`.
     """
     events = schedule.events(name, event.tick)
-    for found in events:
-        if found == event:
+    for one in events:
+        if one == event:
             break
-        if found.tick > event.tick:
+        if one.tick > event.tick:
             raise SnapshotError(f"block {name!r} has no event {tuple(event[:3])} in this schedule")
     return events
 
 
 def make_metrics(plan: Plan) -> Prequential:
     """Make the collector of a readout's losses."""
-    kept = plan.metrics
-    return Prequential(kept.window, kept.limit, ignore_index=plan.ignore_index)
+    settings = plan.metrics
+    ignored, rolls = plan.ignore_index, plan.spec.live
+    return Prequential(settings.window, settings.limit, ignore_index=ignored, rolls=rolls)
 
 
 def make_recorder(settings: MetricsSettings) -> Recorder | None:
@@ -265,8 +266,8 @@ class BlockContents(NamedTuple):
             "h": [self.h],
             "z": [self.z],
         }
-        found = {kind: [t for t in own if t is not None] for kind, own in tensors.items()}
-        return {kind: histogram_of(own) for kind, own in found.items() if own}
+        by_kind = {kind: [t for t in those if t is not None] for kind, those in tensors.items()}
+        return {kind: histogram_of(those) for kind, those in by_kind.items() if those}
 
 
 def histogram_of(tensors: Sequence[Tensor]) -> Histogram:
@@ -302,8 +303,8 @@ def block_state(contents: BlockContents, stored: int = 0) -> BlockState:
         for name, value in state.items():
             if name in cell.borrowed:
                 continue
-            own = kept(value) if isinstance(value, Tensor) else copy.deepcopy(value)
-            (theta if name in parameters else buffers)[prefix + name] = own
+            copied = kept(value) if isinstance(value, Tensor) else copy.deepcopy(value)
+            (theta if name in parameters else buffers)[prefix + name] = copied
     first = parts[0][2]
     return BlockState(
         theta=theta,

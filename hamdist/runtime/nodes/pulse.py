@@ -5,9 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from functools import partial
 from time import perf_counter
-from typing import Any, ClassVar
+from typing import Any
 
-import torch
 from torch import Tensor
 
 from hamdist.dynamics.blocks.block import SavesPasses
@@ -21,29 +20,24 @@ from hamdist.dynamics.blocks.pulse import (
 from hamdist.dynamics.blocks.readout_loss import Reading
 from hamdist.dynamics.blocks.rule_block import RuleBlock
 from hamdist.dynamics.graph.graph import BlockSpec
-from hamdist.dynamics.saved_state.remember import Remembers
 from hamdist.dynamics.schedule.events import Event, Phase, Stamp
 from hamdist.dynamics.schedule.pulse import PulseSchedule
 from hamdist.dynamics.vjp.tied import TiedFunction
-from hamdist.runtime.nodes.emissions import LiveBlock
 from hamdist.runtime.nodes.mailbox import Mailbox
+from hamdist.runtime.nodes.node import BlockNode
 from hamdist.runtime.nodes.ports import (
     BlockContents,
-    Ports,
-    block_state,
     events_from,
-    make_metrics,
     record,
 )
 from hamdist.runtime.nodes.ties import TiePorts
 from hamdist.runtime.plan.plan import Plan
-from hamdist.runtime.results.result import BlockState
 from hamdist.runtime.signals.signal import ready
 from hamdist.streams.sample import Emission, Emits
 
 
-class PulseNode(Remembers):
-    """A block that pulses pass; `seconds` is the time spent in its own steps."""
+class PulseNode(BlockNode):
+    """A block that pulses pass."""
 
     def __init__(
         self,
@@ -54,14 +48,10 @@ class PulseNode(Remembers):
     ) -> None:
         if not isinstance(plan.schedule, PulseSchedule):
             raise TypeError("a PulseNode needs a PulseSchedule")
-        self.name = spec.name
-        self.late = False
+        super().__init__(plan, spec, mailbox)
         self.block = block
-        self.metrics = make_metrics(plan) if isinstance(block, PulseReadout) else None
-        self.seconds = 0.0
         self.staleness: dict[int, int] = {}  # samples that came back after so many updates
         self._versions: dict[int, int] = {}  # of the weights, by sample under way
-        self._ports = Ports(plan, spec.name, mailbox)
         cell = block.cell
         self._ties = (
             TiePorts(plan, spec.name, mailbox, cell) if isinstance(cell, TiedFunction) else None
@@ -71,13 +61,11 @@ class PulseNode(Remembers):
         self._keeps, self._answers = plan.spec.kept, plan.spec.live
         # Messages leave first, then weights move (loop.py). Shared weights are sent themselves.
         block.defers = self._ties is None
-        self.live = LiveBlock(spec.name, plan.spec.patience)
         self._end: int | None = None
         self.event = next(self._events)
         self.tick: int | None = self.event.tick
 
     STATE = ("block", "metrics", "seconds", "_end", "event", "tick", "live")
-    ADDED: ClassVar[Mapping[str, Any]] = {"live": None}
 
     def restore(self, state: Mapping[str, Any]) -> None:
         super().restore({name: one for name, one in state.items() if name != "_asked"})  # (of 0.1)
@@ -202,15 +190,15 @@ class PulseNode(Remembers):
 
     def _recall(self, event: Event, number: int) -> None:
         """Keep the record of a sample whose label is to come, or recall it when that has come."""
-        told = self.live.of(event.sample) if self._keeps else None
-        if told is None or not isinstance(self.block, SavesPasses):
+        emission = self.live.of(event.sample) if self._keeps else None
+        if emission is None or not isinstance(self.block, SavesPasses):
             return
-        if told.kind is Emits.AGAIN:
-            self.block.recall(number, told.number)
+        if emission.kind is Emits.AGAIN:
+            self.block.recall(number, emission.number)
             if not isinstance(self.block, KeepingReadout):
-                self.live.asked(told)
-        elif told.waits and not isinstance(self.block, KeepingReadout):
-            self.block.keep(number, told.number, self.live.ask(told, None))
+                self.live.asked(emission)
+        elif emission.waits and not isinstance(self.block, KeepingReadout):
+            self.block.keep(number, emission.number, self.live.ask(emission, None))
 
     def _rests(self, event: Event) -> bool:
         """Return True, with the update counted, if the event is of an idle emission."""
@@ -228,8 +216,8 @@ class PulseNode(Remembers):
         if inputs is None:
             return
         target = self._ports.target(event)
-        given = None if target is None else target.payload
-        told = self.live.hear(event.sample, partial(self._ports.clock, event), self.state)
+        label = None if target is None else target.payload
+        emission = self.live.hear(event.sample, partial(self._ports.clock, event), self.state)
         if self._ties is not None:
             self._ties.before_forward(event)
             self._ties.before_backward(event)
@@ -239,7 +227,7 @@ class PulseNode(Remembers):
         if not self._rests(event):
             number = self.live.number(event.sample)
             self._recall(event, number)
-            messages, reading = self.block.read(number, inputs, given)
+            messages, reading = self.block.read(number, inputs, label)
         self.seconds += perf_counter() - begin
         self._ports.to_parents(stamp, messages)
         self._ports.error_to_blocks(stamp, self.block.take_error())
@@ -248,45 +236,37 @@ class PulseNode(Remembers):
         sample, part = divmod(n, self._schedule.parts)
         if part < self._schedule.parts - 1:
             return
-        if told is not None:
-            sample = told.number
-            reading = self._answer(self.block, told, reading, stamp.version, event)
+        if emission is not None:
+            sample = emission.number
+            reading = self._answer(self.block, emission, reading, stamp.version, event)
         record(self.metrics, sample, reading)
 
     def _answer(
         self,
         block: PulseReadout,
-        told: Emission,
+        emission: Emission,
         reading: Reading | None,
         version: int,
         event: Event,
     ) -> Reading | None:
         """Answer a sample that has come; score its answer of then when its label has come."""
         y, let_go = block.prediction, None
-        if told.kind is Emits.SAMPLE and y is not None:
+        if emission.kind is Emits.SAMPLE and y is not None:
             if self._answers:
-                self.live.answer(told, y, version, event)
-            let_go = self.live.ask(told, y) if told.waits else None
+                self.live.answer(emission, y, version, event)
+            let_go = self.live.ask(emission, y) if emission.waits else None
         if isinstance(block, KeepingReadout):
-            block.keep(self.live.number(event.sample), told.number if told.waits else None, let_go)
-        earlier = self.live.asked(told) if told.kind is Emits.AGAIN else None
+            block.keep(
+                self.live.number(event.sample), emission.number if emission.waits else None, let_go
+            )
+        earlier = self.live.asked(emission) if emission.kind is Emits.AGAIN else None
         self.live.forget(event.sample)
-        if told.kind is not Emits.AGAIN:
+        if emission.kind is not Emits.AGAIN:
             return reading
         return None if earlier is None or reading is None else block.scored(earlier, reading)
 
-    def records(self) -> None:
-        """A pulse has no energies at one time (refused by plan.py)."""
-
-    @property
-    def device(self) -> torch.device:
-        """Return the device on which the block computes."""
-        return self._ports.border.device
-
     def contents(self) -> BlockContents:
+        """Return the tensors of the block; a readout has no state."""
         block = self.block
         h, z = (None, None) if isinstance(block, PulseReadout) else (block.h, block.z)
         return BlockContents([("", block.cell, block.weights)], h, z)
-
-    def state(self) -> BlockState:
-        return block_state(self.contents())

@@ -2,47 +2,38 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from functools import partial
 from time import perf_counter
-from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
 
-from hamdist.dynamics.blocks.energy import Records
 from hamdist.dynamics.blocks.sequence import SequenceBlock, SequenceReadout
 from hamdist.dynamics.graph.graph import BlockSpec
-from hamdist.dynamics.saved_state.remember import Remembers
 from hamdist.dynamics.schedule.events import Event, Phase, Stamp
 from hamdist.dynamics.schedule.sequence import SequenceSchedule
-from hamdist.runtime.nodes.emissions import LiveBlock
 from hamdist.runtime.nodes.mailbox import Mailbox
-from hamdist.runtime.nodes.ports import BlockContents, Ports, block_state, make_metrics, record
+from hamdist.runtime.nodes.node import BlockNode
+from hamdist.runtime.nodes.ports import BlockContents, block_state, record
 from hamdist.runtime.plan.plan import Plan
 from hamdist.runtime.results.result import BlockState
 from hamdist.runtime.signals.signal import ready
 
 
-class SequenceNode(Remembers):
+class SequenceNode(BlockNode):
     """A block that learns from whole sequences.
 
     The last token of a sequence carries a tag, which the node passes on with its state.
     """
-
-    late = False
 
     def __init__(
         self, plan: Plan, spec: BlockSpec, mailbox: Mailbox, block: SequenceBlock | SequenceReadout
     ) -> None:
         if not isinstance(plan.schedule, SequenceSchedule):
             raise TypeError("a SequenceNode needs a SequenceSchedule")
-        self.name = spec.name
+        super().__init__(plan, spec, mailbox)
         self.block = block
-        self.metrics = make_metrics(plan) if spec.loss is not None else None
         self._schedule = plan.schedule
-        self.seconds = 0.0
-        self._ports = Ports(plan, spec.name, mailbox)
         self._back_into = [e for e in self._ports.into if plan.schedule.recurrent(e)]
         self._back_out = [e for e in self._ports.out_of if plan.schedule.recurrent(e)]
         shapes = {e.index: plan.shapes[e.parent] for e in self._back_into}
@@ -52,20 +43,20 @@ class SequenceNode(Remembers):
         }
         self._silent = spec.name in plan.silent and spec.loss is None
         self._over = False
-        self.live = LiveBlock(spec.name, plan.spec.patience)
         self.event = plan.schedule.forward(spec.name, plan.schedule.opening(), 0)
         self.tick: int | None = self.event.tick
 
     STATE = ("block", "metrics", "seconds", "_over", "event", "tick", "live")
-    ADDED: ClassVar[Mapping[str, Any]] = {"live": None}
 
     def start(self) -> None:
+        """Post the state before the first sequence to recurrent children."""
         if self._schedule.carries and isinstance(self.block, SequenceBlock):
             onward = [e for e in self._ports.out_of if e not in self._back_out]
             stamp = self._schedule.before(self.name)
             self._ports.to_children(stamp, ready(self.block.h), leaving_out=onward)
 
     def step(self) -> None:
+        """Do one token, forward or in reverse."""
         if self.event.phase is Phase.FORWARD:
             self._forward(self.event)
         else:
@@ -85,7 +76,7 @@ class SequenceNode(Remembers):
         if last:
             self.event = self._schedule.closed(event)
         block = self.block
-        told = self.live.hear(event.sample, partial(self._ports.clock, event), self.state)
+        emission = self.live.hear(event.sample, partial(self._ports.clock, event), self.state)
         idle = self.live.idle(event.sample)
         if isinstance(block, SequenceBlock):
             stays = self._back_out if last and not self._schedule.carries else ()
@@ -95,15 +86,15 @@ class SequenceNode(Remembers):
             self._ports.to_children(stamp, h, sequence_end=last, leaving_out=stays)
         elif self.metrics is not None:
             target = self._ports.target(event)
-            given = None if target is None else target.payload
+            label = None if target is None else target.payload
             if idle:
                 return
             begin = perf_counter()
-            reading = block.forward(self.live.number(event.sample), inputs, given)
+            reading = block.forward(self.live.number(event.sample), inputs, label)
             self.seconds += perf_counter() - begin
-            record(self.metrics, event.sample if told is None else told.number, reading)
-            if told is not None and block.prediction is not None:
-                self.live.answer(told, block.prediction, stamp.version, event)
+            record(self.metrics, event.sample if emission is None else emission.number, reading)
+            if emission is not None and block.prediction is not None:
+                self.live.answer(emission, block.prediction, stamp.version, event)
 
     def _inputs(self, event: Event) -> tuple[list[Tensor], bool]:
         """Return the parents' states, and True if this token is the last one of its sequence. The
@@ -147,19 +138,12 @@ class SequenceNode(Remembers):
         if ends:
             self.live.forget(last)
 
-    def records(self) -> Records | None:
-        """Return None: energies of sequences are not recorded."""
-        return None
-
-    @property
-    def device(self) -> torch.device:
-        """Return the device on which the block computes."""
-        return self._ports.border.device
-
     def contents(self) -> BlockContents:
+        """Return the tensors of the block; a readout has no state."""
         block = self.block
         h, z = (block.h, block.z) if isinstance(block, SequenceBlock) else (None, None)
         return BlockContents([("", block.cell, block.weights)], h, z)
 
     def state(self) -> BlockState:
+        """Return a copy of the block's state, and of how many tokens it stored."""
         return block_state(self.contents(), self.block.stored)

@@ -118,9 +118,13 @@ class SourceNode:
         if not self._plan.spec.patience or not skip or not replays(self._stream):
             return samples_from(self._stream, skip + items, passed)
         drawn = samples_from(self._stream, 0, passed)
-        for told in (sample.emission for sample in drawn):
-            self._before += told is not None and told.kind is not Emits.IDLE
-            if told is not None and told.kind is Emits.SAMPLE and told.number == skip - 1:
+        for emission in (sample.emission for sample in drawn):
+            self._before += emission is not None and emission.kind is not Emits.IDLE
+            if (
+                emission is not None
+                and emission.kind is Emits.SAMPLE
+                and emission.number == skip - 1
+            ):
                 break
         return itertools.islice(drawn, items, None)
 
@@ -143,14 +147,14 @@ class SourceNode:
     def restore(self, state: Mapping[str, Any]) -> None:
         """Continue from `state`, instead of `start`: the stream is drawn again up to there."""
         names = ("event", "tick", "samples", "drawn", "passed", "next", "tau", "time", "smoothness")
-        told = state.get("emission")
+        emission = state.get("emission")
         check_names("stream", {n: one for n, one in state.items() if n != "emission"}, names)
-        if self._plan.spec.patience and told is None and state["drawn"]:
+        if self._plan.spec.patience and emission is None and state["drawn"]:
             raise SnapshotError(
                 "the state of a stream with late labels was saved by an earlier version of "
                 "hamdist, which counted their samples in another way: begin anew with its weights"
             )
-        self._emission = None if told is None else emission_of(told)
+        self._emission = None if emission is None else emission_of(emission)
         self.event, self.tick, self._sent = state["event"], state["tick"], state["samples"]
         self._tau, self._check.last = state["tau"], state["time"]
         self.smoothness.restore(state["smoothness"])
@@ -175,16 +179,16 @@ class SourceNode:
         idle = self._emission is not None and self._emission.kind is Emits.IDLE
         end = sample.end or (self._ahead and self._next is None)
         end = end or (idle and self._plan.knobs.sequence)  # (an empty sequence)
-        given = {INPUT: sample.u} if sample.inputs is None else by_parent(sample.inputs)
-        told = self._emission
-        kept = self._plan.spec.kept and told is not None and told.kind is Emits.AGAIN
-        nothing = self._plan.knobs.pulse and (idle or kept)
-        inputs = {n: None if nothing else self._part(n, u, part) for n, u in given.items()}
+        inputs_of = {INPUT: sample.u} if sample.inputs is None else by_parent(sample.inputs)
+        emission = self._emission
+        is_label = self._plan.spec.kept and emission is not None and emission.kind is Emits.AGAIN
+        nothing = self._plan.knobs.pulse and (idle or is_label)
+        inputs = {n: None if nothing else self._part(n, u, part) for n, u in inputs_of.items()}
         for name, channel in zip(self._names, self._inputs, strict=True):
             self._mailbox.post(channel, Signal(stamp, inputs[name], sequence_end=end))
         if not part:
             self._post_targets(sample, stamp, end=end)
-        self.latest = None if idle or kept else (self.event.sample, sample)
+        self.latest = None if idle or is_label else (self.event.sample, sample)
         self.event = self._following(last=end)
         self.tick = self.event.tick
 
@@ -207,11 +211,11 @@ class SourceNode:
             for channel in self._labels:
                 self._mailbox.post(channel, Signal(stamp, label, sequence_end=end))
         if self._clocks:
-            told = self._time(sample)
+            clock = self._time(sample)
             if self._emission is not None:
-                told = torch.tensor(self._emission, dtype=torch.float64)
+                clock = torch.tensor(self._emission, dtype=torch.float64)
             for channel in self._clocks:
-                self._mailbox.post(channel, Signal(stamp, told, sequence_end=end))
+                self._mailbox.post(channel, Signal(stamp, clock, sequence_end=end))
         self._sent += self._emission is None or self._emission.kind is Emits.SAMPLE
 
     def _following(self, *, last: bool) -> Event:
@@ -276,14 +280,14 @@ class SourceNode:
         if sample is None:
             return None
         self._items += 1
-        told = sample.emission
-        n = told.number if told is not None and told.kind is Emits.AGAIN else n
+        emission = sample.emission
+        n = emission.number if emission is not None and emission.kind is Emits.AGAIN else n
         sample = self._check.check(n, sample)
-        if told is not None and self._live is None:  # (counted in this run)
-            shown, number = told.shown - self._before, told.number - self._plan.skip
-            told = told._replace(shown=shown, number=number)
-        self._emission = told
-        if told is None or told.kind is Emits.SAMPLE:
+        if emission is not None and self._live is None:  # (counted in this run)
+            shown, number = emission.shown - self._before, emission.number - self._plan.skip
+            emission = emission._replace(shown=shown, number=number)
+        self._emission = emission
+        if emission is None or emission.kind is Emits.SAMPLE:
             self.smoothness.observe(sample.u)
         return sample
 
@@ -307,6 +311,6 @@ def _told(sample: Sample) -> dict[str, Any]:
     return {"u": sample.u, "y": y, "end": sample.end, "time": sample.time, "inputs": inputs}
 
 
-def _heard(told: Mapping[str, Any]) -> Sample:
-    check_names("sample", told, ("u", "y", "end", "time", "inputs"))
-    return Sample(told["u"], told["y"], told["end"], told["time"], inputs=told["inputs"])
+def _heard(values: Mapping[str, Any]) -> Sample:
+    check_names("sample", values, ("u", "y", "end", "time", "inputs"))
+    return Sample(values["u"], values["y"], values["end"], values["time"], inputs=values["inputs"])

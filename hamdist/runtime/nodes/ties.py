@@ -73,9 +73,9 @@ class TiePorts:
             updates: number of weight updates after the pass.
             end: the number of samples, once it is known.
         """
-        found = self._cell.take()
+        gradients = self._cell.take()
         for tie in self._borrows:
-            g = None if found is None else ready(flat([found[key] for key in tie.theirs]))
+            g = None if gradients is None else ready(flat([gradients[key] for key in tie.theirs]))
             self._mailbox.post(self._channels.gradients[tie.index], Signal(stamp, g))
         parts = self._schedule.parts
         item, part = divmod(stamp.sample, parts)

@@ -135,8 +135,8 @@ class _Ways:
         near[0] = bounds[
             bisect_left(bounds, True, key=lambda bound: self._latency(parts, bound) <= least)
         ]
-        found = [self._starts(parts, b) for b in near if math.isfinite(self._latency(parts, b))]
-        return min(found, key=self._costs.of)
+        starts = [self._starts(parts, b) for b in near if math.isfinite(self._latency(parts, b))]
+        return min(starts, key=self._costs.of)
 
 
 def _busy(costs: Costs) -> Floats:
@@ -201,13 +201,13 @@ def place(
             unknown one, or one twice; blocks of one actor contradict each other.
     """
     names = list(graph.blocks)
-    asked = block_settings(graph, engine)
+    by_block = block_settings(graph, engine)
     if engine.placement is not None:
         groups = _explicit(names, engine.placement)
         for group in groups:
-            requirements(group, asked, engine)
+            requirements(group, by_block, engine)
         return groups
-    pairs = apart(asked)
+    pairs = apart(by_block)
     least = _segments(len(names), pairs)
     most = max(len(least), min(len(names), max(1, cpus // engine.threads)))
     actors = most if engine.actors == "auto" else engine.actors
@@ -218,7 +218,7 @@ def place(
         )
     if actors < len(least):
         requirements(
-            names[least[actors - 1] : least[actors] + 1], asked, engine
+            names[least[actors - 1] : least[actors] + 1], by_block, engine
         )  # says who contradict
     if pairs:
         costs = replace(costs or Costs(tuple(by_parameters(graph))), apart=pairs)

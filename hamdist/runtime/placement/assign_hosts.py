@@ -117,33 +117,33 @@ def options_of_actors(
     for requirements, gpus in zip(requests, shares, strict=True):
         _check(requirements, gpus, room)
     _check_sums(requests, shares, hosts)
-    found: dict[int, _Room] = {}
+    rooms: dict[int, _Room] = {}
     bound = [i for i, d in enumerate(requests) if d.host is not None]
     free = [i for i, d in enumerate(requests) if d.host is None]
     for i in bound:
         fit = [r for r in room if r.host.is_called(requests[i].host or "")]
-        found[i] = _taken(requests[i], shares[i], fit, room)
+        rooms[i] = _taken(requests[i], shares[i], fit, room)
     if spread is Spread.PROFILE and speeds is not None:
         ranks = _ranks(speeds)
         for i in sorted(free, key=lambda i: -busy[i]):
             ordered = sorted(room, key=lambda r: ranks[r.host.id])
-            found[i] = _taken(requests[i], shares[i], ordered, room)
+            rooms[i] = _taken(requests[i], shares[i], ordered, room)
     elif spread is Spread.SPREAD:
         for n, i in enumerate(free):
             first = n * len(room) // len(free)
             others = sorted((r for r in room if r is not room[first]), key=lambda r: r.actors)
-            found[i] = _taken(requests[i], shares[i], [room[first], *others], room)
+            rooms[i] = _taken(requests[i], shares[i], [room[first], *others], room)
     elif spread is not Spread.AUTO:
         last = 0
         for i in free:
-            found[i] = _taken(requests[i], shares[i], [*room[last:], *room[:last]], room)
-            last = room.index(found[i])
+            rooms[i] = _taken(requests[i], shares[i], [*room[last:], *room[:last]], room)
+            last = room.index(rooms[i])
     return [
         ActorOptions(
             cpus=requirements.cpus,
             gpus=gpus,
             resources=tuple(sorted(requirements.resources.items())),
-            node=found[i].host.id if i in found else None,
+            node=rooms[i].host.id if i in rooms else None,
         )
         for i, (requirements, gpus) in enumerate(zip(requests, shares, strict=True))
     ]
@@ -237,9 +237,9 @@ def _taken(
 def _shares(requests: Sequence[ActorRequirements], hosts: Sequence[HostInfo]) -> list[float]:
     """Return the GPU share of each actor. Actors that only need to see a GPU get equal parts of
     what the cluster's GPUs have left, none of them cut across two."""
-    asked = [d.gpus for d in requests]
-    wanting = sum(g == 0 for g in asked)
-    left = int(sum(h.gpus for h in hosts)) - math.ceil(sum(g for g in asked if g))
+    shares = [d.gpus for d in requests]
+    wanting = sum(g == 0 for g in shares)
+    left = int(sum(h.gpus for h in hosts)) - math.ceil(sum(g for g in shares if g))
     if wanting and left < 1:
         who = next(d for d in requests if d.gpus == 0)
         raise ClusterError(
@@ -249,7 +249,7 @@ def _shares(requests: Sequence[ActorRequirements], hosts: Sequence[HostInfo]) ->
         )
     equal = 1 / math.ceil(wanting / left) if wanting else 0.0
     equal = math.floor(equal * MOST_SHARES) / MOST_SHARES
-    return [0.0 if g is None else equal if g == 0 else g for g in asked]
+    return [0.0 if g is None else equal if g == 0 else g for g in shares]
 
 
 def _gpus_of(hosts: Sequence[HostInfo]) -> str:

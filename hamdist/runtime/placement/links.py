@@ -89,6 +89,7 @@ class Probe:
             self._endpoints.send(back, came)
 
     def measure(self, number: int) -> Link:
+        """Return the latency and the rate of a link, by signals there and back."""
         there, back = self.channels(number)
         small: list[float] = []
         large: list[float] = []
@@ -104,14 +105,15 @@ class Probe:
         return Link(way, LARGE / (full - way) if full > way else math.inf)
 
     def close(self) -> None:
+        """Close both ends."""
         self._endpoints.close()
 
 
 def pairs(plan: Plan, placement: Sequence[Sequence[str]]) -> set[tuple[int, int]]:
     """Return the actors (first, second) that exchange signals."""
     host = {name: i for i, blocks in enumerate(placement) for name in blocks}
-    found = {(host[e.parent], host[e.child]) for e in plan.graph.edges if not e.from_input}
-    return {(min(a, b), max(a, b)) for a, b in found if a != b}
+    crossing = {(host[e.parent], host[e.child]) for e in plan.graph.edges if not e.from_input}
+    return {(min(a, b), max(a, b)) for a, b in crossing if a != b}
 
 
 def least_delays(

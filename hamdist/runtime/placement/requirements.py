@@ -55,12 +55,12 @@ def _shown(value: object) -> str:
 
 def apart(block_settings: Mapping[str, BlockEngineSettings]) -> tuple[tuple[int, int], ...]:
     """Return the pairs of blocks, by number, that cannot share an actor."""
-    own = list(block_settings.values())
+    settings = list(block_settings.values())
     return tuple(
         (i, j)
-        for j in range(len(own))
+        for j in range(len(settings))
         for i in range(j)
-        if own[i] is not own[j] and contradiction(own[i], own[j]) is not None
+        if settings[i] is not settings[j] and contradiction(settings[i], settings[j]) is not None
     )
 
 
@@ -93,10 +93,10 @@ def requirements(
 
 def idle_block_settings(asked: Iterable[BlockEngineSettings]) -> list[str]:
     """Return the settings without effect in a single process, as they were given."""
-    given = list(asked)
+    settings = list(asked)
     names = ("host", "cpus", "gpus", "resources")
     return [
         n
         for n in names
-        if any(getattr(block_setting, n) not in (None, {}) for block_setting in given)
+        if any(getattr(block_setting, n) not in (None, {}) for block_setting in settings)
     ]

@@ -227,10 +227,10 @@ class _Trial:
             for event, spent in node.spent:
                 periods[event.phase.value][event.tick // c] += spent
             seconds[node.name] = {
-                phase: sum(own.values()) / source.samples
+                phase: sum(times.values()) / source.samples
                 if plan.knobs.sequence
-                else statistics.median(own[i] for i in steady)
-                for phase, own in periods.items()
+                else statistics.median(times[i] for i in steady)
+                for phase, times in periods.items()
             }
         return seconds
 

@@ -38,11 +38,11 @@ def why_one_length(
             f"presentation {knobs.presentation.value!r} carries states from one sample to the "
             "next; pad all of them to one length, or use a level of presentation 'pulse'"
         )
-    for name, asked in (
+    for name, applies in (
         ("partition.slices", bool(settings.partition.slices)),
         ("engine.compress", settings.engine.compress is not Compress.NONE),
     ):
-        if asked:
+        if applies:
             return f"{name} is laid out for one length; pad all samples to it, or leave {name} out"
     if graph.one_length is None:
         return None
@@ -63,12 +63,12 @@ def least_bytes(graph: Graph, settings: Settings) -> int:
 
 def check_output_nets(graph: Graph, dynamics: Dynamics) -> None:
     """Raise LevelError for constants of a state that are given to blocks without one."""
-    for pattern, own in dynamics.blocks.items():
+    for pattern, constants in dynamics.blocks.items():
         fitting = [b for b in graph.blocks.values() if fnmatchcase(b.name, pattern)]
-        given = {"c": own.c, "eta_z": own.eta_z}
+        values = {"c": constants.c, "eta_z": constants.eta_z}
         if any(b.has_state for b in fitting):
             continue
-        for name, value in given.items():
+        for name, value in values.items():
             if value is not None:
                 raise LevelError(
                     f"dynamics.blocks.{pattern}.{name}: {fitting[0].name!r} is an output net and "

@@ -46,9 +46,9 @@ def with_cast_plans(
         SettingsError: a type or device is not available.
         GraphError: a block cannot compute in its type.
     """
-    asked = block_settings(graph, engine)
-    devices = {name: device_of(block_setting, engine) for name, block_setting in asked.items()}
-    typed = [n for n, w in asked.items() if w.dtype is not None or w.autocast == "bf16"]
+    by_block = block_settings(graph, engine)
+    devices = {name: device_of(block_setting, engine) for name, block_setting in by_block.items()}
+    typed = [n for n, w in by_block.items() if w.dtype is not None or w.autocast == "bf16"]
     if not typed and all(device == "cpu" for device in devices.values()):
         return graph, shapes, {}
     if typed and knobs.memory is Memory.REVERSIBLE:
@@ -58,29 +58,29 @@ def with_cast_plans(
             "leave it out, or use level 'backprop'"
         )
     before = {**shapes, **inputs}
-    own = graph.copy()
-    found: ShapeMap = {}
+    probed = graph.copy()
+    with_inputs: ShapeMap = {}
     cast_plans = {}
-    for name, block in own.blocks.items():
-        block_setting = asked[name]
+    for name, block in probed.blocks.items():
+        block_setting = by_block[name]
         dtype = None if block_setting.dtype is None else DTYPES[block_setting.dtype]
-        takes = {edge.index: dtype or before[edge.parent][1] for edge in own.into[name]}
-        found[name] = shapes[name]
+        takes = {edge.index: dtype or before[edge.parent][1] for edge in probed.into[name]}
+        with_inputs[name] = shapes[name]
         if dtype is not None:
             for module in (block.module, block.output):
                 if module is not None:
                     module.to(dtype)
-            found[name] = shapes[name][0], _tried(block, before, dtype)
-        _check_autocast(name, block_setting, found[name][1])
+            with_inputs[name] = shapes[name][0], _tried(block, before, dtype)
+        _check_autocast(name, block_setting, with_inputs[name][1])
         cast_plans[name] = CastPlan(
             block=name,
             device=devices[name],
             inputs=takes,
-            messages=found[name][1],
+            messages=with_inputs[name][1],
             targets=dtype,
             autocast=block_setting.autocast == "bf16",
         )
-    return own, found, cast_plans
+    return probed, with_inputs, cast_plans
 
 
 def taken(cast_plans: Mapping[str, CastPlan]) -> dict[int, torch.dtype]:
@@ -100,9 +100,9 @@ def _check_autocast(name: str, block_setting: BlockEngineSettings, dtype: torch.
 
 def _tried(block: BlockSpec, before: ShapeMap, dtype: torch.dtype) -> torch.dtype:
     """Return the type of the block's output for inputs of `dtype`."""
-    given = [before[parent] for parent in block.parents]
+    examples = [before[parent] for parent in block.parents]
     inputs = [
-        torch.zeros(shape, dtype=dtype if was.is_floating_point else was) for shape, was in given
+        torch.zeros(shape, dtype=dtype if was.is_floating_point else was) for shape, was in examples
     ]
     word = str(dtype).removeprefix("torch.")
     try:

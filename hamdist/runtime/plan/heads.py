@@ -49,24 +49,24 @@ def plan_heads(
     states no linear readout can make the readout's predictions.
     """
     alone = knobs.credit is Credit.HEADS
-    asked = learning.heads or (HeadsSettings() if alone else None)
-    own = {p: b.heads for p, b in learning.blocks.items() if b.heads is not None}
-    if asked is None and not any(weight != "off" for weight in own.values()):
+    settings = learning.heads or (HeadsSettings() if alone else None)
+    by_pattern = {p: b.heads for p, b in learning.blocks.items() if b.heads is not None}
+    if settings is None and not any(weight != "off" for weight in by_pattern.values()):
         return None
-    asked = asked or HeadsSettings()
+    settings = settings or HeadsSettings()
     if not knobs.pulse or knobs.memory is Memory.REVERSIBLE:
         raise LevelError(
             f"learning.heads with presentation {knobs.presentation.value!r} and memory "
             f"{knobs.memory.value!r}: a label travels with one sample through blocks that keep its "
             "activations or learn at once; use the levels 'heads', 'trace' or 'backprop'"
         )
-    readout = graph.readouts[0] if asked.readout is None else asked.readout
+    readout = graph.readouts[0] if settings.readout is None else settings.readout
     if readout not in graph.readouts:
         raise LevelError(
             f"learning.heads.readout {readout!r} is no readout; readouts: "
             f"{', '.join(graph.readouts)}"
         )
-    everywhere = asked.weight or (1.0 if alone else BESIDE_MESSAGES)
+    everywhere = settings.weight or (1.0 if alone else BESIDE_MESSAGES)
     if learning.heads is None and not alone:
         everywhere = 0.0  # single blocks ask for theirs
     weights = {}
@@ -74,11 +74,11 @@ def plan_heads(
         trained = any(p.requires_grad for p in block.module.parameters())
         if name in graph.readouts or not trained or block.rule is not None:
             continue
-        pattern = fitting(name, own)
-        weight = everywhere if pattern is None else own[pattern]
+        pattern = fitting(name, by_pattern)
+        weight = everywhere if pattern is None else by_pattern[pattern]
         if isinstance(weight, float) and weight:
             weights[name] = weight
-    found = Heads(weights, readout, shapes[readout][0], asked.norm)
+    plan = Heads(weights, readout, shapes[readout][0], settings.norm)
     for name in weights:
-        found.make(name, shapes, 0)
-    return found
+        plan.make(name, shapes, 0)
+    return plan

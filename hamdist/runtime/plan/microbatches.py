@@ -38,9 +38,9 @@ def cut_batches(
     if parts == "auto":
         parts = auto_microbatches(spec.batch)
     knobs = replace(knobs, microbatches=parts)
-    kept = knobs.pulse and knobs.memory in (Memory.TRACE, Memory.TRACE_WEIGHTS)
+    keeps_passes = knobs.pulse and knobs.memory in (Memory.TRACE, Memory.TRACE_WEIGHTS)
     summed = parts * knobs.accumulate > 1 or _against_sums(graph, learning) or ruled(graph)
-    if spec.kept and (summed or not kept):
+    if spec.kept and (summed or not keeps_passes):
         raise LevelError(
             "labels that come late, with the trace kept (stream.relearn: trace): that goes with "
             "'trace' and 'backprop', but not with micro-batches, locality.accumulate, heads, "
@@ -100,45 +100,45 @@ def microbatch_warnings(
 ) -> list[str]:
     """Return warnings about micro-batches; `auto`: hamdist chose their number. inputs: of a sample,
     by parent."""
-    parts, told = knobs.microbatches, []
+    parts, notes = knobs.microbatches, []
     if auto:
-        told.append(f"locality.microbatches 'auto' is {parts}: batches have {spec.batch} row(s)")
+        notes.append(f"locality.microbatches 'auto' is {parts}: batches have {spec.batch} row(s)")
     modules = [m for b in graph.blocks.values() for m in b.module.modules()]
     norms = [m for m in modules if isinstance(m, _BatchNorm) and m.training]
     if parts != 1 and norms:
-        told.append(
+        notes.append(
             f"locality.microbatches {parts}: batch norms normalise each micro-batch by its own "
             "statistics, and note them once each, so the run is not the one of the whole batch; "
             "use LayerNorm or GroupNorm, or locality.microbatches 1"
         )
     mixing = [] if parts == 1 else _mixing(graph, inputs, spec.batch)
     if mixing:
-        told.append(
+        notes.append(
             f"locality.microbatches {parts}: what block {mixing[0]!r} makes of a row depends on "
             "the other rows of the batch, or on their number, so the run is not the one of the "
             "whole batch; leave that out of the model, or use locality.microbatches 1"
         )
-    return told
+    return notes
 
 
 def _mixing(graph: Graph, inputs: Mapping[str, Tensor], batch: int) -> list[str]:
     """Return the blocks that make something else of half a batch: each is run on both."""
     whole = dict(inputs)
-    found, waiting = [], list(graph.blocks.values())
+    mixing, waiting = [], list(graph.blocks.values())
     while ready := [b for b in waiting if all(p in whole for p in b.parents)]:
         for block in ready:
             module = copied(block.module).eval()
-            given = [whole[parent] for parent in block.parents]
-            half = [h[: batch // 2] if len(h) == batch else h for h in given]
+            parents = [whole[parent] for parent in block.parents]
+            half = [h[: batch // 2] if len(h) == batch else h for h in parents]
             with torch.no_grad(), torch.random.fork_rng(devices=[]):
-                h = module(*combined(block.combine, [one.clone() for one in given]))
+                h = module(*combined(block.combine, [one.clone() for one in parents]))
                 try:
                     part = module(*combined(block.combine, half))
                 except RuntimeError:  # (in a run it is the block's error)
                     part = h[:0]
             apart = (h[: len(part)].to(WIDE) - part.to(WIDE)).abs()
             if not len(part) or apart.max() > CLOSE * h.to(WIDE).abs().max():
-                found.append(block.name)
+                mixing.append(block.name)
             whole[block.name] = h
             waiting.remove(block)
-    return found
+    return mixing

@@ -61,11 +61,11 @@ def plan_optimizers(
     )
     trained = {block: _trained(graph, block) for block in graph.blocks}
     if learning.optimizer is not None:
-        full = [rule.full_name(block, weight) for block, own in trained.items() for weight in own]
+        full = [rule.full_name(block, name) for block, names in trained.items() for name in names]
         patterns = [p for p in learning.optimizer.groups if p != VECTORS]
         check_patterns("learning.optimizer.groups", patterns, full, "weight")
-    made = {b: BlockOptimizers(rule, b, named) for b, named in trained.items() if named}
-    kinds = {b: [type(one).__name__ for one in own.optimizers] for b, own in made.items()}
+    by_block = {b: BlockOptimizers(rule, b, named) for b, named in trained.items() if named}
+    kinds = {b: [type(one).__name__ for one in group.optimizers] for b, group in by_block.items()}
     rule = dataclasses.replace(rule, kinds=kinds)
     if settings.partition.slices:
         _check_slices(name, rule)
@@ -84,12 +84,12 @@ def _check_once(learning: LearningSettings, functions: OptimizerRule) -> None:
     if functions.function is not None and learning.optimizer is not None:
         raise SettingsError("optimizer (a function) and learning.optimizer: give one of them")
     if functions.function is not None:
-        own = ("lr", "momentum", "dampening", "weight_decay", "adaptive", "first_step")
-        given = [name for name in own if name in learning.model_fields_set]
-        given += [f"blocks.{p}.lr" for p, b in learning.blocks.items() if b.lr is not None]
-        if given:
+        names = ("lr", "momentum", "dampening", "weight_decay", "adaptive", "first_step")
+        fields = [name for name in names if name in learning.model_fields_set]
+        fields += [f"blocks.{p}.lr" for p, b in learning.blocks.items() if b.lr is not None]
+        if fields:
             raise SettingsError(
-                f"learning.{given[0]} beside optimizer, a function, whose steps do not depend on "
+                f"learning.{fields[0]} beside optimizer, a function, whose steps do not depend on "
                 "it: say it in the function, and leave it out here"
             )
     varies = learning.decay is not Decay.NONE or learning.warmup or learning.course is not None
@@ -112,8 +112,8 @@ def _contradictions(
             "it off at this level (levels: {LEVEL: {learning: {optimizer: off}}})"
         )
     constants = {n: getattr(d, n) for n in ("beta", "eta", "eta_omega", "weight_cost")}
-    for block, own in d.blocks.items():
-        constants |= {f"blocks.{block}.{n}": getattr(own, n) for n in ("beta", "eta", "eta_omega")}
+    for block, b in d.blocks.items():
+        constants |= {f"blocks.{block}.{n}": getattr(b, n) for n in ("beta", "eta", "eta_omega")}
     for constant, value in constants.items():
         if value:
             yield (

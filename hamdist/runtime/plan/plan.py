@@ -260,7 +260,7 @@ def make_plan(
     check_resets(graph, schedule, dynamics, knobs)
     check_output_nets(graph, dynamics)
     check_rules(graph, knobs, dynamics, settings.metrics)
-    labelled = [name for name, own in ruled(graph).items() if own.signals.label]
+    labelled = [name for name, block_rule in ruled(graph).items() if block_rule.signals.label]
     if spec.weighted and labelled:
         raise LevelError(
             f"the rule of block {labelled[0]!r} takes labels by a loss of its own, which has no "
@@ -362,21 +362,21 @@ def make_snapshot_policy(
     settings: Settings, snapshot: Snapshot | None = None, *, last: bool = True
 ) -> SnapshotPolicy | None:
     """Make the policy of `settings.snapshots`; None if the run takes none."""
-    given = settings.snapshots
-    if given.path is None:
+    snapshots = settings.snapshots
+    if snapshots.path is None:
         return None
-    timed = given.seconds is not None or given.every is None
+    timed = snapshots.seconds is not None or snapshots.every is None
     return SnapshotPolicy(
-        path=storage(given.path).where,  # actors may have another current folder
-        every=given.every,
-        seconds=(given.seconds or SNAPSHOT_SECONDS) if timed else None,
-        keep=given.keep,
+        path=storage(snapshots.path).where,  # actors may have another current folder
+        every=snapshots.every,
+        seconds=(snapshots.seconds or SNAPSHOT_SECONDS) if timed else None,
+        keep=snapshots.keep,
         settings=settings.model_dump(mode="json"),
-        recover=given.recover and settings.engine.kind is EngineKind.RAY,
-        memory=given.memory * 2**20,
-        ends_full=given.full == "end",
-        attempts=given.attempts,
-        silence=given.silence,
+        recover=snapshots.recover and settings.engine.kind is EngineKind.RAY,
+        memory=snapshots.memory * 2**20,
+        ends_full=snapshots.full == "end",
+        attempts=snapshots.attempts,
+        silence=snapshots.silence,
         snapshot=snapshot,
         last=last,
     )

@@ -39,8 +39,8 @@ def with_delays(plan: Plan, delays: Mapping[str, int]) -> Plan:
     )
     codecs = {(one.kind, one.edge): one.codec for one in old.all()}
     kinds: tuple[dict[Any, Channel], ...] = channels
-    for own in kinds:
-        own |= {key: one._replace(codec=codecs[one.kind, one.edge]) for key, one in own.items()}
+    for kind in kinds:
+        kind |= {key: one._replace(codec=codecs[one.kind, one.edge]) for key, one in kind.items()}
     return dataclasses.replace(plan, graph=graph, schedule=schedule, channels=channels)
 
 
@@ -59,10 +59,10 @@ def replannable(
     engine = settings.engine
     if engine.bundle == "auto":
         engine = engine.model_copy(update={"bundle": "off"})
-    own = settings.model_copy(update={"engine": engine})
+    planned = settings.model_copy(update={"engine": engine})
 
     def replan(delays: Mapping[str, int]) -> Plan:
-        made = make_plan(delayed(graph, delays), own, plan.spec, phi=phi, optimizer=optimizer)
-        return dataclasses.replace(made, run=plan.run, snapshot_policy=plan.snapshot_policy)
+        new = make_plan(delayed(graph, delays), planned, plan.spec, phi=phi, optimizer=optimizer)
+        return dataclasses.replace(new, run=plan.run, snapshot_policy=plan.snapshot_policy)
 
     return dataclasses.replace(plan, replan=replan)

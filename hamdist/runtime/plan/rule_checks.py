@@ -65,21 +65,21 @@ def check_rules(
 
 def _against_class(rule: Rule) -> Iterator[tuple[object, str]]:
     """Yield (it is wrong, what is wrong) for each way in which a rule contradicts itself."""
-    back, label, own = rule.signals.back, rule.signals.label, rule.overrides
+    back, label, overrides = rule.signals.back, rule.signals.label, rule.overrides
     presentation, held = rule.presentation, rule.presentation == "hold"
     known = ("pulse", "hold"), ("message", "error", "none")
     yield presentation not in known[0], f"presentation {presentation!r}: give 'pulse' or 'hold'"
     yield back not in known[1], f"signals.back {back!r}: give one of {', '.join(known[1])}"
     asks = f"presentation {presentation!r}, signals.back {back!r}, label {label}: needs a method"
-    yield held and not own("relax"), f"{asks} relax(block, inputs, message)"
+    yield held and not overrides("relax"), f"{asks} relax(block, inputs, message)"
     only = "presentation 'hold' knows messages alone: no label, no error, no rule on a readout"
     yield held and (label or back != "message" or rule.on_readout), only
     listens = not held and back != "none"
-    yield listens and not own("backward"), f"{asks} backward(block, kept, message)"
+    yield listens and not overrides("backward"), f"{asks} backward(block, kept, message)"
     learns = not held and (back == "none" or label)
-    yield learns and not own("learn"), f"{asks} learn(block, kept, label)"
+    yield learns and not overrides("learn"), f"{asks} learn(block, kept, label)"
     yield (
-        rule.on_readout and (back == "none" or own("learn")),
+        rule.on_readout and (back == "none" or overrides("learn")),
         "on_readout: an output net learns in `backward`, from its own error, and only there",
     )
 

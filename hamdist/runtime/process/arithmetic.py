@@ -70,10 +70,10 @@ class Arithmetic(BaseModel):
         """
         names = ("machine", "capability", "torch", "threads")
         pairs = [(name, getattr(self, name), getattr(other, name)) for name in names]
-        found = [f"{name} {mine} against {its}" for name, mine, its in pairs if mine != its]
+        differences = [f"{name} {mine} against {its}" for name, mine, its in pairs if mine != its]
         both = {**self.digests, **other.digests}
         kinds = [kind for kind in both if self.digests.get(kind) != other.digests.get(kind)]
-        return [*found, *([f"other bits of {', '.join(kinds)}"] if kinds else [])]
+        return [*differences, *([f"other bits of {', '.join(kinds)}"] if kinds else [])]
 
     def __str__(self) -> str:
         return f"{self.processor} ({self.capability}, {self.blas})"

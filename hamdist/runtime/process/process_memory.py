@@ -75,5 +75,5 @@ def _status(field: str) -> int | None:
         lines = STATUS.read_text().splitlines()
     except OSError:
         return None
-    found = (line for line in lines if line.startswith(f"{field}:"))
-    return next((int(line.split()[1]) * 1024 for line in found), None)
+    matching = (line for line in lines if line.startswith(f"{field}:"))
+    return next((int(line.split()[1]) * 1024 for line in matching), None)

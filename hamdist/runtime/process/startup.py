@@ -31,9 +31,9 @@ TITLES = {
 class Startup:
     """Seconds by phase, in the order of their begin; `told` is called with each name."""
 
-    def __init__(self, told: Callable[[str], None] | None = None) -> None:
+    def __init__(self, on_phase: Callable[[str], None] | None = None) -> None:
         self.seconds: dict[str, float] = {}
-        self._told = told
+        self._told = on_phase
 
     @contextmanager
     def phase(self, name: str) -> Iterator[None]:
@@ -69,5 +69,5 @@ def startup_line(total_seconds: float, seconds: Mapping[str, float]) -> str:
     """Return '8.3 s: Ray 4.0, actors 2.9, plan 1.0': the longest first, short ones left out."""
     total = f"{total_seconds:.1f} s"
     longest = sorted(seconds.items(), key=lambda item: -item[1])
-    said = [f"{TITLES.get(name, name)} {spent:.1f}" for name, spent in longest if spent >= 0.05]
-    return f"{total}: {', '.join(said)}" if said else total
+    parts = [f"{TITLES.get(name, name)} {spent:.1f}" for name, spent in longest if spent >= 0.05]
+    return f"{total}: {', '.join(parts)}" if parts else total

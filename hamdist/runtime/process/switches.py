@@ -98,8 +98,8 @@ def read_switches() -> dict[str, bool | int | str]:
         does not have, and without the precision of all float32 products where single backends have
         been given theirs.
     """
-    found = {name: _read(get) for name, (get, _) in _all().items()}
-    return {name: value for name, value in found.items() if value is not None}
+    switches = {name: _read(get) for name, (get, _) in _all().items()}
+    return {name: value for name, value in switches.items() if value is not None}
 
 
 def _read(get: Callable[[], Any]) -> bool | int | str | None:

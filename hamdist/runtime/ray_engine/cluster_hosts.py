@@ -63,8 +63,8 @@ def hosts() -> list[HostInfo]:
     import ray
 
     here = ray.get_runtime_context().get_node_id()
-    found = [_host(node) for node in ray.nodes() if node["Alive"]]
-    return sorted(found, key=lambda host: (host.id != here, host.address))
+    alive = [_host(node) for node in ray.nodes() if node["Alive"]]
+    return sorted(alive, key=lambda host: (host.id != here, host.address))
 
 
 def reachable_hosts() -> list[HostInfo]:

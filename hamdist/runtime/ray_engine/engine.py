@@ -189,13 +189,13 @@ class _Watch:
                 f"{HEAD_SECONDS:.0f} s; start it again"
             )
         if text:
-            kept = self._plan.snapshot_policy
+            policy = self._plan.snapshot_policy
             self._ending.error = ClusterError(
                 f"{text}, and go on "
                 + (
                     "from the beginning: no snapshots were taken (snapshots.path)"
-                    if kept is None
-                    else f"from the latest snapshot: --resume {kept.path}"
+                    if policy is None
+                    else f"from the latest snapshot: --resume {policy.path}"
                 )
             )
         return bool(text)

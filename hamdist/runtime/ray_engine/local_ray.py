@@ -36,6 +36,7 @@ _environment: dict[str, str] | None = None  # what hamdist sets for Ray, once it
 
 @contextmanager
 def local_ray(cpus: int) -> Iterator[set[psutil.Process]]:
+    """Start a Ray of this machine alone; it ends with the context."""
     import ray
 
     remove_leftovers()
@@ -86,11 +87,11 @@ def _of_session(folder: str, before: set[psutil.Process]) -> set[psutil.Process]
         with contextlib.suppress(psutil.Error):
             if folder in " ".join(process.cmdline()):
                 heads.add(process)
-    found = set(heads)
+    pids = set(heads)
     for head in heads:
         with contextlib.suppress(psutil.Error):
-            found |= set(head.children(recursive=True))
-    return found
+            pids |= set(head.children(recursive=True))
+    return pids
 
 
 @contextmanager

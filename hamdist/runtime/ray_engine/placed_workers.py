@@ -95,27 +95,27 @@ class PlacedWorkers:
         For this host the warning came before the start.
         """
         here = ray.get_runtime_context().get_node_id()
-        told = []
+        notes = []
         for node in ray.nodes():
             actors = sum(actor.node == node["NodeID"] for actor in self.actors)
             processors = int(node["Resources"].get("CPU", 0))
             if actors and node["NodeID"] != here:
                 name = node["NodeManagerAddress"]
-                told += thread_warnings(actors, self._plan.engine.threads, processors, name)
-        return told
+                notes += thread_warnings(actors, self._plan.engine.threads, processors, name)
+        return notes
 
     def predicted(self, model: TimingModel) -> float:
         """Return the samples a second by the model; 0 where nothing is known of the links."""
         names = list(dict.fromkeys(actor.node for actor in self.actors))
         if len(names) > 1 and not self.links:
             return 0.0
-        own = range(len(self.actors))
+        groups = range(len(self.actors))
         if self.links:
-            timed = model.timed(self.placement, own, cluster_of(self.placement, self.links))
+            timed = model.timed(self.placement, groups, cluster_of(self.placement, self.links))
         else:
             late = {(0, 0): Link(self._plan.engine.link_delay)}
             here = ClusterModel([HostModel(cores=cores())], late)
-            timed = model.timed(self.placement, [0 for _ in own], here)
+            timed = model.timed(self.placement, [0 for _ in groups], here)
         try:
             return timed.samples / timed.period().seconds
         except NoPeriodError:  # (bundles of micro-batches, which ends of samples cut short)
@@ -164,18 +164,18 @@ class PlacedWorkers:
         any.
         """
         plan = self._plan
-        asked = block_settings(plan.graph, plan.engine)
+        by_block = block_settings(plan.graph, plan.engine)
         known = hosts()
         names = list(plan.graph.blocks)
         work = by_parameters(plan.graph) if costs is None else costs.seconds
         busy = [sum(work[names.index(name)] for name in group) for group in groups]
         spread = plan.engine.spread if len(known) > 1 else Spread.AUTO
         speeds = host_seconds(known) if spread is Spread.PROFILE else None
-        requests = [requirements(group, asked, plan.engine) for group in groups]
-        found = options_of_actors(requests, known, spread, busy, speeds)
+        requests = [requirements(group, by_block, plan.engine) for group in groups]
+        options = options_of_actors(requests, known, spread, busy, speeds)
         if plan.engine.bits is not Bits.PORTABLE:
-            return found
-        return [actor_options.pinned(portable_environment()) for actor_options in found]
+            return options
+        return [actor_options.pinned(portable_environment()) for actor_options in options]
 
     def way_to_compute(self) -> tuple[Switches, int, bool]:
         """Return the arguments of `WorkerActor.compute_as`, called before an actor's blocks."""
@@ -202,8 +202,8 @@ class PlacedWorkers:
             if reasons:
                 text = f"on {there}, not as this process on {here}: {', '.join(reasons)}"
                 actors.setdefault(text, []).append(f"{actor.name} ({actor.address})")
-        told = [f"{', '.join(names)} would compute {text}" for text, names in actors.items()]
-        notes = [other_bits(text, self._plan.engine.bits, ClusterError) for text in told]
+        texts = [f"{', '.join(names)} would compute {text}" for text, names in actors.items()]
+        notes = [other_bits(text, self._plan.engine.bits, ClusterError) for text in texts]
         for note in notes:
             warnings.warn(note, HamdistWarning, stacklevel=2)  # (before they compute)
         return notes
@@ -211,11 +211,11 @@ class PlacedWorkers:
     def _links(self) -> dict[tuple[int, int], Link]:
         """Measure the links by pair of actors that exchange signals. Between two hosts, or inside
         one, one pair stands for all."""
-        found: dict[frozenset[str], list[tuple[int, int]]] = {}
+        by_pair: dict[frozenset[str], list[tuple[int, int]]] = {}
         for a, b in sorted(pairs(self._plan, self.placement)):
             hosts = frozenset([self.actors[a].node, self.actors[b].node])
-            found.setdefault(hosts, []).append((a, b))
-        firsts = [group[0] for group in found.values()]
+            by_pair.setdefault(hosts, []).append((a, b))
+        firsts = [group[0] for group in by_pair.values()]
         binds: list[dict[int, str]] = [{} for _ in self.actors]
         for number, (a, b) in enumerate(firsts):
             there, back = Probe.channels(number)
@@ -232,7 +232,7 @@ class PlacedWorkers:
             addresses |= opened
         self._all("join_probe", lambda _: (addresses,))
         links: dict[tuple[int, int], Link] = {}
-        for number, (group, (a, b)) in enumerate(zip(found.values(), firsts, strict=True)):
+        for number, (group, (a, b)) in enumerate(zip(by_pair.values(), firsts, strict=True)):
             link = self._measured(number, self.actors[a], self.actors[b])
             links |= dict.fromkeys(group, link)
         self._all("end_probe", lambda _: ())
@@ -320,12 +320,12 @@ class WorkerHandle:
     running: Any = None  # the call of run()
     report: WorkerReport | None = None
     status: WorkerStatus | None = None
-    asked: Any = None  # a status call under way
-    asked_at: float = 0.0
+    call: Any = None  # a status call under way
+    called_at: float = 0.0
     windows: list[Window] = field(default_factory=list)
-    every: int | None = None
+    joined: int | None = None
 
-    told: list[SnapshotNews] = field(default_factory=list)
+    snapshot_news: list[SnapshotNews] = field(default_factory=list)
     kept_bytes: int = 0
     forgot: bool = False  # it has let signals go that a successor of a neighbour would need
 
@@ -337,9 +337,9 @@ class WorkerHandle:
 
     def begin_again(self) -> None:
         """Discard what is recorded of the actor's run."""
-        self.running = self.report = self.status = self.asked = None
+        self.running = self.report = self.status = self.call = None
         self.windows = []
-        self.every = None
+        self.joined = None
 
     @property
     def tick(self) -> int | None:
@@ -347,12 +347,13 @@ class WorkerHandle:
         return None if self.status is None else min(self.status.ticks.values(), default=None)
 
     def note(self, status: WorkerStatus) -> None:
+        """Keep what a worker reports of itself."""
         self.status = status
         if status.kept is not None:
-            self.told.append(status.kept)
+            self.snapshot_news.append(status.kept)
             self.kept_bytes, self.forgot = status.kept.nbytes, status.kept.forgot
         self.windows = [*self.windows[: status.first], *status.windows]
-        self.every = status.every
+        self.joined = status.joined
 
     def __str__(self) -> str:
         return f"{self.name} (blocks {', '.join(self.blocks)}; process {self.pid})"
@@ -367,5 +368,6 @@ def _processors(cpus: int) -> int:
 
 
 def last_line(error: BaseException) -> str:
+    """Return the last line of an error that says something."""
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
     return lines[-1] if lines else type(error).__name__

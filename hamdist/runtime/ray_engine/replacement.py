@@ -230,8 +230,8 @@ class Replacement:
             worker_group.renew_local(plan)
         for i in numbers:
             actor = worker_group.actors[i]
-            given = (plan.only(actor.blocks), actor.blocks, worker_group.stream_of(i))
-            call = actor.handle.prepare.remote(*given, worker_group.binds(i, inside))
+            arguments = (plan.only(actor.blocks), actor.blocks, worker_group.stream_of(i))
+            call = actor.handle.prepare.remote(*arguments, worker_group.binds(i, inside))
             calls[call] = actor
         for actor in others:
             ways = worker_group.binds(worker_group.actors.index(actor), inside, only=lost)
@@ -240,8 +240,8 @@ class Replacement:
         opened, gone = _all(calls)
         if gone:
             return gone
-        for found in opened:
-            ends |= found
+        for addresses in opened:
+            ends |= addresses
         calls = {actor.handle.connect.remote(ends): actor for actor in lost}
         calls |= {actor.handle.connect_anew.remote(ends): actor for actor in others}
         again, gone = _all(calls)
@@ -260,11 +260,11 @@ class Replacement:
         if not lost:
             return []
         there = reachable_hosts()
-        taken = [(a.node, a.actor_options) for a in worker_group.actors if a not in lost]
+        others = [(a.node, a.actor_options) for a in worker_group.actors if a not in lost]
         options_of_actors = []
         for actor in lost:
-            actor_options = reseated(actor.actor_options, actor.node, there, taken)
-            taken.append((actor_options.node or actor.node, actor_options))
+            actor_options = reseated(actor.actor_options, actor.node, there, others)
+            others.append((actor_options.node or actor.node, actor_options))
             options_of_actors.append(actor_options)
         begun = dict(
             zip(
@@ -292,8 +292,10 @@ class Replacement:
                 if actor.key is not None:
                     worker_group.withdraw(actor.key)
                     actor.key = ray.get(handle.new_key.remote(), timeout=ANSWER_SECONDS)
-                asked = handle.compute_as.remote(*worker_group.way_to_compute())
-                self.unlike += worker_group.unlike({actor: ray.get(asked, timeout=ANSWER_SECONDS)})
+                computing = handle.compute_as.remote(*worker_group.way_to_compute())
+                self.unlike += worker_group.unlike(
+                    {actor: ray.get(computing, timeout=ANSWER_SECONDS)}
+                )
             except (RayError, TimeoutError):  # its host has gone, as Ray has just noticed
                 gone.append(actor)
             else:
@@ -317,16 +319,16 @@ def _all(calls: dict[Any, WorkerHandle]) -> tuple[list[Any], list[WorkerHandle]]
     SnapshotError of an actor that could not read its files."""
     waiting = list(calls)
     done, late = ray.wait(waiting, num_returns=len(waiting), timeout=ANSWER_SECONDS)
-    found, gone = [], [calls[call] for call in late]
+    answers, gone = [], [calls[call] for call in late]
     for call in done:
         try:
-            found.append(ray.get(call))
+            answers.append(ray.get(call))
         except (RayError, TimeoutError) as error:
             cause = error.cause if isinstance(error, RayTaskError) else None
             if isinstance(cause, SnapshotError):
                 raise SnapshotError(f"{calls[call]}: {cause}") from None
             gone.append(calls[call])
-    return found, gone
+    return answers, gone
 
 
 class Attempts:

@@ -63,18 +63,18 @@ class Session:
         """
         from hamdist.runtime.ray_engine.worker_actor import is_alive, start_actor
 
-        found: dict[int, Any] = {}
+        handles: dict[int, Any] = {}
         for i, actor_options in enumerate(options_of_actors):
-            while i not in found and (k := self._fitting(actor_options)) is not None:
+            while i not in handles and (k := self._fitting(actor_options)) is not None:
                 _, actor = self.idle.pop(k)
                 if is_alive(actor, starting=any(actor is spare for spare in self._spares)):
-                    found[i] = actor
+                    handles[i] = actor
                 else:  # its processor is wanted at once
                     _end([actor])
-        if len(found) < len(options_of_actors):
+        if len(handles) < len(options_of_actors):
             self.make_room()
         return [
-            found[i] if i in found else start_actor(actor_options)
+            handles[i] if i in handles else start_actor(actor_options)
             for i, actor_options in enumerate(options_of_actors)
         ]
 
@@ -85,7 +85,7 @@ class Session:
         """
         from hamdist.runtime.ray_engine.worker_actor import start_actor
 
-        there = sum(own in options_of_actors for own, _ in self.idle)
+        there = sum(options in options_of_actors for options, _ in self.idle)
         for i in range(there, number):
             actor_options = options_of_actors[i % len(options_of_actors)]
             self._spares.append(start_actor(actor_options))
@@ -97,7 +97,9 @@ class Session:
         self.idle, self._spares = [], []
 
     def _fitting(self, actor_options: ActorOptions) -> int | None:
-        return next((k for k, (own, _) in enumerate(self.idle) if own == actor_options), None)
+        return next(
+            (k for k, (options, _) in enumerate(self.idle) if options == actor_options), None
+        )
 
 
 @dataclass(slots=True)
@@ -139,11 +141,11 @@ def _runs(process: psutil.Process) -> bool:
 
 def _needed(processes: set[psutil.Process]) -> dict[psutil.Process, str]:
     """Return the head's server and its raylet among the processes of a local Ray."""
-    found = {}
+    needed = {}
     for process in processes:
         with suppress(psutil.NoSuchProcess):
-            found[process] = process.name()
-    return {process: name for process, name in found.items() if name in ("gcs_server", "raylet")}
+            needed[process] = process.name()
+    return {process: name for process, name in needed.items() if name in ("gcs_server", "raylet")}
 
 
 _one_at_a_time = threading.Lock()

@@ -170,14 +170,14 @@ class SnapshotSupervision:
     # -- snapshots ------------------------------------------------------------------------------
 
     def _collect(self) -> None:
-        for kept in self._worker_group.kept():
-            if kept.failure is not None:
-                self._failures.add(kept.failure)
+        for news in self._worker_group.kept():
+            if news.failure is not None:
+                self._failures.add(news.failure)
                 self._tries_failed = True
-                self._give(SnapshotError(kept.failure))
-            for taken in kept.taken:
+                self._give(SnapshotError(news.failure))
+            for files in news.taken:
                 try:
-                    complete = self._catalogue.put(taken)
+                    complete = self._catalogue.put(files)
                 except SnapshotError as error:
                     self._failures.add(str(error))
                     self._tries_failed = True
@@ -188,10 +188,10 @@ class SnapshotSupervision:
                     self._worker_group.complete(complete.tick)
                     self._asked_for_is_there(complete.tick)
 
-    def _give(self, found: str | SnapshotError) -> None:
+    def _give(self, snapshot: str | SnapshotError) -> None:
         """Answer the user who waits for a snapshot."""
         if self._live is not None and self._for_user is not None:
-            self._live.give("snapshot", found)
+            self._live.give("snapshot", snapshot)
             self._for_user = None
 
     def _asked_for_is_there(self, tick: int) -> None:
@@ -208,15 +208,15 @@ class SnapshotSupervision:
         self._pace = (now, front)
         if self._due is None:
             self._due = now + self._seconds
-        asked = self._asked is not None and now - self._asked[1] < PATIENCE_SECONDS
+        pending = self._asked is not None and now - self._asked[1] < PATIENCE_SECONDS
         if self._live is not None and self._live.wanted == "snapshot":
-            if self._for_user is None or not asked:
+            if self._for_user is None or not pending:
                 self._for_user = self._ask(now, front, wanted=True)
             return
         full = self._recovery is not None and self._full()
         if (now < self._due and not full) or front >= self._end:
             return
-        if not asked and self._ask(now, front) is not None:
+        if not pending and self._ask(now, front) is not None:
             self._due = now + self._seconds
 
     def _full(self) -> bool:

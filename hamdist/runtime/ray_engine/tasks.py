@@ -31,7 +31,7 @@ def ray_tasks(
             while waiting:
                 (done,), waiting = ray.wait(waiting)
                 try:
-                    found: T = ray.get(done)
+                    result: T = ray.get(done)
                 except RayTaskError as error:
                     raise error.as_instanceof_cause() from None
                 except ray.exceptions.RayError as error:
@@ -39,7 +39,7 @@ def ray_tasks(
                         f"a task of Ray was lost ({type(error).__name__}); what is finished is "
                         "kept: start the study again to go on with it"
                     ) from error
-                yield found
+                yield result
         finally:
             for left in waiting:
                 ray.cancel(left, force=True)

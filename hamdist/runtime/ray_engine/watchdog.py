@@ -34,6 +34,7 @@ class Watchdog:
         return still, speak
 
     def over(self, still: float) -> bool:
+        """Return True if nothing has moved for the whole limit."""
         return still >= self._limit
 
 

@@ -52,12 +52,12 @@ class WiredWorkers(PlacedWorkers):
         cpus = int(ray.cluster_resources().get("CPU", 0))
         groups = place(plan.graph, plan.engine, max(1, _processors(cpus)), costs)
         with startup.phase("actors"):
-            own = self._options_of_actors(groups, costs)
-            handles = self._all_or_none(own)
+            options = self._options_of_actors(groups, costs)
+            handles = self._all_or_none(options)
             self.actors = [
                 WorkerHandle(f"actor {i}", blocks, handle, actor_options)
                 for i, (blocks, handle, actor_options) in enumerate(
-                    zip(groups, handles, own, strict=True)
+                    zip(groups, handles, options, strict=True)
                 )
             ]
             for actor, where in zip(self.actors, self._all("where", lambda _: ()), strict=True):
@@ -122,9 +122,9 @@ class WiredWorkers(PlacedWorkers):
         must.
         """
         self._all("answer_offers", lambda _: ())
-        told = self._all("hear_answers", lambda _: ())
-        self.lent = sum(offered for offered, _ in told)
-        refusals = [refusal for _, those in told for refusal in those]
+        answers = self._all("hear_answers", lambda _: ())
+        self.lent = sum(offered for offered, _ in answers)
+        refusals = [refusal for _, those in answers for refusal in those]
         if refusals and self._plan.engine.device_signals is DeviceSignals.IPC:
             channel, reason = refusals[0]
             raise ClusterError(

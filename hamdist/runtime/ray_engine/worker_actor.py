@@ -150,8 +150,8 @@ class WorkerActor:
         """Run the worker, which is number `index` of the `actors` on its host, to the end."""
         return self._prepared().run(index, actors)
 
-    def status(self, seen: int, every: int | None) -> WorkerStatus:
-        return self._prepared().status(seen, every)
+    def status(self, seen: int, joined: int | None) -> WorkerStatus:
+        return self._prepared().status(seen, joined)
 
     def news(self, run: int, seconds: float) -> list[Any]:
         host = self._of(run)

@@ -88,14 +88,14 @@ class WorkerGroup(WiredWorkers):
 
     def kept(self) -> list[SnapshotNews]:
         """Return the snapshot news of all actors since the last call."""
-        found = [kept for actor in self.actors for kept in actor.told]
+        all_news = [news for actor in self.actors for news in actor.snapshot_news]
         for actor in self.actors:
-            actor.told.clear()
+            actor.snapshot_news.clear()
         if self._local is not None:
             status = self._local.status(0, None)
-            found += [] if status.kept is None else [status.kept]
+            all_news += [] if status.kept is None else [status.kept]
             self.local_forgot = status.kept is not None and status.kept.forgot
-        return found
+        return all_news
 
     def start(self) -> None:
         """Start `run` on all actors."""
@@ -109,6 +109,7 @@ class WorkerGroup(WiredWorkers):
 
     @property
     def done(self) -> bool:
+        """Return True if all workers have reported their end."""
         finished = all(actor.report is not None for actor in self.actors)
         return finished and (self._local is None or self.local_report is not None)
 
@@ -154,7 +155,7 @@ class WorkerGroup(WiredWorkers):
             )
         if report is None or report.error is None:
             if report is not None and report.kept is not None:
-                actor.told.append(report.kept)
+                actor.snapshot_news.append(report.kept)
             return
         if self.on_lost is not None and self.on_lost(actor, report.error, report.error):
             actor.report = actor.running = None
@@ -164,21 +165,21 @@ class WorkerGroup(WiredWorkers):
     def ask(self, now: float, seconds: float) -> None:
         """Query the status of all running actors, and note the answers that come in time."""
         for actor in self.actors:
-            if actor.report is None and actor.asked is None:
-                actor.asked = actor.handle.status.remote(len(actor.windows), actor.every)
-                actor.asked_at = now
-        asked = {actor.asked: actor for actor in self.actors if actor.asked is not None}
-        if not asked:
+            if actor.report is None and actor.call is None:
+                actor.call = actor.handle.status.remote(len(actor.windows), actor.joined)
+                actor.called_at = now
+        calls = {actor.call: actor for actor in self.actors if actor.call is not None}
+        if not calls:
             return
-        for call in ray.wait(list(asked), num_returns=len(asked), timeout=seconds)[0]:
-            actor = asked[call]
-            actor.asked = None
+        for call in ray.wait(list(calls), num_returns=len(calls), timeout=seconds)[0]:
+            actor = calls[call]
+            actor.call = None
             with contextlib.suppress(RayError):  # an actor that died is found by its run call
                 actor.note(ray.get(call))
 
     def silent(self, now: float, seconds: float = ANSWER_SECONDS) -> list[WorkerHandle]:
         """Return the actors that have not answered for `seconds`."""
-        return [a for a in self.actors if a.asked is not None and now - a.asked_at > seconds]
+        return [a for a in self.actors if a.call is not None and now - a.called_at > seconds]
 
     def samples(self) -> int:
         """Return the number of samples that have entered the network."""
@@ -194,7 +195,7 @@ class WorkerGroup(WiredWorkers):
             first = next((b for b in actor.blocks if b in self._plan.graph.readouts), None)
             if actor.report is not None:
                 windows |= actor.report.windows
-            elif first is not None and actor.every is not None:
+            elif first is not None and actor.joined is not None:
                 windows[first] = actor.windows
                 windows |= {} if actor.status is None else actor.status.others
         return windows

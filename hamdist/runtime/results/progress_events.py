@@ -121,7 +121,9 @@ class ProgressEvents:
             norms={name: norms for s in samples.values() for name, norms in s.norms.items()},
             seconds={name: spent for s in samples.values() for name, spent in s.steps.items()},
             staleness={name: late for s in samples.values() for name, late in s.staleness.items()},
-            histograms={name: own for s in samples.values() for name, own in s.histograms.items()},
+            histograms={
+                name: by_kind for s in samples.values() for name, by_kind in s.histograms.items()
+            },
             waiting={b.block: b.waiting for b in blocks if b.waiting is not None},
             **head,
         )

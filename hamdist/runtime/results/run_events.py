@@ -4,17 +4,23 @@ from __future__ import annotations
 
 import contextlib
 import fcntl
+import logging
 import threading
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from hamdist.runtime.results.events import (
+    ActorReplaced,
+    Evaluated,
     EventListener,
     FolderEnded,
     RunBegun,
     RunEvent,
     RunFinished,
+    SettingsChanged,
+    SnapshotComplete,
+    Warned,
 )
 from hamdist.runtime.results.progress_events import ProgressEvents
 
@@ -23,6 +29,8 @@ if TYPE_CHECKING:
     from hamdist.runtime.results.result import Progress, RunFacts
 
 EVENTS = "events.jsonl"
+LOGGER = logging.getLogger("hamdist.run")
+logging.getLogger("hamdist").addHandler(logging.NullHandler())  # (warnings are shown anyway)
 Result = TypeVar("Result", bound="RunFacts")
 
 
@@ -62,8 +70,30 @@ class EventFile:
             self._file.close()
 
 
+def line_of(event: RunEvent) -> str | None:
+    """Return what happened, on a line; None for a measurement."""
+    if isinstance(event, Evaluated):
+        right = "" if event.accuracy is None else f", accuracy {100 * event.accuracy:.2f} %"
+        return f"held out, after {event.samples} samples: loss {event.loss:.4g}{right}"
+    if isinstance(event, ActorReplaced):
+        what = "lost" if event.lost else "set back"
+        back = f"is back from tick {event.since} after {event.seconds:.1f} s"
+        return f"{event.actor} was {what}, and {back}"
+    if isinstance(event, RunFinished):
+        how = "interrupted" if event.interrupted else "stopped" if event.stopped else "finished"
+        return f"{event.failure or how}: {event.samples} samples in {event.seconds:.1f} s"
+    texts: dict[type[RunEvent], str] = {
+        RunBegun: "title",
+        SnapshotComplete: "path",
+        SettingsChanged: "changed",
+        Warned: "text",
+    }
+    name = texts.get(type(event))
+    return None if name is None else f"{event.name}: {getattr(event, name)}"
+
+
 class RunEvents:
-    """Hands the events of one run to listeners, whichever thread they come from.
+    """Hands the events of one run to listeners, whichever thread they come from, and logs them.
 
     As a context it tells the end.
     """
@@ -79,6 +109,10 @@ class RunEvents:
 
     def emit(self, event: RunEvent) -> None:
         """Hand over an event."""
+        line = line_of(event)
+        if line is not None:
+            warns = isinstance(event, (ActorReplaced, Warned))
+            LOGGER.log(logging.WARNING if warns else logging.INFO, "%s", line)
         with self._lock:
             for listener in self._listeners:
                 listener(event)
@@ -91,8 +125,8 @@ class RunEvents:
         return events
 
     def over(self, then: Any) -> Any:
-        """Return an `on_progress` that calls `then`, too; `then` itself if nobody listens."""
-        if not self._listeners:
+        """Return an `on_progress` that calls `then`, too; `then` if nobody listens or logs."""
+        if not self._listeners and not LOGGER.isEnabledFor(logging.INFO):
             return then
 
         def note(progress: Progress) -> object:

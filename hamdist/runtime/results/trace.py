@@ -30,11 +30,13 @@ class TraceSpan(NamedTuple):
 def chrome_trace(trace: Mapping[str, Sequence[TraceSpan]]) -> str:
     """Return the spans by process as a trace-event file (JSON), with arrows for signals.
 
-    Clocks of several hosts are not aligned.
+    Its times are from the first span on, whose own (seconds since 1970) is `otherData.begin`: as a
+    double a microsecond of today has no digits behind it. Clocks of several hosts are not aligned.
     """
+    first = min((s.begin for spans in trace.values() for s in spans), default=0.0)
     events: list[dict[str, Any]] = []
     left = {s.flow[1:] for spans in trace.values() for s in spans if s.flow[:1] == ">"}
-    taken = {s.flow[1:] for spans in trace.values() for s in spans if s.flow[:1] == "<"}
+    arrived = {s.flow[1:] for spans in trace.values() for s in spans if s.flow[:1] == "<"}
     for pid, (process, spans) in enumerate(trace.items()):
         tracks = list(dict.fromkeys(span.track for span in spans))
         events.append({"ph": "M", "name": "process_name", "pid": pid, "args": {"name": process}})
@@ -43,15 +45,18 @@ def chrome_trace(trace: Mapping[str, Sequence[TraceSpan]]) -> str:
             events.append({**name, "args": {"name": track}})
         for span in spans:
             place = {"pid": pid, "tid": tracks.index(span.track)}
-            events += _events(span, place, left & taken)
-    return json.dumps({"traceEvents": events, "displayTimeUnit": "ms"})
+            events += _events(span._replace(begin=span.begin - first), place, left & arrived)
+    other = {"displayTimeUnit": "ms", "otherData": {"begin": first}}
+    return json.dumps({"traceEvents": events, **other})
 
 
 def _events(span: TraceSpan, place: Mapping[str, int], flows: set[str]) -> Iterator[dict[str, Any]]:
     begin, duration = span.begin * MICRO, span.seconds * MICRO
-    own = {"name": span.name, "cat": span.name.split()[0], "args": {"tick": span.tick}, **place}
-    yield {"ph": "X", "ts": begin, "dur": duration, **own}
+    common = {"name": span.name, "cat": span.name.split()[0], "args": {"tick": span.tick}, **place}
+    yield {"ph": "X", "ts": begin, "dur": duration, **common}
     if span.flow[1:] in flows:
         left = {"ph": "s", "ts": begin}  # (it may be taken before the sender's call returns)
-        arrow = left if span.flow[0] == ">" else {"ph": "f", "bp": "e", "ts": begin + duration}
+        # (within the span that waits: at its end it is closed, and an arrow would have no target)
+        taken = {"ph": "f", "bp": "e", "ts": begin + max(0.0, duration - 0.01)}
+        arrow = left if span.flow[0] == ">" else taken
         yield {**arrow, "name": "signal", "cat": "signal", "id": span.flow[1:], **place}

@@ -73,18 +73,18 @@ def compressed(
 
 def _words(graph: Graph, engine: EngineSettings) -> Mapping[str, Compress]:
     """Return the code of each edge that has one, by the edge's name."""
-    asked = engine.compress
-    if isinstance(asked, Compress):
-        if asked is Compress.NONE:
+    compress = engine.compress
+    if isinstance(compress, Compress):
+        if compress is Compress.NONE:
             return {}
-        return {edge.name: asked for edge in graph.edges if not edge.from_input}
+        return {edge.name: compress for edge in graph.edges if not edge.from_input}
     names = [edge.name for edge in graph.edges]
-    check_patterns("engine.compress", asked, names, "edge")
-    found = {name: fitting(name, asked) for name in names}
-    return {name: asked[pattern] for name, pattern in found.items() if pattern is not None}
+    check_patterns("engine.compress", compress, names, "edge")
+    words = {name: fitting(name, compress) for name in names}
+    return {name: compress[pattern] for name, pattern in words.items() if pattern is not None}
 
 
-def _feeds_back(asked: Feedback, word: Compress, kind: Kind) -> bool:
+def _feeds_back(feedback: Feedback, word: Compress, kind: Kind) -> bool:
     if word is not Compress.INT8:
         return False
     wanted = {
@@ -93,14 +93,14 @@ def _feeds_back(asked: Feedback, word: Compress, kind: Kind) -> bool:
         Feedback.STATES: (Kind.STATE,),
         Feedback.MESSAGES: (Kind.MESSAGE,),
     }
-    return kind in wanted[asked]
+    return kind in wanted[feedback]
 
 
 def compression_warnings(channels: Channels, graph: Graph, engine: EngineSettings) -> list[str]:
     """Return a warning if the settings ask for compression and no edge is compressed."""
     words = set(_words(graph, engine).values()) if engine.compress is not Compress.NONE else set()
-    asked = engine.compress is not Compress.NONE and words != {Compress.NONE}
-    if not asked or any(channel.codec is not None for channel in channels.all()):
+    compresses = engine.compress is not Compress.NONE and words != {Compress.NONE}
+    if not compresses or any(channel.codec is not None for channel in channels.all()):
         return []
     only = "" if not all(e.from_input for e in graph.edges) else ": no edge joins two blocks"
     return [

@@ -69,6 +69,7 @@ class WireForm(NamedTuple):
     fill: bytes
 
     def new(self) -> Tensor:
+        """Return an empty tensor of this form."""
         return torch.empty(self.shape, dtype=self.dtype)
 
     def bytes_of(self, tensor: Tensor) -> Any:
@@ -143,15 +144,15 @@ class Packer:
             | (0 if index is None else APART)
         )
         key = (flags, form)
-        made = self._made.get(key)
-        if made is None:
+        template = self._made.get(key)
+        if template is None:
             shape = () if form is None else form.shape
             code = 0 if form is None else _CODES[form.dtype]
             number, kind = self._channel.number, self._channel.kind
             fixed = (MAGIC, FORMAT, kind, flags, code, len(shape), self._run, number)
-            made = _FIXED.pack(*fixed), struct.pack(f"<{len(shape)}q", *shape)
-            _remember(self._made, key, made)
-        return made[0] + _VARYING.pack(index or 0, *signal.stamp) + made[1]
+            template = _FIXED.pack(*fixed), struct.pack(f"<{len(shape)}q", *shape)
+            _remember(self._made, key, template)
+        return template[0] + _VARYING.pack(index or 0, *signal.stamp) + template[1]
 
     def read(self, message: bytes, at: int) -> Packed:
         """Return the signal that begins at byte `at`.

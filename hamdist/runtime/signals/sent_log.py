@@ -44,6 +44,7 @@ class ChannelLog:
 
     @property
     def first(self) -> int:
+        """Return the number of the oldest signal that is kept."""
         return self._kept[0]
 
     @property
@@ -53,6 +54,7 @@ class ChannelLog:
         return first + len(signals) - 1
 
     def add(self, signal: Signal) -> None:
+        """Keep a signal that was posted."""
         self._kept[1].append(signal)
         self.nbytes += _nbytes(signal)
 
@@ -132,9 +134,11 @@ class SentLog:
         return count
 
     def take(self, channel: Channel) -> None:
+        """Count a signal that was taken from a channel."""
         self.taken[channel.number] = self.taken.get(channel.number, 0) + 1
 
     def log(self, channel: Channel) -> ChannelLog:
+        """Return the log of a channel, made when it is first asked for."""
         log = self.logs.get(channel.number)
         if log is None:
             log = self.logs[channel.number] = ChannelLog(channel.capacity)

@@ -85,6 +85,7 @@ class Channels(NamedTuple):
     errors: dict[str, Channel]
 
     def all(self) -> list[Channel]:
+        """Return the channels of all kinds."""
         edges = [*self.states.values(), *self.messages.values()]
         aside = [*self.targets.values(), *self.clocks.values(), *self.labels.values()]
         ties = [*self.gradients.values(), *self.weights.values()]
@@ -118,7 +119,7 @@ def make_channels(
         messages: messages come back, but to `silent` blocks.
         silent: blocks that receive no messages.
     """
-    made = Channels({}, {}, {}, {}, {}, {}, {}, {})
+    channels = Channels({}, {}, {}, {}, {}, {}, {}, {})
     apart = {b.name for b in graph.blocks.values() if b.back != "message"}
     mute = apart - {*graph.readouts}
     numbers = count()
@@ -126,8 +127,8 @@ def make_channels(
     def channel(
         kind: Kind, sender: str, receiver: str, edge: str, in_flight: int, most: Bundle
     ) -> Channel:
-        asked = {"auto": (most.size + 1) // 2, "off": 1}
-        size = min(most.size, asked[bundle] if isinstance(bundle, str) else bundle)
+        most_by_word = {"auto": (most.size + 1) // 2, "off": 1}
+        size = min(most.size, most_by_word[bundle] if isinstance(bundle, str) else bundle)
         return Channel(
             number=next(numbers),
             kind=kind,
@@ -141,7 +142,7 @@ def make_channels(
         )
 
     for edge in graph.edges:
-        made.states[edge.index] = channel(
+        channels.states[edge.index] = channel(
             Kind.STATE,
             INPUT if edge.from_input else edge.parent,
             edge.child,
@@ -151,7 +152,7 @@ def make_channels(
         )
         unread = edge.from_input or edge.parent in silent or edge.parent in apart
         if messages and not unread and edge.child not in mute:
-            made.messages[edge.index] = channel(
+            channels.messages[edge.index] = channel(
                 Kind.MESSAGE,
                 edge.child,
                 edge.parent,
@@ -162,12 +163,12 @@ def make_channels(
     for readout in graph.readouts:
         waiting = schedule.target_in_flight(readout)
         name = f"{INPUT}=>{readout}"
-        made.targets[readout] = channel(Kind.TARGET, INPUT, readout, name, waiting, ALONE)
+        channels.targets[readout] = channel(Kind.TARGET, INPUT, readout, name, waiting, ALONE)
     for block in graph.blocks if labels else ():
         if block in graph.readouts:  # which have the stream's own
             continue
         way = graph.into[block][0]
-        made.labels[block] = channel(
+        channels.labels[block] = channel(
             Kind.TARGET,
             INPUT if way.from_input else way.parent,
             block,
@@ -178,24 +179,26 @@ def make_channels(
     for block in graph.blocks if clocked else ():
         held = isinstance(schedule, HoldSchedule)
         waiting = 1 // schedule.c + 1 if held else schedule.target_in_flight(block)
-        made.clocks[block] = channel(Kind.CLOCK, INPUT, block, f"{INPUT}~>{block}", waiting, ALONE)
+        channels.clocks[block] = channel(
+            Kind.CLOCK, INPUT, block, f"{INPUT}~>{block}", waiting, ALONE
+        )
     if isinstance(schedule, PulseSchedule):
         for spec in graph.blocks.values():
             if spec.back == "error" and spec.loss is None:
                 sender, waiting = graph.readouts[0], schedule.errors_in_flight(spec.name)
                 name = f"{sender}=>{spec.name}"
-                made.errors[spec.name] = channel(
+                channels.errors[spec.name] = channel(
                     Kind.MESSAGE, sender, spec.name, name, waiting, ALONE
                 )
         for tie in graph.ties:
             there, back = (schedule.tie_in_flight(tie, k) for k in (Kind.GRADIENT, Kind.WEIGHT))
-            made.gradients[tie.index] = channel(
+            channels.gradients[tie.index] = channel(
                 Kind.GRADIENT, tie.user, tie.owner, tie.name, there, ALONE
             )
-            made.weights[tie.index] = channel(
+            channels.weights[tie.index] = channel(
                 Kind.WEIGHT, tie.owner, tie.user, tie.name, back, ALONE
             )
-    return made
+    return channels
 
 
 @known("Signal")
@@ -262,7 +265,7 @@ def _on_host(signal: Signal) -> Signal:
 @lru_cache(maxsize=256)
 def _strides(shape: torch.Size) -> tuple[int, ...]:
     """Return the strides that torch gives a contiguous tensor of this shape."""
-    made = [1]
+    strides = [1]
     for n in reversed(shape[1:]):
-        made.append(made[-1] * max(n, 1))
-    return tuple(reversed(made))
+        strides.append(strides[-1] * max(n, 1))
+    return tuple(reversed(strides))

@@ -99,18 +99,18 @@ class SnapshotCatalogue:
             self.latest = self._kept[-1] if self._kept else self._resumed
         return faults
 
-    def put(self, taken: WrittenFiles) -> Snapshot | None:
+    def put(self, files: WrittenFiles) -> Snapshot | None:
         """Note the files of one process; return the snapshot, if they complete it."""
-        if self.latest is not None and taken.tick <= self.latest.tick:
+        if self.latest is not None and files.tick <= self.latest.tick:
             return None
-        those = self._taken.setdefault(taken.tick, [])
-        those.append(taken)
+        those = self._taken.setdefault(files.tick, [])
+        those.append(files)
         parts = {name: part for one in those for name, part in one.parts.items()}
         if set(parts) != self._nodes:
             return None
         manifest = Manifest(
             format=FORMAT,
-            tick=taken.tick,
+            tick=files.tick,
             run=self._run,
             parts=parts,
             settings=dict(self._policy.settings),
@@ -125,10 +125,10 @@ class SnapshotCatalogue:
             time=now(),
             stream=dict(self._policy.stream),
         )
-        self._damaged.discard(folder_of(taken.tick))
+        self._damaged.discard(folder_of(files.tick))
         self.latest = conclude(self._store, manifest, self._policy.keep, self._damaged)
         self._kept = [*self._kept, self.latest][-self._policy.keep :]
-        self._taken = {tick: one for tick, one in self._taken.items() if tick > taken.tick}
+        self._taken = {tick: one for tick, one in self._taken.items() if tick > files.tick}
         return self.latest
 
 

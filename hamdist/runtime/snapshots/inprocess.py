@@ -83,14 +83,14 @@ class InProcessSnapshots:
 
         return ask
 
-    def _written(self, taken: WrittenFiles) -> None:
-        complete = self._catalogue.put(taken)
+    def _written(self, files: WrittenFiles) -> None:
+        complete = self._catalogue.put(files)
         if complete is not None and self._for_user is not None and complete.tick >= self._for_user:
             self._give(str(complete))
 
-    def _give(self, found: str | SnapshotError) -> None:
+    def _give(self, snapshot: str | SnapshotError) -> None:
         if self._live is not None and self._for_user is not None:
-            self._live.give("snapshot", found)
+            self._live.give("snapshot", snapshot)
             self._for_user = None
 
     @property

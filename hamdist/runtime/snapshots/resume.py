@@ -164,19 +164,19 @@ def _weights(
     """Return the weights of a block by name; those in `borrowed` belong to another block."""
     try:
         block = state["node"]["block"]
-        found = {k: t for k, t in _of_cell(block["cell"]).items() if k not in borrowed}
+        tensors = {k: t for k, t in _of_cell(block["cell"]).items() if k not in borrowed}
         if averaged:
-            found |= _averages(block["weights"], spec.module, borrowed)
+            tensors |= _averages(block["weights"], spec.module, borrowed)
         if block.get("output") is not None and spec.output is not None:
-            own = _of_cell(block["output"])
+            output_tensors = _of_cell(block["output"])
             if averaged:
-                own |= _averages(block["output_weights"], spec.output, set())
-            found |= {OUTPUT_KEY + key: tensor for key, tensor in own.items()}
+                output_tensors |= _averages(block["output_weights"], spec.output, set())
+            tensors |= {OUTPUT_KEY + key: tensor for key, tensor in output_tensors.items()}
     except (KeyError, TypeError, ValueError) as error:
         raise SnapshotError(
             f"block {spec.name!r} has no weights in the snapshot ({error})"
         ) from None
-    return found
+    return tensors
 
 
 def _averages(
@@ -201,13 +201,13 @@ def _of_cell(cell: Mapping[str, Any]) -> dict[str, Tensor]:
 
 def with_weights(model: nn.Module, learned: nn.Module) -> nn.Module:
     """Return a copy of `model` with the weights of `learned`. Raises SnapshotError."""
-    own = copied(model)
+    model_copy = copied(model)
     try:
-        own.load_state_dict(learned.state_dict())
+        model_copy.load_state_dict(learned.state_dict())
     except RuntimeError as error:
         first = str(error).strip().splitlines()[-1].strip()
         raise SnapshotError(f"the snapshot's weights are those of another model: {first}") from None
-    return own
+    return model_copy
 
 
 def graph_with_weights(graph: Graph, snapshot: Snapshot) -> Graph:
@@ -216,13 +216,13 @@ def graph_with_weights(graph: Graph, snapshot: Snapshot) -> Graph:
     Raises:
         SnapshotError: the blocks or their weights are others.
     """
-    own = graph.copy()
+    graph_copy = graph.copy()
     try:
-        for name, block in own.blocks.items():
-            state = _weights(snapshot.state(name), block, own.borrowed(name), averaged=False)
+        for name, block in graph_copy.blocks.items():
+            state = _weights(snapshot.state(name), block, graph_copy.borrowed(name), averaged=False)
             of_output = {k: t for k, t in state.items() if k.startswith(OUTPUT_KEY)}
             rest = {k: t for k, t in state.items() if k not in of_output}
-            strict = not own.borrowed(name)
+            strict = not graph_copy.borrowed(name)
             block.module.load_state_dict(rest, strict=strict)
             if block.output is not None:
                 cut = {k.removeprefix(OUTPUT_KEY): t for k, t in of_output.items()}
@@ -230,7 +230,7 @@ def graph_with_weights(graph: Graph, snapshot: Snapshot) -> Graph:
     except RuntimeError as error:
         first = str(error).strip().splitlines()[-1].strip()
         raise SnapshotError(f"{snapshot}: it was taken of another graph: {first}") from None
-    return own
+    return graph_copy
 
 
 def earlier(snapshot: Snapshot) -> Settings:

@@ -153,7 +153,7 @@ def from_bytes(data: bytes, name: str, gpu: torch.device | None = None) -> Any:
     try:
         (length,) = _HEAD.unpack_from(data)
         header = json.loads(data[_HEAD.size : _HEAD.size + length])
-        told = json.loads(header["__metadata__"][_STATE])
+        values = json.loads(header["__metadata__"][_STATE])
         kinds = {entry["dtype"] for key, entry in header.items() if key != "__metadata__"}
         if not kinds <= _DTYPES:
             raise ValueError(f"types {sorted(kinds - _DTYPES)}")
@@ -173,7 +173,7 @@ def from_bytes(data: bytes, name: str, gpu: torch.device | None = None) -> Any:
         what = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise SnapshotError(f"{name}: no file of a snapshot, or damaged ({what})") from None
     try:
-        return unpacked(told, numbered, gpu)
+        return unpacked(values, numbered, gpu)
     except (SnapshotError, RecursionError) as error:
         raise SnapshotError(f"{name}: {error}") from None
 
@@ -188,6 +188,7 @@ class Snapshot:
 
     @property
     def tick(self) -> int:
+        """Return the tick at which it was taken."""
         return self.manifest.tick
 
     @property
@@ -225,6 +226,7 @@ class Snapshot:
 
 
 def folder_of(tick: int) -> str:
+    """Return the name of the folder of a snapshot."""
     return f"{_PREFIX}{tick:012d}"
 
 
@@ -233,23 +235,23 @@ def complete(store: Storage) -> Iterator[str]:
     return reversed([name for name in store.folders() if _FOLDER.fullmatch(name)])
 
 
-def latest(where: str | Path, told: Callable[[str], None]) -> Snapshot:
+def latest(where: str | Path, say: Callable[[str], None]) -> Snapshot:
     """Return the latest undamaged snapshot in a folder, or the one that `where` itself is.
 
-    `told` is called with a line for each damaged one, naming the file. Raises SnapshotError if
+    `say` is called with a line for each damaged one, naming the file. Raises SnapshotError if
     there is no snapshot.
     """
     store = storage(where)
-    parent, _, own = store.where.rpartition("/")
-    if _FOLDER.fullmatch(own):
-        return _whole(storage(parent), own)
+    parent, _, name = store.where.rpartition("/")
+    if _FOLDER.fullmatch(name):
+        return _whole(storage(parent), name)
     damaged = []
     for folder in complete(store):
         try:
             return _whole(store, folder)
         except SnapshotError as error:
             damaged.append(str(error))
-            told(f"{error}; the snapshot before it is used")
+            say(f"{error}; the snapshot before it is used")
     if damaged:
         raise SnapshotError(f"{where}: no snapshot is as it was written: {damaged[0]}")
     raise SnapshotError(
@@ -347,12 +349,12 @@ def conclude(
             store.remove(folder)
             raise
         store.write(f"{folder}/{MANIFEST}", manifest.dumped())
-    kept = 0
+    complete_ones = 0
     for name in complete(store):
         if name > folder:
             continue  # one that is being written
-        if kept < keep and name not in damaged and _finished(store, name):
-            kept += 1
+        if complete_ones < keep and name not in damaged and _finished(store, name):
+            complete_ones += 1
         else:
             store.remove(name)
     return Snapshot(store.where, folder, manifest)
@@ -370,10 +372,10 @@ def versions() -> dict[str, str]:
     from importlib.metadata import PackageNotFoundError, version
 
     try:
-        own = version("hamdist")
+        here = version("hamdist")
     except PackageNotFoundError:
-        own = "unknown"
-    return {"hamdist": own, "torch": torch.__version__}
+        here = "unknown"
+    return {"hamdist": here, "torch": torch.__version__}
 
 
 def file_of(node: str, blocks: list[str], run: int, epoch: int) -> str:

@@ -183,8 +183,8 @@ class _Remote:
             yield
         except Exception as error:  # noqa: BLE001 (no common root: botocore, gcsfs, azure, ...)
             place = f"{self.where}/{name}" if name else self.where
-            said = str(error) or type(error).__name__
-            raise SnapshotError(f"{place}: {what}: {said}") from None
+            text = str(error) or type(error).__name__
+            raise SnapshotError(f"{place}: {what}: {text}") from None
 
     def write(self, name: str, data: bytes) -> None:
         path = f"{self._root}/{name}"
@@ -209,10 +209,10 @@ class _Remote:
     def folders(self) -> list[str]:
         with self._named("", "cannot be read"):
             try:
-                found = self._fs.ls(self._root, detail=True)
+                entries = self._fs.ls(self._root, detail=True)
             except FileNotFoundError:
                 return []
-        names = (str(f["name"]) for f in found if f["type"] == "directory")
+        names = (str(f["name"]) for f in entries if f["type"] == "directory")
         return sorted(name.rstrip("/").rpartition("/")[2] for name in names)
 
     def remove(self, folder: str) -> None:

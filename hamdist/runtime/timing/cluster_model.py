@@ -95,6 +95,7 @@ class ClusterModel:
     pace: float = math.inf
 
     def link(self, sender: int, receiver: int) -> Link:
+        """Return the link between two hosts; within one it takes no time."""
         return self.links.get((sender, receiver), _NO_LINK)
 
     def slowed(self, factor: float) -> ClusterModel:

@@ -66,10 +66,10 @@ class Disturbances:
         """
         if not any(_varies(arc) for arc in arcs):
             return None
-        own = [(arc.link or Link(), arc.nbytes) for arc in arcs]
+        links = [(arc.link or Link(), arc.nbytes) for arc in arcs]
         means = np.array([arc.seconds for arc in arcs])
         mean, sigma, share, again = np.array(
-            [(link.seconds, link.sigma, link.lost(n), link.again) for link, n in own], np.float32
+            [(link.seconds, link.sigma, link.lost(n), link.again) for link, n in links], np.float32
         ).T
 
         def draw(rows: int) -> Reals:
@@ -95,10 +95,10 @@ class Disturbances:
         failed = () if ends is None or not self._fails else np.flatnonzero(ends > self._next)
         if not snapshot and not len(failed):
             return None
-        found = np.zeros(len(self.timed.resources))
+        seconds = np.zeros(len(self.timed.resources))
         for i in self._actors if snapshot else failed:
-            found[i] = self.lost_by(int(i), period, 0.0 if ends is None else float(ends[i]))
-        return found
+            seconds[i] = self.lost_by(int(i), period, 0.0 if ends is None else float(ends[i]))
+        return seconds
 
     def lost_by(self, actor: int, period: int, now: float) -> float:
         """Return the seconds that an actor loses before a period that it could begin now.
@@ -106,13 +106,13 @@ class Disturbances:
         An actor that fails begins again at the latest snapshot, and does its steps since then once
         more; the others wait for it.
         """
-        own, seconds = self.snapshots, 0.0
-        if own is not None and period and period % own.every == 0:
-            seconds = own.seconds[actor]
+        snapshots, seconds = self.snapshots, 0.0
+        if snapshots is not None and period and period % snapshots.every == 0:
+            seconds = snapshots.seconds[actor]
             self.lost_seconds["snapshots"] += seconds
         if now > self._next[actor]:
             model = self.timed.cluster.failures
-            since = period if own is None else period % own.every
+            since = period if snapshots is None else period % snapshots.every
             again = model.detection + model.startup + since * self.timed.busy[actor]
             self.failures += 1
             self.lost_seconds["failures"] += again

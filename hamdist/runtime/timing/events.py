@@ -100,7 +100,7 @@ class EventSimulation:
         self._draw = disturbances.delays(self._arcs)
         self._drawn: dict[int, Reals] = {}
         hosts = timed.cluster.hosts
-        self._crowded = {h for h, own in timed.actors_of.items() if len(own) > hosts[h].cores}
+        self._crowded = {h for h, actors in timed.actors_of.items() if len(actors) > hosts[h].cores}
         self._shares = _Shares(timed)
         self._heap: list[tuple[float, int, int, int]] = []  # time, 0: done or 1: arrived, job
         self._missing: dict[_Job, int] = {}

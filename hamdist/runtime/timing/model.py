@@ -37,6 +37,7 @@ class TimingModel:
 
     @cached_property
     def steps(self) -> StepGraph:
+        """Return the graph of the steps of a run."""
         return step_graph(self.plan, self.tokens)
 
     def timed(
@@ -46,7 +47,7 @@ class TimingModel:
         cluster: ClusterModel | None = None,
     ) -> TimedGraph:
         """Return the activities of the run; without `hosts` all actors are on the first one."""
-        actors = [[*((INPUT,) if self.source in own else ()), *own] for own in placement]
+        actors = [[*((INPUT,) if self.source in blocks else ()), *blocks] for blocks in placement]
         where = [*(hosts or [0] * len(actors))]
         if self.source is None:
             actors.append([INPUT])

@@ -104,9 +104,11 @@ class Recursion:
             for i in chain:  # (an arc that is implied, where there is no other)
                 into[i] = into[i] or [TimedArc(chain[-1], i, 1)]
         layers = [runs[depth] for depth in sorted(runs)]
-        place = {i: k for k, i in enumerate(i for own in layers for chain in own for i in chain)}
+        place = {
+            i: k for k, i in enumerate(i for layer in layers for chain in layer for i in chain)
+        }
         self._n = len(place)
-        self._layers = [_Layer(own, timed, place, into, self._most) for own in layers]
+        self._layers = [_Layer(layer, timed, place, into, self._most) for layer in layers]
         self._lasts = np.array([place[chain[-1]] for chain in timed.chains])
 
     def run(self, periods: int) -> Reals:
@@ -122,9 +124,9 @@ class Recursion:
                 window = flat[row * n : (row + most + 1) * n]
                 now, period = window[most * n :], begin + row
                 lost = disturbances.lost(period, ends[period - 1] if period else None)
-                for layer, own in zip(self._layers, seconds, strict=True):
-                    taken = layer.seconds if own is None else own[row]
-                    now[layer.begin : layer.end] = layer.ends(window, taken, lost)
+                for layer, measured in zip(self._layers, seconds, strict=True):
+                    spent = layer.seconds if measured is None else measured[row]
+                    now[layer.begin : layer.end] = layer.ends(window, spent, lost)
                     if lost is not None:
                         lost[layer.owners] = 0.0  # (once a period)
                 ends[period] = now[self._lasts]

@@ -142,10 +142,10 @@ class _Unrolled:
         if node == INPUT:
             parts = schedule.parts if isinstance(schedule, PulseSchedule) else 1
             first = self.start // schedule.c * parts
-            own: Iterator[Event] = source_events(schedule.c, first, parts)
+            source: Iterator[Event] = source_events(schedule.c, first, parts)
         else:
-            own = schedule.events(node, self.start)  # type: ignore[attr-defined]
-        inside = takewhile(lambda event: event.tick < end + schedule.c, own)
+            source = schedule.events(node, self.start)  # type: ignore[attr-defined]
+        inside = takewhile(lambda event: event.tick < end + schedule.c, source)
         return (event for event in inside if self.start <= event.tick < end)
 
     def graph(self) -> StepGraph:

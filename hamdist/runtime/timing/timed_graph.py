@@ -101,6 +101,7 @@ class TimedGraph:
     nbytes: dict[tuple[int, int], int] = field(default_factory=lambda: defaultdict(int))
 
     def add(self, owner: int, work: float, label: str) -> int:
+        """Add a step of `owner`, and return its index."""
         self.owner.append(owner)
         self.work.append(work)
         self.label.append(label)
@@ -125,11 +126,11 @@ class TimedGraph:
     @property
     def actors_of(self) -> dict[int, list[int]]:
         """Return the actors by host."""
-        found: dict[int, list[int]] = defaultdict(list)
+        by_host: dict[int, list[int]] = defaultdict(list)
         for i, resource in enumerate(self.resources):
             if resource.host >= 0:
-                found[resource.host].append(i)
-        return found
+                by_host[resource.host].append(i)
+        return by_host
 
     @cached_property
     def busy(self) -> list[float]:
@@ -148,8 +149,8 @@ class TimedGraph:
             for a, b in zip(chain, [*chain[1:], chain[0]] if chain else [], strict=True)
         ]
         order += [(i, i, 1, self.work[i]) for i, owner in enumerate(self.owner) if owner < 0]
-        own = [(a.source, a.target, a.periods, self.work[a.source] + a.seconds) for a in self.arcs]
-        sources, targets, periods, seconds = (np.array(c) for c in zip(*order, *own, strict=True))
+        arcs = [(a.source, a.target, a.periods, self.work[a.source] + a.seconds) for a in self.arcs]
+        sources, targets, periods, seconds = (np.array(c) for c in zip(*order, *arcs, strict=True))
         ratio, cycle = max_cycle_ratio(sources, targets, seconds.astype(float), periods)
         parts: dict[tuple[str, str], float] = defaultdict(float)
         signals: dict[str, int] = defaultdict(int)
@@ -167,14 +168,14 @@ class TimedGraph:
     def _loads(self) -> list[Period]:
         """Return the periods that cores and links need that activities share."""
         hosts = self.cluster.hosts
-        found = []
+        by_link = []
         for host, actors in self.actors_of.items():
             work = sum(self.busy[i] for i in actors)
             if len(actors) > hosts[host].cores and work:
                 name = (
                     f"{len(actors)} actors on {hosts[host].cores:g} core(s) of {hosts[host].name}"
                 )
-                found.append(Period(work / hosts[host].cores, {(name, "work"): work}))
+                by_link.append(Period(work / hosts[host].cores, {(name, "work"): work}))
         loads: dict[str, float] = defaultdict(float)
         for one in self.transfers.values():
             a, b = hosts[one.sender], hosts[one.receiver]
@@ -183,7 +184,7 @@ class TimedGraph:
             if one.sender != one.receiver:
                 loads[f"link up of {a.name}"] += one.nbytes / a.up
                 loads[f"link down of {b.name}"] += one.nbytes / b.down
-        return found + [Period(load, {(name, "wire"): load}) for name, load in loads.items()]
+        return by_link + [Period(load, {(name, "wire"): load}) for name, load in loads.items()]
 
 
 @dataclass(frozen=True, slots=True)

@@ -46,22 +46,22 @@ def prepared(
         fields["loss"], loss = loss, None
     policy = fields.pop("partition") if callable(fields.get("partition")) else None
     merged = settled(settings, fields)
-    own = merged.for_level(merged.level)
-    ignored = own.ignore_index
+    at_level = merged.for_level(merged.level)
+    ignored = at_level.ignore_index
     losses = (
         {name: _loss(one, ignored) for name, one in loss.items()}
         if isinstance(loss, Mapping)
         else _loss(loss, ignored)
     )
     if isinstance(model, Graph):
-        _check_graph(own, fields, loss, policy)
-    key_names = own.stream.names if names is None else names
-    own_loss = own.model_loss if loss is None else _model_loss(losses)
+        _check_graph(at_level, fields, loss, policy)
+    key_names = at_level.stream.names if names is None else names
+    own_loss = at_level.model_loss if loss is None else _model_loss(losses)
     stream = _as_stream(stream, classes, key_names, arguments_of(model), own_loss)
-    if own.model.stabilise:
+    if at_level.model.stabilise:
         model = _stabilised(model, stream.spec)
     options = {"loss": losses, "policy": policy, **functions}
-    return partial(train_settings, model, settings=own, **options), stream
+    return partial(train_settings, model, settings=at_level, **options), stream
 
 
 def _model_loss(losses: object) -> str | None:
@@ -140,13 +140,13 @@ def _check_graph(
     settings: Settings, fields: Mapping[str, Any], loss: object, policy: object
 ) -> None:
     """Raise SettingsError for settings that have no effect on a graph, which brings its blocks."""
-    given = {
+    arguments = {
         "loss": loss is not None or "loss" in fields,
         "partition": policy is not None or bool(settings.partition.model_fields_set),
         "locality.readout": settings.locality.readout is not None,
         "locality.grouping": settings.locality.grouping is not None,
     }
-    for name, is_given in given.items():
+    for name, is_given in arguments.items():
         if is_given:
             raise SettingsError(
                 f"{name} has no effect on a Graph, which brings its own blocks and losses: say it "

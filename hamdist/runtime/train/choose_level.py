@@ -66,31 +66,34 @@ def chosen(settings: Settings, seen: LevelFacts) -> tuple[Settings, list[str]]:
     """Return `settings` at the level that fits, with its own values, and the reasons."""
     level, reason = _level(settings, seen)
     why = [f"level {level.value!r}: {reason}"]
-    own = settings.for_level(level)
+    at_level = settings.for_level(level)
     over: dict[str, Any] = {}
-    for found, said in (_scaling(own, level, seen), _averaging(own, seen)):
-        over = merge(over, found)
-        why += said
-    raw = own.model_dump(mode="json", exclude_unset=True)
+    for fields, reasons in (
+        _scaling(at_level, level, seen),
+        _averaging(at_level, seen),
+    ):
+        over = merge(over, fields)
+        why += reasons
+    raw = at_level.model_dump(mode="json", exclude_unset=True)
     return Settings.model_validate(merge(raw, over)), why
 
 
 def _level(settings: Settings, seen: LevelFacts) -> tuple[Level, str]:
-    given = settings.locality
+    locality = settings.locality
     trip = 2 * seen.depth
-    if given.memory is Memory.REVERSIBLE:
+    if locality.memory is Memory.REVERSIBLE:
         return Level.REVERSIBLE, "locality.memory is 'reversible'"
-    if given.credit is Credit.HEADS:
+    if locality.credit is Credit.HEADS:
         return Level.HEADS, "locality.credit is 'heads'"
-    if not seen.acyclic or given.presentation is Presentation.SEQUENCE:
-        if seen.ends or given.presentation is Presentation.SEQUENCE:
+    if not seen.acyclic or locality.presentation is Presentation.SEQUENCE:
+        if seen.ends or locality.presentation is Presentation.SEQUENCE:
             return Level.BPTT, "blocks read their own past, and the stream marks ends of sequences"
         return Level.LOCAL, "the graph has cycles, through which no pulse travels"
     if trip == 0:
         return Level.BACKPROP, "one block has its loss at once, so nothing is late"
-    if given.speed == "inf" and given.presentation is not Presentation.HOLD:
+    if locality.speed == "inf" and locality.presentation is not Presentation.HOLD:
         return Level.BACKPROP, "locality.speed 'inf' waits for every message"
-    c = given.speed if isinstance(given.speed, int) else 1
+    c = locality.speed if isinstance(locality.speed, int) else 1
     needed = ROUND_TRIPS * trip
     if seen.frames is None:
         measured, smooth = "the smoothness of the stream is not known", False
@@ -102,20 +105,22 @@ def _level(settings: Settings, seen: LevelFacts) -> tuple[Level, str]:
             f"the stream decorrelates over about {seen.frames:.3g} samples {over}of {c} tick(s), "
             f"{'not less' if smooth else 'less'} than {ROUND_TRIPS} round trips of {trip} ticks"
         )
-    if given.presentation is Presentation.HOLD:
+    if locality.presentation is Presentation.HOLD:
         return Level.LOCAL, "locality.presentation is 'hold'"
-    wants_trace = given.memory in (Memory.TRACE, Memory.TRACE_WEIGHTS)
-    if smooth and not wants_trace and given.presentation is not Presentation.PULSE:
+    wants_trace = locality.memory in (Memory.TRACE, Memory.TRACE_WEIGHTS)
+    if smooth and not wants_trace and locality.presentation is not Presentation.PULSE:
         return Level.LOCAL, f"{measured}, so no memory is needed"
-    if given.memory is Memory.NONE:
+    if locality.memory is Memory.NONE:
         return Level.HEADS, f"{measured}, and locality.memory 'none' forbids a trace"
     return Level.TRACE, f"{measured}, so messages have to meet their own samples' activations"
 
 
-def _scaling(own: Settings, level: Level, seen: LevelFacts) -> tuple[dict[str, Any], list[str]]:
+def _scaling(
+    settings: Settings, level: Level, seen: LevelFacts
+) -> tuple[dict[str, Any], list[str]]:
     if level not in (Level.TRACE, Level.LOCAL) or not seen.depth:
         return {}, []
-    if own.locality.compensation is not None or own.locality.delay_power is not None:
+    if settings.locality.compensation is not None or settings.locality.delay_power is not None:
         return {}, []
     power = 0.5
     if level is Level.TRACE:
@@ -123,23 +128,25 @@ def _scaling(own: Settings, level: Level, seen: LevelFacts) -> tuple[dict[str, A
     power = round(power, 2)
     if not power:
         return {}, []
-    said = f"steps divided by (1 + delay)^{power:g}: messages are up to {2 * seen.depth} ticks late"
-    return {"locality": {"compensation": "delay-scaled", "delay_power": power}}, [said]
+    reason = (
+        f"steps divided by (1 + delay)^{power:g}: messages are up to {2 * seen.depth} ticks late"
+    )
+    return {"locality": {"compensation": "delay-scaled", "delay_power": power}}, [reason]
 
 
-def _averaging(own: Settings, seen: LevelFacts) -> tuple[dict[str, Any], list[str]]:
-    learning = own.learning
+def _averaging(settings: Settings, seen: LevelFacts) -> tuple[dict[str, Any], list[str]]:
+    learning = settings.learning
     if "average" in learning.model_fields_set or learning.decay is not Decay.NONE:
         return {}, []
     new = min(0.01, 0.0005 * seen.batch ** math.log(20, 32))
-    if own.steps is not None:
-        new = max(new, min(1.0, SHARE_OF_THE_RUN / own.steps))
+    if settings.steps is not None:
+        new = max(new, min(1.0, SHARE_OF_THE_RUN / settings.steps))
     decay = float(f"{1 - new:.6g}")
-    said = (
+    reason = (
         f"weights averaged with decay {decay:g} for evaluation: batches of {seen.batch}, and the "
         "step size does not fall (learning.decay)"
     )
-    return {"learning": {"average": {"decay": decay}}}, [said]
+    return {"learning": {"average": {"decay": decay}}}, [reason]
 
 
 def resolved(
@@ -163,10 +170,10 @@ def resolved(
     if not paced:
         stream, frames, ends = looked_at(stream)
     seen = LevelFacts(graph.depth, stream.spec.batch, frames, graph.acyclic, ends)
-    made, why = chosen(settings, seen)
+    level_settings, why = chosen(settings, seen)
     for text in why:
         warnings.warn(ChoiceWarning(f"auto: {text}"), stacklevel=4)
-    return made, stream, why
+    return level_settings, stream, why
 
 
 def looked_at(stream: Stream) -> tuple[Stream, float | None, bool]:
@@ -192,8 +199,8 @@ class _Again(Derived):
         self._asked = False
 
     def samples(self) -> Iterator[Sample]:
-        asked, self._asked = self._asked, True
-        return iter(self._stream.samples()) if asked and self.replays else self._begun
+        again, self._asked = self._asked, True
+        return iter(self._stream.samples()) if again and self.replays else self._begun
 
     def samples_from(self, n: int) -> Iterator[Sample]:
         """Yield `samples()` without its first n samples; for a stream that replays."""

@@ -18,26 +18,26 @@ from hamdist.loading import called, check_call, load_function
 NamedRule: TypeAlias = "Rule | str | Mapping[str, Any]"
 
 
-def make_rule(field: str, given: NamedRule) -> Rule:
-    """Return the rule that `given` is or names; raise SettingsError, naming `field`, if it is none.
+def make_rule(field: str, named: NamedRule) -> Rule:
+    """Return the rule that `named` is or names; raise SettingsError, naming `field`, if it is none.
 
-    given: a mapping has `name` and the arguments of the class.
+    named: a mapping has `name` and the arguments of the class.
     """
-    arguments = dict(given) if isinstance(given, Mapping) else {"name": given}
-    made: object = arguments.pop("name", "")
-    name = str(made)
-    if made in HOMES:
-        made = built_in(name)
-    elif isinstance(made, str):
-        if ":" not in made:
+    arguments = dict(named) if isinstance(named, Mapping) else {"name": named}
+    rule_name: object = arguments.pop("name", "")
+    name = str(rule_name)
+    if rule_name in HOMES:
+        rule_name = built_in(name)
+    elif isinstance(rule_name, str):
+        if ":" not in rule_name:
             raise SettingsError(
                 f"{field} {name!r} is no rule; built in: {', '.join(HOMES)}; your own: FILE.py:NAME"
                 f"{did_you_mean(name, list(HOMES))}"
             )
-        made = load_function(field, made)
-    if callable(made):
-        check_call(field, name, made, *arguments)
-        made = called(field, made, **arguments)
-    if not isinstance(made, Rule):
+        rule_name = load_function(field, rule_name)
+    if callable(rule_name):
+        check_call(field, name, rule_name, *arguments)
+        rule_name = called(field, rule_name, **arguments)
+    if not isinstance(rule_name, Rule):
         raise SettingsError(f"{field} {name!r}: give a hamdist.Rule, or the name of one")
-    return made
+    return rule_name

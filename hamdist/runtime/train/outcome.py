@@ -26,6 +26,7 @@ def make_result(
     settings: Settings,
     why: list[str],
 ) -> RunResult:
+    """Return the result of a run from what its engine returned."""
     startup.add(outcome.startup)
     lost = [name for name in graph.blocks if name not in outcome.blocks]
     if lost:
@@ -38,8 +39,8 @@ def make_result(
         weights[name] = dict(graph.blocks[name].module.state_dict())
         output = graph.blocks[name].output
         if output is not None:
-            own = output.state_dict()
-            weights[name] |= {OUTPUT_KEY + key: tensor for key, tensor in own.items()}
+            state = output.state_dict()
+            weights[name] |= {OUTPUT_KEY + key: tensor for key, tensor in state.items()}
     averages = {name: b.average for name, b in outcome.blocks.items() if b.average}
     facts = {
         **outcome.shared(),
@@ -82,7 +83,7 @@ def _merged(
     weights: Mapping[str, Mapping[str, Any]],
     averages: Mapping[str, Mapping[str, Tensor]],
 ) -> nn.Module:
-    averaged = {name: {**own, **averages.get(name, {})} for name, own in weights.items()}
+    averaged = {name: {**of_block, **averages.get(name, {})} for name, of_block in weights.items()}
     return merged_module(graph, averaged, _whole(graph, plan))
 
 

@@ -57,6 +57,7 @@ def in_dtype_of(settings: Settings, model: nn.Module | Graph, stream: Stream) ->
 
 
 def modules_of(model: nn.Module | Graph) -> list[nn.Module]:
+    """Return the modules of a model or of a graph's blocks."""
     if isinstance(model, nn.Module):
         return [model]
     return [m for b in model.blocks.values() for m in (b.module, b.output) if m is not None]
@@ -73,8 +74,8 @@ def graph_in_blocks(
     """Return the graph of blocks, with its slices, delays and rules."""
     graph = as_graph(model, settings, spec, loss, policy)
     knobs = make_locality(settings.level, settings.locality)
-    made = arranged(graph, settings.partition, knobs, spec.u_shape, spec.u_dtype, spec.parents)
-    return with_rules(made, rules) if rules else made
+    in_blocks = arranged(graph, settings.partition, knobs, spec.u_shape, spec.u_dtype, spec.parents)
+    return with_rules(in_blocks, rules) if rules else in_blocks
 
 
 def as_graph(
@@ -111,12 +112,12 @@ def _graph(
         return model.copy()
     model, notes = unwrapped(model)
     check_made(model, sent=settings.engine.kind is not EngineKind.INPROCESS)
-    own = copied(model)
+    model_copy = copied(model)
     state = knobs.readout is Readout.STATE
     example = example_input(spec) if spec.inputs is None else example_inputs(spec)
-    if policy is None and callable(loss) and is_chain(own, settings.partition):
+    if policy is None and callable(loss) and is_chain(model_copy, settings.partition):
         graph = split_sequential(
-            own,
+            model_copy,
             loss,
             settings.partition,
             knobs.grouping,
@@ -125,7 +126,7 @@ def _graph(
         )
     else:
         graph = split_module(
-            own,
+            model_copy,
             loss,
             settings.partition,
             knobs.grouping,

@@ -93,31 +93,16 @@ def train(
     The first Ctrl-C or SIGTERM ends the stream; the result then says `interrupted`.
 
     Args:
-        model: is not changed; a copy is cut into blocks and trained. A `Graph` brings its own
-            blocks and losses.
-        stream: the samples to learn from.
+        model: is not changed; a copy is cut into blocks and trained.
+        stream, phi, optimizer, scheduler, rules, resume: as of `hamdist.train`.
         settings: of the run.
-        loss: (prediction, target) -> scalar mean over the batch, instead of `settings.loss`, or one
-            for each output of a model that has several.
+        loss: instead of `settings.loss`; by output for a model that has several.
         policy: where blocks begin, instead of `settings.partition`.
-        phi: the scale of the loss by tick (by sample, in levels of presentation 'pulse'), instead
-            of `settings.dynamics.phi`.
-        optimizer: makes the torch.optim optimiser (or several) of a list of parameters, for each
-            block, instead of `settings.learning.optimizer`.
-        scheduler: makes the scheduler of an optimiser, stepped once per sample.
-        rules: of learning, by block or pattern, before those of `settings.learning.rules`.
-        on_progress: called about four times a second, and for every phase of the start
-            (`Progress.phase`), in the calling thread. It may end the run (`Stop`: the result then
-            says `stopped`); any other exception does so, too, with the trained state as its
-            `result`.
-        resume: a folder of snapshots, or one of them: the run continues from it as if it had never
-            stopped; a network that is cut in another way, or another level, takes over the weights
-            and the place in the stream.
+        on_progress: called about four times a second, and for every phase of the start, in the
+            calling thread; it may end the run, as that of `hamdist.train`.
 
     Raises:
-        SettingsError, GraphError, LevelError, SnapshotError: before anything starts.
-        StreamError, BlockError, StallError, ClusterError: the run failed; its processes have ended.
-        DivergedError: has the results up to then as its `result`.
+        HamdistError: as `hamdist.train`.
     """
     if any(torch.is_autocast_enabled(device) for device in ("cpu", "cuda")):
         raise SettingsError(
@@ -144,19 +129,19 @@ def train(
             known_by = identity(stream, spec.example)
             rule = OptimizerRule(function=optimizer, scheduler=scheduler)
             named = {**(rules or {}), **settings.learning.rules, **(rules or {})}
-            own = {pattern: make_rule(f"rules.{pattern}", one) for pattern, one in named.items()}
+            by_name = {p: make_rule(f"rules.{p}", one) for p, one in named.items()}
             work = _Work(
-                model, spec, settings, losses, policy, phi, known_by, optimizer=rule, rules=own
+                model, spec, settings, losses, policy, phi, known_by, optimizer=rule, rules=by_name
             )
-            told: list[str] = []
+            notes: list[str] = []
             if resume is None:
                 graph, plan = work.planned()
             else:
-                graph, plan, told = work.resumed(resume)
-                told += of_resumed(stream)
-            told += drift_warnings(plan.graph, plan.reversible, example_input(spec))
-            told += [*graph.notes, *before(plan, settings)]
-        for text in told:
+                graph, plan, notes = work.resumed(resume)
+                notes += of_resumed(stream)
+            notes += drift_warnings(plan.graph, plan.reversible, example_input(spec))
+            notes += [*graph.notes, *before(plan, settings)]
+        for text in notes:
             warnings.warn(text, HamdistWarning, stacklevel=3)
         alone = settings.engine.kind is EngineKind.INPROCESS  # (on Ray the actors show it)
         if alone and settings.engine.bits is Bits.PORTABLE and not is_pinned():
@@ -173,11 +158,11 @@ def train(
         except DivergedError as error:
             failure = explained(error, plan)
             if error.outcome is not None:
-                error.outcome.warnings[:0] = told
+                error.outcome.warnings[:0] = notes
                 error.outcome.warnings.insert(0, str(failure))
                 failure.result = make_result(graph, plan, error.outcome, startup, settings, why)
             raise failure from None
-        outcome.warnings[:0] = [*told, *end_of_stream(plan, outcome)]
+        outcome.warnings[:0] = [*notes, *end_of_stream(plan, outcome)]
         result = make_result(graph, plan, outcome, startup, settings, why)
         if outcome.error is not None:
             outcome.error.result = result  # type: ignore[attr-defined]
@@ -211,9 +196,9 @@ class _Work:
     rules: Mapping[str, Rule] = field(default_factory=dict)
 
     def graph(self) -> Graph:
-        own = self.settings
-        loss = make_losses(own.loss, own.ignore_index) if self.loss is None else self.loss
-        return graph_in_blocks(self.model, self.spec, loss, self.policy, own, self.rules)
+        settings = self.settings
+        loss = make_losses(settings.loss, settings.ignore_index) if self.loss is None else self.loss
+        return graph_in_blocks(self.model, self.spec, loss, self.policy, settings, self.rules)
 
     def planned(self, snapshot: Snapshot | None = None) -> tuple[Graph, Plan]:
         with unchanged(modules_of(self.model)):
@@ -242,70 +227,72 @@ class _Work:
 
     def resumed(self, where: str | Path) -> tuple[Graph, Plan, list[str]]:
         """Resume from the latest snapshot at `where`; also returns warnings."""
-        told: list[str] = []
-        snapshot = latest(where, told.append)
+        notes: list[str] = []
+        snapshot = latest(where, notes.append)
         warnings.warn(ChoiceWarning(origin(snapshot)), stacklevel=4)
-        told += other_stream(snapshot, self.known_by)
-        own = self._kept_at(snapshot)
-        graph, plan = own.planned(snapshot)
-        other = differences(snapshot, plan, own.settings)
-        if not other and ended(snapshot, own.settings):
+        notes += other_stream(snapshot, self.known_by)
+        settings = self._kept_at(snapshot)
+        graph, plan = settings.planned(snapshot)
+        other = differences(snapshot, plan, settings.settings)
+        if not other and ended(snapshot, settings.settings):
             other = ["its steps were over, and steps"]
         if not other:
-            names = changed(snapshot, own.settings)
+            names = changed(snapshot, settings.settings)
             if names:
-                told.append(f"the run goes on with other settings than before: {', '.join(names)}")
+                notes.append(f"the run goes on with other settings than before: {', '.join(names)}")
             if graph.state:
-                told.append(
+                notes.append(
                     f"Python state of the model's forward ({', '.join(sorted(graph.state))}) is in "
                     "no snapshot and begins anew: the numbers are not those of a run that was "
                     "never stopped"
                 )
-            told += bent_course(snapshot, own.settings)
-            told += other_bits_than(snapshot, plan)
+            notes += bent_course(snapshot, settings.settings)
+            notes += other_bits_than(snapshot, plan)
             plan = replace(plan, skip=snapshot.manifest.skip)
             if plan.engine.digests and not snapshot.digests:
-                told.append(
+                notes.append(
                     f"engine.digests: {snapshot} was taken without them, so this run has none: "
                     "they would begin in its midst"
                 )
                 plan = replace(plan, engine=plan.engine.model_copy(update={"digests": False}))
-            return graph, plan, told
+            return graph, plan, notes
         model: nn.Module | Graph
         if isinstance(self.model, Graph):
             model = graph_with_weights(self.model, snapshot)
         else:
-            before = replace(own, settings=earlier(snapshot), policy=None, rules={})
+            before = replace(settings, settings=earlier(snapshot), policy=None, rules={})
             model = with_weights(self.model, weights_of(snapshot, before.graph()))
-        own = replace(own, model=model)
-        graph, plan = own.in_folder_of_its_own(snapshot).planned()
-        told.append(
+        settings = replace(settings, model=model)
+        graph, plan = settings.in_folder_of_its_own(snapshot).planned()
+        notes.append(
             f"{snapshot} was taken of another run ({', '.join(other)} differ): its weights and its "
             f"place in the stream ({snapshot.manifest.samples} samples) are taken over; states, "
             "costates, traces, signals under way and metrics begin anew"
         )
         then = snapshot.manifest
-        return graph, replace(plan, skip=then.samples, passed=then.passed), told
+        return graph, replace(plan, skip=then.samples, passed=then.passed), notes
 
     def in_folder_of_its_own(self, snapshot: Snapshot) -> _Work:
         """A run that begins its ticks anew does not write among those of the snapshot's run."""
-        kept = self.settings.snapshots
-        if kept.path is None or storage(kept.path).where != snapshot.where:
+        snapshots = self.settings.snapshots
+        if snapshots.path is None or storage(snapshots.path).where != snapshot.where:
             return self
-        kept = kept.model_copy(update={"path": f"{snapshot.where}/from-{snapshot.folder}"})
-        return replace(self, settings=self.settings.model_copy(update={"snapshots": kept}))
+        snapshots = snapshots.model_copy(
+            update={"path": f"{snapshot.where}/from-{snapshot.folder}"}
+        )
+        return replace(self, settings=self.settings.model_copy(update={"snapshots": snapshots}))
 
     def _kept_at(self, snapshot: Snapshot) -> _Work:
         """New snapshots lie beside the one that the run goes on from, unless settings say so; and
         delays that were measured are used again."""
         settings, keeps = self.settings, True
         if settings.snapshots.path is None:
-            kept = settings.snapshots.model_copy(update={"path": snapshot.where})
-            settings = settings.model_copy(update={"snapshots": kept})
+            snapshots = settings.snapshots.model_copy(update={"path": snapshot.where})
+            settings = settings.model_copy(update={"snapshots": snapshots})
             keeps = False
         if settings.partition.delays == "auto":
-            given = {"delays": snapshot.manifest.delays}
-            partition = settings.partition.model_copy(update=given)
+            delays = {"delays": snapshot.manifest.delays}
+            partition = settings.partition.model_copy(update=delays)
             settings = settings.model_copy(update={"partition": partition})
         return replace(self, settings=settings, keeps=keeps)
 
@@ -329,6 +316,7 @@ def snapshot_model(
 
 
 def make_engine(settings: Settings) -> Engine:
+    """Return the engine that the settings name."""
     if settings.engine.kind is EngineKind.INPROCESS:
         return InProcessEngine()
     with ray_environment(settings.engine):

@@ -40,8 +40,8 @@ class CudaMemory:
             # needed, for what is written is waited for)
             storage = memory.untyped_storage()
             _, handle, size, offset, counter, place, event, _ = storage._share_cuda_()  # type: ignore[no-untyped-call]
-        told = [handle.hex(), size, offset, counter.hex(), place, event.hex()]
-        return memory, json.dumps(told).encode()
+        fields = [handle.hex(), size, offset, counter.hex(), place, event.hex()]
+        return memory, json.dumps(fields).encode()
 
     def reach(self, handle: bytes) -> Tensor:
         with _unlent("reached"):

@@ -129,13 +129,13 @@ class GpuRingSender:
         """Take the receiver's answer. Raises WireError for a packet that is no answer to this
         offer.
         """
-        kind, told = data[2:3], data[3:]
+        kind, body = data[2:3], data[3:]
         if not self.waiting or data[:2] != ANSWER or kind not in (_FOUND, _REFUSED):
             raise WireError(f"{self._channel}: {data[:16]!r} answers no offer of memory")
         self.waiting = False
         if kind == _REFUSED:
-            self.refusal = told.decode(errors="replace")
-        elif told != self._expected:
+            self.refusal = body.decode(errors="replace")
+        elif body != self._expected:
             self.refusal = "its receiver reads something else there than its sender has written"
         if self.refusal is not None:
             self._ring = None
@@ -144,6 +144,7 @@ class GpuRingSender:
         self.used = True
 
     def takes(self, payload: Tensor) -> bool:
+        """Return True if a payload can go through the ring."""
         if not self.used or not payload.nbytes or not self._memory.holds(payload):
             return False
         if payload.nbytes > self._slot_bytes:
@@ -164,6 +165,7 @@ class GpuRingSender:
         return slot
 
     def free(self, slot: int) -> None:
+        """Give a slot back that its receiver has read."""
         self._free.append(slot)
 
     def settle(self) -> None:
@@ -217,11 +219,11 @@ class GpuRingReceiver:
                 raise WireError(
                     f"{channel}: {slots} slots of {slot_bytes} bytes in {ring.numel()} of a GPU"
                 )
-            found = _digest(ring)
+            digest = _digest(ring)
         except RuntimeError as error:
             return (ANSWER + _REFUSED + _first_line(error).encode())[:ANSWER_BYTES]
         self._ring = ring
-        return ANSWER + _FOUND + found
+        return ANSWER + _FOUND + digest
 
     def take(self, form: WireForm, slot: int) -> Tensor:
         """Copy the payload out of a slot; the copy has finished once `settled` has returned."""
@@ -253,10 +255,10 @@ def ending(process: int) -> bool:
     Linux sets PF_EXITING before it takes the process's memory and files.
     """
     try:
-        told = Path(f"/proc/{process}/stat").read_bytes()
+        stat = Path(f"/proc/{process}/stat").read_bytes()
     except OSError:
         return True
-    return int(told.rpartition(b")")[2].split()[_FLAGS]) & _PF_EXITING != 0
+    return int(stat.rpartition(b")")[2].split()[_FLAGS]) & _PF_EXITING != 0
 
 
 def _first_line(error: RuntimeError) -> str:

@@ -31,6 +31,7 @@ PEER = struct.Struct("3i")  # pid, uid, gid
 
 
 def prepare_socket(connection: socket.socket) -> None:
+    """Limit how long a socket waits, in either direction."""
     connection.setsockopt(socket.SOL_SOCKET, socket.SO_RCVTIMEO, _TURN)
     connection.setsockopt(socket.SOL_SOCKET, socket.SO_SNDTIMEO, _TURN)
 
@@ -60,4 +61,5 @@ class Ring:
 
 
 def seals() -> int:
+    """Return the seals of a ring's memory, as one number."""
     return int(sum(getattr(fcntl, name) for name in SEALS))

@@ -123,11 +123,11 @@ class SharedSender:
             self._socket.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, BUFFER_BYTES)
             prepare_socket(self._socket)
             self._socket.connect(address.removeprefix(SCHEME).removeprefix(GPU_SCHEME))
-            given = self._socket.getsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF)
+            buffer_bytes = self._socket.getsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF)
         except OSError as error:
             self._socket.close()
             raise ClusterError(f"{channel}: {address} cannot be reached: {error}") from None
-        self._inline = inline_limit(channel.capacity, given)
+        self._inline = inline_limit(channel.capacity, buffer_bytes)
         offer = None if gpu_sender is None else gpu_sender.offer()
         if offer is not None:
             with contextlib.suppress(OSError):  # who is lost is found by the first signal
@@ -248,11 +248,11 @@ class SharedSender:
         if gpu_sender is not None and len(data) > CREDIT.size:
             gpu_sender.answered(data)
             return
-        taken = CREDIT.unpack(data)[0] if len(data) == CREDIT.size else 0
-        if not 0 < taken <= len(self._under_way):
+        count = CREDIT.unpack(data)[0] if len(data) == CREDIT.size else 0
+        if not 0 < count <= len(self._under_way):
             raise WireError(f"{self._channel}: {data!r} is no number of signals that were taken")
-        self._room += taken
-        for _ in range(taken):
+        self._room += count
+        for _ in range(count):
             slot = self._under_way.popleft()
             if slot is not None and slot < self._channel.capacity:
                 self._free.append(slot)

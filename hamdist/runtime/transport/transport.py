@@ -118,7 +118,7 @@ class Endpoints:
                 self._line,
                 channel,
                 self._link_delay,
-                lambda own: self._open(own, channel, way, limit),
+                lambda context: self._open(context, channel, way, limit),
             )
         else:
             receiver = self._open(self._line, channel, way, limit, memory)
@@ -193,8 +193,8 @@ class Endpoints:
             self._out[channel.number] = self._reach(self._line, channel, address, limit, gpu_sender)
             return
 
-        def make(own: EndpointContext) -> Sender:
-            return self._reach(own, channel, address, limit, gpu_sender)
+        def make(context: EndpointContext) -> Sender:
+            return self._reach(context, channel, address, limit, gpu_sender)
 
         self._out[channel.number] = ReplaySender(self._line, channel, log, first, make)
 
@@ -222,8 +222,8 @@ class Endpoints:
             return SharedSender(line, channel, address, gpu_sender)
         from hamdist.runtime.transport.zeromq import ZmqSender
 
-        own = limit if address.startswith(TCP) else -1
-        return ZmqSender(line, channel, self._context(), address, self._keys, own)
+        most = limit if address.startswith(TCP) else -1
+        return ZmqSender(line, channel, self._context(), address, self._keys, most)
 
     def _context(self) -> zmq.Context[Any]:
         """Return ZeroMQ's context, which has a thread: only where a channel needs it."""

@@ -186,15 +186,15 @@ class ZmqReceiver:
         """Return a function that copies the payload in frame `index`."""
 
         def take(form: WireForm, index: int) -> Tensor:
-            found = frames[index].buffer if 0 < index < len(frames) else b""
-            if len(found) != form.nbytes:
+            payload = frames[index].buffer if 0 < index < len(frames) else b""
+            if len(payload) != form.nbytes:
                 raise WireError(
-                    f"{self._channel}: frame {index} with {len(found)} bytes does not make shape "
+                    f"{self._channel}: frame {index} with {len(payload)} bytes does not make shape "
                     f"{form.shape} of {form.dtype}"
                 )
             tensor = form.new()
             if form.nbytes:
-                tensor.view(-1).view(torch.uint8).numpy()[:] = memoryview(found).cast("B")
+                tensor.view(-1).view(torch.uint8).numpy()[:] = memoryview(payload).cast("B")
             return tensor
 
         return take

@@ -63,34 +63,35 @@ def iris(seed: int) -> Data:
 
 @lru_cache(maxsize=1)
 def images(seed: int, path: Path | None = None) -> Data:
-    """10 images of 28 x 28 of each of 10 classes, (100, 1, 28, 28): Fashion-MNIST, or another data
-    set of its format in the folder `path`; where it is not installed, scikit-learn's digits.
+    """Return 10 images of 28 x 28 of each of 10 classes, (100, 1, 28, 28): Fashion-MNIST, or
+    another data set of its format in the folder `path`; where it is not installed, scikit-learn's
+    digits.
 
     Raises StreamError for files that are not there, or hold too few images of a class.
     """
     if path is None and not any(folder.is_dir() for folder in FASHION.folders):
         pixels, y, source = *_digits(), "digits (scikit-learn) at 28 x 28"
     else:
-        held = fashion_mnist(1, seed, DTYPE, path)
-        pixels, y = held.x.reshape(-1, 1, SIDE, SIDE), held.y
+        held_out = fashion_mnist(1, seed, DTYPE, path)
+        pixels, y = held_out.x.reshape(-1, 1, SIDE, SIDE), held_out.y
         source = "Fashion-MNIST" if path is None else str(path)
     rows = []
     for label in range(CLASSES):
-        found = (y == label).nonzero().squeeze(1)
-        if len(found) < PER_CLASS:
+        of_class = (y == label).nonzero().squeeze(1)
+        if len(of_class) < PER_CLASS:
             raise StreamError(
-                f"{source}: class {label} has {len(found)} images in the held-out part, "
+                f"{source}: class {label} has {len(of_class)} images in the held-out part, "
                 f"{PER_CLASS} are needed"
             )
-        rows.append(found[:PER_CLASS])
+        rows.append(of_class[:PER_CLASS])
     chosen = torch.cat(rows)
     return _data(pixels[chosen], y[chosen], seed, SIDE * SIDE, CLASSES, source)
 
 
 @lru_cache(maxsize=1)
 def sequences(seed: int, path: Path | None = None, glove: Path | None = None) -> Data:
-    """100 texts of two classes as their last 12 tokens, (100, 12) int64: made-up ones, or those of
-    `path`. glove: a file of word vectors, with which the embedding begins.
+    """Return 100 texts of two classes as their last 12 tokens, (100, 12) int64: made-up ones, or
+    those of `path`. glove: a file of word vectors, with which the embedding begins.
 
     Raises StreamError for files that are not there, cannot be read, or do not fit.
     """

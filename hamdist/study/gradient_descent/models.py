@@ -16,6 +16,7 @@ from __future__ import annotations
 import math
 from collections import OrderedDict
 from collections.abc import Callable, Mapping
+from functools import partial
 
 import torch
 from torch import Tensor, nn
@@ -34,6 +35,7 @@ class Shift(nn.Module):
         self.bias = nn.Parameter(torch.empty(features).uniform_(-0.5, 0.5))
 
     def forward(self, h: Tensor) -> Tensor:
+        """Return h + b."""
         return h + self.bias
 
 
@@ -47,6 +49,7 @@ class ResidualCell(nn.Module):
         self.alpha = alpha
 
     def forward(self, h: Tensor) -> Tensor:
+        """Return the state behind the branch."""
         out: Tensor = self.second(torch.relu(self.first(h)))
         return h + self.alpha * out
 
@@ -60,6 +63,7 @@ class PatchTokens(nn.Module):
         self.place = nn.Parameter(0.02 * torch.randn((SIDE // PATCH) ** 2, WIDTH))
 
     def forward(self, u: Tensor) -> Tensor:
+        """Return the tokens of an image."""
         tokens: Tensor = self.project(u).flatten(2).transpose(1, 2)
         return tokens + self.place
 
@@ -68,6 +72,7 @@ class MeanToken(nn.Module):
     """(B, T, H) to (B, H)."""
 
     def forward(self, h: Tensor) -> Tensor:
+        """Return the mean over tokens."""
         return h.mean(1)
 
 
@@ -79,6 +84,7 @@ class LastState(nn.Module):
         self.net = net
 
     def forward(self, u: Tensor) -> Tensor:
+        """Return the last state."""
         states: Tensor = self.net(u)[0]
         return states[:, -1]
 
@@ -109,13 +115,10 @@ def _vit(_: int, classes: int) -> tuple[nn.Module, nn.Module]:
     return nn.Sequential(PatchTokens(), layer, MeanToken()), nn.Linear(WIDTH, classes)
 
 
-def _rnn(words: int, classes: int) -> tuple[nn.Module, nn.Module]:
-    net = nn.RNN(EMBEDDING, HIDDEN, batch_first=True)
-    return nn.Sequential(nn.Embedding(words, EMBEDDING), LastState(net)), nn.Linear(HIDDEN, classes)
-
-
-def _lstm(words: int, classes: int) -> tuple[nn.Module, nn.Module]:
-    net = nn.LSTM(EMBEDDING, HIDDEN, batch_first=True)
+def _recurrent(
+    kind: type[nn.RNN | nn.LSTM], words: int, classes: int
+) -> tuple[nn.Module, nn.Module]:
+    net = kind(EMBEDDING, HIDDEN, batch_first=True)
     return nn.Sequential(nn.Embedding(words, EMBEDDING), LastState(net)), nn.Linear(HIDDEN, classes)
 
 
@@ -124,8 +127,8 @@ MODELS: Mapping[str, Callable[[int, int], tuple[nn.Module, nn.Module]]] = {
     "mlp": _mlp,
     "resnet": _resnet,
     "vit": _vit,
-    "rnn": _rnn,
-    "lstm": _lstm,
+    "rnn": partial(_recurrent, nn.RNN),
+    "lstm": partial(_recurrent, nn.LSTM),
 }
 
 

@@ -2,17 +2,15 @@
 
 from __future__ import annotations
 
-import csv
-import io
-import json
-import math
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
-from hamdist.display.table import Table, markdown
+from hamdist.display.table import Table, csv_text, markdown
+from hamdist.runtime.results.events import plain
 from hamdist.study.gradient_descent.models import MODELS
 from hamdist.study.gradient_descent.scenarios import BOUND, SCENARIOS, Placement, ScenarioRow
+from hamdist.study.report.files import to_json
 from hamdist.study.shared.result_folder import write_file
 
 NAMES = {
@@ -34,8 +32,10 @@ def in_order(rows: Iterable[ScenarioRow]) -> list[ScenarioRow]:
 def recovery_line(row: ScenarioRow) -> str:
     """Return the line that is printed as soon as a row is finished."""
     wrong = [cell.placement.value for cell in row.cells if not cell.passed]
-    found = f"apart at {', '.join(wrong)}" if wrong else "equal"
-    return f"{NAMES[row.model]}, {row.scenario}: {found} ({row.steps:,} steps, {row.seconds:.1f} s)"
+    verdict = f"apart at {', '.join(wrong)}" if wrong else "equal"
+    return (
+        f"{NAMES[row.model]}, {row.scenario}: {verdict} ({row.steps:,} steps, {row.seconds:.1f} s)"
+    )
 
 
 def recovery_table(rows: Sequence[ScenarioRow]) -> Table:
@@ -71,7 +71,7 @@ def _notes(rows: Sequence[ScenarioRow], *, paper: bool) -> list[str]:
     wrong = sum(not cell.passed for cell in cells)
     judged = f"{len(cells) - wrong} of {len(cells)} cells equal SGD to {BOUND:g}"
     sources = {NAMES[row.model]: row.source for row in rows}
-    by_source = {s: [n for n, own in sources.items() if own == s] for s in sources.values()}
+    by_source = {s: [n for n, source in sources.items() if source == s] for s in sources.values()}
     data = "; ".join(f"{', '.join(names)}: {source}" for source, names in by_source.items())
     notes = [f"{judged}{f' (✗: {wrong} do not)' if wrong else ''}", f"data: {data}"]
     if paper:
@@ -108,18 +108,7 @@ def records(rows: Sequence[ScenarioRow]) -> list[dict[str, Any]]:
 
 def save_recovery(folder: Path, rows: Sequence[ScenarioRow], command: str) -> None:
     """Write recovery.json, recovery.csv and recovery.md. Raises SettingsError if that fails."""
-    found = [{k: _finite(v) for k, v in record.items()} for record in records(rows)]
-    whole = {"command": command, "cells": found}
-    write_file(folder / "recovery.json", json.dumps(whole, indent=2, allow_nan=False) + "\n")
-    out = io.StringIO()
-    writer = csv.DictWriter(out, list(found[0]), lineterminator="\n")
-    writer.writeheader()
-    writer.writerows(found)
-    write_file(folder / "recovery.csv", out.getvalue())
-    text = f"`{command}`\n\n{markdown(recovery_table(rows))}"
-    write_file(folder / "recovery.md", text)
-
-
-def _finite(value: Any) -> Any:
-    """Return the value without NaN, which JSON does not have."""
-    return None if isinstance(value, float) and not math.isfinite(value) else value
+    cells = [plain(record) for record in records(rows)]
+    write_file(folder / "recovery.json", to_json({"command": command, "cells": cells}, indent=2))
+    write_file(folder / "recovery.csv", csv_text(cells))
+    write_file(folder / "recovery.md", f"`{command}`\n\n{markdown(recovery_table(rows))}")

@@ -49,9 +49,9 @@ class RowWorkers:
     `close` ends the processes; as a context it does so at the end.
     """
 
-    def __init__(self, wanted: Sequence[ScenarioJob], processes: int | None = None) -> None:
-        self._wanted = list(wanted)
-        self._processes = min(processes or cores(), len(wanted))
+    def __init__(self, jobs: Sequence[ScenarioJob], processes: int | None = None) -> None:
+        self._jobs = list(jobs)
+        self._processes = min(processes or cores(), len(jobs))
         self._pool: Processes | None = None
         self._futures: dict[ScenarioJob, Future[ScenarioRow]] = {}
         self._done: dict[ScenarioJob, ScenarioRow] = {}
@@ -70,14 +70,14 @@ class RowWorkers:
                 self._done[job] = self._futures[job].result()
             else:
                 self._done[job] = run_row(job)
-            if len(self._done) == len(self._wanted):
+            if len(self._done) == len(self._jobs):
                 self.close()
         return self._done[job]
 
     def finished(self) -> Iterator[ScenarioRow]:
         """Yield all rows, as they are finished."""
         if self._processes == 1:
-            yield from (self.row(job) for job in self._wanted)
+            yield from (self.row(job) for job in self._jobs)
             return
         self._start()
         for future in as_completed(self._futures.values()):
@@ -87,7 +87,7 @@ class RowWorkers:
         if self._pool is not None:
             return
         self._pool = Processes(self._processes)
-        longest_first = sorted(self._wanted, key=lambda job: -COSTS.get(job.model, 1))
+        longest_first = sorted(self._jobs, key=lambda job: -COSTS.get(job.model, 1))
         self._futures = {job: self._pool.submit(run_row, job) for job in longest_first}
 
     def close(self) -> None:

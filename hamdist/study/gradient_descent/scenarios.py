@@ -171,11 +171,13 @@ class ScenarioCell:
 
     @property
     def difference(self) -> float:
+        """Return the larger of both differences; NaN if one is."""
         both = (self.losses, self.weights)
         return math.nan if any(map(math.isnan, both)) else max(both)
 
     @property
     def passed(self) -> bool:
+        """Return True if the cell equals the oracle, to BOUND."""
         return self.difference <= BOUND  # NaN is not
 
 
@@ -198,6 +200,7 @@ class ScenarioRow:
 
     @property
     def passed(self) -> bool:
+        """Return True if all cells do."""
         return all(cell.passed for cell in self.cells)
 
 

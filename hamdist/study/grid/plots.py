@@ -42,8 +42,8 @@ def _styles(
         if one.trains is not Trains.CENTRALISED:
             sides.setdefault(_side(one), []).append(name)
     styles: dict[str, tuple[int, int] | None] = dict.fromkeys(curves)
-    for i, own in enumerate(sides.values()):
-        styles |= {name: (i, i + k) for k, name in enumerate(own)}
+    for i, names in enumerate(sides.values()):
+        styles |= {name: (i, i + k) for k, name in enumerate(names)}
     return styles
 
 
@@ -53,14 +53,16 @@ def _along(
     curves: dict[str, list[SummaryLine]] = {}
     for line in lines:
         curves.setdefault(curve_name(study, axis, line), []).append(line)
-    styles = _styles({name: own[0] for name, own in curves.items()})
+    styles = _styles({name: of_curve[0] for name, of_curve in curves.items()})
     values = list(study.axes.of(axis))
     numbers = [float(v) for v in values if isinstance(v, int)]
     named = len(numbers) < len(values)
     places = [float(i) for i in range(len(values))] if named else numbers
     drawn = []
-    for name, own in curves.items():
-        shown = [(line.loss, line.loss_spread) if real_valued else _percent(line) for line in own]
+    for name, of_curve in curves.items():
+        shown = [
+            (line.loss, line.loss_spread) if real_valued else _percent(line) for line in of_curve
+        ]
         y, spread = zip(*shown, strict=True)
         drawn.append(FigureCurve(name, places, y, spread, styles[name], points=True))
     x_label = TITLES[axis].removeprefix("against ").removeprefix("the ")

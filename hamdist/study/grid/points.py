@@ -10,21 +10,13 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import product
 from typing import Any
 
 from pydantic import ValidationError
 
-from hamdist.config import (
-    EngineKind,
-    Level,
-    Memory,
-    Settings,
-    Split,
-    describe,
-    merge,
-)
+from hamdist.config import EngineKind, Level, Memory, Settings, Split, describe, merge
 from hamdist.dynamics.schedule.levels import make_locality
 from hamdist.errors import SettingsError
 from hamdist.study.grid.settings import Axis, SideSettings, StudySettings, Trains, trains_of
@@ -90,21 +82,23 @@ def cells(study: StudySettings) -> list[GridCell]:
     is the bound that such a level must exceed. Raises SettingsError for invalid settings of any
     run.
     """
-    given = [axis for axis in Axis if study.axes.of(axis)]
-    points = [
-        tuple(zip(given, values, strict=True))
-        for values in product(*(study.axes.of(axis) for axis in given))
-    ]
+    axes = [axis for axis in Axis if study.axes.of(axis)]
+    points = product(*(study.axes.of(axis) for axis in axes))
     sides = _with_frozen(study)
-    found = []
-    for point in points:
-        for name, side in sides.items():
-            trains, level = trains_of(name, side)
-            cell = GridCell(name, side, trains, level, point, False)
-            settings = [_settings(study, cell, candidate) for candidate in side.candidates]
-            memoryless = trains is Trains.LEVEL and _keeps_nothing(settings[0])
-            found.append(GridCell(name, side, trains, level, point, memoryless))
-    return found
+    return [
+        _cell(study, name, side, tuple(zip(axes, values, strict=True)))
+        for values in points
+        for name, side in sides.items()
+    ]
+
+
+def _cell(study: StudySettings, name: str, side: SideSettings, point: Point) -> GridCell:
+    """Return a cell, after a check of the settings of all its candidates."""
+    trains, level = trains_of(name, side)
+    cell = GridCell(name, side, trains, level, point, memoryless=False)
+    first, *_ = [_settings(study, cell, candidate) for candidate in side.candidates]
+    memory = make_locality(first.level, first.locality).memory if trains is Trains.LEVEL else None
+    return replace(cell, memoryless=memory is Memory.NONE)
 
 
 def _with_frozen(study: StudySettings) -> dict[str, SideSettings]:
@@ -112,7 +106,7 @@ def _with_frozen(study: StudySettings) -> dict[str, SideSettings]:
     kinds = {name: trains_of(name, side) for name, side in sides.items()}
     if any(trains is Trains.FROZEN for trains, _ in kinds.values()):
         return sides
-    if not any(_is_memoryless(study, name) for name in sides):
+    if not any(_cell(study, name, side, ()).memoryless for name, side in sides.items()):
         return sides
     if FROZEN in sides:
         raise SettingsError(
@@ -124,31 +118,13 @@ def _with_frozen(study: StudySettings) -> dict[str, SideSettings]:
     return sides
 
 
-def _is_memoryless(study: StudySettings, name: str) -> bool:
-    side = study.sides[name]
-    trains, level = trains_of(name, side)
-    if trains is not Trains.LEVEL:
-        return False
-    cell = GridCell(name, side, trains, level, (), False)
-    return _keeps_nothing(_settings(study, cell, side.candidates[0]))
-
-
-def _keeps_nothing(settings: Settings) -> bool:
-    return make_locality(settings.level, settings.locality).memory is Memory.NONE
-
-
 def tuning_jobs(study: StudySettings, cell: GridCell) -> list[tuple[Candidate, list[GridJob]]]:
     """Return the runs on the validation part, by candidate."""
     rows = study.tune.rows or study.rows
+    seeds = range(TUNING_SEEDS, TUNING_SEEDS + study.tune.seeds)
     return [
-        (
-            candidate,
-            [
-                _job(study, cell, candidate, TUNING_SEEDS + i, Split.VALIDATION, rows)
-                for i in range(study.tune.seeds)
-            ],
-        )
-        for candidate in cell.side.candidates
+        (one, [_job(study, cell, one, seed, Split.VALIDATION, rows) for seed in seeds])
+        for one in cell.side.candidates
     ]
 
 
@@ -159,12 +135,7 @@ def final_jobs(study: StudySettings, cell: GridCell, chosen: Candidate) -> list[
 
 
 def _job(
-    study: StudySettings,
-    cell: GridCell,
-    candidate: Candidate,
-    seed: int,
-    part: Split,
-    rows: int,
+    study: StudySettings, cell: GridCell, candidate: Candidate, seed: int, part: Split, rows: int
 ) -> GridJob:
     settings = _settings(study, cell, candidate)
     steps = rows // settings.stream.batch

@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
-import csv
 import dataclasses
-import io
 from collections.abc import Iterator, Mapping, Sequence
 from html import escape
 from pathlib import Path
 from typing import Any
 
 from hamdist.display.figure import PageFigure
-from hamdist.display.table import Table, html_notes, html_table, latex, markdown
+from hamdist.display.table import Table, csv_text, html_notes, html_table, latex, markdown
 from hamdist.runtime.results.events import RunEvent, WindowFull
 from hamdist.study.grid.plots import curve_name, study_figures
 from hamdist.study.grid.run import StudyOutcome
@@ -57,16 +55,13 @@ def record(line: SummaryLine) -> dict[str, Any]:
 
 
 def _csv(rows: Sequence[Mapping[str, Any]]) -> str:
-    out = io.StringIO()
-    writer = csv.DictWriter(out, list(flat_tests(rows[0])), lineterminator="\n")
-    writer.writeheader()
+    records = []
     for row in rows:
-        flat = {name: row[name] for name in row}
+        flat = {**row, "notes": "; ".join(row["notes"])}
         for name in ("point", "chosen"):
             flat[name] = "; ".join(f"{key}={value}" for key, value in row[name].items())
-        flat["notes"] = "; ".join(row["notes"])
-        writer.writerow(flat_tests(flat))
-    return out.getvalue()
+        records.append(flat_tests(flat))
+    return csv_text(records)
 
 
 def _markdown(study: StudySettings, tables: Mapping[str, Table], command: str) -> str:

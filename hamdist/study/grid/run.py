@@ -7,7 +7,6 @@ seed. Runs that are on disk already are not made again.
 
 from __future__ import annotations
 
-import dataclasses
 import math
 import statistics
 from collections.abc import Callable, Iterator, Sequence
@@ -67,13 +66,13 @@ def check(study: StudySettings, *, chosen: bool) -> list[GridCell]:
 
     `chosen`: tune nothing, take `best`.
     """
-    found = cells(study)
-    for cell in found:
+    all_cells = cells(study)
+    for cell in all_cells:
         if chosen:
             _best(study, cell)
         else:
             tuning_jobs(study, cell)
-    return found
+    return all_cells
 
 
 def run_study(
@@ -104,9 +103,9 @@ def run_study(
             final_jobs(study, cell, choice.chosen)
             for cell, choice in zip(all_cells, choices, strict=True)
         ]
-        found = runs.make("final", [job for jobs in finals for job in jobs])
+        records = runs.make("final", [job for jobs in finals for job in jobs])
     return [
-        StudyOutcome(cell, choice, [found[job.key] for job in jobs])
+        StudyOutcome(cell, choice, [records[job.key] for job in jobs])
         for cell, choice, jobs in zip(all_cells, choices, finals, strict=True)
     ]
 
@@ -124,22 +123,21 @@ def _best(study: StudySettings, cell: GridCell) -> Candidate:
 
 
 def _tuned(study: StudySettings, all_cells: Sequence[GridCell], runs: _Runs) -> list[TuningResult]:
-    asked = [tuning_jobs(study, cell) for cell in all_cells]
-    many = [candidates for candidates in asked if len(candidates) > 1]
-    found = runs.make("tuning", [job for cs in many for _, jobs in cs for job in jobs])
-    return [
-        _choose(cell, candidates, found) for cell, candidates in zip(all_cells, asked, strict=True)
-    ]
+    candidates = [tuning_jobs(study, cell) for cell in all_cells]
+    several = [of_cell for of_cell in candidates if len(of_cell) > 1]
+    records = runs.make("tuning", [job for cs in several for _, jobs in cs for job in jobs])
+    pairs = zip(all_cells, candidates, strict=True)
+    return [_choose(cell, of_cell, records) for cell, of_cell in pairs]
 
 
 def _choose(
     cell: GridCell,
     candidates: Sequence[tuple[Candidate, Sequence[GridJob]]],
-    found: dict[str, RunRecord],
+    records: dict[str, RunRecord],
 ) -> TuningResult:
     if len(candidates) == 1:
         return TuningResult(candidates[0][0], None)
-    scores = [score([found[job.key] for job in jobs]) for _, jobs in candidates]
+    scores = [score([records[job.key] for job in jobs]) for _, jobs in candidates]
     best = max(range(len(scores)), key=scores.__getitem__)
     if not math.isfinite(scores[best]):
         raise SettingsError(
@@ -185,26 +183,22 @@ class _Runs:
 
     def make(self, phase: str, jobs: Sequence[GridJob]) -> dict[str, RunRecord]:
         """Return the records of `jobs` by key, running those that are not stored yet."""
-        wanted = {job.key: job for job in jobs}
-        kept = {key: self._store.find(key) for key in wanted}
-        found = {key: record for key, record in kept.items() if record is not None}
-        missing = [job for key, job in wanted.items() if key not in found]
-        for record in self._made(missing):
-            self._store.keep(record.key, to_json(dataclasses.asdict(record)))
-            found[record.key] = record
+        by_key = {job.key: job for job in jobs}
+        stored = {key: self._store.find(key) for key in by_key}
+        records = {key: record for key, record in stored.items() if record is not None}
+        for record in self._run([job for key, job in by_key.items() if key not in records]):
+            self._store.keep(record.key, to_json(record))
+            records[record.key] = record
             if self._on_record is not None:
-                self._on_record(phase, len(found), len(wanted), record)
-        return found
+                self._on_record(phase, len(records), len(by_key), record)
+        return records
 
-    def _made(self, jobs: Sequence[GridJob]) -> Iterator[RunRecord]:
+    def _run(self, jobs: Sequence[GridJob]) -> Iterator[RunRecord]:
         if not jobs:
             return
         if self._study.parallel == "ray":
-            engine = EngineSettings(
-                kind=EngineKind.RAY,
-                address=self._study.address,
-                actors=self._study.workers or "auto",
-            )
+            address, actors = self._study.address, self._study.workers
+            engine = EngineSettings(kind=EngineKind.RAY, address=address, actors=actors or "auto")
             yield from ray_tasks(engine, work, jobs)
             return
         number = self._study.workers or cores()

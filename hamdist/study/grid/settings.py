@@ -76,6 +76,7 @@ class AxesSettings(Section):
         return self
 
     def of(self, axis: Axis) -> tuple[Any, ...]:
+        """Return the values of an axis."""
         return tuple(getattr(self, axis.value))
 
 
@@ -137,10 +138,10 @@ class StudySettings(Section):
     def _fair(self) -> StudySettings:
         budgets = {name: math.prod(map(len, s.tune.values())) for name, s in self.sides.items()}
         if len(set(budgets.values())) > 1:
-            told = ", ".join(f"{name} {many}" for name, many in budgets.items())
+            counts = ", ".join(f"{name} {many}" for name, many in budgets.items())
             raise ValueError(
                 f"'sides': every side is tuned with the same budget, but the candidates in 'tune' "
-                f"are {told}: give each as many"
+                f"are {counts}: give each as many"
             )
         for name, side in self.sides.items():
             _known_side(name, side)

@@ -81,25 +81,25 @@ def _line(outcome: StudyOutcome, baseline: StudyOutcome) -> SummaryLine:
     )
 
 
-def _gaps(own: Sequence[RunRecord], other: Sequence[RunRecord]) -> list[float]:
-    """Return the gaps by seed; none unless both have finished with every seed of `own`."""
-    by_seed = {record.seed: record for record in other}
+def _gaps(records: Sequence[RunRecord], baseline: Sequence[RunRecord]) -> list[float]:
+    """Return the gaps by seed; none unless both have finished with every seed of `records`."""
+    by_seed = {record.seed: record for record in baseline}
     gaps = []
-    for record in own:
+    for record in records:
         than = by_seed[record.seed]
         if record.accuracy is not None and than.accuracy is not None:
             gaps.append(record.accuracy - than.accuracy)
         elif record.loss is not None and than.loss is not None and record.failure is None:
             gaps.append(than.loss - record.loss)
-    return gaps if len(gaps) == len(own) else []
+    return gaps if len(gaps) == len(records) else []
 
 
 def _notes(outcome: StudyOutcome) -> list[str]:
     label = outcome.cell.label
     failed = [f"seed {r.seed}: {r.failure}" for r in outcome.records if r.failure is not None]
     notes = [f"{label}: {text}" for text in failed]
-    told = drift_fact([DriftRecovery(*found) for r in outcome.records for found in r.drifts])
-    notes += [f"{label}: of the drifts of all seeds {told}"] if told else []
+    drifts = drift_fact([DriftRecovery(*drift) for r in outcome.records for drift in r.drifts])
+    notes += [f"{label}: of the drifts of all seeds {drifts}"] if drifts else []
     notes += [
         f"{label}: {name} = {outcome.choice.chosen[name]} is the lowest or highest value that was "
         "tried: a wider range might be better"

@@ -11,12 +11,7 @@ from hamdist.study.grid.settings import Axis, StudySettings, Trains
 from hamdist.study.grid.summary import SummaryLine
 from hamdist.study.report.table import interval, points
 
-WORDS = {
-    Axis.DEPTH: "L",
-    Axis.SPEED: "c",
-    Axis.SMOOTHNESS: "S",
-    Axis.BATCH: "batch",
-}
+WORDS = {Axis.DEPTH: "L", Axis.SPEED: "c", Axis.SMOOTHNESS: "S", Axis.BATCH: "batch"}
 TITLES = {
     Axis.DEPTH: "against depth L (layers with weights)",
     Axis.SPEED: "against speed c (hops a sample)",
@@ -90,9 +85,9 @@ def _along(
         [
             side,
             *(str(value) for _, value in rest),
-            *(held_out(found[value], real_valued) for value in values),
+            *(held_out(by_value[value], real_valued) for value in values),
         ]
-        for (side, rest), found in rows.items()
+        for (side, rest), by_value in rows.items()
     ]
     titles = [
         "side",
@@ -103,12 +98,14 @@ def _along(
 
 
 def held_out(line: SummaryLine, real_valued: bool) -> str:
+    """Return a line's held-out loss, or its accuracy in %."""
     if real_valued:
         return number(line.loss, line.loss_spread)
     return percent(line.accuracy, line.spread, digits=2)
 
 
 def gap(line: SummaryLine, real_valued: bool) -> str:
+    """Return a line's gap in points, or of its loss; none of the baseline."""
     if line.trains is Trains.CENTRALISED:
         return MISSING
     if real_valued:

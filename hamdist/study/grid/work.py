@@ -8,7 +8,6 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from hamdist.config import Settings
 from hamdist.display.windows import joined
 from hamdist.dynamics.objective.prequential import merge_windows
 from hamdist.errors import DivergedError
@@ -37,18 +36,18 @@ class RunRecord:
     key: str
     trains: str
     seed: int
-    rows: int
-    accuracy: float | None
-    loss: float | None
-    prequential: float | None
-    seconds: float
-    smoothness: float | None
-    staleness: int
-    failure: str | None
-    warnings: Sequence[str]
-    curve: Sequence[Sequence[float | None]]
-    drifts: Sequence[Sequence[Any]]
     settings: Mapping[str, Any]
+    rows: int = 0
+    accuracy: float | None = None
+    loss: float | None = None
+    prequential: float | None = None
+    seconds: float = 0.0
+    smoothness: float | None = None
+    staleness: int = 0
+    failure: str | None = None
+    warnings: Sequence[str] = ()
+    curve: Sequence[Sequence[float | None]] = ()
+    drifts: Sequence[Sequence[Any]] = ()
 
 
 def work(job: GridJob) -> RunRecord:
@@ -62,7 +61,7 @@ def work(job: GridJob) -> RunRecord:
         try:
             run = _run(job)
         except DivergedError as error:
-            return _lost(job, str(error))
+            return RunRecord(**_head(job), failure=str(error))
     if run.interrupted:
         raise KeyboardInterrupt
     return _record(job, run)
@@ -81,9 +80,7 @@ def _record(job: GridJob, run: Run) -> RunRecord:
         for w in joined(run.windows, POINTS)
     ]
     return RunRecord(
-        key=job.key,
-        trains=job.trains.value,
-        seed=run.seed,
+        **_head(job),
         rows=run.samples * run.batch,
         accuracy=None if run.held_out is None else run.held_out.accuracy,
         loss=None if run.held_out is None else run.held_out.loss,
@@ -94,31 +91,12 @@ def _record(job: GridJob, run: Run) -> RunRecord:
         failure=run.failure,
         warnings=tuple(run.warnings),
         curve=curve,
-        drifts=[dataclasses.astuple(found) for found in run.drifts],
-        settings=_plain(job.settings),
+        drifts=[dataclasses.astuple(recovery) for recovery in run.drifts],
     )
 
 
-def _lost(job: GridJob, failure: str) -> RunRecord:
-    """Return the record of a run that failed before it had a result."""
-    return RunRecord(
-        key=job.key,
-        trains=job.trains.value,
-        seed=job.settings.seed,
-        rows=0,
-        accuracy=None,
-        loss=None,
-        prequential=None,
-        seconds=0.0,
-        smoothness=None,
-        staleness=0,
-        failure=failure,
-        warnings=(),
-        curve=(),
-        drifts=(),
-        settings=_plain(job.settings),
-    )
-
-
-def _plain(settings: Settings) -> dict[str, Any]:
-    return settings.model_dump(mode="json", exclude_unset=True)
+def _head(job: GridJob) -> dict[str, Any]:
+    """Return the fields that a record has of its job, whatever became of it."""
+    settings = job.settings.model_dump(mode="json", exclude_unset=True)
+    head = {"key": job.key, "trains": job.trains.value, "seed": job.settings.seed}
+    return {**head, "settings": settings}

@@ -244,11 +244,11 @@ def compare(
         settings = load_settings(str(settings))
     if levels and rules:
         raise SettingsError("levels and rules: give one; rules names levels, too")
-    asked = {"levels": list(levels), "rules": list(rules), "seeds": seeds}
-    given: dict[str, Any] = {**fields, "compare": {n: one for n, one in asked.items() if one}}
-    given |= {} if loss is None else {"loss": loss}
+    compared = {"levels": list(levels), "rules": list(rules), "seeds": seeds}
+    changed: dict[str, Any] = {**fields, "compare": {n: one for n, one in compared.items() if one}}
+    changed |= {} if loss is None else {"loss": loss}
     chosen = [one for one in trackers if isinstance(one, str)]
-    whole = settled(settings, given | ({"trackers": chosen} if chosen else {}))
+    whole = settled(settings, changed | ({"trackers": chosen} if chosen else {}))
     comparison = Comparison(settings=whole)
     if stream is None and held_out is not None:
         raise SettingsError("held_out belongs to stream: give both")

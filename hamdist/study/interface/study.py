@@ -68,20 +68,20 @@ def study(
         HamdistError: of the settings, before anything runs; of a run.
     """
     over = [changes] if isinstance(changes, Mapping) else [parse_override(one) for one in changes]
-    own = load_study(str(settings), [*over, *([] if workers is None else [{"workers": workers}])])
+    plan = load_study(str(settings), [*over, *([] if workers is None else [{"workers": workers}])])
     if axis is not None and axis not in [one.value for one in Axis]:
         raise SettingsError(f"axis {axis!r}: give {', '.join(one.value for one in Axis)}, or None")
     along = None if axis is None else Axis(axis)
-    if along is not None and len(own.axes.of(along)) < 2:
+    if along is not None and len(plan.axes.of(along)) < 2:
         raise SettingsError(
             f"axes.{along.value}: a study of it needs several values "
-            f"(received {list(own.axes.of(along))}); `hamdist study levels` needs none"
+            f"(received {list(plan.axes.of(along))}); `hamdist study levels` needs none"
         )
-    check(own, chosen=chosen)
-    folder = results_of(own.name) if out is None else Path(out)
+    check(plan, chosen=chosen)
+    folder = results_of(plan.name) if out is None else Path(out)
     prepare_folder(folder)
-    say(f"{own.name}: runs are kept in {folder / RUNS}; start it again to go on there")
-    outcomes = run_study(own, folder, chosen=chosen, on_record=on_record)
+    say(f"{plan.name}: runs are kept in {folder / RUNS}; start it again to go on there")
+    outcomes = run_study(plan, folder, chosen=chosen, on_record=on_record)
     origin = command or f"hamdist.study({str(settings)!r}, {axis!r}, out={str(folder)!r})"
-    tables = save_study(folder, own, outcomes, command=origin, first=along)
-    return StudyResult(own, outcomes, tables, folder)
+    tables = save_study(folder, plan, outcomes, command=origin, first=along)
+    return StudyResult(plan, outcomes, tables, folder)

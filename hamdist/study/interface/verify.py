@@ -78,8 +78,8 @@ def chosen_topics(
     if model is None and extra:
         raise SettingsError(f"{extra} belongs to {option('model')}: give both")
     if rule is not None:
-        own = VerifiedRule(rule)
-        return [Topic("rule", f"the rule {rule}", lambda full: own.checks(), answers=True)]  # noqa: ARG005
+        verified = VerifiedRule(rule)
+        return [Topic("rule", f"the rule {rule}", lambda full: verified.checks(), answers=True)]  # noqa: ARG005
     if model is None:
         names = [name.strip() for text in only for name in text.split(",") if name.strip()]
         return topics(names, golden)

@@ -18,40 +18,17 @@ from torch import Tensor
 
 from hamdist.config import Order, Settings, TargetOf
 from hamdist.dynamics.blocks.hold import HoldBlock, HoldReadout
-from hamdist.dynamics.graph.graph import INPUT, Graph
+from hamdist.dynamics.graph.graph import Graph
 from hamdist.dynamics.graph.merged import MergedGraph, merged_module
 from hamdist.errors import LevelError
-from hamdist.runtime.nodes.factory import Node, make_node
 from hamdist.runtime.nodes.hold import HoldNode
-from hamdist.runtime.nodes.loop import run_loop
-from hamdist.runtime.nodes.mailbox import Mailbox
-from hamdist.runtime.nodes.source import SourceNode
+from hamdist.runtime.nodes.node import Node
 from hamdist.runtime.plan.plan import make_plan
 from hamdist.streams import from_iterable
+from hamdist.study.shared.exact_runs import PlanNodes, float64_settings
 
 FrozenRunBlock: TypeAlias = HoldBlock | HoldReadout
 BlockObserver: TypeAlias = Callable[[str, int, FrozenRunBlock], None]
-
-
-class _Watched:
-    """A node whose block is observed after each of its ticks."""
-
-    def __init__(self, node: HoldNode, look: BlockObserver) -> None:
-        self.name = node.name
-        self.late = node.late
-        self.tick = node.tick
-        self._node = node
-        self._look = look
-
-    def start(self) -> None:
-        self._node.start()
-
-    def step(self) -> None:
-        k = self.tick
-        self._node.step()
-        self.tick = self._node.tick
-        if k is not None and self.tick is not None:
-            self._look(self.name, k, self._node.block)
 
 
 def watch(
@@ -78,10 +55,8 @@ def watch(
     """
     stream = from_iterable(items, classes=classes)
     plan = make_plan(graph.copy(), settings, stream.spec)
-    mailbox = Mailbox({INPUT, *plan.graph.blocks})
-    nodes: list[Node] = [SourceNode(plan, stream, mailbox)]
-    for name in plan.graph.blocks:
-        node = make_node(plan, name, mailbox)
+    network = PlanNodes(plan)
+    for name, node in network.nodes.items():
         if not isinstance(node, HoldNode):
             raise LevelError(
                 f"level {settings.level.value!r} shows a sample for a moment; only blocks of "
@@ -89,8 +64,12 @@ def watch(
             )
         if prepare is not None:
             prepare(name, node.block)
-        nodes.append(_Watched(node, look))
-    run_loop(nodes)
+
+    def after_step(node: Node, tick: int) -> None:
+        if isinstance(node, HoldNode) and node.tick is not None:
+            look(node.name, tick, node.block)
+
+    network.run(stream, after_step)
 
 
 def frozen(
@@ -107,32 +86,26 @@ def frozen(
 
     tau in seconds, c in 1/seconds; eta_omega is 1/tau unless given.
     """
-    return Settings.model_validate(
-        {
-            "level": "local",
-            "dtype": "float64",
-            "locality": {"order": order, "target": target},
-            "dynamics": {
-                "tau": tau,
-                "c": c,
-                "beta": 0.0,
-                "phi": 1.0,
-                "eta_z": eta_z,
-                "eta_omega": 1 / tau if eta_omega is None else eta_omega,
-                "sign": sign,
-            },
-        }
-    )
+    dynamics = {
+        "tau": tau,
+        "c": c,
+        "beta": 0.0,
+        "phi": 1.0,
+        "eta_z": eta_z,
+        "eta_omega": 1 / tau if eta_omega is None else eta_omega,
+        "sign": sign,
+    }
+    return float64_settings("local", locality={"order": order, "target": target}, dynamics=dynamics)
 
 
 def in_float64(graph: Graph) -> Graph:
     """Return a copy in float64, in evaluation mode: dropout would draw other masks."""
-    made = graph.copy()
-    for spec in made.blocks.values():
+    copied = graph.copy()
+    for spec in copied.blocks.values():
         for module in (spec.module, spec.output):
             if module is not None:
                 module.double().eval()
-    return made
+    return copied
 
 
 def omegas(block: FrozenRunBlock) -> list[Tensor]:
@@ -160,7 +133,7 @@ class Backprop:
     @property
     def weights(self) -> int:
         """Return P."""
-        return sum(t.numel() for own in self._theta.values() for t in own)
+        return sum(t.numel() for tensors in self._theta.values() for t in tensors)
 
     def predictions(self, u: Tensor) -> dict[str, Tensor]:
         """Return the prediction of each readout from u (B, ...)."""
@@ -173,9 +146,9 @@ class Backprop:
         loss = torch.zeros((), dtype=u.dtype)
         for name, take in self._losses.items():
             loss = loss + take(predictions[name], y)
-        theta = [t for own in self._theta.values() for t in own]
-        found = iter(torch.autograd.grad(loss, theta, materialize_grads=True))
-        return {name: [next(found) for _ in own] for name, own in self._theta.items()}
+        theta = [t for tensors in self._theta.values() for t in tensors]
+        gradients = iter(torch.autograd.grad(loss, theta, materialize_grads=True))
+        return {name: [next(gradients) for _ in tensors] for name, tensors in self._theta.items()}
 
 
 def _keys(graph: Graph, name: str, *, whole: bool) -> Iterator[str]:

@@ -67,13 +67,13 @@ def as_network(graph: Graph, input_shape: Sequence[int], batch: int = 4) -> Netw
 
     Raises GraphError if it does not take them, or if its readouts cannot share a target.
     """
-    own = in_float64(graph)
+    graph = in_float64(graph)
     u = torch.zeros(batch, *input_shape, dtype=F64)
-    own.shapes(u.shape, F64)
-    backprop = Backprop(own)
+    graph.shapes(u.shape, F64)
+    backprop = Backprop(graph)
     predictions = backprop.predictions(u)
     shapes = {tuple(p.shape) for p in predictions.values()}
-    losses = {own.blocks[name].loss for name in predictions}
+    losses = {graph.blocks[name].loss for name in predictions}
     if len(shapes) > 1 or len(losses) > 1:
         raise GraphError(
             f"the readouts {', '.join(predictions)} differ in shape or loss ({shapes}); a study of "
@@ -84,7 +84,7 @@ def as_network(graph: Graph, input_shape: Sequence[int], batch: int = 4) -> Netw
         values = StreamShapes(tuple(u.shape), (batch, *shape[2:]), shape[1])
     else:
         values = StreamShapes(tuple(u.shape), shape)
-    return Network(own, values, backprop)
+    return Network(graph, values, backprop)
 
 
 @cache
@@ -150,22 +150,23 @@ def _window(stream: TimedStream, t: float, tau: float, settle: int) -> int:
 def exact_gradients(network: Network, stream: TimedStream) -> list[Tensor]:
     """Return backpropagation's gradient (P,) at each of the stream's looks."""
     by_look = [network.backprop(stream.u(t), stream.y(t)) for t in stream.looks]
-    return [flat(g for own in by.values() for g in own) for by in by_look]
+    return [flat(g for block in by.values() for g in block) for by in by_look]
 
 
-def relative_error(found: Sequence[Tensor], exact: Sequence[Tensor]) -> float:
-    apart = sum(float((f - e).square().sum()) for f, e in zip(found, exact, strict=True))
+def relative_error(local: Sequence[Tensor], exact: Sequence[Tensor]) -> float:
+    """Return the error of the formula above; NaN where the exact gradient is zero."""
+    apart = sum(float((g - e).square().sum()) for g, e in zip(local, exact, strict=True))
     size = sum(float(e.square().sum()) for e in exact)
     return math.sqrt(apart / size) if size else math.nan
 
 
-def one_minus_cos(found: Sequence[Tensor], exact: Sequence[Tensor]) -> float:
+def one_minus_cos(local: Sequence[Tensor], exact: Sequence[Tensor]) -> float:
     """Return the mean of 1 - cos = |f/|f| - e/|e||^2 / 2, which loses no digits where it is small.
 
     It is 1 where a gradient is zero and has no direction.
     """
     angles = []
-    for f, e in zip(found, exact, strict=True):
+    for f, e in zip(local, exact, strict=True):
         sizes = float(f.norm()), float(e.norm())
         pointing = min(sizes) > 0
         apart = float((f / sizes[0] - e / sizes[1]).square().sum()) / 2 if pointing else 1.0

@@ -31,24 +31,33 @@ class Curve:
 
 
 @dataclass(frozen=True, slots=True)
-class PlotLine:
-    """The line factor c^exponent."""
+class SlopeFit:
+    """factor c^exponent, by least squares of the logarithms. spread: the exponent's standard error,
+    None where two points leave it open."""
 
     exponent: float
+    spread: float | None
     factor: float
 
 
+@dataclass(frozen=True, slots=True)
+class Fit:
+    """The exponents of a smooth stream's error and of 1 - cos, by c, at one c tau."""
+
+    c_tau: float
+    error: SlopeFit
+    one_minus_cos: SlopeFit
+
+
 def speed_figures(
-    curves: Sequence[Curve],
-    lines: tuple[PlotLine | None, PlotLine | None],
-    decays: Sequence[DecayFit],
+    curves: Sequence[Curve], fitted: Fit | None, decays: Sequence[DecayFit]
 ) -> list[PageFigure]:
-    """Return the figures; `lines` are the fits of error and of 1 - cos."""
+    """Return the figures; the slopes of `fitted` are drawn, too."""
     steps = sorted({c.c_tau for c in curves} | {d.c_tau for d in decays}, reverse=True)
     figures = []
-    for title, name, line, floor in (
-        ("Relative error of the gradient", "error", lines[0], ERROR_FLOOR),
-        ("1 − cos to backpropagation's gradient", "one_minus_cos", lines[1], ANGLE_FLOOR),
+    for title, name, floor in (
+        ("Relative error of the gradient", "error", ERROR_FLOOR),
+        ("1 − cos to backpropagation's gradient", "one_minus_cos", ANGLE_FLOOR),
     ):
         drawn = []
         for curve in curves:
@@ -56,11 +65,12 @@ def speed_figures(
             style = COLOUR_OF[curve.stream], steps.index(curve.c_tau)
             label = f"{curve.stream}, c τ = {curve.c_tau:g}"
             drawn.append(FigureCurve(label, curve.speeds, y, (), style, points=True))
-        if line is not None and curves:
+        if fitted is not None and curves:
+            line: SlopeFit = getattr(fitted, name)
             speeds = sorted({c for curve in curves for c in curve.speeds})
             label = f"{line.factor:.2g} c^{line.exponent:.2f}"
-            fitted = [line.factor * c**line.exponent for c in speeds]
-            drawn.append(FigureCurve(label, speeds, fitted, (), None))
+            y = [line.factor * c**line.exponent for c in speeds]
+            drawn.append(FigureCurve(label, speeds, y, (), None))
         x_label = "c, hops per second"
         figures.append(PageFigure(title, x_label, title, drawn, log_x=True, log_y=True))
     return figures + _decay_figures(decays, steps)
@@ -73,11 +83,11 @@ def _decay_figures(decays: Sequence[DecayFit], steps: Sequence[float]) -> list[P
     for c_tau, decay in sorted(first.items(), reverse=True):
         hops = [k * c_tau for k in range(len(decay.differences))]
         style = COLOUR_OF[StreamKind.STATIC.value], steps.index(c_tau)
-        for label, values, own in (
+        for label, values, curve_style in (
             (f"P[Bin(k, c τ) ≤ 2ν − 1], c τ = {c_tau:g}", decay.expected, None),
             (f"c τ = {c_tau:g}", decay.differences, style),
         ):
             y = [v if v > DECAY_FLOOR else None for v in values]
-            drawn.append(FigureCurve(label, hops, y, (), own))
+            drawn.append(FigureCurve(label, hops, y, (), curve_style))
     title, x_label = "Static input: error by hops", "hops, k · c τ after k ticks"
     return [PageFigure(title, x_label, "error", drawn, log_y=True)] if drawn else []

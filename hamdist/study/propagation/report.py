@@ -2,24 +2,20 @@
 
 from __future__ import annotations
 
-import csv
 import dataclasses
-import io
-import json
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from html import escape
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
-from hamdist.display.table import MISSING, Table, markdown
-from hamdist.study.propagation.plot import Curve, PlotLine, speed_figures
+from hamdist.display.table import MISSING, Table, csv_text, markdown
+from hamdist.study.propagation.plot import Curve, Fit, SlopeFit, speed_figures
 from hamdist.study.propagation.settling import CountRow
 from hamdist.study.propagation.streams import PERIOD, SWITCHED_ON, StreamKind
 from hamdist.study.propagation.study import SpeedResult, SpeedRow
+from hamdist.study.report.files import to_json
 from hamdist.study.report.html import versions
 from hamdist.study.shared.result_folder import write_file
 from hamdist.study.view.page import FIGURES, baked, page
@@ -27,25 +23,6 @@ from hamdist.study.view.page import FIGURES, baked, page
 FITTED_SPAN = 10.0  # exponents are those of the speeds within this factor of the fastest,
 FITTED_LEAST = 3  # and of so many at least
 ROUND_OFF = 1e-12
-
-
-@dataclass(frozen=True, slots=True)
-class SlopeFit:
-    """factor c^exponent, by least squares of the logarithms. spread: the exponent's standard error,
-    None where two points leave it open."""
-
-    exponent: float
-    spread: float | None
-    factor: float
-
-
-@dataclass(frozen=True, slots=True)
-class Fit:
-    """The exponents of a smooth stream's error and of 1 - cos, by c, at one c tau."""
-
-    c_tau: float
-    error: SlopeFit
-    one_minus_cos: SlopeFit
 
 
 def fit(speeds: Sequence[float], values: Sequence[float]) -> SlopeFit | None:
@@ -89,15 +66,16 @@ def _mean(values: Sequence[float]) -> float:
     return sum(values) / len(values)
 
 
-def fits(found: Sequence[Curve]) -> list[Fit]:
-    made = []
-    for curve in found:
+def fits(curves: Sequence[Curve]) -> list[Fit]:
+    """Return the exponents of the smooth streams' curves that have some."""
+    by_step = []
+    for curve in curves:
         if curve.stream == StreamKind.SMOOTH.value:
             error = fit(curve.speeds, curve.error)
             angle = fit(curve.speeds, curve.one_minus_cos)
             if error is not None and angle is not None:
-                made.append(Fit(curve.c_tau, error, angle))
-    return made
+                by_step.append(Fit(curve.c_tau, error, angle))
+    return by_step
 
 
 # -- tables ------------------------------------------------------------------------------------
@@ -105,17 +83,15 @@ def fits(found: Sequence[Curve]) -> list[Fit]:
 
 def speed_tables(result: SpeedResult) -> dict[str, Table]:
     """Return tables by title: error against c, 1 - cos against c, the ticks of static inputs."""
-    found = curves(result.rows)
-    by_step = {f.c_tau: f for f in fits(found)}
+    drawn = curves(result.rows)
+    errors = {f.c_tau: f.error for f in fits(drawn)}
+    angles = {f.c_tau: f.one_minus_cos for f in fits(drawn)}
     tables = {
         "Relative error of local gradients, by c in hops per second": _against_c(
-            found, lambda c: c.error, {a: f.error for a, f in by_step.items()}, _facts(found)
+            drawn, lambda c: c.error, errors, _facts(drawn)
         ),
         "1 - cos between local gradients and backpropagation's": _against_c(
-            found,
-            lambda c: c.one_minus_cos,
-            {a: f.one_minus_cos for a, f in by_step.items()},
-            [],
+            drawn, lambda c: c.one_minus_cos, angles, []
         ),
     }
     if result.counts:
@@ -126,15 +102,15 @@ def speed_tables(result: SpeedResult) -> dict[str, Table]:
 
 
 def _against_c(
-    found: Sequence[Curve],
+    curves: Sequence[Curve],
     values: Callable[[Curve], Sequence[float]],
     slopes: dict[float, SlopeFit],
     notes: Sequence[str],
 ) -> Table:
-    speeds = found[0].speeds if found else []
+    speeds = curves[0].speeds if curves else []
     titles = ["stream", "c τ", *(f"c = {c:g}" for c in speeds), "exponent"]
     rows = []
-    for curve in found:
+    for curve in curves:
         slope = slopes.get(curve.c_tau) if curve.stream == StreamKind.SMOOTH.value else None
         cells = [_short(value) for value in values(curve)]
         rows.append([curve.stream, f"{curve.c_tau:g}", *cells, _exponent(slope)])
@@ -152,25 +128,25 @@ def _exponent(slope: SlopeFit | None) -> str:
     return f"{slope.exponent:.4f}{spread}"
 
 
-def _facts(found: Sequence[Curve]) -> list[str]:
+def _facts(curves: Sequence[Curve]) -> list[str]:
     """Return the conclusions from the numbers, in sentences."""
     facts = [
         f"smooth (0.5 to 1.5 rad/s), c τ = {f.c_tau:g}: error {_law(f.error)}, "
         f"1 - cos {_law(f.one_minus_cos)}"
-        for f in fits(found)[:1]
+        for f in fits(curves)[:1]
     ]
-    for curve in found:
+    for curve in curves:
         if curve.stream == StreamKind.RANDOM.value and curve.speeds:
-            told = ", ".join(
+            errors = ", ".join(
                 f"{_short(e)} at {c * PERIOD:g}"
                 for c, e in zip(curve.speeds, curve.error, strict=True)
             )
             facts.append(
                 f"random: a new sample every {PERIOD:g} s, so the error falls only when c is large "
-                f"against {1 / PERIOD:g}/s; at c τ = {curve.c_tau:g}, by hops per sample: {told}"
+                f"against {1 / PERIOD:g}/s; at c τ = {curve.c_tau:g}, by hops per sample: {errors}"
             )
             break
-    if any(c.stream == StreamKind.STATIC.value for c in found):
+    if any(c.stream == StreamKind.STATIC.value for c in curves):
         facts.append(f"static: {SWITCHED_ON:g} s after it was switched on; 0 stands for round-off")
     return facts
 
@@ -189,8 +165,8 @@ def _tick_table(counts: Sequence[CountRow]) -> Table:
     for (order, c_tau, quantity, layer, error, expected), ticks in groups.items():
         name = f"{quantity} of layer {layer}" if layer else "gradient, all layers"
         to = f"{error:g}" if error else "exact"
-        told = ", ".join(dict.fromkeys(MISSING if t is None else str(t) for t in ticks))
-        rows.append([order, name, f"{c_tau:g}", to, told, str(expected), _off(ticks, expected)])
+        counted = ", ".join(dict.fromkeys(MISSING if t is None else str(t) for t in ticks))
+        rows.append([order, name, f"{c_tau:g}", to, counted, str(expected), _off(ticks, expected)])
     titles = ["order", "what", "c τ", "to", "ticks", "expected", "off by"]
     return Table(titles, rows, ["below c τ = 1 the expected count holds within 12 %"])
 
@@ -210,54 +186,24 @@ def save_speed(folder: Path, result: SpeedResult) -> None:
 
     Raises SettingsError if a file cannot be written.
     """
-    found = curves(result.rows)
-    out = io.StringIO()
-    writer = csv.DictWriter(
-        out, [f.name for f in dataclasses.fields(SpeedRow)], lineterminator="\n"
-    )
-    writer.writeheader()
-    writer.writerows(dataclasses.asdict(row) for row in result.rows)
-    write_file(folder / "speed.csv", out.getvalue())
-    write_file(folder / "speed.json", json.dumps(_record(result, found), indent=2) + "\n")
-    figures = speed_figures(found, _lines(found), result.decays)
+    drawn = curves(result.rows)
+    write_file(folder / "speed.csv", csv_text([dataclasses.asdict(row) for row in result.rows]))
+    record = {
+        "command": result.command,
+        "versions": versions(),
+        "network": result.network,
+        "study": result.study,
+        "rows": result.rows,
+        "fits": fits(drawn),
+        "ticks": result.counts,
+        "facts": _facts(drawn),
+    }
+    write_file(folder / "speed.json", to_json(record, indent=2))
+    steepest = max(fits(drawn), key=lambda f: f.c_tau, default=None)
+    figures = speed_figures(drawn, steepest, result.decays)
     title = escape(f"hamdist study speed: {result.network}")
     parts = [f"<h1>{title}</h1>", FIGURES]
     write_file(folder / "speed.html", page(title, parts, [baked(figures=figures)]))
     tables = "".join(f"\n## {name}\n\n{markdown(t)}" for name, t in speed_tables(result).items())
     text = f"# {result.network}\n\n`{result.command}`\n{tables}"
     write_file(folder / "speed.md", text)
-
-
-def _lines(found: Sequence[Curve]) -> tuple[PlotLine | None, PlotLine | None]:
-    """Return the fitted lines to draw: of error and of 1 - cos, at the largest c tau."""
-    made = sorted(fits(found), key=lambda f: -f.c_tau)
-    if not made:
-        return None, None
-    e, a = made[0].error, made[0].one_minus_cos
-    return PlotLine(e.exponent, e.factor), PlotLine(a.exponent, a.factor)
-
-
-def _record(result: SpeedResult, found: Sequence[Curve]) -> dict[str, Any]:
-    study = dataclasses.asdict(result.study)
-    study["streams"] = [kind.value for kind in result.study.streams]
-    record = {
-        "command": result.command,
-        "versions": versions(),
-        "network": result.network,
-        "study": study,
-        "rows": [dataclasses.asdict(row) for row in result.rows],
-        "fits": [dataclasses.asdict(f) for f in fits(found)],
-        "ticks": [dataclasses.asdict(row) for row in result.counts],
-        "facts": _facts(found),
-    }
-    finite: dict[str, Any] = _finite(record)
-    return finite
-
-
-def _finite(value: Any) -> Any:
-    """Return the value without NaN, which JSON does not have."""
-    if isinstance(value, dict):
-        return {key: _finite(item) for key, item in value.items()}
-    if isinstance(value, (list, tuple)):
-        return [_finite(item) for item in value]
-    return None if isinstance(value, float) and not math.isfinite(value) else value

@@ -122,14 +122,8 @@ def relax(network: Network, order: Order, c_tau: float, ticks: int, seed: int) -
 
     # c = 1: time is counted in ticks of tau = c tau.
     settings = frozen(c_tau, 1.0, order=order, eta_omega=0.0)
-    watch(
-        network.graph,
-        settings,
-        ((u, y) for _ in range(ticks)),
-        look,
-        classes=network.values.classes,
-        prepare=prepare,
-    )
+    samples, classes = itertools.repeat((u, y), ticks), network.values.classes
+    watch(network.graph, settings, samples, look, classes=classes, prepare=prepare)
     states, costates = backprop_states(network, u, y)
     gradient = network.backprop(u, y)
     return Relaxation(
@@ -137,11 +131,8 @@ def relax(network: Network, order: Order, c_tau: float, ticks: int, seed: int) -
         z=[[_apart(v, s) for v in z[n]] for n, s in zip(names, costates, strict=True)],
         # In the sequential order omega_k is complete after tick k, else omega_{k+1} is.
         omega=[
-            [
-                _apart((b - a) / c_tau, flat(gradient[n]))
-                for a, b in itertools.pairwise(omega[n][late:])
-            ]
-            for n in names
+            [_apart((b - a) / c_tau, flat(gradient[n])) for a, b in itertools.pairwise(o[late:])]
+            for n, o in omega.items()
         ],
     )
 
@@ -160,8 +151,8 @@ def backprop_states(network: Network, u: Tensor, y: Tensor) -> tuple[list[Tensor
     return states, list(torch.autograd.grad(last.loss(prediction, y), states))
 
 
-def _apart(found: Tensor, exact: Tensor) -> float:
-    return float((found - exact.detach()).norm() / exact.detach().norm())
+def _apart(value: Tensor, exact: Tensor) -> float:
+    return float((value - exact.detach()).norm() / exact.detach().norm())
 
 
 def tick_counts(
@@ -175,25 +166,25 @@ def tick_counts(
     for order in (Order.SIMULTANEOUS, Order.SEQUENTIAL):
         rows += _exact(network, order, seed)
     for a in steps:
-        found, decay = _decay(network, a, seed)
-        rows += found if a < 1 else []
+        counted, decay = _decay(network, a, seed)
+        rows += counted if a < 1 else []
         decays.append(decay)
     return rows, decays
 
 
 def _exact(network: Network, order: Order, seed: int) -> list[CountRow]:
     nu = len(network.graph.blocks)
-    found = relax(network, order, 1.0, 2 * nu + SPARE, seed)
+    relaxation = relax(network, order, 1.0, 2 * nu + SPARE, seed)
     early = int(order is Order.SEQUENTIAL)
 
     def row(quantity: str, layer: int, differences: Sequence[float], expected: int) -> CountRow:
         ticks = settled(differences, ROUND_OFF)
         return CountRow(order.value, 1.0, quantity, layer, 0.0, seed, ticks, expected)
 
-    rows = [row("omega", 0, found.gradient, 2 * nu - 2 * early)]
+    rows = [row("omega", 0, relaxation.gradient, 2 * nu - 2 * early)]
     for i in range(nu):
-        rows.append(row("h", i + 1, found.h[i], i + 1))
-        rows.append(row("z", i + 1, found.z[i], 2 * nu - i - early))
+        rows.append(row("h", i + 1, relaxation.h[i], i + 1))
+        rows.append(row("z", i + 1, relaxation.z[i], 2 * nu - i - early))
     return rows
 
 
@@ -202,12 +193,14 @@ def _decay(network: Network, a: float, seed: int) -> tuple[list[CountRow], Decay
     expected = [ticks_to_settle(hops, a, error) for error in ERRORS]
     # The count ends where the error stays below, so more ticks are run than are expected.
     ticks = int(1.5 * max(expected)) + SPARE
-    found = relax(network, Order.SIMULTANEOUS, a, ticks, seed).gradient
+    differences = relax(network, Order.SIMULTANEOUS, a, ticks, seed).gradient
     rows = [
-        CountRow("simultaneous", a, "omega", 0, error, seed, settled(found, error), k)
+        CountRow("simultaneous", a, "omega", 0, error, seed, settled(differences, error), k)
         for error, k in zip(ERRORS, expected, strict=True)
     ]
-    return rows, DecayFit(a, found, [not_through(k, hops, a) for k in range(len(found))])
+    return rows, DecayFit(
+        a, differences, [not_through(k, hops, a) for k in range(len(differences))]
+    )
 
 
 def settled(differences: Sequence[float], bound: float) -> int | None:

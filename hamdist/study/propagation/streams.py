@@ -119,13 +119,13 @@ def _classes(shape: tuple[int, ...], classes: int, seed: int) -> TimeCourse:
 
 def _held(draw: Callable[[int], Tensor]) -> TimeCourse:
     """Return the sample of the period in which t lies; the latest one is cached."""
-    kept: tuple[int, Tensor] | None = None
+    latest: tuple[int, Tensor] | None = None
 
     def at(t: float) -> Tensor:
-        nonlocal kept
+        nonlocal latest
         n = math.floor(t / PERIOD)
-        if kept is None or kept[0] != n:
-            kept = n, draw(n)
-        return kept[1]
+        if latest is None or latest[0] != n:
+            latest = n, draw(n)
+        return latest[1]
 
     return at

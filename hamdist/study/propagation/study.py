@@ -6,11 +6,11 @@ import itertools
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import nn
 
-from hamdist.config import Settings
 from hamdist.dynamics.objective.losses import mse
 from hamdist.errors import SettingsError
 from hamdist.models.build import ModelFactory, make_from_factory
@@ -27,6 +27,7 @@ from hamdist.study.propagation.gradients import (
 )
 from hamdist.study.propagation.settling import CountRow, DecayFit, is_chain, tick_counts
 from hamdist.study.propagation.streams import F64, StreamKind, timed_stream
+from hamdist.study.shared.exact_runs import float64_settings
 
 BATCH = 4
 INPUTS, WIDTH, OUTPUTS = 8, 16, 4
@@ -48,12 +49,9 @@ class SpeedStudy:
 
     def __post_init__(self) -> None:
         """Check the values. Raises SettingsError, in the words of the command's options."""
-        for name, given in (
-            ("speeds", self.speeds),
-            ("steps-ratio", self.steps),
-            ("streams", self.streams),
-        ):
-            if not given or len(set(given)) < len(given):
+        options = {"speeds": self.speeds, "steps-ratio": self.steps, "streams": self.streams}
+        for name, values in options.items():
+            if not values or len({*values}) < len(values):
                 raise SettingsError(f"--{name}: give at least one value, and none twice")
         for c in self.speeds:
             if not 0 < c < math.inf:
@@ -65,18 +63,18 @@ class SpeedStudy:
                 )
 
 
-def parse_study(asked: Mapping[str, str], seeds: int) -> SpeedStudy:
+def parse_study(options: Mapping[str, str], seeds: int) -> SpeedStudy:
     """Return the study of the options 'speeds', 'steps-ratio', 'streams', separated by commas.
 
     Raises SettingsError for anything that is no number or no stream.
     """
-    default = SpeedStudy()
-    speeds, steps = (
-        _numbers(name, asked[name]) if name in asked else given
-        for name, given in (("speeds", default.speeds), ("steps-ratio", default.steps))
-    )
-    streams = _streams(asked["streams"]) if "streams" in asked else default.streams
-    return SpeedStudy(speeds, steps, streams, seeds)
+    fields = {"speeds": "speeds", "steps-ratio": "steps"}
+    values: dict[str, Any] = {
+        fields[name]: _numbers(name, text) for name, text in options.items() if name in fields
+    }
+    if "streams" in options:
+        values["streams"] = _streams(options["streams"])
+    return SpeedStudy(**values, seeds=seeds)
 
 
 def _numbers(name: str, text: str) -> tuple[float, ...]:
@@ -152,9 +150,7 @@ def cut(model: nn.Module, input_shape: Sequence[int], batch: int = BATCH) -> Net
     That is Hamiltonian Learning's state net. Raises GraphError if the model cannot be cut.
     """
     spec = SampleSpec((batch, *input_shape), F64, (batch, 1), F64)
-    settings = Settings.model_validate(
-        {"level": "local", "dtype": "float64", "locality": {"readout": "state"}}
-    )
+    settings = float64_settings("local", locality={"readout": "state"})
     return as_network(as_graph(model, settings, spec, mse), input_shape, batch)
 
 
@@ -210,8 +206,8 @@ def run_study(
                 rows.append(_row(network, kind, a, c, seed))
                 on_progress(len(rows), study.seeds * len(points), rows[-1])
             if StreamKind.STATIC in study.streams and is_chain(network):
-                found, decay = tick_counts(network, study.steps, seed)
-                counts += found
+                counted, decay = tick_counts(network, study.steps, seed)
+                counts += counted
                 decays = decays or decay
     words = f"{subject.words}, {blocks} block{'s' * (blocks > 1)}, {weights:,} weights"
     return SpeedResult(study, words, command, rows, counts, decays)
@@ -220,6 +216,6 @@ def run_study(
 def _row(network: Network, kind: StreamKind, a: float, c: float, seed: int) -> SpeedRow:
     stream = timed_stream(kind, network.values, seed)
     exact = exact_gradients(network, stream)
-    found, ticks = local_gradients(network, stream, c, a)
-    error, angle = relative_error(found, exact), one_minus_cos(found, exact)
+    local, ticks = local_gradients(network, stream, c, a)
+    error, angle = relative_error(local, exact), one_minus_cos(local, exact)
     return SpeedRow(kind.value, a, c, seed, error, angle, ticks)

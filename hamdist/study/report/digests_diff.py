@@ -58,13 +58,13 @@ def partings(a: RunDigests, b: RunDigests) -> list[Parting]:
                 f"the runs cannot be compared: only one of them has {kind} digests of {alone[0]!r} "
                 "(other cuts, another level, or a run that was called off)"
             )
-    found = [
+    differences = [
         one
         for kind in KINDS
         for name, track in a.get(kind, {}).items()
         for one in _parting(kind, name, track, b[kind][name])
     ]
-    return sorted(found, key=lambda p: inf if p.tick is None else p.tick)
+    return sorted(differences, key=lambda p: inf if p.tick is None else p.tick)
 
 
 def _parting(kind: str, name: str, a: DigestTrack, b: DigestTrack) -> Iterator[Parting]:

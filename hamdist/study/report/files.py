@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import csv
 import dataclasses
-import io
 import json
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from hamdist.display.table import csv_text
 from hamdist.display.windows import joined
 from hamdist.runtime.results.events import (
     ActorsMeasured,
@@ -114,18 +113,13 @@ def comparison_summary(rows: Sequence[AggregateRow], *, interrupted: bool) -> di
 
 def rows_csv(rows: Sequence[AggregateRow]) -> str:
     """Return a line per row; processes as 'name=bytes' and notes joined by '; '."""
-    names = flat_tests({field.name: None for field in dataclasses.fields(AggregateRow)})
-    out = io.StringIO()
-    writer = csv.DictWriter(out, list(names), lineterminator="\n")
-    writer.writeheader()
+    records = []
     for row in rows:
-        record = dataclasses.asdict(row)
-        record["peak_memory_by_process"] = "; ".join(
-            f"{name}={size}" for name, size in row.peak_memory_by_process.items()
-        )
-        record["notes"] = "; ".join(row.notes)
-        writer.writerow(flat_tests(record))
-    return out.getvalue()
+        peaks = (f"{name}={size}" for name, size in row.peak_memory_by_process.items())
+        texts = {"peak_memory_by_process": "; ".join(peaks), "notes": "; ".join(row.notes)}
+        records.append(flat_tests({**dataclasses.asdict(row), **texts}))
+    fields = dataclasses.fields(AggregateRow)
+    return csv_text(records, list(flat_tests({field.name: None for field in fields})))
 
 
 def flat_tests(record: Mapping[str, Any]) -> dict[str, Any]:

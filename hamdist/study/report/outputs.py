@@ -14,11 +14,11 @@ def outputs_fact(run: Run) -> str:
         return ""
     lines = []
     for name, whole in run.prequential.items():
-        said = f"{name}: prequential {_words(whole.mean_loss, whole.accuracy)}"
+        line = f"{name}: prequential {_words(whole.mean_loss, whole.accuracy)}"
         if run.held_out is not None and name in run.held_out.outputs:
-            own = run.held_out.outputs[name]
-            said += f", held-out {_words(own.loss, own.accuracy)}"
-        lines.append(said)
+            scores = run.held_out.outputs[name]
+            line += f", held-out {_words(scores.loss, scores.accuracy)}"
+        lines.append(line)
     return "\n".join(lines)
 
 
@@ -29,9 +29,9 @@ def outputs_notes(group: Sequence[Run]) -> list[str]:
         return []
     parts = []
     for name in scored[0].outputs:
-        own = [scores.outputs[name] for scores in scored]
-        right = [one.accuracy for one in own if one.accuracy is not None]
-        loss = statistics.fmean(one.loss for one in own)
+        of_output = [scores.outputs[name] for scores in scored]
+        right = [one.accuracy for one in of_output if one.accuracy is not None]
+        loss = statistics.fmean(one.loss for one in of_output)
         parts.append(f"{name} {_words(loss, statistics.fmean(right) if right else None)}")
     return [f"held-out by output: {'; '.join(parts)} (the table has {scored[0].main!r})"]
 

@@ -194,14 +194,14 @@ def _scores(run: Run) -> dict[str, str]:
     return scores
 
 
-def _tracking(found: Tracking) -> dict[str, str]:
-    parts = f"first tenth {percent(found.first)} %, last tenth {percent(found.last)} %"
-    facts = {"error, rms": f"{percent(found.share)} % of the target's rms ({parts})"}
-    if found.settled is not None:
-        times = "jump" if found.jumps == 1 else "jumps"
+def _tracking(tracking: Tracking) -> dict[str, str]:
+    parts = f"first tenth {percent(tracking.first)} %, last tenth {percent(tracking.last)} %"
+    facts = {"error, rms": f"{percent(tracking.share)} % of the target's rms ({parts})"}
+    if tracking.settled is not None:
+        times = "jump" if tracking.jumps == 1 else "jumps"
         facts["outside jumps"] = (
-            f"{percent(found.settled)} % (without {SETTLING:g} s after the start and after "
-            f"{found.jumps} {times} of the target)"
+            f"{percent(tracking.settled)} % (without {SETTLING:g} s after the start and after "
+            f"{tracking.jumps} {times} of the target)"
         )
     return facts
 
@@ -235,6 +235,7 @@ def interval(test: PairedTest | None, unit: float = 1.0) -> str:
 
 
 def mebibytes(size: int) -> str:
+    """Return bytes as whole MiB."""
     return f"{size / MIB:,.0f}"
 
 

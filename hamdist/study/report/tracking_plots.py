@@ -35,15 +35,15 @@ def record_figures(records: Mapping[str, Records], settings: Settings) -> list[P
     ]
     figures = [PageFigure("Energy of all blocks", label, "energy", energies)]
     squares = torch.zeros(len(ticks), dtype=torch.float64)
-    for own in records.values():
-        squares += own.theta_norm[torch.isin(own.tick, ticks)].square()
+    for of_block in records.values():
+        squares += of_block.theta_norm[torch.isin(of_block.tick, ticks)].square()
     norms = [_curve("all blocks", times, squares.sqrt().numpy(), None)]
-    for i, (name, own) in enumerate(records.items() if len(records) <= MOST_BLOCKS else ()):
-        own_times, _ = _time(own.tick.double().numpy(), settings)
-        norms.append(_curve(name, own_times, own.theta_norm.double().numpy(), (i, i)))
+    for i, (name, of_block) in enumerate(records.items() if len(records) <= MOST_BLOCKS else ()):
+        own_times, _ = _time(of_block.tick.double().numpy(), settings)
+        norms.append(_curve(name, own_times, of_block.theta_norm.double().numpy(), (i, i)))
     figures.append(PageFigure("Norm of the weights", label, "norm", norms))
-    found = last_signals(records) if settings.loss is Loss.MSE else None
-    return figures if found is None else figures + _tracking(*found, settings)
+    signals = last_signals(records) if settings.loss is Loss.MSE else None
+    return figures if signals is None else figures + _tracking(*signals, settings)
 
 
 def _tracking(

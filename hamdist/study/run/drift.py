@@ -66,13 +66,13 @@ def _recovery(sample: int, settled: Sequence[Window], new: Sequence[Window]) -> 
     return DriftRecovery(sample, before, lowest, back)
 
 
-def drift_fact(found: Sequence[DriftRecovery]) -> str:
+def drift_fact(drifts: Sequence[DriftRecovery]) -> str:
     """Return the recoveries in words; empty if there was no drift."""
-    if not found:
+    if not drifts:
         return ""
-    back = [one.samples for one in found if one.samples is not None]
-    told = f"recovered from {len(back)} of {len(found)}"
+    back = [one.samples for one in drifts if one.samples is not None]
+    text = f"recovered from {len(back)} of {len(drifts)}"
     if back:
-        told += f" within {statistics.fmean(back):.0f} samples (at most {max(back)})"
-    fall = statistics.fmean(one.before - one.lowest for one in found)
-    return f"{told}; accuracy fell by {100 * fall:.1f} points on average"
+        text += f" within {statistics.fmean(back):.0f} samples (at most {max(back)})"
+    fall = statistics.fmean(one.before - one.lowest for one in drifts)
+    return f"{text}; accuracy fell by {100 * fall:.1f} points on average"

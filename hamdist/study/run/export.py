@@ -20,16 +20,16 @@ from hamdist.study.run.run import DataFactory, build, torch_dtype
 
 
 def exported(
-    where: str, factory: ModelFactory | None, told: Callable[[str], None]
+    where: str, factory: ModelFactory | None, say: Callable[[str], None]
 ) -> tuple[dict[str, Tensor], str]:
     """Return the `state_dict` at the latest snapshot of a folder (or at one snapshot), and its
     name.
 
     `factory` makes the model, if the run had one of the user's. Raises SnapshotError.
     """
-    snapshot = latest(where, told)
+    snapshot = latest(where, say)
     settings = earlier(snapshot)
-    model, stream = _made(settings, factory)
+    model, stream = _model_and_stream(settings, factory)
     learned = snapshot_model(snapshot, model, stream.spec, settings)
     state = {k: v.detach().clone().contiguous() for k, v in learned.state_dict().items()}
     return state, str(snapshot)
@@ -42,7 +42,7 @@ def begun(settings: Settings, factory: ModelFactory | None, weights: str | None)
     """
     if settings.model.stabilise:
         raise SettingsError("model.stabilise: give a model that has its normalisation, by --model")
-    model, stream = _made(settings, factory)
+    model, stream = _model_and_stream(settings, factory)
     if weights is not None:
         model.load_state_dict(exported(weights, factory, lambda _: None)[0])
     return model, next(iter(stream.samples())), stream.spec.classes
@@ -52,16 +52,16 @@ def planned(
     settings: Settings, factory: ModelFactory | None, data: DataFactory | None
 ) -> tuple[Plan, Stream]:
     """Return the plan with which a run of `settings` would begin, and its stream."""
-    if data is None:
-        model, stream = _made(settings, factory)
-    else:
-        dtype = torch_dtype(settings.dtype)
-        stream = data(settings.seed).in_dtype(dtype).train
-        model = build(settings, stream.spec, factory, dtype)
+    model, stream = _model_and_stream(settings, factory, data)
     return plan_of(model, settings, stream.spec), stream
 
 
-def _made(settings: Settings, factory: ModelFactory | None) -> tuple[Any, Stream]:
+def _model_and_stream(
+    settings: Settings, factory: ModelFactory | None, data: DataFactory | None = None
+) -> tuple[Any, Stream]:
     dtype = torch_dtype(settings.dtype)
-    stream = make_stream(settings.stream, seed=settings.seed, dtype=dtype)
+    if data is None:
+        stream = make_stream(settings.stream, seed=settings.seed, dtype=dtype)
+    else:
+        stream = data(settings.seed).in_dtype(dtype).train
     return build(settings, stream.spec, factory, dtype), stream

@@ -18,15 +18,17 @@ def beside(plain: nn.Module, model: nn.Module | Graph) -> str:
     Returns:
         What to say about that.
     """
-    own = plain.state_dict()
-    given = {} if isinstance(model, Graph) else model.state_dict()
-    fitting = {k: t for k, t in given.items() if k in own and own[k].shape == t.shape}
+    plain_state = plain.state_dict()
+    model_state = {} if isinstance(model, Graph) else model.state_dict()
+    fitting = {
+        k: t for k, t in model_state.items() if k in plain_state and plain_state[k].shape == t.shape
+    }
     plain.load_state_dict(fitting, strict=False)
-    rest = [key for key in own if key not in fitting]
+    rest = [key for key in plain_state if key not in fitting]
     return (
         f"centralised training is that of another module, a {type(plain).__name__} "
-        f"(--baseline-model), with {len(fitting)} of its {len(own)} tensors taken from the model"
-        + (f"; its own are {', '.join(rest)}" if rest else "")
+        f"(--baseline-model), with {len(fitting)} of its {len(plain_state)} tensors taken from the "
+        "model" + (f"; its own are {', '.join(rest)}" if rest else "")
     )
 
 
@@ -47,10 +49,10 @@ def warmed(model: nn.Module | Graph, file: Path) -> nn.Module:
     except (SafetensorError, ValueError, KeyError) as error:
         raise SettingsError(f"--weights '{file}': no safetensors file: {error}") from None
     try:
-        kept = model.state_dict()  # has the versions of modules' formats, which some ask for
-        kept.clear()
-        kept.update(state)
-        model.load_state_dict(kept)
+        model_state = model.state_dict()  # has the versions of modules' formats, which some ask for
+        model_state.clear()
+        model_state.update(state)
+        model.load_state_dict(model_state)
     except RuntimeError as error:
         first = str(error).strip().splitlines()[-1].strip()
         raise SettingsError(f"--weights '{file}': of another model: {first}") from None

@@ -89,8 +89,8 @@ def data_of(
     takes = _takes_seed(function)
 
     def parts(seed: int) -> object:
-        made = function(seed=seed) if takes else function()
-        return made if held_out is None else (made, held_out)
+        result = function(seed=seed) if takes else function()
+        return result if held_out is None else (result, held_out)
 
     parts.__qualname__ = title(function) if callable(stream) else type(stream).__name__
     return _maker("stream", parts, classes, {"names": names, "model_loss": model_loss})
@@ -108,8 +108,8 @@ def _maker(
     def make(seed: int) -> OwnData:
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
-            made = called(option, function, **({"seed": seed} if takes_seed else {}))
-            parts = list(made) if isinstance(made, tuple) and len(made) == 2 else [made]
+            result = called(option, function, **({"seed": seed} if takes_seed else {}))
+            parts = list(result) if isinstance(result, tuple) and len(result) == 2 else [result]
             name = f"{option}: {title(function)}()"
             train = _as_stream(parts[0], classes, read, name, "what to learn from")
             known = _classes(train.spec)
@@ -136,40 +136,44 @@ def _classes(spec: SampleSpec) -> Classes:
     return {n: one.classes for n, one in spec.targets.items() if one.classes is not None} or None
 
 
-def _pair(made: object) -> bool:
-    """Return True if `made` is (u, y), two tensors, and not a collection of such pairs."""
+def _pair(result: object) -> bool:
+    """Return True if `result` is (u, y), two tensors, and not a collection of such pairs."""
     arrays = (torch.Tensor, np.ndarray)
-    return isinstance(made, (tuple, list)) and [isinstance(x, arrays) for x in made] == [True] * 2
+    return (
+        isinstance(result, (tuple, list)) and [isinstance(x, arrays) for x in result] == [True] * 2
+    )
 
 
-def _single(made: object) -> bool:
-    """Return True if `made` is one batch."""
-    return _pair(made) or isinstance(made, Mapping)
+def _single(result: object) -> bool:
+    """Return True if `result` is one batch."""
+    return _pair(result) or isinstance(result, Mapping)
 
 
 def _as_stream(
-    made: object, classes: Classes, read: dict[str, Any], name: str, part: str
+    result: object, classes: Classes, read: dict[str, Any], name: str, part: str
 ) -> Stream:
     """Make a stream of a `part` of the result, with `read` as arguments of `from_iterable`."""
-    if isinstance(made, Stream):
-        return made
+    if isinstance(result, Stream):
+        return result
     try:
-        if isinstance(made, (DataLoader, IterableDataset)):
-            return from_loader(made, classes=classes, **read)
-        plain = isinstance(made, Iterable) and not isinstance(made, (str, Mapping, torch.Tensor))
-        if plain and not _pair(made):
-            return from_iterable(made, classes=classes, **read)  # type: ignore[arg-type]  # (plain)
+        if isinstance(result, (DataLoader, IterableDataset)):
+            return from_loader(result, classes=classes, **read)
+        plain = isinstance(result, Iterable) and not isinstance(
+            result, (str, Mapping, torch.Tensor)
+        )
+        if plain and not _pair(result):
+            return from_iterable(result, classes=classes, **read)  # type: ignore[arg-type]  # (plain)
     except StreamError as error:
         raise StreamError(f"{name}, {part}: {error}") from error
     raise SettingsError(
-        f"{name} returned {_kind(made)}; return a stream (see "
+        f"{name} returned {_kind(result)}; return a stream (see "
         "hamdist.streams), a DataLoader or an iterable of (u, y), or a pair of these, the second "
         "of which is held out"
     )
 
 
-def _kind(made: object) -> str:
-    return "one pair of tensors" if _pair(made) else type(made).__name__
+def _kind(result: object) -> str:
+    return "one pair of tensors" if _pair(result) else type(result).__name__
 
 
 def check_held_out(model: nn.Module, data: OwnData) -> None:

@@ -25,13 +25,13 @@ def network_of_settings(
     """
     if settings.level is Level.AUTO:
         raise SettingsError("level 'auto' is chosen when a run starts; name one: --level trace")
-    own = settings.for_level(settings.level)
-    plan, _ = planned(own, factory, data)
+    at_level = settings.for_level(settings.level)
+    plan, _ = planned(at_level, factory, data)
     groups = [list(plan.graph.blocks)]
-    if own.engine.kind is EngineKind.RAY:
-        groups = place(plan.graph, own.engine, cores())
+    if at_level.engine.kind is EngineKind.RAY:
+        groups = place(plan.graph, at_level.engine, cores())
     actors = [NetworkActor(f"actor {i}", "", blocks) for i, blocks in enumerate(groups)]
-    return network_of(plan, actors), f"{own.name}, {own.level.value}"
+    return network_of(plan, actors), f"{at_level.name}, {at_level.level.value}"
 
 
 def network_of_folder(events: Path) -> tuple[PlacedNetwork, str]:

@@ -65,26 +65,26 @@ def signals(records: Records) -> tuple[Trajectory, Trajectory, Trajectory] | Non
     there = ~target.isnan().flatten(1).any(dim=1)
     if not there.any():
         return None
-    found = [t[there].flatten(1).double().numpy() for t in (y, target)]
-    return records.tick[there].double().numpy(), found[0], found[1]
+    values = [t[there].flatten(1).double().numpy() for t in (y, target)]
+    return records.tick[there].double().numpy(), values[0], values[1]
 
 
 def last_signals(
     records: Mapping[str, Records],
 ) -> tuple[Trajectory, Trajectory, Trajectory] | None:
     """Return `signals` of the last readout that has some."""
-    found = [s for r in records.values() for s in [signals(r)] if s is not None]
-    return found[-1] if found else None
+    recorded = [s for r in records.values() for s in [signals(r)] if s is not None]
+    return recorded[-1] if recorded else None
 
 
 def tracking(records: Mapping[str, Records], settings: Settings) -> Tracking | None:
     """Return the tracking of the last readout that recorded real values; None if none did."""
     if settings.loss is not Loss.MSE:
         return None
-    found = last_signals(records)
-    if found is None:
+    recorded = last_signals(records)
+    if recorded is None:
         return None
-    ticks, y, target = found
+    ticks, y, target = recorded
     return follow(y, target, seconds(ticks, settings))
 
 
@@ -103,8 +103,8 @@ def follow(y: Trajectory, target: Trajectory, times: Trajectory | None) -> Track
     if len(at) and times is not None:
         begins = times[np.concatenate([[0], at])]
         latest = begins[np.searchsorted(begins, times, side="right") - 1]
-        kept = times - latest >= SETTLING
-        settled = rms(error[kept]) / size if kept.any() else None
+        settled_ticks = times - latest >= SETTLING
+        settled = rms(error[settled_ticks]) / size if settled_ticks.any() else None
     return Tracking(
         rms=size,
         share=rms(error) / size,
@@ -185,9 +185,9 @@ def records_npz(records: Mapping[str, Records], settings: Settings) -> bytes:
     times = seconds(ticks.double().numpy(), settings)
     if times is not None:
         arrays["seconds"] = times
-    for name, own in records.items():
+    for name, of_block in records.items():
         for column in Records.__dataclass_fields__:
-            values = getattr(own, column)
+            values = getattr(of_block, column)
             if values is not None:
                 arrays[f"{name}.{column}"] = values.numpy()
     out = io.BytesIO()

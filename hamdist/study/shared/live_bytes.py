@@ -39,18 +39,18 @@ class LiveBytes(TorchDispatchMode):  # type: ignore[no-untyped-call]
         args: Sequence[Any] = (),
         kwargs: Mapping[str, Any] | None = None,
     ) -> Any:
-        for given in tree_leaves((args, kwargs)):
-            if isinstance(given, Tensor):  # what was there before
-                self._known.setdefault(given.untyped_storage(), True)
+        for argument in tree_leaves((args, kwargs)):
+            if isinstance(argument, Tensor):  # what was there before
+                self._known.setdefault(argument.untyped_storage(), True)
         out = func(*args, **(kwargs or {}))
-        for made in tree_leaves(out):
-            if isinstance(made, Tensor):
-                self._add(made)
+        for result in tree_leaves(out):
+            if isinstance(result, Tensor):
+                self._add(result)
         return out
 
-    def _add(self, made: Tensor) -> None:
-        storage = made.untyped_storage()
-        if storage in self._known or made.is_meta or _bare(made.shape) in self._leaving_out:
+    def _add(self, tensor: Tensor) -> None:
+        storage = tensor.untyped_storage()
+        if storage in self._known or tensor.is_meta or _bare(tensor.shape) in self._leaving_out:
             return
         self._known[storage] = True
         size = storage.nbytes()

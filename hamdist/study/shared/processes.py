@@ -31,11 +31,13 @@ class Processes:
         self.close()
 
     def submit(self, function: Callable[..., T], *arguments: Any) -> Future[T]:
+        """Have a process call `function`; return the future of its result."""
         future = self._pool.submit(function, *arguments)
         self._futures.append(future)
         return future
 
     def close(self) -> None:
+        """End the processes, at once where calls are unfinished."""
         unfinished = not all(future.done() for future in self._futures)
         self._pool.shutdown(wait=not unfinished, cancel_futures=True)
         if unfinished:

@@ -42,20 +42,10 @@ _STUDIES = (
     *("recovery.csv", "recovery.json", "recovery.md"),
 )
 FILES = (  # what --overwrite may remove: whatever these commands write
-    *(
-        EVENTS,
-        CONTROL,
-        "metrics.jsonl",
-        "runs.jsonl",
-        "settings*.yaml",
-        "summary.json",
-        "results.csv",
-        "results.tex",
-    ),
-    *("model.safetensors", "plain.safetensors", "records.npz", "report.html", "gap.png"),
-    "records.html",
-    *("accuracy-rows.png", "accuracy-seconds.png", "energies.png", "weights.png"),
-    *("tracking.png", "digests*.json", f"{RUNS}/*.json", *_STUDIES),
+    *(EVENTS, CONTROL, "metrics.jsonl", "runs.jsonl", "settings*.yaml", "summary.json"),
+    *("results.csv", "results.tex", "report.html", "gap.png", "records.npz", "records.html"),
+    *("model.safetensors", "plain.safetensors", "digests*.json", f"{RUNS}/*.json", *_STUDIES),
+    *("accuracy-rows.png", "accuracy-seconds.png", "energies.png", "weights.png", "tracking.png"),
 )
 
 
@@ -189,8 +179,8 @@ class ResultFolder:
     def __exit__(self, _: object, error: BaseException | None, *__: object) -> None:
         """Release the folder, and remove it if a run has failed before its first sample."""
         warnings.showwarning = self._show
-        told = None if error is None else str(error) or type(error).__name__
-        self.emit(FolderEnded(error=told))
+        failure = None if error is None else str(error) or type(error).__name__
+        self.emit(FolderEnded(error=failure))
         if self._events is not None:
             self._events.close()
         if error is not None and not self._moved and not self.goes_on:
@@ -228,8 +218,8 @@ class ResultFolder:
                 self._read = file.tell()
         except OSError:  # nobody has asked for anything
             return None
-        asked = [name for name in REQUESTS for line in lines if name.encode() in line]
-        return REQUESTS[asked[0]] if asked else None
+        requests = [name for name in REQUESTS for line in lines if name.encode() in line]
+        return REQUESTS[requests[0]] if requests else None
 
     def watch(
         self, begun: RunBegun, then: Callable[[Progress], object]

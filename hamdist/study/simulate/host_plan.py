@@ -42,14 +42,14 @@ def _quantity(ending: str, example: str) -> BeforeValidator:
 
     def read(value: object) -> object:
         number = r"([0-9.]+(?:e[0-9]+)?) ?([kMG]i?|)(bit|B)"
-        found = re.fullmatch(number + re.escape(ending), str(value))
+        match = re.fullmatch(number + re.escape(ending), str(value))
         try:
-            amount = float(found[1]) * _UNITS[found[2]] if found else math.nan
+            amount = float(match[1]) * _UNITS[match[2]] if match else math.nan
         except ValueError:
             amount = math.nan
-        if found is None or not amount > 0 or (found[3] == "bit" and not ending):
+        if match is None or not amount > 0 or (match[3] == "bit" and not ending):
             raise ValueError(f"write it with its unit, as {example}")
-        return amount / 8 if found[3] == "bit" else amount
+        return amount / 8 if match[3] == "bit" else amount
 
     return BeforeValidator(read)
 
@@ -191,10 +191,12 @@ def read_host_plan(path: Path) -> tuple[ClusterModel, list[str]]:
     for (i, a), (j, b) in itertools.permutations(enumerate(plan.hosts), 2):
         key = f"{a.name}->{b.name}"
         where = f"{origin}: links.{key}" if key in plan.links else f"{origin}: links"
-        own = mapping(plan.links.get(key, {}), where)
+        of_pair = mapping(plan.links.get(key, {}), where)
         # (A latency of its own has a jitter of its own.)
-        given = {k: v for k, v in usual.items() if k != "jitter" or "latency" not in own} | own
-        links[i, j] = checked(LinkSettings, given, where).link()
+        fields = {
+            k: v for k, v in usual.items() if k != "jitter" or "latency" not in of_pair
+        } | of_pair
+        links[i, j] = checked(LinkSettings, fields, where).link()
     here = product_seconds() if any(host.product for host in plan.hosts) else 1.0
     hosts = [
         HostModel(

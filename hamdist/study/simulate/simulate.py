@@ -68,20 +68,22 @@ class PlacedRun:
         return self.model.steps.samples / self.period.seconds
 
     def timed(self) -> TimedGraph:
+        """Return the run's steps with their times on this cluster."""
         return self.model.timed(self.placement, self.hosts, self.cluster)
 
     @property
     def delays(self) -> dict[str, int]:
+        """Return the delays of edges between blocks, in ticks."""
         return {e.name: e.delay for e in self.model.plan.graph.edges if not e.from_input}
 
     def memory(self) -> dict[str, int]:
         """Return the bytes that the actors of each host take, estimated: their processes, weights
         with costates and averages, stored states, and signals that wait."""
-        found = dict.fromkeys((host.name for host in self.cluster.hosts), 0)
+        by_host = dict.fromkeys((host.name for host in self.cluster.hosts), 0)
         for blocks, host in zip(self.placement, self.hosts, strict=True):
-            own = sum(_block_bytes(self.model.plan, name, self.settings) for name in blocks)
-            found[self.cluster.hosts[host].name] += WORKER_BYTES + own
-        return found
+            nbytes = sum(_block_bytes(self.model.plan, name, self.settings) for name in blocks)
+            by_host[self.cluster.hosts[host].name] += WORKER_BYTES + nbytes
+        return by_host
 
     def too_full(self) -> list[str]:
         """Return the hosts whose memory does not suffice, in words."""
@@ -94,9 +96,9 @@ class PlacedRun:
 
     def chosen(self) -> Settings:
         """Return settings that run the candidate on a cluster with hosts of these names."""
-        own = self.settings
+        settings = self.settings
         pins = {
-            name: block_settings(self.model.plan.graph, own.engine)[name].model_copy(
+            name: block_settings(self.model.plan.graph, settings.engine)[name].model_copy(
                 update={"host": self.cluster.hosts[host].name}
             )
             for blocks, host in zip(self.placement, self.hosts, strict=True)
@@ -106,13 +108,13 @@ class PlacedRun:
         engine = {
             "actors": "auto",
             "placement": tuple(map(tuple, self.placement)),
-            "blocks": pins or own.engine.blocks,
-            "bundle": "off" if self.model.plan.engine.bundle == "auto" else own.engine.bundle,
+            "blocks": pins or settings.engine.blocks,
+            "bundle": "off" if self.model.plan.engine.bundle == "auto" else settings.engine.bundle,
         }
-        return own.model_copy(
+        return settings.model_copy(
             update={
-                "engine": own.engine.model_copy(update=engine),
-                "partition": own.partition.model_copy(update={"delays": self.delays}),
+                "engine": settings.engine.model_copy(update=engine),
+                "partition": settings.partition.model_copy(update={"delays": self.delays}),
             }
         )
 
@@ -122,10 +124,10 @@ def _block_bytes(plan: Plan, name: str, settings: Settings) -> int:
     copies = 2 + (settings.learning.adaptive is not None) + (settings.learning.average != "off")
     weights = sum(p.numel() * p.element_size() for p in block.module.parameters())
     channels = [c for c in plan.channels.all() if c.receiver == name]
-    taken = {c.edge: exact_bytes(plan, c) for c in channels}
+    by_edge = {c.edge: exact_bytes(plan, c) for c in channels}
     stored = getattr(plan.schedule, "stored", lambda _: 1)(name)
     waiting = sum(c.capacity * exact_bytes(plan, c) for c in channels)
-    return copies * weights + (stored + 1) * sum(taken.values()) + waiting
+    return copies * weights + (stored + 1) * sum(by_edge.values()) + waiting
 
 
 class Planner:
@@ -196,10 +198,10 @@ class Planner:
     ) -> list[int]:
         hosts = self.cluster.hosts
         infos = [HostInfo(str(i), h.name, h.name, h.cores) for i, h in enumerate(hosts)]
-        asked = block_settings(model.plan.graph, settings.engine)
-        busy = [sum(sum(model.seconds[name].values()) for name in own) for own in group]
+        by_block = block_settings(model.plan.graph, settings.engine)
+        busy = [sum(sum(model.seconds[name].values()) for name in blocks) for blocks in group]
         speeds = {str(i): 1 / host.speed for i, host in enumerate(hosts)}
-        requests = [requirements(own, asked, settings.engine) for own in group]
+        requests = [requirements(blocks, by_block, settings.engine) for blocks in group]
         return [int(o.node or 0) for o in options_of_actors(requests, infos, spread, busy, speeds)]
 
     def _candidate(
@@ -222,10 +224,10 @@ class Planner:
 
     def best(self, settings: Settings) -> PlacedRun:
         """Return the fastest way to run settings, by the model, that the hosts have memory for."""
-        found = sorted(self.candidates(settings, self.model(settings)), key=lambda one: -one.rate)
+        by_rate = sorted(self.candidates(settings, self.model(settings)), key=lambda one: -one.rate)
         if settings.partition.delays == "auto":
-            found = sorted(map(self.with_least_delays, found), key=lambda one: -one.rate)
-        return next((one for one in found if not one.too_full()), found[0])
+            by_rate = sorted(map(self.with_least_delays, by_rate), key=lambda one: -one.rate)
+        return next((one for one in by_rate if not one.too_full()), by_rate[0])
 
 
 def at_level(settings: Settings, level: Level) -> Settings:
@@ -289,16 +291,16 @@ def simulate(one: PlacedRun, seed: int = 0) -> dict[str, Any]:
 
 def _snapshots(one: PlacedRun, timed: TimedGraph) -> SnapshotModel | None:
     """Return the snapshots that the settings ask for."""
-    given = one.settings.snapshots
-    if given.path is None:
+    snapshots = one.settings.snapshots
+    if snapshots.path is None:
         return None
-    every = math.inf if given.every is None else given.every / timed.ticks
-    if given.seconds is not None or given.every is None:
-        every = min(every, (given.seconds or 30.0) / one.period.seconds)
+    every = math.inf if snapshots.every is None else snapshots.every / timed.ticks
+    if snapshots.seconds is not None or snapshots.every is None:
+        every = min(every, (snapshots.seconds or 30.0) / one.period.seconds)
     blocks = one.model.plan.graph.blocks
     sizes = [
-        sum(2 * p.numel() * p.element_size() for b in own for p in blocks[b].module.parameters())
-        for own in one.placement
+        sum(2 * p.numel() * p.element_size() for b in names for p in blocks[b].module.parameters())
+        for names in one.placement
     ]
     sizes += [0] * (len(timed.resources) - len(sizes))
     return SnapshotModel(max(1, round(every)), [size / COPY_BYTES_PER_SECOND for size in sizes])
@@ -311,10 +313,10 @@ def learn(
 
     The digest is that of all weights; seconds are those of the cluster, at `rate` samples a second.
     """
-    own = one.chosen()
+    chosen = one.chosen()
     update: dict[str, Any] = {"kind": EngineKind.INPROCESS, "placement": None, "digests": True}
     update["blocks"] = one.settings.engine.blocks
-    settings = own.model_copy(update={"engine": own.engine.model_copy(update=update)})
+    settings = chosen.model_copy(update={"engine": chosen.engine.model_copy(update=update)})
     run, _ = run_level(settings, factory=factory, data=data)
     curve = [
         {"seconds": (w.last + 1) / rate, "loss": w.mean_loss, "accuracy": w.accuracy}

@@ -31,29 +31,29 @@ def sweep(
     Raises:
         SettingsError: nothing can run, or no candidate fits the hosts' memory.
     """
-    found: list[PlacedRun] = []
+    runs: list[PlacedRun] = []
     fault: Exception | None = None
     full: list[str] = []
-    for own in _variants(settings, levels):
+    for variant in _variants(settings, levels):
         try:
-            model = planner.model(own)
-            here = list(planner.candidates(own, model))
+            model = planner.model(variant)
+            here = list(planner.candidates(variant, model))
         except (ClusterError, GraphError, LevelError, SettingsError) as error:
             fault = error
             continue
         here.sort(key=lambda one: -one.rate)
         later = [planner.with_least_delays(one) for one in here[: 2 * KEPT]]
-        here = later if own.partition.delays == "auto" else [*here, *later]
+        here = later if variant.partition.delays == "auto" else [*here, *later]
         full += [text for one in here for text in one.too_full()]
         here = sorted((one for one in here if not one.too_full()), key=lambda one: -one.rate)
         if here:
-            say(f"{_name(own)}: {here[0].rate:,.0f} samples/s, {here[0].period.words}")
-        found += here[:KEPT]
-    found.sort(key=lambda one: -one.rate)
-    if not found:
+            say(f"{_name(variant)}: {here[0].rate:,.0f} samples/s, {here[0].period.words}")
+        runs += here[:KEPT]
+    runs.sort(key=lambda one: -one.rate)
+    if not runs:
         why = full[0] if full else str(fault)
         raise SettingsError(f"--sweep: no way to run these settings on these hosts: {why}")
-    return _apart(found)
+    return _apart(runs)
 
 
 def _name(settings: Settings) -> str:
@@ -78,26 +78,26 @@ def _variants(settings: Settings, levels: Sequence[Level]) -> Iterator[Settings]
         yield at_level(varied, level)
 
 
-def _apart(found: Sequence[PlacedRun]) -> list[PlacedRun]:
+def _apart(runs: Sequence[PlacedRun]) -> list[PlacedRun]:
     """Return the first candidates that are not nearly alike."""
-    kept: list[PlacedRun] = []
-    for one in found:
+    apart: list[PlacedRun] = []
+    for one in runs:
         alike = (
             one.settings.engine.compress == other.settings.engine.compress
             and one.settings.partition.blocks == other.settings.partition.blocks
             and one.settings.level == other.settings.level
             and one.rate > (1 - LIKE) * other.rate
-            for other in kept
+            for other in apart
         )
         if not any(alike):
-            kept.append(one)
-    return kept[:KEPT]
+            apart.append(one)
+    return apart[:KEPT]
 
 
-def write_sweep(folder: Path, found: Sequence[PlacedRun]) -> list[Path]:
+def write_sweep(folder: Path, runs: Sequence[PlacedRun]) -> list[Path]:
     """Write the settings of the winner, and of the runners-up; return the files."""
     files = []
-    for i, one in enumerate(found):
+    for i, one in enumerate(runs):
         files.append(folder / ("settings.yaml" if not i else f"runner-up-{i}.yaml"))
         write_file(files[-1], to_yaml(one.chosen()))
     return files

@@ -95,13 +95,13 @@ def topics(only: Sequence[str], folder: Path | None) -> list[Topic]:
     ]
 
 
-def own_model_topic(own: own_model.VerifiedModel) -> Topic:
+def own_model_topic(verified: own_model.VerifiedModel) -> Topic:
     """Return the topic about a user's own module."""
 
     def checks(full: bool) -> Generator[Check, None, None]:  # noqa: ARG001
-        yield from own_model.checks(own)
+        yield from own_model.checks(verified)
 
-    return Topic("model", f"the model {own.name}", checks, answers=True)
+    return Topic("model", f"the model {verified.name}", checks, answers=True)
 
 
 def _checks_of(
@@ -177,17 +177,17 @@ def _row(topic: Topic, check: Check) -> VerifyRow:
         measured = check.measure()
     except FAULTS as error:
         measured = Difference(math.nan, reason(error))
-    found = measured if isinstance(measured, Difference) else Difference(float(measured), "")
-    passed = found.difference <= check.bound  # never for NaN
+    difference = measured if isinstance(measured, Difference) else Difference(float(measured), "")
+    passed = difference.difference <= check.bound  # never for NaN
     return VerifyRow(
         topic=topic.name,
         name=check.name,
         oracle=check.oracle,
-        difference=found.difference,
+        difference=difference.difference,
         bound=check.bound,
         passed=passed,
         seconds=time.perf_counter() - begin,
-        note=found.where if topic.answers or not passed else "",
+        note=difference.where if topic.answers or not passed else "",
     )
 
 

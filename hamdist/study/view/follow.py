@@ -9,17 +9,12 @@ from pathlib import Path
 
 from hamdist.dynamics.objective.prequential import Window
 from hamdist.runtime.results.events import (
-    ActorReplaced,
     BlocksMeasured,
-    Evaluated,
     PhaseBegun,
     RunBegun,
     RunEvent,
     RunFinished,
     RunProgressed,
-    SettingsChanged,
-    SnapshotComplete,
-    Warned,
     WindowFull,
     from_values,
 )
@@ -76,25 +71,3 @@ class FollowedRun:
             )
         moved = isinstance(event, (RunProgressed, BlocksMeasured, RunFinished))
         return self._last if moved else None
-
-
-def line_of(event: RunEvent) -> str | None:
-    """Return what happened, on a line; None for a measurement."""
-    if isinstance(event, Evaluated):
-        right = "" if event.accuracy is None else f", accuracy {100 * event.accuracy:.2f} %"
-        return f"held out, after {event.samples} samples: loss {event.loss:.4g}{right}"
-    if isinstance(event, ActorReplaced):
-        what = "lost" if event.lost else "set back"
-        back = f"is back from tick {event.since} after {event.seconds:.1f} s"
-        return f"{event.actor} was {what}, and {back}"
-    if isinstance(event, RunFinished):
-        how = "interrupted" if event.interrupted else "stopped" if event.stopped else "finished"
-        return f"{event.failure or how}: {event.samples} samples in {event.seconds:.1f} s"
-    texts: dict[type[RunEvent], str] = {
-        RunBegun: "title",
-        SnapshotComplete: "path",
-        SettingsChanged: "changed",
-        Warned: "text",
-    }
-    name = texts.get(type(event))
-    return None if name is None else f"{event.name}: {getattr(event, name)}"

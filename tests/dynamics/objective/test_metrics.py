@@ -65,3 +65,24 @@ def test_several_classes_a_row():
         for t in range(7)
     )
     assert (metrics.windows[0].correct, metrics.windows[0].rows) == (right, 14)
+
+
+@pytest.mark.parametrize("rolls", [False, True])
+def test_an_endless_stream_is_recorded_in_few_windows(rolls):
+    """Every sample is in one of them; where they roll, the latest stay as short as they were."""
+    metrics = Prequential(2, limit=8, rolls=rolls)
+    prediction, target = torch.eye(3), torch.tensor([0, 1, 0])
+    for sample in range(2000):
+        metrics.record(sample, prediction, target, torch.tensor(float(sample)))
+        assert len(metrics.windows) < 8
+    metrics.flush()
+    windows = metrics.windows
+    assert [w.first for w in windows] == [0, *(w.last + 1 for w in windows[:-1])]
+    assert windows[-1].last == 1999
+    assert sum(w.loss for w in windows) == sum(range(2000))
+    assert sum(w.correct for w in windows) * 3 == sum(w.rows for w in windows) * 2 == 2000 * 6
+    latest = [w.samples for w in windows[-3:]]
+    assert latest == [2, 2, 2] if rolls else min(w.samples for w in windows[:-1]) > 200
+    again = Prequential(2, limit=8, rolls=rolls)
+    again.restore(metrics.snapshot())
+    assert (again.windows, again.joined) == (windows, metrics.joined)

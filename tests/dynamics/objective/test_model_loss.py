@@ -190,7 +190,7 @@ def test_a_killed_actor(session, driver, leaves_no_socket, tmp_path):  # noqa: F
 def test_compare(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "causal.py").write_text(
-        "from dynamics.test_model_loss import loader, model\n\n\n"
+        "from dynamics.objective.test_model_loss import loader, model\n\n\n"
         "def data(seed):\n    return loader()\n"
     )
     arguments = ["compare", "--model", "causal.py:model", "--stream", "causal.py:data"]

@@ -41,7 +41,7 @@ def both(name, build=None, placement=None, **fields):
 
 
 @pytest.mark.ray
-@pytest.mark.parametrize("level", ["backprop", "trace"])
+@pytest.mark.parametrize("level", [pytest.param("backprop", marks=pytest.mark.slow), "trace"])
 @pytest.mark.parametrize("name", NETWORKS)
 def test_networks(session, leaves_no_socket, name, level):
     blocks = {"resnet": 5, "unet": 3, "gpt": 2}.get(name, 3)

@@ -182,7 +182,12 @@ def test_skip_graph_with_blocks_sharing_actors(session, leaves_no_socket, level)
 
 @pytest.mark.ray
 @pytest.mark.parametrize(
-    "engine", [{"actors": 2}, {"actors": 4}, {"placement": [["a", "c"], ["b", "d"]]}]
+    "engine",
+    [
+        pytest.param({"actors": 2}, marks=pytest.mark.slow),
+        {"actors": 4},
+        {"placement": [["a", "c"], ["b", "d"]]},
+    ],
 )
 @pytest.mark.parametrize("level", sorted(CYCLIC))
 def test_cycle_graph(session, leaves_no_socket, level, engine):
@@ -224,7 +229,7 @@ def test_dropout_draws_the_same_masks(session, level):
 
 
 @pytest.mark.ray
-@pytest.mark.parametrize("transport", ["shm", "ipc", "tcp"])
+@pytest.mark.parametrize("transport", ["ipc", "tcp"])  # (all others: shm)
 @pytest.mark.parametrize("level", ["local", "backprop"])
 def test_transports(session, leaves_no_socket, level, transport):
     engine = {"actors": 3, "transport": transport}
@@ -241,7 +246,14 @@ def test_edge_delays(session):
 
 
 @pytest.mark.ray
-@pytest.mark.parametrize("engine", [{}, {"bundle": "off"}, {"bundle": 2, "transport": "tcp"}])
+@pytest.mark.parametrize(
+    "engine",
+    [
+        {},
+        pytest.param({"bundle": "off"}, marks=pytest.mark.slow),
+        {"bundle": 2, "transport": "tcp"},
+    ],
+)
 @pytest.mark.parametrize(
     "fields",
     [

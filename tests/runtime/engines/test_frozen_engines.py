@@ -73,7 +73,7 @@ def test_two_engines(session, leaves_no_socket, level):
 
 
 @pytest.mark.ray
-@pytest.mark.parametrize("where", [0, 3])
+@pytest.mark.parametrize("where", [pytest.param(0, marks=pytest.mark.slow), 3])
 def test_a_killed_actor(session, driver, leaves_no_socket, tmp_path, where):  # noqa: F811
     odd = net((where, Once(31, tmp_path / "mark", "kill")))
     for i in (0, 1, 3):

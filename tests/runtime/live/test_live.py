@@ -267,6 +267,44 @@ def test_a_run_that_diverges_says_so_where_somebody_talks():
 OFTEN = dict.fromkeys(SAID, 1)
 
 
+def sizes():
+    """Bytes of all that Python's collector knows, containers and tensors, and of what is where."""
+    gc.collect()
+    tracked = [one for one in gc.get_objects() if type(one) is not torch.TypedStorage]  # (warns)
+    tensors = sum(
+        t.nbytes for t in tracked if type(t) is torch.Tensor and t.layout == torch.strided
+    )
+    return sum(map(sys.getsizeof, tracked)) + tensors
+
+
+SLOW = [pytest.param(level, marks=pytest.mark.slow) for level in ("heads", "local", "bptt")]
+
+
+@pytest.mark.parametrize("level", ["trace", *SLOW])
+def test_an_endless_run_takes_constant_memory(level, tmp_path):
+    """Whatever is said to it: 3,000 things more take less room than two pointers each."""
+    more = {"patience": 8, "metrics": {"window": 2, "limit": 4}, "out": tmp_path}
+    said = {n: one for n, one in SAID.items() if level != "local" or n != "teach"}
+
+    def least(things):
+        """Say so many things; return the least room at ten moments (up to 64 losses wait)."""
+        rooms, seed = [], things
+        talk(run, samples(things), seed, said=said, sequences=level == "bptt", most=8)
+        for k in range(10):
+            talk(run, samples(11), seed + k, said=said, sequences=level == "bptt", most=8)
+            rooms.append(sizes())
+        return min(rooms)
+
+    with start(level, **more, snapshots={"seconds": 1e9}) as run:
+        before, files = least(1000), len(os.listdir("/proc/self/fd"))
+        assert least(3000) - before < 3000 * 16
+        assert len(os.listdir("/proc/self/fd")) == files
+    (windows,) = run.result.windows.values()
+    assert len(windows) <= 4
+    assert sum(w.samples for w in windows) > 1000
+    assert windows[-2].samples == 2  # they roll: the latest are as short as they were
+
+
 @pytest.mark.parametrize("level", ["trace", "pipeline"])
 def test_a_run_is_repeated_from_its_journal_to_the_bit(level, tmp_path):
     with start(level, out=tmp_path / "live", idle=0.001) as run:
@@ -341,16 +379,9 @@ def test_a_journal_is_checked(tmp_path):
 
 @pytest.mark.ray
 def test_on_ray_answers_belong_to_their_questions_and_a_lost_actor_loses_nothing(session, tmp_path):
-    x = torch.zeros(16, 4)
     ray = {"kind": "ray", "actors": 2}
-    for level in ("trace", "local", "bptt", "pipeline"):
-        more = options(level, loss="mse", engine=ray)
-        with hamdist.start(identity(level), example=(x, x), **more) as run:
-            for k in range(6):
-                u = torch.randn(16, 4)
-                assert torch.equal(run.predict(u, end=k % 3 == 2).prediction, u)
-            weights = run.weights()  # without steps: no label has come
-            assert torch.equal(weights["0.weight"], torch.eye(4))
+    for level in ("trace", "local"):
+        answers_belong_to_their_questions(level, ray)
 
     session.make_room()  # or an idle actor of another test might be the one that is killed
     lose_one("trace", tmp_path, ray)
@@ -360,11 +391,43 @@ def test_on_ray_answers_belong_to_their_questions_and_a_lost_actor_loses_nothing
     assert equal(run.result, hamdist.replay(tmp_path, network(seed=7)))
 
 
+def answers_belong_to_their_questions(level, engine):
+    """An identity network gives back what was asked: one after the other, and from two threads."""
+    x, more = torch.zeros(16, 4), options(level, loss="mse", engine=engine)
+    tokens = level == "bptt"
+
+    def ask(seed):
+        drawn = torch.Generator().manual_seed(seed)
+        for k in range(6):
+            u = torch.randn(16, 4, generator=drawn)
+            right.append(torch.equal(run.predict(u, end=tokens and k % 3 == 2).prediction, u))
+
+    right: list[bool] = []
+    with hamdist.start(identity(level), example=(x, x), **more) as run:
+        ask(0)
+        both = [threading.Thread(target=ask, args=(seed,)) for seed in (1, 2)]
+        for one in both:
+            one.start()
+        for one in both:
+            one.join(60)
+        run.feed(x, end=tokens)  # (it ends a sequence)
+        weights = run.weights()  # without steps: no label has come
+        assert torch.equal(weights["0.weight"], torch.eye(4))
+    assert right == [True] * 18
+
+
+@pytest.mark.ray
+@pytest.mark.slow
+def test_on_ray_answers_belong_to_their_questions_at_every_level(session):
+    for level in (*LEVELS, "bptt"):
+        answers_belong_to_their_questions(level, {"kind": "ray", "actors": 2})
+
+
 def lose_one(level, out, engine):
-    """Say 200 things, kill an actor in between, and repeat all of it in one process."""
+    """Say 120 things, kill an actor in between, and repeat all of it in one process."""
     with start(level, out=out, idle=0.001, engine=engine, snapshots={"seconds": 1}) as run:
-        kill = lambda k: kill_an_actor(k) if k == 70 else None  # noqa: E731
-        talk(run, samples(200), before=kill, said=OFTEN, sequences=level == "bptt")
+        kill = lambda k: kill_an_actor(k) if k == 40 else None  # noqa: E731
+        talk(run, samples(120), before=kill, said=OFTEN, sequences=level == "bptt")
     assert run.result.replaced
     again = hamdist.replay(out, network(seed=7))
     assert equal(run.result, again)

@@ -23,7 +23,7 @@ def test_auto_over_two_raylets(leaves_no_socket):
     path = os.pathsep.join([str(TESTS), str(TESTS.parent), os.environ.get("PYTHONPATH", "")])
     environment = {**os.environ, "PYTHONPATH": path, "RAY_USAGE_STATS_ENABLED": "0"}
     process = subprocess.Popen(
-        [sys.executable, "-m", "runtime.raylets"],
+        [sys.executable, "-m", "runtime.placement.raylets"],
         env=environment,
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,

@@ -280,13 +280,22 @@ def test_a_replacement_on_another_kind_of_host(session, driver, monkeypatch, tmp
         run({**RAY, "bits": "exact"}, 12, tmp_path / "mark b", snapshots=kept)
 
 
+REFUSED = "'portable'.*ATEN_CPU_CAPABILITY=avx2 MKL_CBWR=COMP"
+
+
+@X86
+def test_portable_bits_are_refused_where_torch_was_imported_without_them():
+    """In one process, which has no actor to compare itself with."""
+    with pytest.raises(SettingsError, match=REFUSED):
+        run({**ALONE, "bits": "portable"})
+
+
+@pytest.mark.slow  # (comparing actors with the driver is the same for 'exact': above)
 @X86
 @pytest.mark.ray
-def test_portable_bits_are_refused_where_torch_was_imported_without_them(session):
-    """In one process, too, which has no actor to compare itself with."""
-    for engine, error in ((ALONE, SettingsError), (RAY, ClusterError)):
-        with pytest.raises(error, match="'portable'.*ATEN_CPU_CAPABILITY=avx2 MKL_CBWR=COMP"):
-            run({**engine, "bits": "portable"})
+def test_portable_bits_are_refused_by_actors_that_compute_other_ones(session):
+    with pytest.raises(ClusterError, match=REFUSED):
+        run({**RAY, "bits": "portable"})
 
 
 @pytest.mark.slow
@@ -302,7 +311,7 @@ def test_portable_bits_of_two_kinds_of_hosts():
         ({**dict(OTHER_KIND), "MKL_CBWR": "AVX2", "ONEDNN_MAX_CPU_ISA": "SSE41"}, ""),
     ):
         done = subprocess.run(
-            [sys.executable, "-m", "runtime.two_kinds", *filter(None, [ray])],
+            [sys.executable, "-m", "runtime.process.two_kinds", *filter(None, [ray])],
             env={**os.environ, **environment, "PYTHONPATH": str(ROOT / "tests")},
             capture_output=True,
             text=True,

@@ -12,6 +12,7 @@ from pathlib import Path
 
 import psutil
 import torch
+from forked_workers import forked_workers
 from torch import nn
 
 import hamdist
@@ -48,7 +49,7 @@ def mine(_number, _frame):
     raise SystemExit(3)
 
 
-if __name__ == "__main__":
+def main():
     signal.signal(signal.SIGTERM, mine)
     environment = dict(os.environ)
     report = {}
@@ -64,4 +65,10 @@ if __name__ == "__main__":
     report["runs"] = [run(), run()]
     report["environment"] = os.environ == environment
     report["handler"] = signal.getsignal(signal.SIGTERM) is mine
-    sys.stdout.write(json.dumps(report) + "\n")  # (the Ray of the last runs still waits)
+    sys.stdout.write(json.dumps(report) + "\n")
+
+
+if __name__ == "__main__":
+    with forked_workers():
+        main()
+    # (the Ray of the last runs still waits)

@@ -25,6 +25,7 @@ from torch import nn
 
 from hamdist.config import EngineSettings, Settings
 from hamdist.errors import BlockError, ClusterError, SettingsError, StallError, StreamError
+from hamdist.runtime.ray_engine import worker_group
 from hamdist.runtime.ray_engine.worker_group import WorkerGroup
 from hamdist.runtime.train.train import train
 from hamdist.streams import from_iterable
@@ -155,7 +156,9 @@ def test_the_watchdog_names_the_edge_that_blocks(leaves_nothing, tmp_path):
     assert "'block1' is at tick 21" in text
 
 
-def test_the_watchdog_names_an_actor_that_does_not_answer(session, leaves_no_socket):
+def test_the_watchdog_names_an_actor_that_does_not_answer(session, leaves_no_socket, monkeypatch):
+    monkeypatch.setattr(worker_group, "ANSWER_SECONDS", 1.0)  # (5 s: nobody waits for it)
+    monkeypatch.setattr(WorkerGroup.silent, "__defaults__", (1.0,))
     _end_idle(session)
     stopped = []
 
@@ -172,7 +175,7 @@ def test_the_watchdog_names_an_actor_that_does_not_answer(session, leaves_no_soc
             Settings.model_validate(
                 {
                     "level": "trace",
-                    "engine": {"kind": "ray", "actors": 2, "stall_warning": 1, "stall_limit": 6},
+                    "engine": {"kind": "ray", "actors": 2, "stall_warning": 1, "stall_limit": 2},
                 }
             ),
             on_progress=stop,

@@ -86,7 +86,7 @@ def damaged(monkeypatch):
     ("level", "where", "how"),
     [
         ("trace", 2, "file"),
-        ("local", 0, "file"),
+        pytest.param("local", 0, "file", marks=pytest.mark.slow),
         ("trace", 0, "folder"),
         ("trace", 4, "all"),
         ("local", 2, "late"),

@@ -125,7 +125,13 @@ def both(
 
 
 @pytest.mark.parametrize(
-    ("level", "where"), [("local", 0), ("double-buffered", 2), ("pipeline", 4), ("trace", 0)]
+    ("level", "where"),
+    [
+        ("local", 0),
+        ("double-buffered", 2),
+        ("pipeline", 4),
+        pytest.param("trace", 0, marks=pytest.mark.slow),  # (the level of the tests below)
+    ],
 )
 def test_a_killed_actor(session, driver, leaves_no_socket, tmp_path, level, where):
     """With the stream, in the middle, with the readout."""

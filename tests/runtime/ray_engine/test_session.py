@@ -38,7 +38,7 @@ def test_a_local_ray_waits_for_the_next_run(tmp_path):
             capture_output=True,
             text=True,
             timeout=170,
-            env={**os.environ, "TMPDIR": str(folder)},
+            env={**os.environ, "TMPDIR": str(folder), "PYTHONPATH": os.pathsep.join(sys.path)},
             check=False,
         )
         left = [p.name for p in folder.glob("hd*")]

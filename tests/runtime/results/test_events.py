@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import math
 import time
 
@@ -11,6 +12,7 @@ import torch
 from torch import nn
 
 import hamdist
+from hamdist.config import Settings
 from hamdist.dynamics.objective.prequential import Window
 from hamdist.runtime.results.events import (
     EVENTS,
@@ -22,6 +24,7 @@ from hamdist.runtime.results.events import (
 from hamdist.runtime.results.measured import EdgeCounts, ProcessSample, summed
 from hamdist.runtime.results.progress_events import ProgressEvents, ProgressPace
 from hamdist.runtime.results.result import Progress
+from hamdist.runtime.results.run_events import RunEvents
 
 
 def make():
@@ -155,6 +158,18 @@ def test_updates_are_compared_with_backpropagation(level, lr, least, most, monke
     assert least <= min(cosines) <= most + 1e-6, cosines
     again = [from_values(json.loads(event.to_line())) for event in events]
     assert again == events
+
+
+def test_frozen_blocks_have_no_alignment_and_hold_up_none(monkeypatch):
+    monkeypatch.setattr("hamdist.runtime.engines.inprocess.PROGRESS_SECONDS", 0.0)
+    seen, model = [], make()
+    model[0].requires_grad_(False)
+    own = {"learning": {"lr": 1e-4}, "metrics": {"alignment": 10}, "engine": {"kind": "inprocess"}}
+    hamdist.train(model, list(batches()), level="trace", trackers=[seen.append], **own)
+    events = by_name(seen, "alignment")
+    assert [event.sample for event in events] == [10, 20, 30]
+    assert {name for event in events for name in event.cosines} == {"block1", "block2"}
+    assert min(min(event.cosines.values()) for event in events) > 1 - 1e-5
 
 
 def test_alignment_of_sequences_is_refused():
@@ -356,6 +371,26 @@ def test_the_end_of_train_is_told_and_why():
         )
     assert heard[-1].error == str(caught.value)
     assert heard[-2].failure == heard[-1].error
+
+
+def test_what_happens_is_logged_with_levels(caplog):
+    settings = Settings(level="trace", name="tiny")
+    logger = logging.getLogger("hamdist.run")
+    logger.addHandler(caplog.handler)
+    try:
+        with caplog.at_level(logging.INFO, "hamdist.run"):
+            note = RunEvents(settings, [], 4).over(None)
+            note(Progress(0.1, 1, None, [], [], warnings=["slow"], snapshots=["s/1"]))
+        with caplog.at_level(logging.WARNING, "hamdist.run"):
+            assert RunEvents(settings, [], 4).over(None) is None  # (nothing is worked out)
+    finally:
+        logger.removeHandler(caplog.handler)
+    logged = {(record.levelname, record.message) for record in caplog.records}
+    assert logged == {
+        ("INFO", "run: tiny"),
+        ("WARNING", "warning: slow"),
+        ("INFO", "snapshot: s/1"),
+    }
 
 
 def test_drops_of_the_stream_are_told():

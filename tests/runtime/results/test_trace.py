@@ -28,14 +28,50 @@ def run(trace, **engine):
     )
 
 
+NUMBER, TEXT, PLACE = {"type": "number", "minimum": 0}, {"type": "string"}, {"type": "integer"}
+PLACED = {"name": TEXT, "cat": TEXT, "ts": NUMBER, "pid": PLACE, "tid": PLACE}
+
+
+def of_phase(phase, required=(), **more):
+    fields = {"ph": {"const": phase}, **PLACED, **more}
+    names = ["ph", *PLACED, *required]
+    return {"properties": fields, "required": names, "additionalProperties": False}
+
+
+# Of "Trace Event Format" (Nduca and Sinclair, Google 2016): the object format, and of its phases
+# complete events, metadata, and both ends of flows; `bp: e` binds an end to the enclosing slice.
+SCHEMA = {
+    "properties": {
+        "traceEvents": {"type": "array", "items": {"oneOf": [
+            of_phase("X", ["dur"], dur=NUMBER, args={"type": "object"}),
+            of_phase("s", ["id"], id=TEXT),
+            of_phase("f", ["id", "bp"], id=TEXT, bp={"const": "e"}),
+            {"properties": {"ph": {"const": "M"}, "name": {"enum": ["process_name", "thread_name"]},
+                            "pid": PLACE, "tid": PLACE,
+                            "args": {"properties": {"name": TEXT}, "required": ["name"]}},
+             "required": ["ph", "name", "pid", "args"], "additionalProperties": False},
+        ]}},
+        "displayTimeUnit": {"enum": ["ms", "ns"]},
+        "otherData": {"type": "object"},
+    },
+    "required": ["traceEvents"], "additionalProperties": False,
+}  # fmt: skip
+
+
 def check_file(trace):
-    """The trace-event format's rules, and that both ends of every arrow are there."""
-    events = json.loads(chrome_trace(trace))["traceEvents"]
-    assert {e["ph"] for e in events} <= {"M", "X", "s", "f"}
+    """The schema of the format, both ends of every arrow, and slices that they can be bound to."""
+    jsonschema = pytest.importorskip("jsonschema", reason="jsonschema is not installed")
+    written = json.loads(chrome_trace(trace))
+    jsonschema.Draft202012Validator(SCHEMA).validate(written)
+    events = written["traceEvents"]
+    slices = {}
     for e in events:
-        if e["ph"] != "M":
-            assert {"name", "cat", "ts", "pid", "tid"} <= e.keys()
-        assert e.get("dur", 0) >= 0
+        if e["ph"] == "X":
+            slices.setdefault((e["pid"], e["tid"]), []).append((e["ts"], e["ts"] + e["dur"]))
+    for e in events:
+        if e["ph"] in "sf":
+            around = [a <= e["ts"] < b for a, b in slices[e["pid"], e["tid"]]]
+            assert any(around), e
     starts, ends = ({e["id"]: e for e in events if e["ph"] == kind} for kind in "sf")
     assert starts.keys() == ends.keys()
     assert all(starts[one]["ts"] <= ends[one]["ts"] for one in starts)
@@ -81,4 +117,4 @@ def test_names_of_tracks():
     spans = [TraceSpan("a", "forward", 1.0, 0.5, 3), TraceSpan("b", "send x", 2.0, 0.0, 3, ">1")]
     events = json.loads(chrome_trace({"driver": spans}))["traceEvents"]
     assert [e["args"]["name"] for e in events if e["ph"] == "M"] == ["driver", "a", "b"]
-    assert [(e["ts"], e["dur"]) for e in events if e["ph"] == "X"] == [(1e6, 5e5), (2e6, 0.0)]
+    assert [(e["ts"], e["dur"]) for e in events if e["ph"] == "X"] == [(0.0, 5e5), (1e6, 0.0)]

@@ -75,7 +75,7 @@ def few(depth, name):
 
 @pytest.mark.parametrize("name", LEVELS)
 def test_chain(name, tmp_path):
-    whole = goes_on(run_of(chain, PortableStream, few(4, name), **LEVELS[name]), tmp_path, 7)
+    whole = goes_on(run_of(chain, PortableStream, few(4, name), **LEVELS[name]), tmp_path, 11)
     assert learned(whole, chain)
 
 
@@ -83,7 +83,7 @@ def test_chain(name, tmp_path):
 def test_skips(name, tmp_path):
     if name == "local, sequential":
         pytest.skip("it has two readouts without states")
-    goes_on(run_of(skips, PortableStream, few(5, name), **LEVELS[name]), tmp_path, 9)
+    goes_on(run_of(skips, PortableStream, few(5, name), **LEVELS[name]), tmp_path, 13)
 
 
 @pytest.mark.parametrize("name", sorted(CYCLIC))
@@ -104,7 +104,7 @@ def test_sequences_by_an_optimiser(tmp_path):
         chosen = sequence_settings(engine, learning=learning, **fields)
         return train(network("lstm"), PortableText(words=False), chosen, resume=resume)
 
-    goes_on(run, tmp_path, 8)
+    goes_on(run, tmp_path, 29)
 
 
 @pytest.mark.parametrize("truncation", [None, 3])
@@ -117,7 +117,7 @@ def test_sequences(name, truncation, tmp_path):
         source = PortableText(words=name == "tangle")
         return train(network(name), source, chosen, resume=resume)
 
-    goes_on(run, tmp_path, 8)
+    goes_on(run, tmp_path, 29)
 
 
 @pytest.mark.parametrize("name", NETWORKS)

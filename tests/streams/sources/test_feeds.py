@@ -14,8 +14,10 @@ import numpy as np
 import pytest
 import torch
 
+import hamdist
 from hamdist import streams
 from hamdist.errors import StreamError
+from hamdist.runtime.live.journal import Journal
 
 
 def line(number):
@@ -109,7 +111,7 @@ class Broker:
 
 @pytest.mark.slow
 @pytest.mark.skipif(shutil.which("mosquitto") is None, reason="needs mosquitto")
-def test_a_broker_that_is_started_again_loses_nothing(tmp_path):
+def test_a_broker_that_is_started_again_in_the_middle_of_a_run_loses_nothing(tmp_path):
     paho = pytest.importorskip("paho.mqtt.client")
     broker, sent = Broker(tmp_path), []
 
@@ -125,19 +127,32 @@ def test_a_broker_that_is_started_again_loses_nothing(tmp_path):
 
     source = streams.mqtt("s/+", port=broker.port, patience=30)
     found = []
-    with broker:
-        taken = threading.Thread(target=lambda: found.extend(islice(source, 10)))
-        taken.start()
-        while not found and taken.is_alive() and len(sent) < 30:  # (until it has subscribed)
-            publish(len(sent), len(sent) + 10)
-        taken.join(30)
-        publish(len(sent), len(sent) + 20)  # nobody takes these now
-    with broker:
-        publish(len(sent), len(sent) + 5)
-        while max(numbers(found)) < sent[-1]:
-            found.append(next(source))
-    source.close()  # type: ignore[attr-defined]
-    came = sorted(set(numbers(found)))
+    example = (torch.zeros(1, 2), torch.tensor([0]))
+    begin = {"level": "trace", "example": example, "classes": 3, "learning": {"lr": 1e-6}}
+
+    def feed(items):
+        for item in items:
+            run.feed(**item)
+            found.append(item)
+
+    with hamdist.start(torch.nn.Linear(2, 3), **begin, out=tmp_path / "live") as run:
+        with broker:
+            taken = threading.Thread(target=feed, args=(islice(source, 10),))
+            taken.start()
+            while not found and taken.is_alive() and len(sent) < 30:  # (until it has subscribed)
+                publish(len(sent), len(sent) + 10)
+            taken.join(30)
+            publish(len(sent), len(sent) + 20)  # nobody takes these now
+        with broker:
+            publish(len(sent), len(sent) + 5)
+            while max(numbers(found)) < sent[-1]:
+                feed([next(source)])
+        source.close()  # type: ignore[attr-defined]
+    entries = Journal(tmp_path / "live", reads=True).entries()
+    fed = [int(one.sample.u[0, 0]) for one in entries if one.event == "feed"]
+    assert fed == numbers(found)
+    came = sorted(set(fed))
     assert came == [*range(came[0], sent[-1] + 1)]  # (what came first may be before it subscribed)
+    assert run.result.samples == len(fed)
     with pytest.raises(StreamError, match="no connection to the broker"):
         next(streams.mqtt("s/+", port=broker.port, patience=0.1))

@@ -565,7 +565,7 @@ def test_files(small, tmp_path):
     assert [f["c_tau"] for f in record["fits"]] == [1.0, 0.5]
     assert record["versions"] == versions()
     assert "Relative error of the gradient" in (tmp_path / "speed.html").read_text()
-    figures = speed_figures(curves(small.rows), (None, None), small.decays)
+    figures = speed_figures(curves(small.rows), None, small.decays)
     assert [f.title for f in figures][2:] == ["Static input: error by hops"]
     smooth = [r.error for r in small.rows if (r.stream, r.c_tau) == ("smooth", 1.0)]
     drawn = next(c for c in figures[0].curves if c.label == "smooth, c τ = 1")
@@ -577,7 +577,7 @@ def test_files(small, tmp_path):
 
 def test_a_picture_without_static_inputs():
     rows = [SpeedRow("random", 0.3, 10.0, 0, math.nan, 1.0, 1)]
-    assert len(speed_figures(curves(rows), (None, None), [])) == 2
+    assert len(speed_figures(curves(rows), None, [])) == 2
 
 
 def residual():

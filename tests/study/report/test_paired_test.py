@@ -37,9 +37,9 @@ def test_seeds_to_tell(effect, seeds):
 
 def test_a_level_is_tested_at_five_per_cent():
     """Of samples without a difference one in twenty is told apart, within three deviations."""
-    draws = stats.norm.rvs(size=(2000, 4), random_state=3)
+    draws = stats.norm.rvs(size=(500, 4), random_state=3)
     found = sum(paired_test(list(row)).p < 0.05 for row in draws)
-    assert abs(found - 100) < 3 * math.sqrt(2000 * 0.05 * 0.95)
+    assert abs(found - 25) < 3 * math.sqrt(500 * 0.05 * 0.95)
 
 
 def test_what_has_no_test():

@@ -13,6 +13,7 @@ import urllib.error
 import urllib.request
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -405,6 +406,38 @@ def test_watch_shows_the_events_of_a_run_that_goes_on(folder, monkeypatch):
     assert "accuracy 80.0 % (run 80.0 %)" in said
     assert "actor 1 was lost, and is back from tick 20 after 1.5 s" in said
     assert "block1 slows the run down" in done.stdout
+
+
+def test_watch_follows_a_launched_run_to_its_end(monkeypatch):
+    """Its log is the oracle. The folder that it is read from has to be there at once."""
+    from typer.testing import CliRunner
+
+    from hamdist.cli import app, view
+    from hamdist.launch.events import Ended, Progressed, Started, WarningEvent, to_line
+
+    told = [
+        Started(title="far away", batch=4, level="trace", seed=1),
+        Progressed(progress=progress(1.0, 20)),
+        WarningEvent(warning="mind"),
+        Progressed(progress=progress(3.0, 40)),
+        Ended(code=0),
+    ]
+
+    class Cluster:
+        def find(self, name):
+            return SimpleNamespace(id=f"digits-{name}")
+
+        def lines(self, name):
+            assert name == "digits-7"
+            return (to_line(event) for event in told)
+
+    monkeypatch.setattr(view, "jobs_of", lambda _: Cluster())
+    monkeypatch.setattr("hamdist.display.progress.PLAIN_SECONDS", 0.0)
+    done = CliRunner().invoke(app, ["watch", "7"])
+    said = " ".join(done.stderr.split())
+    assert done.exit_code == 0, done.output
+    assert "far away: sample 40/100" in said
+    assert "warning: mind" in said
 
 
 def test_progress_comes_out_of_its_events_again(folder):

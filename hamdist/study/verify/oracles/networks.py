@@ -9,7 +9,6 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor, nn
 
-from hamdist.config import Settings
 from hamdist.dynamics.graph.graph import INPUT, BlockSpec, Combine, Graph
 from hamdist.dynamics.objective.losses import cross_entropy
 from hamdist.streams.sample import Sample, SampleSpec
@@ -25,11 +24,6 @@ def seeded(build: Callable[[], T], seed: int = 7) -> T:
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         return build()
-
-
-def settings_of(level: str, **sections: Any) -> Settings:
-    """Return the settings of a run at `level` in float64."""
-    return Settings.model_validate({"level": level, "dtype": "float64", **sections})
 
 
 def dense(inputs: int, outputs: int) -> nn.Sequential:

@@ -2,34 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-
 from torch import Tensor
 
 from hamdist.config import Order
 from hamdist.dynamics.blocks.hold import HoldBlock
-from hamdist.dynamics.graph.graph import INPUT
 from hamdist.dynamics.updates.weights import Weights
-from hamdist.runtime.nodes.factory import Node, make_node
 from hamdist.runtime.nodes.hold import HoldNode
-from hamdist.runtime.nodes.loop import run_loop
-from hamdist.runtime.nodes.mailbox import Mailbox
-from hamdist.runtime.nodes.source import SourceNode
+from hamdist.runtime.nodes.node import Node
 from hamdist.runtime.plan.plan import Plan
 from hamdist.streams.sample import Stream
-
-
-class PlanNodes:
-    """The nodes of a plan, by block in the graph's order."""
-
-    def __init__(self, plan: Plan) -> None:
-        self._plan, self._mailbox = plan, Mailbox({INPUT, *plan.graph.blocks})
-        self.nodes = {name: make_node(plan, name, self._mailbox) for name in plan.graph.blocks}
-
-    def run(self, stream: Stream, after_step: Callable[[Node, int], None] | None = None) -> None:
-        """Run the whole stream, as the engine in one process does."""
-        source = SourceNode(self._plan, stream, self._mailbox)
-        run_loop([source, *self.nodes.values()], after_step=after_step)
+from hamdist.study.shared.exact_runs import PlanNodes
 
 
 class ModuleRecord:

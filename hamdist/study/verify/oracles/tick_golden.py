@@ -29,6 +29,7 @@ from hamdist.runtime.plan.plan import Plan, make_plan
 from hamdist.runtime.train.train import train
 from hamdist.streams.adapters import from_iterable
 from hamdist.streams.sample import Sample, Stream
+from hamdist.study.shared.exact_runs import float64_settings
 from hamdist.study.verify.oracles.check import Check, Difference
 from hamdist.study.verify.oracles.golden import (
     ORACLE,
@@ -45,7 +46,6 @@ from hamdist.study.verify.oracles.golden import (
     weight_shapes,
     worst,
 )
-from hamdist.study.verify.oracles.networks import settings_of
 from hamdist.study.verify.oracles.recorded_run import ModuleRecord, RecordedNodes
 
 READOUT = "y"
@@ -184,7 +184,7 @@ def _settings(ticks: Ticks, delay_free: bool, **more: Any) -> Settings:
     order = ticks.order.replace("_", "-")
     locality = {"order": order, "target": "current", "readout": "state", **pace}
     metrics = {"record": "trajectory"}
-    return settings_of("local", locality=locality, dynamics=dynamics, metrics=metrics, **more)
+    return float64_settings("local", locality=locality, dynamics=dynamics, metrics=metrics, **more)
 
 
 def _block_constants(ticks: Ticks, node: _Node) -> dict[str, Any]:

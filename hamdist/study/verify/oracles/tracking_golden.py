@@ -27,6 +27,7 @@ from hamdist.errors import SettingsError
 from hamdist.models.tracker import First
 from hamdist.runtime.plan.plan import make_plan
 from hamdist.streams.adapters import from_iterable
+from hamdist.study.shared.exact_runs import float64_settings
 from hamdist.study.verify.oracles.check import Check, Difference
 from hamdist.study.verify.oracles.golden import (
     ACTIVATIONS,
@@ -41,7 +42,6 @@ from hamdist.study.verify.oracles.golden import (
     tensor,
     worst,
 )
-from hamdist.study.verify.oracles.networks import settings_of
 from hamdist.study.verify.oracles.recorded_run import RecordedNodes
 
 # Without a bias unit a net is near an attractor, where rounding grows: 1e-12 in W_0 moves x by
@@ -98,7 +98,7 @@ def _settings(data: GoldenData) -> Settings:
     order = choice(data, "order", ORDERS).replace("_", "-")
     locality = {"order": order, "target": "current", "readout": "state"}
     metrics = {"record": "trajectory"}
-    return settings_of("local", locality=locality, dynamics=dynamics, metrics=metrics)
+    return float64_settings("local", locality=locality, dynamics=dynamics, metrics=metrics)
 
 
 def track(data: GoldenData, graph: Graph, K: int) -> dict[str, Array]:

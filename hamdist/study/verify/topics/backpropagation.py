@@ -14,6 +14,7 @@ from torch.nn import functional
 from hamdist.config import LearningSettings, Settings
 from hamdist.dynamics.graph.graph import Graph
 from hamdist.runtime.train.train import train
+from hamdist.study.shared.exact_runs import float64_settings
 from hamdist.study.verify.oracles.check import Check, absolute
 from hamdist.study.verify.oracles.networks import (
     BATCH,
@@ -26,7 +27,6 @@ from hamdist.study.verify.oracles.networks import (
     chain,
     hooked,
     seeded,
-    settings_of,
     skip_graph,
     tied,
     with_activation,
@@ -121,7 +121,7 @@ def _check(
     locality: Mapping[str, Any] | None = None,
     level: str = "backprop",
 ) -> Check:
-    settings = settings_of(
+    settings = float64_settings(
         level,
         locality=locality or {},
         learning=learning,

@@ -24,8 +24,8 @@ from hamdist.runtime.results.result import RunResult
 from hamdist.runtime.train.train import train
 from hamdist.streams.adapters import from_iterable
 from hamdist.streams.sample import Sample
+from hamdist.study.shared.exact_runs import float64_settings
 from hamdist.study.verify.oracles.check import Check, Difference, absolute, largest
-from hamdist.study.verify.oracles.networks import settings_of
 
 BOUND = 1e-12
 AUTOGRAD = "autograd, float64"
@@ -99,7 +99,7 @@ def samples_of(case: SequenceCase) -> list[Sample]:
 def run(case: SequenceCase, samples: Sequence[Sample], **learning: Any) -> RunResult:
     """Train the network of a case on `samples`."""
     locality = {"truncation": case.truncation}
-    settings = settings_of("bptt", locality=locality, learning=learning, dynamics={"tau": 0.5})
+    settings = float64_settings("bptt", locality=locality, learning=learning, dynamics={"tau": 0.5})
     return train(graph_of(case), from_iterable(samples, outputs=OUTPUTS), settings)
 
 

@@ -15,11 +15,12 @@ from hamdist.dynamics.modules.recurrent import RecurrentCell
 from hamdist.dynamics.objective.losses import mse
 from hamdist.dynamics.schedule.events import Phase
 from hamdist.errors import SettingsError
-from hamdist.runtime.nodes.factory import Node
+from hamdist.runtime.nodes.node import Node
 from hamdist.runtime.nodes.sequence import SequenceNode
 from hamdist.runtime.plan.plan import make_plan
 from hamdist.streams.adapters import from_iterable
 from hamdist.streams.sample import Sample
+from hamdist.study.shared.exact_runs import PlanNodes, float64_settings
 from hamdist.study.verify.oracles.check import Check, Difference
 from hamdist.study.verify.oracles.golden import (
     ORACLE,
@@ -31,8 +32,6 @@ from hamdist.study.verify.oracles.golden import (
     tensor,
     worst,
 )
-from hamdist.study.verify.oracles.networks import settings_of
-from hamdist.study.verify.oracles.recorded_run import PlanNodes
 from hamdist.study.verify.topics.bptt import cell_block
 
 CELL = "cell"
@@ -60,7 +59,7 @@ def _golden_run(data: GoldenData, **dynamics: Any) -> dict[str, Array]:
     u, y = (x if x.dim() == 3 else x[:, None] for x in (u, y))
     samples = [Sample(u[m], y[m], end=m == len(u) - 1) for m in range(len(u))]
     graph = _golden_graph(data)
-    settings = settings_of(
+    settings = float64_settings(
         "bptt",
         locality={"truncation": int(number(data, "r"))},
         learning={"lr": 0.0},

@@ -15,9 +15,10 @@ import numpy as np
 import torch
 
 from hamdist.runtime.train.train import train
+from hamdist.study.shared.exact_runs import float64_settings
 from hamdist.study.verify.oracles.check import Check, Difference, absolute
 from hamdist.study.verify.oracles.golden import RTOL, Array, distance
-from hamdist.study.verify.oracles.networks import Draws, chain, settings_of
+from hamdist.study.verify.oracles.networks import Draws, chain
 from hamdist.study.verify.oracles.tick_golden import compared, expected, read_ticks, run_ticks
 from hamdist.study.verify.oracles.whole_network import NetworkCase, make_case, replay
 
@@ -116,7 +117,7 @@ def _level(samples: int) -> float:
     """Compare the level's predictions, with weights that do not move."""
     model = chain()
     metrics = {"record": "trajectory"}
-    settings = settings_of("delay-free", learning={"lr": 0.0}, metrics=metrics)
+    settings = float64_settings("delay-free", learning={"lr": 0.0}, metrics=metrics)
     result = train(model, Draws(samples), settings)
     readout = next(reversed(result.records.values()))
     if readout.prediction is None:

@@ -23,8 +23,9 @@ from hamdist.dynamics.objective.losses import mse
 from hamdist.errors import DivergedError
 from hamdist.runtime.train.train import train
 from hamdist.streams.adapters import from_iterable
+from hamdist.study.shared.exact_runs import float64_settings
 from hamdist.study.verify.oracles.check import Check, Difference, absolute, largest
-from hamdist.study.verify.oracles.networks import F64, dense, seeded, settings_of
+from hamdist.study.verify.oracles.networks import F64, dense, seeded
 
 TAU, PHI = 0.5, 1.5
 ORACLE = "autograd and a linear solve at the fixed point"
@@ -77,7 +78,7 @@ def checks(full: bool) -> Iterator[Check]:  # noqa: ARG001
 
 
 def _settings(c_tau: float, sign: int) -> Settings:
-    return settings_of(
+    return float64_settings(
         "local",
         locality={"order": "simultaneous", "target": "current", "readout": "state"},
         dynamics={

@@ -14,8 +14,9 @@ from torch.nn import functional
 from hamdist.runtime.train.train import train
 from hamdist.streams.sample import Sample, Stream, with_weights
 from hamdist.streams.wrappers.late_targets import Delayed, LateLabels
+from hamdist.study.shared.exact_runs import float64_settings
 from hamdist.study.verify.oracles.check import Check, absolute
-from hamdist.study.verify.oracles.networks import BATCH, F64, Draws, chain, settings_of
+from hamdist.study.verify.oracles.networks import BATCH, F64, Draws, chain
 
 BOUND = 1e-12
 ORACLE = "progressive validation with delay: questions and answers in the order of their times"
@@ -34,13 +35,13 @@ def checks(full: bool) -> Iterator[Check]:
 
         yield _check(f"{delay} items", items, delayed, comes)
     comes = {n: n + 1 + (7 * n) % 12 for n in range(items) if n % 9}
-    for name, kept, weighed in (
+    for name, keeps, weighed in (
         ("by key, in any order or never", False, False),
         ("by key, rows with weights", False, True),
         ("by key, with kept traces", True, False),
     ):
-        keyed = partial(LateLabels, Keyed(items, comes, weighed), patience=PATIENCE, kept=kept)
-        yield _check(name, items, keyed, comes, kept, weighed)
+        keyed = partial(LateLabels, Keyed(items, comes, weighed), patience=PATIENCE, kept=keeps)
+        yield _check(name, items, keyed, comes, keeps, weighed)
 
 
 class Keyed:
@@ -74,20 +75,20 @@ def _check(
     items: int,
     stream: Callable[[], Stream],
     comes: Mapping[int, int],
-    kept: bool = False,
+    keeps: bool = False,
     weighed: bool = False,
 ) -> Check:
     what = f"late labels, {name}: losses, hits and weights of {items} samples"
-    return Check(what, ORACLE, BOUND, lambda: _apart(items, stream(), comes, kept, weighed))
+    return Check(what, ORACLE, BOUND, lambda: _apart(items, stream(), comes, keeps, weighed))
 
 
 def _apart(
-    items: int, stream: Stream, comes: Mapping[int, int], kept: bool, weighed: bool
+    items: int, stream: Stream, comes: Mapping[int, int], keeps: bool, weighed: bool
 ) -> float:
-    settings = settings_of("backprop", learning={"lr": RATE}, metrics={"window": 1})
+    settings = float64_settings("backprop", learning={"lr": RATE}, metrics={"window": 1})
     result = train(chain(), stream, settings)
     (windows,) = result.windows.values()
-    scores, weights = _progressive(items, comes, kept, weighed)
+    scores, weights = _progressive(items, comes, keeps, weighed)
     if [w.first for w in windows] != list(scores):
         return float("inf")
     ours = torch.tensor([(w.loss, w.correct) for w in windows], dtype=F64)
@@ -97,7 +98,7 @@ def _apart(
 
 
 def _progressive(
-    items: int, comes: Mapping[int, int], kept: bool, weighed: bool
+    items: int, comes: Mapping[int, int], keeps: bool, weighed: bool
 ) -> tuple[dict[int, tuple[float, int]], list[Tensor]]:
     """Return (loss, hits) by sample, in the order in which labels come, and the weights at the
     end."""
@@ -115,7 +116,7 @@ def _progressive(
             scores[n] = float(_loss(then[-1], y, rows)), int((then[-1].argmax(1) == y).sum())
             optimiser.zero_grad()
             _loss(model(u), y, rows).backward()  # type: ignore[no-untyped-call]
-            if kept:
+            if keeps:
                 _gradients(model, then, y)
             optimiser.step()
         questions[now] = _activations(model, sample.u)

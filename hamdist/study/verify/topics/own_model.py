@@ -31,8 +31,8 @@ from hamdist.study.propagation.gradients import (
     relative_error,
 )
 from hamdist.study.propagation.streams import StreamKind, timed_stream
+from hamdist.study.shared.exact_runs import float64_settings
 from hamdist.study.verify.oracles.check import Check, Difference, largest
-from hamdist.study.verify.oracles.networks import settings_of
 
 STEPS = 10
 LR = 0.01
@@ -74,34 +74,34 @@ def parse_shape(text: str) -> tuple[int, ...]:
     return shape
 
 
-def checks(own: VerifiedModel) -> Generator[Check, None, None]:
-    """Yield the checks. Raises SettingsError if the model cannot be own."""
-    model = make(own, torch.float64)
+def checks(subject: VerifiedModel) -> Generator[Check, None, None]:
+    """Yield the checks. Raises SettingsError if the model cannot be verified."""
+    model = make(subject, torch.float64)
     if not any(p.requires_grad for p in model.parameters()):
         raise SettingsError("--model: it has no weights that learn, so there is nothing to verify")
-    items = Items(own, model, torch.float64)
-    as_graph(model, _settings("backprop", own, torch.float64), items.spec, _loss(own))
+    items = Items(subject, model, torch.float64)
+    as_graph(model, _settings("backprop", subject, torch.float64), items.spec, _loss(subject))
     for dtype in (torch.float64, torch.float32):
         bound = ROUNDINGS * torch.finfo(dtype).eps
         yield Check(
-            f"{own.name}, level backprop, {str(dtype).removeprefix('torch.')}: losses, weights and "
-            f"buffers of {STEPS} steps (relative)",
+            f"{subject.name}, level backprop, {str(dtype).removeprefix('torch.')}: losses, weights "
+            f"and buffers of {STEPS} steps (relative)",
             "autograd and torch.optim.SGD",
             bound,
-            partial(_backprop, own, dtype),
+            partial(_backprop, subject, dtype),
         )
     if vocabulary(model) is None:
         yield Check(
-            f"{own.name}, level local: weight gradients on a smooth stream (relative)",
+            f"{subject.name}, level local: weight gradients on a smooth stream (relative)",
             "backpropagation",
             TOLERANCE,
-            partial(_local, own),
+            partial(_local, subject),
         )
 
 
-def make(own: VerifiedModel, dtype: torch.dtype) -> nn.Module:
+def make(subject: VerifiedModel, dtype: torch.dtype) -> nn.Module:
     """Return the model, without modules that draw random numbers, which would be others."""
-    model = make_from_factory(own.factory, seed=SEED, dtype=dtype)
+    model = make_from_factory(subject.factory, seed=SEED, dtype=dtype)
     for part in model.modules():
         if isinstance(part, (_DropoutNd, nn.RReLU)) or getattr(part, "dropout", False):
             part.eval()
@@ -119,11 +119,11 @@ class Items:
 
     portable = True
 
-    def __init__(self, own: VerifiedModel, model: nn.Module, dtype: torch.dtype) -> None:
-        self._u_shape = (own.batch, *own.input_shape)
+    def __init__(self, subject: VerifiedModel, model: nn.Module, dtype: torch.dtype) -> None:
+        self._u_shape = (subject.batch, *subject.input_shape)
         self._dtype = dtype
         self._tokens = vocabulary(model)
-        self._classes = own.classes
+        self._classes = subject.classes
         with torch.no_grad():
             prediction = copied(model)(self._u(torch.Generator().manual_seed(SEED)))
         if not isinstance(prediction, Tensor):
@@ -132,10 +132,10 @@ class Items:
                 "that returns its prediction alone"
             )
         shape = tuple(prediction.shape)
-        if own.classes is not None:
-            if len(shape) < 2 or shape[1] < own.classes:
+        if subject.classes is not None:
+            if len(shape) < 2 or shape[1] < subject.classes:
                 raise SettingsError(
-                    f"--classes {own.classes}: the model predicts {shape}, batch in front"
+                    f"--classes {subject.classes}: the model predicts {shape}, batch in front"
                 )
             shape = (shape[0], *shape[2:])
         self._y_shape = shape
@@ -162,12 +162,12 @@ class Items:
                 yield Sample(u, torch.randint(self._classes, self._y_shape, generator=random))
 
 
-def _backprop(own: VerifiedModel, dtype: torch.dtype) -> Difference:
+def _backprop(subject: VerifiedModel, dtype: torch.dtype) -> Difference:
     """Return the largest |a - b| / max(1, |b|) of losses, weights and buffers."""
-    plain = make(own, dtype)
-    items = Items(own, plain, dtype)
-    loss = _loss(own)
-    result = train(plain, items, _settings("backprop", own, dtype), loss=loss)
+    plain = make(subject, dtype)
+    items = Items(subject, plain, dtype)
+    loss = _loss(subject)
+    result = train(plain, items, _settings("backprop", subject, dtype), loss=loss)
     before = [p.detach().clone() for p in plain.parameters()]
     losses = _sgd(plain, items, loss)
     pairs = dict(zip(plain.state_dict(), result.model.state_dict().values(), strict=True))
@@ -188,13 +188,13 @@ def _backprop(own: VerifiedModel, dtype: torch.dtype) -> Difference:
     return Difference(worst.difference, where)
 
 
-def _local(own: VerifiedModel) -> Difference:
+def _local(subject: VerifiedModel) -> Difference:
     """Return the error at the smallest speed at which it is within the tolerance."""
-    model = make(own, torch.float64)
-    items = Items(own, model, torch.float64)
-    settings = _settings("local", own, torch.float64)
-    graph = as_graph(model, settings, items.spec, _loss(own))
-    network = as_network(graph, own.input_shape, own.batch)
+    model = make(subject, torch.float64)
+    items = Items(subject, model, torch.float64)
+    settings = _settings("local", subject, torch.float64)
+    graph = as_graph(model, settings, items.spec, _loss(subject))
+    network = as_network(graph, subject.input_shape, subject.batch)
     stream = timed_stream(StreamKind.SMOOTH, network.values, SEED)
     exact = exact_gradients(network, stream)
 
@@ -213,18 +213,18 @@ def _local(own: VerifiedModel) -> Difference:
     )
 
 
-def _settings(level: str, own: VerifiedModel, dtype: torch.dtype) -> Settings:
-    return settings_of(
+def _settings(level: str, subject: VerifiedModel, dtype: torch.dtype) -> Settings:
+    return float64_settings(
         level,
         dtype=str(dtype).removeprefix("torch."),
         learning={"lr": LR},
-        partition={"blocks": own.blocks},
+        partition={"blocks": subject.blocks},
         metrics={"window": 1},
     )
 
 
-def _loss(own: VerifiedModel) -> LossFunction:
-    return mse if own.classes is None else cross_entropy
+def _loss(subject: VerifiedModel) -> LossFunction:
+    return mse if subject.classes is None else cross_entropy
 
 
 def _sgd(model: nn.Module, items: Items, loss: LossFunction) -> list[float]:

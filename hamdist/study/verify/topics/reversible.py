@@ -21,6 +21,7 @@ from hamdist.dynamics.objective.losses import mse
 from hamdist.runtime.train.train import train
 from hamdist.streams.adapters import from_iterable
 from hamdist.streams.sample import Stream
+from hamdist.study.shared.exact_runs import float64_settings
 from hamdist.study.shared.live_bytes import LiveBytes
 from hamdist.study.verify.oracles.check import Check, Difference, absolute, largest
 from hamdist.study.verify.oracles.golden import (
@@ -41,7 +42,6 @@ from hamdist.study.verify.oracles.networks import (
     Draws,
     dense,
     seeded,
-    settings_of,
 )
 from hamdist.study.verify.topics.backpropagation import sgd
 
@@ -147,7 +147,7 @@ MODELS: dict[str, Callable[[int], nn.Sequential]] = {
 
 def _settings(**sections: Any) -> Settings:
     """Return settings with a tau that is not 1, so that it shows where one is forgotten."""
-    return settings_of("reversible", dynamics={"tau": 0.5}, **sections)
+    return float64_settings("reversible", dynamics={"tau": 0.5}, **sections)
 
 
 def _gradients(make: Callable[[], nn.Sequential], depth: int) -> Difference:

@@ -21,9 +21,9 @@ from hamdist.runtime.ray_engine.session import ray_session
 from hamdist.runtime.results.result import RunResult
 from hamdist.runtime.train.named_rules import make_rule
 from hamdist.runtime.train.train import plan_of, train
+from hamdist.study.shared.exact_runs import PlanNodes
 from hamdist.study.verify.oracles.check import Check, Difference
 from hamdist.study.verify.oracles.networks import Draws, chain
-from hamdist.study.verify.oracles.recorded_run import PlanNodes
 from hamdist.study.verify.topics.engines import ACTORS, IN_PROCESS, difference
 
 SAMPLES, AT = 30, 17  # a process is lost at sample AT

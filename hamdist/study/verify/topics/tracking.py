@@ -196,6 +196,6 @@ def _blows_up() -> Difference:
     except DivergedError as error:
         named = (error.block, error.quantity) == ("x", "z") and error.tick > 0
         weights = [] if error.result is None else error.result.model.state_dict().values()
-        kept = bool(weights) and all(bool(w.isfinite().all()) for w in weights)
-        return Difference(0.0 if named and kept else 1.0, str(error))
+        finite = bool(weights) and all(bool(w.isfinite().all()) for w in weights)
+        return Difference(0.0 if named and finite else 1.0, str(error))
     return Difference(1.0, "the run went on")
