@@ -299,11 +299,12 @@ def traced(model: nn.Module, example: NetworkInputs) -> fx.Graph:
     check_taken(model, example)
     inputs = by_parent(example)
     try:
-        made = trace(model, inputs, called_by_parent)
-        return one_block(made, model, list(inputs)).hamdist_graph
+        steps = trace(model, inputs, called_by_parent)
+        return one_block(steps, model, list(inputs)).hamdist_graph
     except Unfollowed as why:
-        told = stays_whole(why.module, model, why)
-        raise GraphError(f"the model cannot be traced: {told}") from None
+        raise GraphError(
+            f"the model cannot be traced: {stays_whole(why.module, model, why)}"
+        ) from None
 
 
 def _whole(

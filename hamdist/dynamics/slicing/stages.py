@@ -185,10 +185,10 @@ class SlicePhases:
             return root.m(*combined(spec.combine, list(h.values())))
 
         try:
-            made = trace(self.root, inputs, call, own=("torch.",))
-            whole = {inner_path(name): why for name, why in made.whole.items()}
+            steps = trace(self.root, inputs, call, own=("torch.",))
+            whole = {inner_path(name): why for name, why in steps.whole.items()}
             self._refuse([stays_whole(name, spec.module, why) for name, why in whole.items()])
-            return one_block(made, self.root, list(inputs))
+            return one_block(steps, self.root, list(inputs))
         except Unfollowed as why:
             self._refuse([stays_whole(inner_path(why.module), spec.module, why)])
             raise

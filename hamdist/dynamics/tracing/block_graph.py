@@ -46,13 +46,13 @@ def one_block(trace: Trace, model: nn.Module, inputs: Sequence[str]) -> TracedMo
     if not values:
         raise Unfollowed("its output depends neither on its input nor on its weights", "", "")
     flow = Flow(trace, model, values)
-    made = BlockGraph(flow, model, "", dict.fromkeys(flow.order, ""), {"": ()})
+    block = BlockGraph(flow, model, "", dict.fromkeys(flow.order, ""), {"": ()})
     for name in inputs:
-        made.input(name)
+        block.input(name)
     for i in flow.order:
-        made.emit(i)
-    made.finish(made.arguments(trace.output), inputs)
-    return made.module()
+        block.emit(i)
+    block.finish(block.arguments(trace.output), inputs)
+    return block.module()
 
 
 class BlockGraph:
@@ -77,9 +77,9 @@ class BlockGraph:
         self._graph = fx.Graph()
         self._first = self._graph.placeholder("first")  # stands for the first of the parents
         self._inputs: dict[str, fx.Node] = {}
-        self._made: dict[int, fx.Node] = {}  # by op
+        self._nodes: dict[int, fx.Node] = {}  # by op
         self._values: dict[Value, fx.Node] = {}  # parts of what ops return, and of other blocks
-        self._once: dict[object, fx.Node] = {}  # weights, the device, the batch, sums with it
+        self._cache: dict[object, fx.Node] = {}  # weights, the device, the batch, sums with it
         self._before: fx.Node | None = None  # True if autograd records; None where it does
 
     def packed(self, values: Sequence[Value]) -> fx.Node:
@@ -105,7 +105,7 @@ class BlockGraph:
 
     def module(self) -> TracedModule:
         """Return the module that runs the graph."""
-        ops = [self._flow.ops[i] for i in self._made]
+        ops = [self._flow.ops[i] for i in self._nodes]
         origins = [self._flow.trace.origin.get(m) for op in ops for m in op.writes]
         names = {n for n, _ in self._model.named_buffers(remove_duplicate=False)}
         return TracedModule(
@@ -120,9 +120,8 @@ class BlockGraph:
 
     def emit(self, i: int) -> fx.Node:
         """Return the result of op i, which is added to the graph unless it is there."""
-        made = self._made.get(i)
-        if made is not None:
-            return made
+        if i in self._nodes:
+            return self._nodes[i]
         for before in sorted(self._flow.needs[i] & self._flow.free):  # what writes to what it reads
             self.emit(before)
         op = self._flow.ops[i]
@@ -132,8 +131,8 @@ class BlockGraph:
             self._parts[str(target)] = self._model.get_submodule(str(target))
             target = target or WHOLE
         self._grad(op.grad)
-        self._made[i] = self._graph.create_node(op.node.op, target, args, kwargs)
-        return self._made[i]
+        self._nodes[i] = self._graph.create_node(op.node.op, target, args, kwargs)
+        return self._nodes[i]
 
     def _grad(self, wanted: bool) -> None:
         """Make autograd record the next calls as it does outside of the graph, or not at all."""
@@ -158,19 +157,19 @@ class BlockGraph:
         if isinstance(value, SymbolicSize):
             return self._number(value)
         if isinstance(value, DeviceRef):
-            return self._found(value, "call_function", getattr, self._first, "device")
+            return self._cached(value, "call_function", getattr, self._first, "device")
         if isinstance(value, slice):
             return slice(*map(self.arguments, (value.start, value.stop, value.step)))
         parts = parts_of(value)
         if parts is None:
             return value if is_spelled(value) else self._call(Bound(the_value, (value,)))
-        keys, own = [key for key, _ in parts], [self.arguments(part) for _, part in parts]
-        made = filled(value, own)
-        if isinstance(made, Built):
-            return self._call(Bound(built, (made.kind, keys)), own)
-        if isinstance(made, dict) and not all(map(is_spelled, keys)):
-            return self._call(Bound(built, (dict, keys)), own)
-        return made
+        keys, arguments = [key for key, _ in parts], [self.arguments(part) for _, part in parts]
+        template = filled(value, arguments)
+        if isinstance(template, Built):
+            return self._call(Bound(built, (template.kind, keys)), arguments)
+        if isinstance(template, dict) and not all(map(is_spelled, keys)):
+            return self._call(Bound(built, (dict, keys)), arguments)
+        return template
 
     def _node(self, node: fx.Node) -> fx.Node:
         value = value_of(node)
@@ -184,9 +183,9 @@ class BlockGraph:
             if name not in self._constants:
                 self._constants[name] = constant.clone()  # each block has its own
         elif name not in self._weights:
-            own = _tensor(self._model, name)
-            self._weights[name] = own.clone() if self._flow.steady(name) else own
-        return self._found(name, "get_attr", name)
+            tensor = _tensor(self._model, name)
+            self._weights[name] = tensor.clone() if self._flow.steady(name) else tensor
+        return self._cached(name, "get_attr", name)
 
     def input(self, name: str) -> fx.Node:
         """Return what a parent sends: another block, or the stream."""
@@ -197,43 +196,44 @@ class BlockGraph:
             self._first.prepend(node)
         return self._inputs[name]
 
-    def _found(self, key: object, op: str, target: Any, *args: Any) -> fx.Node:
-        """Return the node of this key, which is made once."""
-        if key not in self._once:
-            self._once[key] = self._graph.create_node(op, target, args)
-        return self._once[key]
+    def _cached(self, key: object, op: str, target: Any, *args: Any) -> fx.Node:
+        """Return the node of this key; it is in the graph once."""
+        if key not in self._cache:
+            self._cache[key] = self._graph.create_node(op, target, args)
+        return self._cache[key]
 
     def _number(self, size: SymbolicSize) -> Any:
         """Return per * B + more + the sum of (a + b * B) * length."""
-        batch = self._found("", "call_method", "size", self._first, 0)
+        batch = self._cached("", "call_method", "size", self._first, 0)
         terms: list[Any] = [self._product(batch, size.per)] if size.per else []
         for one, a, b in size.lengths:
-            length = self._found(one, "call_method", "size", self.input(one.name), one.axis)
+            length = self._cached(one, "call_method", "size", self.input(one.name), one.axis)
             terms += [self._product(length, a)] if a else []
             terms += [self._product(self._product(length, batch), b)] if b else []
         terms += [size.more] if size.more or not terms else []
         total = terms[0]
         for term in terms[1:]:
-            total = self._found((total, term), "call_function", operator.add, total, term)
+            total = self._cached((total, term), "call_function", operator.add, total, term)
         return total
 
     def _product(self, a: fx.Node, b: fx.Node | int) -> fx.Node:
-        return a if b == 1 else self._found((a, b, "*"), "call_function", operator.mul, a, b)
+        return a if b == 1 else self._cached((a, b, "*"), "call_function", operator.mul, a, b)
 
     def value(self, value: Value) -> fx.Node:
-        """Return a result of an op, made here or taken from what another block sends."""
+        """Return a result of an op, by a call here or out of what another block sends."""
         i, path = value
         home = self._home.get(i)
         out = self._leaving.get(home or "", ())
-        own = home == self._name or i in self._flow.free
-        if own or (home is None and i in self._flow.pure) or value not in out:  # made here (again)
+        inside = home == self._name or i in self._flow.free
+        repeated = (home is None and i in self._flow.pure) or value not in out
+        if inside or repeated:
             return self._part(self.emit(i), i, path)
         if value not in self._values:
-            taken = self._taken(value, out)
+            received = self._received(value, out)
             if self._is_written(value):  # here, and not where it came from
                 self._grad(True)
-                taken = self._graph.call_method("clone", (taken,))
-            self._values[value] = taken
+                received = self._graph.call_method("clone", (received,))
+            self._values[value] = received
         return self._values[value]
 
     def _part(self, node: fx.Node, i: int, path: Path) -> fx.Node:
@@ -246,11 +246,11 @@ class BlockGraph:
         return self._values[i, path]
 
     def _is_written(self, value: Value) -> bool:
-        own = [i for i, home in self._home.items() if home == self._name]
-        written = {m for i in own for m in self._flow.ops[i].writes}
+        ops = [i for i, home in self._home.items() if home == self._name]
+        written = {m for i in ops for m in self._flow.ops[i].writes}
         return bool(written & self._flow.ops[value[0]].memory)
 
-    def _taken(self, value: Value, out: Sequence[Value]) -> fx.Node:
+    def _received(self, value: Value, out: Sequence[Value]) -> fx.Node:
         """Return a value from another block."""
         sender = self.input(self._home[value[0]])
         forms = [self._flow.form(v) for v in out]
@@ -258,14 +258,14 @@ class BlockGraph:
             return sender
         at = list(out).index(value)
         before, dims = self.arguments(([(f.free, _dims(f)) for f in forms[:at]], _dims(forms[at])))
-        own = forms[at].dtype if len({f.dtype for f in forms}) > 1 else None
-        return self._call(Bound(unpacked, (forms[at], own)), sender, before, dims)
+        dtype = forms[at].dtype if len({f.dtype for f in forms}) > 1 else None
+        return self._call(Bound(unpacked, (forms[at], dtype)), sender, before, dims)
 
 
 def _tensor(model: nn.Module, name: str) -> Tensor:
     path, _, last = name.rpartition(".")
-    found: Tensor = getattr(model.get_submodule(path), last)
-    return found
+    tensor: Tensor = getattr(model.get_submodule(path), last)
+    return tensor
 
 
 def _dims(form: ColumnForm) -> tuple[int | SymbolicSize, ...]:

@@ -71,11 +71,11 @@ class JoinedRuns:
 def joined_runs(runs: Sequence[Recording], points: Sequence[TracePoint]) -> JoinedRuns:
     """Return what the runs have in common; raise Unfollowed where they take other steps."""
     join = _Join(runs, points)
-    made = JoinedRuns([], [], None)
+    joined = JoinedRuns([], [], None)
     for taken in zip(*(r.taken for r in runs), strict=False):
         try:
-            made.ops.append(join.op(taken))
-            made.calls.append(join.call(taken))
+            joined.ops.append(join.op(taken))
+            joined.calls.append(join.call(taken))
         except _Apart as why:
             raise Unfollowed(f"at another batch {why}", taken[0].where, taken[0].line) from None
     lengths = {len(r.taken) for r in runs}
@@ -83,10 +83,10 @@ def joined_runs(runs: Sequence[Recording], points: Sequence[TracePoint]) -> Join
         longest = max(runs, key=lambda r: len(r.taken)).taken[min(lengths)]
         raise Unfollowed("at another batch it takes more steps", longest.where, longest.line)
     try:
-        made.output = join.template([r.output for r in runs])
+        joined.output = join.template([r.output for r in runs])
     except _Apart as why:
         raise Unfollowed(f"at another batch its output: {why}", "", "") from None
-    return made
+    return joined
 
 
 class _Join:
@@ -213,14 +213,14 @@ class Trace(TracedProgram):
 
 
 def trace_of(
-    run: Recording, made: JoinedRuns, whole: dict[str, Unfollowed], one_row: str | None
+    run: Recording, joined: JoinedRuns, whole: dict[str, Unfollowed], one_row: str | None
 ) -> Trace:
     """Return a run with the arguments that all runs have in common; it is changed in place."""
-    for op, (args, kwargs) in zip(made.ops, made.calls, strict=True):
+    for op, (args, kwargs) in zip(joined.ops, joined.calls, strict=True):
         op.node.args, op.node.kwargs = args, kwargs
-    run.end.args = (made.output,)
+    run.end.args = (joined.output,)
     constants = [t.detach() for t in run.constants]
-    trace = Trace(run.graph, constants, run.origin, made.ops, whole, one_row=one_row)
+    trace = Trace(run.graph, constants, run.origin, joined.ops, whole, one_row=one_row)
     _fold(trace, run)
     return trace
 

@@ -320,12 +320,12 @@ class WorkerHandle:
     running: Any = None  # the call of run()
     report: WorkerReport | None = None
     status: WorkerStatus | None = None
-    asked: Any = None  # a status call under way
-    asked_at: float = 0.0
+    call: Any = None  # a status call under way
+    called_at: float = 0.0
     windows: list[Window] = field(default_factory=list)
     joined: int | None = None
 
-    told: list[SnapshotNews] = field(default_factory=list)
+    snapshot_news: list[SnapshotNews] = field(default_factory=list)
     kept_bytes: int = 0
     forgot: bool = False  # it has let signals go that a successor of a neighbour would need
 
@@ -337,7 +337,7 @@ class WorkerHandle:
 
     def begin_again(self) -> None:
         """Discard what is recorded of the actor's run."""
-        self.running = self.report = self.status = self.asked = None
+        self.running = self.report = self.status = self.call = None
         self.windows = []
         self.joined = None
 
@@ -350,7 +350,7 @@ class WorkerHandle:
         """Keep what a worker reports of itself."""
         self.status = status
         if status.kept is not None:
-            self.told.append(status.kept)
+            self.snapshot_news.append(status.kept)
             self.kept_bytes, self.forgot = status.kept.nbytes, status.kept.forgot
         self.windows = [*self.windows[: status.first], *status.windows]
         self.joined = status.joined

@@ -88,9 +88,9 @@ class WorkerGroup(WiredWorkers):
 
     def kept(self) -> list[SnapshotNews]:
         """Return the snapshot news of all actors since the last call."""
-        all_news = [news for actor in self.actors for news in actor.told]
+        all_news = [news for actor in self.actors for news in actor.snapshot_news]
         for actor in self.actors:
-            actor.told.clear()
+            actor.snapshot_news.clear()
         if self._local is not None:
             status = self._local.status(0, None)
             all_news += [] if status.kept is None else [status.kept]
@@ -155,7 +155,7 @@ class WorkerGroup(WiredWorkers):
             )
         if report is None or report.error is None:
             if report is not None and report.kept is not None:
-                actor.told.append(report.kept)
+                actor.snapshot_news.append(report.kept)
             return
         if self.on_lost is not None and self.on_lost(actor, report.error, report.error):
             actor.report = actor.running = None
@@ -165,21 +165,21 @@ class WorkerGroup(WiredWorkers):
     def ask(self, now: float, seconds: float) -> None:
         """Query the status of all running actors, and note the answers that come in time."""
         for actor in self.actors:
-            if actor.report is None and actor.asked is None:
-                actor.asked = actor.handle.status.remote(len(actor.windows), actor.joined)
-                actor.asked_at = now
-        calls = {actor.asked: actor for actor in self.actors if actor.asked is not None}
+            if actor.report is None and actor.call is None:
+                actor.call = actor.handle.status.remote(len(actor.windows), actor.joined)
+                actor.called_at = now
+        calls = {actor.call: actor for actor in self.actors if actor.call is not None}
         if not calls:
             return
         for call in ray.wait(list(calls), num_returns=len(calls), timeout=seconds)[0]:
             actor = calls[call]
-            actor.asked = None
+            actor.call = None
             with contextlib.suppress(RayError):  # an actor that died is found by its run call
                 actor.note(ray.get(call))
 
     def silent(self, now: float, seconds: float = ANSWER_SECONDS) -> list[WorkerHandle]:
         """Return the actors that have not answered for `seconds`."""
-        return [a for a in self.actors if a.asked is not None and now - a.asked_at > seconds]
+        return [a for a in self.actors if a.call is not None and now - a.called_at > seconds]
 
     def samples(self) -> int:
         """Return the number of samples that have entered the network."""
