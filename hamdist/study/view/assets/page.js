@@ -304,7 +304,7 @@
   }
 
   function slowest(run) { // the block that computes longest, where that is plain
-    const loads = [...blockLoads(run)].sort((a, b) => b[1] - a[1]);
+    const loads = [...blockLoads(run)].filter(([name]) => run.blockOf?.has(name)).sort((a, b) => b[1] - a[1]);
     return loads.length > 1 && loads[0][1] > 2 / loads.length && loads[0][1] > 1.5 * loads[1][1] ? loads[0][0] : null;
   }
 
