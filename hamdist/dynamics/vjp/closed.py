@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from hamdist.dynamics.graph.graph import Combine, combined
-from hamdist.dynamics.saved_state.remember import Slot, nested_slots
+from hamdist.dynamics.saved_state.remember import Slot, check_names, fill, nested_slots
 from hamdist.dynamics.vjp.autograd import LocalFunction
 from hamdist.dynamics.vjp.gradient import AtOnce, Gradient, Gradients
 from hamdist.dynamics.vjp.kernels import KeptTensors
@@ -102,15 +102,26 @@ class ClosedFunction(LocalFunction):
     def rebuilt(self, state: Mapping[str, Any]) -> Any:
         try:
             return super().rebuilt(state)
-        except SnapshotError:  # (a snapshot of format 1 has several rows in layers of their own)
-            chains = [step.kernel for step in self._steps if isinstance(step.kernel, Chain)]
+        except SnapshotError:  # (a snapshot of format 1 may join its kernels in another way)
+            check_names("record", state, ("inputs", "wanted", "output", "kept"))
+        chains = [step.kernel for step in self._steps if isinstance(step.kernel, Chain)]
+        for chain in chains:
+            chain.apart = True
+        try:
+            record = self.forward(state["inputs"], state["wanted"])
+        finally:
             for chain in chains:
-                chain.apart = True
-            try:
-                return super().rebuilt(state)
-            finally:
-                for chain in chains:
-                    chain.apart = False
+                chain.apart = False
+        slots = _by_kernel([(slot.name, slot) for slot in self._slots(record)])
+        fill(
+            iter([Slot(name, slot.value, slot.set) for name, slot in slots]),
+            _by_kernel(state["kept"]),
+        )
+        for step, kept in zip(self._steps, record.kept, strict=True):
+            if isinstance(step.kernel, Chain):
+                kept[0] = kept[1][-1][0]  # the chain's output is that of its last kernel
+        record.output.data.copy_(state["output"])
+        return record
 
     def _wants(self, record: Any) -> list[bool]:
         return list(record.wanted)
@@ -179,3 +190,14 @@ def closed_cell(
     """
     program = read_program(module, len(_combined_places(combine, parents)), native=native)
     return None if program is None else ClosedFunction(module, combine, seed, program)
+
+
+def _by_kernel(kept: Sequence[Sequence[Any]]) -> list[tuple[str, Any]]:
+    """Return what each kernel keeps, named by its place there alone, however chains join them.
+
+    kept: by name, `kept.STEP.i`; in a chain that was not one call of C `kept.STEP.1.KERNEL.i`, and
+    `kept.STEP.0` is its last kernel's output once more.
+    """
+    joined = {name.rsplit(".", 2)[0] for name, _ in kept if name.count(".") > 2}
+    repeated = {f"{step.removesuffix('.1')}.0" for step in joined}
+    return [(name.rsplit(".", 1)[1], value) for name, value in kept if name not in repeated]
