@@ -18,7 +18,7 @@ from typer.testing import CliRunner
 import hamdist
 from hamdist.cli import app
 from hamdist.config import Settings, read_settings
-from hamdist.dynamics.vjp.autograd import OwnGenerator
+from hamdist.dynamics.vjp.seeding import OwnGenerator
 from hamdist.errors import ClusterError, SettingsError, SnapshotError
 from hamdist.launch.driver import _hand_over, _Results
 from hamdist.launch.events import File, FilesStay, WarningEvent, from_line, tell

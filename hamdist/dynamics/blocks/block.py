@@ -13,8 +13,8 @@ from hamdist.dynamics.saved_state.remember import Remembers, taken
 from hamdist.dynamics.updates.accumulate import GradientSum
 from hamdist.dynamics.updates.constants import Dynamics
 from hamdist.dynamics.updates.weights import Weights
-from hamdist.dynamics.vjp.autograd import ForwardRecord, LocalFunction
 from hamdist.dynamics.vjp.gradient import AtOnce, Gradient
+from hamdist.dynamics.vjp.local_function import ForwardRecord, LocalFunction
 
 SUM = "gradients"  # its name in a snapshot, beside STATE
 BUFFERS = "buffers"
@@ -86,9 +86,12 @@ class Block(Remembers):
 
     def run(self, sample: int, inputs: Sequence[Tensor]) -> ForwardRecord:
         """Return the record of a forward pass with the weights that a sample meets."""
+        record: ForwardRecord
         if self.buffers is None:
-            return self.cell.forward(inputs, self._wanted)
-        return self.cell.forward_at(self.buffers.theta(sample), inputs, self._wanted)
+            record = self.cell.forward(inputs, self._wanted)
+        else:
+            record = self.cell.forward_at(self.buffers.theta(sample), inputs, self._wanted)
+        return record
 
     def at_once(self, sample: int, tau: float) -> AtOnce | None:
         """Return the permission to move weights by the gradients of a pass before `learn_from`.

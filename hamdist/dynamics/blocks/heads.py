@@ -28,7 +28,7 @@ from hamdist.dynamics.finite import Scale
 from hamdist.dynamics.saved_state.remember import Remembers
 from hamdist.dynamics.updates.constants import Dynamics, constant_tau
 from hamdist.dynamics.updates.weights import Weights
-from hamdist.dynamics.vjp.autograd import ForwardRecord, LocalFunction
+from hamdist.dynamics.vjp.local_function import ForwardRecord, LocalFunction
 from hamdist.errors import LevelError
 
 NORM_EPS = 1e-3

@@ -18,8 +18,8 @@ from hamdist.dynamics.blocks.gate import RetrospectiveInput
 from hamdist.dynamics.blocks.readout_loss import Reading, ReadoutLoss, plain, scaled, total
 from hamdist.dynamics.saved_state.remember import known
 from hamdist.dynamics.updates.weights import Weights
-from hamdist.dynamics.vjp.autograd import ForwardRecord, LocalFunction
 from hamdist.dynamics.vjp.gradient import Gradient
+from hamdist.dynamics.vjp.local_function import ForwardRecord, LocalFunction
 
 
 @known("Tick")

@@ -20,7 +20,7 @@ from hamdist.dynamics.blocks.microbatch_reading import MicrobatchReading
 from hamdist.dynamics.blocks.readout_loss import Reading, ReadoutLoss, plain, scaled, total
 from hamdist.dynamics.modules.reversible import InversePass, pieces_of
 from hamdist.dynamics.updates.constants import constant_tau
-from hamdist.dynamics.vjp.autograd import ForwardRecord
+from hamdist.dynamics.vjp.local_function import ForwardRecord
 
 
 class PulseBlock(SavesPasses):

@@ -23,8 +23,9 @@ from hamdist.dynamics.finite import Guard, unguarded
 from hamdist.dynamics.objective.losses import LossFunction, Slope, Weighted, loss_and_slope
 from hamdist.dynamics.saved_state.remember import Remembers, check_names
 from hamdist.dynamics.updates.constants import Dynamics
-from hamdist.dynamics.vjp.autograd import ForwardRecord, LocalFunction, SeededLoss
 from hamdist.dynamics.vjp.gradient import AtOnce, Gradient
+from hamdist.dynamics.vjp.local_function import ForwardRecord, LocalFunction
+from hamdist.dynamics.vjp.seeding import SeededLoss
 
 
 @dataclass(frozen=True, slots=True)

@@ -28,8 +28,8 @@ from hamdist.dynamics.blocks.readout_loss import Reading, ReadoutLoss, scaled, t
 from hamdist.dynamics.objective.losses import Slope
 from hamdist.dynamics.saved_state.remember import Remembers
 from hamdist.dynamics.updates.constants import constant_tau
-from hamdist.dynamics.vjp.autograd import ForwardRecord
 from hamdist.dynamics.vjp.gradient import Gradient
+from hamdist.dynamics.vjp.local_function import ForwardRecord
 
 
 class WayBack(Remembers):

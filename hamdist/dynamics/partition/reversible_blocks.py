@@ -18,7 +18,7 @@ from hamdist.dynamics.graph.graph import BlockSpec, Graph, ShapeMap, combined
 from hamdist.dynamics.graph.inputs import INPUT, is_input
 from hamdist.dynamics.modules.reversible import pieces_of, undone
 from hamdist.dynamics.user_modules.copies import copied
-from hamdist.dynamics.vjp.autograd import random_parts
+from hamdist.dynamics.vjp.seeding import random_parts
 from hamdist.errors import LevelError
 
 # Depth |lambda| tau of a leak: e to this power is what a state's rounding error grows by.

@@ -41,7 +41,7 @@ from hamdist.dynamics.slicing.sliced_layers import (
     outputs_of,
 )
 from hamdist.dynamics.user_modules.hooks import is_usual
-from hamdist.dynamics.vjp.autograd import random_parts
+from hamdist.dynamics.vjp.seeding import random_parts
 from hamdist.errors import GraphError
 
 ELEMENTWISE = (

@@ -23,7 +23,8 @@ from torch import Tensor, nn
 from hamdist.dynamics.graph.graph import Combine
 from hamdist.dynamics.saved_state.remember import check_names
 from hamdist.dynamics.user_modules.copies import copied
-from hamdist.dynamics.vjp.autograd import LocalFunction, OwnGenerator
+from hamdist.dynamics.vjp.autograd import AutogradFunction
+from hamdist.dynamics.vjp.seeding import OwnGenerator
 
 
 @dataclass(frozen=True, slots=True)
@@ -35,8 +36,8 @@ class Rounding:
     worst: float
 
 
-class AutocastFunction(LocalFunction):
-    """A `LocalFunction` whose forward pass runs under bfloat16 autocast, on 'cpu' or 'cuda'."""
+class AutocastFunction(AutogradFunction):
+    """A local function whose forward pass runs under bfloat16 autocast, on 'cpu' or 'cuda'."""
 
     def __init__(
         self,

@@ -10,125 +10,35 @@ weights that it used (`trace+weights`).
 
 from __future__ import annotations
 
-import hashlib
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.func import functional_call
-from torch.nn.modules.dropout import _DropoutNd
 
-from hamdist.dynamics.graph.graph import EXTRA, Combine, combined
-from hamdist.dynamics.objective.losses import CrossEntropy, LossFunction, mse
+from hamdist.dynamics.graph.graph import Combine, combined
 from hamdist.dynamics.saved_state.remember import (
-    Remembers,
     Slot,
-    check_names,
-    fill,
     graph_slots,
-    held,
     nested_slots,
 )
 from hamdist.dynamics.tracing.traced_module import TracedModule
 from hamdist.dynamics.user_modules.python_state import SETS_REQUIRES_GRAD
 from hamdist.dynamics.vjp.gradient import AtOnce, Gradient
 from hamdist.dynamics.vjp.layer_inputs import LayerInputs
-from hamdist.errors import GraphError, SnapshotError
+from hamdist.dynamics.vjp.local_function import ForwardRecord, ModuleFunction
+from hamdist.dynamics.vjp.seeding import OwnGenerator, draws, foreign
+from hamdist.errors import GraphError
 
-_RANDOM = (_DropoutNd, nn.RReLU, nn.FractionalMaxPool2d, nn.FractionalMaxPool3d)
 
+class AutogradFunction(ModuleFunction):
+    """A local function of any module, by autograd.
 
-class OwnGenerator(Remembers):
-    """Context in which torch's random numbers come from a separate generator.
-
-    It continues where it stopped, and leaves the generators outside unchanged. device: of the
-    numbers; a GPU has a separate generator, too.
+    stash: each forward pass keeps the weights that it used. watched: gradients come with the inputs
+    of their layers (layer_inputs.py).
     """
-
-    def __init__(self, seed: int, device: torch.device | None = None) -> None:
-        self._own = torch.Generator().manual_seed(seed).get_state()
-        self._outside = self._own
-        self._gpu = device if device is not None and device.type == "cuda" else None
-        if self._gpu is not None:
-            self._own_gpu = torch.Generator(self._gpu).manual_seed(seed).get_state()
-            self._outside_gpu = self._own_gpu
-
-    def snapshot(self) -> dict[str, Any]:
-        """Return the state of the generator; on a GPU that of its generator, too."""
-        return {"cpu": self._own, "gpu": None if self._gpu is None else self._own_gpu}
-
-    def restore(self, state: Mapping[str, Any]) -> None:
-        check_names(type(self).__name__, state, ("cpu", "gpu"))
-        try:
-            torch.Generator().set_state(state["cpu"])
-        except (RuntimeError, TypeError) as error:
-            raise SnapshotError(f"the state of a random generator is none: {error}") from None
-        self._own = state["cpu"]
-        if self._gpu is not None and state["gpu"] is not None:
-            self._own_gpu = state["gpu"]
-
-    def __enter__(self) -> None:
-        self._outside = torch.get_rng_state()
-        torch.set_rng_state(self._own)
-        if self._gpu is not None:
-            self._outside_gpu = torch.cuda.get_rng_state(self._gpu)
-            torch.cuda.set_rng_state(self._own_gpu, self._gpu)
-
-    def __exit__(self, *_: object) -> None:
-        self._own = torch.get_rng_state()
-        torch.set_rng_state(self._outside)
-        if self._gpu is not None:
-            self._own_gpu = torch.cuda.get_rng_state(self._gpu)
-            torch.cuda.set_rng_state(self._outside_gpu, self._gpu)
-
-
-def seeded_loss(loss: LossFunction, seed: int, device: torch.device | None = None) -> LossFunction:
-    """Return a user's loss, which may draw random numbers, so that all engines draw the same."""
-    if loss is mse or isinstance(loss, CrossEntropy):
-        return loss
-    return SeededLoss(loss, OwnGenerator(seed, device))
-
-
-@dataclass(frozen=True, slots=True)
-class SeededLoss:
-    """A loss with a random generator of its own."""
-
-    loss: LossFunction
-    generator: OwnGenerator
-
-    def __call__(self, prediction: Tensor, target: Tensor) -> Tensor:
-        with self.generator:
-            return self.loss(prediction, target)
-
-
-@dataclass(slots=True)
-class ForwardRecord:
-    """The record of a forward pass for its vector-Jacobian products.
-
-    leaves: the inputs (a leaf of the graph where a product is wanted, else None); theta: the
-    weights in the graph; output: f, (B, ...). inputs: as they came, for `LocalFunction.rebuilt`.
-    read: by observed layer, its inputs.
-    """
-
-    leaves: list[Tensor | None]
-    theta: list[Tensor]
-    output: Tensor
-    inputs: Sequence[Tensor]
-    read: list[list[Tensor]] = field(default_factory=list)
-
-
-class LocalFunction(Remembers):
-    """f(h_parents; theta), and z^T df/dh_parent, z^T df/dtheta.
-
-    seed: of its random generator (dropout draws the same masks in every engine). device: of the
-    module and of its random numbers. watched: gradients come with the inputs of their layers
-    (layer_inputs.py). borrowed: names of weights that belong to another block (graph/ties.py).
-    """
-
-    borrowed: Collection[str] = ()
 
     def __init__(
         self,
@@ -140,16 +50,11 @@ class LocalFunction(Remembers):
         device: torch.device | None = None,
         watched: bool = False,
     ) -> None:
-        self.module = module
-        self._combine = combine
-        named = [(n, p) for n, p in module.named_parameters() if p.requires_grad]
-        self.names = [n for n, _ in named]
-        self._parameters: list[Tensor] = [p for _, p in named]
-        self.theta: list[Tensor] = [p.data for p in self._parameters]
+        random = OwnGenerator(seed, device) if draws(module) else nullcontext()
+        super().__init__(module, combine, random)
         self._stash = stash
         self._watch = LayerInputs(module, self._parameters) if watched else None
-        self._random = OwnGenerator(seed, device) if draws(module) else nullcontext()
-        self._foreign = _foreign(module)
+        self._foreign = foreign(module)
         self._weights_at = {p.untyped_storage().data_ptr() for p in module.parameters()}
         self._pieces = any(isinstance(m, TracedModule) for m in module.modules())
         self._copies = self._foreign or any(
@@ -261,107 +166,9 @@ class LocalFunction(Remembers):
             g = self._watch.watched(g, record.read)
         return per_parent, g
 
-    def unmessaged(self) -> list[Gradient] | None:
-        """Return the gradients of a sample without a message; None if nothing moves."""
-        return None
-
-    # -- state ----------------------------------------------------------------------------------
-
-    def snapshot(self) -> dict[str, Any]:
-        """Return weights and buffers of the module, its extra state, and that of its generator."""
-        state = self.module.state_dict()
-        return {
-            "parameters": dict(self.module.named_parameters()),
-            "buffers": dict(self.module.named_buffers()),
-            "extra": {k: v for k, v in state.items() if k.endswith(EXTRA)},
-            "random": self._random.snapshot() if isinstance(self._random, OwnGenerator) else None,
-        }
-
-    def restore(self, state: Mapping[str, Any]) -> None:
-        """Restore in place: all aliases of a weight's memory stay valid."""
-        check_names("cell", state, ("parameters", "buffers", "extra", "random"))
-        _write(dict(self.module.named_parameters()), state["parameters"])
-        _write(dict(self.module.named_buffers()), state["buffers"])
-        for key, extra in state["extra"].items():
-            self.module.get_submodule(key[: -len(EXTRA)].rstrip(".")).set_extra_state(extra)
-        if isinstance(self._random, OwnGenerator) and state["random"] is not None:
-            self._random.restore(state["random"])
-
-    def held(self, record: Any) -> dict[str, Any]:
-        """Return a record as plain data (saved_state/)."""
-        live = {t.untyped_storage().data_ptr() for t in self.module.parameters()}
-        live |= {t.untyped_storage().data_ptr() for t in self.module.buffers()}
-        return {
-            "inputs": list(record.inputs),
-            "wanted": self._wants(record),
-            "output": record.output,
-            "kept": held(self._slots(record), live),
-        }
-
-    def rebuilt(self, state: Mapping[str, Any]) -> Any:
-        """Return the record from the data of `held`.
-
-        The module runs once more: buffers and random numbers have to be restored afterwards.
-        """
-        check_names("record", state, ("inputs", "wanted", "output", "kept"))
-        record = self.forward(state["inputs"], state["wanted"])
-        fill(self._slots(record), state["kept"])
-        record.output.data.copy_(state["output"])  # (a late loss reads it)
-        return record
-
     def _wants(self, record: Any) -> list[bool]:
         return [leaf is not None for leaf in record.leaves]
 
     def _slots(self, record: Any) -> Iterator[Slot]:
         yield from graph_slots(record.output)
         yield from nested_slots(record.read, "read")
-
-
-def _write(tensors: Mapping[str, Tensor], saved: Mapping[str, Tensor]) -> None:
-    """Copy saved tensors; raise SnapshotError where names or shapes differ."""
-    check_names("module", saved, tensors)
-    for name, tensor in tensors.items():
-        if tensor.shape != saved[name].shape:
-            raise SnapshotError(
-                f"{name!r} has shape {tuple(tensor.shape)}, the saved one "
-                f"{tuple(saved[name].shape)}"
-            )
-        tensor.data.copy_(saved[name])
-
-
-def block_seed(run_seed: int, name: str) -> int:
-    """Return the seed of a block's generator: a function of the run's seed and its name alone."""
-    digest = hashlib.blake2b(f"{run_seed}/{name}".encode(), digest_size=8).digest()
-    return int.from_bytes(digest, "little") >> 1
-
-
-def _foreign(module: nn.Module) -> bool:
-    """Return True if a part is not torch's own, so that it may do anything to its input.
-
-    An invertible map counts as known.
-    """
-    return any(
-        m.hamdist_whole
-        if isinstance(m, TracedModule)
-        else not type(m).__module__.startswith("torch.nn.modules.")
-        for m in module.modules()
-    )
-
-
-def draws(module: nn.Module) -> bool:
-    """Return True if a forward pass may draw random numbers.
-
-    Torch's own layers without dropout do not; a user's module may.
-    """
-    return _foreign(module) or bool(random_parts(module))
-
-
-def random_parts(module: nn.Module) -> list[nn.Module]:
-    """Return the parts of `module` that draw random numbers: torch's layers, invertible maps."""
-    parts = []
-    for part in module.modules():
-        rate = getattr(part, "dropout", 0.0)  # a number (attention, recurrent nets), or a module
-        chance = isinstance(part, TracedModule) and part.hamdist_draws
-        if chance or isinstance(part, _RANDOM) or (isinstance(rate, (int, float)) and rate):
-            parts.append(part)
-    return parts

@@ -1,11 +1,12 @@
 """A local function in closed form: a short program of kernels instead of autograd.
 
-program.py decides which modules have one; all others use `LocalFunction`, that is autograd.
+program.py decides which modules have one; all others use `AutogradFunction`.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any, cast
 
@@ -14,11 +15,12 @@ from torch import Tensor, nn
 
 from hamdist.dynamics.graph.graph import Combine, combined
 from hamdist.dynamics.saved_state.remember import Slot, check_names, fill, nested_slots
-from hamdist.dynamics.vjp.autograd import LocalFunction
 from hamdist.dynamics.vjp.gradient import AtOnce, Gradient, Gradients
 from hamdist.dynamics.vjp.kernels import KeptTensors
+from hamdist.dynamics.vjp.local_function import ModuleFunction
 from hamdist.dynamics.vjp.native_chain import Chain
 from hamdist.dynamics.vjp.program import read_program
+from hamdist.dynamics.vjp.seeding import OwnGenerator, draws
 from hamdist.dynamics.vjp.steps import ProgramStep, needed, pull_steps, run_steps
 from hamdist.errors import SnapshotError
 
@@ -33,8 +35,8 @@ class Steps:
     output: Tensor
 
 
-class ClosedFunction(LocalFunction):
-    """`LocalFunction` for a module that is a program of kernels.
+class ClosedFunction(ModuleFunction):
+    """A local function of a module that is a program of kernels.
 
     A pulled record's memory is used again by the forward pass after the next pull: until then
     omega may consist of the factors of its gradients, which lie in that memory.
@@ -43,7 +45,8 @@ class ClosedFunction(LocalFunction):
     def __init__(
         self, module: nn.Module, combine: Combine, seed: int, program: Sequence[ProgramStep]
     ) -> None:
-        super().__init__(module, combine, seed)
+        random = OwnGenerator(seed) if draws(module) else nullcontext()
+        super().__init__(module, combine, random)
         self._steps = list(program)
         self._free: list[Steps] = []
         self._pulled: Steps | None = None  # the latest
@@ -52,7 +55,7 @@ class ClosedFunction(LocalFunction):
         # out, which is a good part of a small block's step.
         self._only = program[0] if len(program) == 1 and program[0].reads == (0,) else None
 
-    def forward(self, inputs: Sequence[Tensor], wanted: Sequence[bool]) -> Steps:  # type: ignore[override]
+    def forward(self, inputs: Sequence[Tensor], wanted: Sequence[bool]) -> Steps:
         old = self._free.pop() if self._free else None
         only = self._only
         if only is not None and len(inputs) == 1:
@@ -67,7 +70,7 @@ class ClosedFunction(LocalFunction):
         kept = run_steps(self._steps, combined(self._combine, states), before)
         return Steps(kept, states, wants, kept[-1][0])
 
-    def pull(  # type: ignore[override]
+    def pull(
         self,
         record: Steps,
         cotangent: Tensor,

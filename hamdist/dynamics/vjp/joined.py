@@ -15,47 +15,33 @@ from torch import Tensor
 
 from hamdist.dynamics.graph.graph import Joining
 from hamdist.dynamics.saved_state.remember import check_names
-from hamdist.dynamics.vjp.autograd import ForwardRecord, LocalFunction
 from hamdist.dynamics.vjp.gradient import AtOnce, Gradient
+from hamdist.dynamics.vjp.local_function import LocalFunction, WrappingFunction
 
 
-class JoinedFunction(LocalFunction):
+class JoinedFunction(WrappingFunction):
     """Applies `inner` to the joins of `joining`, combined as `joining.then` says."""
 
     def __init__(self, inner: LocalFunction, joining: Joining) -> None:
-        self.module = inner.module
-        self.names = inner.names
-        self.theta = inner.theta
-        self._inner = inner
+        super().__init__(inner, inner.names, inner.theta)
         self._joining = joining
         self._sizes: list[list[int]] = []  # by join, along its axis
 
     def snapshot(self) -> dict[str, Any]:
-        return {"inner": self._inner.snapshot(), "sizes": self._sizes}
+        return {"inner": self.inner.snapshot(), "sizes": self._sizes}
 
     def restore(self, state: Mapping[str, Any]) -> None:
         check_names("joined cell", state, ("inner", "sizes"))
-        self._inner.restore(state["inner"])
+        self.inner.restore(state["inner"])
         self._sizes = state["sizes"]
 
-    def held(self, record: Any) -> dict[str, Any]:
-        return self._inner.held(record)
-
-    def rebuilt(self, state: Mapping[str, Any]) -> Any:
-        return self._inner.rebuilt(state)
-
-    @property
-    def inner(self) -> LocalFunction:
-        """Return the local function of the module itself."""
-        return self._inner
-
-    def forward(self, inputs: Sequence[Tensor], wanted: Sequence[bool]) -> ForwardRecord:
-        return self._inner.forward(*self._joined(inputs, wanted))
+    def forward(self, inputs: Sequence[Tensor], wanted: Sequence[bool]) -> Any:
+        return self.inner.forward(*self._joined(inputs, wanted))
 
     def forward_at(
         self, theta: Sequence[Tensor], inputs: Sequence[Tensor], wanted: Sequence[bool]
-    ) -> ForwardRecord:
-        return self._inner.forward_at(theta, *self._joined(inputs, wanted))
+    ) -> Any:
+        return self.inner.forward_at(theta, *self._joined(inputs, wanted))
 
     def _joined(
         self, inputs: Sequence[Tensor], wanted: Sequence[bool]
@@ -77,7 +63,7 @@ class JoinedFunction(LocalFunction):
         keep: bool = False,
         at_once: AtOnce | None = None,
     ) -> tuple[list[Tensor | None], list[Gradient]]:
-        to_inputs, g = self._inner.pull(
+        to_inputs, g = self.inner.pull(
             record, cotangent, inputs=inputs, weights=weights, keep=keep, at_once=at_once
         )
         apart: list[Tensor | None] = []

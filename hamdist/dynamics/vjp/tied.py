@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from hamdist.dynamics.graph.ties import names_of
-from hamdist.dynamics.vjp.autograd import ForwardRecord, LocalFunction
 from hamdist.dynamics.vjp.gradient import AtOnce, Gradient, Gradients, dense
+from hamdist.dynamics.vjp.local_function import LocalFunction, WrappingFunction
 
 
 def flat(tensors: Sequence[Tensor]) -> Tensor:
@@ -24,7 +24,7 @@ def parted(numbers: Tensor, like: Sequence[Tensor]) -> list[Tensor]:
     return [part.view(t.shape).to(t) for part, t in zip(parts, like, strict=True)]
 
 
-class TiedFunction(LocalFunction):
+class TiedFunction(WrappingFunction):
     """`inner` with weights that belong to other blocks (borrowed: their names) or are used by them.
 
     `names`, `theta` and the gradients that `pull` returns are those of the weights that belong to
@@ -33,39 +33,16 @@ class TiedFunction(LocalFunction):
 
     def __init__(self, inner: LocalFunction, borrowed: Iterable[str]) -> None:
         keys = set(borrowed)
-        self.module = inner.module
-        self.inner = inner
+        own = [i for i, name in enumerate(inner.names) if name not in keys]
+        super().__init__(inner, [inner.names[i] for i in own], [inner.theta[i] for i in own])
         self.borrowed = names_of(inner.module, keys)
         self._all = dict(zip(inner.names, inner.theta, strict=True))
-        self._own = [i for i, name in enumerate(inner.names) if name not in keys]
-        self.names = [inner.names[i] for i in self._own]
-        self.theta = [inner.theta[i] for i in self._own]
         self._added: dict[str, Tensor] = {}
         self._for_owners: dict[str, Tensor] | None = None
-
-    def snapshot(self) -> dict[str, Any]:
-        """Return the state of `inner`, copies of borrowed weights included."""
-        return self.inner.snapshot()
-
-    def restore(self, state: Mapping[str, Any]) -> None:
-        """Continue from `state`."""
-        self.inner.restore(state)
-
-    def held(self, record: Any) -> dict[str, Any]:
-        """Return a record as plain data."""
-        return self.inner.held(record)
-
-    def rebuilt(self, state: Mapping[str, Any]) -> Any:
-        """Return the record from the data of `held`."""
-        return self.inner.rebuilt(state)
 
     def weights(self, names: Iterable[str]) -> list[Tensor]:
         """Return weights by name, borrowed ones included."""
         return [self._all[name] for name in names]
-
-    def forward(self, inputs: Sequence[Tensor], wanted: Sequence[bool]) -> ForwardRecord:
-        """Run one forward pass."""
-        return self.inner.forward(inputs, wanted)
 
     def pull(
         self,

@@ -43,15 +43,11 @@ from hamdist.dynamics.updates.constants import Dynamics, constant_tau
 from hamdist.dynamics.updates.optimizers import OptimizerWeights
 from hamdist.dynamics.updates.weights import Weights
 from hamdist.dynamics.vjp.autocast import AutocastFunction
-from hamdist.dynamics.vjp.autograd import (
-    LocalFunction,
-    OwnGenerator,
-    block_seed,
-    draws,
-    seeded_loss,
-)
+from hamdist.dynamics.vjp.autograd import AutogradFunction
 from hamdist.dynamics.vjp.closed import closed_cell
 from hamdist.dynamics.vjp.joined import JoinedFunction
+from hamdist.dynamics.vjp.local_function import LocalFunction
+from hamdist.dynamics.vjp.seeding import OwnGenerator, block_seed, draws, seeded_loss
 from hamdist.dynamics.vjp.tied import TiedFunction
 from hamdist.errors import ClusterError
 from hamdist.runtime.nodes.emissions import LiveBlock
@@ -138,7 +134,7 @@ class _Parts(BlockParts):
         self, module: nn.Module, seed_name: str, combine: Combine, parents: int
     ) -> LocalFunction:
         if self.spec.rule is not None:  # which linearises the module itself
-            return LocalFunction(module, combine, block_seed(self._plan.seed, seed_name))
+            return AutogradFunction(module, combine, block_seed(self._plan.seed, seed_name))
         stash = self._plan.knobs.memory is Memory.TRACE_WEIGHTS
         watched = self.dynamics.inputs is not None  # (closed forms know what was read)
         seed = block_seed(self._plan.seed, seed_name)
@@ -157,7 +153,7 @@ class _Parts(BlockParts):
             closed = closed_cell(module, combine, seed, parents, native=native)
             if closed is not None:
                 return closed
-        return LocalFunction(module, combine, seed, stash=stash, device=device, watched=watched)
+        return AutogradFunction(module, combine, seed, stash=stash, device=device, watched=watched)
 
     def make_weights(self, cell: LocalFunction, prefix: str = "") -> Weights:
         """Make the weights of a local function, with their costates."""

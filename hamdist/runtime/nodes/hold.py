@@ -21,7 +21,7 @@ from hamdist.dynamics.schedule.events import Event, Stamp
 from hamdist.dynamics.schedule.hold import HoldSchedule
 from hamdist.dynamics.updates.constants import TickSchedule
 from hamdist.dynamics.updates.weights import Weights
-from hamdist.dynamics.vjp.autograd import LocalFunction
+from hamdist.dynamics.vjp.local_function import LocalFunction
 from hamdist.runtime.nodes.mailbox import Mailbox
 from hamdist.runtime.nodes.node import BlockNode
 from hamdist.runtime.nodes.ports import (

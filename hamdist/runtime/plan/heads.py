@@ -12,7 +12,7 @@ from hamdist.dynamics.blocks.heads import make_head
 from hamdist.dynamics.graph.graph import Graph, ShapeMap
 from hamdist.dynamics.graph.patterns import fitting
 from hamdist.dynamics.schedule.levels import Locality
-from hamdist.dynamics.vjp.autograd import block_seed
+from hamdist.dynamics.vjp.seeding import block_seed
 from hamdist.errors import LevelError
 
 BESIDE_MESSAGES = 0.3  # staleness.md: trace + local heads

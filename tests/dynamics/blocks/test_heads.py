@@ -13,7 +13,7 @@ from torch import nn
 from hamdist.dynamics.blocks.heads import Pooled, make_head
 from hamdist.dynamics.graph.graph import BlockSpec, Graph
 from hamdist.dynamics.objective.losses import mse
-from hamdist.dynamics.vjp.autograd import block_seed
+from hamdist.dynamics.vjp.seeding import block_seed
 from hamdist.errors import LevelError
 from hamdist.runtime.train.train import train
 from hamdist.streams import from_iterable

@@ -22,8 +22,8 @@ from torch import Tensor, nn
 from hamdist.dynamics.graph.graph import BlockSpec, Graph
 from hamdist.dynamics.objective.losses import mse
 from hamdist.dynamics.schedule.events import Phase
-from hamdist.dynamics.vjp.autograd import ForwardRecord
 from hamdist.dynamics.vjp.closed import Steps
+from hamdist.dynamics.vjp.local_function import ForwardRecord
 from hamdist.errors import DivergedError
 from hamdist.runtime.nodes.hold import HoldNode
 

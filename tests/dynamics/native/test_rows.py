@@ -19,9 +19,10 @@ from hamdist.dynamics.native.chain import Activation, NativeChain, Operation, Op
 from hamdist.dynamics.objective.losses import cross_entropy, loss_and_slope
 from hamdist.dynamics.updates.constants import Constant, Dynamics
 from hamdist.dynamics.updates.weights import Weights
-from hamdist.dynamics.vjp.autograd import LocalFunction
+from hamdist.dynamics.vjp.autograd import AutogradFunction
 from hamdist.dynamics.vjp.closed import ClosedFunction, closed_cell
 from hamdist.dynamics.vjp.gradient import all_dense, all_moved
+from hamdist.dynamics.vjp.local_function import LocalFunction
 
 pytestmark = pytest.mark.skipif(not rows.built(), reason="hamdist was installed without its C code")
 
@@ -285,7 +286,7 @@ def cells(make) -> tuple[ClosedFunction, LocalFunction]:
     module = make()
     closed = closed_cell(copy.deepcopy(module), Combine.CONCAT, 0, 1, native=True)
     assert closed is not None
-    return closed, LocalFunction(module, Combine.CONCAT, 0)
+    return closed, AutogradFunction(module, Combine.CONCAT, 0)
 
 
 @pytest.mark.parametrize("module", MODULES)

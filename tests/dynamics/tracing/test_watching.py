@@ -9,13 +9,13 @@ from torch import nn
 
 from hamdist.dynamics.graph.graph import Combine
 from hamdist.dynamics.updates.whitening import InputStatistics, InputWhitening, Whitening, whitened
-from hamdist.dynamics.vjp.autograd import LocalFunction
+from hamdist.dynamics.vjp.autograd import AutogradFunction
 
 RULE = Whitening(memory=0.8, damping=0.3, look=1, refresh=2)
 
 
 def cell_of(module, *, watched=True):
-    return LocalFunction(module, Combine.CONCAT, 0, watched=watched)
+    return AutogradFunction(module, Combine.CONCAT, 0, watched=watched)
 
 
 def pulled(cell, x, z, *, inputs=False):

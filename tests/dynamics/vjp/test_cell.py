@@ -11,7 +11,8 @@ from torch import nn
 
 from hamdist.dynamics.graph.graph import Combine, combined
 from hamdist.dynamics.objective.losses import loss_and_slope
-from hamdist.dynamics.vjp.autograd import LocalFunction, block_seed
+from hamdist.dynamics.vjp.autograd import AutogradFunction
+from hamdist.dynamics.vjp.seeding import block_seed
 from hamdist.errors import GraphError
 
 
@@ -93,7 +94,7 @@ def same(found, expected):
 @pytest.mark.parametrize("case", CASES)
 def test_pull_equals_autograd(case, wanted, stash):
     combine, make = CASES[case]
-    cell = LocalFunction(make(), combine, 0, stash=stash)
+    cell = AutogradFunction(make(), combine, 0, stash=stash)
     inputs = [noise(0, 5, 3), noise(1, 5, 3)]
     kept = [t.clone() for t in inputs]
     record = cell.forward(inputs, wanted)
@@ -112,7 +113,7 @@ def test_pull_equals_autograd(case, wanted, stash):
 @pytest.mark.parametrize("stash", [True, False])
 def test_a_module_that_writes_to_its_only_input(first, wanted, stash):
     """One parent: the module's input is the very tensor that the parent sent."""
-    cell = LocalFunction(nn.Sequential(first(), linear(3, 4, 0)), Combine.CONCAT, 0, stash=stash)
+    cell = AutogradFunction(nn.Sequential(first(), linear(3, 4, 0)), Combine.CONCAT, 0, stash=stash)
     x, z = noise(0, 5, 3), noise(2, 5, 4)
     kept = x.clone()
     _, to_inputs, to_weights = autograd(cell.module, Combine.CONCAT, [x], [wanted], z)
@@ -123,12 +124,12 @@ def test_a_module_that_writes_to_its_only_input(first, wanted, stash):
 
 
 def test_inputs_not_wanted_and_integer_inputs_have_no_product():
-    cell = LocalFunction(layer(6, 4, 0), Combine.CONCAT, 0)
+    cell = AutogradFunction(layer(6, 4, 0), Combine.CONCAT, 0)
     record = cell.forward([noise(0, 5, 3), noise(1, 5, 3)], [False, False])
     per_parent, grads = cell.pull(record, noise(2, 5, 4))
     assert per_parent == [None, None]
     assert len(grads) == 2
-    words = LocalFunction(nn.Embedding(7, 3, dtype=F64), Combine.CONCAT, 0)
+    words = AutogradFunction(nn.Embedding(7, 3, dtype=F64), Combine.CONCAT, 0)
     tokens = torch.tensor([[1, 2], [2, 0]])
     for wanted in (True, False):  # even if asked for
         record = words.forward([tokens], [wanted])
@@ -141,7 +142,7 @@ def test_inputs_not_wanted_and_integer_inputs_have_no_product():
 
 
 def test_pull_of_one_kind_and_pull_again():
-    cell = LocalFunction(layer(3, 4, 0), Combine.CONCAT, 0)
+    cell = AutogradFunction(layer(3, 4, 0), Combine.CONCAT, 0)
     x, z = noise(0, 5, 3), noise(1, 5, 4)
     _, to_inputs, to_weights = autograd(cell.module, Combine.CONCAT, [x], [True], z)
     record = cell.forward([x], [True])
@@ -154,7 +155,7 @@ def test_pull_of_one_kind_and_pull_again():
 
 
 def test_pull_of_a_loss():
-    cell = LocalFunction(linear(3, 4, 0), Combine.CONCAT, 0)
+    cell = AutogradFunction(linear(3, 4, 0), Combine.CONCAT, 0)
     x, y = noise(0, 5, 3), noise(1, 5, 4)
     record = cell.forward([x], [True])
     _, slope = loss_and_slope(lambda a, b: 0.5 * (a - b).square().sum(), record.output, y)
@@ -178,7 +179,7 @@ def test_a_loss_without_a_gradient():
 def test_frozen_parameters_are_no_weights(stash):
     module = nn.Sequential(linear(3, 4, 0), nn.Tanh(), linear(4, 2, 1))
     module[0].requires_grad_(False)
-    cell = LocalFunction(module, Combine.CONCAT, 0, stash=stash)
+    cell = AutogradFunction(module, Combine.CONCAT, 0, stash=stash)
     assert cell.names == ["2.weight", "2.bias"]
     assert [t.data_ptr() for t in cell.theta] == [
         module[2].weight.data_ptr(),
@@ -190,7 +191,7 @@ def test_frozen_parameters_are_no_weights(stash):
     same(per_parent, to_inputs)
     same(grads, to_weights)
     module.requires_grad_(False)
-    frozen = LocalFunction(module, Combine.CONCAT, 0, stash=stash)
+    frozen = AutogradFunction(module, Combine.CONCAT, 0, stash=stash)
     per_parent, grads = frozen.pull(frozen.forward([x], [True]), z)
     same(per_parent, to_inputs)
     assert grads == []
@@ -200,7 +201,7 @@ def test_frozen_parameters_are_no_weights(stash):
 def test_a_weight_used_twice_in_a_block_is_one_weight(stash):
     tied = linear(3, 3, 0)
     module = nn.Sequential(tied, nn.Tanh(), tied)
-    cell = LocalFunction(module, Combine.CONCAT, 0, stash=stash)
+    cell = AutogradFunction(module, Combine.CONCAT, 0, stash=stash)
     assert cell.names == ["0.weight", "0.bias"]
     x, z = noise(0, 5, 3), noise(1, 5, 3)
     _, to_inputs, to_weights = autograd(module, Combine.CONCAT, [x], [True], z)
@@ -210,7 +211,7 @@ def test_a_weight_used_twice_in_a_block_is_one_weight(stash):
 
 
 def test_a_module_that_returns_no_tensor():
-    cell = LocalFunction(nn.LSTM(3, 4, dtype=F64), Combine.CONCAT, 0)
+    cell = AutogradFunction(nn.LSTM(3, 4, dtype=F64), Combine.CONCAT, 0)
     with pytest.raises(GraphError, match="returned tuple, not a tensor"):
         cell.forward([noise(0, 5, 3)], [True])
 
@@ -231,7 +232,7 @@ def _by_hand(x, w1, b1, w2, b2, z, w2_back, w1_back):
 def test_an_old_record_meets_its_own_activations(stash):
     """memory `trace`: with today's weights; `trace+weights`: with those of its forward."""
     module = nn.Sequential(layer(3, 4, 0), layer(4, 2, 1))
-    cell = LocalFunction(module, Combine.CONCAT, 0, stash=stash)
+    cell = AutogradFunction(module, Combine.CONCAT, 0, stash=stash)
     x, z = noise(0, 5, 3), noise(1, 5, 2)
     record = cell.forward([x], [True])
     old = [t.clone() for t in cell.theta]
@@ -253,7 +254,7 @@ def test_with_stash_an_old_record_is_pulled_at_the_old_weights():
     module = nn.Sequential(
         nn.Conv2d(1, 3, 3, dtype=F64), nn.LayerNorm([3, 4, 4], dtype=F64), nn.GELU(), nn.Flatten()
     )
-    cell = LocalFunction(module, Combine.CONCAT, 0, stash=True)
+    cell = AutogradFunction(module, Combine.CONCAT, 0, stash=True)
     x, z = noise(0, 2, 1, 6, 6), noise(1, 2, 48)
     record = cell.forward([x], [True])
     _, to_inputs, to_weights = autograd(module, Combine.CONCAT, [x], [True], z)
@@ -283,8 +284,8 @@ RANDOM = {
 @pytest.mark.parametrize("case", RANDOM)
 def test_equal_seeds_draw_equal_masks(case):
     module = RANDOM[case]()
-    one, two = (LocalFunction(copy.deepcopy(module), Combine.CONCAT, 5) for _ in range(2))
-    other = LocalFunction(copy.deepcopy(module), Combine.CONCAT, 6)
+    one, two = (AutogradFunction(copy.deepcopy(module), Combine.CONCAT, 5) for _ in range(2))
+    other = AutogradFunction(copy.deepcopy(module), Combine.CONCAT, 6)
     x = noise(0, 2, 5, 4) if case == "attention" else noise(0, 8, 3)
     outside = torch.get_rng_state()
     first = [one.forward([x], [True]).output for _ in range(3)]
@@ -298,7 +299,7 @@ def test_equal_seeds_draw_equal_masks(case):
 
 @pytest.mark.parametrize("case", RANDOM)
 def test_the_global_generator_is_left_alone(case):
-    cell = LocalFunction(RANDOM[case](), Combine.CONCAT, 5)
+    cell = AutogradFunction(RANDOM[case](), Combine.CONCAT, 5)
     x = noise(0, 2, 5, 4) if case == "attention" else noise(0, 8, 3)
     before = torch.get_rng_state()
     for _ in range(2):
@@ -313,7 +314,7 @@ def test_the_global_generator_is_put_back_after_an_error():
             torch.rand(3)
             raise RuntimeError("no")
 
-    cell = LocalFunction(Fails(), Combine.CONCAT, 5)
+    cell = AutogradFunction(Fails(), Combine.CONCAT, 5)
     before = torch.get_rng_state()
     with pytest.raises(RuntimeError, match="no"):
         cell.forward([noise(0, 2, 3)], [True])
@@ -322,7 +323,7 @@ def test_the_global_generator_is_put_back_after_an_error():
 
 def test_the_message_uses_the_mask_of_its_forward():
     """Dropout drawn at the forward of a sample is the one of its backward."""
-    cell = LocalFunction(nn.Dropout(0.5), Combine.CONCAT, 5)
+    cell = AutogradFunction(nn.Dropout(0.5), Combine.CONCAT, 5)
     x = torch.ones(4, 50, dtype=F64)
     record = cell.forward([x], [True])
     cell.forward([x], [True])

@@ -17,7 +17,7 @@ from hamdist.dynamics.native import rows
 from hamdist.dynamics.objective.losses import cross_entropy, loss_and_slope, mse
 from hamdist.dynamics.updates.constants import Constant, Dynamics
 from hamdist.dynamics.updates.weights import Weights
-from hamdist.dynamics.vjp.autograd import LocalFunction
+from hamdist.dynamics.vjp.autograd import AutogradFunction
 from hamdist.dynamics.vjp.closed import closed_cell
 from hamdist.dynamics.vjp.gradient import all_dense, bound
 
@@ -111,7 +111,7 @@ def pair(make):
     module = make()
     closed = closed_cell(copy.deepcopy(module), Combine.CONCAT, 0, 1)
     assert closed is not None
-    return closed, LocalFunction(module, Combine.CONCAT, 0)
+    return closed, AutogradFunction(module, Combine.CONCAT, 0)
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -178,7 +178,7 @@ def test_several_parents(combine):
     torch.manual_seed(0)
     module = nn.Sequential(nn.Linear(6, 4, dtype=F64), nn.Tanh())
     ours = closed_cell(copy.deepcopy(module), combine, 0, 2)
-    theirs = LocalFunction(module, combine, 0)
+    theirs = AutogradFunction(module, combine, 0)
     x = [noise(0, 5, width), noise(1, 5, width)]
     z = noise(2, 5, 4)
     for wanted in ([True, True], [False, True]):
@@ -197,7 +197,7 @@ def test_embedding(padding):
         nn.Embedding(7, 3, padding_idx=padding, dtype=F64), nn.Linear(3, 2, dtype=F64)
     )
     ours = closed_cell(copy.deepcopy(module), Combine.CONCAT, 0, 1)
-    theirs = LocalFunction(module, Combine.CONCAT, 0)
+    theirs = AutogradFunction(module, Combine.CONCAT, 0)
     words = torch.tensor([[1, 2, 2], [6, 0, 1]])
     z = noise(1, 2, 3, 2)
     (to,), g = ours.pull(ours.forward([words], [True]), z)

@@ -1,0 +1,120 @@
+"""Random numbers of a block: a generator of its own, so that all engines draw the same."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.modules.dropout import _DropoutNd
+
+from hamdist.dynamics.objective.losses import CrossEntropy, LossFunction, mse
+from hamdist.dynamics.saved_state.remember import Remembers, check_names
+from hamdist.dynamics.tracing.traced_module import TracedModule
+from hamdist.errors import SnapshotError
+
+_RANDOM = (_DropoutNd, nn.RReLU, nn.FractionalMaxPool2d, nn.FractionalMaxPool3d)
+
+
+class OwnGenerator(Remembers):
+    """Context in which torch's random numbers come from a separate generator.
+
+    It continues where it stopped, and leaves the generators outside unchanged. device: of the
+    numbers; a GPU has a separate generator, too.
+    """
+
+    def __init__(self, seed: int, device: torch.device | None = None) -> None:
+        self._own = torch.Generator().manual_seed(seed).get_state()
+        self._outside = self._own
+        self._gpu = device if device is not None and device.type == "cuda" else None
+        if self._gpu is not None:
+            self._own_gpu = torch.Generator(self._gpu).manual_seed(seed).get_state()
+            self._outside_gpu = self._own_gpu
+
+    def snapshot(self) -> dict[str, Any]:
+        """Return the state of the generator; on a GPU that of its generator, too."""
+        return {"cpu": self._own, "gpu": None if self._gpu is None else self._own_gpu}
+
+    def restore(self, state: Mapping[str, Any]) -> None:
+        check_names(type(self).__name__, state, ("cpu", "gpu"))
+        try:
+            torch.Generator().set_state(state["cpu"])
+        except (RuntimeError, TypeError) as error:
+            raise SnapshotError(f"the state of a random generator is none: {error}") from None
+        self._own = state["cpu"]
+        if self._gpu is not None and state["gpu"] is not None:
+            self._own_gpu = state["gpu"]
+
+    def __enter__(self) -> None:
+        self._outside = torch.get_rng_state()
+        torch.set_rng_state(self._own)
+        if self._gpu is not None:
+            self._outside_gpu = torch.cuda.get_rng_state(self._gpu)
+            torch.cuda.set_rng_state(self._own_gpu, self._gpu)
+
+    def __exit__(self, *_: object) -> None:
+        self._own = torch.get_rng_state()
+        torch.set_rng_state(self._outside)
+        if self._gpu is not None:
+            self._own_gpu = torch.cuda.get_rng_state(self._gpu)
+            torch.cuda.set_rng_state(self._outside_gpu, self._gpu)
+
+
+def seeded_loss(loss: LossFunction, seed: int, device: torch.device | None = None) -> LossFunction:
+    """Return a user's loss, which may draw random numbers, so that all engines draw the same."""
+    if loss is mse or isinstance(loss, CrossEntropy):
+        return loss
+    return SeededLoss(loss, OwnGenerator(seed, device))
+
+
+@dataclass(frozen=True, slots=True)
+class SeededLoss:
+    """A loss with a random generator of its own."""
+
+    loss: LossFunction
+    generator: OwnGenerator
+
+    def __call__(self, prediction: Tensor, target: Tensor) -> Tensor:
+        with self.generator:
+            return self.loss(prediction, target)
+
+
+def block_seed(run_seed: int, name: str) -> int:
+    """Return the seed of a block's generator: a function of the run's seed and its name alone."""
+    digest = hashlib.blake2b(f"{run_seed}/{name}".encode(), digest_size=8).digest()
+    return int.from_bytes(digest, "little") >> 1
+
+
+def foreign(module: nn.Module) -> bool:
+    """Return True if a part is not torch's own, so that it may do anything to its input.
+
+    An invertible map counts as known.
+    """
+    return any(
+        m.hamdist_whole
+        if isinstance(m, TracedModule)
+        else not type(m).__module__.startswith("torch.nn.modules.")
+        for m in module.modules()
+    )
+
+
+def draws(module: nn.Module) -> bool:
+    """Return True if a forward pass may draw random numbers.
+
+    Torch's own layers without dropout do not; a user's module may.
+    """
+    return foreign(module) or bool(random_parts(module))
+
+
+def random_parts(module: nn.Module) -> list[nn.Module]:
+    """Return the parts of `module` that draw random numbers: torch's layers, invertible maps."""
+    parts = []
+    for part in module.modules():
+        rate = getattr(part, "dropout", 0.0)  # a number (attention, recurrent nets), or a module
+        chance = isinstance(part, TracedModule) and part.hamdist_draws
+        if chance or isinstance(part, _RANDOM) or (isinstance(rate, (int, float)) and rate):
+            parts.append(part)
+    return parts
