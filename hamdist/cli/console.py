@@ -57,11 +57,13 @@ LINES = LineHandler()
 def output(*, as_json: bool, level: int) -> Iterator[None]:
     """Hold the output of one command: lines from `level` on, and with `as_json` its document."""
     OUTPUT.as_json, OUTPUT.document = as_json, {}
+    before = [*LOGGER.handlers], LOGGER.propagate, LOGGER.level
     LOGGER.handlers[:], LOGGER.propagate = [LINES], False
     LOGGER.setLevel(level)
     try:
         yield
     finally:
+        LOGGER.handlers[:], LOGGER.propagate, LOGGER.level = before
         if OUTPUT.as_json:
             from hamdist.study.report.files import to_json
 
