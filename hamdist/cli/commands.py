@@ -42,10 +42,11 @@ def with_output(command: Callable[..., None]) -> Callable[..., None]:
     parameters += [
         inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=False, annotation=option)
         for name, option in OUTPUT_OPTIONS.items()
+        if not (name == "as_json" and "json_" in signature.parameters)
     ]
 
     @functools.wraps(command)
-    def printing(*, verbose: bool, quiet: bool, as_json: bool, **options: Any) -> None:
+    def printing(*, verbose: bool, quiet: bool, as_json: bool = False, **options: Any) -> None:
         level = logging.WARNING if quiet else logging.DEBUG if verbose else logging.INFO
         with output(as_json=as_json, level=level), exit_codes():
             command(**options)

@@ -58,6 +58,12 @@ StreamOption = Annotated[
 ]
 
 
+JsonFileOption = Annotated[
+    Path | None,
+    typer.Option("--json", metavar="FILE", help="Write the result there; -: print it alone."),
+]
+
+
 def names(text: str | None) -> list[str]:
     """Return the names in a list `a,b`; none without a list."""
     return [name.strip() for name in (text or "").split(",") if name.strip()]

@@ -8,12 +8,16 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from hamdist.cli.console import OUTPUT
+from hamdist.errors import SettingsError
 from hamdist.study.shared.result_folder import prepare_folder
 
 if TYPE_CHECKING:
     from hamdist.config import Settings
     from hamdist.models.build import ModelFactory
     from hamdist.study.run.run import DataFactory
+
+STANDARD_OUTPUT = Path("-")
 
 
 def prepare(
@@ -60,3 +64,19 @@ def command_line() -> str:
     """
     typed = shlex.join(["hamdist", *sys.argv[1:]])
     return typed.encode("utf-8", "backslashreplace").decode()
+
+
+def json_file(path: Path | None) -> Path | None:
+    """Return the file of `--json`; none for `-`, which has the command print the document alone.
+
+    Raises SettingsError if it cannot be written, before anything is computed.
+    """
+    if path == STANDARD_OUTPUT:
+        OUTPUT.as_json = True
+        return None
+    if path is not None:
+        try:
+            path.open("a").close()
+        except OSError as error:
+            raise SettingsError(f"--json '{path}': cannot write there: {error.strerror}") from None
+    return path

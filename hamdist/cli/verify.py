@@ -14,6 +14,8 @@ from rich.table import Table
 from rich.text import Text
 
 from hamdist.cli.console import console, report
+from hamdist.cli.options import JsonFileOption
+from hamdist.cli.prepare import json_file
 from hamdist.errors import FAILED
 
 if TYPE_CHECKING:
@@ -30,6 +32,7 @@ def verify(
     only: Annotated[
         list[str] | None, typer.Option("--only", metavar="TOPIC", help="One topic (repeatable).")
     ] = None,
+    json_: JsonFileOption = None,
     model: Annotated[
         str | None,
         typer.Option(
@@ -57,6 +60,7 @@ def verify(
     ] = None,
 ) -> None:
     """Prove it: every statement of the papers against an oracle of its own."""
+    json_ = json_file(json_)
     from hamdist.study.interface.verify import chosen_topics
 
     chosen = chosen_topics(
@@ -70,10 +74,10 @@ def verify(
         blocks=blocks,
         option=lambda name: f"--{name.replace('_', '-')}",
     )
-    _verify(chosen, full)
+    _verify(chosen, full, json_)
 
 
-def _verify(chosen: list[Topic], full: bool) -> None:
+def _verify(chosen: list[Topic], full: bool, json_: Path | None) -> None:
     """Print a row for each check as soon as it has run; exit code 1 if one failed."""
     from hamdist.study.verify.runner import run as run_checks
     from hamdist.study.verify.runner import to_json
@@ -100,6 +104,8 @@ def _verify(chosen: list[Topic], full: bool) -> None:
     finally:
         failed = sum(not row.passed for row in rows)
         seconds = time.monotonic() - begin
+        if json_ is not None:
+            json_.write_text(to_json(rows) + "\n", "utf-8")
         report(**json.loads(to_json(rows)))
         out.print(f"\n{len(rows) - failed} passed, {failed} failed, {seconds:.0f} s")
     if failed or not rows:

@@ -16,6 +16,7 @@ from hamdist.cli.console import (
     warn,
 )
 from hamdist.cli.options import (
+    JsonFileOption,
     LevelOption,
     ModelOption,
     SeedOption,
@@ -27,7 +28,7 @@ from hamdist.cli.options import (
     level_names,
     load,
 )
-from hamdist.cli.prepare import own_stream, prepare
+from hamdist.cli.prepare import json_file, own_stream, prepare
 from hamdist.config import EngineKind
 from hamdist.errors import SettingsError
 from hamdist.study.shared.result_folder import results_of
@@ -54,6 +55,7 @@ def simulate(
         Path | None,
         typer.Option("--out", help="Folder of --sweep.", show_default="results/NAME-simulated"),
     ] = None,
+    json_: JsonFileOption = None,
     level: LevelOption = None,
     seed: SeedOption = None,
     steps: StepsOption = None,
@@ -64,10 +66,13 @@ def simulate(
     """Predict a run on a cluster before there is one: throughput, limits, memory, and weights."""
     if not sweep and (levels or out):
         raise SettingsError("--levels and --out belong to --sweep")
+    json_ = json_file(json_)
     options = changes(level=level, engine=EngineKind.RAY, seed=seed, steps=steps)
     loaded = load(settings, set_, options)
     factory = prepare(None, model)
 
+    from hamdist.study.report.files import to_json
+    from hamdist.study.shared.result_folder import write_file
     from hamdist.study.simulate.host_plan import read_host_plan
     from hamdist.study.simulate.simulate import Planner, at_level
     from hamdist.study.simulate.simulate import learn as learn_it
@@ -93,6 +98,8 @@ def simulate(
         result |= learned
     _print(result)
     report(**result)
+    if json_ is not None:
+        write_file(json_, to_json(result, indent=2))
 
 
 def _swept(

@@ -51,9 +51,9 @@ def simulated(tmp_path, told):
         (tmp_path / "s.yaml").write_text(settings)
         (tmp_path / "plan.yaml").write_text(plan)
         words = ["simulate", str(tmp_path / "s.yaml"), "--hosts", str(tmp_path / "plan.yaml")]
-        found = CliRunner().invoke(app, [*words, "--json", *options])
+        found = CliRunner().invoke(app, [*words, "--json", str(tmp_path / "o.json"), *options])
         assert found.exit_code == code, found.output
-        return json.loads(found.stdout) if not code else found.output
+        return json.loads((tmp_path / "o.json").read_text()) if not code else found.output
 
     return run
 
@@ -178,8 +178,11 @@ def test_auto_places_no_actor_behind_a_link_that_costs_more_than_it_brings(simul
     assert both["samples_per_second"] < alone["samples_per_second"]
 
 
-def test_the_pace_is_what_comes_out(simulated):
+def test_the_pace_is_what_comes_out(simulated, tmp_path):
     found = simulated(TWO + "pace: 5\n")
+    files = [str(tmp_path / "s.yaml"), "--hosts", str(tmp_path / "plan.yaml")]
+    alone = CliRunner().invoke(app, ["simulate", *files, "--json", "-"]).stdout
+    assert json.loads(alone)["critical"] == found["critical"]
     assert found["samples_per_second"] == pytest.approx(5)
     assert found["critical"] == "limited by the stream's pace: 100 % work"
 
@@ -227,7 +230,7 @@ def test_the_sweep_writes_settings_that_run(simulated, tmp_path):
     ("options", "words"),
     [
         (["--levels", "trace"], "--levels and --out belong to --sweep"),
-        (["--sweep", "--levels", "warp"], "--levels 'warp'"),
+        (["--sweep", "--levels", "warp"], "--levels: 'warp'"),
         (["--level", "auto"], "level 'auto' is chosen when a run starts"),
     ],
 )

@@ -217,15 +217,9 @@ def folder(tmp_path):
     return made
 
 
-def as_json(folder, code=0):
-    """The rows of --json, which is the command's only output."""
-    result = command("--only", "golden", "--golden", str(folder), "--json")
-    assert result.exit_code == code
-    return json.loads(result.stdout)["rows"]
-
-
-def test_the_command_prints_a_row_for_every_check(folder):
-    result = command("--only", "golden", "--golden", str(folder))
+def test_the_command_prints_a_row_for_every_check(folder, tmp_path):
+    out = tmp_path / "rows.json"
+    result = command("--only", "golden", "--golden", str(folder), "--json", str(out))
     assert result.exit_code == 0, result.output
     text = flat(result.stdout)
     assert "golden files (golden)" in text
@@ -233,21 +227,22 @@ def test_the_command_prints_a_row_for_every_check(folder):
     row = rf"pass unseen0.npz: every tick \(relative\) {oracle} [\de.-]+ <= 1e-09 \d+\.\d s"
     assert re.search(row, text), text
     assert re.search(r"2 passed, 0 failed, \d+ s$", text), text
-    rows = as_json(folder)
+    rows = json.loads(out.read_text())["rows"]
     assert [set(row) for row in rows] == [{"name", "oracle", "difference", "bound", "passed"}] * 2
     assert [row["name"].split(":")[1] for row in rows] == [" unseen0.npz", " unseen1.npz"]
     assert all(row["passed"] and row["difference"] <= row["bound"] == 1e-9 for row in rows)
 
 
-def test_a_failed_row_ends_with_1_and_is_written(folder):
+def test_a_failed_row_ends_with_1_and_is_written(folder, tmp_path):
     (folder / "torn.npz").write_bytes(b"no archive")
-    result = command("--only", "golden", "--golden", str(folder))
+    out = tmp_path / "rows.json"
+    result = command("--only", "golden", "--golden", str(folder), "--json", str(out))
     assert result.exit_code == 1
     text = flat(result.stdout)
     assert "FAIL torn.npz: not understood" in text
     assert "2 passed, 1 failed" in text
     assert "Traceback" not in result.output
-    rows = as_json(folder, code=1)
+    rows = json.loads(out.read_text())["rows"]
     assert [row["passed"] for row in rows] == [False, True, True]
     assert rows[0]["difference"] is None
 
@@ -258,6 +253,8 @@ def test_a_failed_row_ends_with_1_and_is_written(folder):
         (["--golden", "EMPTY"], "no .npz file in this folder"),
         (["--golden", "nowhere"], "cannot read this folder"),
         (["--only", "sped"], "'sped' is no topic of verify"),
+        (["--json", "EMPTY"], "cannot write there"),
+        (["--json", "nowhere/rows.json"], "cannot write there"),
         (["--model", "torch.nn:Tanh"], "--input-shape 3,28,28"),
         (["--model", "torch.nn:Tanh", "--input-shape", "3,x"], "give whole numbers above 0"),
         (["--model", "torch.nn:Tanh", "--input-shape", "3,0"], "give whole numbers above 0"),
@@ -279,13 +276,14 @@ def test_wrong_usage_ends_with_2_before_any_check(tmp_path, monkeypatch, argumen
     assert "Traceback" not in result.output
 
 
-def test_ctrl_c_ends_with_130_and_keeps_the_rows(folder, monkeypatch):
+def test_ctrl_c_ends_with_130_and_keeps_the_rows(folder, tmp_path, monkeypatch):
     def checks(full, paths):
         yield Check("first", "oracle", 0.0, lambda: 0.0)
         yield Check("stopped", "oracle", 0.0, raising(KeyboardInterrupt()))
 
     monkeypatch.setattr(golden, "checks", checks)
-    result = command("--only", "golden", "--golden", str(folder))
+    out = tmp_path / "rows.json"
+    result = command("--only", "golden", "--golden", str(folder), "--json", str(out))
     assert result.exit_code == 130
     assert "1 passed, 0 failed" in flat(result.stdout)
-    assert len(as_json(folder, code=130)) == 1
+    assert len(json.loads(out.read_text())["rows"]) == 1

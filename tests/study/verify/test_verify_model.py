@@ -82,9 +82,9 @@ def verify(tmp_path, monkeypatch):
     monkeypatch.syspath_prepend(str(tmp_path))
 
     def run(name, *arguments):
-        model = ["--model", f"verified_nets:{name}", "--json"]
+        model = ["--model", f"verified_nets:{name}", "--json", "rows.json"]
         result = CliRunner().invoke(app, ["verify", *model, *arguments])
-        rows = json.loads(result.stdout)["rows"]
+        rows = json.loads((tmp_path / "rows.json").read_text())["rows"]
         return result, rows
 
     return run

@@ -83,9 +83,10 @@ def test_faults_fail_their_rows(rules):
 @pytest.mark.ray
 @pytest.mark.timeout(250)
 def test_the_command(session, rules):
-    done = CliRunner().invoke(app, ["verify", "--rule", f"{rules}:Backprop", "--json"])
+    done = CliRunner().invoke(app, ["verify", "--rule", f"{rules}:Backprop", "--json", "rows.json"])
     assert done.exit_code == 0, done.output
-    rows = json.loads(done.stdout)["rows"]
+    with open("rows.json") as file:
+        rows = json.load(file)["rows"]
     assert [row["passed"] for row in rows] == [True] * 6
     wrong = CliRunner().invoke(app, ["verify", "--rule", f"{rules}:Forgets"])
     assert wrong.exit_code == 1
