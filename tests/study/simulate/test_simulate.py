@@ -230,7 +230,7 @@ def test_the_sweep_writes_settings_that_run(simulated, tmp_path):
     ("options", "words"),
     [
         (["--levels", "trace"], "--levels and --out belong to --sweep"),
-        (["--sweep", "--levels", "warp"], "--levels: 'warp'"),
+        (["--sweep", "--levels", "warp"], "--levels 'warp'"),
         (["--level", "auto"], "level 'auto' is chosen when a run starts"),
     ],
 )
