@@ -89,7 +89,7 @@ def train(
             many as the model predicts.
         names: the meaning of the keys of its batches (see `streams.from_iterable`), instead of
             `settings.stream.names`.
-        on_progress: called with a `Progress` about four times a second, and at every phase of the
+        on_progress: called with a `Progress` one to four times a second, and at every phase of the
             start. By returning or raising `hamdist.Stop` it ends the run (`result.stopped`); any
             other exception ends the run, too, and gets the weights learned so far as its `result`.
         trackers: names (`settings.trackers`), whose files go to `results/NAME-TIME`, and functions

@@ -41,7 +41,7 @@ def versions_of(plan: Plan, news: Answered) -> dict[str, int]:
 @dataclass(frozen=True, slots=True)
 class LiveStatus:
     """Samples that were `fed`, and `answered`; what is `waiting` for the network; the engine's
-    latest report, of four a second."""
+    latest report, of one to four a second."""
 
     fed: int
     answered: int

@@ -98,7 +98,7 @@ def train(
         settings: of the run.
         loss: instead of `settings.loss`; by output for a model that has several.
         policy: where blocks begin, instead of `settings.partition`.
-        on_progress: called about four times a second, and for every phase of the start, in the
+        on_progress: called one to four times a second, and for every phase of the start, in the
             calling thread; it may end the run, as that of `hamdist.train`.
 
     Raises:
