@@ -1,4 +1,5 @@
-"""Trackers: a run's events as scalars in TensorBoard, MLflow, W&B, Prometheus, Ray's metrics, CSV.
+"""Trackers: a run's events as scalars in TensorBoard, MLflow, W&B, Prometheus, Ray's metrics, CSV,
+or as spans of OpenTelemetry.
 
 Each needs its own package (an extra of hamdist's, of the same name), csv none.
 """
@@ -10,6 +11,7 @@ import math
 import os
 import re
 import time
+import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from importlib import import_module
@@ -18,18 +20,23 @@ from pathlib import Path
 from typing import Any
 
 from hamdist.config import EngineKind, Settings, TrackerKind, to_yaml
-from hamdist.errors import SettingsError, need_package
+from hamdist.errors import HamdistWarning, SettingsError, need_package
 from hamdist.runtime.results.events import (
+    ActorReplaced,
     ActorsMeasured,
     BlocksMeasured,
     EdgesMeasured,
     Evaluated,
     EventListener,
     FolderEnded,
+    PhaseBegun,
     RunBegun,
     RunEvent,
+    RunFinished,
     RunProgressed,
+    SnapshotComplete,
     UpdatesAligned,
+    Warned,
     WindowFull,
 )
 from hamdist.runtime.results.measured import Histogram
@@ -223,17 +230,79 @@ def _ray(_: Path, settings: Settings) -> Tracker:
     return Tracker(log)
 
 
-_MAKERS: Mapping[TrackerKind, Callable[[Path, Settings], Tracker]] = {
+class SpanTracker:
+    """A listener that makes spans of a run, the phases of its start, and its recoveries.
+
+    Snapshots and warnings are events of the run's span. tracer: of OpenTelemetry.
+    """
+
+    def __init__(self, tracer: Any) -> None:
+        self._tracer = tracer
+        self._run: Any = None  # the spans that are open
+        self._phase: Any = None
+
+    def __call__(self, event: RunEvent) -> None:
+        if isinstance(event, RunBegun):
+            about = {"level": event.level, "seed": event.seed, "engine": event.engine}
+            self._run = self._span("run", event.time, about)
+        if self._run is None:
+            return
+        if isinstance(event, (PhaseBegun, RunProgressed, RunFinished)) and self._phase is not None:
+            self._phase.end(_ns(event.time))
+            self._phase = None
+        if isinstance(event, PhaseBegun):
+            self._phase = self._span(f"start: {event.phase}", event.time)
+        elif isinstance(event, ActorReplaced):
+            about = {"actor": event.actor, "tick": event.since, "replayed": event.replayed}
+            self._span("recovery", event.time - event.seconds, about).end(_ns(event.time))
+        elif isinstance(event, SnapshotComplete):
+            self._run.add_event("snapshot", {"path": event.path}, _ns(event.time))
+        elif isinstance(event, Warned):
+            self._run.add_event("warning", {"text": event.text}, _ns(event.time))
+        elif isinstance(event, RunFinished):
+            self._run.set_attribute("samples", event.samples)
+            if event.failure is not None:
+                codes: Any = import_module("opentelemetry.trace").StatusCode
+                self._run.set_status(codes.ERROR, event.failure)
+            self._run.end(_ns(event.time))
+            self._run = None
+
+    def _span(self, name: str, begin: float, about: Mapping[str, Any] | None = None) -> Any:
+        """Return a new span from `begin` on, a child of the run's, if there is one."""
+        trace: Any = import_module("opentelemetry.trace")
+        parent = None if self._run is None else trace.set_span_in_context(self._run)
+        known = {f"hamdist.{n}": x for n, x in (about or {}).items() if x is not None}
+        return self._tracer.start_span(name, parent, attributes=known, start_time=_ns(begin))
+
+
+def _ns(seconds: float) -> int:
+    return int(1e9 * seconds)
+
+
+def _opentelemetry(_: Path, settings: Settings) -> SpanTracker:  # noqa: ARG001
+    need_package("opentelemetry", "opentelemetry", "trackers: opentelemetry")
+    trace: Any = import_module("opentelemetry.trace")
+    if isinstance(trace.get_tracer_provider(), trace.ProxyTracerProvider):
+        text = (
+            "trackers: opentelemetry has nowhere to send spans: set a tracer provider, or start "
+            "the program with `opentelemetry-instrument`"
+        )
+        warnings.warn(text, HamdistWarning, stacklevel=2)
+    return SpanTracker(trace.get_tracer("hamdist"))
+
+
+_MAKERS: Mapping[TrackerKind, Callable[[Path, Settings], EventListener]] = {
     TrackerKind.CSV: _csv,
     TrackerKind.TENSORBOARD: _tensorboard,
     TrackerKind.MLFLOW: _mlflow,
     TrackerKind.WANDB: _wandb,
     TrackerKind.PROMETHEUS: _prometheus,
     TrackerKind.RAY: _ray,
+    TrackerKind.OPENTELEMETRY: _opentelemetry,
 }
 
 
-def open_trackers(settings: Settings, folder: Path) -> list[Tracker]:
+def open_trackers(settings: Settings, folder: Path) -> list[EventListener]:
     """Return the trackers of `settings.trackers`, with their files in `folder`.
 
     Raises SettingsError if a package is missing.

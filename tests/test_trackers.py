@@ -12,7 +12,9 @@ import subprocess
 import sys
 import time
 import urllib.request
+from itertools import pairwise
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -20,11 +22,12 @@ import torch
 from torch import nn
 
 import hamdist
+from hamdist import errors
 from hamdist.config import Settings
 from hamdist.config.fields import SettingsFields
 from hamdist.runtime.engines import inprocess, sampler
-from hamdist.runtime.results.events import WindowFull
-from hamdist.trackers import open_trackers, scalars
+from hamdist.runtime.results.events import ActorReplaced, RunBegun, RunFinished, WindowFull
+from hamdist.trackers import SpanTracker, open_trackers, scalars
 
 ROOT = Path(hamdist.__file__).parents[1]
 
@@ -211,6 +214,7 @@ def test_prometheus(tmp_path):
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     settings = Settings(trackers=["prometheus"], metrics={"prometheus_port": port})
+    tracker: Any
     [tracker] = open_trackers(settings, tmp_path)
     head = {"level": "trace", "seed": 0, "readout": "out", "first": 0, "last": 9, "samples": 10}
     tracker(WindowFull(loss=0.5, accuracy=None, correct=0, rows=0, seconds=1.0, **head))
@@ -296,6 +300,53 @@ def test_metrics_of_ray_need_ray(monkeypatch, tmp_path):
         open_trackers(settings, tmp_path)
 
 
+def test_spans_of_opentelemetry(tmp_path):
+    """The phases of the start and a recovery lie inside the run; what fails is an error."""
+    sdk = "opentelemetry.sdk.trace"
+    pytest.importorskip(sdk, reason="opentelemetry-sdk is not installed")
+    provider: Any = importlib.import_module(sdk).TracerProvider()
+    export: Any = importlib.import_module(f"{sdk}.export")
+    memory: Any = importlib.import_module(f"{sdk}.export.in_memory_span_exporter")
+    exporter = memory.InMemorySpanExporter()
+    provider.add_span_processor(export.SimpleSpanProcessor(exporter))
+    tracker = SpanTracker(provider.get_tracer("hamdist"))
+    trained(tracker, snapshots={"path": str(tmp_path / "s"), "every": 10})
+    *phases, run = exporter.get_finished_spans()
+    assert run.name == "run"
+    assert run.status.is_ok or run.status.is_unset
+    assert dict(run.attributes) == {
+        "hamdist.level": "trace",
+        "hamdist.seed": 0,
+        "hamdist.engine": "inprocess",
+        "samples": 30,
+    }
+    assert {event.name for event in run.events} >= {"snapshot"}
+    assert "start: plan" in [span.name for span in phases]
+    for before, after in pairwise(phases):  # one after the other
+        assert before.end_time <= after.start_time
+    assert all(span.parent.span_id == run.context.span_id for span in phases)
+    assert run.start_time <= phases[0].start_time <= phases[-1].end_time <= run.end_time
+
+    exporter.clear()
+    lost: dict[str, Any] = {"actor": "actor 0", "blocks": ["a"], "tick": 9, "since": 5}
+    tracker(RunBegun(time=100.0, level="trace", title="t", engine="ray"))
+    tracker(ActorReplaced(time=110.0, **lost, seconds=2.5, replayed=7))
+    tracker(RunFinished(time=120.0, samples=3, seconds=20.0, failure="no host is left"))
+    recovery, run = exporter.get_finished_spans()
+    assert (recovery.name, recovery.start_time, recovery.end_time) == ("recovery", 1075e8, 11e10)
+    assert recovery.attributes["hamdist.replayed"] == 7
+    assert (run.status.is_ok, run.status.description) == (False, "no host is left")
+
+
+def test_spans_without_a_provider_warn(monkeypatch, tmp_path):
+    pytest.importorskip("opentelemetry.trace", reason="opentelemetry-api is not installed")
+    from opentelemetry import trace
+
+    monkeypatch.setattr(trace, "get_tracer_provider", trace.ProxyTracerProvider)
+    with pytest.warns(errors.HamdistWarning, match="tracer provider"):
+        open_trackers(Settings(trackers=["opentelemetry"]), tmp_path)
+
+
 def test_functions_hear_every_event(here):
     heard = []
     result = trained(heard.append)
@@ -309,7 +360,7 @@ def test_unknown_and_missing_trackers_are_refused(tmp_path, monkeypatch):
     with pytest.raises(hamdist.HamdistError, match="trackers"):
         trained("tensorbord")
     monkeypatch.setattr("hamdist.errors.find_spec", lambda _: None)
-    for name in ("tensorboard", "mlflow", "wandb", "prometheus", "ray"):
+    for name in ("tensorboard", "mlflow", "wandb", "prometheus", "ray", "opentelemetry"):
         with pytest.raises(hamdist.HamdistError, match=f"trackers: {name}.*pip install"):
             open_trackers(Settings(trackers=[name]), tmp_path)
 

@@ -18,7 +18,7 @@ class RecordedState(str, Enum):
 
 
 class TrackerKind(str, Enum):
-    """Where a run's scalars go besides its own files."""
+    """Where a run's scalars (`opentelemetry`: spans) go besides its own files."""
 
     CSV = "csv"
     TENSORBOARD = "tensorboard"
@@ -26,6 +26,7 @@ class TrackerKind(str, Enum):
     WANDB = "wandb"
     PROMETHEUS = "prometheus"
     RAY = "ray"
+    OPENTELEMETRY = "opentelemetry"
 
 
 class MetricsSettings(Section):
