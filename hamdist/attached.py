@@ -19,6 +19,7 @@ from torch import Tensor
 from hamdist.errors import ClusterError, SettingsError, SnapshotError, StreamError
 from hamdist.runtime.live.answers import ADDRESS, SAFETENSORS, Answer, LiveStatus
 from hamdist.runtime.live.journal import named, packed, read_named
+from hamdist.runtime.results.scores import Scores
 
 AGAIN_SECONDS = 0.02  # after a refusal: the network is slower than its clients
 LOOK_SECONDS = 0.5
@@ -131,6 +132,12 @@ class AttachedRun:
     def weights(self) -> dict[str, Tensor]:
         """Return the `state_dict` of the run's model, of one emission."""
         return load(self._say("weights", None))
+
+    def evaluate(self, x: Any, y: Any) -> Scores:
+        """Return the scores of the run's model on x (N, ...) with targets y; nothing is learned."""
+        facts = self._told("evaluate", {**named("u", x), **named("y", y)})
+        outputs = {name: Scores(**one) for name, one in facts.pop("outputs").items()}
+        return Scores(**facts, outputs=outputs)
 
     def snapshot(self) -> str:
         """Take a snapshot; return its place, there."""

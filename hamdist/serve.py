@@ -5,6 +5,7 @@
                     {"number": 8, "y": [0]}
     GET  /status    what was fed and answered; /metrics: the same for Prometheus; /weights
     POST /snapshot  {"snapshot": "results/live/snapshots/..."}
+    POST /evaluate  {"u": [[...]], "y": [0]}   {"loss": 0.1, "accuracy": 1.0, "outputs": {}, ...}
     POST /set       {"learning": {"lr": 0.1}} -> {}; likewise /pause, /go_on, /settle, /stop
 
 Arrays instead of JSON, as `hamdist.attach` sends them: a body of the type application/x-safetensors
@@ -142,6 +143,9 @@ def make_app(run: LiveRun, token: str, stopped: threading.Event) -> Starlette:
     def predict(body: dict[str, Any]) -> Answer:
         return run.predict(_input(run, body["u"]), end=bool(body.get("end")), wait=False)
 
+    def evaluated(body: dict[str, Any]) -> dict[str, Any]:
+        return asdict(run.evaluate(_input(run, body["u"]), _target(run, body["y"])))
+
     def metrics(_: object) -> str:
         return "".join(f"hamdist_{name} {value}\n" for name, value in _status(run).items())
 
@@ -153,6 +157,7 @@ def make_app(run: LiveRun, token: str, stopped: threading.Event) -> Starlette:
     said: dict[str, Callable[[dict[str, Any]], Any]] = {
         "predict": predict,
         "learn": learn,
+        "evaluate": evaluated,
         "set": lambda body: run.set(learning=body["learning"]),
         "pause": lambda _: run.pause(),
         "go_on": lambda _: run.go_on(),

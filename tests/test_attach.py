@@ -64,7 +64,8 @@ def talk(run, *, late=True):
     run.settle()
     answers.append(run.predict(u))
     told = [(a.number, a.prediction, a.versions) for a in answers]
-    return numbers, (status.fed, status.waiting, status.paused), told, run.weights()
+    scores = run.evaluate(torch.cat([u, 2 * u, -u]), y.repeat(3))
+    return numbers, (status.fed, status.waiting, status.paused), told, scores, run.weights()
 
 
 def same(a, b):
