@@ -51,13 +51,15 @@ class UpdateProbe(NamedTuple):
     samples: dict[int, Any]
 
 
+def _weights(node: Any) -> Iterator[tuple[str, Tensor]]:
+    for prefix, function, weights in node.contents().parts:
+        if weights is not None:
+            for name, theta in zip(function.names, weights.theta, strict=True):
+                yield prefix + name, theta.detach()
+
+
 def _copies(node: Any) -> WeightCopies:
-    parts = [part for part in node.contents().parts if part[2] is not None]
-    return {
-        prefix + name: theta.detach().clone()
-        for prefix, function, weights in parts
-        for name, theta in zip(function.names, weights.theta, strict=True)
-    }
+    return {name: theta.clone() for name, theta in _weights(node)}
 
 
 # The following are resumed behind every step of the process, and yield while there is more to see.
@@ -67,10 +69,12 @@ def _moved_by(node: Any, update: int) -> Generator[None, None, WeightCopies]:
     """Return what an update (by its number) adds to the weights; nothing if it was missed."""
     while node.block.weights.updates < update:
         yield
-    before = _copies(node) if node.block.weights.updates == update else {}
+    moved = _copies(node) if node.block.weights.updates == update else {}
     while node.block.weights.updates <= update:
         yield
-    return {name: theta - before[name] for name, theta in _copies(node).items() if before}
+    for name, theta in _weights(node) if moved else ():
+        torch.sub(theta, moved[name], out=moved[name])  # in the place of the weights of before
+    return moved
 
 
 def update_norms(nodes: Sequence[Any], norms: dict[str, float]) -> Iterator[None]:
