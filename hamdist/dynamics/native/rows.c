@@ -11,7 +11,7 @@
    The order of every sum is fixed by this code: it depends neither on where memory lies nor on how
    wide the machine's vectors are, and nothing is fused (-ffp-contract=off, scripts/build_native.py),
    so that all clones, and processors of all kinds, have the same bits. Pointers come as integers (Tensor.data_ptr()); shapes and types
-   are the caller's business (rows.py).
+   are the caller's business (rows.py, chain.py).
 
    A chain steps all its operations in one call. On several rows the products are those of a BLAS,
    whose function the caller gives; its bits are its own. exp() is computed here, without the
@@ -38,7 +38,7 @@
 #define CLONES
 #endif
 
-enum { LINEAR, NORM, ACTIVATION, ADD, SCALE, EMBEDDING };   /* kinds of operations, as in rows.py */
+enum { LINEAR, NORM, ACTIVATION, ADD, SCALE, EMBEDDING };   /* kinds of operations, as in chain.py */
 enum { IDENTITY, RELU, TANH, SIGMOID };                     /* f of an activation or linear layer */
 enum { NONE, GIVEN, SENT, FIRST };                          /* places of messages */
 

@@ -71,6 +71,8 @@ class BlockGraph:
     ) -> None:
         self._flow, self._model, self._name = flow, model, name
         self._home, self._leaving = home, leaving
+        own = [flow.ops[i] for i, block in home.items() if block == name]
+        self._written = {memory for op in own for memory in op.writes}
         self._parts: dict[str, nn.Module] = {}  # of the model, by dotted name
         self._weights: dict[str, Tensor] = {}
         self._constants: dict[str, Tensor] = {}
@@ -230,7 +232,7 @@ class BlockGraph:
             return self._part(self.emit(i), i, path)
         if value not in self._values:
             received = self._received(value, out)
-            if self._is_written(value):  # here, and not where it came from
+            if self._written & self._flow.ops[i].memory:  # here, and not where it came from
                 self._grad(True)
                 received = self._graph.call_method("clone", (received,))
             self._values[value] = received
@@ -244,11 +246,6 @@ class BlockGraph:
             key = key if is_spelled(key) else self._call(Bound(the_value, (key,)))
             self._values[i, path] = self._graph.call_function(getter(key), (whole, key))
         return self._values[i, path]
-
-    def _is_written(self, value: Value) -> bool:
-        ops = [i for i, home in self._home.items() if home == self._name]
-        written = {m for i in ops for m in self._flow.ops[i].writes}
-        return bool(written & self._flow.ops[value[0]].memory)
 
     def _received(self, value: Value, out: Sequence[Value]) -> fx.Node:
         """Return a value from another block."""
