@@ -3,6 +3,7 @@ place in the code."""
 
 from __future__ import annotations
 
+import re
 import runpy
 from pathlib import Path
 
@@ -37,6 +38,12 @@ def test_modules_of_scripts_are_typed_strictly():
         assert f'"{path.stem}"' in STRICT, path
     for path in (TREE / "scripts").glob("*/__init__.py"):
         assert f'"{path.parent.name}.*"' in STRICT, path
+
+
+def test_the_tests_that_programs_name_are_there():
+    for program in ("scripts/test", ".ci/run", "scripts/matrix.py"):
+        for path in re.findall(r"\btests/[\w/.]*\w", (TREE / program).read_text("utf-8")):
+            assert (TREE / path).exists(), f"{program}: no {path}"
 
 
 def test_each_defect_has_its_place_and_its_tests():
