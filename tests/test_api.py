@@ -13,7 +13,7 @@ import hamdist
 from hamdist.config import Settings
 from hamdist.errors import BlockError, SettingsError
 from hamdist.runtime.snapshots.resume import weights_of
-from hamdist.runtime.storage.snapshot_files import complete, latest
+from hamdist.runtime.storage.snapshot_files import latest, snapshot_folders
 from hamdist.runtime.storage.store import storage
 from hamdist.runtime.train.prepare import as_graph
 from hamdist.runtime.train.train import snapshot_model
@@ -150,7 +150,7 @@ def test_the_weights_of_a_snapshot_are_averaged_as_those_of_the_result(tmp_path)
     learned(snapshots=kept, **fields)
     spec = from_iterable(items(), classes=2).spec
     average, k = torch.zeros(5, 3), 0
-    for folder in sorted(complete(storage(tmp_path))):
+    for folder in sorted(snapshot_folders(storage(tmp_path))):
         snapshot = latest(tmp_path / folder, pytest.fail)
         settings = Settings.model_validate(snapshot.manifest.settings)
         graph = as_graph(model(), settings, spec, nn.functional.cross_entropy)

@@ -172,7 +172,7 @@ def _serve(order: JobSpec, settings: Settings, factory: ModelFactory | None) -> 
 def _found_again(order: JobSpec, lost: str) -> str | None:
     """Return the snapshot from which the run resumes after its driver was lost, and report it. That
     is one of its own snapshots, else the one from which it began."""
-    from hamdist.runtime.storage.snapshot_files import complete, latest
+    from hamdist.runtime.storage.snapshot_files import latest, snapshot_folders
     from hamdist.runtime.storage.store import storage
 
     for where in (order.snapshots, order.resume):
@@ -182,7 +182,7 @@ def _found_again(order: JobSpec, lost: str) -> str | None:
             tick = latest(where, _warn).tick
         except SnapshotError:
             if where == order.snapshots:  # lost before the first one was whole
-                for folder in list(complete(storage(where))):
+                for folder in list(snapshot_folders(storage(where))):
                     storage(where).remove(folder)
             continue
         tell(DriverLost(signal=lost, tick=tick))

@@ -23,7 +23,7 @@ from hamdist.runtime.live.run import LiveRun
 from hamdist.runtime.results.events import EventListener, FolderStarted
 from hamdist.runtime.results.result import RunResult
 from hamdist.runtime.results.run_events import EventFile
-from hamdist.runtime.storage.snapshot_files import complete
+from hamdist.runtime.storage.snapshot_files import latest_complete
 from hamdist.runtime.storage.store import storage
 from hamdist.streams.iterable import IterableStream
 from hamdist.streams.live import LiveStream
@@ -114,7 +114,7 @@ def _begun(
             "with it; or give another folder"
         )
     if resume is not None:
-        found = kept is not None and any(complete(storage(kept)))
+        found = kept is not None and latest_complete(storage(kept)) is not None
         return resume if Path(resume) != journal.folder else kept if found else None
     u = example.u if example.inputs is None else example.inputs
     tensors = {**named("u", u), **named("y", example.y), **named("weights", _weights(model))}

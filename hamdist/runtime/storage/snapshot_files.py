@@ -230,9 +230,14 @@ def folder_of(tick: int) -> str:
     return f"{_PREFIX}{tick:012d}"
 
 
-def complete(store: Storage) -> Iterator[str]:
-    """Yield the folders of complete snapshots, the latest first."""
+def snapshot_folders(store: Storage) -> Iterator[str]:
+    """Yield the folders of snapshots, complete ones and others, the latest first."""
     return reversed([name for name in store.folders() if _FOLDER.fullmatch(name)])
+
+
+def latest_complete(store: Storage) -> str | None:
+    """Return the folder of the latest complete snapshot, which may be damaged."""
+    return next((name for name in snapshot_folders(store) if _finished(store, name)), None)
 
 
 def latest(where: str | Path, say: Callable[[str], None]) -> Snapshot:
@@ -246,7 +251,7 @@ def latest(where: str | Path, say: Callable[[str], None]) -> Snapshot:
     if _FOLDER.fullmatch(name):
         return _whole(storage(parent), name)
     damaged = []
-    for folder in complete(store):
+    for folder in snapshot_folders(store):
         try:
             return _whole(store, folder)
         except SnapshotError as error:
@@ -280,12 +285,12 @@ def check_usable(where: str, nbytes: int) -> None:
             later one of those would be taken for this run's.
     """
     store = storage(where)
-    for folder in complete(store):
-        if _finished(store, folder):
-            raise SnapshotError(
-                f"snapshots.path {where!r}: another run's snapshots lie there ({folder}); go on "
-                "from them (--resume), remove them, or give another folder"
-            )
+    folder = latest_complete(store)
+    if folder is not None:
+        raise SnapshotError(
+            f"snapshots.path {where!r}: another run's snapshots lie there ({folder}); go on "
+            "from them (--resume), remove them, or give another folder"
+        )
     check_writable(store, nbytes)
 
 
@@ -314,7 +319,7 @@ def make_room(store: Storage) -> bool:
     """
     with suppress(SnapshotError):
         whole = latest(store.where, lambda _: None).folder
-        for name in sorted(complete(store)):
+        for name in sorted(snapshot_folders(store)):
             if name != whole and _finished(store, name):
                 store.remove(name)
                 return True
@@ -323,7 +328,7 @@ def make_room(store: Storage) -> bool:
 
 def remove_unfinished(store: Storage, before: int) -> None:
     """Remove the files of unfinished snapshots of ticks before `before`."""
-    for name in complete(store):
+    for name in snapshot_folders(store):
         if name < folder_of(before) and not _finished(store, name):
             store.remove(name)
 
@@ -350,7 +355,7 @@ def conclude(
             raise
         store.write(f"{folder}/{MANIFEST}", manifest.dumped())
     complete_ones = 0
-    for name in complete(store):
+    for name in snapshot_folders(store):
         if name > folder:
             continue  # one that is being written
         if complete_ones < keep and name not in damaged and _finished(store, name):

@@ -11,7 +11,7 @@ from torch import nn
 
 import hamdist
 from hamdist.dynamics.rules.names import HOMES, built_in
-from hamdist.runtime.storage.snapshot_files import complete
+from hamdist.runtime.storage.snapshot_files import snapshot_folders
 from hamdist.runtime.storage.store import storage
 from hamdist.runtime.train.train import train
 
@@ -69,7 +69,7 @@ def resumed(tmp_path, rules, **level):
         net(), PortableStream(ITEMS), settings(ALONE, ITEMS, snapshots=kept, **given), rules=rules
     )
     at = storage(kept["path"])
-    for folder in sorted(complete(at))[1:2]:
+    for folder in sorted(snapshot_folders(at))[1:2]:
         again = train(
             net(),
             PortableStream(ITEMS),

@@ -489,19 +489,24 @@ def test_a_pause_has_room_for_so_many(tmp_path):
 DRIVER = """
 import sys
 from runtime.live.test_live import samples, start
-run = start("trace", out=sys.argv[1], snapshots={"seconds": 0.05})
+run = start("trace", out=sys.argv[1], snapshots={"seconds": float(sys.argv[2])})
 for item in samples(10**6):
     print(run.feed(*item), flush=True)
 """
 
 
-def test_a_killed_driver_loses_no_sample_that_was_acknowledged(tmp_path):
-    command = [sys.executable, "-c", DRIVER, str(tmp_path)]
+@pytest.mark.parametrize("seconds", [0.05, 1000])  # (the second is killed in its first snapshot)
+def test_a_killed_driver_loses_no_sample_that_was_acknowledged(tmp_path, seconds):
+    command = [sys.executable, "-c", DRIVER, str(tmp_path), str(seconds)]
     path = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
     with subprocess.Popen(command, stdout=subprocess.PIPE, env=path, text=True) as driver:
         heard = [int(driver.stdout.readline()) for _ in range(60)]
         driver.kill()
         heard += map(int, driver.stdout.read().splitlines())
+    if seconds == 1000:
+        unfinished = tmp_path / "snapshots" / "tick-000000000049"
+        unfinished.mkdir(parents=True)
+        (unfinished / "block-0.0123456789abcdef.0.safetensors").write_bytes(b"cut off")
     with start("trace", out=tmp_path, resume=tmp_path) as run:
         fed = run.status().fed  # (what was accepted may be one more than was told)
         assert fed in (len(heard), len(heard) + 1)
