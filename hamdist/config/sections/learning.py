@@ -67,7 +67,7 @@ class InputRule(str, Enum):
     ROTATED = "rotated"
 
 
-class Sides(str, Enum):
+class RotatedSides(str, Enum):
     """Statistics that axes are turned by: of a layer's inputs, or of its costates as well."""
 
     INPUTS = "inputs"
@@ -80,7 +80,7 @@ class InputsSettings(Section):
     rule: InputRule = InputRule.WHITENED
     """Take the inputs' mean out of the step, or their correlation as well; `rotated`: take the mean
     out, and turn the axes of Adam's step (`adaptive`) into the eigenvectors of the covariances."""
-    sides: Sides = Sides.BOTH
+    sides: RotatedSides = RotatedSides.BOTH
     """`rotated`: the covariances of the inputs, or of inputs and costates."""
     memory: Annotated[float, Field(ge=0, lt=1)] = 0.99
     """Share of the mean that stays at an update."""

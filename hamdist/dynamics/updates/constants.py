@@ -31,7 +31,7 @@ from hamdist.config import (
     LearningSettings,
     Reset,
     ResetSettings,
-    Sides,
+    RotatedSides,
 )
 from hamdist.dynamics.graph.patterns import check_patterns, fitting
 from hamdist.dynamics.schedule.levels import Locality
@@ -147,7 +147,7 @@ def _inputs(settings: InputsSettings | str) -> Whitening | None:
     if isinstance(settings, str):
         return None
     s, rotated = settings, settings.rule is InputRule.ROTATED
-    kinds = s.rule is InputRule.CENTRED, rotated, rotated and s.sides is Sides.BOTH
+    kinds = s.rule is InputRule.CENTRED, rotated, rotated and s.sides is RotatedSides.BOTH
     return Whitening(s.memory, s.damping, s.look, s.refresh, *kinds)
 
 

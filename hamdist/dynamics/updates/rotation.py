@@ -32,11 +32,11 @@ from torch import Tensor
 
 from hamdist.dynamics.saved_state.remember import Remembers
 
-Sides: TypeAlias = "list[Tensor | None]"  # of the costates (O, O) and the inputs (I, I)
+Pair: TypeAlias = "list[Tensor | None]"  # of the costates (O, O) and the inputs (I, I)
 
 
 @torch.no_grad()
-def eigenvectors(factors: Sides) -> Sides:
+def eigenvectors(factors: Pair) -> Pair:
     """Return Q of each factor, in columns; None for one that is none, or is not finite."""
     torch.get_num_threads()  # (a new thread computes with as many as the others from here on)
     return [
@@ -51,12 +51,12 @@ class Rotation(Remembers):
     STATE = ("bases", "factors")
 
     def __init__(self) -> None:
-        self.bases: Sides = [None, None]
-        self.factors: Sides | None = None
-        self._computed: Future[Sides] | None = None
-        self._turn: Sides | None = None  # T^2 of both sides, until `turned` has used it
+        self.bases: Pair = [None, None]
+        self.factors: Pair | None = None
+        self._computed: Future[Pair] | None = None
+        self._turn: Pair | None = None  # T^2 of both sides, until `turned` has used it
 
-    def refresh(self, factors: Sides, *, at_once: bool) -> None:
+    def refresh(self, factors: Pair, *, at_once: bool) -> None:
         """Begin to compute the axes of `factors`, which nothing changes; at_once: take them."""
         self.factors, self._computed = factors, None
         if at_once:
