@@ -38,6 +38,9 @@ class ModelSettings(Section):
     depth: Positive = 5
     """Layers with weights (of rnn, gru, lstm: cells; of resnet, convnet, vit, gpt, lstm-layers:
     residual layers)."""
+    subspace: Positive | None = None
+    """Rank of the fixed subspace of the last dimension in which every layer but the last ends, so
+    that `engine.compress` sends fewer numbers."""
     tau: Above0 = 0.1
     """Step of integration of `midpoint`."""
     bias: bool = True
