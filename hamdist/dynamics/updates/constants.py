@@ -22,6 +22,7 @@ from hamdist.config import (
     AverageSettings,
     BlockDynamicsSettings,
     BlockLearningSettings,
+    ClipSettings,
     Compensation,
     CourseSettings,
     DynamicsSettings,
@@ -149,7 +150,9 @@ def _inputs(settings: InputsSettings | str) -> Whitening | None:
     return Whitening(settings.memory, settings.damping, settings.look, settings.refresh, centred)
 
 
-def _clip(limit: float | str) -> float:
+def _clip(limit: float | ClipSettings | str) -> float:
+    if isinstance(limit, ClipSettings):  # (of the network: PulseBlock steps by its share)
+        return limit.norm if limit.of == "block" else math.inf
     return math.inf if isinstance(limit, str) else limit
 
 
