@@ -153,9 +153,8 @@ def _inputs(settings: InputsSettings | str) -> Whitening | None:
 
 
 def _clip(limit: float | ClipSettings | str) -> float:
-    if isinstance(limit, ClipSettings):  # (of the network: PulseBlock steps by its share)
-        return limit.norm if limit.of == "block" else math.inf
-    return math.inf if isinstance(limit, str) else limit
+    own = limit.norm if isinstance(limit, ClipSettings) and limit.of == "block" else limit
+    return own if isinstance(own, float) else math.inf  # (of the network: Block.step)
 
 
 def _first(*values: float | None) -> float:
