@@ -131,12 +131,17 @@ def both(
         ("double-buffered", 2),
         ("pipeline", 4),
         pytest.param("trace", 0, marks=pytest.mark.slow),  # (the level of the tests below)
+        pytest.param(
+            "rotated", 2, marks=pytest.mark.slow
+        ),  # (axes are asked for at 28, used at 35)
     ],
 )
 def test_a_killed_actor(session, driver, leaves_no_socket, tmp_path, level, where):
     """With the stream, in the middle, with the readout."""
     odd = net((where, Once(31, tmp_path / "mark", "kill")))
-    given = LEVELS.get(level, {"level": level})
+    rotated = {"adaptive": {}, "lr": 0.01, "inputs": {"rule": "rotated", "refresh": 14}}
+    levels = {**LEVELS, "rotated": {"level": "trace", "learning": rotated}}
+    given = levels.get(level, {"level": level})
     result = both(tmp_path, odd, **given)
     assert len(result.replaced) == 1
     assert f"block{where}" in result.replaced[0].blocks
