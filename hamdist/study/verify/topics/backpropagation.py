@@ -13,7 +13,9 @@ from torch.nn import functional
 
 from hamdist.config import LearningSettings, Settings
 from hamdist.dynamics.graph.graph import Graph
+from hamdist.dynamics.objective.losses import LossFunction
 from hamdist.runtime.train.train import train
+from hamdist.streams.sample import Stream
 from hamdist.study.shared.exact_runs import float64_settings
 from hamdist.study.verify.oracles.check import Check, absolute
 from hamdist.study.verify.oracles.networks import (
@@ -48,7 +50,7 @@ OPTIMISERS: dict[str, dict[str, Any]] = {
     "Adafactor": {"weight_decay": 0.1},
     "Muon": {"weight_decay": 0.1},
 }
-ADAMW = {"name": "adamw", **OPTIMISERS["AdamW"]}
+ADAMW = {"lr": 0.01, "optimizer": {"name": "adamw", **OPTIMISERS["AdamW"]}}
 
 
 def checks(full: bool) -> Iterator[Check]:
@@ -90,7 +92,7 @@ def _in_parts(items: int) -> Iterator[Check]:
         ("a chain of 5", chain, MOMENTUM, {}),
         ("a chain of 5, two blocks", chain, PLAIN, {"blocks": 2}),
         ("a chain of 5, edges of 3 ticks", chain, PLAIN, {"delay": 3}),
-        ("a chain of 5, AdamW", chain, {"lr": 0.01, "optimizer": ADAMW}, {}),
+        ("a chain of 5, AdamW", chain, ADAMW, {}),
         ("two skips, two readouts", lambda: seeded(Skips), PLAIN, {}),
         ("tied weights, a layer in two blocks", tied, MOMENTUM, {}),
     ]
@@ -102,8 +104,7 @@ def _in_parts(items: int) -> Iterator[Check]:
 
 def _in_groups(items: int) -> Iterator[Check]:
     """One step for several samples; with two versions every block is one step behind."""
-    adamw = {"lr": 0.01, "optimizer": ADAMW}
-    for rule, learning in (("momentum", MOMENTUM), ("AdamW", adamw)):
+    for rule, learning in (("momentum", MOMENTUM), ("AdamW", ADAMW)):
         name = f"a chain of 5, a step for {GROUP} samples, {rule}"
         yield _check(name, chain, items, learning, 1.0, {}, {"accumulate": GROUP})
     buffered = {"accumulate": BEHIND, "double_buffered": True}
@@ -166,11 +167,12 @@ def _torchs(weights: list[nn.Parameter], learning: LearningSettings) -> list[Any
 
 def sgd(
     model: nn.Module,
-    stream: Draws,
+    stream: Stream,
     learning: LearningSettings,
     group: int = 1,
     *,
     behind: bool = False,
+    loss: LossFunction = functional.cross_entropy,
 ) -> list[Tensor]:
     """Move the weights of `model` once for `group` samples; return each prediction's loss curve.
 
@@ -183,7 +185,7 @@ def sgd(
         if isinstance(sample.y, Tensor):
             predicted = used(sample.u)
             predictions = predicted if isinstance(predicted, tuple) else (predicted,)
-            losses = torch.stack([functional.cross_entropy(p, sample.y) for p in predictions])
+            losses = torch.stack([loss(p, sample.y) for p in predictions])
             (losses.sum() / group).backward()  # type: ignore[no-untyped-call]  # (of torch)
             curves.append(losses.tolist())
         elif group == 1:
