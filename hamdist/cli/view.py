@@ -86,20 +86,14 @@ def watch(
 ) -> None:
     """Show runs while they go on, or afterwards, in this terminal; Ctrl-C ends it, not the run."""
     with _folders([name or str(latest_results())], cluster) as [folder]:
-        from hamdist.runtime.results.events import RunBegun
-        from hamdist.study.view.follow import FollowedRun, followed
+        from hamdist.study.view.follow import followed
 
-        run, show = None, None
         with Display() as display:
             for event in followed(folder):
                 line = line_of(event)
                 if line is not None:
                     display.say(line)
-                if isinstance(event, RunBegun):
-                    run, show = FollowedRun(event), display.watch(event.title, event.batch)
-                progress = None if run is None else run.take(event)
-                if progress is not None and show is not None:
-                    show(progress)
+                display.take(event)
         _explain(folder)
 
 

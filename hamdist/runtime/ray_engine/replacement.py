@@ -187,7 +187,7 @@ class Replacement:
     def _call_off(self, actors: Sequence[WorkerHandle]) -> None:
         """End the runs of healthy actors, whose processes restart (the others are killed)."""
         for actor in actors:
-            actor.handle.abort.remote(self._worker_group.plan.run)
+            actor.ask("abort", run=self._worker_group.plan.run)
         runs = [actor.running for actor in actors]
         ended = ray.wait(runs, num_returns=len(runs), timeout=END_SECONDS)[0] if runs else []
         for actor in actors:
@@ -236,14 +236,14 @@ class Replacement:
         for actor in others:
             ways = worker_group.binds(worker_group.actors.index(actor), inside, only=lost)
             if ways:
-                calls[actor.handle.bind_anew.remote(ways)] = actor
+                calls[actor.ask("bind_anew", ways)] = actor
         opened, gone = _all(calls)
         if gone:
             return gone
         for addresses in opened:
             ends |= addresses
-        calls = {actor.handle.connect.remote(ends): actor for actor in lost}
-        calls |= {actor.handle.connect_anew.remote(ends): actor for actor in others}
+        calls = {actor.ask("connect", ends): actor for actor in lost}
+        calls |= {actor.ask("connect_anew", ends): actor for actor in others}
         again, gone = _all(calls)
         if gone:
             return gone
