@@ -10,30 +10,20 @@ from typing import TYPE_CHECKING
 
 from hamdist.cli.console import OUTPUT
 from hamdist.errors import SettingsError
-from hamdist.study.shared.result_folder import prepare_folder
 
 if TYPE_CHECKING:
-    from hamdist.config import Settings
     from hamdist.models.build import ModelFactory
-    from hamdist.study.run.run import DataFactory
 
 STANDARD_OUTPUT = Path("-")
 
 
-def prepare(
-    out: Path | None, model_name: str | None, option: str = "--model"
-) -> ModelFactory | None:
-    """Check the folder, and return the model's function; `option` is the one that named it.
-
-    Raises SettingsError if `out` cannot be written, or no function has that name.
-    """
-    if out is not None:
-        prepare_folder(out)
-    if model_name is None:
+def factory_of(name: str | None, option: str = "--model") -> ModelFactory | None:
+    """Return the model's function that `option` names. Raises SettingsError if there is none."""
+    if name is None:
         return None
     from hamdist.models.build import load_factory
 
-    return load_factory(model_name, option)
+    return load_factory(name, option)
 
 
 def code_of(*names: str | None) -> str:
@@ -46,15 +36,6 @@ def code_of(*names: str | None) -> str:
         digest = "" if file is None else hashlib.sha256(Path(file).read_bytes()).hexdigest()
         digests.append(f"{name} {digest}")
     return "; ".join(digests)
-
-
-def own_stream(name: str | None, settings: Settings) -> DataFactory | None:
-    """Return the data of the function that `--stream` names. Raises SettingsError."""
-    if name is None:
-        return None
-    from hamdist.study.run.own_data import load_stream
-
-    return load_stream(name, settings.stream.names, settings.model_loss)
 
 
 def command_line() -> str:

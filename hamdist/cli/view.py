@@ -16,17 +16,7 @@ from rich.text import Text
 from hamdist.cli.cluster.cluster import ClusterOption, jobs_of
 from hamdist.cli.console import complain, console, note, print_notes, report, say
 from hamdist.cli.display import Display
-from hamdist.cli.options import (
-    DEFAULT_SETTINGS,
-    EngineOption,
-    LevelOption,
-    ModelOption,
-    SetOption,
-    StreamOption,
-    changes,
-    load,
-)
-from hamdist.cli.prepare import own_stream, prepare
+from hamdist.cli.options import DEFAULT_SETTINGS, RunOptions
 from hamdist.errors import HamdistError, SettingsError
 from hamdist.runtime.results.run_events import EVENTS, EventFile, line_of
 from hamdist.study.shared.result_folder import results_of, write_file
@@ -128,11 +118,8 @@ def draw(
         str,
         typer.Argument(metavar="SETTINGS|DIR", help="A YAML file, a recipe, a folder of results."),
     ] = DEFAULT_SETTINGS,
-    level: LevelOption = None,
-    engine: EngineOption = None,
-    set_: SetOption = None,
-    model: ModelOption = None,
-    stream: StreamOption = None,
+    *,
+    options: Annotated[RunOptions, "level engine set_ model stream"],
     out: Annotated[
         Path | None,
         typer.Option("--out", help="File, .svg or .dot.", show_default="NAME.svg"),
@@ -145,9 +132,8 @@ def draw(
     if Path(settings).is_dir():
         network, name = network_of_folder(_with_events(Path(settings)) / EVENTS)
     else:
-        loaded = load(settings, set_, changes(level=level, engine=engine))
-        factory, data = prepare(None, model), own_stream(stream, loaded)
-        network, name = network_of_settings(loaded, factory, data)
+        loaded = options.load(settings)
+        network, name = network_of_settings(loaded, options.factory(), options.data(loaded))
     file = out or Path(f"{results_of(name).name}.svg")
     if file.suffix not in (".svg", ".dot"):
         raise SettingsError(f"--out {str(file)!r}: name a file that ends in .svg or .dot")

@@ -125,8 +125,7 @@ _cut = False  # whether the last line was not written to its end
 def tell(event: JobEvent) -> bool:
     """Write `event` into this process's log, in one write that no other output can split.
 
-    Returns:
-        True if it was written: a log on a full disk ends no run.
+    False if it was not written: a log on a full disk ends no run.
     """
     global _cut
     data = ("\n" * _cut + to_line(event) + "\n").encode("ascii")

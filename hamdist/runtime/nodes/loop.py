@@ -25,11 +25,7 @@ class Cut(Protocol):
     due: float
 
     def reach(self, tick: int) -> None:
-        """Act at the cut, and set the next `due`.
-
-        Args:
-            tick: the least tick >= due before whose events all nodes stand.
-        """
+        """Act before `tick`, the least one >= due that no node has passed; set the next `due`."""
 
 
 def run_loop(

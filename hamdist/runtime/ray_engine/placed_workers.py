@@ -261,14 +261,7 @@ class PlacedWorkers:
     def _way_between(
         self, channel: Channel, node: str, key: str | None, receiver: WorkerHandle
     ) -> str:
-        """Return the transport of a channel between two actors.
-
-        Args:
-            channel: the channel.
-            node: the sender's host.
-            key: the sender's public key, if the receiver has to check it.
-            receiver: the receiving actor.
-        """
+        """Return the transport of a channel from a sender on `node`, whose `key` is checked."""
         wanted = self._plan.engine.transport
         if wanted is TransportKind.TCP or (wanted is TransportKind.AUTO and node != receiver.node):
             host = LOOPBACK if node == receiver.node else receiver.address

@@ -344,12 +344,9 @@ class Attempts:
         self._known: dict[str, tuple[int, int]] = {}  # by actor: how far it came, losses since
 
     def lost(self, actor: str, tick: int | None, saved: int) -> int:
-        """Return how many times in a row `actor` was lost without progress, this one included.
+        """Return how often in a row `actor`, now at `tick`, was lost without progress.
 
-        Args:
-            actor: its name.
-            tick: its tick, if it is known.
-            saved: the tick of the latest snapshot.
+        saved: the tick of the latest snapshot.
         """
         furthest, times = self._known.get(actor, (-1, 0))
         came = max(saved, -1 if tick is None else tick)

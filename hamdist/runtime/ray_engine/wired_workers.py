@@ -177,11 +177,8 @@ class WiredWorkers(PlacedWorkers):
         return self._local is None or replays(self._stream)
 
     def renew_local(self, plan: Plan) -> None:
-        """Restart a stream in this process, from the plan's snapshot.
-
-        Raises:
-            StreamError: the stream is waiting for a sample that does not come.
-        """
+        """Restart a stream in this process, from the plan's snapshot. Raises StreamError if it
+        waits for a sample that does not come."""
         if self._local is None:
             return
         self._end_local()

@@ -71,11 +71,8 @@ class WorkerActor:
     def compute_as(
         self, switches: Switches, threads: int, native: bool
     ) -> tuple[Arithmetic, list[str]]:
-        """Set torch's switches to the driver's, before any block exists.
-
-        Returns:
-            The fingerprint of this process then, and the switches that could not be set.
-        """
+        """Set torch's switches to the driver's, before any block exists; return the fingerprint of
+        this process then, and the switches that could not be set."""
         refused = set_switches(switches)
         return arithmetic(threads, native=native), refused
 

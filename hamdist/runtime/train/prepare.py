@@ -36,9 +36,7 @@ from hamdist.streams.wrappers.dtype import in_dtype
 def in_dtype_of(settings: Settings, model: nn.Module | Graph, stream: Stream) -> tuple[Any, Stream]:
     """Return model and stream in `settings.dtype`, where it was set; copies, where they were not.
 
-    Raises:
-        SettingsError: The model is a Graph of another type, which brings its own, or a module
-            without weights.
+    Raises SettingsError for a Graph, which brings its type, and a module without weights.
     """
     if isinstance(model, nn.Module) and next(model.parameters(), None) is None:
         raise SettingsError("the model has no weights: there is nothing to learn")

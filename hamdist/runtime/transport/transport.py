@@ -107,11 +107,8 @@ class Endpoints:
     ) -> str:
         """Open the receiving end of a channel, and return its address.
 
-        Args:
-            channel: the channel.
-            way: 'shm', 'ipc', 'tcp://HOST', or 'tcp://HOST KEY' with the sender's public key.
-            limit: the most bytes of a frame by tcp (-1: any).
-            memory: of the receiving block's GPU, if signals may stay on one.
+        way: 'shm', 'ipc', 'tcp://HOST', or 'tcp://HOST KEY' with the sender's public key.
+        limit: the most bytes of a frame by tcp (-1: any). memory: of the receiving block's GPU.
         """
         if self._link_delay:
             receiver: Receiver = DelayedReceiver(

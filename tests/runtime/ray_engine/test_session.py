@@ -19,8 +19,8 @@ from torch import nn
 import hamdist
 from hamdist.config import EngineSettings
 from hamdist.errors import ClusterError, SettingsError
-from hamdist.runtime.ray_engine import local_ray as local_ray_module
 from hamdist.runtime.ray_engine import local_ray
+from hamdist.runtime.ray_engine import local_ray as local_ray_module
 from hamdist.runtime.ray_engine import session as cluster
 from hamdist.streams import from_iterable
 
