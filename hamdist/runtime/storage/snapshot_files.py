@@ -309,7 +309,7 @@ def check_writable(store: Storage, nbytes: int = 0) -> None:
 
 
 def make_room(store: Storage) -> bool:
-    """Remove the oldest complete snapshot, never the latest undamaged one; True if there was one."""
+    """Remove the oldest complete snapshot but the latest undamaged one; True if there was one."""
     with suppress(SnapshotError):
         whole = latest(store.where, lambda _: None).folder
         for name in sorted(snapshot_folders(store)):
