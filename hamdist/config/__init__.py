@@ -43,6 +43,7 @@ from hamdist.config.sections.learning import HeadsSettings as HeadsSettings
 from hamdist.config.sections.learning import InputRule as InputRule
 from hamdist.config.sections.learning import InputsSettings as InputsSettings
 from hamdist.config.sections.learning import LearningSettings as LearningSettings
+from hamdist.config.sections.learning import RotatedSides as RotatedSides
 from hamdist.config.sections.locality import Compensation as Compensation
 from hamdist.config.sections.locality import Credit as Credit
 from hamdist.config.sections.locality import Grouping as Grouping

@@ -14,6 +14,7 @@ from hamdist.dynamics.rules.names import HOMES, built_in
 from hamdist.runtime.storage.snapshot_files import snapshot_folders
 from hamdist.runtime.storage.store import storage
 from hamdist.runtime.train.train import train
+from hamdist.study.verify.topics.rule import VerifiedRule
 
 __all__ = ["driver"]  # a fixture
 
@@ -59,6 +60,17 @@ def test_a_killed_actor(session, driver, leaves_no_socket, tmp_path):
     learning = {"lr": 0.05, "optimizer": {"name": "adamw"}}
     result = both(tmp_path, odd, functions={"rules": MIXED}, learning=learning)
     assert any("block2" in lost.blocks for lost in result.replaced)
+
+
+@pytest.mark.slow
+@pytest.mark.ray
+@pytest.mark.timeout(110)
+@pytest.mark.parametrize("name", HOMES)
+def test_every_rule_with_a_killed_actor(session, leaves_no_socket, name):
+    """On all blocks that it may have, as `hamdist verify --rule` does it: lost at sample 17."""
+    verified = VerifiedRule(name)
+    assert verified._killed().difference == 0
+    assert verified._resumed().difference == 0
 
 
 def resumed(tmp_path, rules, **level):
