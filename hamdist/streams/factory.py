@@ -22,11 +22,9 @@ from hamdist.errors import SettingsError
 from hamdist.streams.sample import Stream
 from hamdist.streams.sources.arrays import ArrayStream
 from hamdist.streams.sources.characters import CharacterStream, character_parts, held_out_windows
-from hamdist.streams.sources.datasets import DataSet, digits
+from hamdist.streams.sources.datasets import DataSet, digits, mnist1d, validation_split
 from hamdist.streams.sources.drift import DriftStream
 from hamdist.streams.sources.images import IMAGE_FILES, read_images
-from hamdist.streams.sources.mnist1d import mnist1d
-from hamdist.streams.sources.parts import validation_split
 from hamdist.streams.sources.sequences import TokenStream
 from hamdist.streams.sources.signals import SignalStream
 from hamdist.streams.sources.text_files import CLASSES, Texts

@@ -19,7 +19,6 @@ from hamdist.config import DeviceSignals, Pin
 from hamdist.dynamics.graph.graph import INPUT
 from hamdist.dynamics.schedule.events import Kind
 from hamdist.errors import HamdistError
-from hamdist.runtime.engines.message_limits import message_bytes, slot_bytes
 from hamdist.runtime.engines.sampler import Sampler
 from hamdist.runtime.engines.worker_report import (
     BlockedChannel,
@@ -32,14 +31,14 @@ from hamdist.runtime.nodes.loop import run_loop
 from hamdist.runtime.nodes.mailbox import Mailbox
 from hamdist.runtime.nodes.source import SourceNode
 from hamdist.runtime.plan.plan import Plan
+from hamdist.runtime.plan.signal_bytes import message_bytes, slot_bytes
 from hamdist.runtime.process.process_memory import reset_peak
 from hamdist.runtime.process.switches import set_switches
 from hamdist.runtime.process.threads import pinned, processors_of_actor
 from hamdist.runtime.results.digests import Digests
 from hamdist.runtime.signals.cast import CastBorder
-from hamdist.runtime.signals.interrupts import Aborted
 from hamdist.runtime.signals.sent_log import SentLog
-from hamdist.runtime.signals.signal import Channel
+from hamdist.runtime.signals.signal import Aborted, Channel
 from hamdist.runtime.snapshots.process_snapshots import ProcessSnapshots
 from hamdist.runtime.transport.cuda_ipc import cuda_memory
 from hamdist.runtime.transport.gpu_ring import GpuMemory, GpuRingSender, Refusal

@@ -12,7 +12,7 @@ from hamdist.dynamics.schedule.events import Event, Phase
 from hamdist.errors import BlockError, DivergedError, HamdistError
 from hamdist.runtime.nodes.node import Node
 from hamdist.runtime.nodes.pulse import PulseNode
-from hamdist.runtime.signals.interrupts import Aborted
+from hamdist.runtime.signals.signal import Aborted
 
 
 class Cut(Protocol):

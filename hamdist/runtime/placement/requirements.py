@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 
 from hamdist.config import BlockEngineSettings, EngineSettings
 from hamdist.errors import SettingsError
-from hamdist.runtime.plan.block_settings import device_of
+from hamdist.runtime.plan.dtypes import device_of
 
 
 @dataclass(frozen=True)

@@ -24,7 +24,7 @@ from hamdist.runtime.placement.assign_hosts import ActorOptions, options_of_acto
 from hamdist.runtime.placement.links import Probe, cluster_of, pairs
 from hamdist.runtime.placement.requirements import requirements
 from hamdist.runtime.placement.step_costs import source_host
-from hamdist.runtime.plan.block_settings import block_settings
+from hamdist.runtime.plan.dtypes import block_settings
 from hamdist.runtime.plan.plan import Plan
 from hamdist.runtime.process.arithmetic import Arithmetic
 from hamdist.runtime.process.portable import other_bits, portable_environment

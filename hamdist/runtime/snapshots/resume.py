@@ -20,7 +20,7 @@ from hamdist.errors import GraphError, SnapshotError
 from hamdist.runtime.plan.plan import Plan
 from hamdist.runtime.process.portable import other_bits
 from hamdist.runtime.process.switches import other_switches
-from hamdist.runtime.snapshots.fingerprint import fingerprint
+from hamdist.runtime.snapshots.catalogue import fingerprint
 from hamdist.runtime.storage.snapshot_files import STATE_FORMATS, Snapshot, settings_of
 from hamdist.streams.sample import Stream
 

@@ -16,9 +16,8 @@ from typing import TYPE_CHECKING, Any
 from hamdist.dynamics.schedule.events import Stamp
 from hamdist.errors import ClusterError
 from hamdist.runtime.process.leftovers import claim, release
-from hamdist.runtime.signals.interrupts import Interrupted
 from hamdist.runtime.signals.sent_log import ChannelLog
-from hamdist.runtime.signals.signal import Channel, Signal
+from hamdist.runtime.signals.signal import Channel, Interrupted, Signal
 from hamdist.runtime.transport.delayed_receiver import DelayedReceiver
 from hamdist.runtime.transport.endpoint import (
     BlockedCall,
