@@ -11,7 +11,7 @@ from typing import Annotated, Any, cast, get_type_hints
 
 import typer
 
-from hamdist.cli import compare, diff, export, recipes, run, serve, settings, verify, view
+from hamdist.cli import compare, results, run, serve, settings, verify, view
 from hamdist.cli.cluster import cluster, launch
 from hamdist.cli.console import console, exit_codes, output
 from hamdist.cli.options import RunOptions
@@ -102,9 +102,9 @@ def _options(
 
 
 for _command in (  # in the order of use
-    *(settings.init, recipes.recipes, recipes.rules, run.run, compare.compare),
+    *(settings.init, settings.recipes, settings.rules, run.run, compare.compare),
     *(view.view, view.watch, view.explain, view.draw, serve.serve, serve.replay),
-    *(export.export, diff.diff, simulate.simulate, simulate.profile),
+    *(results.export, results.diff, simulate.simulate, simulate.profile),
     *(verify.verify, cluster.doctor, launch.launch, launch.attach, launch.stop, launch.runs),
     settings.schema,
 ):

@@ -14,11 +14,13 @@ from hamdist.cli.options import (
     OverwriteOption,
     RunOptions,
     SettingsArgument,
+    code_of,
+    command_line,
+    factory_of,
     given,
     level_names,
     names,
 )
-from hamdist.cli.prepare import code_of, command_line, factory_of
 from hamdist.errors import SettingsError
 from hamdist.study.shared.result_folder import results_of
 

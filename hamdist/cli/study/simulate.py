@@ -8,8 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from hamdist.cli.console import note, print_facts, print_rows, report, say, warn
-from hamdist.cli.options import JsonFileOption, RunOptions, SettingsArgument, level_names
-from hamdist.cli.prepare import json_file
+from hamdist.cli.options import JsonFileOption, RunOptions, SettingsArgument, json_file, level_names
 from hamdist.config import EngineKind
 from hamdist.errors import SettingsError
 from hamdist.study.shared.result_folder import prepare_folder, results_of

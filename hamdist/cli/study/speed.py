@@ -9,8 +9,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from hamdist.cli.console import note, print_table, say_written
-from hamdist.cli.options import OverwriteOption, RunOptions, given
-from hamdist.cli.prepare import command_line
+from hamdist.cli.options import OverwriteOption, RunOptions, command_line, given
 from hamdist.cli.study.grid import ChosenOption, StudySetOption, WorkersOption, run_grid
 from hamdist.display.progress import PLAIN_SECONDS
 from hamdist.errors import SettingsError
