@@ -32,7 +32,6 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections import OrderedDict
 from collections.abc import Callable
 from typing import TypeAlias
 
@@ -43,7 +42,7 @@ from hamdist.config import Loss, ModelKind, ModelSettings, PartitionSettings, Se
 from hamdist.dynamics.graph.graph import INPUT, BlockSpec, Combine, Graph
 from hamdist.dynamics.modules.recurrent import Reads, RecurrentCell
 from hamdist.dynamics.modules.reversible import Coupling, MidpointStart
-from hamdist.dynamics.modules.subspace import Subspace
+from hamdist.dynamics.modules.subspace import in_subspace
 from hamdist.dynamics.objective.losses import LossFunction, make_loss
 from hamdist.errors import SettingsError
 from hamdist.loading import called, check_call, load_function, title
@@ -140,7 +139,8 @@ def make_model(
         )
     if settings.subspace is not None:
         whole = settings.model_copy(update={"subspace": None})
-        return _in_subspace(make_model(whole, spec, seed=seed, dtype=dtype), settings, seed, dtype)
+        model = make_model(whole, spec, seed=seed, dtype=dtype)
+        return in_subspace(model, settings.width, settings.subspace, seed)
     if settings.kind in NETWORKS:
         outputs = _outputs(settings, spec)
         return make_network(settings, spec, outputs, seed=seed, dtype=dtype)
@@ -157,26 +157,6 @@ def make_model(
     return _mlp(layers, flatten=len(spec.u_shape) != 2)
 
 
-def _in_subspace(
-    model: nn.Sequential, settings: ModelSettings, seed: int, dtype: torch.dtype
-) -> nn.Sequential:
-    """Return `model` with a `Subspace` behind every child but the last."""
-    rank = settings.subspace or 0
-    if settings.kind not in _RESIDUAL or rank > settings.width:
-        kinds = ", ".join(kind.value for kind in _RESIDUAL)
-        raise SettingsError(
-            f"model.subspace: {rank} with kind {settings.kind.value!r} of width {settings.width}: "
-            f"it is a rank up to the width of a residual stream, which {kinds} have"
-        )
-    *layers, (name, head) = model.named_children()
-    ends = {
-        key: nn.Sequential(layer, Subspace(settings.width, rank, seed, dtype))
-        for key, layer in layers
-    }
-    return nn.Sequential(OrderedDict({**ends, name: head}))
-
-
-_RESIDUAL = (ModelKind.RESIDUAL_MLP, ModelKind.VIT, ModelKind.GPT, ModelKind.LSTM_LAYERS)
 _PAIRED = (ModelKind.REVERSIBLE_MLP, ModelKind.MIDPOINT)
 _LEAST_DEPTH = {
     ModelKind.RESIDUAL_MLP: (2, "input and output"),

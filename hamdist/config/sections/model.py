@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from enum import Enum
 
+from pydantic import model_validator
+
 from hamdist.config.sections.section import Above0, Positive, Section
 
 
@@ -23,6 +25,9 @@ class ModelKind(str, Enum):
     VIT = "vit"
     GPT = "gpt"
     LSTM_LAYERS = "lstm-layers"
+
+
+RESIDUAL = (ModelKind.RESIDUAL_MLP, ModelKind.VIT, ModelKind.GPT, ModelKind.LSTM_LAYERS)
 
 
 class ModelSettings(Section):
@@ -49,3 +54,13 @@ class ModelSettings(Section):
     """Attention heads of `vit` and `gpt`."""
     patch: Positive = 7
     """Side of a patch of `vit`."""
+
+    @model_validator(mode="after")
+    def _residual_stream(self) -> ModelSettings:
+        if self.subspace is not None and (self.kind not in RESIDUAL or self.subspace > self.width):
+            raise ValueError(
+                f"'subspace' is {self.subspace} with kind {self.kind.value!r} of width "
+                f"{self.width}: give a rank up to the width of a residual stream, as "
+                f"{', '.join(kind.value for kind in RESIDUAL)} have one"
+            )
+        return self

@@ -14,6 +14,7 @@ states, and of the messages to them, k numbers are all that has an effect (Ramas
 from __future__ import annotations
 
 import math
+from collections import OrderedDict
 from functools import lru_cache
 
 import torch
@@ -51,6 +52,16 @@ class Subspace(nn.Module):
 
     def extra_repr(self) -> str:
         return f"width={self.width}, rank={self.rank}, seed={self.seed}"
+
+
+def in_subspace(model: nn.Sequential, width: int, rank: int, seed: int) -> nn.Sequential:
+    """Return `model` with a `Subspace`, of the type of its weights, behind every child but the
+    last.
+    """
+    *layers, (name, head) = model.named_children()
+    dtype = next(head.parameters()).dtype
+    ends = ((key, nn.Sequential(m, Subspace(width, rank, seed, dtype))) for key, m in layers)
+    return nn.Sequential(OrderedDict([*ends, (name, head)]))
 
 
 def coefficients(x: Tensor, rank: int, seed: int) -> Tensor:

@@ -269,6 +269,11 @@ def test_wrong_edges(compress, words):
         ("engine: {compress: int2}", "engine.compress: .*'none', 'fp16', .* or 'subspace'.*'int2'"),
         ("engine: {topk_share: 0}", "engine.topk_share"),
         ("engine: {compress: {a->b: zip}}", "'zip'"),
+        (
+            "model: {subspace: 200, kind: gpt}",
+            "'subspace' is 200 with .* width 128",
+        ),
+        ("model: {subspace: 2, kind: lstm}", "model: 'subspace' is 2 with kind 'lstm'"),
         ("engine: {feedback: some}", "engine.feedback: .*'some'"),
     ],
 )
