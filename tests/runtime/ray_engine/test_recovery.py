@@ -129,7 +129,7 @@ def both(
     [
         ("local", 0),
         ("double-buffered", 2),
-        ("pipeline", 4),
+        ("pipeline, clipped", 4),
         pytest.param("trace", 0, marks=pytest.mark.slow),  # (the level of the tests below)
         pytest.param(
             "rotated", 2, marks=pytest.mark.slow

@@ -51,6 +51,7 @@ OPTIMISERS: dict[str, dict[str, Any]] = {
     "Muon": {"weight_decay": 0.1},
 }
 ADAMW = {"lr": 0.01, "optimizer": {"name": "adamw", **OPTIMISERS["AdamW"]}}
+CLIPPED = {"lr": 0.05, "momentum": 0.5, "clip": {"norm": 0.3, "of": "network"}}
 
 
 def checks(full: bool) -> Iterator[Check]:
@@ -82,6 +83,8 @@ def checks(full: bool) -> Iterator[Check]:
             named: dict[str, Any] = {"name": kind.lower(), **options}
             learning_by = {"lr": 0.01, "optimizer": named}
             yield _check(f"a chain of 5, {kind}", chain, items, learning_by, 1.0, {})
+    what = "a chain of 5, clipped by the norm of all gradients"
+    yield _check(what, chain, items, CLIPPED, 1.0, {})
     yield from _in_parts(items)
     yield from _in_groups(items)
 
@@ -95,6 +98,7 @@ def _in_parts(items: int) -> Iterator[Check]:
         ("a chain of 5, AdamW", chain, ADAMW, {}),
         ("two skips, two readouts", lambda: seeded(Skips), PLAIN, {}),
         ("tied weights, a layer in two blocks", tied, MOMENTUM, {}),
+        ("tied weights, clipped by the norm of all gradients", tied, CLIPPED, {}),
     ]
     for name, build, learning, partition in cases:
         what = f"{PARTS} micro-batches of {BATCH} rows, {name}"
@@ -197,6 +201,8 @@ def sgd(
         used.zero_grad()
         for p, g in zip(model.parameters(), gradients, strict=True):
             p.grad = g
+        if learning.network_clip is not None:
+            nn.utils.clip_grad_norm_(model.parameters(), learning.network_clip)
         for optimiser in optimisers:
             optimiser.step()
         model.zero_grad()
