@@ -128,9 +128,8 @@ class PulseNode(BlockNode):
             self._norms.send(stamp, self.block.square())
 
     def _advance(self) -> None:
-        event: Event | None
         if self._end is None:
-            event = next(self._events)
+            event: Event | None = next(self._events)
         else:
             event = self._schedule.after_end(self.name, self.event, self._end)
         self.event, self.tick = event or self.event, event and event.tick
