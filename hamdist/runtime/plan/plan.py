@@ -47,7 +47,7 @@ from hamdist.runtime.plan.dtypes import taken, with_cast_plans
 from hamdist.runtime.plan.heads import Heads, plan_heads
 from hamdist.runtime.plan.microbatches import cut_batches
 from hamdist.runtime.plan.optimizers import plan_optimizers
-from hamdist.runtime.plan.rule_checks import check_rules, ruled
+from hamdist.runtime.plan.rule_checks import check_rules, own_states, ruled
 from hamdist.runtime.process.arithmetic import Arithmetic, arithmetic
 from hamdist.runtime.process.switches import Switches, read_switches
 from hamdist.runtime.signals.cast import CastPlan
@@ -245,6 +245,7 @@ def make_plan(
     dynamics = make_dynamics(settings.dynamics, settings.learning, knobs, phi=phi)
     check_names(dynamics, graph.parameters())
     shapes = graph.shapes(spec.u_shape, spec.u_dtype, spec.parents)
+    graph = own_states(graph, knobs)
     spec = with_classes(spec, graph, shapes)
     check_predictions(graph, shapes, spec, settings.ignore_index)
     knobs = cut_batches(knobs, graph, spec, settings.learning)
