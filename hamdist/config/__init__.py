@@ -37,12 +37,14 @@ from hamdist.config.sections.engine import TransportKind as TransportKind
 from hamdist.config.sections.learning import AdaptiveSettings as AdaptiveSettings
 from hamdist.config.sections.learning import AverageSettings as AverageSettings
 from hamdist.config.sections.learning import BlockLearningSettings as BlockLearningSettings
+from hamdist.config.sections.learning import ClipSettings as ClipSettings
 from hamdist.config.sections.learning import Decay as Decay
 from hamdist.config.sections.learning import FirstStep as FirstStep
 from hamdist.config.sections.learning import HeadsSettings as HeadsSettings
 from hamdist.config.sections.learning import InputRule as InputRule
 from hamdist.config.sections.learning import InputsSettings as InputsSettings
 from hamdist.config.sections.learning import LearningSettings as LearningSettings
+from hamdist.config.sections.learning import RotatedSides as RotatedSides
 from hamdist.config.sections.locality import Compensation as Compensation
 from hamdist.config.sections.locality import Credit as Credit
 from hamdist.config.sections.locality import Grouping as Grouping

@@ -58,26 +58,39 @@ class AverageSettings(Section):
 class InputRule(str, Enum):
     """Correction of a linear layer's step by its inputs (dynamics/updates/whitening.py).
 
-    Their mean is taken out, or their correlation as well.
+    Their mean is taken out, or their correlation as well; or Adam's axes are turned into those of
+    the curvature (dynamics/updates/rotation.py).
     """
 
     CENTRED = "centred"
     WHITENED = "whitened"
+    ROTATED = "rotated"
+
+
+class RotatedSides(str, Enum):
+    """Statistics that axes are turned by: of a layer's inputs, or of its costates as well."""
+
+    INPUTS = "inputs"
+    BOTH = "both"
 
 
 class InputsSettings(Section):
     """Statistics of a layer's inputs."""
 
     rule: InputRule = InputRule.WHITENED
-    """Take the inputs' mean out of the step, or their correlation as well."""
+    """Take the inputs' mean out of the step, or their correlation as well; `rotated`: take the mean
+    out, and turn the axes of Adam's step (`adaptive`) into the eigenvectors of the covariances."""
+    sides: RotatedSides = RotatedSides.BOTH
+    """`rotated`: the covariances of the inputs, or of inputs and costates."""
     memory: Annotated[float, Field(ge=0, lt=1)] = 0.99
     """Share of the mean that stays at an update."""
     damping: Above0 = 0.1
     """Damping of the inverse (`whitened`)."""
     look: Positive = 4
-    """Updates between two looks at the covariance (`whitened`)."""
+    """Updates between two looks at the covariances (`whitened`, `rotated`)."""
     refresh: Positive = 50
-    """Updates between two inverses (`whitened`)."""
+    """Updates between two inverses (`whitened`), or two sets of axes (`rotated`), which a thread
+    computes over the first half of them."""
 
 
 def _rule_alone(value: object) -> object:
@@ -88,6 +101,16 @@ def _rule_alone(value: object) -> object:
 
 
 InputsSetting = Annotated[InputsSettings | Literal["off"], BeforeValidator(_rule_alone)]
+
+
+class ClipSettings(Section):
+    """The largest norm of a gradient."""
+
+    norm: Above0
+    """The norm."""
+    of: Literal["block", "network"] = "block"
+    """Whose gradient: each block's by itself, or that of all blocks together (levels `backprop`,
+    `pipeline`, `reversible`), as torch.nn.utils.clip_grad_norm_ has it: not local."""
 
 
 class HeadsSettings(Section):
@@ -163,19 +186,25 @@ class LearningSettings(Section):
     adaptive are then among its arguments; lr, where it is not given, is torch's."""
     average: Averaging = "off"
     """Moving average of each block's weights for evaluation and export: its decay, or a mapping."""
-    clip: Annotated[Above0 | Literal["off"], BeforeValidator(as_written)] = "off"
-    """Largest norm of a block's gradient."""
+    clip: Annotated[Above0 | ClipSettings | Literal["off"], BeforeValidator(as_written)] = "off"
+    """Largest norm of a block's gradient, or a mapping."""
     heads: HeadsSettings | None = None
     """A readout of its own for every block, beside the messages."""
     inputs: InputsSetting = "off"
     """Steps that do not depend on the mean (`centred`) or the correlation (`whitened`) of a layer's
-    inputs."""
+    inputs; `rotated`: Adam's steps along the axes of inputs and costates."""
     rules: dict[str, str | dict[str, Any]] = {}
     """Rules of learning other than the level's, by block (patterns as in a shell, names first): the
     name of a built-in one, `FILE.py:NAME` of a `hamdist.Rule`, whose code then runs, or a mapping
     with `name` and the arguments of the class."""
     blocks: dict[str, BlockLearningSettings] = {}
     """What single blocks have otherwise, by name (patterns as in a shell, names first)."""
+
+    @property
+    def network_clip(self) -> float | None:
+        """Return the largest norm of the gradient of all blocks together, if there is one."""
+        clip = self.clip
+        return clip.norm if isinstance(clip, ClipSettings) and clip.of == "network" else None
 
     @property
     def any_heads(self) -> bool:

@@ -22,6 +22,7 @@ from hamdist.config import (
     AverageSettings,
     BlockDynamicsSettings,
     BlockLearningSettings,
+    ClipSettings,
     Compensation,
     CourseSettings,
     DynamicsSettings,
@@ -31,6 +32,7 @@ from hamdist.config import (
     LearningSettings,
     Reset,
     ResetSettings,
+    RotatedSides,
 )
 from hamdist.dynamics.graph.patterns import check_patterns, fitting
 from hamdist.dynamics.schedule.levels import Locality
@@ -145,12 +147,14 @@ def _average(settings: AverageSettings | str) -> AverageSettings | None:
 def _inputs(settings: InputsSettings | str) -> Whitening | None:
     if isinstance(settings, str):
         return None
-    centred = settings.rule is InputRule.CENTRED
-    return Whitening(settings.memory, settings.damping, settings.look, settings.refresh, centred)
+    s, rotated = settings, settings.rule is InputRule.ROTATED
+    kinds = s.rule is InputRule.CENTRED, rotated, rotated and s.sides is RotatedSides.BOTH
+    return Whitening(s.memory, s.damping, s.look, s.refresh, *kinds)
 
 
-def _clip(limit: float | str) -> float:
-    return math.inf if isinstance(limit, str) else limit
+def _clip(limit: float | ClipSettings | str) -> float:
+    own = limit.norm if isinstance(limit, ClipSettings) and limit.of == "block" else limit
+    return own if isinstance(own, float) else math.inf  # (of the network: Block.step)
 
 
 def _first(*values: float | None) -> float:
@@ -277,10 +281,6 @@ def _check(d: Dynamics, tau: float | None, knobs: Locality) -> None:
         _check_wave(d, tau, knobs)
 
 
-def _named(inputs: InputsSettings | str | None) -> bool:
-    return inputs is not None and inputs != "off"
-
-
 def _check_recipes(d: Dynamics, tau: float | None, knobs: Locality) -> None:
     """Check the recipes of `learning` against the other settings."""
     clips = [d.clip, *(_clip(b.clip) for b in d.learning.values() if b.clip is not None)]
@@ -289,10 +289,16 @@ def _check_recipes(d: Dynamics, tau: float | None, knobs: Locality) -> None:
             f"learning.clip {min(clips):g} with presentation 'sequence', whose omega gathers the "
             "gradients of a whole sequence: leave it out, or use another presentation"
         )
-    if knobs.sequence and (d.inputs or any(_named(b.inputs) for b in d.learning.values())):
+    rules = [d.inputs, *(_inputs(b.inputs or "off") for b in d.learning.values())]
+    if knobs.sequence and any(rules):
         raise LevelError(
             "learning.inputs with presentation 'sequence', whose omega gathers the gradients of a "
             "whole sequence: leave it out, or use another presentation"
+        )
+    if d.adaptive is None and any(rule and rule.rotated for rule in rules):
+        raise LevelError(
+            "learning.inputs 'rotated' turns the axes of Adam's step: set learning.adaptive {} "
+            "(with learning.weight_decay AdamW), and no learning.optimizer"
         )
     if Compensation.WEIGHT_PREDICTION in knobs.compensation and d.adaptive is not None:
         raise LevelError(

@@ -32,6 +32,7 @@ from hamdist.dynamics.finite import OutOfRange, Scale
 from hamdist.dynamics.saved_state.remember import Remembers
 from hamdist.dynamics.updates.average import Average
 from hamdist.dynamics.updates.constants import Dynamics
+from hamdist.dynamics.updates.rotation import NO_AXES
 from hamdist.dynamics.updates.whitening import InputWhitening
 from hamdist.dynamics.vjp.gradient import (
     AtOnce,
@@ -50,8 +51,7 @@ from hamdist.dynamics.vjp.gradient import (
 class Weights(Remembers):
     """theta (moved in place) and omega, as lists in the order of the function's parameters.
 
-    names: of the parameters, where their rates beta differ. average: of the weights, if there is
-    one.
+    names: of the parameters, where their rates beta differ. average: of the weights, or None.
 
     Where gradients come as factors (vjp/gradient.py) the update is fused: the product of the
     factors is added to theta, and with eta_omega = 1/tau omega stays in factors as well, until it
@@ -66,7 +66,7 @@ class Weights(Remembers):
         names: Sequence[str] | None = None,
     ) -> None:
         self.theta = list(theta)
-        self.updates = 0
+        self.updates = self._steps = 0
         self._omega: list[Tensor] | None = None  # None: zero, or in factors
         self._factors: tuple[Sequence[Gradient], float] | None = None  # omega = number times these
         self._mine = True  # no reader of `omega` holds its tensors
@@ -80,14 +80,13 @@ class Weights(Remembers):
         self._bound = 0.0  # of |omega|
         self._omega_first = order is not Order.SIMULTANEOUS
         self._adaptive = dynamics.adaptive
-        self._clip = dynamics.clip
+        self._clip, self.share = dynamics.clip, 1.0  # share: of g, in the network's clipped one
         self._ahead = dynamics.ahead
         self._inputs = None if dynamics.inputs is None else InputWhitening(dynamics.inputs)
         self.average = None if dynamics.average is None else Average(self.theta, dynamics.average)
         self._squares: list[Tensor] = []  # v, of adaptive rates
         self._known: tuple[float, float, AtOnce | None] | None = None  # the latest `at_once`
         self._fading = 1.0  # product of the shares of omega that were kept
-        self._steps = 0
 
     STATE: ClassVar[tuple[str, ...]] = (
         *("updates", "_omega", "_factors", "_bound", "_squares", "_fading", "_steps"),
@@ -210,7 +209,7 @@ class Weights(Remembers):
 
     def _gain(self, g: Sequence[Gradient] | None, tau: float) -> float:
         """Return the factor of g in omega: -s tau, less where g is clipped."""
-        gain = -self._sign * tau
+        gain = -self._sign * tau * self.share
         if self._clip == math.inf or g is None:
             return gain
         norm = tau * norm_of(g)
@@ -240,18 +239,19 @@ class Weights(Remembers):
             v_{k+1} = r v_k + (1 - r) d_k^2
             beta_k  = beta (1 - mu)/(1 - mu^k) / ( sqrt( v_{k+1}/(1 - r^k) ) + epsilon )
 
-        which is Adam (Kingma and Ba 2015, Algorithm 1): there m = (1 - mu) omega.
+        which is Adam (Kingma and Ba 2015, Algorithm 1): there m = (1 - mu) omega; in the axes of
+        rotation.py, if they are turned.
         """
+        axes = NO_AXES if self._inputs is None else self._inputs.axes
         before = self.omega
         gradients, gain = self._with_cost(g, tau)
         later = self._moved(gradients, tau, gain)
-        squares = self._squares or [torch.zeros_like(t) for t in self.theta]
+        squares = axes.turned(self._squares or [torch.zeros_like(t) for t in self.theta])
         torch._foreach_mul_(squares, adaptive.memory)
         if gradients is not None:
-            share = (1 - adaptive.memory) * gain * gain
-            torch._foreach_addcmul_(squares, gradients, gradients, share)
-        keeps = 1 - tau * self._eta
-        self._squares = squares
+            turned = axes.into(gradients)
+            torch._foreach_addcmul_(squares, turned, turned, (1 - adaptive.memory) * gain * gain)
+        self._squares, keeps = squares, 1 - tau * self._eta
         self._steps += 1
         self._fading *= keeps
         omega = later if self._omega_first else before
@@ -259,10 +259,10 @@ class Weights(Remembers):
         roots = torch._foreach_div(squares, 1 - adaptive.memory**self._steps)
         torch._foreach_sqrt_(roots)
         torch._foreach_add_(roots, adaptive.epsilon)
-        for theta, o, root, beta in zip(self.theta, omega, roots, self._rates, strict=True):
-            if self._decay:  # decoupled: AdamW (Loshchilov and Hutter 2019, Algorithm 2)
-                theta.mul_(1 - tau * scale * beta * self._decay)
-            theta.addcdiv_(o, root, value=-step * beta)
+        if self._decay:  # decoupled: AdamW (Loshchilov and Hutter 2019, Algorithm 2)
+            stay = [1 - tau * scale * beta * self._decay for beta in self._rates]
+            torch._foreach_mul_(self.theta, stay)
+        axes.move(self.theta, omega, roots, [-step * beta for beta in self._rates])
         self.omega = later
 
     def _move_fused(self, g: Sequence[Gradient], scale: float, tau: float, gain: float) -> None:

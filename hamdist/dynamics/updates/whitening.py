@@ -13,7 +13,8 @@ steps of about pi / ((2d + 1) kappa). The largest curvature, that of the inputs'
 for all the others. With P = I (`centred`) it is the mean alone that is taken out; with A the
 directions get about the same curvature. G' and g_b' are the gradients of W and c in
 y = W P^(1/2) (x - mu) + c, brought back to W and b. (Input side of K-FAC: Martens and Grosse 2015;
-natural networks: Desjardins et al. 2015.)
+natural networks: Desjardins et al. 2015.) With rule `rotated` G stays as it is but for the mean,
+and Adam's axes turn into those of A and of the costates (rotation.py).
 
 R: rows (batch, times further dimensions), O, I: outputs and inputs of a linear layer.
 """
@@ -22,21 +23,22 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
 
 from hamdist.dynamics.saved_state.remember import Remembers, taken
+from hamdist.dynamics.updates.rotation import Axes, Rotation
 from hamdist.dynamics.vjp.gradient import Column, Gradient, Outer, dense
-from hamdist.dynamics.vjp.layer_inputs import GradientsWithInputs, rows_of
+from hamdist.dynamics.vjp.layer_inputs import GradientsWithInputs, costate_rows, rows_of
 
 
 @dataclass(frozen=True, slots=True)
 class Whitening:
     """Settings of whitening. memory: m; damping: e; look, refresh: updates between two.
 
-    centred: P = I, and A is not kept.
+    centred: P = I, and A is not kept. rotated: no P; costates: B is kept, too (rotation.py).
     """
 
     memory: float = 0.99
@@ -44,10 +46,15 @@ class Whitening:
     look: int = 4
     refresh: int = 50
     centred: bool = False
+    rotated: bool = False
+    costates: bool = False
 
 
 class InputStatistics(Remembers):
-    """mu (I,), A (I, I), P (I, I) of the inputs of one layer, after so many `updates`."""
+    """mu (I,), A (I, I), P (I, I) of the inputs of one layer, after so many `updates`.
+
+    B (O, O): `outer`, of its costates. bias: place of the layer's.
+    """
 
     def __init__(self, rule: Whitening) -> None:
         self.rule = rule
@@ -55,17 +62,38 @@ class InputStatistics(Remembers):
         self.mean: Tensor | None = None
         self.covariance: Tensor | None = None
         self.inverse: Tensor | None = None
+        self.outer: Tensor | None = None
+        self.bias = -1
+        self.rotation = Rotation()
 
-    STATE = ("updates", "mean", "covariance", "inverse")
+    STATE = ("updates", "mean", "covariance", "inverse", "outer", "bias", "rotation")
+    ADDED: ClassVar[Mapping[str, Any]] = {
+        "outer": None,
+        "bias": -1,
+        "rotation": Rotation().snapshot(),
+    }
 
-    def see(self, x: Tensor) -> None:
-        """Add the inputs of one update. x: (R, I)."""
+    def see(self, x: Tensor, z: Tensor | None = None) -> None:
+        """Add the inputs of one update, x: (R, I), and its costates, z: (R, O)."""
         r = self.rule
         mean = x.mean(0)
         self.mean = mean if self.mean is None else torch.lerp(self.mean, mean, 1 - r.memory)
-        if not r.centred:
+        if r.rotated:
+            self._look_twice(x - self.mean, z if r.costates else None)
+        elif not r.centred:
             self._look(x - self.mean)
         self.updates += 1
+
+    def _look_twice(self, x: Tensor, z: Tensor | None) -> None:
+        r = self.rule
+        if self.updates % r.look == 0:
+            self.covariance = _followed(self.covariance, x, 1 - r.memory**r.look)
+            if z is not None:
+                self.outer = _followed(self.outer, z, 1 - r.memory**r.look)
+        if self.updates % r.refresh == 0:
+            self.rotation.refresh([self.outer, self.covariance], at_once=self.updates == 0)
+        if self.updates % r.refresh == r.refresh // 2:
+            self.rotation.take()
 
     def _look(self, x: Tensor) -> None:
         r = self.rule
@@ -86,6 +114,8 @@ class InputStatistics(Remembers):
         if self.mean is None:
             raise RuntimeError("factors: no inputs have been seen")
         x = g.x - self.mean
+        if self.rule.rotated:
+            return Outer(g.z, x), Column(g.z)
         if self.inverse is not None:
             x = torch.mm(x, self.inverse)
         return Outer(g.z, x), Column(g.z * (1 - torch.mv(x, self.mean)).unsqueeze(1))
@@ -126,20 +156,38 @@ class InputWhitening(Remembers):
             bias = _bias(g, one)
             if bias is None:
                 continue
-            layer = self.layers.setdefault(i, InputStatistics(self.rule))
-            layer.see(one.x)
+            layer = self._layer(i, bias)
+            layer.see(one.x, one.z)
             gradients[i], gradients[bias] = layer.factors(one)
         return gradients
 
+    @property
+    def axes(self) -> Axes:
+        """Return the axes of Adam's steps."""
+        layers = self.layers.items() if self.rule.rotated else ()
+        return Axes([(i, s.bias, s.mean, s.rotation) for i, s in layers if s.mean is not None])
+
+    def _layer(self, weight: int, bias: int) -> InputStatistics:
+        layer = self.layers.setdefault(weight, InputStatistics(self.rule))
+        layer.bias = bias
+        return layer
+
     def _watched(self, g: GradientsWithInputs) -> list[Gradient]:
         gradients = list(g)
-        for layer, read in g.read:
+        for (layer, read), costates in zip(g.read, g.costates, strict=True):
             weight, bias = dense(g[layer.weight]), dense(g[layer.bias])
-            known = self.layers.setdefault(layer.weight, InputStatistics(self.rule))
-            known.see(rows_of(layer.module, read).to(weight.dtype))
+            known = self._layer(layer.weight, layer.bias)
+            z = costate_rows(layer.module, costates).to(weight.dtype)
+            known.see(rows_of(layer.module, read).to(weight.dtype), z)
             flat, gradients[layer.bias] = whitened(weight.flatten(1), bias, known)
             gradients[layer.weight] = flat.view_as(weight)
         return gradients
+
+
+def _followed(before: Tensor | None, rows: Tensor, share: float) -> Tensor:
+    """Return the running mean of rows^T rows / R; it begins with the first."""
+    now = torch.mm(rows.t(), rows) / len(rows)
+    return now if before is None else torch.lerp(before, now, share)
 
 
 def _bias(g: Sequence[Gradient], of: Outer) -> int | None:
@@ -153,6 +201,8 @@ def whitened(g: Tensor, g_bias: Tensor, layer: InputStatistics) -> tuple[Tensor,
     if layer.mean is None:
         raise RuntimeError("whitened: no inputs have been seen")
     centred = torch.addr(g, g_bias, layer.mean, alpha=-1)
+    if layer.rule.rotated:
+        return centred, g_bias
     if layer.inverse is not None:
         centred = torch.mm(centred, layer.inverse)
     return centred, g_bias - torch.mv(centred, layer.mean)

@@ -143,6 +143,8 @@ class AutogradFunction(ModuleFunction):
         wrt += record.theta if weights else []
         output = record.output
         pulled: Sequence[Tensor | None] = [None] * len(wrt)
+        if self._watch is not None:
+            self._watch.forget()
         if wrt and output.requires_grad:
             try:
                 pulled = torch.autograd.grad(

@@ -1,4 +1,4 @@
-"""Records the inputs of a module's linear layers and convolutions, beside autograd's gradients.
+"""Records inputs and costates of a module's linear layers and convolutions, beside gradients.
 
 They are needed by steps that do not depend on the scale of these inputs (updates/whitening.py). A
 convolution is a linear layer of its patches. Layers that cannot be observed are left out: one
@@ -32,13 +32,20 @@ class InputLayer:
 
 
 class GradientsWithInputs(list[Gradient]):
-    """Gradients as tensors. read: layers, each with its inputs, one for each of its calls."""
+    """Gradients as tensors. read: layers, each with its inputs, one for each of its calls.
+
+    costates: by layer of `read`, the derivatives by its outputs, in the order in which they came.
+    """
 
     def __init__(
-        self, found: Sequence[Gradient], read: Sequence[tuple[InputLayer, Sequence[Tensor]]]
+        self,
+        found: Sequence[Gradient],
+        read: Sequence[tuple[InputLayer, Sequence[Tensor]]],
+        costates: Sequence[Sequence[Tensor]],
     ) -> None:
         super().__init__(found)
         self.read = read
+        self.costates = costates
 
 
 class LayerInputs:
@@ -53,6 +60,7 @@ class LayerInputs:
         ]
         many = Counter(place for one in layers for place in (one.weight, one.bias))
         self.layers = [one for one in layers if many[one.weight] == many[one.bias] == 1]
+        self._costates: list[list[Tensor]] = [[] for _ in self.layers]  # of the latest pull
 
     @contextmanager
     def reading(self) -> Iterator[list[list[Tensor]]]:
@@ -61,6 +69,10 @@ class LayerInputs:
         hooks = [
             layer.module.register_forward_pre_hook(_noting(into))
             for layer, into in zip(self.layers, read, strict=True)
+        ]
+        hooks += [
+            layer.module.register_forward_hook(_noting_costates(into))
+            for layer, into in zip(self.layers, self._costates, strict=True)
         ]
         try:
             yield read
@@ -71,10 +83,18 @@ class LayerInputs:
     def watched(
         self, g: Sequence[Gradient], read: Sequence[Sequence[Tensor]]
     ) -> GradientsWithInputs:
-        """Return gradients with the inputs of their forward pass."""
+        """Return gradients with the inputs of their forward pass, and its costates."""
+        costates = [list(z) for z in self._costates]
+        self.forget()
+        known = [*zip(self.layers, read, costates, strict=True)]
         return GradientsWithInputs(
-            g, [(layer, x) for layer, x in zip(self.layers, read, strict=True) if x]
+            g, [(layer, x) for layer, x, _ in known if x], [z for _, x, z in known if x]
         )
+
+    def forget(self) -> None:
+        """Drop the costates of an earlier pull."""
+        for costates in self._costates:
+            costates.clear()
 
 
 def is_watched(module: nn.Module) -> TypeGuard[nn.Linear | nn.Conv2d]:
@@ -91,6 +111,13 @@ def rows_of(layer: nn.Linear | nn.Conv2d, inputs: Sequence[Tensor]) -> Tensor:
     return flat[0] if len(flat) == 1 else torch.cat(flat)
 
 
+def costate_rows(layer: nn.Linear | nn.Conv2d, costates: Sequence[Tensor]) -> Tensor:
+    """Return the costates of all calls of a layer as rows (R, O); none where nothing came."""
+    last = [z.movedim(1, -1) if isinstance(layer, nn.Conv2d) else z for z in costates]
+    flat = [z.reshape(-1, z.shape[-1]) for z in last]
+    return torch.cat(flat) if flat else layer.weight.new_zeros(1, len(layer.weight))
+
+
 def _patches(layer: nn.Conv2d, x: Tensor) -> Tensor:
     """Return the patches (B, patches, I) of images (B, C, S, S)."""
     padding: Any = 0 if layer.padding == "valid" else layer.padding
@@ -101,5 +128,13 @@ def _patches(layer: nn.Conv2d, x: Tensor) -> Tensor:
 def _noting(into: list[Tensor]) -> Any:
     def note(_: nn.Module, arguments: tuple[Tensor, ...]) -> None:
         into.append(arguments[0].detach())
+
+    return note
+
+
+def _noting_costates(into: list[Tensor]) -> Any:
+    def note(_: nn.Module, __: tuple[Tensor, ...], output: Tensor) -> None:
+        if output.requires_grad:
+            output.register_hook(lambda z: into.append(z.detach()))  # type: ignore[no-untyped-call]
 
     return note

@@ -97,11 +97,24 @@ def ruled(graph: Graph) -> dict[str, Rule]:
 
 
 def check_rules(
-    graph: Graph, knobs: Locality, dynamics: Dynamics, metrics: MetricsSettings
+    graph: Graph,
+    knobs: Locality,
+    dynamics: Dynamics,
+    metrics: MetricsSettings,
+    *,
+    weighted: bool,
 ) -> None:
-    """Raise LevelError for rules that cannot run in this graph at this level."""
+    """Raise LevelError for rules that cannot run in this graph at this level.
+
+    weighted: rows of samples have weights.
+    """
     for name, rule in ruled(graph).items():
         levels = _against(graph, name, rule, knobs, dynamics, metrics)
+        if weighted and rule.signals.label:
+            raise LevelError(
+                f"the rule of block {name!r} takes labels by a loss of its own, which has no place "
+                "for the weights of rows: leave the name 'weight' out, or use another rule"
+            )
         for wrong, reason in (*_against_class(rule), *levels):
             if wrong:
                 raise LevelError(f"block {name!r} with rule {type(rule).__name__}: {reason}")

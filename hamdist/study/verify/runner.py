@@ -38,7 +38,7 @@ TOPICS = {
     "speed": "from local to backpropagation",
     "engines": "one process and Ray",
 }
-MODULES = {"golden": "oracles.golden", "hamilton": "oracles.whole_network"}
+MODULES = {"golden": "oracles.golden", "hamilton": "oracles.tick_golden"}
 WITH_FILES = ("golden", "engines")  # checks(full, paths) with the golden files
 
 

@@ -12,8 +12,8 @@ from torch.nn.functional import cross_entropy
 
 import hamdist
 from hamdist.streams import from_iterable
-from hamdist.study.shared.live_bytes import LiveBytes
 from harness.centralised import sgd
+from harness.live_bytes import LiveBytes
 from harness.ours import Configuration, Ours
 from harness.works import Work
 

@@ -31,13 +31,33 @@ RECIPES = {
     "trace, inputs by autograd": {
         "level": "trace",
         "locality": {"memory": "trace+weights"},
-        "learning": {"inputs": {"rule": "whitened", "refresh": 10}, "adaptive": {}, "lr": 0.01},
+        "learning": {
+            "inputs": {"rule": "whitened", "refresh": 10},
+            "adaptive": {},
+            "lr": 0.01,
+            "blocks": {"block1": {"inputs": {"rule": "rotated", "refresh": 10}}},
+        },
+    },
+    "trace, rotated": {
+        "level": "trace",
+        "learning": {
+            "inputs": {"rule": "rotated", "refresh": 10},
+            "adaptive": {},
+            "momentum": 0.5,
+            "lr": 0.01,
+            "blocks": {"block1": {"inputs": {"rule": "rotated", "sides": "inputs"}}},
+        },
     },
     "trace, predicted": {
         "level": "trace",
         "locality": {"compensation": ["weight-prediction"]},
         "learning": {"momentum": 0.5, "course": {"values": [1, 0.5], "every": 30}},
     },
+    **(
+        {"trace, muon": {"level": "trace", "learning": {"optimizer": "muon", "lr": 0.01}}}
+        if hasattr(torch.optim, "Muon")
+        else {}
+    ),
     "trace, adamw": {
         "level": "trace",
         "locality": {"delay_power": 0.5},

@@ -10,8 +10,10 @@ from functools import partial
 import pytest
 import torch
 from dynamics.helpers import F64, layer, linear, noise, relative, sgd
+from harness.live_bytes import LiveBytes
 from runtime.engines.test_engines_equal import assert_equal, both, learned
 from runtime.networks import BATCH, CLASSES, FEATURES, PortableStream, seeded
+from study.verify.oracles import leapfrog
 from torch import nn
 
 from hamdist.config import ModelKind, ModelSettings, Settings
@@ -23,7 +25,6 @@ from hamdist.errors import LevelError
 from hamdist.models.build import make_model
 from hamdist.runtime.train.train import train
 from hamdist.streams import from_iterable
-from hamdist.study.shared.live_bytes import LiveBytes
 from hamdist.study.verify.topics import reversible as verify
 
 N = 4
@@ -288,7 +289,7 @@ def test_drift_is_warned_of_before_the_run_and_in_its_result():
     [("tanh", 1, 0.3, 0.0), ("anti", 2, 0.1, 0.0), ("tanh", 33, 0.02, 0.5)],
 )
 def test_unseen_golden_files(kind, steps_, tau, leak):
-    data = verify.leapfrog(kind, steps=steps_, tau=tau, size=5, seed=steps_, leak=leak)
+    data = leapfrog(kind, steps=steps_, tau=tau, size=5, seed=steps_, leak=leak)
     for check in verify.golden(data, "unseen.npz"):
         assert check.measure().difference <= check.bound, check.name
     wrong = {**data, "dh0": data["dh0"] * (1 + 1e-7), "h": data["h"] + 1e-7}

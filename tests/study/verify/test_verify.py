@@ -11,6 +11,7 @@ import threading
 
 import numpy as np
 import pytest
+from study.verify.oracles import CHAIN, make_case, replay
 from typer.testing import CliRunner
 
 from hamdist.cli import app
@@ -19,7 +20,6 @@ from hamdist.runtime.process.interrupts import RunInterrupts
 from hamdist.study.verify import runner
 from hamdist.study.verify.oracles import golden
 from hamdist.study.verify.oracles.check import Check, Difference
-from hamdist.study.verify.oracles.whole_network import CHAIN, make_case, replay
 from hamdist.study.verify.runner import TOPICS, Topic, run, to_json, topics
 
 

@@ -1,6 +1,6 @@
 """Golden files never seen before, and files that are wrong.
 
-Oracles: `hamilton.replay` (autograd of H' on the whole network), itself held against the shipped
+Oracles: `oracles.replay` (autograd of H' on the whole network), itself held against the shipped
 files of the independent numpy implementation; for the tracker the equations of the golden README,
 written down here in numpy.
 """
@@ -12,20 +12,21 @@ import json
 import numpy as np
 import pytest
 from numpy.testing import assert_allclose
-
-from hamdist.config import Moves
-from hamdist.dynamics.schedule.hold import HoldSchedule
-from hamdist.errors import SettingsError
-from hamdist.study.verify.oracles import golden, tick_golden
-from hamdist.study.verify.oracles.check import Difference
-from hamdist.study.verify.oracles.whole_network import (
+from study.verify.oracles import (
     CHAIN,
     LOOPS,
     UNEVEN,
     WAVING,
     make_case,
     replay,
+    shipped_cases,
 )
+
+from hamdist.config import Moves
+from hamdist.dynamics.schedule.hold import HoldSchedule
+from hamdist.errors import SettingsError
+from hamdist.study.verify.oracles import golden, tick_golden
+from hamdist.study.verify.oracles.check import Difference
 
 TICK_FILES = [p for p in golden.files(golden.shipped()) if golden.kind_of(golden.read(p)) == "tick"]
 TRAJECTORIES = ("h", "z", "om", "th")
@@ -52,6 +53,17 @@ def test_the_oracle_of_unseen_files_reproduces_the_shipped_ones(path):
     keys = [k for k in data if k.partition(".")[0] in TRAJECTORIES] + ["y", "L", "Hp"]
     for key in keys:
         assert_allclose(again[key], data[key], rtol=1e-9, atol=1e-11, err_msg=key)
+
+
+def test_the_oracle_made_the_files_of_autograd():
+    made = shipped_cases()
+    assert {p.stem for p in (golden.shipped() / "autograd").iterdir()} == set(made)
+    for stem, entries in made.items():
+        data = golden.read(golden.shipped() / "autograd" / f"{stem}.npz")
+        assert data.keys() == entries.keys()
+        for key, value in entries.items():
+            if value.dtype.kind != "U":
+                assert_allclose(data[key], value, rtol=1e-9, atol=1e-11, err_msg=f"{stem} {key}")
 
 
 # -- unseen tick files -----------------------------------------------------------------------------

@@ -16,7 +16,7 @@ from hamdist.dynamics.schedule.hold import HoldSchedule
 from hamdist.dynamics.updates.weights import Weights
 from hamdist.runtime.train.train import train
 from hamdist.study.verify.oracles import golden
-from hamdist.study.verify.oracles import whole_network as hamilton
+from hamdist.study.verify.oracles import tick_golden as hamilton
 from hamdist.study.verify.oracles.check import Difference
 from hamdist.study.verify.oracles.networks import Draws, chain
 from hamdist.study.verify.topics import backpropagation, delay_free, digraphs, engines

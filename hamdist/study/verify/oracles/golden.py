@@ -89,6 +89,13 @@ def files(folder: Path) -> list[Path]:
     return paths
 
 
+def made(kind: str) -> Iterator[Check]:
+    """Yield the checks of the shipped files of a kind that tests/study/verify/oracles.py made."""
+    for path in files(shipped() / "autograd"):
+        if kind_of(read(path)) == kind:
+            yield from file_checks(path)
+
+
 def checks(full: bool, paths: Sequence[Path]) -> Generator[Check, None, None]:  # noqa: ARG001
     """Yield the checks of all files."""
     for path in paths:

@@ -3,13 +3,23 @@
 Entry k of h, z, omega and theta is the value at t_k, before tick k; entry k of y, L and H' belongs
 to tick k itself. A node of the file is a block with a state; its output net is an output net, or,
 where it is the identity on one node, that node is a readout with a state.
+Beyond the format of shared/golden/README.md a file may hold
+
+    c.v, eta.v        of block v, instead of c and eta
+    eta_z, eta_omega  instead of one eta for both costates
+    r_w               weight cost: H' has the term r_w/2 |theta|^2
+    missing (K,)      ticks without a target
+    held, reset       ticks of a sample, and whether h and z are cleared before each
+    stamped           tau is not set but follows from the stream's time stamps
+    inner             the output net is a part of the block that it reads
+
 K: ticks, B: batch.
 """
 
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import islice
 from typing import Any
@@ -40,6 +50,7 @@ from hamdist.study.verify.oracles.golden import (
     choice,
     dense_layers,
     entry,
+    made,
     number,
     read_layers,
     tensor,
@@ -338,31 +349,20 @@ def compared(ours: Mapping[str, Array], expected: Mapping[str, Array]) -> Differ
     return worst({key: (ours[key], expected[key]) for key in expected if key in ours})
 
 
+def checks(full: bool) -> Iterator[Check]:  # noqa: ARG001
+    """Yield the checks of the files that autograd of H' made: every term, in every order."""
+    return made("tick")
+
+
 def golden(data: GoldenData, name: str) -> list[Check]:
     """Return the checks of a tick file."""
-    return tick_checks(data, name, ORACLE)
-
-
-def tick_checks(data: GoldenData, name: str, oracle: str) -> list[Check]:
-    """Return the checks of a tick file's entries, of which `oracle` made the trajectories."""
     ticks = read_ticks(data)
-    checks = [
-        Check(
-            f"{name}: every tick (relative)",
-            f"{oracle}: h, z, ω, θ, y, L, H'",
-            RTOL,
-            lambda: compared(run_ticks(ticks), expected(ticks)),
-        )
-    ]
+    what, oracle = f"{name}: every tick (relative)", f"{ORACLE}: h, z, ω, θ, y, L, H'"
+    checks = [Check(what, oracle, RTOL, lambda: compared(run_ticks(ticks), expected(ticks)))]
     if any(key.startswith("bp_") for key in data):
-        checks.append(
-            Check(
-                f"{name}: states, costates, gradients (relative)",
-                "golden file: those of backpropagation",
-                RTOL,
-                lambda: _static(ticks, run_ticks(ticks)),
-            )
-        )
+        what = f"{name}: states, costates, gradients (relative)"
+        oracle = "golden file: those of backpropagation"
+        checks.append(Check(what, oracle, RTOL, lambda: _static(ticks, run_ticks(ticks))))
     return checks
 
 

@@ -8,7 +8,7 @@ the prediction of sample j - 1, until the last layer has moved. In the sequentia
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from functools import partial
 
 import numpy as np
@@ -16,49 +16,39 @@ import torch
 
 from hamdist.runtime.train.train import train
 from hamdist.study.shared.exact_runs import float64_settings
-from hamdist.study.verify.oracles.check import Check, Difference, absolute
-from hamdist.study.verify.oracles.golden import RTOL, Array, distance
+from hamdist.study.verify.oracles import golden
+from hamdist.study.verify.oracles.check import Check, absolute
+from hamdist.study.verify.oracles.golden import RTOL, Array
 from hamdist.study.verify.oracles.networks import Draws, chain
-from hamdist.study.verify.oracles.tick_golden import compared, expected, read_ticks, run_ticks
-from hamdist.study.verify.oracles.whole_network import NetworkCase, make_case, replay
+from hamdist.study.verify.oracles.tick_golden import (
+    Ticks,
+    read_ticks,
+    run_ticks,
+)
 
-LAYERS = (
-    ("l1", ("u",), ((6, "tanh"),)),
-    ("l2", ("l1",), ((5, "tanh"),)),
-    ("l3", ("l2",), ((4, "tanh"),)),
-    ("l4", ("l3",), ((2, "linear"),)),
-)
-NU = len(LAYERS)
-TAU = 0.5
-FORMS = (
-    ("literal", "simultaneous", (1.0,)),
-    ("second form", "sequential", (*[0.0] * (NU - 1), 1 / TAU)),
-)
+FORMS = {
+    "literal": "delayfree_eq10_literal.npz",
+    "second form": "autograd/delay-free-second-form.npz",
+}
 
 
 def checks(full: bool) -> Iterator[Check]:
-    """Yield the checks of both forms, and of the level."""
-    samples = 40 if full else 12
-    for form, order, phi in FORMS:
-        case = _case(order, phi, samples)
+    """Yield the checks of both forms, beyond those of their golden files, and of the level."""
+    for form, name in FORMS.items():
+        ticks = read_ticks(golden.read(golden.shipped() / name))
         yield Check(
-            f"Eq. 10, {form}: every tick (relative)",
-            "autograd of H': h, z, ω, θ, y, L, H'",
-            RTOL,
-            partial(_trajectory, case),
-        )
-        yield Check(
-            f"Eq. 10, {form}: h after every {NU} ticks (relative)",
+            f"Eq. 10, {form}: h after every {len(ticks.nodes)} ticks (relative)",
             "the feed-forward pass of that sample",
             RTOL,
-            partial(_feed_forward, case),
+            partial(_feed_forward, ticks),
         )
     yield Check(
-        f"Eq. 10, second form: L in the tick of the last layer, {samples} samples (relative)",
+        f"Eq. 10, {form}: L in the tick of the last layer (relative)",
         "the loss of sample j's prediction and its own target",
         RTOL,
-        partial(_own_target, _case("sequential", FORMS[1][2], samples)),
+        partial(_own_target, ticks),
     )
+    samples = 40 if full else 12
     yield Check(
         f"level delay-free: predictions of {samples} samples",
         "the feed-forward pass with the same weights",
@@ -67,50 +57,36 @@ def checks(full: bool) -> Iterator[Check]:
     )
 
 
-def _case(order: str, phi: Sequence[float], samples: int) -> NetworkCase:
-    ticks = NU * samples
-    mask = np.equal.outer(np.arange(ticks) % NU, np.arange(NU)).astype(float)
-    return make_case(
-        LAYERS, (("l4",), ()), inputs=3, ticks=ticks, seed=11, order=order, held=NU, tau=(TAU,),
-        c=1 / TAU, eta=0.1, phi=phi, beta=(0.05,), mask=mask,
-    )  # fmt: skip
-
-
-def _trajectory(case: NetworkCase) -> Difference:
-    ticks = read_ticks(replay(case))
-    return compared(run_ticks(ticks), expected(ticks))
-
-
-def _passes(case: NetworkCase, ours: dict[str, Array]) -> Iterator[tuple[int, list[Array]]]:
-    """Yield (j, the feed-forward pass of sample j), each layer with its weights of the tick in
-    which it moves."""
-    for j, start in enumerate(range(0, len(case["u"]), NU)):
-        x, states = case["u"][start], []
-        for i, (name, _, ((_, activation),)) in enumerate(LAYERS):
-            weight, bias = (ours[f"th.{name}.0.{part}"][start + i] for part in "Wb")
+def _passes(ticks: Ticks, ours: dict[str, Array]) -> Iterator[tuple[int, list[Array]]]:
+    """Yield (first tick of sample j, its feed-forward pass), each layer with its weights of the
+    tick in which it moves."""
+    for start in range(0, ticks.K, len(ticks.nodes)):
+        x, states = ticks.data["u"][start], []
+        for i, node in enumerate(ticks.nodes):
+            weight, bias = (ours[f"th.{key}"][start + i] for key in node.keys)
             x = x @ weight.T + bias
-            x = np.tanh(x) if activation == "tanh" else x
+            x = np.tanh(x) if node.layers[0][1] == "tanh" else x
             states.append(x)
-        yield j, states
+        yield start, states
 
 
-def _feed_forward(case: NetworkCase) -> float:
-    ours = run_ticks(read_ticks(replay(case)))
+def _feed_forward(ticks: Ticks) -> float:
+    ours = run_ticks(ticks)
     return max(
-        distance(ours[f"h.{name}"][(j + 1) * NU], state)
-        for j, states in _passes(case, ours)
-        for (name, _, _), state in zip(LAYERS, states, strict=True)
+        golden.distance(ours[f"h.{node.name}"][start + len(ticks.nodes)], state)
+        for start, states in _passes(ticks, ours)
+        for node, state in zip(ticks.nodes, states, strict=True)
     )
 
 
-def _own_target(case: NetworkCase) -> float:
+def _own_target(ticks: Ticks) -> float:
     """Return the difference of phi L, which is all that is taken in the tick of the last layer."""
-    ours = run_ticks(read_ticks(replay(case)))
+    ours, phi, nu = run_ticks(ticks), ticks.data["phi"].max(), len(ticks.nodes)
     losses = [
-        0.5 * np.square(states[-1] - case["yhat"][j * NU]).sum() / TAU
-        for j, states in _passes(case, ours)
+        0.5 * np.square(states[-1] - ticks.data["yhat"][start]).sum() * phi
+        for start, states in _passes(ticks, ours)
     ]
-    return distance(ours["L"][NU - 1 :: NU], np.array(losses))
+    return golden.distance(ours["L"][nu - 1 :: nu], np.array(losses))
 
 
 def _level(samples: int) -> float:

@@ -20,9 +20,7 @@ from hamdist.dynamics.modules.reversible import Coupling, Midpoint, MidpointStar
 from hamdist.dynamics.objective.losses import mse
 from hamdist.runtime.train.train import train
 from hamdist.streams.adapters import from_iterable
-from hamdist.streams.sample import Stream
 from hamdist.study.shared.exact_runs import float64_settings
-from hamdist.study.shared.live_bytes import LiveBytes
 from hamdist.study.verify.oracles.check import Check, Difference, absolute, largest
 from hamdist.study.verify.oracles.golden import (
     ORACLE,
@@ -31,6 +29,7 @@ from hamdist.study.verify.oracles.golden import (
     GoldenData,
     choice,
     entry,
+    made,
     number,
     tensor,
     worst,
@@ -50,15 +49,10 @@ WIDTH = 8
 CHANNELS, SIDE = 2, 4
 TAU = 0.05
 KINDS = ("tanh", "anti")
-CASES: dict[str, dict[str, Any]] = {
-    "tanh(W h + b)": {"kind": "tanh", "steps": 37, "seed": 17},
-    "tanh((W - W^T) h + b)": {"kind": "anti", "steps": 41, "seed": 18},
-    "-0.3 h + tanh(W h + b)": {"kind": "tanh", "steps": 26, "seed": 19, "leak": 0.3},
-}
 
 
 def checks(full: bool) -> Generator[Check, None, None]:
-    """Yield the checks of gradients, of training, of the midpoint rule, and of memory."""
+    """Yield the checks of gradients, of training, and of the midpoint rule."""
     for depth in (100, 1000) if full else (100,):
         for name, make in MODELS.items():
             what = f"{name}, depth {depth}: gradients (relative to the largest)"
@@ -73,15 +67,7 @@ def checks(full: bool) -> Generator[Check, None, None]:
             BOUND,
             partial(_trained, blocks, depth, items),
         )
-    for field, case in CASES.items():
-        yield from _case_checks(
-            leapfrog(**case, tau=0.08, size=6),
-            f"h' = {field}",
-            "the adjoint of equations.md, by hand, with every state stored",
-        )
-    deepest = 1000 if full else 50
-    what = f"memory at depth {deepest}, beyond that at depth 10 (bytes)"
-    yield Check(what, "an exact count of the tensors alive", 0.0, partial(_memory, deepest))
+    yield from made("leapfrog")
 
 
 # -- networks --------------------------------------------------------------------------------------
@@ -181,33 +167,6 @@ def _trained(blocks: int, depth: int, items: int) -> float:
     return max(absolute(a, b) for a, b in pairs)
 
 
-# -- memory ----------------------------------------------------------------------------------------
-
-
-def peak_bytes(model: nn.Sequential, stream: Stream, settings: Settings) -> int:
-    """Return the most bytes of activations alive at a time while `model` is trained. What has the
-    shape of a weight (weights, their costates, their gradients) is left out."""
-    # Single numbers are left out, too: omega is guarded by its norm, one number per weight tensor.
-    live = LiveBytes([(), *(p.shape for p in model.parameters())])
-    with live:
-        train(model, stream, settings)
-    return live.peak
-
-
-def _memory(depth: int) -> Difference:
-    """Compare a block per step with all steps in one block, each with weights of its own."""
-    apart, notes = 0.0, []
-    for one_block in (False, True):
-        peaks = []
-        for steps in (10, depth):
-            partition = {"cuts": ["1", str(1 + steps)]} if one_block else {}
-            model = seeded(partial(midpoint_layers, steps))
-            peaks.append(peak_bytes(model, Draws(2), _settings(partition=partition)))
-        apart = max(apart, float(abs(peaks[1] - peaks[0])))
-        notes.append(f"{peaks[0]} and {peaks[1]} bytes")
-    return Difference(apart, "; ".join(notes))
-
-
 # -- golden files ----------------------------------------------------------------------------------
 
 
@@ -226,11 +185,7 @@ class _Field(nn.Module):
 
 
 def golden(data: GoldenData, name: str) -> list[Check]:
-    """Return the checks of a file of the kind leapfrog (shared/golden/README.md)."""
-    return _case_checks(data, name, ORACLE)
-
-
-def _case_checks(data: GoldenData, name: str, oracle: str) -> list[Check]:
+    """Return the checks of a file of the kind leapfrog (`leak`: lambda; 0 where it has none)."""
     choice(data, "kind", KINDS)
     size, steps = len(entry(data, "b")), int(number(data, "N"))
     shapes = {"W": (size, size), "h0": (size,), "y": (size,), "h": (steps + 1, size)}
@@ -238,7 +193,7 @@ def _case_checks(data: GoldenData, name: str, oracle: str) -> list[Check]:
         entry(data, key, shape)
     number(data, "tau")
     return [
-        Check(f"{name}: {what} (relative)", oracle, RTOL, partial(_leapfrog_apart, data, part))
+        Check(f"{name}: {what} (relative)", ORACLE, RTOL, partial(_leapfrog_apart, data, part))
         for what, part in (
             ("h forward, and recovered backwards", "states"),
             ("gradients by W, b and h_0", "gradients"),
@@ -302,40 +257,3 @@ def _watched(module: nn.Module) -> list[Tensor]:
 
     module.register_forward_pre_hook(keep)
     return shown
-
-
-def leapfrog(
-    kind: str, *, steps: int, tau: float, size: int, seed: int, leak: float = 0.0
-) -> dict[str, Array]:
-    """Return a case of the kind leapfrog, drawn from `seed`, by the equations in numpy
-
-        z_N = dL/dh_N, z_{N+1} = 0,  z_k = z_{k+2} + 2 tau J_k^T z_{k+1}
-        z_0 = z_2 + z_1 + tau J_0^T z_1,   dA = sum_k (tau or 2 tau) (z_{k+1} (1 - f_k^2)) h_k^T
-
-    with J_k = diag(1 - f_k^2) A - lambda. leak: lambda (golden files have none).
-    """
-    random = np.random.default_rng(seed)
-    W, b = random.normal(size=(size, size)) / np.sqrt(size), 0.1 * random.normal(size=size)
-    h0, y = random.normal(size=size), random.normal(size=size)
-    A = W - W.T if kind == "anti" else W
-
-    def f(x: Array) -> Array:
-        return np.asarray(np.tanh(A @ x + b))
-
-    h = [h0, h0 + tau * (f(h0) - leak * h0)]
-    for k in range(1, steps):
-        h.append(h[k - 1] + 2 * tau * (f(h[k]) - leak * h[k]))
-    dA, db = np.zeros_like(W), np.zeros_like(b)
-    z, later = h[steps] - y, np.zeros_like(y)  # z_{k+1}, z_{k+2}
-    for k in range(steps - 1, -1, -1):
-        step = tau if k == 0 else 2 * tau
-        slope = step * (1 - f(h[k]) ** 2) * z
-        dA, db = dA + np.outer(slope, h[k]), db + slope
-        before = later + A.T @ slope - step * leak * z
-        z, later = (before + z if k == 0 else before), z
-    return {
-        "W": W, "b": b, "h0": h0, "y": y, "tau": np.array(tau), "N": np.array(steps),
-        "kind": np.array(kind), "leak": np.array(leak), "h": np.stack(h), "db": db, "dh0": z,
-        "dW": dA - dA.T if kind == "anti" else dA,
-        "loss": np.array(0.5 * np.square(h[steps] - y).sum()),
-    }  # fmt: skip

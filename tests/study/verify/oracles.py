@@ -1,17 +1,10 @@
-"""Hamilton's equations on a whole network at once, by automatic differentiation of H': the oracle
-of the blocks, which see only their neighbours; and the checks against it.
+"""Oracles of golden files: Hamilton's equations on a whole network at once, by automatic
+differentiation of H' (blocks see only their neighbours); the midpoint rule by hand, in numpy.
 
-A case is a mapping of arrays in the golden format (golden.py): what is given are its constants,
-its samples and the first entry of every trajectory; `replay` computes the trajectories. Beyond the
-format, a case may hold (and tick_golden.py understands)
-
-    c.v, eta.v        of block v, instead of c and eta
-    eta_z, eta_omega  instead of one eta for both costates
-    r_w               weight cost: H' has the term r_w/2 |theta|^2
-    missing (K,)      ticks without a target
-    held, reset       ticks of a sample, and whether h and z are cleared before each
-    stamped           tau is not set but follows from the stream's time stamps
-    inner             the output net is a part of the block that it reads
+A case is a mapping of arrays in the golden format (hamdist/study/verify/oracles/golden.py): what is
+given are its constants, its samples and the first entry of every trajectory; `replay` computes the
+trajectories. `python tests/study/verify/oracles.py` writes `shipped_cases` into
+tests/golden/autograd.
 
 K: ticks, B: batch.
 """
@@ -19,7 +12,9 @@ K: ticks, B: batch.
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
 from typing import Any, TypeAlias
 
 import numpy as np
@@ -27,9 +22,6 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 from torch.nn import functional
-
-from hamdist.study.verify.oracles.check import Check
-from hamdist.study.verify.oracles.tick_golden import tick_checks
 
 StateArray: TypeAlias = NDArray[Any]
 NetworkCase: TypeAlias = dict[str, StateArray]
@@ -263,20 +255,20 @@ def cases() -> Iterator[tuple[str, NetworkCase]]:
     for order in ("simultaneous", "omega_first", "sequential"):
         yield (
             f"{order}: cycles, self-loops, an output net on blocks and u",
-            make_case(LOOPS, read, inputs=2, ticks=24, seed=1, order=order, batch=2),
+            make_case(LOOPS, read, inputs=2, ticks=12, seed=1, order=order, batch=2),
         )
     for order in ("omega_first", "sequential"):
         yield (
             f"{order}: uneven tau, phi by tick, beta by parameter, cross-entropy",
             make_case(
-                CHAIN, (("l3",), ((3, "linear"),)), inputs=3, ticks=24, seed=2, order=order,
+                CHAIN, (("l3",), ((3, "linear"),)), inputs=3, ticks=12, seed=2, order=order,
                 loss="ce", batch=3, tau=UNEVEN, phi=WAVING, beta=(0.1, 0.05, 0.3),
             ),
         )  # fmt: skip
-    mask = np.random.default_rng(4).integers(2, size=(24, 3)).astype(float)
+    mask = np.random.default_rng(4).integers(2, size=(12, 3)).astype(float)
     yield (
         "sequential: a readout with a state, a mask",
-        make_case(CHAIN, (("l3",), ()), inputs=3, ticks=24, seed=3, order="sequential", mask=mask),
+        make_case(CHAIN, (("l3",), ()), inputs=3, ticks=12, seed=3, order="sequential", mask=mask),
     )
     yield (
         "simultaneous: s = +1",
@@ -286,7 +278,7 @@ def cases() -> Iterator[tuple[str, NetworkCase]]:
         yield (
             f"{order}: a block with a state and an output module",
             make_case(
-                CHAIN, (("l3",), ((4, "tanh"), (3, "linear"))), inputs=3, ticks=24, seed=10,
+                CHAIN, (("l3",), ((4, "tanh"), (3, "linear"))), inputs=3, ticks=12, seed=10,
                 order=order, beta=(0.1, 0.05, 0.3), more={"inner": True},
             ),
         )  # fmt: skip
@@ -294,34 +286,116 @@ def cases() -> Iterator[tuple[str, NetworkCase]]:
         yield (
             f"{order}: c and eta by block, eta_z and eta_omega",
             make_case(
-                CHAIN, (("l3",), ((3, "linear"),)), inputs=3, ticks=24, seed=6, order=order,
+                CHAIN, (("l3",), ((3, "linear"),)), inputs=3, ticks=12, seed=6, order=order,
                 more=by_block,
             ),
         )  # fmt: skip
         yield (
             f"{order}: weight costs, missing targets",
             make_case(
-                LOOPS, (("D",), ((3, "linear"),)), inputs=2, ticks=24, seed=7, order=order,
-                more={"r_w": 0.2, "missing": np.arange(24) % 5 > 2},
+                LOOPS, (("D",), ((3, "linear"),)), inputs=2, ticks=12, seed=7, order=order,
+                more={"r_w": 0.2, "missing": np.arange(12) % 5 > 2},
             ),
         )  # fmt: skip
         yield (
             f"{order}: h and z cleared before each sample of 6 ticks",
             make_case(
-                CHAIN, (("l3",), ()), inputs=3, ticks=24, seed=8, order=order, held=6,
+                CHAIN, (("l3",), ()), inputs=3, ticks=12, seed=8, order=order, held=6,
                 more={"held": 6, "reset": True},
             ),
         )  # fmt: skip
     yield (
         "omega_first: tau from the stream's time stamps",
         make_case(
-            CHAIN, (("l3",), ((2, "linear"),)), inputs=3, ticks=24, seed=9, order="omega_first",
+            CHAIN, (("l3",), ((2, "linear"),)), inputs=3, ticks=12, seed=9, order="omega_first",
             tau=UNEVEN, more={"stamped": True},
         ),
     )  # fmt: skip
 
 
-def checks(full: bool) -> Iterator[Check]:  # noqa: ARG001
-    """Yield a check of every case."""
-    for name, case in cases():
-        yield from tick_checks(replay(case), name, "autograd of H'")
+# -- the midpoint rule -----------------------------------------------------------------------------
+
+LEAPFROG: dict[str, dict[str, Any]] = {
+    "leapfrog tanh(W h + b)": {"kind": "tanh", "steps": 37, "seed": 17},
+    "leapfrog tanh((W - W^T) h + b)": {"kind": "anti", "steps": 41, "seed": 18},
+    "leapfrog -0.3 h + tanh(W h + b)": {"kind": "tanh", "steps": 26, "seed": 19, "leak": 0.3},
+}
+
+
+def leapfrog(
+    kind: str, *, steps: int, tau: float, size: int, seed: int, leak: float = 0.0
+) -> dict[str, StateArray]:
+    """Return a case of the kind leapfrog, drawn from `seed`, by the equations in numpy
+
+        z_N = dL/dh_N, z_{N+1} = 0,  z_k = z_{k+2} + 2 tau J_k^T z_{k+1}
+        z_0 = z_2 + z_1 + tau J_0^T z_1,   dA = sum_k (tau or 2 tau) (z_{k+1} (1 - f_k^2)) h_k^T
+
+    with J_k = diag(1 - f_k^2) A - lambda. leak: lambda.
+    """
+    random = np.random.default_rng(seed)
+    W, b = random.normal(size=(size, size)) / np.sqrt(size), 0.1 * random.normal(size=size)
+    h0, y = random.normal(size=size), random.normal(size=size)
+    A = W - W.T if kind == "anti" else W
+
+    def f(x: StateArray) -> StateArray:
+        return np.asarray(np.tanh(A @ x + b))
+
+    h = [h0, h0 + tau * (f(h0) - leak * h0)]
+    for k in range(1, steps):
+        h.append(h[k - 1] + 2 * tau * (f(h[k]) - leak * h[k]))
+    dA, db = np.zeros_like(W), np.zeros_like(b)
+    z, later = h[steps] - y, np.zeros_like(y)  # z_{k+1}, z_{k+2}
+    for k in range(steps - 1, -1, -1):
+        step = tau if k == 0 else 2 * tau
+        slope = step * (1 - f(h[k]) ** 2) * z
+        dA, db = dA + np.outer(slope, h[k]), db + slope
+        before = later + A.T @ slope - step * leak * z
+        z, later = (before + z if k == 0 else before), z
+    return {
+        "W": W, "b": b, "h0": h0, "y": y, "tau": np.array(tau), "N": np.array(steps),
+        "kind": np.array(kind), "leak": np.array(leak), "h": np.stack(h), "db": db, "dh0": z,
+        "dW": dA - dA.T if kind == "anti" else dA,
+        "loss": np.array(0.5 * np.square(h[steps] - y).sum()),
+    }  # fmt: skip
+
+
+# -- files -----------------------------------------------------------------------------------------
+
+NU, TAU = 4, 0.5
+DEEP = (
+    ("l1", ("u",), ((6, "tanh"),)),
+    ("l2", ("l1",), ((5, "tanh"),)),
+    ("l3", ("l2",), ((4, "tanh"),)),
+    ("l4", ("l3",), ((2, "linear"),)),
+)
+
+
+def delay_free(samples: int = 12) -> NetworkCase:
+    """Return HL Eq. 10, second form: phi = 1/tau in the tick in which the last layer moves."""
+    ticks = NU * samples
+    mask = np.equal.outer(np.arange(ticks) % NU, np.arange(NU)).astype(float)
+    return make_case(
+        DEEP, (("l4",), ()), inputs=3, ticks=ticks, seed=11, order="sequential", held=NU,
+        tau=(TAU,), c=1 / TAU, eta=0.1, phi=(*[0.0] * (NU - 1), 1 / TAU), beta=(0.05,), mask=mask,
+    )  # fmt: skip
+
+
+def shipped_cases() -> dict[str, NetworkCase]:
+    """Return the content of the files in tests/golden/autograd, by name."""
+    named = {**dict(cases()), "delay-free: second form": delay_free()}
+    made = {name: replay(case) for name, case in named.items()}
+    made |= {name: leapfrog(**case, tau=0.08, size=6) for name, case in LEAPFROG.items()}
+    words = {"s = +1": "s = plus 1", "-0.3 h": "leak", "W - W^T": "anti"}
+    files = {}
+    for name, entries in made.items():
+        for text, word in words.items():
+            name = name.replace(text, word)
+        files["-".join(re.findall(r"\w+", name))] = entries
+    return files
+
+
+if __name__ == "__main__":
+    folder = Path(__file__).parents[2] / "golden" / "autograd"
+    folder.mkdir(exist_ok=True)
+    for stem, entries in shipped_cases().items():
+        np.savez_compressed(folder / f"{stem}.npz", **entries)
