@@ -22,7 +22,7 @@ from hamdist.dynamics.blocks.rule_block import RuleBlock
 from hamdist.dynamics.graph.graph import BlockSpec
 from hamdist.dynamics.schedule.events import Event, Phase, Stamp
 from hamdist.dynamics.schedule.pulse import PulseSchedule
-from hamdist.dynamics.vjp.tied import TiedFunction
+from hamdist.dynamics.vjp.wrapping import TiedFunction
 from hamdist.runtime.nodes.clip import NormPorts
 from hamdist.runtime.nodes.mailbox import Mailbox
 from hamdist.runtime.nodes.node import BlockNode
