@@ -15,7 +15,7 @@ from hamdist.runtime.nodes.pulse import PulseNode
 from hamdist.runtime.plan.plan import Plan
 from hamdist.runtime.signals.signal import Aborted
 
-Order: TypeAlias = Callable[[Node], "tuple[int, ...]"]
+StepOrder: TypeAlias = Callable[[Node], "tuple[int, ...]"]
 
 
 class Cut(Protocol):
@@ -38,7 +38,7 @@ def run_loop(
     *,
     started: bool = False,
     after_step: Callable[[Node, int], None] | None = None,
-    order: Order | None = None,
+    order: StepOrder | None = None,
 ) -> None:
     """Step `nodes` in the order of their ticks until all have finished.
 
@@ -107,7 +107,7 @@ def _backward(node: Node) -> bool:
     return isinstance(node, PulseNode) and node.backward
 
 
-def order_of(plan: Plan) -> Order:
+def order_of(plan: Plan) -> StepOrder:
     """Return the order in which a process steps its nodes.
 
     Where the next token of a sequence may be long in coming (live runs), what is left of each is
