@@ -171,7 +171,7 @@ class PulseNode(BlockNode):
         """Let the block's local readout or its rule learn, if it has one."""
         if isinstance(self.block, (HeadBlock, PulseBlock, RuleBlock)):
             begin = perf_counter()
-            self.block.learn(sample, None if label is None else self._ports.own_label(label))
+            self.block.learn(sample, None if label is None else self._ports.border.target(label))
             self.seconds += perf_counter() - begin
 
     def _backward(self, event: Event) -> None:

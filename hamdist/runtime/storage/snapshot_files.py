@@ -274,15 +274,10 @@ def _whole(store: Storage, folder: str) -> Snapshot:
 
 
 def check_usable(where: str, nbytes: int) -> None:
-    """Check that snapshots can be taken at `where`, before a run starts.
+    """Check that snapshots of at least `nbytes` can be taken at `where`, before a run starts.
 
-    Args:
-        where: a folder or a URL.
-        nbytes: the least bytes of a snapshot.
-
-    Raises:
-        SnapshotError: so much cannot be written there, or snapshots of another run lie there: a
-            later one of those would be taken for this run's.
+    Raises SnapshotError also if those of another run lie there: a later one of them would be taken
+    for this run's.
     """
     store = storage(where)
     folder = latest_complete(store)
