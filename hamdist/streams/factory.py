@@ -8,14 +8,7 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from hamdist.config import (
-    LabelledTokens,
-    Late,
-    Source,
-    Split,
-    StreamSettings,
-    View,
-)
+from hamdist.config import LabelledTokens, Late, Source, Split, StreamSettings, View
 from hamdist.errors import SettingsError
 from hamdist.streams.sample import Stream
 from hamdist.streams.sources.arrays import ArrayStream

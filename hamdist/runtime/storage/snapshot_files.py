@@ -46,18 +46,8 @@ _PREFIX = "tick-"
 _FOLDER = re.compile(_PREFIX + r"\d{12}")
 _HEAD = struct.Struct("<Q")
 _STATE = "hamdist"
-_DTYPES = {  # safetensors' names of what `packed` meets
-    "BOOL",
-    "U8",
-    "I8",
-    "I16",
-    "I32",
-    "I64",
-    "F16",
-    "BF16",
-    "F32",
-    "F64",
-}
+# safetensors' names of what `packed` meets
+_DTYPES = {"BOOL", "U8", "I8", "I16", "I32", "I64", "F16", "BF16", "F32", "F64"}
 
 
 class _Checked(BaseModel):
