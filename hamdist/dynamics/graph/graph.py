@@ -248,7 +248,11 @@ class Graph:
         return names
 
     def borrowed(self, block: str) -> set[str]:
-        """Return the names of the weights of a block that belong to another block."""
+        """Return the names of the weights of a block that belong to another block.
+
+        Args:
+            block: its name.
+        """
         return {key for tie in self.ties if tie.user == block for key in tie.theirs}
 
     @cached_property
