@@ -1,7 +1,4 @@
-"""The graph of blocks: its structure, its shapes, and the way back to a plain module.
-
-B: batch.
-"""
+"""The graph of blocks: structure, shapes (B: batch), and the way back to a plain module."""
 
 from __future__ import annotations
 
