@@ -4,6 +4,9 @@
                    layer0 ...  h' = S(h) + alpha W2 * relu(W1 * relu(LN(h)))
     convnet        stem        h = relu(W * u)
                    layer0 ...  h' = S(h) + alpha relu(W * LN(h));  the head reads all pixels
+    lenet          stem        h = pool(relu(W * u)), 5 x 5 to 6 channels
+                   layer0      the same to 16;  layer1: all pixels to 120, relu;  layer2: 84, linear
+                   (LeCun et al. 1998, as Sanfiz and Akrout 2021 have it; no residuals, no norms)
     vit            patches     h = W u + place, by patch
                    layer0 ...  h' = h + alpha attention(LN(h)),  h'' = h' + alpha mlp(LN(h'))
     gpt            embedding   h = W[u] + place
@@ -101,6 +104,22 @@ class Convolved(nn.Module):
 
     def forward(self, h: Tensor) -> Tensor:
         out: Tensor = self.skip(h) + self.alpha * torch.relu(self.conv(self.norm(h)))
+        return out
+
+
+class PooledConvolution(nn.Module):
+    """pool(relu(W * h)), the largest of 2 x 2, of images, flat or not; of whole images no pool."""
+
+    def __init__(
+        self, shape: tuple[int, int, int], outputs: int, size: int = 5, *, padding: int = 0
+    ) -> None:
+        super().__init__()
+        self.shape = shape
+        self.conv = nn.Conv2d(shape[0], outputs, size, padding=padding)
+        self.pool = nn.Flatten() if size == shape[1] else nn.MaxPool2d(2)
+
+    def forward(self, h: Tensor) -> Tensor:
+        out: Tensor = self.pool(torch.relu(self.conv(h.reshape(-1, *self.shape))))
         return out
 
 
@@ -252,9 +271,11 @@ def make_network(
 
 def _draw(model: nn.Module) -> None:
     """Draw the weights of all modules but LSTMs, in the order of the modules."""
+    rectified = [m.conv for m in model.modules() if isinstance(m, PooledConvolution)]
     for module in model.modules():
         if isinstance(module, (nn.Linear, nn.Conv2d)):
-            gain = 2.0 if isinstance(module, nn.Conv2d) and module.kernel_size == (3, 3) else 1.0
+            before_relu = isinstance(module, nn.Conv2d) and module.kernel_size == (3, 3)
+            gain = 2.0 if before_relu or module in rectified else 1.0
             fan_in = module.weight[0].numel()
             nn.init.normal_(module.weight, std=math.sqrt(gain / fan_in))
             nn.init.zeros_(module.bias)  # type: ignore[arg-type]  # all of them have one
@@ -286,6 +307,22 @@ def _convnet(settings: ModelSettings, spec: SampleSpec, outputs: int) -> nn.Sequ
     width, side = 2 * width, _half(side)
     children += [Convolved(width, width, side, alpha) for _ in range(settings.depth - 1)]
     return _chain("stem", ReluStem(image, settings.width), children, FlatHead(width, side, outputs))
+
+
+def _lenet(settings: ModelSettings, spec: SampleSpec, outputs: int) -> nn.Sequential:
+    image = _image(settings, spec)
+    padding = 2 if image[1] < 32 else 0
+    side = (image[1] + 2 * padding - 4) // 2
+    rest = (side - 4) // 2
+    if rest < 1:
+        raise SettingsError(f"model.kind: lenet takes images of 12 x 12 and more, not {image[1:]}")
+    children: list[nn.Module] = [
+        PooledConvolution((6, side, side), 16),
+        PooledConvolution((16, rest, rest), 120, rest),
+        nn.Linear(120, 84),
+    ]
+    stem = PooledConvolution(image, 6, padding=padding)
+    return _chain("stem", stem, children, nn.Linear(84, outputs))
 
 
 def _half(side: int) -> int:
@@ -375,6 +412,7 @@ def _text(settings: ModelSettings, spec: SampleSpec) -> tuple[int, int]:
 NETWORKS: Mapping[ModelKind, Callable[[ModelSettings, SampleSpec, int], nn.Sequential]] = {
     ModelKind.RESNET: _resnet,
     ModelKind.CONVNET: _convnet,
+    ModelKind.LENET: _lenet,
     ModelKind.VIT: _vit,
     ModelKind.GPT: _gpt,
     ModelKind.LSTM_LAYERS: _lstm_layers,

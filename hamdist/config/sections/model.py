@@ -20,6 +20,7 @@ class ModelKind(str, Enum):
     TRACKER = "tracker"
     RESNET = "resnet"
     CONVNET = "convnet"
+    LENET = "lenet"
     VIT = "vit"
     GPT = "gpt"
     LSTM_LAYERS = "lstm-layers"
@@ -37,7 +38,7 @@ class ModelSettings(Section):
     its neurons."""
     depth: Positive = 5
     """Layers with weights (of rnn, gru, lstm: cells; of resnet, convnet, vit, gpt, lstm-layers:
-    residual layers)."""
+    residual layers). A `lenet` has its own of both."""
     tau: Above0 = 0.1
     """Step of integration of `midpoint`."""
     bias: bool = True
