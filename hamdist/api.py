@@ -37,7 +37,8 @@ if TYPE_CHECKING:
 
     from hamdist.config.fields import SettingsFields
 
-COMPUTES = {"threads", "step", "bits", "blocks", "compress", "feedback"}  # bits depend on these
+# What the bits of a run depend on:
+COMPUTES = {"threads", "step", "bits", "blocks", "compress", "feedback", "topk_share"}
 
 
 def train(

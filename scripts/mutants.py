@@ -178,9 +178,21 @@ MUTANTS = (
         "tests/runtime/signals/test_compress.py",
     ),
     Mutant(
+        "compression: int4 turns back by another rotation",
+        "return y * _signs(seed, n, y.dtype, y.device)",
+        "return y * _signs(seed + 1, n, y.dtype, y.device)",
+        "tests/runtime/signals/test_compress.py",
+    ),
+    Mutant(
+        "compression: a delta goes on from zero after a snapshot",
+        "self._decoders[number] = Decoder(channel.codec, received)",
+        "self._decoders[number] = Decoder(channel.codec)",
+        "tests/runtime/snapshots/test_snapshots.py",
+    ),
+    Mutant(
         "compression: int8 rounds down",
-        "levels = quotients.round_()",
-        "levels = quotients.floor_()",
+        "return quotients.round_()",
+        "return quotients.floor_()",
         "tests/runtime/signals/test_compress.py",
     ),
     Mutant(

@@ -37,6 +37,7 @@ from hamdist.config.sections.engine import TransportKind as TransportKind
 from hamdist.config.sections.learning import AdaptiveSettings as AdaptiveSettings
 from hamdist.config.sections.learning import AverageSettings as AverageSettings
 from hamdist.config.sections.learning import BlockLearningSettings as BlockLearningSettings
+from hamdist.config.sections.learning import ClipSettings as ClipSettings
 from hamdist.config.sections.learning import Decay as Decay
 from hamdist.config.sections.learning import FirstStep as FirstStep
 from hamdist.config.sections.learning import HeadsSettings as HeadsSettings

@@ -52,10 +52,13 @@ class Compress(str, Enum):
     FP16 = "fp16"
     BF16 = "bf16"
     INT8 = "int8"
+    INT4 = "int4"
+    DELTA = "delta"
+    TOPK = "topk"
 
 
 class Feedback(str, Enum):
-    """Signals of codec 'int8' that carry the error of the one before them.
+    """Signals of codecs 'int8', 'int4' and 'topk' that carry the error of the one before them.
 
     None, all, the states alone or the messages alone.
     """
@@ -242,7 +245,9 @@ class EngineSettings(Section):
     """How signals travel: one word for all edges between blocks, or by edge (patterns, names first;
     `u->*` from the stream). Part of what a run means, in one process too."""
     feedback: Annotated[Feedback, BeforeValidator(as_written)] = Feedback.MESSAGES
-    """Which int8 signals carry the error of the one before them."""
+    """Which signals of `int8`, `int4` and `topk` carry the error of the one before them."""
+    topk_share: Annotated[float, Field(gt=0, le=1)] = 1 / 16
+    """Of the numbers of a signal, the share that `topk` sends."""
     digests: bool = False
     """Keep a running hash of every edge's signals and of the weights, for `hamdist diff`."""
     stall_warning: Annotated[float, Field(gt=0)] = 10.0

@@ -103,6 +103,16 @@ def _rule_alone(value: object) -> object:
 InputsSetting = Annotated[InputsSettings | Literal["off"], BeforeValidator(_rule_alone)]
 
 
+class ClipSettings(Section):
+    """The largest norm of a gradient."""
+
+    norm: Above0
+    """The norm."""
+    of: Literal["block", "network"] = "block"
+    """Whose gradient: each block's by itself, or that of all blocks together (levels `backprop`,
+    `pipeline`, `reversible`), as torch.nn.utils.clip_grad_norm_ has it: not local."""
+
+
 class HeadsSettings(Section):
     """A readout for every block without one: only that block learns from it; it is not exported."""
 
@@ -176,8 +186,8 @@ class LearningSettings(Section):
     adaptive are then among its arguments; lr, where it is not given, is torch's."""
     average: Averaging = "off"
     """Moving average of each block's weights for evaluation and export: its decay, or a mapping."""
-    clip: Annotated[Above0 | Literal["off"], BeforeValidator(as_written)] = "off"
-    """Largest norm of a block's gradient."""
+    clip: Annotated[Above0 | ClipSettings | Literal["off"], BeforeValidator(as_written)] = "off"
+    """Largest norm of a block's gradient, or a mapping."""
     heads: HeadsSettings | None = None
     """A readout of its own for every block, beside the messages."""
     inputs: InputsSetting = "off"
@@ -189,6 +199,12 @@ class LearningSettings(Section):
     with `name` and the arguments of the class."""
     blocks: dict[str, BlockLearningSettings] = {}
     """What single blocks have otherwise, by name (patterns as in a shell, names first)."""
+
+    @property
+    def network_clip(self) -> float | None:
+        """Return the largest norm of the gradient of all blocks together, if there is one."""
+        clip = self.clip
+        return clip.norm if isinstance(clip, ClipSettings) and clip.of == "network" else None
 
     @property
     def any_heads(self) -> bool:

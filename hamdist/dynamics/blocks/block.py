@@ -13,10 +13,11 @@ from hamdist.dynamics.saved_state.remember import Remembers, taken
 from hamdist.dynamics.updates.accumulate import GradientSum
 from hamdist.dynamics.updates.constants import Dynamics
 from hamdist.dynamics.updates.weights import Weights
-from hamdist.dynamics.vjp.gradient import AtOnce, Gradient
+from hamdist.dynamics.vjp.gradient import AtOnce, Gradient, norm_of
 from hamdist.dynamics.vjp.local_function import ForwardRecord, LocalFunction
 
 SUM = "gradients"  # its name in a snapshot, beside STATE
+WAITING = "waiting"
 BUFFERS = "buffers"
 
 
@@ -28,6 +29,7 @@ class BlockParts:
         microbatches: Number of parts of a batch.
         group: Samples whose gradients make one step.
         double_buffered: A sample meets the weights of the step before the latest.
+        by_network: A step is clipped by the norm of the gradient of all blocks.
         wanted: By parent, whether it gets messages.
         scale: Of beta, by sample.
     """
@@ -41,6 +43,7 @@ class BlockParts:
     microbatches: int = 1
     group: int = 1
     double_buffered: bool = False
+    by_network: bool = False
 
 
 class Block(Remembers):
@@ -61,7 +64,9 @@ class Block(Remembers):
         self._guard = parts.guard
         self._parts = parts.microbatches
         self._group = parts.group
-        self._sum = GradientSum() if self._parts * self._group > 1 else None
+        self._by_network = parts.by_network
+        summed = self._by_network or self._parts * self._group > 1
+        self._sum = GradientSum() if summed else None
         self.defers = False  # True: a step by a sum of gradients waits for `settle`
         # (sum of gradients, scale, tau) of a step that waits for `settle`
         self._waiting: tuple[list[Gradient] | None, float, float] | None = None
@@ -70,12 +75,16 @@ class Block(Remembers):
     def snapshot(self) -> dict[str, Any]:
         """Return the state, in tensors that later steps may overwrite: `packed` copies them."""
         state = super().snapshot()
+        if self._by_network:
+            state[WAITING] = self._waiting
         if self.buffers is not None:
             state[BUFFERS] = self.buffers.snapshot()
         return state if self._sum is None else {**state, SUM: self._sum.snapshot()}
 
     def restore(self, state: Mapping[str, Any]) -> None:
         """Continue from `state`; raise SnapshotError where it is that of another class."""
+        if self._by_network:
+            self._waiting, state = taken(state, WAITING)
         if self.buffers is not None:
             before, state = taken(state, BUFFERS)
             self.buffers.restore(before)
@@ -119,7 +128,7 @@ class Block(Remembers):
             sample //= self._parts
             g = self._sum.take()
             self._waiting = g, self._scale(sample), tau
-            if not self.defers:
+            if not self.defers and not self._by_network:
                 self.settle()
         elif g is None:
             self.weights.rest()
@@ -128,8 +137,18 @@ class Block(Remembers):
 
     @property
     def deferred(self) -> bool:
-        """Return True if a step of the weights waits for `settle`."""
-        return self._waiting is not None
+        """Return True if a step of the weights waits for `settle`, and for nothing else."""
+        return self._waiting is not None and not self._by_network
+
+    def square(self) -> float:
+        """Return |tau g|^2 of the step that waits."""
+        g, _, tau = self._waiting or (None, 1.0, 0.0)
+        return 0.0 if g is None else (tau * norm_of(g)) ** 2
+
+    def step(self, share: float) -> None:
+        """Make the step that waits, by this share of its gradient."""
+        self.weights.share = share
+        self.settle()
 
     def settle(self) -> None:
         """Make the step that waits, if there is one; before anything else reads the weights."""

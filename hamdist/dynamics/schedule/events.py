@@ -20,6 +20,7 @@ class Phase(Enum):
     FORWARD = "F"  # pulse, sequence: a sample passes a block
     BACKWARD = "B"  # pulse, sequence: the message about a sample passes a block
     READ = "FB"  # pulse: an output net predicts, takes the loss, moves its weights
+    STEP = "S"  # pulse: the weights move, as far as the norm of the whole network's gradient allows
     TICK = "T"  # hold: one step of Hamilton's equations
 
 
@@ -32,6 +33,7 @@ class Kind(IntEnum):
     CLOCK = 3
     GRADIENT = 4
     WEIGHT = 5
+    NORM = 6
 
 
 @known("Span")

@@ -17,6 +17,7 @@ particular graph are refused in make.py.
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, replace
 from typing import Literal
 
@@ -46,6 +47,7 @@ class Locality:
     truncation: samples of a sequence in its reverse pass (None: all). gate: the tolerance of the
     stability gate, if there is one. lead, blend: see LocalityOverrides. microbatches: number of
     parts of a batch; a plan (runtime/plan/plan.py) has a number. accumulate: samples per step.
+    clip: the largest norm of the gradient of all blocks together (a plan has it).
     """
 
     grouping: Grouping
@@ -66,6 +68,7 @@ class Locality:
     truncation: int | None = None
     microbatches: int | Literal["auto"] = 1
     accumulate: int = 1
+    clip: float = math.inf
     double_buffered: bool = False
 
     @property

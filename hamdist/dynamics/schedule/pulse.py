@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import heapq
+import math
 from collections.abc import Iterator
 from itertools import count
 
@@ -33,6 +35,11 @@ class PulseSchedule:
     block. These are there in time if k c is more than any lag less c:
 
         last message of group g - 2    (g - 1) k c - c + 2D  <  g k c    first forward of group g
+
+    Where the gradient of all blocks together is clipped, a sample has two ticks more: `stepping`
+    blocks send the squares of their norms with their last messages, the first of them (of least
+    depth) adds them up and moves at tick (n + 1) c - 2, the others with what it says, in the tick
+    after.
     """
 
     def __init__(self, graph: Graph, knobs: Locality, silent: frozenset[str] = frozenset()) -> None:
@@ -44,6 +51,8 @@ class PulseSchedule:
         self._back = {block.name: block.back for block in graph.blocks.values()}
         self._first_readout = graph.readouts[0]
         self._lags = {block: self._lag(block) for block in self._depths}
+        named = graph.parameters() if knobs.clip < math.inf else {}
+        self.stepping = sorted((b for b in named if named[b]), key=self._depths.__getitem__)
         self.parts = knobs.microbatches if isinstance(knobs.microbatches, int) else 1
         self.c = knobs.speed if isinstance(knobs.speed, int) else self._ticks(knobs.speed)
         self._pulses = Pulses(self.c, self.parts)
@@ -60,6 +69,8 @@ class PulseSchedule:
         if speed == "depth":
             return self._D + 1
         trip = 2 * self._D + 1 if self.one_way else 1 + max(self._lags.values())
+        if self.stepping:
+            trip = 3 + max(self._depths[b] + self._lags[b] for b in self.stepping)
         return trip + SPACING * (self.parts - 1)
 
     def sample_of(self, pulse: int) -> int:
@@ -95,6 +106,36 @@ class PulseSchedule:
         return self._forward_tick(block, sample) + self.lag(block)
 
     def events(self, block: str, since: int = 0) -> Iterator[Event]:
+        """Yield the events of a block in tick `since` and later."""
+        passes = self._passes(block, since)
+        if block not in self.stepping:
+            return passes
+        return heapq.merge(passes, self._steps_of(block, since), key=lambda event: event.tick)
+
+    def _steps_of(self, block: str, since: int) -> Iterator[Event]:
+        first = max(0, since + 1 - self.c) // (self.c * self.group)  # (or one too early)
+        for g in count(first):
+            last = (g + 1) * self.group * self.parts - 1
+            if self.moved(block, last) >= since:
+                yield Event(self.moved(block, last), Phase.STEP, last)
+
+    def moved(self, block: str, pulse: int) -> int:
+        """Return the tick in which a block moves by the messages up to that of a pulse."""
+        if block not in self.stepping:
+            return self._backward_tick(block, pulse)
+        return (self.sample_of(pulse) + 1) * self.c - (2 if block == self.stepping[0] else 1)
+
+    def square(self, block: str, event: Event) -> Stamp:
+        """Return the stamp of the square that a block sends before the step of `event`."""
+        tick = self._backward_tick(block, event.sample)
+        return Stamp(tick, event.sample, self._steps(event.sample))
+
+    def norm(self, event: Event) -> Stamp:
+        """Return the stamp of the norm by which blocks make the step of `event`."""
+        tick = self.moved(self.stepping[0], event.sample)
+        return Stamp(tick, event.sample, self._steps(event.sample))
+
+    def _passes(self, block: str, since: int) -> Iterator[Event]:
         first = self._pulses.first(since - self._forward_tick(block, 0))
         if block in self._readouts:
             for n in count(first):
@@ -111,7 +152,7 @@ class PulseSchedule:
             yield forward
 
     def state(self, edge: Edge, event: Event) -> Stamp | None:
-        if event.phase is Phase.BACKWARD:
+        if event.phase in (Phase.BACKWARD, Phase.STEP):
             return None
         if edge.from_input:
             return emitted(event.sample, self.c, self.parts)
@@ -126,7 +167,8 @@ class PulseSchedule:
 
     @property
     def idle(self) -> int:
-        return (self.trip + SPACING * (self.parts - 1)) // self.c
+        steps = 2 if self.stepping else 0
+        return (self.trip + SPACING * (self.parts - 1) + steps) // self.c
 
     def buffered(self, sample: int) -> int:
         """Return the steps in the weights that a sample meets with double buffering."""
@@ -151,7 +193,7 @@ class PulseSchedule:
 
     def target(self, readout: str, event: Event) -> Stamp | None:  # noqa: ARG002
         """Return the stamp of the sample's target, which comes whole with its first pulse."""
-        if event.sample % self.parts:
+        if event.sample % self.parts or event.phase is Phase.STEP:
             return None
         return emitted(event.sample, self.c, self.parts)
 
@@ -172,11 +214,11 @@ class PulseSchedule:
         if reader < 0 or event.sample % self.parts:
             return None
         last = (reader + 1) * self.parts - 1
-        return Stamp(self._backward_tick(tie.owner, last), last, reader + 1)
+        return Stamp(self.moved(tie.owner, last), last, reader + 1)
 
     def weight_lag(self, tie: Tie) -> int:
         """Return n - m: sample n meets the user's weights after the updates by samples 0 ... m."""
-        early = self._backward_tick(tie.owner, self.parts - 1) + 1 - self._depths[tie.user]
+        early = self.moved(tie.owner, self.parts - 1) + 1 - self._depths[tie.user]
         return -(-early // self.c)
 
     def tie_in_flight(self, tie: Tie, kind: Kind) -> int:

@@ -22,6 +22,7 @@ from hamdist.config import (
     AverageSettings,
     BlockDynamicsSettings,
     BlockLearningSettings,
+    ClipSettings,
     Compensation,
     CourseSettings,
     DynamicsSettings,
@@ -151,8 +152,9 @@ def _inputs(settings: InputsSettings | str) -> Whitening | None:
     return Whitening(s.memory, s.damping, s.look, s.refresh, *kinds)
 
 
-def _clip(limit: float | str) -> float:
-    return math.inf if isinstance(limit, str) else limit
+def _clip(limit: float | ClipSettings | str) -> float:
+    own = limit.norm if isinstance(limit, ClipSettings) and limit.of == "block" else limit
+    return own if isinstance(own, float) else math.inf  # (of the network: Block.step)
 
 
 def _first(*values: float | None) -> float:

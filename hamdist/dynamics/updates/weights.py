@@ -80,7 +80,7 @@ class Weights(Remembers):
         self._bound = 0.0  # of |omega|
         self._omega_first = order is not Order.SIMULTANEOUS
         self._adaptive = dynamics.adaptive
-        self._clip = dynamics.clip
+        self._clip, self.share = dynamics.clip, 1.0  # share: of g, in the network's clipped one
         self._ahead = dynamics.ahead
         self._inputs = None if dynamics.inputs is None else InputWhitening(dynamics.inputs)
         self.average = None if dynamics.average is None else Average(self.theta, dynamics.average)
@@ -209,7 +209,7 @@ class Weights(Remembers):
 
     def _gain(self, g: Sequence[Gradient] | None, tau: float) -> float:
         """Return the factor of g in omega: -s tau, less where g is clipped."""
-        gain = -self._sign * tau
+        gain = -self._sign * tau * self.share
         if self._clip == math.inf or g is None:
             return gain
         norm = tau * norm_of(g)

@@ -39,6 +39,7 @@ from hamdist.dynamics.native import rows
 from hamdist.dynamics.objective.losses import LossFunction, Weighted
 from hamdist.dynamics.rules.rule import MEMORY, BlockView, Rule
 from hamdist.dynamics.schedule.hold import HoldSchedule
+from hamdist.dynamics.schedule.pulse import PulseSchedule
 from hamdist.dynamics.updates.constants import Dynamics, constant_tau
 from hamdist.dynamics.updates.optimizers import OptimizerWeights
 from hamdist.dynamics.updates.weights import Weights
@@ -101,6 +102,8 @@ class _Parts(BlockParts):
         parts = plan.knobs.microbatches
         self.microbatches = parts if isinstance(parts, int) else 1
         self.group, self.double_buffered = plan.knobs.accumulate, plan.knobs.double_buffered
+        schedule = plan.schedule
+        self.by_network = isinstance(schedule, PulseSchedule) and name in schedule.stepping
         self.live = LiveBlock(name, plan.spec.patience, self.microbatches)
         self.scale = self._scaled(self.weights, partial(plan.scale, name))
         self.wanted = [e.index in plan.channels.messages for e in plan.graph.into[name]]

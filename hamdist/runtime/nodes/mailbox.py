@@ -12,16 +12,18 @@ says that the stream has ended; and when all nodes have ended.
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import replace
 from math import inf
 from typing import Any, Protocol
+
+from torch import Tensor
 
 from hamdist.dynamics.saved_state.remember import check_names
 from hamdist.dynamics.schedule.events import Stamp
 from hamdist.errors import SnapshotError, StampError
 from hamdist.runtime.results.digests import Digests
-from hamdist.runtime.signals.codec import Encoder
+from hamdist.runtime.signals.codec import Decoder, Encoder
 from hamdist.runtime.signals.edge_codecs import DIRECTIONS, CompressionMap
 from hamdist.runtime.signals.sent_log import SentLog
 from hamdist.runtime.signals.signal import Channel, Signal, ready
@@ -68,6 +70,7 @@ class Mailbox:
         self._taken: dict[int, int] = {}
         self._edges: dict[int, str] = {}
         self._encoders: dict[int, tuple[Channel, Encoder]] = {}
+        self._decoders: dict[int, Decoder] = {}
 
     @property
     def payload_bytes(self) -> dict[str, int]:
@@ -145,9 +148,10 @@ class Mailbox:
             self._sent_log.take(channel)
         if self.digests is not None:
             self.digests.take(channel, signal)
-        codec = channel.codec
-        if codec is not None and signal.payload is not None:
-            return replace(signal, payload=ready(codec.decode(signal.payload)))
+        if channel.codec is not None and signal.payload is not None:
+            if channel.number not in self._decoders:
+                self._decoders[channel.number] = Decoder(channel.codec)
+            return replace(signal, payload=ready(self._decoders[channel.number](signal.payload)))
         return signal
 
     def _encoded(self, channel: Channel, signal: Signal) -> Signal:
@@ -215,13 +219,26 @@ class Mailbox:
         """Return how many signals of `channel` were taken here."""
         return 0 if self._sent_log is None else self._sent_log.taken.get(channel.number, 0)
 
-    def restore(self, channel: Channel, state: Mapping[str, Any] | None, taken: int | None) -> None:
+    def received(self, channels: Collection[Channel]) -> dict[str, Tensor]:
+        """Return what delta coding adds to, at the receiving ends of `channels`."""
+        ends = ((channel, self._decoders.get(channel.number)) for channel in channels)
+        known = ((channel.key, None if end is None else end.received) for channel, end in ends)
+        return {key: received for key, received in known if received is not None}
+
+    def restore(
+        self,
+        channel: Channel,
+        state: Mapping[str, Any] | None,
+        taken: int | None,
+        received: Tensor | None = None,
+    ) -> None:
         """Continue `channel` from a snapshot.
 
         Args:
             channel: the channel.
             state: of the sending end; None if the sender is in another process.
             taken: signals that the receiver had taken; None if it is in another process.
+            received: what delta coding adds to, at the receiving end.
 
         Raises:
             SnapshotError: the state of the sender does not fit the receiver's.
@@ -231,6 +248,8 @@ class Mailbox:
             raise ValueError("a mailbox without a log of sent signals cannot go on")
         if taken is not None:
             sent_log.taken[number] = taken
+        if received is not None and channel.codec is not None:
+            self._decoders[number] = Decoder(channel.codec, received)
         if state is None:
             return
         check_names("channel", state, ("posted", "latest", "bytes", "encoder"))

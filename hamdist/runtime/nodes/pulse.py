@@ -23,6 +23,7 @@ from hamdist.dynamics.graph.graph import BlockSpec
 from hamdist.dynamics.schedule.events import Event, Phase, Stamp
 from hamdist.dynamics.schedule.pulse import PulseSchedule
 from hamdist.dynamics.vjp.tied import TiedFunction
+from hamdist.runtime.nodes.clip import NormPorts
 from hamdist.runtime.nodes.mailbox import Mailbox
 from hamdist.runtime.nodes.node import BlockNode
 from hamdist.runtime.nodes.ports import (
@@ -56,6 +57,7 @@ class PulseNode(BlockNode):
         self._ties = (
             TiePorts(plan, spec.name, mailbox, cell) if isinstance(cell, TiedFunction) else None
         )
+        self._norms = NormPorts(plan, spec.name, mailbox)
         self._schedule = plan.schedule
         self._events = plan.schedule.events(spec.name)
         self._keeps, self._answers = plan.spec.kept, plan.spec.live
@@ -82,6 +84,8 @@ class PulseNode(BlockNode):
             self._read(self.event)
         elif phase is Phase.FORWARD:
             self._forward(self.event)
+        elif phase is Phase.STEP:
+            self._step(self.event)
         else:
             self._backward(self.event)
         self._advance()
@@ -102,6 +106,26 @@ class PulseNode(BlockNode):
             begin = perf_counter()
             self.block.settle()
             self.seconds += perf_counter() - begin
+
+    def _step(self, event: Event) -> None:
+        """Make the step that waits, by the norm of the gradient of all blocks."""
+        stamp = Stamp(event.tick, event.sample, self.block.weights.updates)
+        share = self._norms.share(event, self.block.square())
+        begin = perf_counter()
+        self.block.step(share)
+        self.seconds += perf_counter() - begin
+        if self._ties is not None:
+            self._ties.after_step(stamp, self.block.weights.updates, self._end)
+
+    def _after_pass(self, stamp: Stamp) -> None:
+        """Send what else follows from a message that has come."""
+        if self._ties is not None:
+            self._ties.after_backward(stamp)
+        if not self._norms.clips:
+            if self._ties is not None:
+                self._ties.after_step(stamp, self.block.weights.updates, self._end)
+        elif self.block.moves(stamp.sample):
+            self._norms.send(stamp, self.block.square())
 
     def _advance(self) -> None:
         # Once the stream has ended (after `_end` samples), forward events of later samples are
@@ -184,8 +208,7 @@ class PulseNode(BlockNode):
             late = stamp.version - version
             self.staleness[late] = self.staleness.get(late, 0) + 1
         self._ports.to_parents(stamp, to_parents)
-        if self._ties is not None:
-            self._ties.after_backward(stamp, self.block.weights.updates, self._end)
+        self._after_pass(stamp)
         self.live.forget(event.sample)
 
     def _recall(self, event: Event, number: int) -> None:
@@ -231,8 +254,7 @@ class PulseNode(BlockNode):
         self.seconds += perf_counter() - begin
         self._ports.to_parents(stamp, messages)
         self._ports.error_to_blocks(stamp, self.block.take_error())
-        if self._ties is not None:
-            self._ties.after_backward(stamp, self.block.weights.updates, self._end)
+        self._after_pass(stamp)
         sample, part = divmod(n, self._schedule.parts)
         if part < self._schedule.parts - 1:
             return

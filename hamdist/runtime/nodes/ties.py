@@ -65,18 +65,21 @@ class TiePorts:
             if signal.payload is not None:
                 self._cell.add(tie.owners, signal.payload)
 
-    def after_backward(self, stamp: Stamp, updates: int, end: int | None) -> None:
-        """Send gradients to the owners, and weights to the users.
-
-        Args:
-            stamp: of the pass.
-            updates: number of weight updates after the pass.
-            end: the number of samples, once it is known.
-        """
+    def after_backward(self, stamp: Stamp) -> None:
+        """Send gradients to the owners; stamp: of the pass."""
         gradients = self._cell.take()
         for tie in self._borrows:
             g = None if gradients is None else ready(flat([gradients[key] for key in tie.theirs]))
             self._mailbox.post(self._channels.gradients[tie.index], Signal(stamp, g))
+
+    def after_step(self, stamp: Stamp, updates: int, end: int | None) -> None:
+        """Send weights that have moved to the users.
+
+        Args:
+            stamp: of the pass, or the step, in which they have.
+            updates: number of weight updates after it.
+            end: the number of samples, once it is known.
+        """
         parts = self._schedule.parts
         item, part = divmod(stamp.sample, parts)
         if part < parts - 1:

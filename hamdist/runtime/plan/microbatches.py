@@ -4,6 +4,7 @@ together with gradients that are added up.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import replace
 
@@ -11,7 +12,7 @@ import torch
 from torch import Tensor
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from hamdist.config import LearningSettings, Memory
+from hamdist.config import Credit, LearningSettings, Memory
 from hamdist.dynamics.graph.graph import Graph
 from hamdist.dynamics.graph.spec import combined
 from hamdist.dynamics.objective.losses import model_loss
@@ -37,14 +38,20 @@ def cut_batches(
     parts = knobs.microbatches
     if parts == "auto":
         parts = auto_microbatches(spec.batch)
-    knobs = replace(knobs, microbatches=parts)
+    knobs = replace(knobs, microbatches=parts, clip=_network_clip(knobs, graph, learning))
     keeps_passes = knobs.pulse and knobs.memory in (Memory.TRACE, Memory.TRACE_WEIGHTS)
-    summed = parts * knobs.accumulate > 1 or _against_sums(graph, learning) or ruled(graph)
+    summed = (
+        parts * knobs.accumulate > 1
+        or knobs.clip < math.inf
+        or _against_sums(graph, learning)
+        or ruled(graph)
+    )
     if spec.kept and (summed or not keeps_passes):
         raise LevelError(
             "labels that come late, with the trace kept (stream.relearn: trace): that goes with "
-            "'trace' and 'backprop', but not with micro-batches, locality.accumulate, heads, "
-            "learning.inputs, rules or weights of several blocks; use stream.relearn: again"
+            "'trace' and 'backprop', but not with micro-batches, locality.accumulate, a clip of "
+            "the network, heads, learning.inputs, rules or weights of several blocks; use "
+            "stream.relearn: again"
         )
     if knobs.accumulate > 1 or knobs.double_buffered:
         for reason in _against_sums(graph, learning):
@@ -62,6 +69,33 @@ def cut_batches(
             "locality.microbatches 1"
         )
     return knobs
+
+
+def _network_clip(knobs: Locality, graph: Graph, learning: LearningSettings) -> float:
+    """Return the largest norm of the gradient of all blocks; infinite where it is not clipped."""
+    limit = learning.network_clip
+    if limit is None:
+        return math.inf
+    name = f"learning.clip {limit:g} of the network"
+    if not knobs.pulse or knobs.speed != "inf" or knobs.credit is not Credit.MESSAGES:
+        raise LevelError(
+            f"{name} with presentation {knobs.presentation.value!r}, speed {knobs.speed!r} and "
+            f"credit {knobs.credit.value!r}: there blocks move before the gradient of every other "
+            "one is known, so no sample has a norm of all; use level 'backprop', 'pipeline' or "
+            "'reversible', or {norm: ..., of: block}"
+        )
+    reasons = _against_parts(learning, "sample", "one")
+    if learning.dampening:
+        reasons.append("learning.dampening, which scales the loss, so the norm, from step to step")
+    reasons += [f"a rule (block {block!r}), whose step is its own" for block in ruled(graph)]
+    reasons += [
+        f"learning.blocks.{block}.clip, another one"
+        for block, own in learning.blocks.items()
+        if own.clip is not None
+    ]
+    for reason in reasons:
+        raise LevelError(f"{name} with {reason}; leave one of them out")
+    return limit
 
 
 def _against_parts(learning: LearningSettings, part: str, of: str) -> list[str]:

@@ -333,7 +333,13 @@ def make_plan(
         dynamics=dynamics,
         schedule=schedule,
         channels=compressed(
-            channels, graph, signals, settings.engine, reversible, taken(cast_plans)
+            channels,
+            graph,
+            signals,
+            settings.engine,
+            reversible,
+            taken(cast_plans),
+            settings.seed,
         ),
         shapes=shapes,
         spec=spec,

@@ -16,6 +16,8 @@ def exact_bytes(plan: Plan, channel: Channel) -> int:
     """Return the most bytes of a signal on `channel` before it is compressed."""
     if channel.kind is Kind.CLOCK:
         return 0
+    if channel.kind is Kind.NORM:
+        return DOUBLE
     if channel.kind in (Kind.GRADIENT, Kind.WEIGHT):
         return DOUBLE * max(tie.numel for tie in plan.graph.ties if tie.name == channel.edge)
     if channel.kind is Kind.TARGET:

@@ -1,14 +1,11 @@
 """Codecs that send signals in fewer bytes. Receivers see decode(encode(x)), in every engine.
 
-    fp16, bf16   the nearest number of the type                     2 bytes a number
-    int8         by row b of x, (B, ...):
-                 s_b = max_j |x_bj| / 127,  q_bj = round(x_bj / s_b)
-                 decoded: s_b q_bj, off by at most s_b / 2          1 byte a number, and s_b
-
-Each row has a scale of its own, for a row is a sample: a sample that is well predicted sends
-messages orders of magnitude smaller than those of its neighbours in the batch, and one scale for
-all would round them to zero. It costs 4 bytes a row (8 of float64), and confines a number that is
-not finite to its row.
+The codes of vectors are in codes.py. Each row of int8 has a scale of its own, for a row is a
+sample: one that is well predicted sends messages orders of magnitude smaller than those of its
+neighbours in the batch, and one scale for all would round them to zero. It costs 4 bytes a row (8
+of float64), and confines a number that is not finite to its row. The shorter codes take the last
+dimension of a signal as a vector where it is long enough, so that tokens of a sequence have scales
+of their own, too.
 
 Error feedback (Seide et al. 2014; Karimireddy et al. 2019) adds the error of a signal to the next:
 
@@ -18,6 +15,15 @@ so that the decoded signals sum up to the exact ones but for the last error: sum
 - e_N. That helps where a receiver adds its signals up. Where each is used on its own, as the state
 of one sample among others, it only exchanges an error e_n for e_n - e_{n-1}, of twice the variance.
 
+Delta coding (closed loop, as in differential pulse-code modulation, Cutler 1952) sends the
+difference to what the receiver has, by int4:
+
+    sent: encode(x_n - r_{n-1}),    r_n = r_{n-1} + decode(sent)
+
+where both sides have r_n, which is what the receiver sees. Its error is that of the difference
+alone; none adds up. A signal that goes as it is leaves r as it was; with another batch size r
+starts again at zero.
+
 B: batch.
 """
 
@@ -25,14 +31,17 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 from torch import Tensor
 
 from hamdist.config import Compress
 from hamdist.dynamics.saved_state.remember import Remembers
+from hamdist.runtime.signals.codes import ByteCode, Code, HalfCode, LargestCode, NibbleCode
 
-LEVELS = 127  # of an int8, on either side of zero
+LONG = 64  # numbers of a last dimension from which on it is a vector of its own
+WHOLE_ROWS = (Compress.FP16, Compress.BF16, Compress.INT8)
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,12 +53,16 @@ class Codec:
         dtype: of the exact signal.
         row: shape of the exact signal without the batch.
         feedback: True if the sender adds the error of each signal to the next.
+        seed: of the run, which draws the signs of rotations.
+        share: of the numbers, that 'topk' sends.
     """
 
     name: Compress
     dtype: torch.dtype
     row: tuple[int, ...]
     feedback: bool = False
+    seed: int = 0
+    share: float = 1 / 16
 
     @property
     def pays(self) -> bool:
@@ -65,53 +78,50 @@ class Codec:
 
     def nbytes(self, batch: int) -> int:
         """Return the bytes of an encoded signal (batch, *row)."""
-        n = math.prod(self.row)
-        a_row = n + self._real.itemsize if self.name is Compress.INT8 else n * self._half.itemsize
-        return batch * a_row
+        n = self._vector
+        return batch * (math.prod(self.row) // n) * self._code.nbytes(n)
 
     @property
-    def _half(self) -> torch.dtype:
-        return torch.bfloat16 if self.name is Compress.BF16 else torch.float16
+    def delta(self) -> bool:
+        """Return True if differences are sent."""
+        return self.name is Compress.DELTA
+
+    @property
+    def _vector(self) -> int:
+        """Return n, the numbers of a vector."""
+        long = self.name not in WHOLE_ROWS and self.row[-1:] >= (LONG,)
+        return self.row[-1] if long else math.prod(self.row)
+
+    @property
+    def _code(self) -> Code:
+        if self.name in (Compress.FP16, Compress.BF16):
+            return HalfCode(torch.bfloat16 if self.name is Compress.BF16 else torch.float16)
+        if self.name is Compress.INT8:
+            return ByteCode(self._real)
+        return LargestCode(self.share) if self.name is Compress.TOPK else NibbleCode(self.seed)
 
     @property
     def _real(self) -> torch.dtype:
-        """Return the type in which int8 computes, which is also the type of a scale."""
+        """Return the type in which codes compute, which is also the type of a scale of int8."""
         return torch.float64 if self.dtype == torch.float64 else torch.float32
 
     def encode(self, x: Tensor) -> Tensor:
-        """Encode x, (B, *row): int8 as (B, n + the bytes of a scale), other codes in the shape of
-        x.
+        """Encode x, (B, *row), as (B, ...), in another type.
 
         A signal that is not finite, or too large for the type, is returned unchanged.
         """
-        fits = x.dtype == self.dtype and x.shape[1:] == self.row and x.numel() > 0
-        coded = self._coded(x) if fits else None
-        return x if coded is None else coded
-
-    def _coded(self, x: Tensor) -> Tensor | None:
-        """Return the encoded signal; None if numbers would be lost."""
-        if self.name is not Compress.INT8:
-            half = x.to(self._half)
-            return half if bool(torch.isfinite(half).all()) else None
-        rows = x.reshape(x.shape[0], -1).to(self._real)
-        scale = rows.abs().amax(1, keepdim=True).div_(LEVELS)
-        if not bool(torch.isfinite(scale).all()):
-            return None
-        # A row of zeros has the scale 0; among the smallest numbers of all a scale is rounded so
-        # much that the largest quotient may lie beyond 127.
-        quotients = rows / scale.masked_fill(scale == 0, 1)
-        levels = quotients.round_().clamp_(-LEVELS, LEVELS).to(torch.int8)
-        return torch.cat([levels, scale.view(torch.int8)], 1)
+        if x.dtype != self.dtype or x.shape[1:] != self.row or not x.numel():
+            return x
+        sent = self._code.encode(x.reshape(-1, self._vector).to(self._real))
+        return x if sent is None else sent.view(len(x), -1)
 
     def decode(self, sent: Tensor) -> Tensor:
         """Return the nearest approximation of the tensor given to `encode`, (B, *row)."""
         if sent.dtype == self.dtype:
             return sent
-        if self.name is not Compress.INT8:
-            return sent.to(self.dtype)
-        n = math.prod(self.row)
-        scale = sent[:, n:].clone(memory_format=torch.contiguous_format).view(self._real)
-        return (sent[:, :n].to(self._real) * scale).to(self.dtype).view(-1, *self.row)
+        n = self._vector
+        vectors = sent.reshape(len(sent) * (math.prod(self.row) // n), -1)
+        return self._code.decode(vectors, n, self._real).to(self.dtype).view(-1, *self.row)
 
 
 @dataclass(frozen=True, slots=True)
@@ -140,21 +150,26 @@ class Encoder(Remembers):
 
     Attributes:
         error: e_n; starts again at zero when the batch changes its size.
+        received: r_n, of delta coding; as `error`.
     """
 
     def __init__(self, codec: Codec) -> None:
         self.codec = codec
         self.error: Tensor | None = None
+        self.received: Tensor | None = None
         self._signals = self._sent = self._saved = self._compared = 0
         self._sum = self._worst = 0.0
 
-    STATE = ("error", "_signals", "_sent", "_saved", "_compared", "_sum", "_worst")
+    STATE = ("error", "received", "_signals", "_sent", "_saved", "_compared", "_sum", "_worst")
+    ADDED: ClassVar = {"received": None}
 
     def __call__(self, x: Tensor) -> Tensor:
         """Encode x, (B, *row)."""
         v = x
-        if self.codec.feedback and self.error is not None and self.error.shape == x.shape:
+        if self.error is not None and self.error.shape == x.shape:
             v = x + self.error
+        elif self.received is not None and self.received.shape == x.shape:
+            v = x - self.received
         sent = self.codec.encode(v)
         if sent is v:  # as it is, and what is owed stays owed
             sent = decoded = x
@@ -162,6 +177,8 @@ class Encoder(Remembers):
             decoded = self.codec.decode(sent)
             if self.codec.feedback:
                 self.error = v - decoded
+            if self.codec.delta:
+                decoded = self.received = _added(self.received, decoded)
         self._note(x, sent, decoded)
         return sent
 
@@ -190,3 +207,28 @@ class Encoder(Remembers):
             mean=mean,
             worst=self._worst,
         )
+
+
+class Decoder:
+    """The receiving end of one direction of an edge.
+
+    Attributes:
+        received: r_n, of delta coding.
+    """
+
+    def __init__(self, codec: Codec, received: Tensor | None = None) -> None:
+        self.codec = codec
+        self.received = received
+
+    def __call__(self, sent: Tensor) -> Tensor:
+        """Return what the receiver sees of a signal, (B, *row)."""
+        decoded = self.codec.decode(sent)
+        if self.codec.delta and decoded is not sent:
+            self.received = _added(self.received, decoded)
+            return self.received.detach()  # (a reader may ask for its gradient)
+        return decoded
+
+
+def _added(received: Tensor | None, difference: Tensor) -> Tensor:
+    fits = received is not None and received.shape == difference.shape
+    return received + difference if fits and received is not None else difference

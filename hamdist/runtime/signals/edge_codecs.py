@@ -16,6 +16,7 @@ from hamdist.runtime.signals.signal import Channel, Channels
 
 # By edge, then by direction: 'h' forward, 'm' backward.
 CompressionMap = dict[str, dict[str, Compressed]]
+FED_BACK = (Compress.INT8, Compress.INT4, Compress.TOPK)
 DIRECTIONS = {Kind.STATE: "h", Kind.MESSAGE: "m"}
 
 
@@ -26,6 +27,7 @@ def compressed(
     engine: EngineSettings,
     reversible: Collection[str] = (),
     taken: Mapping[int, torch.dtype] | None = None,
+    seed: int = 0,
 ) -> Channels:
     """Return `channels` with the codecs that the settings give to the edges.
 
@@ -39,9 +41,11 @@ def compressed(
         engine: the settings.
         reversible: blocks whose child hands their state back, which has to be exact.
         taken: by edge, the type in which its child takes it and answers, where it is another one.
+        seed: of the run.
 
     Raises:
-        SettingsError: an edge does not exist, or lies behind a reversible block.
+        SettingsError: an edge does not exist, carries integers and is named, or lies behind a
+            reversible block.
     """
     words = _words(graph, engine)
     if not words:
@@ -54,20 +58,29 @@ def compressed(
         shape, dtype = signals[edge.parent]
         if channel.kind is Kind.MESSAGE and taken is not None:
             dtype = taken.get(edge.index, dtype)
-        codec = Codec(word, dtype, shape[1:], _feeds_back(engine.feedback, word, channel.kind))
+        fed_back = _feeds_back(engine.feedback, word, channel.kind)
+        codec = Codec(word, dtype, shape[1:], fed_back, seed, engine.topk_share)
         return channel._replace(codec=codec) if codec.pays else channel
 
     for edge in graph.edges:
-        if edge.parent in reversible and words.get(edge.name, Compress.NONE) is not Compress.NONE:
+        dtype, word = signals[edge.parent][1], words.get(edge.name, Compress.NONE)
+        named = isinstance(engine.compress, dict) and edge.name in engine.compress
+        if named and word is not Compress.NONE and not dtype.is_floating_point:
+            raise SettingsError(
+                f"engine.compress.{edge.name}: {word.value!r}, but this edge carries integers "
+                f"({str(dtype).removeprefix('torch.')}), which have to be exact; leave it out, or "
+                "set it to 'none'"
+            )
+        if edge.parent in reversible and word is not Compress.NONE:
             raise SettingsError(
                 f"engine.compress: the child of {edge.name} hands the state of block "
                 f"{edge.parent!r} back, which recomputes its input from it and needs it exact "
                 "(memory 'reversible'); set this edge to 'none', or use level 'backprop'"
             )
-    named = {edge.index: edge for edge in graph.edges}
+    edges = {edge.index: edge for edge in graph.edges}
     return channels._replace(
-        states={i: coded(c, named[i]) for i, c in channels.states.items()},
-        messages={i: coded(c, named[i]) for i, c in channels.messages.items()},
+        states={i: coded(c, edges[i]) for i, c in channels.states.items()},
+        messages={i: coded(c, edges[i]) for i, c in channels.messages.items()},
     )
 
 
@@ -85,7 +98,7 @@ def _words(graph: Graph, engine: EngineSettings) -> Mapping[str, Compress]:
 
 
 def _feeds_back(feedback: Feedback, word: Compress, kind: Kind) -> bool:
-    if word is not Compress.INT8:
+    if word not in FED_BACK:
         return False
     wanted = {
         Feedback.OFF: (),

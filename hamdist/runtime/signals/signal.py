@@ -73,6 +73,8 @@ class Channels(NamedTuple):
             on along the first of its edges that leads to a child.
         gradients, weights: by tie (nodes/ties.py).
         errors: of the first readout, by the block whose rule asks for them.
+        squares, norms: of gradients to the block that adds them up, and back (nodes/clip.py), by
+            the other block.
     """
 
     states: dict[int, Channel]
@@ -83,13 +85,16 @@ class Channels(NamedTuple):
     gradients: dict[int, Channel]
     weights: dict[int, Channel]
     errors: dict[str, Channel]
+    squares: dict[str, Channel]
+    norms: dict[str, Channel]
 
     def all(self) -> list[Channel]:
         """Return the channels of all kinds."""
         edges = [*self.states.values(), *self.messages.values()]
         aside = [*self.targets.values(), *self.clocks.values(), *self.labels.values()]
         ties = [*self.gradients.values(), *self.weights.values()]
-        return [*edges, *aside, *ties, *self.errors.values()]
+        clips = [*self.squares.values(), *self.norms.values()]
+        return [*edges, *aside, *ties, *self.errors.values(), *clips]
 
 
 def make_channels(
@@ -119,7 +124,7 @@ def make_channels(
         messages: messages come back, but to `silent` blocks.
         silent: blocks that receive no messages.
     """
-    channels = Channels({}, {}, {}, {}, {}, {}, {}, {})
+    channels = Channels(*({} for _ in Channels._fields))
     apart = {b.name for b in graph.blocks.values() if b.back != "message"}
     mute = apart - {*graph.readouts}
     numbers = count()
@@ -191,13 +196,18 @@ def make_channels(
                     Kind.MESSAGE, sender, spec.name, name, waiting, ALONE
                 )
         for tie in graph.ties:
-            there, back = (schedule.tie_in_flight(tie, k) for k in (Kind.GRADIENT, Kind.WEIGHT))
+            up, down = (schedule.tie_in_flight(tie, k) for k in (Kind.GRADIENT, Kind.WEIGHT))
             channels.gradients[tie.index] = channel(
-                Kind.GRADIENT, tie.user, tie.owner, tie.name, there, ALONE
+                Kind.GRADIENT, tie.user, tie.owner, tie.name, up, ALONE
             )
             channels.weights[tie.index] = channel(
-                Kind.WEIGHT, tie.owner, tie.user, tie.name, back, ALONE
+                Kind.WEIGHT, tie.owner, tie.user, tie.name, down, ALONE
             )
+        for name in schedule.stepping[1:]:
+            first = schedule.stepping[0]
+            there, back = f"{name}=>{first}", f"{first}=>{name}"
+            channels.squares[name] = channel(Kind.NORM, name, first, there, 1, ALONE)
+            channels.norms[name] = channel(Kind.NORM, first, name, back, 1, ALONE)
     return channels
 
 

@@ -4,10 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from hamdist.config import (
-    Settings,
-    StepKind,
-)
+from hamdist.config import Compress, EngineSettings, Settings, StepKind
 from hamdist.runtime.plan.plan import Plan
 
 _ALIKE = ("level", "locality", "loss", "dtype", "seed", "metrics")
@@ -39,8 +36,14 @@ def fingerprint(plan: Plan, settings: Settings) -> dict[str, Any]:
         "channels": [c.key for c in plan.channels.all()],
         "c": plan.schedule.c,
         **{name: dumped[name] for name in _ALIKE},
-        "compress": [engine["compress"], engine["feedback"]],
+        "compress": [engine["compress"], engine["feedback"], *_share(plan.engine)],
         "native": plan.native,
         "closed": plan.engine.step is not StepKind.AUTOGRAD,
         "computes": kinds,
     }
+
+
+def _share(engine: EngineSettings) -> list[float]:
+    """Return `engine.topk_share` where a codec uses it."""
+    words = engine.compress.values() if isinstance(engine.compress, dict) else [engine.compress]
+    return [engine.topk_share] if Compress.TOPK in words else []

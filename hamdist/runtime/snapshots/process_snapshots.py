@@ -188,10 +188,12 @@ class ProcessSnapshots:
 
     def _state(self, node: Stateful) -> dict[str, Any]:
         out, into, digests = self._out[node.name], self._in[node.name], self._mailbox.digests
+        received = self._mailbox.received(into)
         return {
             "node": node.snapshot(),
             "out": {c.key: self._mailbox.snapshot(c) for c in out},
             "in": {c.key: self._mailbox.taken(c) for c in into},
+            **({"received": received} if received else {}),
             **({} if digests is None else {"digests": digests.snapshot(node.name, out, into)}),
         }
 
@@ -245,9 +247,11 @@ class ProcessSnapshots:
     def restore(self, snapshot: Snapshot) -> None:
         """Restore every node from its file. Raises SnapshotError naming one that does not fit."""
         states: dict[str, dict[str, Any]] = {}
+        received: dict[str, Tensor] = {}
         for node in self._nodes:
             state = dict(snapshot.state(node.name, node.device))
             digests = state.pop("digests", None)
+            received |= state.pop("received", {})
             if self._mailbox.digests is not None:
                 self._mailbox.digests.restore(digests)
             check_names(f"node {node.name!r}", state, ("node", "out", "in"))
@@ -265,10 +269,12 @@ class ProcessSnapshots:
             for channel in self._out[node.name]:
                 there = states.get(channel.receiver)
                 taken = None if there is None else there["in"][channel.key]
-                self._mailbox.restore(channel, states[node.name]["out"][channel.key], taken)
+                sent, base = states[node.name]["out"][channel.key], received.get(channel.key)
+                self._mailbox.restore(channel, sent, taken, base)
             for channel in self._in[node.name]:
                 if channel.sender not in states:
-                    self._mailbox.restore(channel, None, states[node.name]["in"][channel.key])
+                    taken, base = states[node.name]["in"][channel.key], received.get(channel.key)
+                    self._mailbox.restore(channel, None, taken, base)
         tick = snapshot.tick
         with self._lock:
             self.reached = tick

@@ -24,7 +24,7 @@ from hamdist.runtime.signals.signal import Channel
 
 TOKENS = 4  # of a sequence, where the stream does not tell
 MOST_STEPS = 1_000_000
-_BACK = (Kind.MESSAGE, Kind.GRADIENT, Kind.WEIGHT)  # sent by backward passes
+_BACK = (Kind.MESSAGE, Kind.GRADIENT, Kind.WEIGHT, Kind.NORM)  # sent by backward passes and steps
 
 
 @dataclass(frozen=True, slots=True)
@@ -124,7 +124,7 @@ class _Unrolled:
         """Return which signals a phase sends: states and the like (False), messages (True)."""
         if phase in (Phase.EMIT, Phase.FORWARD):
             return (False,)
-        return (True,) if phase is Phase.BACKWARD else (False, True)
+        return (True,) if phase in (Phase.BACKWARD, Phase.STEP) else (False, True)
 
     def _events(self, node: str) -> Iterator[Event]:
         schedule, end = self._schedule, self.start + self.ticks
@@ -186,6 +186,11 @@ class _Unrolled:
             if stamp is not None:
                 yield channels.clocks[block], stamp
         if isinstance(schedule, PulseSchedule):
+            if event.phase is Phase.STEP and block in channels.norms:
+                yield channels.norms[block], schedule.norm(event)
+            elif event.phase is Phase.STEP:
+                for other, channel in channels.squares.items():
+                    yield channel, schedule.square(other, event)
             for tie in graph.ties:
                 if tie.owner == block and event.phase in (Phase.BACKWARD, Phase.READ):
                     yield channels.gradients[tie.index], schedule.gradient(tie, event)

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, as_completed
+from functools import cache
 
 from hamdist.config import FirstStep
 from hamdist.errors import SettingsError
@@ -46,53 +47,34 @@ def jobs(
 class RowWorkers:
     """Computes rows in as many processes as there are cores; with one process, in this one.
 
-    `close` ends the processes; as a context it does so at the end.
+    As a context it ends the processes at its end, whatever they are doing.
     """
 
     def __init__(self, jobs: Sequence[ScenarioJob], processes: int | None = None) -> None:
         self._jobs = list(jobs)
-        self._processes = min(processes or cores(), len(jobs))
+        self._here = cache(run_row)
         self._pool: Processes | None = None
         self._futures: dict[ScenarioJob, Future[ScenarioRow]] = {}
-        self._done: dict[ScenarioJob, ScenarioRow] = {}
+        number = min(processes or cores(), len(jobs))
+        if number > 1:
+            self._pool = Processes(number)
+            longest_first = sorted(jobs, key=lambda job: -COSTS.get(job.model, 1))
+            self._futures = {job: self._pool.submit(run_row, job) for job in longest_first}
 
     def __enter__(self) -> RowWorkers:
         return self
 
     def __exit__(self, *_: object) -> None:
-        self.close()
+        if self._pool is not None:
+            self._pool.close()
 
     def row(self, job: ScenarioJob) -> ScenarioRow:
         """Return one row; raises the error of its computation."""
-        if job not in self._done:
-            if self._processes > 1:
-                self._start()
-                self._done[job] = self._futures[job].result()
-            else:
-                self._done[job] = run_row(job)
-            if len(self._done) == len(self._jobs):
-                self.close()
-        return self._done[job]
+        return self._futures[job].result() if self._futures else self._here(job)
 
     def finished(self) -> Iterator[ScenarioRow]:
         """Yield all rows, as they are finished."""
-        if self._processes == 1:
-            yield from (self.row(job) for job in self._jobs)
-            return
-        self._start()
+        if not self._futures:
+            yield from map(self.row, self._jobs)
         for future in as_completed(self._futures.values()):
             yield future.result()
-
-    def _start(self) -> None:
-        if self._pool is not None:
-            return
-        self._pool = Processes(self._processes)
-        longest_first = sorted(self._jobs, key=lambda job: -COSTS.get(job.model, 1))
-        self._futures = {job: self._pool.submit(run_row, job) for job in longest_first}
-
-    def close(self) -> None:
-        """End the processes, whatever they are doing."""
-        if self._pool is None:
-            return
-        self._pool.close()
-        self._pool = None

@@ -23,6 +23,7 @@ from dataclasses import dataclass
 from functools import cache
 
 import torch
+from scipy.special import bdtr
 from torch import Tensor
 
 from hamdist.config import TargetOf
@@ -101,14 +102,7 @@ def ticks_to_settle(hops: int, c_tau: float, share: float) -> int:
 
 def not_through(k: int, hops: int, a: float) -> float:
     """Return P[ Binomial(k, a) < hops ]."""
-    if a == 1:
-        return float(k < hops)
-    still, moved = math.log1p(-a), math.log(a)
-    whole = math.lgamma(k + 1)
-    return sum(
-        math.exp(whole - math.lgamma(i + 1) - math.lgamma(k - i + 1) + i * moved + (k - i) * still)
-        for i in range(min(hops, k + 1))
-    )
+    return 1.0 if k < hops else float(bdtr(hops - 1, k, a))
 
 
 def local_gradients(

@@ -32,14 +32,11 @@ def fit(speeds: Sequence[float], values: Sequence[float]) -> SlopeFit | None:
     points = span if len(span) >= FITTED_LEAST else fastest[:FITTED_LEAST]
     if len(points) < 2 or not all(0 < value < math.inf for _, value in points):
         return None
-    x, y = np.log(np.array(points)).T
-    slope, offset = np.polyfit(x, y, 1)
-    spread = None
-    if len(points) > 2:
-        left = y - slope * x - offset
-        variance = float(left @ left) / (len(points) - 2)
-        spread = math.sqrt(variance / float(((x - x.mean()) ** 2).sum()))
-    return SlopeFit(float(slope), spread, math.exp(offset))
+    from scipy.stats import linregress  # (half a second to import)
+
+    line = linregress(*np.log(np.array(points)).T)
+    spread = float(line.stderr) if len(points) > 2 else None
+    return SlopeFit(float(line.slope), spread, math.exp(line.intercept))
 
 
 def curves(rows: Sequence[SpeedRow]) -> list[Curve]:

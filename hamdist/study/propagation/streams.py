@@ -15,6 +15,7 @@ import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from enum import Enum
+from functools import lru_cache
 from typing import TypeAlias
 
 import torch
@@ -118,14 +119,6 @@ def _classes(shape: tuple[int, ...], classes: int, seed: int) -> TimeCourse:
 
 
 def _held(draw: Callable[[int], Tensor]) -> TimeCourse:
-    """Return the sample of the period in which t lies; the latest one is cached."""
-    latest: tuple[int, Tensor] | None = None
-
-    def at(t: float) -> Tensor:
-        nonlocal latest
-        n = math.floor(t / PERIOD)
-        if latest is None or latest[0] != n:
-            latest = n, draw(n)
-        return latest[1]
-
-    return at
+    """Return the sample of the period in which t lies."""
+    latest = lru_cache(maxsize=1)(draw)
+    return lambda t: latest(math.floor(t / PERIOD))

@@ -127,6 +127,7 @@ class _Trainer:
         self._ignore_index = settings.ignore_index
         self.course = step_course(learning, settings.steps)
         self.optimisers = _optimisers(model, learning)
+        self._clip = learning.network_clip
         groups = [group for one in self.optimisers for group in one.param_groups]
         self._rates = [group["lr"] for group in groups]
         self.metrics: dict[str, Prequential] = {}
@@ -197,6 +198,8 @@ class _Trainer:
         groups = [group for one in self.optimisers for group in one.param_groups]
         for group, rate in zip(groups, self._rates, strict=True):
             group["lr"] = rate * factor
+        if self._clip is not None:
+            torch.nn.utils.clip_grad_norm_(self.model.parameters(), self._clip)
         for one in self.optimisers:
             one.step()
 
@@ -319,9 +322,8 @@ def baseline_warnings(settings: Settings) -> list[str]:
     dampened = learning.first_step is FirstStep.DAMPENED
     if dampened and learning.momentum and learning.dampening:
         others.append("learning.first_step")
-    others += [
-        f"learning.{name}" for name in ("clip", "inputs") if getattr(learning, name) != "off"
-    ]
+    others += ["learning.clip"] if learning.clip != "off" and not learning.network_clip else []
+    others += ["learning.inputs"] if learning.inputs != "off" else []
     others += [f"learning.{name}" for name in ("heads", "blocks") if getattr(learning, name)]
     if not others:
         return []

@@ -58,6 +58,11 @@ LEVELS = {
     "trace, momentum": {"level": "trace", "learning": {"lr": 0.05, "momentum": 0.5}},
     "backprop": {"level": "backprop"},
     "pipeline": {"level": "pipeline", "locality": {"microbatches": 3}},
+    "pipeline, clipped": {
+        "level": "pipeline",
+        "locality": {"microbatches": 3},
+        "learning": {"lr": 0.05, "momentum": 0.5, "clip": {"norm": 0.5, "of": "network"}},
+    },
     "double-buffered": {
         "level": "trace",
         "locality": {"accumulate": 10, "double_buffered": True},
@@ -138,7 +143,7 @@ def samples_for(level, graph_depth):
         "delay-free": graph_depth + 1,
         "local, uneven, resets, energies": 8,
     }.get(level, 1)
-    if level in {"backprop", "local, last tick", "pipeline"}:
+    if level in {"backprop", "local, last tick", "pipeline", "pipeline, clipped"}:
         c = 2 * graph_depth + 1
     return max(4, TICKS // c)
 

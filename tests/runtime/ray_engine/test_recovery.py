@@ -129,7 +129,7 @@ def both(
     [
         ("local", 0),
         ("double-buffered", 2),
-        ("pipeline", 4),
+        ("pipeline, clipped", 4),
         pytest.param("trace", 0, marks=pytest.mark.slow),  # (the level of the tests below)
         pytest.param(
             "rotated", 2, marks=pytest.mark.slow
@@ -160,9 +160,10 @@ def test_optimisers_and_schedulers_of_the_users(session, driver, leaves_no_socke
 
 @pytest.mark.parametrize("transport", ["tcp", "ipc"])
 def test_other_transports_delays_and_codes(session, driver, leaves_no_socket, tmp_path, transport):
-    """Bundles are under way, and encoders have errors to carry on."""
+    """Bundles are under way, encoders have errors to carry on, and both ends what deltas add to."""
     odd = net((2, Once(41, tmp_path / "mark", "kill")))
-    engine = {"transport": transport, "compress": "int8", "feedback": "on"}
+    compress = {"block0->*": "int8", "block1->*": "delta", "block2->*": "int4", "*": "delta"}
+    engine = {"transport": transport, "compress": compress, "feedback": "on"}
     result = both(tmp_path, odd, engine=engine, partition={**cut(), "delay": 4})
     assert result.replaced
 

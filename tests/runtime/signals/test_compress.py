@@ -9,10 +9,11 @@ import pytest
 import torch
 
 from hamdist.config import Compress
-from hamdist.runtime.signals.codec import Codec, Encoder
+from hamdist.runtime.signals.codec import Codec, Decoder, Encoder
+from hamdist.runtime.signals.codes import hadamard, rotated, rotated_back
 
 F32, F64, BF16 = torch.float32, torch.float64, torch.bfloat16
-INT8 = Compress.INT8
+CODES = ["fp16", "bf16", "int8", "int4", "delta", "topk"]
 
 
 def codec(name, row, dtype=F32, **options):
@@ -99,7 +100,7 @@ def test_the_numbers_of_a_row_do_not_depend_on_its_neighbours():
         assert torch.equal(through(c, x)[b : b + 1], through(c, x[b : b + 1]))
 
 
-@pytest.mark.parametrize("name", ["fp16", "bf16", "int8"])
+@pytest.mark.parametrize("name", CODES)
 @pytest.mark.parametrize("odd", [math.nan, math.inf, -math.inf])
 def test_what_is_not_finite_goes_as_it_is(name, odd):
     x = torch.ones(2, 8)
@@ -107,11 +108,11 @@ def test_what_is_not_finite_goes_as_it_is(name, odd):
     c = codec(name, [8])
     assert c.encode(x) is x
     assert c.decode(x) is x
-    encoder = Encoder(codec(name, [8], feedback=True))
+    encoder = Encoder(codec(name, [8], feedback=name != "delta"))
     encoder(torch.full((2, 8), 0.3))
-    kept = encoder.error
+    kept = encoder.error, encoder.received
     assert encoder(x) is x
-    assert encoder.error is kept
+    assert (encoder.error, encoder.received) == kept
 
 
 def test_too_large_for_the_type_goes_as_it_is():
@@ -135,7 +136,7 @@ def test_the_smallest_numbers_stay_in_range():
 @pytest.mark.parametrize("shape", [(0, 8), (3, 0)])
 def test_nothing_to_compress(shape):
     empty = torch.empty(shape)
-    for name in ("fp16", "bf16", "int8"):
+    for name in CODES:
         c = codec(name, shape[1:])
         assert c.encode(empty) is empty
         assert c.decode(empty) is empty
@@ -158,10 +159,134 @@ def test_nothing_to_compress(shape):
         ("int8", [], F32, False),
         ("int8", [0], F32, False),
         ("int8", [9], torch.bool, False),
+        ("int4", [1], F32, True),  # 3 bytes for 4
+        ("int4", [1], BF16, False),
+        ("int4", [9], torch.int64, False),
+        ("delta", [9], torch.int32, False),
+        ("topk", [1], F32, False),
+        ("topk", [2], F32, True),  # 1 of them
     ],
 )
 def test_what_pays(name, row, dtype, pays):
     assert codec(name, row, dtype).pays is pays
+
+
+def sylvester(m):
+    """The matrix of Walsh and Hadamard, by its definition."""
+    return torch.tensor(
+        [[(-1.0) ** (i & j).bit_count() for j in range(m)] for i in range(m)], dtype=F64
+    ) / math.sqrt(m)
+
+
+def test_hadamard_is_the_matrix():
+    for m in (1, 2, 4, 32):
+        assert torch.allclose(hadamard(torch.eye(m, dtype=F64)), sylvester(m), atol=1e-15)
+
+
+@pytest.mark.parametrize("n", [1, 2, 5, 64, 100, 127])
+def test_a_rotation_is_orthonormal_and_spreads_one_number_over_all(n):
+    eye = torch.eye(n, dtype=F64)
+    turned = rotated(eye, 3)
+    assert torch.allclose(turned @ turned.T, eye, atol=1e-14)
+    assert torch.allclose(rotated_back(turned.clone(), 3), eye, atol=1e-14)
+    if n.bit_count() == 1:
+        assert torch.allclose(turned.abs(), torch.full((n, n), n**-0.5, dtype=F64))
+    if n > 2:
+        assert not torch.equal(turned, rotated(eye, 4))  # the seed draws the signs
+
+
+def test_int4_by_hand():
+    """A rotation of two numbers: x = R^T y for y on the grid of the scale 2 comes back whole, and
+    what lies between goes to the nearest level."""
+    c = codec("int4", [2], F64, seed=5)
+    for y, levels in (([14.0, -6.0], [14, -6]), ([14.0, 2.9], [14, 2]), ([-14.0, 0.9], [-14, 0])):
+        x = rotated_back(torch.tensor([y], dtype=F64), 5)
+        sent = c.encode(x)
+        assert (sent.dtype, sent.nbytes) == (torch.uint8, c.nbytes(1)) == (torch.uint8, 3)
+        found = rotated(c.decode(sent), 5)
+        assert torch.allclose(found, torch.tensor([levels], dtype=F64), atol=1e-13)
+
+
+@pytest.mark.parametrize("row", [(50,), (63,), (3, 64), (2, 3, 5)])
+@pytest.mark.parametrize("dtype", [F32, F64, BF16])
+def test_int4_is_off_by_half_a_scale_in_the_rotated_vector(row, dtype):
+    generator = torch.Generator().manual_seed(1)
+    sizes = 10.0 ** torch.arange(-20, 20, 5).view(-1, *[1] * len(row))
+    x = (torch.randn(8, *row, generator=generator) * sizes).to(dtype)
+    c = codec("int4", row, dtype, seed=9)
+    n = row[-1] if row[-1] == 64 else math.prod(row)
+    sent = c.encode(x)
+    assert sent.nbytes == c.nbytes(8) == 8 * (math.prod(row) // n) * ((n + 1) // 2 + 2)
+    decoded = c.decode(sent)
+    assert (decoded.shape, decoded.dtype) == (x.shape, dtype)
+    exact, found = (rotated(t.double().reshape(-1, n), 9) for t in (x, decoded))
+    largest = exact.abs().amax(1)
+    apart = (found - exact).abs().amax(1)
+    assert (apart <= largest * (1 / 14 + 2**-7)).all()  # (the scale has 8 bits)
+    assert (apart > largest / 100).all()
+
+
+def test_the_signs_do_not_depend_on_the_batch_or_the_process():
+    x = torch.randn(4, 100, generator=torch.Generator().manual_seed(2))
+    c = codec("int4", [100], seed=1)
+    for b in range(4):
+        assert torch.equal(through(c, x)[b : b + 1], through(c, x[b : b + 1]))
+    first = rotated(torch.ones(1, 2), 1)  # signs, and so 0 and +-sqrt 2 in some order
+    assert sorted(first.abs().flatten().tolist()) == [0.0, pytest.approx(math.sqrt(2))]
+
+
+def test_topk_by_hand():
+    c = codec("topk", [8], share=0.25)
+    x = torch.tensor([[0.5, -3.0, 0.0, 2.0, 1.5, -0.25, 0.0, 0.0], [0.0] * 7 + [257.0]])
+    sent = c.encode(x)
+    assert (sent.dtype, sent.nbytes) == (torch.uint8, c.nbytes(2)) == (torch.uint8, 16)
+    found = c.decode(sent)
+    assert torch.equal(found[0], torch.tensor([0.0, -3, 0, 2, 0, 0, 0, 0]))
+    assert torch.equal(found[1], torch.tensor([0.0] * 7 + [256]))  # numbers are bfloat16
+    wide = codec("topk", [2**15 + 1], share=1e-9)  # a place beyond two bytes
+    x = torch.zeros(1, 2**15 + 1)
+    x[0, -1] = 2
+    assert wide.nbytes(1) == 6
+    assert torch.equal(through(wide, x), x)
+
+
+def test_topk_with_feedback_sends_what_waited_longest():
+    """Of constant [4, 1] one number: after four of the large one the small one has grown to 5."""
+    encoder = Encoder(codec("topk", [2], F64, feedback=True, share=0.5))
+    x = torch.tensor([[4.0, 1.0]], dtype=F64)
+    found = [encoder.codec.decode(encoder(x))[0].tolist() for _ in range(5)]
+    assert found == [[4, 0], [4, 0], [4, 0], [4, 0], [0, 5]]
+
+
+@pytest.mark.parametrize("dtype", [F32, F64, BF16])
+def test_delta_receives_what_the_sender_knows_and_closes_in_on_a_still_signal(dtype):
+    """Both ends add up alike; of a signal that stands still 1/14 of the difference is left at most
+    (half a level of seven), of each difference again."""
+    c = codec("delta", [64], dtype)
+    encoder, decoder = Encoder(c), Decoder(c)
+    x = torch.randn(3, 64, generator=torch.Generator().manual_seed(1)).to(dtype)
+    left = []
+    for _ in range(5):
+        seen = decoder(encoder(x))
+        assert torch.equal(seen, encoder.received)
+        left.append((seen.double() - x.double()).norm().item())
+    size = x.double().norm().item()
+    assert left[0] < size / 3
+    assert left[1] < left[0] / 3
+    assert left[4] < size * {F32: 1e-4, F64: 1e-4, BF16: 2**-6}[dtype]
+    decoder(encoder(x[:2]))  # another batch: from zero
+    assert (encoder.received.double() - x[:2].double()).norm() > size / 100
+
+
+def test_delta_steps_over_what_goes_as_it_is():
+    c = codec("delta", [8], F64)
+    encoder, decoder = Encoder(c), Decoder(c)
+    x = torch.ones(1, 8, dtype=F64)
+    decoder(encoder(x))
+    odd = torch.full_like(x, math.nan)
+    assert decoder(encoder(odd)) is odd
+    assert torch.equal(decoder(encoder(x)), encoder.received)
+    assert torch.allclose(encoder.received, x, atol=1e-2)
 
 
 def test_feedback_by_hand():
@@ -174,9 +299,10 @@ def test_feedback_by_hand():
     assert [plain.codec.decode(plain(x))[0, 1].item() for _ in range(10)] == [0] * 10
 
 
+@pytest.mark.parametrize("name", ["int8", "int4", "topk"])
 @pytest.mark.parametrize("row", [(30,), (2, 3, 5)])
-def test_with_feedback_the_sum_is_exact_but_for_the_last_error(row):
-    encoder = Encoder(codec("int8", row, F64, feedback=True))
+def test_with_feedback_the_sum_is_exact_but_for_the_last_error(row, name):
+    encoder = Encoder(codec(name, row, F64, feedback=True))
     generator = torch.Generator().manual_seed(4)
     exact, decoded = torch.zeros(3, *row, dtype=F64), torch.zeros(3, *row, dtype=F64)
     largest = 0.0
@@ -186,7 +312,8 @@ def test_with_feedback_the_sum_is_exact_but_for_the_last_error(row):
         exact += x
         decoded += encoder.codec.decode(encoder(x))
     assert (exact - decoded - encoder.error).abs().max() < 1e-12
-    assert encoder.error.abs().max() <= largest / 127
+    if name == "int8":
+        assert encoder.error.abs().max() <= largest / 127
 
 
 def test_the_error_begins_anew_with_another_batch():
@@ -214,8 +341,8 @@ def test_what_is_reported():
 def test_nobody_writes_to_the_signal():
     x = torch.randn(4, 6)
     before = x.clone()
-    for name in ("fp16", "bf16", "int8"):
-        encoder = Encoder(codec(name, [6], feedback=name == "int8"))
+    for name in CODES:
+        encoder = Encoder(codec(name, [6], feedback=name in ("int8", "int4", "topk")))
         encoder(x)
         encoder(x)
         assert torch.equal(x, before)

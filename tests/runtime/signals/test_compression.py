@@ -122,9 +122,17 @@ def test_none_is_no_setting(level):
             {"level": "trace", "partition": {"delay": 3}},
             {"compress": "int8", "actors": 2, "transport": "tcp"},
         ),
+        (
+            {"level": "local"},
+            {
+                "compress": {"block0->*": "topk", "block2->*": "int4", "*": "delta"},
+                "topk_share": 0.3,
+                "actors": 2,
+            },
+        ),
         ({"level": "backprop"}, {"compress": {"*": "fp16", "block0->block1": "bf16"}, "actors": 2}),
     ],
-    ids=["pulse", "hold", "bundles", "halves"],
+    ids=["pulse", "hold", "bundles", "below a byte", "halves"],
 )
 def test_chain(session, leaves_no_socket, fields, engine):
     """A missing target, and where a pulse passes an uneven last batch."""
@@ -232,7 +240,8 @@ def test_wrong_edges(compress, words):
 @pytest.mark.parametrize(
     ("text", "words"),
     [
-        ("engine: {compress: int4}", "engine.compress: .*'none', 'fp16', 'bf16' or 'int8'.*'int4'"),
+        ("engine: {compress: int2}", "engine.compress: .*'none', 'fp16', .* or 'topk'.*'int2'"),
+        ("engine: {topk_share: 0}", "engine.topk_share"),
         ("engine: {compress: {a->b: zip}}", "'zip'"),
         ("engine: {feedback: some}", "engine.feedback: .*'some'"),
     ],
@@ -272,6 +281,8 @@ def test_integers_stay_as_they_are():
     found = codecs(model, settings(compress={"*": "int8"}), stream_of(tokens))
     assert found
     assert all(not edge.startswith("u->") for edge, _ in found)
+    with pytest.raises(SettingsError, match="compress.u->block0: 'delta', but .* integers .int64"):
+        codecs(model, settings(compress={"u->block0": "delta"}), stream_of(tokens))
 
 
 def test_nothing_to_compress_is_told():

@@ -23,7 +23,7 @@ from hamdist.study.propagation.gradients import (
     relative_error,
 )
 from hamdist.study.propagation.streams import StreamKind, timed_stream
-from hamdist.study.verify.topics import own_model
+from hamdist.study.verify.topics import backpropagation, own_model
 from hamdist.study.verify.topics.own_model import VerifiedModel, checks
 
 NETS = """
@@ -140,14 +140,14 @@ def test_tokens_are_drawn_for_an_embedding_and_local_is_left_out(verify):
 
 def test_a_module_that_is_another_function_in_each_pass_is_found_out(verify, monkeypatch):
     # hamdist's first look at the shapes is a pass as well, and so is the oracle's
-    right = own_model._sgd
+    right = backpropagation.sgd
 
-    def after_two_more(model, items, loss):
+    def after_two_more(model, items, learning, loss):
         with torch.no_grad():
             model(next(iter(items.samples())).u)
-        return right(model, items, loss)
+        return right(model, items, learning, loss=loss)
 
-    monkeypatch.setattr(own_model, "_sgd", after_two_more)
+    monkeypatch.setattr(own_model, "sgd", after_two_more)
     result, rows = verify("Counts", "--input-shape", "6")
     assert result.exit_code == 1
     assert [row["passed"] for row in rows[:2]] == [False, False]

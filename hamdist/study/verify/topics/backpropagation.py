@@ -13,7 +13,9 @@ from torch.nn import functional
 
 from hamdist.config import LearningSettings, Settings
 from hamdist.dynamics.graph.graph import Graph
+from hamdist.dynamics.objective.losses import LossFunction
 from hamdist.runtime.train.train import train
+from hamdist.streams.sample import Stream
 from hamdist.study.shared.exact_runs import float64_settings
 from hamdist.study.verify.oracles.check import Check, absolute
 from hamdist.study.verify.oracles.networks import (
@@ -48,7 +50,8 @@ OPTIMISERS: dict[str, dict[str, Any]] = {
     "Adafactor": {"weight_decay": 0.1},
     "Muon": {"weight_decay": 0.1},
 }
-ADAMW = {"name": "adamw", **OPTIMISERS["AdamW"]}
+ADAMW = {"lr": 0.01, "optimizer": {"name": "adamw", **OPTIMISERS["AdamW"]}}
+CLIPPED = {"lr": 0.05, "momentum": 0.5, "clip": {"norm": 0.3, "of": "network"}}
 
 
 def checks(full: bool) -> Iterator[Check]:
@@ -80,6 +83,8 @@ def checks(full: bool) -> Iterator[Check]:
             named: dict[str, Any] = {"name": kind.lower(), **options}
             learning_by = {"lr": 0.01, "optimizer": named}
             yield _check(f"a chain of 5, {kind}", chain, items, learning_by, 1.0, {})
+    what = "a chain of 5, clipped by the norm of all gradients"
+    yield _check(what, chain, items, CLIPPED, 1.0, {})
     yield from _in_parts(items)
     yield from _in_groups(items)
 
@@ -90,9 +95,10 @@ def _in_parts(items: int) -> Iterator[Check]:
         ("a chain of 5", chain, MOMENTUM, {}),
         ("a chain of 5, two blocks", chain, PLAIN, {"blocks": 2}),
         ("a chain of 5, edges of 3 ticks", chain, PLAIN, {"delay": 3}),
-        ("a chain of 5, AdamW", chain, {"lr": 0.01, "optimizer": ADAMW}, {}),
+        ("a chain of 5, AdamW", chain, ADAMW, {}),
         ("two skips, two readouts", lambda: seeded(Skips), PLAIN, {}),
         ("tied weights, a layer in two blocks", tied, MOMENTUM, {}),
+        ("tied weights, clipped by the norm of all gradients", tied, CLIPPED, {}),
     ]
     for name, build, learning, partition in cases:
         what = f"{PARTS} micro-batches of {BATCH} rows, {name}"
@@ -102,8 +108,7 @@ def _in_parts(items: int) -> Iterator[Check]:
 
 def _in_groups(items: int) -> Iterator[Check]:
     """One step for several samples; with two versions every block is one step behind."""
-    adamw = {"lr": 0.01, "optimizer": ADAMW}
-    for rule, learning in (("momentum", MOMENTUM), ("AdamW", adamw)):
+    for rule, learning in (("momentum", MOMENTUM), ("AdamW", ADAMW)):
         name = f"a chain of 5, a step for {GROUP} samples, {rule}"
         yield _check(name, chain, items, learning, 1.0, {}, {"accumulate": GROUP})
     buffered = {"accumulate": BEHIND, "double_buffered": True}
@@ -166,11 +171,12 @@ def _torchs(weights: list[nn.Parameter], learning: LearningSettings) -> list[Any
 
 def sgd(
     model: nn.Module,
-    stream: Draws,
+    stream: Stream,
     learning: LearningSettings,
     group: int = 1,
     *,
     behind: bool = False,
+    loss: LossFunction = functional.cross_entropy,
 ) -> list[Tensor]:
     """Move the weights of `model` once for `group` samples; return each prediction's loss curve.
 
@@ -183,7 +189,7 @@ def sgd(
         if isinstance(sample.y, Tensor):
             predicted = used(sample.u)
             predictions = predicted if isinstance(predicted, tuple) else (predicted,)
-            losses = torch.stack([functional.cross_entropy(p, sample.y) for p in predictions])
+            losses = torch.stack([loss(p, sample.y) for p in predictions])
             (losses.sum() / group).backward()  # type: ignore[no-untyped-call]  # (of torch)
             curves.append(losses.tolist())
         elif group == 1:
@@ -195,6 +201,8 @@ def sgd(
         used.zero_grad()
         for p, g in zip(model.parameters(), gradients, strict=True):
             p.grad = g
+        if learning.network_clip is not None:
+            nn.utils.clip_grad_norm_(model.parameters(), learning.network_clip)
         for optimiser in optimisers:
             optimiser.step()
         model.zero_grad()

@@ -33,6 +33,7 @@ from hamdist.study.propagation.gradients import (
 from hamdist.study.propagation.streams import StreamKind, timed_stream
 from hamdist.study.shared.exact_runs import float64_settings
 from hamdist.study.verify.oracles.check import Check, Difference, largest
+from hamdist.study.verify.topics.backpropagation import sgd
 
 STEPS = 10
 LR = 0.01
@@ -167,14 +168,15 @@ def _backprop(subject: VerifiedModel, dtype: torch.dtype) -> Difference:
     plain = make(subject, dtype)
     items = Items(subject, plain, dtype)
     loss = _loss(subject)
-    result = train(plain, items, _settings("backprop", subject, dtype), loss=loss)
+    settings = _settings("backprop", subject, dtype)
+    result = train(plain, items, settings, loss=loss)
     before = [p.detach().clone() for p in plain.parameters()]
-    losses = _sgd(plain, items, loss)
+    (losses,) = sgd(plain, items, settings.learning, loss=loss)
     pairs = dict(zip(plain.state_dict(), result.model.state_dict().values(), strict=True))
     apart = {name: _relative(pairs[name], t) for name, t in plain.state_dict().items()}
     (windows,) = result.windows.values()
     curve = torch.tensor([w.loss for w in windows], dtype=torch.float64)
-    apart["the loss"] = _relative(curve, torch.tensor(losses, dtype=torch.float64))
+    apart["the loss"] = _relative(curve, losses)
     moved = max(
         ((p - b).abs().max().item() for p, b in zip(plain.parameters(), before, strict=True)),
         default=0.0,
@@ -225,22 +227,6 @@ def _settings(level: str, subject: VerifiedModel, dtype: torch.dtype) -> Setting
 
 def _loss(subject: VerifiedModel) -> LossFunction:
     return mse if subject.classes is None else cross_entropy
-
-
-def _sgd(model: nn.Module, items: Items, loss: LossFunction) -> list[float]:
-    """Move the weights of `model`; return the loss of every sample."""
-    parameters = [p for p in model.parameters() if p.requires_grad]
-    optimiser = torch.optim.SGD(parameters, LR)
-    losses = []
-    for sample in items.samples():
-        if not isinstance(sample.y, Tensor):
-            continue
-        value = loss(model(sample.u), sample.y)
-        optimiser.zero_grad()
-        value.backward()  # type: ignore[no-untyped-call]  # torch leaves it untyped
-        optimiser.step()
-        losses.append(value.item())
-    return losses
 
 
 def _relative(a: Tensor, b: Tensor) -> float:

@@ -1,0 +1,203 @@
+"""Codes: numbers in fewer bytes, vector by vector.
+
+    fp16, bf16   the nearest number of the type                          2 bytes a number
+    int8         s = max_j |x_j| / 127,  q_j = round(x_j / s)
+                 decoded: s q_j, off by at most s / 2                    1 byte, and s
+    int4         y = R x,  s = max_j |y_j| / 7,  q_j = round(y_j / s)
+                 decoded: R^T (s q)                                      1/2 byte, and 2 of s
+    topk         the k = share n numbers of largest |x_j|, others 0      4 bytes of each of the k
+
+R rotates: few large numbers among small ones, which would take the whole range of q, are spread
+over all (QuaRot, Ashkboos et al. 2024). It is orthonormal, of random signs and Walsh-Hadamard
+transforms of m numbers, m the largest power of two up to n; if m < n a second one, of the last m
+numbers, follows that of the first m:
+
+    R = H_m diag(+-1),    H_2m = [H_m H_m; H_m -H_m] / sqrt(2)
+
+It is made of sums of two numbers alone, so that all hosts compute the same bits.
+
+top-k: Aji and Heafield 2017; Stich et al. 2018. n: numbers of a vector; N: vectors.
+"""
+
+from __future__ import annotations
+
+import math
+from abc import ABC, abstractmethod
+from dataclasses import dataclass
+from functools import lru_cache
+
+import torch
+from torch import Tensor
+
+from hamdist.dynamics.vjp.seeding import block_seed
+
+BYTE = torch.uint8
+SCALE = torch.bfloat16  # of int4: the range of float32, in half its bytes
+
+
+class Code(ABC):
+    """A form of vectors on their way; a function of each vector alone."""
+
+    @abstractmethod
+    def nbytes(self, n: int) -> int:
+        """Return the bytes of an encoded vector of n numbers."""
+
+    @abstractmethod
+    def encode(self, x: Tensor) -> Tensor | None:
+        """Encode x, (N, n), as (N, ...); None if numbers would be lost."""
+
+    @abstractmethod
+    def decode(self, sent: Tensor, n: int, real: torch.dtype) -> Tensor:
+        """Return the approximation, (N, n), of type `real`, or of one that is shorter."""
+
+
+@dataclass(frozen=True, slots=True)
+class HalfCode(Code):
+    """The nearest numbers of a type of two bytes."""
+
+    dtype: torch.dtype
+
+    def nbytes(self, n: int) -> int:
+        return n * self.dtype.itemsize
+
+    def encode(self, x: Tensor) -> Tensor | None:
+        half = x.to(self.dtype)
+        return half if bool(torch.isfinite(half).all()) else None
+
+    def decode(self, sent: Tensor, n: int, real: torch.dtype) -> Tensor:  # noqa: ARG002
+        return sent
+
+
+@dataclass(frozen=True, slots=True)
+class ByteCode(Code):
+    """int8, and a scale of type `real`."""
+
+    real: torch.dtype
+    levels = 127
+
+    def nbytes(self, n: int) -> int:
+        return n + self.real.itemsize
+
+    def encode(self, x: Tensor) -> Tensor | None:
+        found = quantised(x, self.levels, self.real)
+        return None if found is None else torch.cat([found[0], found[1].view(torch.int8)], 1)
+
+    def decode(self, sent: Tensor, n: int, real: torch.dtype) -> Tensor:
+        return sent[:, :n].to(real) * _numbers(sent[:, n:], self.real)
+
+
+@dataclass(frozen=True, slots=True)
+class NibbleCode(Code):
+    """int4 of the rotated vector, two in a byte, and a scale; `seed` draws the signs."""
+
+    seed: int
+    levels = 7
+
+    def nbytes(self, n: int) -> int:
+        return (n + 1) // 2 + SCALE.itemsize
+
+    def encode(self, x: Tensor) -> Tensor | None:
+        found = quantised(rotated(x, self.seed), self.levels, SCALE)
+        if found is None:
+            return None
+        q = torch.nn.functional.pad(found[0] + (self.levels + 1), (0, x.shape[1] % 2)).to(BYTE)
+        return torch.cat([q[:, ::2] + 16 * q[:, 1::2], found[1].view(BYTE)], 1)
+
+    def decode(self, sent: Tensor, n: int, real: torch.dtype) -> Tensor:
+        pairs = sent[:, : -SCALE.itemsize]
+        q = torch.stack([pairs % 16, pairs // 16], 2).view(len(sent), -1)[:, :n]
+        scale = _numbers(sent[:, -SCALE.itemsize :], SCALE).to(real)
+        return rotated_back((q.to(real) - (self.levels + 1)) * scale, self.seed)
+
+
+@dataclass(frozen=True, slots=True)
+class LargestCode(Code):
+    """The `share` of numbers of the largest size, as places and numbers of two bytes."""
+
+    share: float
+
+    def nbytes(self, n: int) -> int:
+        return self._count(n) * (_place(n).itemsize + SCALE.itemsize)
+
+    def _count(self, n: int) -> int:
+        return max(1, round(self.share * n))
+
+    def encode(self, x: Tensor) -> Tensor | None:
+        n = x.shape[1]
+        places = x.abs().topk(self._count(n), 1).indices  # (first those that are not finite)
+        numbers = x.gather(1, places).to(SCALE)
+        if not bool(torch.isfinite(numbers).all()):
+            return None
+        return torch.cat([places.to(_place(n)).view(BYTE), numbers.view(BYTE)], 1)
+
+    def decode(self, sent: Tensor, n: int, real: torch.dtype) -> Tensor:
+        ends = self._count(n) * _place(n).itemsize
+        places = _numbers(sent[:, :ends], _place(n)).to(torch.int64)
+        numbers = _numbers(sent[:, ends:], SCALE).to(real)
+        return numbers.new_zeros(len(sent), n).scatter_(1, places, numbers)
+
+
+def _place(n: int) -> torch.dtype:
+    """Return the type of a place among n numbers."""
+    return torch.int16 if n <= 2**15 else torch.int32
+
+
+def quantised(x: Tensor, levels: int, scale: torch.dtype) -> tuple[Tensor, Tensor] | None:
+    """Return round(x / s), int8 between -levels and levels, and s, (N, 1).
+
+    None if a scale is not finite. A vector of zeros has the scale 0; where a scale is rounded much
+    (among the smallest numbers of all), the largest quotient may lie beyond the levels.
+    """
+    s = (x.abs().amax(1, keepdim=True) / levels).to(scale)
+    if not bool(torch.isfinite(s).all()):
+        return None
+    quotients = x / s.masked_fill(s == 0, 1).to(x.dtype)
+    return quotients.round_().clamp_(-levels, levels).to(torch.int8), s
+
+
+def _numbers(sent: Tensor, dtype: torch.dtype) -> Tensor:
+    """Return the numbers of type `dtype` that bytes (N, ...) stand for."""
+    return sent.clone(memory_format=torch.contiguous_format).view(dtype)
+
+
+def rotated(x: Tensor, seed: int) -> Tensor:
+    """Return R x of vectors (N, n)."""
+    n = x.shape[1]
+    m = _power(n)
+    y = x * _signs(seed, n, x.dtype, x.device)
+    y[:, :m] = hadamard(y[:, :m])
+    if m < n:
+        y[:, -m:] = hadamard(y[:, -m:])
+    return y
+
+
+def rotated_back(y: Tensor, seed: int) -> Tensor:
+    """Return R^T y of vectors (N, n), in the memory of y."""
+    n = y.shape[1]
+    m = _power(n)
+    if m < n:
+        y[:, -m:] = hadamard(y[:, -m:])
+    y[:, :m] = hadamard(y[:, :m])
+    return y * _signs(seed, n, y.dtype, y.device)
+
+
+def hadamard(x: Tensor) -> Tensor:
+    """Return H x of vectors (N, m), m a power of two; H is its own inverse."""
+    many, m = x.shape
+    half = 1
+    while half < m:
+        a, b = x.reshape(many, m // (2 * half), 2, half).unbind(2)
+        x = torch.stack([a + b, a - b], 2)
+        half *= 2
+    return x.reshape(many, m) / math.sqrt(m)
+
+
+def _power(n: int) -> int:
+    """Return the largest power of two up to n."""
+    return 1 << (n.bit_length() - 1)
+
+
+@lru_cache(maxsize=64)
+def _signs(seed: int, n: int, dtype: torch.dtype, device: torch.device) -> Tensor:
+    generator = torch.Generator().manual_seed(block_seed(seed, f"signs of {n}"))
+    return (2 * torch.randint(2, (n,), generator=generator) - 1).to(device, dtype)
