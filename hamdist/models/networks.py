@@ -42,6 +42,7 @@ from torch import Tensor, nn
 
 from hamdist.config import ModelKind, ModelSettings
 from hamdist.errors import SettingsError
+from hamdist.models.lenet import PooledConvolution, lenet_layers
 from hamdist.streams.sample import SampleSpec
 
 NORM_EPS = 1e-3
@@ -104,22 +105,6 @@ class Convolved(nn.Module):
 
     def forward(self, h: Tensor) -> Tensor:
         out: Tensor = self.skip(h) + self.alpha * torch.relu(self.conv(self.norm(h)))
-        return out
-
-
-class PooledConvolution(nn.Module):
-    """pool(relu(W * h)), the largest of 2 x 2, of images, flat or not; of whole images no pool."""
-
-    def __init__(
-        self, shape: tuple[int, int, int], outputs: int, size: int = 5, *, padding: int = 0
-    ) -> None:
-        super().__init__()
-        self.shape = shape
-        self.conv = nn.Conv2d(shape[0], outputs, size, padding=padding)
-        self.pool = nn.Flatten() if size == shape[1] else nn.MaxPool2d(2)
-
-    def forward(self, h: Tensor) -> Tensor:
-        out: Tensor = self.pool(torch.relu(self.conv(h.reshape(-1, *self.shape))))
         return out
 
 
@@ -310,19 +295,8 @@ def _convnet(settings: ModelSettings, spec: SampleSpec, outputs: int) -> nn.Sequ
 
 
 def _lenet(settings: ModelSettings, spec: SampleSpec, outputs: int) -> nn.Sequential:
-    image = _image(settings, spec)
-    padding = 2 if image[1] < 32 else 0
-    side = (image[1] + 2 * padding - 4) // 2
-    rest = (side - 4) // 2
-    if rest < 1:
-        raise SettingsError(f"model.kind: lenet takes images of 12 x 12 and more, not {image[1:]}")
-    children: list[nn.Module] = [
-        PooledConvolution((6, side, side), 16),
-        PooledConvolution((16, rest, rest), 120, rest),
-        nn.Linear(120, 84),
-    ]
-    stem = PooledConvolution(image, 6, padding=padding)
-    return _chain("stem", stem, children, nn.Linear(84, outputs))
+    stem, *children, head = lenet_layers(_image(settings, spec), outputs)
+    return _chain("stem", stem, children, head)
 
 
 def _half(side: int) -> int:
