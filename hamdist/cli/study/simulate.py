@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -35,6 +36,8 @@ from hamdist.study.shared.result_folder import results_of
 
 if TYPE_CHECKING:
     from hamdist.study.simulate.simulate import PlacedRun, Planner
+
+SHOWN = 8  # blocks of an actor
 
 
 def simulate(
@@ -131,6 +134,12 @@ def _swept(
     return pairs[0]
 
 
+def _in_short(blocks: Sequence[str]) -> str:
+    if len(blocks) <= SHOWN:
+        return ", ".join(blocks)
+    return f"{', '.join(blocks[: SHOWN - 1])} ... {blocks[-1]} ({len(blocks)})"
+
+
 def _print(result: dict[str, Any]) -> None:
     p = result["percentiles"]
     facts = {
@@ -158,7 +167,7 @@ def _print(result: dict[str, Any]) -> None:
             actor["host"],
             f"{100 * actor['busy']:.0f}",
             f"{100 * actor['waiting']:.0f}",
-            ", ".join(actor["blocks"]),
+            _in_short(actor["blocks"]),
         ]
         for i, actor in enumerate(result["actors"])
     ]

@@ -147,9 +147,11 @@ class Graph:
         graph_checks.check_delays(self.blocks, self.edges)
         graph_checks.check_readouts(self.blocks, self.edges)
         graph_checks.check_parameters(self.blocks)
-        self.into = {b: [e for e in self.edges if e.child == b] for b in self.blocks}
-        self.out_of = {b: [e for e in self.edges if e.parent == b] for b in self.blocks}
-        self.out_of[INPUT] = [e for e in self.edges if e.from_input]
+        self.into: dict[str, list[Edge]] = {b: [] for b in self.blocks}
+        self.out_of: dict[str, list[Edge]] = {b: [] for b in (*self.blocks, INPUT)}
+        for edge in self.edges:
+            self.into[edge.child].append(edge)
+            self.out_of[INPUT if edge.from_input else edge.parent].append(edge)
         self.notes: list[str] = []
         self.one_length: str | None = None
         self.one_row: str | None = None
@@ -205,11 +207,12 @@ class Graph:
                 if reach:
                     depths[name] = max(reach)
         else:
-            for _ in self.blocks:
-                for edge in self.edges:
-                    if edge.parent in depths:
-                        reach_by = depths[edge.parent] + edge.delay
-                        depths[edge.child] = min(reach_by, depths.get(edge.child, reach_by))
+            before: dict[str, int] = {}
+            while depths != before:
+                before = dict(depths)
+                for edge in (edge for edge in self.edges if edge.parent in depths):
+                    reach_by = depths[edge.parent] + edge.delay
+                    depths[edge.child] = min(reach_by, depths.get(edge.child, reach_by))
         return {b: depths.get(b, 0) for b in self.blocks}
 
     @property
@@ -235,21 +238,17 @@ class Graph:
     def parameters(self) -> dict[str, list[str]]:
         """Return the names of the weights by block, those of an output module behind `output:`."""
         names = {}
-        for block in self.blocks.values():
+        for name, block in self.blocks.items():
             learning = [n for n, p in block.module.named_parameters() if p.requires_grad]
             if block.output is not None:
                 outer = block.output.named_parameters()
                 learning += [OUTPUT_KEY + n for n, p in outer if p.requires_grad]
-            borrowed = self.borrowed(block.name)
-            names[block.name] = [name for name in learning if name not in borrowed]
+            borrowed = self.borrowed(name)
+            names[name] = [n for n in learning if n not in borrowed]
         return names
 
     def borrowed(self, block: str) -> set[str]:
-        """Return the names of the weights of a block that belong to another block.
-
-        Args:
-            block: its name.
-        """
+        """Return the names of the weights of a block that belong to another block."""
         return {key for tie in self.ties if tie.user == block for key in tie.theirs}
 
     @cached_property
@@ -293,14 +292,14 @@ class Graph:
         """Return True if an edge leads from a block to itself or to one listed before it.
 
         In a sequence such an edge carries the state of the previous token.
-
-        Args:
-            edge: of this graph.
         """
         if edge.from_input:
             return False
-        order = list(self.blocks)
-        return order.index(edge.child) <= order.index(edge.parent)
+        return self._places[edge.child] <= self._places[edge.parent]
+
+    @cached_property
+    def _places(self) -> dict[str, int]:
+        return {name: place for place, name in enumerate(self.blocks)}
 
     # -- shapes -----------------------------------------------------------------------------
 
@@ -332,15 +331,11 @@ class Graph:
             shape = self.blocks[name].shape
             if shape is not None:
                 known[name] = ((batch, *shape), declared_dtype(self.blocks[name].module, u_dtype))
-        waiting = list(self.blocks)
         shapes: ShapeMap = {}
-        while waiting:
-            ready = [n for n in waiting if all(p in known for p in self.blocks[n].parents)]
-            if not ready:
-                raise GraphError(
-                    f"the shapes of {named(waiting)} depend on each other; give one block of "
-                    "each cycle its shape (shape=..., without the batch)"
-                )
+        missing = {n: {*b.parents} - known.keys() for n, b in self.blocks.items()}
+        ready = [name for name in self.blocks if not missing[name]]
+        while ready:
+            freed: set[str] = set()
             for name in ready:
                 shapes[name] = shape_of(self.blocks[name], known, self.example, self.state)
                 declared = known.setdefault(name, shapes[name])
@@ -350,7 +345,16 @@ class Graph:
                         f"{self.blocks[name].shape} was declared (batch {batch} in front)"
                     )
                 check_initial(self.blocks[name], declared[0])
-                waiting.remove(name)
+                children = {e.child for e in self.out_of[name] if name in missing[e.child]}
+                for child in children:
+                    missing[child].remove(name)
+                freed |= {child for child in children if not missing[child]}
+            ready = sorted(freed, key=self._places.__getitem__)
+        if waiting := [n for n in self.blocks if n not in shapes]:
+            raise GraphError(
+                f"the shapes of {named(waiting)} depend on each other; give one block of "
+                "each cycle its shape (shape=..., without the batch)"
+            )
         return shapes
 
     def draw(self) -> NetworkPicture:

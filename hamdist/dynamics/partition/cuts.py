@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from difflib import get_close_matches
-from itertools import islice, pairwise
+from itertools import accumulate, islice, pairwise
 from typing import TypeAlias
 
 from torch import nn
@@ -284,19 +284,26 @@ def balanced(costs: Sequence[float], parts: int) -> list[int]:
     Every run has at least one element; among equal solutions the cuts are the earliest.
     """
     n = len(costs)
-    sums = [0.0]
-    for cost in costs:
-        sums.append(sums[-1] + cost)
-    best = {(0, 0): (0.0, 0)}
-    for part in range(1, parts + 1):
+    if parts == n:
+        return list(range(n))
+    sums = [0.0, *accumulate(costs)]
+    # best: of the elements before `end` in so many runs. It rises with the end, and the sum of the
+    # last run falls with its start: the best start is where the two meet, which rises with the end.
+    best = dict(enumerate(sums))
+    cuts: list[dict[int, int]] = []
+    for part in range(2, parts + 1):
+        before, best = best, {}
+        cuts.append({})
+        start = part - 1
         for end in range(part, n - (parts - part) + 1):
-            best[part, end] = min(
-                (max(best[part - 1, start][0], sums[end] - sums[start]), start)
-                for start in range(part - 1, end)
-                if (part - 1, start) in best
-            )
-    starts, end = [], n
-    for part in range(parts, 0, -1):
-        end = best[part, end][1]
-        starts.append(end)
-    return starts[::-1]
+            while start < end - 1 and before[start] < sums[end] - sums[start]:
+                start += 1
+            least, cut = max(before[start], sums[end] - sums[start]), start
+            while cut >= part and sums[end] - sums[cut - 1] <= least:
+                cut -= 1
+                least = sums[end] - sums[cut]
+            best[end], cuts[-1][end] = least, cut
+    starts = [n]
+    for by_end in reversed(cuts):
+        starts.append(by_end[starts[-1]])
+    return [0, *starts[:0:-1]]

@@ -151,6 +151,16 @@ class PulseSchedule:
                 behind += 1
             yield forward
 
+    def after_end(self, block: str, event: Event, end: int) -> Event | None:
+        """Return what follows `event` in a stream of `end` pulses: the next backward pass, if any
+        (none in a readout, or in a block to which nothing comes back)."""
+        behind = event.sample + 1
+        if event.phase is not Phase.BACKWARD:
+            behind = self._pulses.first(event.tick - self._backward_tick(block, 0))
+        if behind >= end or not self.lag(block):
+            return None
+        return Event(self._backward_tick(block, behind), Phase.BACKWARD, behind)
+
     def state(self, edge: Edge, event: Event) -> Stamp | None:
         if event.phase in (Phase.BACKWARD, Phase.STEP):
             return None

@@ -147,7 +147,7 @@ def check_apart(blocks: Mapping[str, Sequence[nn.Module]]) -> None:
             held = list(inside(part).ids.values())
             for thing in [thing for thing in held if isinstance(thing, nn.Module)]:
                 held += [*thing.modules(), *thing.parameters()]
-            for stray in {id(thing) for thing in held} & names.keys() - ids:
+            for stray in ({id(thing) for thing in held} & names.keys()) - ids:
                 raise GraphError(
                     f"block {block!r}: a {type(part).__name__} holds {names[stray]} in a hook or "
                     "an attribute, so both would learn a copy of their own; keep the two in one "

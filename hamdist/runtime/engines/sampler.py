@@ -12,7 +12,7 @@ from hamdist.runtime.engines.tracer import Tracer
 from hamdist.runtime.engines.update_probe import UpdateProbe, update_norms, update_probes
 from hamdist.runtime.nodes.mailbox import Mailbox
 from hamdist.runtime.plan.plan import Plan
-from hamdist.runtime.process.process_memory import resident_bytes
+from hamdist.runtime.process.process_memory import resident_bytes, return_freed_memory
 from hamdist.runtime.results.measured import EdgeCounts, Histogram, Norms, ProcessSample
 from hamdist.runtime.results.trace import TraceSpan
 from hamdist.runtime.transport.transport import Endpoints
@@ -78,6 +78,7 @@ class Sampler:
         if self._watched is not None:
             if next(self._watched, self) is self:
                 self._watched = None
+                return_freed_memory()  # (that of the copies of weights)
             self._spent += perf_counter() - now
         if now < self._due:
             return

@@ -128,19 +128,12 @@ class PulseNode(BlockNode):
             self._norms.send(stamp, self.block.square())
 
     def _advance(self) -> None:
-        # Once the stream has ended (after `_end` samples), forward events of later samples are
-        # skipped, for backward events of the samples still inside come between them. The first
-        # other event of a later sample follows all of those: then the node has finished. A readout
-        # has no other events, and a block to which nothing comes back no backward ones, so they
-        # finish at once.
-        for event in self._events:
-            if self._end is None or event.sample < self._end:
-                self.event = event
-                self.tick = event.tick
-                return
-            if event.phase is not Phase.FORWARD or not self._schedule.lag(self.name):
-                self.tick = None
-                return
+        event: Event | None
+        if self._end is None:
+            event = next(self._events)
+        else:
+            event = self._schedule.after_end(self.name, self.event, self._end)
+        self.event, self.tick = event or self.event, event and event.tick
 
     def _inputs(self, event: Event) -> list[Tensor] | None:
         """Return the parents' states about the event's sample; None if the stream has ended."""

@@ -17,7 +17,7 @@ then decides between the candidates.
 from __future__ import annotations
 
 import math
-from bisect import bisect_left
+from bisect import bisect_left, bisect_right
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import TypeAlias
@@ -36,6 +36,7 @@ from hamdist.runtime.timing.model import TimingModel
 # `auto` takes a further actor, which costs 170 MiB, where it saves at least this part of T; and a
 # cut that is better by less is as good.
 WORTH = 0.05
+FINEST = 256  # runs of neighbours at whose ends cuts are sought, in networks of more blocks
 
 Floats: TypeAlias = "NDArray[np.float64]"
 ActorIndices: TypeAlias = "NDArray[np.intp]"
@@ -75,10 +76,31 @@ class Costs:
         if self.model is not None:
             names = list(self.model.plan.graph.blocks)
             groups = [names[a:b] for a, b in zip(starts, ends, strict=True)]
-            apart = any(math.isinf(self.busy(a, b)) for a, b in zip(starts, ends, strict=True))
-            return math.inf if apart else self.model.sample_seconds(groups)
+            if self.apart and any(
+                math.isinf(self.busy(a, b)) for a, b in zip(starts, ends, strict=True)
+            ):
+                return math.inf
+            return self.model.sample_seconds(groups)
         busy = [self.busy(a, b) for a, b in zip(starts, ends, strict=True)]
         return max(max(busy), sum(busy) / self.in_flight)
+
+    def joined(self, firsts: Sequence[int]) -> Costs:
+        """Return the costs of runs of neighbours, whose first blocks are `firsts`, as of blocks."""
+        at = [bisect_right(firsts, i) - 1 for i in range(len(self.seconds))]
+        seconds = np.bincount(at, self.seconds)
+        pairs = [(at[i], at[j], s) for i, j, s in self.crossings if at[i] != at[j]]
+        apart = tuple((at[i], at[j]) for i, j in self.apart)
+        return replace(self, seconds=tuple(seconds.tolist()), crossings=tuple(pairs), apart=apart)
+
+    def runs(self) -> list[int]:
+        """Return the first blocks of FINEST runs with about equal work, at most; of all blocks
+        where those are no more, or some of them cannot share an actor."""
+        n = len(self.seconds)
+        if n <= FINEST or self.apart:
+            return [*range(n)]
+        done = np.cumsum(self.seconds) - self.seconds
+        steps = (done * FINEST / max(sum(self.seconds), 1e-30)).astype(int)
+        return [int(first) for first in np.unique(steps, return_index=True)[1]]
 
 
 class _Ways:
@@ -88,8 +110,10 @@ class _Ways:
 
     def __init__(self, costs: Costs, most: int) -> None:
         self._costs = costs
-        self._most = most
-        self._busy = _busy(costs)
+        self._firsts = costs.runs()
+        self._fewer = len(self._firsts) < len(costs.seconds)
+        self._most = min(most, FINEST // 2) if self._fewer else most
+        self._busy = _busy(costs.joined(self._firsts) if self._fewer else costs)
         finite = np.unique(self._busy)
         self._bounds = [float(t) for t in finite[np.isfinite(finite)]]
         self._known: dict[float, list[float]] = {}  # by bound: the least latency, by number of runs
@@ -98,7 +122,7 @@ class _Ways:
         """Yield, for 1 ... `parts` runs and by end, the least latency and the start of the last
         run.
         """
-        n = len(self._costs.seconds)
+        n = len(self._firsts)
         allowed = np.where(self._busy <= bound, self._busy, math.inf)
         latency = np.full(n + 1, math.inf)
         latency[0] = 0.0
@@ -115,15 +139,18 @@ class _Ways:
         return self._known[bound][parts - 1]
 
     def _starts(self, parts: int, bound: float) -> list[int]:
-        starts, end = [], len(self._costs.seconds)
+        starts, end = [], len(self._firsts)
         for _, start in reversed(list(self._rows(bound, parts))):
             end = int(start[end])
-            starts.append(end)
+            starts.append(self._firsts[end])
         return starts[::-1]
 
     def best(self, parts: int) -> list[int]:
         """Return the first blocks of `parts` actors with the least T. The least latency falls as
-        the bound rises, so the best bound is where both terms of T meet."""
+        the bound rises, so the best bound is where both terms of T meet. (Where the actors are too
+        many for joined blocks, by their work alone.)"""
+        if parts > self._most:
+            return balanced(self._costs.seconds, parts)
         bounds, in_flight = self._bounds, self._costs.in_flight
         # The first bound at which the busiest actor, and no more the latency, decides: T is least
         # there or one bound before, where a less busy actor may come with the same latency.
@@ -177,7 +204,9 @@ def choose(costs: Costs, most: int) -> list[int]:
     most = min(most, blocks)
     ways = _Ways(costs, most)
     least = (1 - WORTH) * costs.of(best)
-    for parts in range(max(2, len(_segments(blocks, costs.apart))), most + 1):
+    parts = max(1, len(_segments(blocks, costs.apart)) - 1)
+    while parts < most:
+        parts = min(most, max(parts + 1, int(parts * (1 + WORTH))))
         if sum(costs.seconds) / parts >= least:
             continue  # even if their work could be shared out evenly
         starts = ways.best(parts)

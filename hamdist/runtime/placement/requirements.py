@@ -7,8 +7,10 @@ autocast are the block's own.
 
 from __future__ import annotations
 
+from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from itertools import combinations, product
 
 from hamdist.config import BlockEngineSettings, EngineSettings
 from hamdist.errors import SettingsError
@@ -55,13 +57,17 @@ def _shown(value: object) -> str:
 
 def apart(block_settings: Mapping[str, BlockEngineSettings]) -> tuple[tuple[int, int], ...]:
     """Return the pairs of blocks, by number, that cannot share an actor."""
+    alike: dict[int, list[int]] = defaultdict(list)
     settings = list(block_settings.values())
-    return tuple(
-        (i, j)
-        for j in range(len(settings))
-        for i in range(j)
-        if settings[i] is not settings[j] and contradiction(settings[i], settings[j]) is not None
-    )
+    for i, one in enumerate(settings):
+        alike[id(one)].append(i)
+    pairs = [
+        (max(i, j), min(i, j))
+        for group, other in combinations(alike.values(), 2)
+        if contradiction(settings[group[0]], settings[other[0]]) is not None
+        for i, j in product(group, other)
+    ]
+    return tuple((i, j) for j, i in sorted(pairs))
 
 
 def requirements(
@@ -71,9 +77,11 @@ def requirements(
     host: str | None = None
     cpus, gpus = 1.0, None
     resources: dict[str, float] = {}
-    for i, name in enumerate(blocks):
+    earlier: dict[int, str] = {}  # the first block with each setting
+    for name in blocks:
         block_setting = block_settings[name]
-        for other in blocks[:i]:
+        earlier.setdefault(id(block_setting), name)
+        for other in earlier.values():
             what = contradiction(block_settings[other], block_setting)
             if what is not None:
                 raise SettingsError(

@@ -49,6 +49,7 @@ from hamdist.streams.sample import Sample, SampleSpec, TargetSpec, with_weights
 ENOUGH_SECONDS = 0.3  # then FEWEST samples in a network that is full are enough
 GIVE_UP_SECONDS = 3.0
 FEWEST, MOST = 3, 8
+DEEPEST = 128  # samples that fill a network; a deeper one is measured by the first few samples
 SEQUENCE = 4  # tokens of a made-up sequence
 STAMP_SECONDS = 1e-3  # between two made-up samples
 
@@ -123,15 +124,18 @@ def source_host(plan: Plan) -> str:
     return next(name for name in plan.graph.blocks if name in readers)
 
 
-def measure(plan: Plan, clock: Callable[[], float] | None = None) -> StepSeconds:
+def measure(
+    plan: Plan, clock: Callable[[], float] | None = None, limit: float | None = None
+) -> StepSeconds:
     """Return the seconds of work for one sample, by block (and 'u', the stream's checks) and phase.
 
-    They are medians over samples in a network that is full. `clock` replaces the processor's.
-    Raises Unmeasured if a block fails, or takes too long.
+    They are medians over samples in a network that is full (but see DEEPEST). `clock` replaces the
+    processor's; limit: seconds that all of it may take, instead of GIVE_UP_SECONDS. Raises
+    Unmeasured if a block fails, or takes too long.
     """
     spec = replace(plan.spec, patience=0, kept=False, live=False)  # (nobody talks to a trial)
     plan = replace(plan, spec=spec)
-    answer = _in_child(_Trial(plan, clock).answer, GIVE_UP_SECONDS)
+    answer = _in_child(_Trial(plan, clock).answer, limit or GIVE_UP_SECONDS)
     if isinstance(answer, str):
         raise Unmeasured(answer)
     return {
@@ -193,8 +197,10 @@ class _Trial:
         cast_plans = {name: cast_plan.at("cpu") for name, cast_plan in plan.cast_plans.items()}
         self._plan = dataclasses.replace(plan, steps=None, cast_plans=cast_plans)
         trip = 1 if plan.knobs.sequence else 2 * plan.graph.depth // plan.schedule.c + 1
-        self._full = SEQUENCE if plan.knobs.sequence else trip  # samples until all blocks work
-        self._samples = self._full + MOST
+        self._deep = trip > DEEPEST
+        # Samples until all blocks work
+        self._full = SEQUENCE if plan.knobs.sequence else 1 if self._deep else trip
+        self._samples = self._full + (FEWEST if self._deep else MOST)
         # The time of this thread alone, where all work is done in it: others may be busy.
         self._clock = clock or (time.perf_counter if plan.engine.threads > 1 else time.thread_time)
 
@@ -222,10 +228,12 @@ class _Trial:
         run_loop(timed, between)
         seconds: dict[str, dict[str, float]] = {}
         c, steady = plan.schedule.c, range(self._full, source.samples)
+        parts = plan.schedule.parts if isinstance(plan.schedule, PulseSchedule) else 1
         for node in timed:
             periods: dict[str, dict[int, float]] = defaultdict(lambda: defaultdict(float))
             for event, spent in node.spent:
-                periods[event.phase.value][event.tick // c] += spent
+                period = event.sample // parts if self._deep else event.tick // c
+                periods[event.phase.value][period] += spent
             seconds[node.name] = {
                 phase: sum(times.values()) / source.samples
                 if plan.knobs.sequence

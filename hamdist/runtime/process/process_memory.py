@@ -23,18 +23,23 @@ RINGS = "/memfd:hamdist"  # of transport/shared_memory.py
 def reset_peak(*, collect: bool = False) -> bool:
     """Begin a new measurement; False if the system cannot (the peak then covers the past as well).
 
-    Freed memory goes back to the system first, where glibc would keep it. `collect` runs the
-    garbage collector, too (a tenth of a second and more).
+    Freed memory goes back to the system first. `collect` runs the garbage collector, too (a tenth
+    of a second and more).
     """
     if collect:
         gc.collect()
-    with contextlib.suppress(AttributeError, OSError):  # another C library
-        ctypes.CDLL(None).malloc_trim(0)
+    return_freed_memory()
     try:
         CLEAR_REFS.write_text(RESET_HIGH_WATER_MARK)
     except OSError:
         return False
     return True
+
+
+def return_freed_memory() -> None:
+    """Give freed memory back to the system, where the C library is glibc, which would keep it."""
+    with contextlib.suppress(AttributeError, OSError):
+        ctypes.CDLL(None).malloc_trim(0)
 
 
 def peak_bytes() -> int:

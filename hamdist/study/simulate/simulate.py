@@ -41,6 +41,7 @@ STEPS, EVENTS = 2_000_000, 100_000  # activities that are simulated, at most
 MOST_PERIODS, LEAST_PERIODS = 5_000, 60
 WINDOWS = 40  # over which the percentiles are taken
 MOST_ACTORS = 32
+MEASURING_SECONDS = 120.0  # at most
 SAMPLES_TO_COUNT = 4096  # that are drawn to find the length of a sequence
 
 
@@ -80,8 +81,9 @@ class PlacedRun:
         """Return the bytes that the actors of each host take, estimated: their processes, weights
         with costates and averages, stored states, and signals that wait."""
         by_host = dict.fromkeys((host.name for host in self.cluster.hosts), 0)
+        sizes = _block_bytes(self.model.plan, self.settings)
         for blocks, host in zip(self.placement, self.hosts, strict=True):
-            nbytes = sum(_block_bytes(self.model.plan, name, self.settings) for name in blocks)
+            nbytes = sum(sizes[name] for name in blocks)
             by_host[self.cluster.hosts[host].name] += WORKER_BYTES + nbytes
         return by_host
 
@@ -119,15 +121,23 @@ class PlacedRun:
         )
 
 
-def _block_bytes(plan: Plan, name: str, settings: Settings) -> int:
-    block = plan.graph.blocks[name]
+def _block_bytes(plan: Plan, settings: Settings) -> dict[str, int]:
+    """Return the bytes that each block needs."""
     copies = 2 + (settings.learning.adaptive is not None) + (settings.learning.average != "off")
-    weights = sum(p.numel() * p.element_size() for p in block.module.parameters())
-    channels = [c for c in plan.channels.all() if c.receiver == name]
-    by_edge = {c.edge: exact_bytes(plan, c) for c in channels}
-    stored = getattr(plan.schedule, "stored", lambda _: 1)(name)
-    waiting = sum(c.capacity * exact_bytes(plan, c) for c in channels)
-    return copies * weights + (stored + 1) * sum(by_edge.values()) + waiting
+    stored = getattr(plan.schedule, "stored", lambda _: 1)
+    sizes = {
+        name: copies * sum(p.numel() * p.element_size() for p in block.module.parameters())
+        for name, block in plan.graph.blocks.items()
+    }
+    by_edge: dict[tuple[str, str], int] = {}
+    for channel in plan.channels.all():
+        if channel.receiver in sizes:
+            nbytes = exact_bytes(plan, channel)
+            by_edge[channel.receiver, channel.edge] = nbytes
+            sizes[channel.receiver] += channel.capacity * nbytes
+    for (name, _), nbytes in by_edge.items():
+        sizes[name] += (stored(name) + 1) * nbytes
+    return sizes
 
 
 class Planner:
@@ -157,7 +167,7 @@ class Planner:
                 "tokens": next((n + 1 for n, sample in drawn if sample.end), SAMPLES_TO_COUNT)
             }
         try:
-            seconds = measure(plan)
+            seconds = measure(plan, limit=MEASURING_SECONDS)
         except Unmeasured as reason:
             raise SettingsError(f"the blocks' steps could not be measured here: {reason}") from None
         return TimingModel(plan, seconds, source_host(plan) if stream.portable else None, **tokens)

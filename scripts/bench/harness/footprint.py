@@ -17,7 +17,7 @@ from hamdist.runtime.ray_engine.session import Session
 from harness.ours import Configuration, Ours, fresh_actors
 from harness.works import Work, mlp
 
-RUN_SECONDS = 0.1
+RUN_SECONDS = 2.0
 BYTES = {"float32": 4, "float64": 8}
 
 

@@ -13,8 +13,9 @@ from torch import nn
 from hamdist.config import EngineSettings
 from hamdist.dynamics.graph.graph import BlockSpec, Graph
 from hamdist.dynamics.objective.losses import mse
+from hamdist.dynamics.partition.cuts import balanced
 from hamdist.errors import SettingsError
-from hamdist.runtime.placement.assign_blocks import WORTH, Costs, choose, place, split
+from hamdist.runtime.placement.assign_blocks import FINEST, WORTH, Costs, choose, place, split
 
 
 def graph(*widths):
@@ -67,6 +68,19 @@ def test_no_cut_is_better(seed):
         least = min(time_of(costs, starts) for starts in every_cut(n, parts))
         assert time_of(costs, split(costs, parts)) == pytest.approx(least)
         assert costs.of(split(costs, parts)) == pytest.approx(least)
+
+
+@pytest.mark.parametrize("parts", [1, 3, 20, 200])
+def test_many_blocks_are_cut_as_well_as_their_joined_runs_allow(parts):
+    """1,000 blocks: the busiest actor has at most two joined runs more than in the best cut."""
+    draw = random.Random(parts)
+    costs = chain(*(draw.random() for _ in range(1000)))
+    starts, best = split(costs, parts), balanced(costs.seconds, parts)
+    assert len(set(starts)) == parts
+    room = 2 * (sum(costs.seconds) / FINEST + 1)
+    assert time_of(costs, starts) <= time_of(costs, best) + room
+    if parts > FINEST // 2:
+        assert starts == best
 
 
 @pytest.mark.parametrize("seed", range(40))

@@ -38,7 +38,7 @@ links: {latency: 0.02, bandwidth: 100Mbit/s, "a->b": {bandwidth: 10Mbit/s}}
 def told(monkeypatch):
     """Every phase of every block takes 2 ms."""
 
-    def measure(plan):
+    def measure(plan, limit):
         phases = dict.fromkeys((Phase.FORWARD, Phase.BACKWARD, Phase.READ, Phase.TICK), 2e-3)
         return dict.fromkeys(plan.graph.blocks, phases) | {"u": {Phase.EMIT: 0.0}}
 
