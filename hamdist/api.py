@@ -27,7 +27,7 @@ from hamdist.runtime.results.events import EventListener
 from hamdist.runtime.results.result import Progress, RunResult
 from hamdist.runtime.results.run_events import RunEvents
 from hamdist.runtime.train.arguments import check_arguments, functions_of, prepared
-from hamdist.runtime.train.named_rules import NamedRule
+from hamdist.runtime.train.prepare import NamedRule
 from hamdist.streams import Stream, from_iterable, make_stream
 from hamdist.streams.batch_names import Names
 from hamdist.trackers import listeners_of

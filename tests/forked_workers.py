@@ -36,7 +36,7 @@ PRELOADED = (
 @contextmanager
 def forked_workers() -> Iterator[None]:
     """Let every Ray that is started inside fork its workers (with coverage: start them)."""
-    from hamdist.runtime.ray_engine import processes
+    from hamdist.runtime.ray_engine import local_ray
 
     if any(name.startswith("COVERAGE_") for name in os.environ):
         yield
@@ -52,12 +52,12 @@ def forked_workers() -> Iterator[None]:
     )
     listening.close()
     os.environ[FORKS_AT] = path
-    before = processes.PARAMETERS["setup_worker_path"]
-    processes.PARAMETERS["setup_worker_path"] = __file__
+    before = local_ray.PARAMETERS["setup_worker_path"]
+    local_ray.PARAMETERS["setup_worker_path"] = __file__
     try:
         yield
     finally:
-        processes.PARAMETERS["setup_worker_path"] = before
+        local_ray.PARAMETERS["setup_worker_path"] = before
         del os.environ[FORKS_AT]
         assert forking.stdin is not None
         forking.stdin.close()

@@ -19,7 +19,7 @@ STATE = "dynamics/finite dynamics/saved_state"
 PICTURES = "display/figure display/network display/table display/windows"
 RUNTIME = f"errors config dynamics streams {PICTURES}"
 STUDY = f"{RUNTIME} runtime models loading display"
-CLI_PARTS = "cli/console cli/display cli/options cli/prepare"
+CLI_PARTS = "cli/console cli/display cli/options"
 CLI = f"display errors config runtime models study launch trackers {CLI_PARTS}"
 ALLOWED = {
     "errors": "",
@@ -135,8 +135,8 @@ RAY = {
     *("runtime/ray_engine/replacement.py", "runtime/ray_engine/session.py"),
     *("runtime/ray_engine/placed_workers.py", "runtime/ray_engine/wired_workers.py"),
     *("runtime/ray_engine/cluster_hosts.py", "runtime/ray_engine/local_ray.py"),
-    *("runtime/ray_engine/processes.py", "runtime/ray_engine/worker_process.py"),
-    *("runtime/ray_engine/tasks.py", "launch/jobs_api.py", "launch/doctor_job.py"),
+    "runtime/ray_engine/worker_process.py",
+    *("launch/jobs_api.py", "launch/doctor_job.py"),
 }
 
 

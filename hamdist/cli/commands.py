@@ -11,9 +11,10 @@ from typing import Annotated, Any, cast, get_type_hints
 
 import typer
 
-from hamdist.cli import compare, diff, export, recipes, run, serve, settings, verify, view
+from hamdist.cli import compare, results, run, serve, settings, verify, view
 from hamdist.cli.cluster import cluster, launch
 from hamdist.cli.console import console, exit_codes, output
+from hamdist.cli.options import RunOptions
 from hamdist.cli.study import grid, recovery, simulate, speed
 
 __all__ = ["app"]
@@ -31,14 +32,31 @@ OUTPUT_OPTIONS = {  # of every command
 }
 
 
+_HINTS = get_type_hints(RunOptions, include_extras=True)
+RUN_OPTIONS = {
+    name: one.replace(annotation=_HINTS[name], kind=one.KEYWORD_ONLY)
+    for name, one in inspect.signature(RunOptions).parameters.items()
+}
+
+
 def with_output(command: Callable[..., None]) -> Callable[..., None]:
-    """Return `command` with the options that all have (-v, -q, --json), errors as exit codes."""
+    """Return `command` with the options that all have (-v, -q, --json), errors as exit codes.
+
+    Its parameters of type RunOptions become the options that they name.
+    """
     hints = get_type_hints(command, include_extras=True)
     signature = inspect.signature(command)
-    parameters = [
-        one.replace(annotation=hints.get(name, one.annotation))
-        for name, one in signature.parameters.items()
-    ]
+    taken = {
+        name: hint.__metadata__[0].split()
+        for name, hint in hints.items()
+        if getattr(hint, "__origin__", None) is RunOptions
+    }
+    parameters = []
+    for name, one in signature.parameters.items():
+        if name in taken:
+            parameters += [RUN_OPTIONS[option] for option in taken[name]]
+        else:
+            parameters.append(one.replace(annotation=hints[name], kind=one.KEYWORD_ONLY))
     parameters += [
         inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=False, annotation=option)
         for name, option in OUTPUT_OPTIONS.items()
@@ -48,6 +66,8 @@ def with_output(command: Callable[..., None]) -> Callable[..., None]:
     @functools.wraps(command)
     def printing(*, verbose: bool, quiet: bool, as_json: bool = False, **options: Any) -> None:
         level = logging.WARNING if quiet else logging.DEBUG if verbose else logging.INFO
+        for name, few in taken.items():
+            options[name] = RunOptions(**{option: options.pop(option) for option in few})
         with output(as_json=as_json, level=level), exit_codes():
             command(**options)
 
@@ -82,9 +102,9 @@ def _options(
 
 
 for _command in (  # in the order of use
-    *(settings.init, recipes.recipes, recipes.rules, run.run, compare.compare),
+    *(settings.init, settings.recipes, settings.rules, run.run, compare.compare),
     *(view.view, view.watch, view.explain, view.draw, serve.serve, serve.replay),
-    *(export.export, diff.diff, simulate.simulate, simulate.profile),
+    *(results.export, results.diff, simulate.simulate, simulate.profile),
     *(verify.verify, cluster.doctor, launch.launch, launch.attach, launch.stop, launch.runs),
     settings.schema,
 ):

@@ -11,22 +11,16 @@ from hamdist.cli.console import complain, console, print_notes, report, say, stu
 from hamdist.cli.display import Display
 from hamdist.cli.options import (
     DEFAULT_SETTINGS,
-    EngineOption,
-    ModelOption,
     OverwriteOption,
-    SeedOption,
-    SetOption,
+    RunOptions,
     SettingsArgument,
-    StabiliseOption,
-    StepsOption,
-    StreamOption,
-    changes,
+    code_of,
+    command_line,
+    factory_of,
     given,
     level_names,
-    load,
     names,
 )
-from hamdist.cli.prepare import code_of, command_line, own_stream, prepare
 from hamdist.errors import SettingsError
 from hamdist.study.shared.result_folder import results_of
 
@@ -40,6 +34,7 @@ FIRST_COST = "wall, s"  # title of the first column of costs
 
 def compare(
     settings: SettingsArgument = DEFAULT_SETTINGS,
+    *,
     levels: Annotated[
         str | None, typer.Option("--levels", metavar="A,B", help="Levels to compare.")
     ] = None,
@@ -52,13 +47,7 @@ def compare(
         ),
     ] = None,
     seeds: Annotated[int | None, typer.Option("--seeds", min=1, help="How many seeds.")] = None,
-    engine: EngineOption = None,
-    seed: SeedOption = None,
-    steps: StepsOption = None,
-    set_: SetOption = None,
-    model: ModelOption = None,
-    stream: StreamOption = None,
-    stabilise: StabiliseOption = None,
+    options: Annotated[RunOptions, "engine seed steps set_ model stream stabilise"],
     baseline_model: Annotated[
         str | None,
         typer.Option(
@@ -86,16 +75,15 @@ def compare(
         "rules": None if rules is None else names(rules) or level_names(rules),
         "seeds": seeds,
     }
-    options = changes(engine=engine, seed=seed, steps=steps, stabilise=stabilise)
-    loaded = load(settings, set_, {**options, **given({"compare": given(compared) or None})})
-    factory, data = prepare(None, model), own_stream(stream, loaded)
-    plain = prepare(None, baseline_model, "--baseline-model")
+    loaded = options.load(settings, **given({"compare": given(compared) or None}))
+    factory, data = options.factory(), options.data(loaded)
+    plain = factory_of(baseline_model, "--baseline-model")
 
     from hamdist.study.interface.compare import Comparison, make_runs
     from hamdist.study.run.comparison import run_key
 
     files = [name for name in loaded.compare.rules if ":" in name]
-    code = code_of(model, stream, baseline_model, *files)
+    code = code_of(options.model, options.stream, baseline_model, *files)
     comparison = Comparison(settings=loaded)
     try:
         with Display(loaded) as display:

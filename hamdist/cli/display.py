@@ -14,6 +14,9 @@ from hamdist.errors import ChoiceWarning
 
 if TYPE_CHECKING:
     from hamdist.config import Settings
+    from hamdist.runtime.process.interrupts import OnProgress
+    from hamdist.runtime.results.events import RunEvent
+    from hamdist.study.view.follow import FollowedRun
 
 
 class Display(RunDisplay):
@@ -21,6 +24,7 @@ class Display(RunDisplay):
 
     def __init__(self, settings: Settings | None = None) -> None:
         self._console = console(stderr=True)
+        self._run: tuple[FollowedRun, OnProgress] | None = None
         live = settings is None or settings.metrics.progress is not False
         super().__init__(
             self._console, live=live and LOGGER.isEnabledFor(logging.INFO), plain=self.say
@@ -30,6 +34,24 @@ class Display(RunDisplay):
         LINES.console = self._console
         super().__enter__()
         return self
+
+    @property
+    def follows(self) -> bool:
+        """Return True if the events of a run have begun to come (`take`)."""
+        return self._run is not None
+
+    def take(self, event: RunEvent) -> None:
+        """Show the progress of the run that events tell of."""
+        from hamdist.runtime.results.events import RunBegun
+        from hamdist.study.view.follow import FollowedRun
+
+        if isinstance(event, RunBegun):
+            self._run = FollowedRun(event), self.watch(event.title, event.batch)
+        if self._run is not None:
+            run, show = self._run
+            progress = run.take(event)
+            if progress is not None:
+                show(progress)
 
     def close(self) -> None:
         """Stop the live display: lines printed from now on stay."""

@@ -2,66 +2,119 @@
 
 from __future__ import annotations
 
+import hashlib
+import shlex
+import sys
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from hamdist.cli.console import OUTPUT
 from hamdist.config import EngineKind, Level, Settings, did_you_mean, parse_override
 from hamdist.errors import SettingsError
+
+if TYPE_CHECKING:
+    from hamdist.models.build import ModelFactory
+    from hamdist.study.run.run import DataFactory
 
 SettingsArgument = Annotated[
     str, typer.Argument(metavar="SETTINGS", help="A YAML file, or a recipe (`hamdist recipes`).")
 ]
 # The recipe of a command without arguments: it learns from what scikit-learn ships.
 DEFAULT_SETTINGS = "digits"
-SetOption = Annotated[
-    list[str] | None,
-    typer.Option("--set", metavar="KEY=VALUE", help="Change a setting, e.g. stream.batch=8."),
-]
-EngineOption = Annotated[
-    EngineKind | None, typer.Option("--engine", help="One process, or Ray actors.")
-]
-LevelOption = Annotated[
-    str | None,
-    typer.Option(
-        "--level",
-        metavar="LEVEL",
-        help=f"Locality: {', '.join(one.value for one in Level)}.",
-    ),
-]
-SeedOption = Annotated[int | None, typer.Option("--seed", min=0, help="The (first) seed.")]
-StepsOption = Annotated[int | None, typer.Option("--steps", min=1, help="Samples of the stream.")]
 OutOption = Annotated[Path | None, typer.Option("--out", help="Folder for the result's files.")]
 OverwriteOption = Annotated[
     bool, typer.Option("--overwrite", help="Write into the folder, though it is not empty.")
 ]
-ModelOption = Annotated[
-    str | None,
-    typer.Option(
-        "--model",
-        metavar="FILE.py:FUNCTION",
-        help="Makes the model (or PACKAGE.MODULE:FUNCTION).",
-    ),
-]
-StabiliseOption = Annotated[
-    bool | None,
-    typer.Option("--stabilise", help="Normed inputs and scaled residuals for the model's layers."),
-]
-StreamOption = Annotated[
-    str | None,
-    typer.Option(
-        "--stream",
-        metavar="FILE.py:FUNCTION",
-        help="Makes the stream; or the stream and what is held out.",
-    ),
-]
-
-
 JsonFileOption = Annotated[
     Path | None,
     typer.Option("--json", metavar="FILE", help="Write the result there; -: print it alone."),
 ]
+
+
+@dataclass(frozen=True)
+class RunOptions:
+    """What is run. A command takes those it names: `Annotated[RunOptions, "level engine"]`."""
+
+    level: Annotated[
+        str | None,
+        typer.Option(
+            "--level", metavar="LEVEL", help=f"Locality: {', '.join(one.value for one in Level)}."
+        ),
+    ] = None
+    engine: Annotated[
+        EngineKind | None, typer.Option("--engine", help="One process, or Ray actors.")
+    ] = None
+    seed: Annotated[int | None, typer.Option("--seed", min=0, help="The (first) seed.")] = None
+    steps: Annotated[int | None, typer.Option("--steps", min=1, help="Samples of the stream.")] = (
+        None
+    )
+    set_: Annotated[
+        list[str] | None,
+        typer.Option("--set", metavar="KEY=VALUE", help="Change a setting, e.g. stream.batch=8."),
+    ] = None
+    model: Annotated[
+        str | None,
+        typer.Option(
+            "--model",
+            metavar="FILE.py:FUNCTION",
+            help="Makes the model (or PACKAGE.MODULE:FUNCTION).",
+        ),
+    ] = None
+    stream: Annotated[
+        str | None,
+        typer.Option(
+            "--stream",
+            metavar="FILE.py:FUNCTION",
+            help="Makes the stream; or the stream and what is held out.",
+        ),
+    ] = None
+    stabilise: Annotated[
+        bool | None,
+        typer.Option(
+            "--stabilise", help="Normed inputs and scaled residuals for the model's layers."
+        ),
+    ] = None
+
+    def changes(self) -> dict[str, Any]:
+        """Return the changes of the settings by those options that were given."""
+        return given(
+            {
+                "level": self.level,
+                "engine": None if self.engine is None else {"kind": self.engine.value},
+                "seed": self.seed,
+                "steps": self.steps,
+                "model": None if self.stabilise is None else {"stabilise": self.stabilise},
+            }
+        )
+
+    def load(self, source: str, **others: Any) -> Settings:
+        """Load the recipe or file `source` with `--set`, and then the other options, laid over it.
+
+        If it asks for portable bits, this process will compute them. Raises SettingsError if there
+        is no such source, or a value in it is wrong.
+        """
+        from hamdist.runtime.process.portable import pin
+        from hamdist.study.shared.recipes import load_settings
+
+        overrides = [parse_override(text) for text in self.set_ or []]
+        settings = load_settings(source, [*overrides, {**self.changes(), **others}])
+        pin(settings.engine)
+        return settings
+
+    def factory(self) -> ModelFactory | None:
+        """Return the function that `--model` names. Raises SettingsError if there is none."""
+        return factory_of(self.model)
+
+    def data(self, settings: Settings) -> DataFactory | None:
+        """Return the data of the function that `--stream` names. Raises SettingsError."""
+        if self.stream is None:
+            return None
+        from hamdist.study.run.own_data import load_stream
+
+        return load_stream(self.stream, settings.stream.names, settings.model_loss)
 
 
 def names(text: str | None) -> list[str]:
@@ -82,41 +135,55 @@ def level_names(text: str) -> list[Level]:
     return [Level(name) for name in levels]
 
 
-def changes(
-    *,
-    level: str | None = None,
-    engine: EngineKind | None = None,
-    seed: int | None = None,
-    steps: int | None = None,
-    stabilise: bool | None = None,
-) -> dict[str, Any]:
-    """Return the changes of the settings by those options that were given."""
-    return given(
-        {
-            "level": level,
-            "engine": None if engine is None else {"kind": engine.value},
-            "seed": seed,
-            "steps": steps,
-            "model": None if stabilise is None else {"stabilise": stabilise},
-        }
-    )
-
-
-def load(source: str, set_: list[str] | None, options: dict[str, Any]) -> Settings:
-    """Load the recipe or file `source`, with `--set` and then `options` laid over it.
-
-    If it asks for portable bits, this process will compute them. Raises SettingsError if there is
-    no such source, or a value in it is wrong.
-    """
-    from hamdist.runtime.process.portable import pin
-    from hamdist.study.shared.recipes import load_settings
-
-    overrides = [parse_override(text) for text in set_ or []]
-    settings = load_settings(source, [*overrides, options])
-    pin(settings.engine)
-    return settings
-
-
 def given(options: dict[str, Any]) -> dict[str, Any]:
     """Return those options, by name, that were given."""
     return {key: value for key, value in options.items() if value is not None}
+
+
+STANDARD_OUTPUT = Path("-")
+
+
+def factory_of(name: str | None, option: str = "--model") -> ModelFactory | None:
+    """Return the model's function that `option` names. Raises SettingsError if there is none."""
+    if name is None:
+        return None
+    from hamdist.models.build import load_factory
+
+    return load_factory(name, option)
+
+
+def code_of(*names: str | None) -> str:
+    """Return digests of the files that `--model` and `--stream` have named, which are imported."""
+    digests = []
+    for name in names:
+        where = "" if name is None else name.rpartition(":")[0]
+        module = sys.modules.get(Path(where).stem if where.endswith(".py") else where)
+        file = getattr(module, "__file__", None)
+        digest = "" if file is None else hashlib.sha256(Path(file).read_bytes()).hexdigest()
+        digests.append(f"{name} {digest}")
+    return "; ".join(digests)
+
+
+def command_line() -> str:
+    r"""Return the command as it was typed, for the files of its results.
+
+    Bytes of a path that is not UTF-8 are written as \udcXX.
+    """
+    typed = shlex.join(["hamdist", *sys.argv[1:]])
+    return typed.encode("utf-8", "backslashreplace").decode()
+
+
+def json_file(path: Path | None) -> Path | None:
+    """Return the file of `--json`; none for `-`, which has the command print the document alone.
+
+    Raises SettingsError if it cannot be written, before anything is computed.
+    """
+    if path == STANDARD_OUTPUT:
+        OUTPUT.as_json = True
+        return None
+    if path is not None:
+        try:
+            path.open("a").close()
+        except OSError as error:
+            raise SettingsError(f"--json '{path}': cannot write there: {error.strerror}") from None
+    return path

@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from contextlib import ExitStack
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -13,20 +13,10 @@ from hamdist.cli.console import complain, print_facts, report, say_written, warn
 from hamdist.cli.display import Display, warning_at_once
 from hamdist.cli.options import (
     DEFAULT_SETTINGS,
-    EngineOption,
-    LevelOption,
-    ModelOption,
     OverwriteOption,
-    SeedOption,
-    SetOption,
+    RunOptions,
     SettingsArgument,
-    StabiliseOption,
-    StepsOption,
-    StreamOption,
-    changes,
-    load,
 )
-from hamdist.cli.prepare import own_stream, prepare
 from hamdist.config import Settings
 from hamdist.errors import FAILED, INTERRUPTED, SettingsError
 from hamdist.runtime.results.events import RunBegun
@@ -41,14 +31,8 @@ TRACED_TICKS = 500  # the last ones
 def run(
     context: typer.Context,
     settings: SettingsArgument = DEFAULT_SETTINGS,
-    level: LevelOption = None,
-    engine: EngineOption = None,
-    seed: SeedOption = None,
-    steps: StepsOption = None,
-    set_: SetOption = None,
-    model: ModelOption = None,
-    stream: StreamOption = None,
-    stabilise: StabiliseOption = None,
+    *,
+    options: Annotated[RunOptions, "level engine seed steps set_ model stream stabilise"],
     out: Annotated[
         Path | None,
         typer.Option(
@@ -77,21 +61,20 @@ def run(
     ] = False,
 ) -> None:
     """Train one network on a stream, at one level of locality."""
-    options = changes(level=level, engine=engine, seed=seed, steps=steps, stabilise=stabilise)
+    changes: dict[str, Any] = {}
     if snapshots is not None:
-        options["snapshots"] = {"path": snapshots}
+        changes["snapshots"] = {"path": snapshots}
     if trace is not None:
-        options["metrics"] = {"trace": TRACED_TICKS}
-    loaded = load(settings, set_, options)
+        changes["metrics"] = {"trace": TRACED_TICKS}
+    loaded = options.load(settings, **changes)
     where = out or results_of(f"{loaded.name}-{time.strftime('%Y%m%d-%H%M%S')}")
     begin, seen = (resume, weights), (view, trace)
-    _run(loaded, model, stream, where, overwrite, begin, seen, began=context.obj)
+    _run(loaded, options, where, overwrite, begin, seen, began=context.obj)
 
 
 def _run(
     settings: Settings,
-    model_name: str | None,
-    stream_name: str | None,
+    options: RunOptions,
     out: Path,
     overwrite: bool,
     begin: tuple[str | None, Path | None],
@@ -109,8 +92,7 @@ def _run(
     title = f"{at_level.name}, {at_level.level.value}"
     with Display(at_level) as display, warning_at_once() as shown_warnings, ExitStack() as stack:
         display.note(f"{title}: starting (imports)")
-        factory = prepare(None, model_name)
-        data = own_stream(stream_name, at_level)
+        factory, data = options.factory(), options.data(at_level)
         folder = stack.enter_context(
             ResultFolder(out, overwrite=overwrite, controls=True, say=display.say)
         )

@@ -12,26 +12,14 @@ import typer
 from rich.text import Text
 
 from hamdist.cli.console import OUTPUT, console, report, say
-from hamdist.cli.options import (
-    DEFAULT_SETTINGS,
-    EngineOption,
-    LevelOption,
-    ModelOption,
-    SetOption,
-    SettingsArgument,
-    changes,
-    load,
-)
-from hamdist.cli.prepare import prepare
+from hamdist.cli.options import DEFAULT_SETTINGS, RunOptions, SettingsArgument
 from hamdist.errors import need_package
 
 
 def serve(
     settings: SettingsArgument = DEFAULT_SETTINGS,
-    level: LevelOption = None,
-    engine: EngineOption = None,
-    set_: SetOption = None,
-    model: ModelOption = None,
+    *,
+    options: Annotated[RunOptions, "level engine set_ model"],
     port: Annotated[int, typer.Option("--port", min=0, max=65535, help="0: any free one.")] = 8000,
     host: Annotated[
         str, typer.Option("--host", help="Interface; others than loopback are for safe networks.")
@@ -56,9 +44,9 @@ def serve(
     from hamdist.study.report.save import save_weights
     from hamdist.study.run.export import begun
 
-    loaded = load(settings, set_, changes(level=level, engine=engine))
+    loaded = options.load(settings)
     loaded = loaded.for_level(loaded.level)
-    network, first, classes = begun(loaded, prepare(None, model), weights)
+    network, first, classes = begun(loaded, options.factory(), weights)
     resume = out if (out / "journal.jsonl").exists() else None
     begin: Any = {"example": first, "classes": classes, "out": out, "resume": resume}
     token = os.environ.get("HAMDIST_TOKEN")
@@ -80,8 +68,8 @@ def serve(
 
 def replay(
     folder: Annotated[Path, typer.Argument(metavar="DIR", help="out= (or --out) of a live run.")],
-    engine: EngineOption = None,
-    model: ModelOption = None,
+    *,
+    options: Annotated[RunOptions, "engine model"],
 ) -> None:
     """Repeat a live run from its journal, and write its weights to DIR/replay.safetensors."""
     from hamdist.api import replay as repeated
@@ -91,12 +79,12 @@ def replay(
     from hamdist.study.report.save import save_weights
     from hamdist.study.run.run import torch_dtype
 
-    factory, network = prepare(None, model), None
+    factory, network = options.factory(), None
     if factory is not None:
         began = Settings.model_validate(read_beginning(folder)[0]["settings"])
         dtype = torch_dtype(began.dtype)
         network = make_from_factory(factory, seed=began.seed, dtype=dtype)
-    result = repeated(folder, network, **changes(engine=engine))
+    result = repeated(folder, network, **options.changes())
     file = folder / "replay.safetensors"
     save_weights(file, result.model.state_dict())
     report(samples=result.samples, file=str(file))

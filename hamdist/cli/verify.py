@@ -14,8 +14,7 @@ from rich.table import Table
 from rich.text import Text
 
 from hamdist.cli.console import console, report
-from hamdist.cli.options import JsonFileOption
-from hamdist.cli.prepare import json_file
+from hamdist.cli.options import JsonFileOption, json_file
 from hamdist.errors import FAILED
 
 if TYPE_CHECKING:

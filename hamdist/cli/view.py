@@ -16,17 +16,7 @@ from rich.text import Text
 from hamdist.cli.cluster.cluster import ClusterOption, jobs_of
 from hamdist.cli.console import complain, console, note, print_notes, report, say
 from hamdist.cli.display import Display
-from hamdist.cli.options import (
-    DEFAULT_SETTINGS,
-    EngineOption,
-    LevelOption,
-    ModelOption,
-    SetOption,
-    StreamOption,
-    changes,
-    load,
-)
-from hamdist.cli.prepare import own_stream, prepare
+from hamdist.cli.options import DEFAULT_SETTINGS, RunOptions
 from hamdist.errors import HamdistError, SettingsError
 from hamdist.runtime.results.run_events import EVENTS, EventFile, line_of
 from hamdist.study.shared.result_folder import results_of, write_file
@@ -86,20 +76,14 @@ def watch(
 ) -> None:
     """Show runs while they go on, or afterwards, in this terminal; Ctrl-C ends it, not the run."""
     with _folders([name or str(latest_results())], cluster) as [folder]:
-        from hamdist.runtime.results.events import RunBegun
-        from hamdist.study.view.follow import FollowedRun, followed
+        from hamdist.study.view.follow import followed
 
-        run, show = None, None
         with Display() as display:
             for event in followed(folder):
                 line = line_of(event)
                 if line is not None:
                     display.say(line)
-                if isinstance(event, RunBegun):
-                    run, show = FollowedRun(event), display.watch(event.title, event.batch)
-                progress = None if run is None else run.take(event)
-                if progress is not None and show is not None:
-                    show(progress)
+                display.take(event)
         _explain(folder)
 
 
@@ -134,11 +118,8 @@ def draw(
         str,
         typer.Argument(metavar="SETTINGS|DIR", help="A YAML file, a recipe, a folder of results."),
     ] = DEFAULT_SETTINGS,
-    level: LevelOption = None,
-    engine: EngineOption = None,
-    set_: SetOption = None,
-    model: ModelOption = None,
-    stream: StreamOption = None,
+    *,
+    options: Annotated[RunOptions, "level engine set_ model stream"],
     out: Annotated[
         Path | None,
         typer.Option("--out", help="File, .svg or .dot.", show_default="NAME.svg"),
@@ -146,14 +127,13 @@ def draw(
 ) -> None:
     """Draw the network of a run: blocks, shapes, edges, delays, actors; colour: late messages."""
     from hamdist.display.network import network_picture
-    from hamdist.study.run.picture import network_of_folder, network_of_settings
+    from hamdist.study.run.export import network_of_folder, network_of_settings
 
     if Path(settings).is_dir():
         network, name = network_of_folder(_with_events(Path(settings)) / EVENTS)
     else:
-        loaded = load(settings, set_, changes(level=level, engine=engine))
-        factory, data = prepare(None, model), own_stream(stream, loaded)
-        network, name = network_of_settings(loaded, factory, data)
+        loaded = options.load(settings)
+        network, name = network_of_settings(loaded, options.factory(), options.data(loaded))
     file = out or Path(f"{results_of(name).name}.svg")
     if file.suffix not in (".svg", ".dot"):
         raise SettingsError(f"--out {str(file)!r}: name a file that ends in .svg or .dot")

@@ -39,10 +39,7 @@ def windows_figure(
 ) -> PageFigure:
     """Return the accuracy of windows by the samples that were seen; without classes the loss.
 
-    Args:
-        title: of the figure.
-        curves: windows by the label of their curve.
-        baseline: the label of the curve that is broad and grey.
+    curves: windows by the label of their curve; baseline: that of the broad grey one.
     """
     classes = any(window.accuracy is not None for those in curves.values() for window in those)
     shown = []

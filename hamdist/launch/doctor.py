@@ -8,12 +8,13 @@ from pydantic import ValidationError
 
 from hamdist.errors import ClusterError
 from hamdist.launch.doctor_report import DoctorCheck, Findings, judged
-from hamdist.launch.events import DoctorReport, Ended, WarningEvent
+from hamdist.launch.events import DoctorReport, Ended
 from hamdist.launch.follow import Results, follow
 from hamdist.launch.host_facts import host_facts
 from hamdist.launch.jobs_api import Jobs
 from hamdist.launch.ray_environment import missing_extras
 from hamdist.launch.submit import submit_checkup
+from hamdist.runtime.results.events import Warned
 
 
 def checkup(jobs: Jobs | None, say: Callable[[str], None]) -> tuple[Findings, list[DoctorCheck]]:
@@ -43,8 +44,8 @@ def _cluster(jobs: Jobs, say: Callable[[str], None]) -> Findings:
     lines: list[str] = []
     say(f"Looking at all hosts ({name})")
     for event in follow(jobs.lines(name), Results(None), lines.append):
-        if isinstance(event, WarningEvent):
-            say(f"Warning: {event.warning}")
+        if isinstance(event, Warned):
+            say(f"Warning: {event.text}")
         elif isinstance(event, DoctorReport):
             try:
                 return Findings.model_validate_json(event.report)

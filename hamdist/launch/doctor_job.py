@@ -21,13 +21,13 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from hamdist.errors import FAILED, HamdistError
 from hamdist.launch.doctor_report import Findings, LinkFacts
-from hamdist.launch.events import DoctorReport, Ended, Started, WarningEvent, tell
+from hamdist.launch.events import DoctorReport, Ended, tell
 from hamdist.launch.host_facts import HostFacts, host_facts
 from hamdist.launch.package import read_order
 from hamdist.runtime.placement.assign_hosts import HostInfo
 from hamdist.runtime.placement.links import Probe
-from hamdist.runtime.ray_engine.cluster_hosts import hosts
-from hamdist.runtime.timing.cluster_model import Link
+from hamdist.runtime.ray_engine.cluster_hosts import hosts, last_line
+from hamdist.runtime.results.events import Warned
 from hamdist.runtime.transport.encryption import new_keys
 from hamdist.runtime.transport.transport import TCP, local_way
 
@@ -41,8 +41,7 @@ THREADS = 64
 class HostProbe:
     """An actor on the host that is examined."""
 
-    def __init__(self) -> None:
-        self._probes: dict[int, Probe] = {}
+    _probe: Probe | None = None  # of the link that is measured
 
     def facts(self, storage: str | None, mark: str | None) -> HostFacts:
         """Return the facts of this host."""
@@ -52,36 +51,19 @@ class HostProbe:
         """Return this host's time, in seconds since 1970."""
         return time.time()
 
-    def new_key(self, run: int, number: int) -> str:
-        """Make the keys of its end of link `number`, and return the public one."""
+    def new_key(self, run: int) -> str:
+        """Make an end of the next link with keys of its own, and return the public one."""
         keys = new_keys()
-        self._probes[number] = Probe(run, 0.0, keys)
+        self._probe = Probe(run, 0.0, keys)
         return keys.public
 
-    def open(self, number: int, channel: int, way: str) -> dict[int, str]:
-        """Open the receiving end of one channel of link `number`."""
-        return self._probes[number].open({channel: way})
-
-    def join(self, number: int, addresses: dict[int, str]) -> None:
-        """Open the sending end of link `number`."""
-        self._probes[number].join(addresses)
-
-    def answer(self, number: int) -> None:
-        """Send back what arrives on link `number`."""
-        self._probes[number].answer(number)
-
-    def measure(self, number: int) -> Link:
-        """Return the latency and the rate of link `number`."""
-        return self._probes[number].measure(number)
-
-    def close(self, number: int) -> None:
-        """Close this end of link `number`."""
-        self._probes.pop(number).close()
+    def call(self, method: str, *arguments: Any) -> Any:
+        """Return the result of a method of this end of the link (`Probe`)."""
+        return getattr(self._probe, method)(*arguments)
 
 
 def main() -> int:
     """Examine all hosts, report the findings, and return the exit code."""
-    tell(Started(title="doctor", batch=1))
     try:
         order = read_order(Path.cwd())
     except HamdistError as error:
@@ -110,9 +92,7 @@ def examine(known: Sequence[HostInfo], storage: str | None = None) -> Findings:
             Path(storage).mkdir(parents=True, exist_ok=True)
             (Path(storage) / mark).write_bytes(b"head")
         except OSError as error:
-            tell(
-                WarningEvent(warning=f"storage {storage!r} on the head: {error.strerror or error}")
-            )
+            tell(Warned(text=f"storage {storage!r} on the head: {error.strerror or error}"))
     started = [(host, _start(host)) for host in known]
     try:
         return _findings(started, storage, mark)
@@ -146,7 +126,7 @@ def _findings(
         except GetTimeoutError:
             unreached[str(host)] = f"no answer within {WITNESS_SECONDS:.0f} s"
         except RayError as error:
-            unreached[str(host)] = f"hamdist does not run there: {_last_line(error)}"
+            unreached[str(host)] = f"hamdist does not run there: {last_line(error)}"
     measured, skipped = pairs(len(there))
     run = secrets.randbits(31)
     links = [_link(run, n, i, j, there) for n, (i, j) in enumerate(measured)]
@@ -200,36 +180,31 @@ def _link(
     same = first.id == second.id
     ways = [local_way(c) for c in (out, back)]
     try:
-        keys = [witness.new_key.remote(run, number) for witness in (mine, other)]
+        keys = [witness.new_key.remote(run) for witness in (mine, other)]
         my_key, others_key = ray.get(keys, timeout=WITNESS_SECONDS)
         if not same:  # encrypted, as in a run
             ways = [f"{TCP}{second.address} {my_key}", f"{TCP}{first.address} {others_key}"]
         opened = ray.get(
             [
-                other.open.remote(number, out.number, ways[0]),
-                mine.open.remote(number, back.number, ways[1]),
+                other.call.remote("open", {out.number: ways[0]}),
+                mine.call.remote("open", {back.number: ways[1]}),
             ],
             timeout=WITNESS_SECONDS,
         )
         addresses = {**opened[0], **opened[1]}
-        joined = [w.join.remote(number, addresses) for w in (mine, other)]
+        joined = [w.call.remote("join", addresses) for w in (mine, other)]
         ray.get(joined, timeout=LINK_SECONDS)
-        answered = other.answer.remote(number)
-        link, _ = ray.get([mine.measure.remote(number), answered], timeout=LINK_SECONDS)
-        ray.get([w.close.remote(number) for w in (mine, other)], timeout=LINK_SECONDS)
+        answered = other.call.remote("answer", number)
+        link, _ = ray.get([mine.call.remote("measure", number), answered], timeout=LINK_SECONDS)
+        ray.get([w.call.remote("close") for w in (mine, other)], timeout=LINK_SECONDS)
     except GetTimeoutError:
         why = f"nothing within {LINK_SECONDS:.0f} s"
         return LinkFacts(first=i, second=j, error=why)
     except RayError as error:
-        return LinkFacts(first=i, second=j, error=_last_line(error))
+        return LinkFacts(first=i, second=j, error=last_line(error))
     rate = None if link.bytes_per_second == float("inf") else link.bytes_per_second
     way = ways[0].partition(":")[0]
     return LinkFacts(first=i, second=j, way=way, seconds=link.seconds, bytes_per_second=rate)
-
-
-def _last_line(error: BaseException) -> str:
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    return lines[-1] if lines else type(error).__name__
 
 
 if __name__ == "__main__":

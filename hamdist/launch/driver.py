@@ -13,15 +13,14 @@ import signal
 import socket
 import sys
 import threading
-import time
 import warnings
+from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
 from tempfile import mkdtemp
 from typing import TYPE_CHECKING, Any
 
 from hamdist.config import Settings
-from hamdist.display.network import PlacedNetwork
 from hamdist.errors import (
     FAILED,
     INTERRUPTED,
@@ -38,14 +37,12 @@ from hamdist.launch.events import (
     FilesStay,
     Listening,
     ResultValues,
-    Started,
-    WarningEvent,
     file_events,
-    moved,
     tell,
 )
 from hamdist.launch.package import SETTINGS, JobSpec, read_order
-from hamdist.runtime.results.progress_events import ProgressPace
+from hamdist.runtime.results.events import RunBegun, Warned
+from hamdist.runtime.results.progress_events import ProgressEvents
 from hamdist.runtime.results.result import Progress
 from hamdist.study.shared.recipes import load_settings
 
@@ -89,14 +86,8 @@ def _run(folder: Path, lost: str | None) -> Ended:
         data = load_stream(order.stream, settings.stream.names, settings.model_loss)
     resume = order.resume if lost is None else _found_again(order, lost)
     batch = settings.stream.batch if data is None else None
-    tell(
-        Started(
-            title=f"{settings.name}, {settings.level.value}",
-            batch=batch,
-            level=settings.level.value,
-            seed=settings.seed,
-        )
-    )
+    title = f"{settings.name}, {settings.level.value}"
+    tell(RunBegun.of(_as_given(settings, as_sent), title, batch))
     if order.live is not None:
         warnings.showwarning = _warn
         return _serve(order, settings, factory)
@@ -111,7 +102,7 @@ def _run(folder: Path, lost: str | None) -> Ended:
             settings,
             factory=factory,
             data=data,
-            on_progress=_Teller(),
+            on_progress=_teller(settings),
             resume=resume,
         )
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # it has ended; what is left is to hand it over
@@ -122,7 +113,7 @@ def _run(folder: Path, lost: str | None) -> Ended:
         tell(ResultValues(title=run_title(run, settings.name), facts=run_facts(run)))
         for warning in dict.fromkeys(run.warnings):
             if warning != run.failure:
-                tell(WarningEvent(warning=warning))
+                _warn(warning)
         results.handed_over = _hand_over(results.path, order)
     code = FAILED if run.failure is not None else INTERRUPTED if run.interrupted else 0
     if code == 0 and order.own_snapshots:
@@ -155,7 +146,7 @@ def _serve(order: JobSpec, settings: Settings, factory: ModelFactory | None) -> 
             suppress(KeyboardInterrupt),
             serving(run, host, port, out=out) as served,
         ):
-            show = _Teller()
+            show = _teller(settings)
             run.settle()  # Ray has set handlers of its own by then
             signal.signal(signal.SIGINT, signal.default_int_handler)
             tell(Listening(address=served.address, token=served.token))
@@ -240,18 +231,15 @@ def _files(folder: Path) -> list[Path]:
     return sorted(path for path in folder.iterdir() if path.is_file())
 
 
-class _Teller:
-    """Reports a run's progress, less and less often; a phase of its start at once."""
+def _teller(settings: Settings) -> Callable[[Progress], None]:
+    """Return a function that writes the events of a run's progress into the log."""
+    events = ProgressEvents(settings.level.value, settings.seed)
 
-    def __init__(self) -> None:
-        self._pace = ProgressPace()
-        self._network: PlacedNetwork | None = None  # that was told
-        self._began = time.monotonic()
+    def note(progress: Progress) -> None:
+        for event in events(progress):
+            _warn(event.text) if isinstance(event, Warned) else tell(event)
 
-    def __call__(self, progress: Progress) -> None:
-        if progress.phase is not None or self._pace.due(time.monotonic() - self._began):
-            tell(moved(progress, network=progress.network != self._network))
-            self._network = progress.network
+    return note
 
 
 def _end_with_the_job() -> None:
@@ -266,8 +254,13 @@ def _end_with_the_job() -> None:
     threading.Thread(target=listen, name="hamdist-job", daemon=True).start()
 
 
+_warned_of: set[str] = set()
+
+
 def _warn(message: Warning | str, *_: object, **__: object) -> None:
-    tell(WarningEvent(warning=str(message)))
+    if str(message) not in _warned_of:
+        _warned_of.add(str(message))
+        tell(Warned(text=str(message)))
 
 
 if __name__ == "__main__":

@@ -14,7 +14,7 @@ from hamdist.models.build import ModelFactory
 from hamdist.runtime.placement.assign_blocks import by_parameters, place
 from hamdist.runtime.placement.assign_hosts import ActorOptions, HostInfo, options_of_actors
 from hamdist.runtime.placement.requirements import requirements
-from hamdist.runtime.plan.block_settings import block_settings
+from hamdist.runtime.plan.dtypes import block_settings
 from hamdist.runtime.plan.plan import Plan
 from hamdist.study.run.export import planned
 from hamdist.study.run.run import DataFactory, torch_dtype

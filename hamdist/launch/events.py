@@ -1,12 +1,11 @@
-"""Events of a run on a cluster for the terminal that started it: lines in the job's log.
+"""Events of a job on a cluster for the terminal that started it: lines in the job's log.
 
 Ray's Jobs API sends the log over HTTP, from the start, to any terminal that attaches, also when the
 job has ended; so a terminal needs no other connection to the cluster. An event is a line `#hamdist
 ` with JSON; anything else (a traceback, a print of the user's model) is text and shown unchanged.
-The files of the result come as the last lines, in base64, with their SHA-256.
-
-Progress is reported at most once a second and ever less often, so that a log stays small: with
-pauses of max(1, t / 2000) seconds at time t, T seconds give at most 2000 (1 + ln(T / 2000)) lines.
+What happens in the run are the events of every run (runtime/results/events.py), which come ever
+less often, so that a log stays small (progress_events.py). Here are those of the job besides. The
+files of the result come as the last lines, in base64, with their SHA-256.
 """
 
 from __future__ import annotations
@@ -18,18 +17,15 @@ import json
 import os
 import sys
 from collections.abc import Iterator
-from dataclasses import replace
 from pathlib import Path
 from typing import Annotated, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, StringConstraints, TypeAdapter, ValidationError
 
-from hamdist.dynamics.objective.prequential import merge_windows
-from hamdist.runtime.results.result import Progress
+from hamdist.runtime.results.events import RunEvent, from_values
 
 PREFIX = "#hamdist "
 PART_BYTES = 48 * 2**10
-MOST_BLOCKS = 64
 
 # No path, no hidden file: a name comes from the cluster and becomes a file of the user's.
 FileName = Annotated[str, StringConstraints(pattern=r"^[A-Za-z0-9_][\w.-]*$", max_length=200)]
@@ -38,16 +34,6 @@ ByteCount = Annotated[int, Field(ge=0)]
 
 class _Event(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True)
-
-
-class Started(_Event):
-    """The driver has started; `batch` is the rows of a sample, None if unknown."""
-
-    event: Literal["started"] = "started"
-    title: str
-    batch: int | None
-    level: str | None = None
-    seed: int | None = None
 
 
 class Listening(_Event):
@@ -64,20 +50,6 @@ class DriverLost(_Event):
     event: Literal["lost"] = "lost"
     signal: str
     tick: int
-
-
-class Progressed(_Event):
-    """A `Progress` with two windows (all but the last one merged, and the last), its first blocks,
-    and the measurements of its first processes; its network comes once.
-    """
-
-    event: Literal["moved"] = "moved"
-    progress: Progress
-
-
-class WarningEvent(_Event):
-    event: Literal["said"] = "said"
-    warning: str
 
 
 class ResultValues(_Event):
@@ -136,25 +108,15 @@ class Ended(_Event):
     resume: str | None = None
 
 
-JobEvent = (
-    Started
-    | Listening
-    | DriverLost
-    | Progressed
-    | WarningEvent
-    | ResultValues
-    | File
-    | FileChunk
-    | FilesStay
-    | DoctorReport
-    | Ended
-)
-_events: TypeAdapter[JobEvent] = TypeAdapter(Annotated[JobEvent, Field(discriminator="event")])
+_Own = Listening | DriverLost | ResultValues | File | FileChunk | FilesStay | DoctorReport | Ended
+JobEvent = _Own | RunEvent
+_events: TypeAdapter[_Own] = TypeAdapter(Annotated[_Own, Field(discriminator="event")])
 
 
 def to_line(event: JobEvent) -> str:
     """Return the event as ASCII, without the line's end."""
-    return PREFIX + json.dumps(event.model_dump())
+    values = event.as_json() if isinstance(event, RunEvent) else event.model_dump()
+    return PREFIX + json.dumps(values)
 
 
 _cut = False  # whether the last line was not written to its end
@@ -163,8 +125,7 @@ _cut = False  # whether the last line was not written to its end
 def tell(event: JobEvent) -> bool:
     """Write `event` into this process's log, in one write that no other output can split.
 
-    Returns:
-        True if it was written: a log on a full disk ends no run.
+    False if it was not written: a log on a full disk ends no run.
     """
     global _cut
     data = ("\n" * _cut + to_line(event) + "\n").encode("ascii")
@@ -182,22 +143,13 @@ def from_line(line: str) -> tuple[str, JobEvent | None]:
     if not prefix:
         return line, None
     try:
-        return text, _events.validate_json(body)
-    except ValidationError:
+        values = json.loads(body)
+    except ValueError:
         return line, None
-
-
-def moved(progress: Progress, *, network: bool = True) -> Progressed:
-    """Return what the terminal is shown of a run's progress."""
-    windows = list(progress.windows)
-    brief = windows[-1:]
-    if len(windows) > 1:
-        brief = [merge_windows(windows[:-1]), windows[-1]]
-    blocks = progress.blocks[:MOST_BLOCKS]
-    actors = dict(list(progress.actors.items())[:MOST_BLOCKS])
-    known = progress.network if network else None
-    reduced = replace(progress, windows=brief, blocks=blocks, actors=actors, network=known)
-    return Progressed(progress=replace(reduced, others={}))
+    event: JobEvent | None = from_values(values) if isinstance(values, dict) else None
+    with contextlib.suppress(ValidationError):
+        event = _events.validate_python(values)
+    return (line, None) if event is None else (text, event)
 
 
 def file_events(path: Path, most: int) -> Iterator[JobEvent]:

@@ -6,7 +6,6 @@ import base64
 import binascii
 import hashlib
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import replace
 from pathlib import Path
 from typing import BinaryIO
 
@@ -18,13 +17,9 @@ from hamdist.launch.events import (
     FileChunk,
     FilesStay,
     JobEvent,
-    Progressed,
-    Started,
-    WarningEvent,
     from_line,
 )
-from hamdist.runtime.results.events import EventListener, FolderEnded, RunBegun, Warned
-from hamdist.runtime.results.progress_events import ProgressEvents
+from hamdist.runtime.results.events import EventListener, FolderEnded, RunEvent
 from hamdist.study.shared.result_folder import prepare_folder
 
 
@@ -146,21 +141,12 @@ class Results:
 
 def mirror_events(lines: Iterable[str], emit: EventListener) -> None:
     """Hand the events of a run's log, as they come, to `emit`."""
-    events: ProgressEvents | None = None
     for line in lines:
         _, event = from_line(line)
-        if isinstance(event, Started):
-            events = ProgressEvents(event.level, event.seed)
-            head = events.head
-            emit(RunBegun(title=event.title, engine="ray", batch=event.batch, **head))
-        elif isinstance(event, Progressed) and events is not None:
-            latest = event.progress.windows[-1:]  # (before it: all others in one)
-            for one in events(replace(event.progress, windows=latest)):
-                emit(one)
-        elif isinstance(event, (WarningEvent, Ended)) and events is not None:
-            failed = event.error if isinstance(event, Ended) else None
-            text = event.warning if isinstance(event, WarningEvent) else "ended"
-            emit(FolderEnded(error=failed) if isinstance(event, Ended) else Warned(text=text))
+        if isinstance(event, RunEvent):
+            emit(event)
+        elif isinstance(event, Ended):
+            emit(FolderEnded(error=event.error))
 
 
 def follow(

@@ -7,7 +7,6 @@ import asyncio
 import logging
 import os
 import re
-import socket
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -18,10 +17,11 @@ from urllib.parse import urlsplit
 
 from hamdist.errors import ClusterError, SettingsError
 from hamdist.launch.cluster_file import JOBS_PORT, ClusterSettings
-from hamdist.launch.ray_environment import TOKEN_MODE, TOKEN_PATH, need_extras
+from hamdist.launch.ray_environment import need_extras
 from hamdist.runtime.placement.assign_hosts import HostInfo, described
+from hamdist.runtime.ray_engine import auth_token
+from hamdist.runtime.ray_engine.cluster_hosts import knock
 
-KNOCK_SECONDS = 5.0
 # A log that says nothing for so long: is the job still there?
 QUIET_SECONDS = 10.0
 # Without contact for so long, the terminal gives up (the run does not).
@@ -84,8 +84,8 @@ class Jobs:
         self.cluster = cluster
         self._knock()
         if cluster.token is not None:
-            os.environ[TOKEN_MODE] = "token"
-            os.environ[TOKEN_PATH] = str(Path(cluster.token).expanduser().resolve())
+            os.environ[auth_token.MODE] = "token"
+            os.environ[auth_token.FILE] = str(Path(cluster.token).expanduser().resolve())
         from ray.job_submission import JobSubmissionClient
 
         for name in _TALKERS:
@@ -212,8 +212,7 @@ class Jobs:
         """Raise ClusterError if no process listens; Ray itself would try for minutes."""
         where = urlsplit(self.cluster.jobs)
         try:
-            own = (where.hostname or "", where.port or JOBS_PORT)
-            socket.create_connection(own, KNOCK_SECONDS).close()
+            knock(f"{where.hostname}:{where.port or JOBS_PORT}")
         except OSError as error:
             raise ClusterError(
                 f"{self.cluster.jobs}: no Jobs API of Ray answers there ({error}). It listens on "

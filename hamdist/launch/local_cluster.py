@@ -27,8 +27,9 @@ import yaml
 
 from hamdist.errors import ClusterError, SettingsError
 from hamdist.launch.cluster_file import FILE
-from hamdist.launch.ray_environment import HEALTH, MANNERS, TOKEN_MODE, TOKEN_PATH, need_extras
-from hamdist.runtime.ray_engine.local_ray import OBJECT_STORE_BYTES, short_folder
+from hamdist.launch.ray_environment import HEALTH, need_extras
+from hamdist.runtime.ray_engine import auth_token
+from hamdist.runtime.ray_engine.local_ray import OBJECT_STORE_BYTES, outlast, short_folder
 
 HEAD = "head.json"
 LOG = "ray.log"
@@ -109,11 +110,7 @@ def stop(folder: Path) -> bool:
     if found is not None:
         family = [found, *found.children(recursive=True)]
         found.terminate()
-        _, alive = psutil.wait_procs(family, timeout=END_SECONDS)
-        for process in alive:
-            with contextlib.suppress(psutil.NoSuchProcess):
-                process.kill()
-        psutil.wait_procs(alive, timeout=END_SECONDS)
+        outlast(family, END_SECONDS)
     shutil.rmtree(head.folder, ignore_errors=True)
     for name in (HEAD, FILE, TOKEN):
         (folder / name).unlink(missing_ok=True)
@@ -163,11 +160,11 @@ def _command(ray_folder: str, port: int, jobs_port: int, cpus: int | None) -> li
 
 def _environment(inherited: Mapping[str, str], token: Path) -> dict[str, str]:
     """Return the environment of Ray's processes: this Python first in the path, for the jobs."""
-    other = {"RAY_ADDRESS", "RAY_API_SERVER_ADDRESS", "RAY_AUTH_TOKEN"}
+    other = {"RAY_ADDRESS", "RAY_API_SERVER_ADDRESS", auth_token.TOKEN}
     rest = {name: value for name, value in inherited.items() if name not in other}
     path = os.pathsep.join([str(Path(sys.executable).parent), rest.get("PATH", os.defpath)])
-    mine = {"PATH": path, TOKEN_MODE: "token", TOKEN_PATH: str(token.resolve())}
-    return {**HEALTH, **MANNERS, **rest, **mine}
+    mine = {"PATH": path, auth_token.MODE: "token", auth_token.FILE: str(token.resolve())}
+    return {**HEALTH, **rest, **mine}
 
 
 def _check_free(port: int, option: str) -> None:

@@ -13,8 +13,9 @@ from __future__ import annotations
 from importlib.util import find_spec
 
 from hamdist.errors import ClusterError
+from hamdist.runtime.ray_engine.local_ray import RAY_SETTINGS
 
-HEALTH = {
+HEALTH = RAY_SETTINGS | {
     "RAY_health_check_initial_delay_ms": "1000",
     "RAY_health_check_period_ms": "1000",
     "RAY_health_check_timeout_ms": "2000",
@@ -24,17 +25,6 @@ HEALTH = {
     "RAY_grpc_client_keepalive_timeout_ms": "5000",
     "RAY_raylet_liveness_self_check_interval_ms": "2000",
 }
-# Ray's workers at the priority of other processes; no calls home; a driver without a share of a GPU
-# may still see them.
-MANNERS = {
-    "RAY_worker_niceness": "0",
-    "RAY_USAGE_STATS_ENABLED": "0",
-    "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
-}
-TOKEN_MODE = "RAY_AUTH_MODE"
-TOKEN_PATH = "RAY_AUTH_TOKEN_PATH"
-
-
 NEEDED = ("aiohttp", "requests", "opencensus", "prometheus_client")
 
 

@@ -15,11 +15,10 @@ from hamdist.streams.sample import InputSpec, Sample, SampleSpec, Stream, Target
 from hamdist.streams.smoothness import Smoothness
 from hamdist.streams.sources.arrays import ArrayStream
 from hamdist.streams.sources.characters import CharacterStream
-from hamdist.streams.sources.datasets import DataSet, digits
+from hamdist.streams.sources.datasets import DataSet, digits, mnist1d
 from hamdist.streams.sources.drift import DriftStream
 from hamdist.streams.sources.feeds import files, mqtt, read_json, socket
 from hamdist.streams.sources.images import cifar10, fashion_mnist, mnist
-from hamdist.streams.sources.mnist1d import mnist1d
 from hamdist.streams.sources.sequences import TokenStream
 from hamdist.streams.sources.signals import SignalStream
 from hamdist.streams.sources.texts import Vocabulary, load_glove, token_sequences

@@ -48,18 +48,9 @@ class Checker:
         self._ignore_index = ignore_index
         self._equal_batches = equal_batches
         self._stamped = stamped
-        self._last = -math.inf
+        self.last = -math.inf  # time stamp
         self._first = InputSpec(spec.u_shape, spec.u_dtype)
         self._one = TargetSpec(spec.y_shape, spec.y_dtype, spec.classes)  # where there is one
-
-    @property
-    def last(self) -> float:
-        """Return the latest time stamp."""
-        return self._last
-
-    @last.setter
-    def last(self, time: float) -> None:
-        self._last = time
 
     def check(self, n: int, sample: Sample) -> Sample:
         """Return a sample with u and y contiguous, aligned to 64 bytes, and alone in their storage.
@@ -125,12 +116,12 @@ class Checker:
                 f"sample {n} has no time stamp, but dynamics.tau is 'stamps': give every sample "
                 "its time in seconds, or set dynamics.tau"
             )
-        if not self._last < time < math.inf:
+        if not self.last < time < math.inf:
             raise StreamError(
-                f"sample {n} has time stamp {time:g} s, the one before {self._last:g} s: time "
+                f"sample {n} has time stamp {time:g} s, the one before {self.last:g} s: time "
                 "stamps have to increase; put the samples in order, or set dynamics.tau"
             )
-        self._last = time
+        self.last = time
 
     def _input(self, n: int, field: str, u: Tensor, spec: InputSpec) -> Tensor:
         _check_dtype(n, field, u, spec.dtype)

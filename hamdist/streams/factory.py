@@ -22,11 +22,9 @@ from hamdist.errors import SettingsError
 from hamdist.streams.sample import Stream
 from hamdist.streams.sources.arrays import ArrayStream
 from hamdist.streams.sources.characters import CharacterStream, character_parts, held_out_windows
-from hamdist.streams.sources.datasets import DataSet, digits
+from hamdist.streams.sources.datasets import DataSet, digits, mnist1d, validation_split
 from hamdist.streams.sources.drift import DriftStream
 from hamdist.streams.sources.images import IMAGE_FILES, read_images
-from hamdist.streams.sources.mnist1d import mnist1d
-from hamdist.streams.sources.parts import validation_split
 from hamdist.streams.sources.sequences import TokenStream
 from hamdist.streams.sources.signals import SignalStream
 from hamdist.streams.sources.text_files import CLASSES, Texts
@@ -85,15 +83,7 @@ def _source(settings: StreamSettings, seed: int, dtype: torch.dtype) -> Stream:
 
 def _canvas(data: DataSet, settings: StreamSettings, seed: int) -> Canvas:
     own = settings.canvas or CanvasSettings()
-    return Canvas(
-        data.train,
-        side=own.side,
-        frames=own.frames,
-        fade=own.fade,
-        speed=own.speed,
-        background=_background(data),
-        seed=seed,
-    )
+    return Canvas(data.train, **dict(own), background=_background(data), seed=seed)
 
 
 def _background(data: DataSet) -> float:
@@ -243,30 +233,11 @@ def _fixed(
 
 
 def _signal(settings: StreamSettings, seed: int, dtype: torch.dtype) -> SignalStream:
-    signal = settings.signal
-    return SignalStream(
-        signal.kind,
-        amplitude=signal.amplitude,
-        offset=signal.offset,
-        period=signal.period,
-        tau=signal.tau,
-        dwell=signal.dwell,
-        seed=seed,
-        dtype=dtype,
-    )
+    return SignalStream(**dict(settings.signal), seed=seed, dtype=dtype)
 
 
 def _drift(settings: StreamSettings, seed: int, dtype: torch.dtype) -> DriftStream:
-    drift = settings.drift
-    return DriftStream(
-        features=drift.features,
-        classes=drift.classes,
-        period=drift.period,
-        noise=drift.noise,
-        batch=settings.batch,
-        seed=seed,
-        dtype=dtype,
-    )
+    return DriftStream(**dict(settings.drift), batch=settings.batch, seed=seed, dtype=dtype)
 
 
 def _data_set(settings: StreamSettings, seed: int, dtype: torch.dtype) -> DataSet:

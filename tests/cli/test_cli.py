@@ -151,7 +151,7 @@ def test_without_arguments_the_recipe_digits(what: str, monkeypatch: pytest.Monk
     def load(source: str, *_: object) -> None:
         raise Loaded(source)
 
-    monkeypatch.setattr(f"hamdist.cli.{what}.load", load)
+    monkeypatch.setattr("hamdist.study.shared.recipes.load_settings", load)
     result = command(what)
     assert isinstance(result.exception, Loaded)
     assert result.exception.args == ("digits",)

@@ -21,8 +21,9 @@ from hamdist.config import Settings, read_settings
 from hamdist.dynamics.vjp.seeding import OwnGenerator
 from hamdist.errors import ClusterError, SettingsError, SnapshotError
 from hamdist.launch.driver import _hand_over, _Results
-from hamdist.launch.events import File, FilesStay, WarningEvent, from_line, tell
+from hamdist.launch.events import File, FilesStay, from_line, tell
 from hamdist.launch.follow import Results
+from hamdist.runtime.results.events import Warned
 from hamdist.runtime.storage.snapshot_files import (
     Manifest,
     SnapshotFile,
@@ -162,11 +163,11 @@ def test_a_full_disk_of_the_log_ends_no_run(monkeypatch, capfd):
         return write(descriptor, data)
 
     monkeypatch.setattr(os, "write", half)
-    assert not tell(WarningEvent(warning="lost"))
+    assert not tell(Warned(text="lost"))
     full.clear()
-    assert tell(WarningEvent(warning="written"))
+    assert tell(written := Warned(text="written"))
     read = [from_line(line)[1] for line in capfd.readouterr().out.splitlines()]
-    assert read == [None, WarningEvent(warning="written")]
+    assert read == [None, written]
 
 
 @pytest.mark.parametrize("written", [True, False])

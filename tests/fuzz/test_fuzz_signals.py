@@ -15,9 +15,8 @@ from hypothesis import strategies as st
 
 from hamdist.dynamics.schedule.events import Kind, Stamp
 from hamdist.errors import WireError
-from hamdist.runtime.signals.interrupts import Aborted
 from hamdist.runtime.signals.packing import APART, FORMAT, HEADER, MAGIC, Packer
-from hamdist.runtime.signals.signal import Channel, Signal
+from hamdist.runtime.signals.signal import Aborted, Channel, Signal
 from hamdist.runtime.transport import ring
 from hamdist.runtime.transport import shared_memory as shared
 from hamdist.runtime.transport.endpoint import EndpointContext, socket_folder

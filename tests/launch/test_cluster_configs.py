@@ -15,7 +15,7 @@ import pytest
 import yaml
 
 from hamdist.launch.cluster_file import ClusterSettings, read_cluster
-from hamdist.launch.ray_environment import HEALTH, MANNERS
+from hamdist.launch.ray_environment import HEALTH
 
 ROOT = Path(__file__).parents[2]
 FOLDER = ROOT / "cluster-configs"
@@ -40,7 +40,7 @@ def test_every_file_says_how_it_was_verified_and_names_no_site(path):
 def test_ray_is_told_the_same_everywhere():
     lines = (FOLDER / "ray.env").read_text().splitlines()
     told = dict(line.split("=", 1) for line in lines if not line.startswith("#"))
-    assert told == {**HEALTH, **MANNERS}
+    assert told == HEALTH
     for name in [*(f"{n}.yaml" for n in RAY_UP), "one-machine.sh", "slurm.sbatch"]:
         text = (FOLDER / name).read_text()
         assert "ray.env" in text, name
@@ -261,7 +261,7 @@ def test_slurm_starts_ray_on_every_host_runs_and_leaves_nothing(slurm):
             "hamdist run digits --out o --engine ray --set engine.address=n1:20017",
         ]
     )
-    assert int((folder / "env").read_text()) == len({**HEALTH, **MANNERS}) + 2
+    assert int((folder / "env").read_text()) == len(HEALTH) + 2
     assert (folder / "mode").read_text().strip() == "600"
     assert not list(folder.glob(".hamdist-*"))
     for pid in (folder / "pids").read_text().split():

@@ -29,12 +29,8 @@ from hamdist.launch.events import (
     DriverLost,
     Ended,
     FilesStay,
-    Progressed,
-    Started,
-    WarningEvent,
     file_events,
     from_line,
-    moved,
     to_line,
 )
 from hamdist.launch.follow import Results, follow
@@ -44,7 +40,8 @@ from hamdist.launch.submit import kept_at, make_id, resumed_from
 from hamdist.models.build import load_factory
 from hamdist.runtime.placement.assign_hosts import HostInfo
 from hamdist.runtime.placement.links import Probe
-from hamdist.runtime.results.progress_events import ProgressPace
+from hamdist.runtime.results.events import RunBegun, Warned
+from hamdist.runtime.results.progress_events import ProgressEvents, ProgressPace
 from hamdist.runtime.results.result import BlockProgress, Progress
 from hamdist.study.run.own_data import load_stream
 from hamdist.study.shared.recipes import load_settings
@@ -145,11 +142,10 @@ PROGRESS = Progress(
 
 def test_events_survive_the_log():
     events = [
-        Started(title="a [b]: é", batch=8),
-        moved(PROGRESS),
-        moved(Progress(0.0, 0, None, [], [], phase="ray")),
-        Progressed(progress=Progress(1.0, 1, 2, [Window(0, 0, 1, float("inf"), 0, 0)], [])),
-        WarningEvent(warning="line\nline"),
+        RunBegun(title="a [b]: é", engine="ray", batch=8),
+        *ProgressEvents("trace", 1)(PROGRESS),
+        *ProgressEvents()(Progress(0.0, 0, None, [], [], phase="ray")),
+        Warned(text="line\nline"),
         Ended(code=1, error="e", details="d\nd"),
     ]
     for event in events:
@@ -157,12 +153,6 @@ def test_events_survive_the_log():
         assert line.isascii()
         assert "\n" not in line
         assert from_line("text" + line) == ("text", event)
-
-
-def test_progress_is_told_in_two_windows():
-    told = moved(PROGRESS).progress
-    assert told.windows == [Window(0, 9, 10, 7.5, 10, 40), WINDOWS[2]]
-    assert (told.samples, told.steps, told.note) == (14, 100, "note")
 
 
 @pytest.mark.parametrize(
@@ -620,19 +610,19 @@ def test_what_is_wrong_with_hosts(found, verdict, words):
 def test_links_are_measured_encrypted():
     mine, other = HostProbe(), HostProbe()
     there, back = Probe.channels(0)
-    my_key, others_key = (witness.new_key(7, 0) for witness in (mine, other))
-    addresses = other.open(0, there.number, f"tcp://127.0.0.1 {my_key}")
-    addresses |= mine.open(0, back.number, f"tcp://127.0.0.1 {others_key}")
+    my_key, others_key = (witness.new_key(7) for witness in (mine, other))
+    addresses = other.call("open", {there.number: f"tcp://127.0.0.1 {my_key}"})
+    addresses |= mine.call("open", {back.number: f"tcp://127.0.0.1 {others_key}"})
     keys = {n: address.partition(" ")[2] for n, address in addresses.items()}
     assert keys == {there.number: others_key, back.number: my_key}
     for witness in (mine, other):
-        witness.join(0, addresses)
-    thread = threading.Thread(target=other.answer, args=(0,))
+        witness.call("join", addresses)
+    thread = threading.Thread(target=other.call, args=("answer", 0))
     thread.start()
-    link = mine.measure(0)
+    link = mine.call("measure", 0)
     thread.join()
     for witness in (mine, other):
-        witness.close(0)
+        witness.call("close")
     assert link.seconds > 0
 
 
@@ -696,26 +686,17 @@ def test_no_second_one_and_no_port_of_others(tmp_path, bystander, monkeypatch):
 
 
 def test_the_log_of_a_launched_run_becomes_events():
-    """`hamdist view ID`: the newest window each time, warnings and the end."""
-    from dataclasses import replace
-
-    from hamdist.launch.events import Started, WarningEvent, to_line
+    """`hamdist view ID`: the run's events as they are, and the end."""
     from hamdist.launch.follow import mirror_events
-    from hamdist.runtime.results.events import WindowFull, read_events
 
-    later = replace(PROGRESS, windows=[*PROGRESS.windows, Window(15, 28, 14, 7.0, 10, 14)])
     told = [
-        Started(title="t", batch=4, level="trace", seed=1),
-        moved(PROGRESS),
-        WarningEvent(warning="mind"),
-        moved(later),
-        Ended(code=0),
+        RunBegun(title="t", engine="ray", batch=4, level="trace", seed=1),
+        *ProgressEvents("trace", 1)(PROGRESS),
+        Warned(text="mind"),
+        DriverLost(signal="SIGKILL", tick=7),
     ]
     found = []
-    mirror_events([*map(to_line, told), "a print of the model"], found.append)
-    assert list(read_events(e.to_line() for e in found)) == found
-    assert [e.name for e in found if e.name not in ("progress", "blocks")] == [
-        *("run", "window", "warning", "window", "ended"),
-    ]
-    windows = [(e.first, e.last) for e in found if isinstance(e, WindowFull)]
-    assert windows == [(PROGRESS.windows[-1].first, PROGRESS.windows[-1].last), (15, 28)]
+    lines = [*map(to_line, [*told, Ended(code=1, error="e")]), "a print of the model"]
+    mirror_events(lines, found.append)
+    assert found[:-1] == told[:-1]
+    assert (found[-1].name, found[-1].error) == ("ended", "e")

@@ -15,7 +15,6 @@ if TYPE_CHECKING:
     from hamdist.launch.events import Ended, ResultValues
     from hamdist.launch.follow import Results
     from hamdist.launch.jobs_api import Jobs
-    from hamdist.runtime.process.interrupts import OnProgress
 
 
 def results_in(out: Path | None, overwrite: bool) -> Results:
@@ -57,46 +56,36 @@ def _watch(
     jobs: Jobs, name: str, results: Results, display: Display
 ) -> tuple[Ended | None, ResultValues | None]:
     """Show the run's events. Returns how it ended (None: without an event), and its facts."""
-    from hamdist.launch.events import (
-        DriverLost,
-        Ended,
-        Listening,
-        Progressed,
-        ResultValues,
-        Started,
-        WarningEvent,
-    )
+    from hamdist.launch.events import DriverLost, Ended, Listening, ResultValues
     from hamdist.launch.follow import follow
+    from hamdist.runtime.results.events import RunEvent, Warned
 
     display.note(f"{name}: waiting for the cluster")
-    show: OnProgress | None = None
     reached: ResultValues | None = None
     early: list[str] = []  # Ray's own words, which matter where nothing of ours follows
 
     def say(text: str) -> None:
-        if show is None:
-            early.append(text)
-        else:
+        if display.follows:
             display.say(text)
+        else:
+            early.append(text)
 
     for event in follow(jobs.lines(name), results, say):
-        if isinstance(event, Started):
-            show = display.watch(event.title, event.batch)
+        if isinstance(event, Warned):
+            warn(event.text)
+        elif isinstance(event, RunEvent):
+            display.take(event)
         elif isinstance(event, Listening):
             note(f"Served at {event.address}: hamdist.attach({name!r}) talks to it")
         elif isinstance(event, DriverLost):
             place = f"goes on from tick {event.tick}" if event.tick else "begins again"
             warn(f"the driver was lost ({event.signal}); the run {place}")
-        elif isinstance(event, Progressed) and show is not None:
-            show(event.progress)
-        elif isinstance(event, WarningEvent):
-            warn(event.warning)
         elif isinstance(event, ResultValues):
             reached = event
             display.note(f"{event.title}: fetching the results")
         elif isinstance(event, Ended):
             return event, reached
-    for text in early if show is None else []:
+    for text in [] if display.follows else early:
         display.say(text)
     return None, reached
 

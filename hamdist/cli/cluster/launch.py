@@ -13,20 +13,7 @@ from rich.text import Text
 from hamdist.cli.cluster.cluster import ClusterOption, jobs_of
 from hamdist.cli.cluster.follow import follow_run, results_in
 from hamdist.cli.console import complain, console, note, print_notes, print_rows, report, say, warn
-from hamdist.cli.options import (
-    LevelOption,
-    ModelOption,
-    OutOption,
-    OverwriteOption,
-    SeedOption,
-    SetOption,
-    SettingsArgument,
-    StepsOption,
-    StreamOption,
-    changes,
-    load,
-)
-from hamdist.cli.prepare import own_stream, prepare
+from hamdist.cli.options import OutOption, OverwriteOption, RunOptions, SettingsArgument
 from hamdist.errors import FAILED, ClusterError, SettingsError
 
 if TYPE_CHECKING:
@@ -39,12 +26,8 @@ IdArgument = Annotated[str, typer.Argument(metavar="ID", help="See `hamdist runs
 def launch(
     settings: SettingsArgument,
     cluster: ClusterOption = None,
-    level: LevelOption = None,
-    seed: SeedOption = None,
-    steps: StepsOption = None,
-    set_: SetOption = None,
-    model: ModelOption = None,
-    stream: StreamOption = None,
+    *,
+    options: Annotated[RunOptions, "level seed steps set_ model stream"],
     out: OutOption = None,
     overwrite: OverwriteOption = False,
     resume: Annotated[
@@ -72,7 +55,7 @@ def launch(
     """Run on a cluster, as a Ray job: it goes on when this terminal is closed."""
     if detach and out is not None:
         raise SettingsError("--out with --detach: fetch the results with hamdist attach --out")
-    if live and stream is not None:
+    if live and options.stream is not None:
         raise SettingsError("--stream with --live: a live run has no stream but its clients")
     from hamdist.launch.cluster_file import find_cluster
     from hamdist.launch.package import on_ray
@@ -80,11 +63,11 @@ def launch(
 
     where = find_cluster(cluster)
     begin = None if resume is None else resumed_from(resume, where)
-    loaded = load(settings, set_, changes(level=level, seed=seed, steps=steps))
+    loaded = options.load(settings)
     run_settings = on_ray(loaded.for_level(loaded.level))
     keeps_snapshots = kept_at(run_settings, where, "") is not None
     results = results_in(None if dry_run else out, overwrite)
-    factory, data = prepare(None, model), own_stream(stream, run_settings)
+    factory, data = options.factory(), options.data(run_settings)
 
     from hamdist.launch.jobs_api import Jobs
 
@@ -92,13 +75,14 @@ def launch(
     if dry_run:
         from hamdist.launch.dry_run import dry_run as work_out
 
-        named = {"--model": model, "--stream": stream}
+        named = {"--model": options.model, "--stream": options.stream}
         _print_plan(work_out(run_settings, named, factory, data, where, jobs.hosts()))
         return
 
     if not keeps_snapshots:
         warn(NOTHING_KEPT)
-    name = submit_run(jobs, run_settings, model, begin, stream, (host, port) if live else None)
+    live_at = (host, port) if live else None
+    name = submit_run(jobs, run_settings, options.model, begin, options.stream, live_at)
     report(id=name)
     say(name)
     if not detach:

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from hamdist.cli.console import note, print_table, report, say
-from hamdist.cli.prepare import command_line
+from hamdist.cli.options import command_line
 
 if TYPE_CHECKING:
     from hamdist.study.grid.work import RunRecord

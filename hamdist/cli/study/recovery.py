@@ -8,8 +8,7 @@ from typing import Annotated
 import typer
 
 from hamdist.cli.console import note, print_table, say_written
-from hamdist.cli.options import OutOption, OverwriteOption, names
-from hamdist.cli.prepare import command_line
+from hamdist.cli.options import OutOption, OverwriteOption, command_line, names
 from hamdist.errors import FAILED, SettingsError
 from hamdist.study.shared.result_folder import free_folder
 
@@ -52,7 +51,7 @@ def recovery(
         recovery_table,
         save_recovery,
     )
-    from hamdist.study.gradient_descent.rows import RowWorkers, jobs
+    from hamdist.study.gradient_descent.scenarios import RowWorkers, jobs
 
     rows_to_make = jobs(
         tuple(MODELS) if models is None else names(models),

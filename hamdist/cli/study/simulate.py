@@ -8,31 +8,11 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from hamdist.cli.console import (
-    note,
-    print_facts,
-    print_rows,
-    report,
-    say,
-    warn,
-)
-from hamdist.cli.options import (
-    JsonFileOption,
-    LevelOption,
-    ModelOption,
-    SeedOption,
-    SetOption,
-    SettingsArgument,
-    StepsOption,
-    StreamOption,
-    changes,
-    level_names,
-    load,
-)
-from hamdist.cli.prepare import json_file, own_stream, prepare
+from hamdist.cli.console import note, print_facts, print_rows, report, say, warn
+from hamdist.cli.options import JsonFileOption, RunOptions, SettingsArgument, json_file, level_names
 from hamdist.config import EngineKind
 from hamdist.errors import SettingsError
-from hamdist.study.shared.result_folder import results_of
+from hamdist.study.shared.result_folder import prepare_folder, results_of
 
 if TYPE_CHECKING:
     from hamdist.study.simulate.simulate import PlacedRun, Planner
@@ -42,6 +22,7 @@ SHOWN = 8  # blocks of an actor
 
 def simulate(
     settings: SettingsArgument,
+    *,
     hosts: Annotated[
         Path, typer.Option("--hosts", metavar="FILE", help="The cluster (how-to: simulate).")
     ],
@@ -59,20 +40,14 @@ def simulate(
         typer.Option("--out", help="Folder of --sweep.", show_default="results/NAME-simulated"),
     ] = None,
     json_: JsonFileOption = None,
-    level: LevelOption = None,
-    seed: SeedOption = None,
-    steps: StepsOption = None,
-    set_: SetOption = None,
-    model: ModelOption = None,
-    stream: StreamOption = None,
+    options: Annotated[RunOptions, "level seed steps set_ model stream"],
 ) -> None:
     """Predict a run on a cluster before there is one: throughput, limits, memory, and weights."""
     if not sweep and (levels or out):
         raise SettingsError("--levels and --out belong to --sweep")
     json_ = json_file(json_)
-    options = changes(level=level, engine=EngineKind.RAY, seed=seed, steps=steps)
-    loaded = load(settings, set_, options)
-    factory = prepare(None, model)
+    loaded = options.load(settings, engine={"kind": EngineKind.RAY.value})
+    factory = options.factory()
 
     from hamdist.study.report.files import to_json
     from hamdist.study.shared.result_folder import write_file
@@ -85,7 +60,7 @@ def simulate(
     cluster, notes = read_host_plan(hosts)
     for text in notes:
         warn(text)
-    data = own_stream(stream, own)
+    data = options.data(own)
     planner = Planner(cluster, factory, data)
     folder = out or results_of(f"{own.name}-simulated")
     if sweep:
@@ -113,7 +88,7 @@ def _swept(
     from hamdist.study.simulate.sweep import sweep, write_sweep
 
     others = level_names(levels) if levels else []
-    prepare(folder, None)
+    prepare_folder(folder)
     pairs = [(one, simulated(one, own.seed)) for one in sweep(own, planner, others, note)]
     pairs.sort(key=lambda pair: -pair[1]["samples_per_second"])
     files = write_sweep(folder, [one for one, _ in pairs])

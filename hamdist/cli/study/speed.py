@@ -9,8 +9,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from hamdist.cli.console import note, print_table, say_written
-from hamdist.cli.options import ModelOption, OverwriteOption, given
-from hamdist.cli.prepare import command_line, prepare
+from hamdist.cli.options import OverwriteOption, RunOptions, command_line, given
 from hamdist.cli.study.grid import ChosenOption, StudySetOption, WorkersOption, run_grid
 from hamdist.display.progress import PLAIN_SECONDS
 from hamdist.errors import SettingsError
@@ -30,6 +29,7 @@ def speed(
             help="A study's YAML file, or a shipped one: accuracy against c (axes.speed).",
         ),
     ] = None,
+    *,
     speeds: Annotated[
         str | None,
         typer.Option(
@@ -54,7 +54,7 @@ def speed(
     width: Annotated[
         int | None, typer.Option("--width", min=1, help="Of its layers.", show_default="16")
     ] = None,
-    model: ModelOption = None,
+    options: Annotated[RunOptions, "model"],
     input_shape: Annotated[
         str | None,
         typer.Option("--input-shape", metavar="N,...", help="Of the model's input, without batch."),
@@ -72,7 +72,7 @@ def speed(
     SETTINGS the accuracy that is learned, against c."""
     asked = given({"speeds": speeds, "steps-ratio": steps_ratio, "streams": streams})
     if settings is not None:
-        others = {"depth": depth, "width": width, "model": model, "seeds": seeds}
+        others = {"depth": depth, "width": width, "model": options.model, "seeds": seeds}
         others["overwrite"] = overwrite or None
         of_gradients = {**asked, **given({**others, "input-shape": input_shape})}
         if of_gradients:
@@ -87,19 +87,19 @@ def speed(
             "--set, --chosen and --workers belong to a grid: name its SETTINGS, too"
         )
     out = Path("results/speed") if out is None else out
-    _speed(asked, seeds or SEEDS, (depth, width), model, input_shape, out, overwrite)
+    _speed(asked, seeds or SEEDS, (depth, width), options, input_shape, out, overwrite)
 
 
 def _speed(
     asked: dict[str, str],
     seeds: int,
     sizes: tuple[int | None, int | None],
-    model: str | None,
+    options: RunOptions,
     input_shape: str | None,
     out: Path,
     overwrite: bool,
 ) -> None:
-    factory = prepare(None, model)
+    factory = options.factory()
 
     from hamdist.study.propagation.report import save_speed, speed_tables
     from hamdist.study.propagation.study import own_network, parse_study, run_study, tanh_network
@@ -107,12 +107,12 @@ def _speed(
 
     study = parse_study(asked, seeds)
     subject = tanh_network(*sizes)
-    if factory is not None and model is not None:
+    if factory is not None and options.model is not None:
         if input_shape is None or sizes != (None, None):
             raise SettingsError(
                 "--model goes with --input-shape; --depth and --width belong to the tanh network"
             )
-        subject = own_network(factory, model, parse_shape(input_shape))
+        subject = own_network(factory, options.model, parse_shape(input_shape))
     elif input_shape is not None:
         raise SettingsError("--input-shape belongs to --model; the tanh network has its own")
     out = free_folder(out, overwrite=overwrite, say=note)

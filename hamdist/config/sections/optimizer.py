@@ -113,11 +113,7 @@ def known_optimizers() -> dict[str, type[Optimizer]]:
 
 
 def optimizer_class(name: str) -> type[Optimizer]:
-    """Return the class called `name`.
-
-    Raises:
-        ValueError: This torch has none.
-    """
+    """Return the class called `name`. Raises ValueError if this torch has none."""
     known = known_optimizers()
     if name not in known:
         from torch import __version__

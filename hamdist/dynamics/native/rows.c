@@ -96,6 +96,14 @@ static inline __attribute__((always_inline)) double sigmoid_of(double x)
     return 1 / (2 + exp_minus_1(-x));
 }
 
+/* Whether a linear layer has few rows on a large weight (rows.h), and the parts in which that is
+   done. By its shape alone, so that all processes do the same. */
+#define FEW_ROWS 63
+#define FEW_OUTPUTS 256
+#define FEW(o)                                                                                     \
+    ((o)->rows >= 8 && (o)->rows <= FEW_ROWS && (o)->in >= 512 &&                                  \
+     (o)->rows * (o)->in * (o)->out >= 1 << 22)
+
 #define REAL float
 #define NAME(x) x##_f32
 #include "rows.h"

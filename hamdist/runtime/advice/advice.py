@@ -29,7 +29,7 @@ from hamdist.dynamics.vjp.layer_inputs import LayerInputs
 from hamdist.runtime.placement.assign_blocks import Costs, split
 from hamdist.runtime.placement.requirements import idle_block_settings
 from hamdist.runtime.placement.step_costs import example_sample
-from hamdist.runtime.plan.block_settings import block_settings
+from hamdist.runtime.plan.dtypes import block_settings
 from hamdist.runtime.plan.microbatches import microbatch_warnings
 from hamdist.runtime.plan.plan import Plan
 from hamdist.runtime.process.threads import cores

@@ -11,14 +11,15 @@ from hamdist.dynamics.graph.graph import INPUT
 from hamdist.errors import DivergedError
 from hamdist.runtime.engines.sampler import Sampler
 from hamdist.runtime.engines.update_probe import Alignments
-from hamdist.runtime.nodes.factory import make_node, ticks_of
+from hamdist.runtime.engines.worker_report import WorkerReport, merged
+from hamdist.runtime.nodes.factory import make_node
 from hamdist.runtime.nodes.loop import run_loop
 from hamdist.runtime.nodes.mailbox import Mailbox
 from hamdist.runtime.nodes.source import SourceNode
 from hamdist.runtime.plan.network import network_of
 from hamdist.runtime.plan.plan import Plan
 from hamdist.runtime.process.interrupts import OnProgress, RunInterrupts
-from hamdist.runtime.process.process_memory import own_bytes, peak_bytes, reset_peak
+from hamdist.runtime.process.process_memory import reset_peak
 from hamdist.runtime.process.threads import torch_threads
 from hamdist.runtime.results.digests import Digests
 from hamdist.runtime.results.result import BlockProgress, Outcome, Progress
@@ -140,27 +141,13 @@ class InProcessEngine:
                     node.metrics.flush()
         if ending.reports:
             ending.report(progress())
-        seconds, time_use = time.perf_counter() - started, sampler.seconds
-        peak, now = peak_bytes(), own_bytes()  # before the states are copied
-        blocks = {n.name: n.state() for n in nodes}
+        report = WorkerReport(seconds=time.perf_counter() - started)
+        report.take(nodes, source, mailbox, sampler)
         outcome = Outcome(
-            blocks=blocks,
-            digests={} if digests is None else digests.result(blocks),
-            windows={n.name: n.metrics.windows for n in measured if n.metrics is not None},
-            samples=source.samples,
-            ticks=ticks_of(nodes),
-            seconds=seconds,
-            time_use={DRIVER: time_use},
-            trace={DRIVER: sampler.trace()},
+            **merged({DRIVER: report}),
+            seconds=report.seconds,
             startup={"blocks": started - created},
-            bytes_per_edge=dict(mailbox.payload_bytes),
-            compression=mailbox.compression,
-            peak_memory={DRIVER: peak},
-            own_memory={DRIVER: now},
-            smoothness=source.smoothness.frames,
             placement=[list(plan.graph.blocks)],
-            stream=source.counts,
-            records={n.name: r for n in nodes for r in [n.records()] if r is not None},
             snapshots=[] if snapshot_policy is None else snapshot_policy.snapshots,
             warnings=[] if snapshot_policy is None else snapshot_policy.warnings,
         )

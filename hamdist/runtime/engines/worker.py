@@ -19,7 +19,6 @@ from hamdist.config import DeviceSignals, Pin
 from hamdist.dynamics.graph.graph import INPUT
 from hamdist.dynamics.schedule.events import Kind
 from hamdist.errors import HamdistError
-from hamdist.runtime.engines.message_limits import message_bytes, slot_bytes
 from hamdist.runtime.engines.sampler import Sampler
 from hamdist.runtime.engines.worker_report import (
     BlockedChannel,
@@ -27,19 +26,19 @@ from hamdist.runtime.engines.worker_report import (
     WorkerReport,
     WorkerStatus,
 )
-from hamdist.runtime.nodes.factory import make_node, ticks_of
+from hamdist.runtime.nodes.factory import make_node
 from hamdist.runtime.nodes.loop import run_loop
 from hamdist.runtime.nodes.mailbox import Mailbox
 from hamdist.runtime.nodes.source import SourceNode
 from hamdist.runtime.plan.plan import Plan
-from hamdist.runtime.process.process_memory import own_bytes, peak_bytes, reset_peak
+from hamdist.runtime.plan.signal_bytes import message_bytes, slot_bytes
+from hamdist.runtime.process.process_memory import reset_peak
 from hamdist.runtime.process.switches import set_switches
 from hamdist.runtime.process.threads import pinned, processors_of_actor
 from hamdist.runtime.results.digests import Digests
 from hamdist.runtime.signals.cast import CastBorder
-from hamdist.runtime.signals.interrupts import Aborted
 from hamdist.runtime.signals.sent_log import SentLog
-from hamdist.runtime.signals.signal import Channel
+from hamdist.runtime.signals.signal import Aborted, Channel
 from hamdist.runtime.snapshots.process_snapshots import ProcessSnapshots
 from hamdist.runtime.transport.cuda_ipc import cuda_memory
 from hamdist.runtime.transport.gpu_ring import GpuMemory, GpuRingSender, Refusal
@@ -218,10 +217,6 @@ class Worker:
         """Request a snapshot at `tick`; returns True if the tick is still to come."""
         return self._snapshot_writer is not None and self._snapshot_writer.ask(tick)
 
-    def allow(self, key: str) -> None:
-        """Allow the holder of a public key to connect to this process's tcp sockets."""
-        self._transport.allow(key)
-
     def withdraw(self, key: str) -> None:
         """Forget the key of a process that has gone."""
         self._transport.withdraw(key)
@@ -261,27 +256,8 @@ class Worker:
         if self._snapshot_writer is not None:
             self._snapshot_writer.close()
             report.kept = self._kept()
-        report.ticks = ticks_of(self._nodes)
         report.seconds = time.perf_counter() - started
-        report.sample, report.trace = self._sampler.sample(), self._sampler.trace()
-        report.peak_memory = peak_bytes()  # before the states are copied
-        report.own_memory = own_bytes()
-        for node in self._nodes:
-            report.blocks[node.name] = node.state()
-            records = node.records()
-            if records is not None:
-                report.records[node.name] = records
-            if node.metrics is not None:
-                node.metrics.flush()
-                report.windows[node.name] = node.metrics.windows
-        if self._source is not None:
-            report.samples = self._source.samples
-            report.smoothness = self._source.smoothness.frames
-            report.stream = self._source.counts
-        if self._digests is not None:
-            report.digests = self._digests.result(report.blocks)
-        report.payload_bytes = dict(self._mailbox.payload_bytes)
-        report.compression = self._mailbox.compression
+        report.take(self._nodes, self._source, self._mailbox, self._sampler)
         report.refusals = self._refusals()
         return report
 

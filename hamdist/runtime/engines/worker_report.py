@@ -2,13 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 from hamdist.dynamics.blocks.energy import Records
 from hamdist.dynamics.objective.prequential import Window
 from hamdist.errors import HamdistError
-from hamdist.runtime.results.digests import DigestMap
+from hamdist.runtime.engines.sampler import Sampler
+from hamdist.runtime.nodes.factory import ticks_of
+from hamdist.runtime.nodes.mailbox import Mailbox
+from hamdist.runtime.nodes.source import SourceNode
+from hamdist.runtime.process.process_memory import own_bytes, peak_bytes
+from hamdist.runtime.results.digests import DigestMap, joined
 from hamdist.runtime.results.measured import ProcessSample
 from hamdist.runtime.results.result import BlockState
 from hamdist.runtime.results.trace import TraceSpan
@@ -30,7 +36,7 @@ class WorkerReport:
     samples: int = 0
     ticks: int = 0
     seconds: float = 0.0
-    payload_bytes: dict[str, int] = field(default_factory=dict)
+    bytes_per_edge: dict[str, int] = field(default_factory=dict)
     compression: CompressionMap = field(default_factory=dict)
     peak_memory: int = 0
     own_memory: int = 0
@@ -44,6 +50,61 @@ class WorkerReport:
     refusals: list[Refusal] = field(default_factory=list)
     error: HamdistError | None = None
     aborted: bool = False
+
+    def take(
+        self, nodes: Sequence[Any], source: SourceNode | None, mailbox: Mailbox, sampler: Sampler
+    ) -> None:
+        """Take what the blocks (`nodes`), the stream and the counts of a process have come to."""
+        self.ticks = ticks_of(nodes)
+        self.sample, self.trace = sampler.sample(), sampler.trace()
+        self.peak_memory = peak_bytes()  # before the states are copied
+        self.own_memory = own_bytes()
+        self.blocks = {node.name: node.state() for node in nodes}
+        self.records = {n.name: r for n in nodes for r in [n.records()] if r is not None}
+        for node in nodes:
+            if node.metrics is not None:
+                node.metrics.flush()
+                self.windows[node.name] = node.metrics.windows
+        if source is not None:
+            self.samples, self.stream = source.samples, source.counts
+            self.smoothness = source.smoothness.frames
+        if mailbox.digests is not None:
+            self.digests = mailbox.digests.result(self.blocks)
+        self.bytes_per_edge = dict(mailbox.payload_bytes)
+        self.compression = mailbox.compression
+
+
+def merged(
+    reports: Mapping[str, WorkerReport], stream: WorkerReport | None = None
+) -> dict[str, Any]:
+    """Return the fields of a run's `Outcome` that the reports of its processes, by name, make.
+
+    stream: of a stream in the driver's process, which is none of those.
+    """
+    every = [*reports.values(), *([] if stream is None else [stream])]
+    sent: dict[str, int] = {}
+    compression: CompressionMap = {}
+    for report in every:
+        for edge, number in report.bytes_per_edge.items():
+            sent[edge] = sent.get(edge, 0) + number
+        for edge, done in report.compression.items():
+            compression.setdefault(edge, {}).update(done)
+    return {
+        "blocks": {name: state for r in every for name, state in r.blocks.items()},
+        "windows": {name: those for r in every for name, those in r.windows.items()},
+        "records": {name: rs for r in every for name, rs in r.records.items()},
+        "samples": max((r.samples for r in every), default=0),
+        "ticks": max((r.ticks for r in every), default=0),
+        "smoothness": next((r.smoothness for r in every if r.smoothness is not None), None),
+        "stream": next((r.stream for r in every if r.stream), {}),
+        "bytes_per_edge": sent,
+        "compression": compression,
+        "digests": joined(report.digests for report in every),
+        "peak_memory": {name: r.peak_memory for name, r in reports.items()},
+        "own_memory": {name: r.own_memory for name, r in reports.items()},
+        "time_use": {name: dict(r.sample.seconds) for name, r in reports.items()},
+        "trace": {name: r.trace for name, r in reports.items()},
+    }
 
 
 @dataclass(frozen=True, slots=True)

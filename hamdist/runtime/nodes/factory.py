@@ -46,10 +46,9 @@ from hamdist.dynamics.updates.weights import Weights
 from hamdist.dynamics.vjp.autocast import AutocastFunction
 from hamdist.dynamics.vjp.autograd import AutogradFunction
 from hamdist.dynamics.vjp.closed import closed_cell
-from hamdist.dynamics.vjp.joined import JoinedFunction
 from hamdist.dynamics.vjp.local_function import LocalFunction
 from hamdist.dynamics.vjp.seeding import OwnGenerator, block_seed, draws, seeded_loss
-from hamdist.dynamics.vjp.tied import TiedFunction
+from hamdist.dynamics.vjp.wrapping import JoinedFunction, TiedFunction
 from hamdist.errors import ClusterError
 from hamdist.runtime.nodes.emissions import LiveBlock
 from hamdist.runtime.nodes.hold import HoldNode

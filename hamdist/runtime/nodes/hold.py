@@ -278,13 +278,7 @@ class _Clock(Remembers):
     STATE = ("due", "h_since", "z_since", "stopped", "_told_tau", "_sequence_over")
 
     def advance(self, k: int, first: bool, signal: Signal | None) -> None:
-        """Move to tick k.
-
-        Args:
-            k: the tick.
-            first: True in the first tick of a sample.
-            signal: the clock signal of the stream about the sample, if there is one.
-        """
+        """Move to tick k, `first` of a sample or not, with the stream's clock signal about it."""
         if not self._reset and signal is None:
             return
         new_sequence = False

@@ -12,7 +12,7 @@ from hamdist.dynamics.schedule.events import Event, Phase
 from hamdist.errors import BlockError, DivergedError, HamdistError
 from hamdist.runtime.nodes.node import Node
 from hamdist.runtime.nodes.pulse import PulseNode
-from hamdist.runtime.signals.interrupts import Aborted
+from hamdist.runtime.signals.signal import Aborted
 
 
 class Cut(Protocol):
@@ -25,11 +25,7 @@ class Cut(Protocol):
     due: float
 
     def reach(self, tick: int) -> None:
-        """Act at the cut, and set the next `due`.
-
-        Args:
-            tick: the least tick >= due before whose events all nodes stand.
-        """
+        """Act before `tick`, the least one >= due that no node has passed; set the next `due`."""
 
 
 def run_loop(

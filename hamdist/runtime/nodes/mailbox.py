@@ -198,11 +198,7 @@ class Mailbox:
     # -- state ----------------------------------------------------------------------------------
 
     def snapshot(self, channel: Channel) -> dict[str, Any]:
-        """Return the state of the sending end of `channel`.
-
-        Returns:
-            How many signals were posted, and the latest ones, which include those under way.
-        """
+        """Return how many signals were posted on `channel`, and the latest: all under way."""
         number = channel.number
         queue = self._queues.get(number, ())
         log = None if self._sent_log is None else self._sent_log.logs.get(number)

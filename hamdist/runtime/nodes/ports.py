@@ -21,9 +21,8 @@ from hamdist.dynamics.schedule.pulse import PulseSchedule
 from hamdist.dynamics.updates.weights import Weights
 from hamdist.dynamics.vjp.autocast import AutocastFunction, Rounding
 from hamdist.dynamics.vjp.gradient import norm_of
-from hamdist.dynamics.vjp.joined import JoinedFunction
 from hamdist.dynamics.vjp.local_function import LocalFunction
-from hamdist.dynamics.vjp.tied import TiedFunction
+from hamdist.dynamics.vjp.wrapping import JoinedFunction, TiedFunction
 from hamdist.errors import SnapshotError
 from hamdist.runtime.nodes.mailbox import Mailbox
 from hamdist.runtime.plan.plan import Plan
@@ -103,11 +102,7 @@ class Ports:
         return signal
 
     def label(self, event: Event) -> Signal | None:
-        """Take the label that travels with the sample of `event`, unchanged, to be passed on.
-
-        Returns:
-            None where labels do not travel.
-        """
+        """Take the label that travels with the sample of `event`, if it does, to be passed on."""
         if self._label is None:
             return None
         way = self.into[0]
@@ -124,11 +119,7 @@ class Ports:
             self._mailbox.post(channel, Signal(stamp, label, end))
 
     def clock(self, event: Event) -> Signal | None:
-        """Take the clock signal of the stream about the sample that `event` shows.
-
-        Returns:
-            None in a run without clock signals, and in all ticks but the sample's first.
-        """
+        """Take the stream's clock signal about a sample, in its first tick, if the run has them."""
         channel = self._channels.clocks.get(self._name)
         if channel is None:
             return None
@@ -198,11 +189,7 @@ class Ports:
 
 
 def events_from(schedule: PulseSchedule | HoldSchedule, name: str, event: Event) -> Iterator[Event]:
-    """Return the events of a block after `event`.
-
-    Raises:
-        SnapshotError: the schedule does not contain `event`.
-    """
+    """Return the events of a block after `event`. Raises SnapshotError if it is none of them."""
     events = schedule.events(name, event.tick)
     for one in events:
         if one == event:
@@ -280,12 +267,7 @@ def histogram_of(tensors: Sequence[Tensor]) -> Histogram:
 
 
 def block_state(contents: BlockContents, stored: int = 0) -> BlockState:
-    """Copy the state of a block to host memory.
-
-    Args:
-        contents: of the block.
-        stored: states of earlier samples that the block stores.
-    """
+    """Copy the state of a block, which stores that of `stored` earlier samples, to the host."""
     parts, h, z = contents
     theta: dict[str, Tensor] = {}
     omega: dict[str, Tensor] = {}

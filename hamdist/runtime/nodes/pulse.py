@@ -22,7 +22,7 @@ from hamdist.dynamics.blocks.rule_block import RuleBlock
 from hamdist.dynamics.graph.graph import BlockSpec
 from hamdist.dynamics.schedule.events import Event, Phase, Stamp
 from hamdist.dynamics.schedule.pulse import PulseSchedule
-from hamdist.dynamics.vjp.tied import TiedFunction
+from hamdist.dynamics.vjp.wrapping import TiedFunction
 from hamdist.runtime.nodes.clip import NormPorts
 from hamdist.runtime.nodes.mailbox import Mailbox
 from hamdist.runtime.nodes.node import BlockNode
@@ -128,9 +128,8 @@ class PulseNode(BlockNode):
             self._norms.send(stamp, self.block.square())
 
     def _advance(self) -> None:
-        event: Event | None
         if self._end is None:
-            event = next(self._events)
+            event: Event | None = next(self._events)
         else:
             event = self._schedule.after_end(self.name, self.event, self._end)
         self.event, self.tick = event or self.event, event and event.tick

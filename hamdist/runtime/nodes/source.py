@@ -22,8 +22,7 @@ from hamdist.runtime.nodes.emissions import emission_of
 from hamdist.runtime.nodes.mailbox import Mailbox
 from hamdist.runtime.plan.plan import Plan
 from hamdist.runtime.signals.cast import CPU
-from hamdist.runtime.signals.interrupts import Aborted
-from hamdist.runtime.signals.signal import Signal, ready
+from hamdist.runtime.signals.signal import Aborted, Signal, ready
 from hamdist.streams.check import Checker
 from hamdist.streams.live import live_of
 from hamdist.streams.replay import passed_over, replays, samples_from

@@ -30,7 +30,7 @@ from hamdist.dynamics.graph.graph import Graph
 from hamdist.dynamics.partition.cuts import balanced
 from hamdist.errors import SettingsError
 from hamdist.runtime.placement.requirements import apart, requirements
-from hamdist.runtime.plan.block_settings import block_settings
+from hamdist.runtime.plan.dtypes import block_settings
 from hamdist.runtime.timing.model import TimingModel
 
 # `auto` takes a further actor, which costs 170 MiB, where it saves at least this part of T; and a

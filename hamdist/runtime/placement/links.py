@@ -124,11 +124,7 @@ def least_delays(
 ) -> dict[str, int]:
     """Return the fewest ticks that keep every actor busy, by edge between blocks.
 
-    Args:
-        model: of the run.
-        placement: the blocks of each actor.
-        hosts: of each actor, by its place in `cluster`.
-        cluster: hosts and links.
+    placement: the blocks of each actor; hosts: its place in `cluster`.
     """
     return _Delays(model, placement, hosts, cluster).least()
 

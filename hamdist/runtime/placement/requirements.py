@@ -14,7 +14,7 @@ from itertools import combinations, product
 
 from hamdist.config import BlockEngineSettings, EngineSettings
 from hamdist.errors import SettingsError
-from hamdist.runtime.plan.block_settings import device_of
+from hamdist.runtime.plan.dtypes import device_of
 
 
 @dataclass(frozen=True)

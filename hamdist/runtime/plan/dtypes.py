@@ -1,4 +1,4 @@
-"""The borders of a run's blocks, computed before it starts: which block computes in which type.
+"""Settings of single blocks (`engine.blocks`), and which block computes in which type.
 
 A block with `dtype` gets a copy of its module in that type, and casts every real input to it. All
 other blocks take the types that they would have without such settings. So every cast is at the
@@ -14,11 +14,26 @@ from torch import Tensor, nn
 
 from hamdist.config import BlockDType, BlockEngineSettings, EngineSettings, Memory
 from hamdist.dynamics.graph.graph import BlockSpec, Graph, ShapeMap, combined
+from hamdist.dynamics.graph.patterns import check_patterns, fitting
 from hamdist.dynamics.schedule.levels import Locality
 from hamdist.dynamics.user_modules.copies import copied
 from hamdist.errors import GraphError, LevelError
-from hamdist.runtime.plan.block_settings import block_settings, device_of
 from hamdist.runtime.signals.cast import CastPlan
+
+NOTHING = BlockEngineSettings()
+
+
+def block_settings(graph: Graph, engine: EngineSettings) -> dict[str, BlockEngineSettings]:
+    """Return the settings of each block. Raises SettingsError for a pattern that fits no block."""
+    check_patterns("engine.blocks", engine.blocks, graph.blocks, "block")
+    fields = {name: fitting(name, engine.blocks) for name in graph.blocks}
+    return {n: NOTHING if p is None else engine.blocks[p] for n, p in fields.items()}
+
+
+def device_of(block_setting: BlockEngineSettings, engine: EngineSettings) -> str:
+    """Return the device on which a block computes."""
+    return engine.device if block_setting.device is None else block_setting.device
+
 
 DTYPES = {
     BlockDType.FLOAT32: torch.float32,

@@ -30,11 +30,7 @@ CLOSE = 1e-3  # relative to the largest value; products of fewer rows round in a
 def cut_batches(
     knobs: Locality, graph: Graph, spec: SampleSpec, learning: LearningSettings
 ) -> Locality:
-    """Returns `knobs` with a number of micro-batches.
-
-    Raises:
-        LevelError: There are more than rows, or something needs the whole batch.
-    """
+    """Return `knobs` with a number of micro-batches. Raises LevelError if the batch stays whole."""
     parts = knobs.microbatches
     if parts == "auto":
         parts = auto_microbatches(spec.batch)

@@ -82,9 +82,7 @@ class Arithmetic(BaseModel):
 def arithmetic(threads: int, *, native: bool) -> Arithmetic:
     """Compute the fingerprint of this process, in about 0.05 s the first time.
 
-    Args:
-        threads: of torch.
-        native: True if the C code of rows.py belongs to it.
+    threads: of torch; native: the C code of rows.py belongs to it.
     """
     return _computed(threads, native, tuple(read_switches().items()))
 

@@ -20,12 +20,7 @@ OnProgress = Callable[[Progress], object]
 
 @contextmanager
 def handled(handler: Handler | signal.Handlers, *numbers: int) -> Iterator[None]:
-    """Set the handler of signals, and set those of before again at the end.
-
-    Args:
-        handler: as `signal.signal` takes it.
-        numbers: the signals; SIGINT and SIGTERM where none is given.
-    """
+    """Set the handler of signals (SIGINT and SIGTERM), and set those of before again at the end."""
     if threading.current_thread() is not threading.main_thread():
         yield
         return
@@ -56,10 +51,8 @@ def terminated_as_interrupted() -> AbstractContextManager[None]:
 def handlers_of_ours() -> Iterator[None]:
     """Set the handlers of SIGINT and SIGTERM again at the end, whoever changed them inside.
 
-    Ray sets its own while it starts, in Python (it ends the process by SystemExit) and in C++.
-
-    Raises:
-        KeyboardInterrupt: Ray's handler of SIGTERM has raised SystemExit.
+    Ray sets its own while it starts, in Python and in C++. The SystemExit that the former raises on
+    SIGTERM becomes KeyboardInterrupt.
     """
     if threading.current_thread() is not threading.main_thread():
         yield

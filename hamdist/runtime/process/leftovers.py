@@ -22,11 +22,7 @@ _claims: dict[Path, int] = {}
 
 
 def claim(folder: Path) -> None:
-    """Claim a folder for this process, until `release` or its end.
-
-    Args:
-        folder: exists, and nobody removes it (it is young, or claimed by others of its run).
-    """
+    """Claim a folder that nobody removes (young, or its run's) until `release` or its end."""
     if folder not in _claims:
         descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
         fcntl.flock(descriptor, fcntl.LOCK_SH)
@@ -41,11 +37,7 @@ def release(folder: Path) -> None:
 
 
 def remove_leftovers() -> list[Path]:
-    """Remove what killed runs of this user have left in the folder for temporary files.
-
-    Returns:
-        The folders that were removed.
-    """
+    """Remove the folders that killed runs of this user have left in that of temporary files."""
     removed = []
     for place in {Path(tempfile.gettempdir()), Path("/tmp")}:
         for pattern in (RAY_PREFIX + "*", SOCKETS_PREFIX + 16 * "[0-9a-f]"):

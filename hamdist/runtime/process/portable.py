@@ -56,8 +56,7 @@ def is_pinned() -> bool:
 def other_bits(what: str, bits: Bits, error: type[HamdistError]) -> str:
     """Return the warning that other bits are computed; `what` says where, and how they differ.
 
-    Raises:
-        HamdistError: of the given class, where `bits` asks for equal ones.
+    Raises `error` with it where `bits` asks for equal ones.
     """
     if bits is Bits.WARN:
         return (

@@ -91,12 +91,10 @@ def _all() -> dict[str, tuple[Callable[[], Any], Callable[[Any], object]]]:
 
 
 def read_switches() -> dict[str, bool | int | str]:
-    """Read the switches of this process, and of this thread where they are a thread's own.
+    """Read the switches of this process and thread, by name, in the order to set them in.
 
-    Returns:
-        By name, in the order in which they are to be set; without those that this version of torch
-        does not have, and without the precision of all float32 products where single backends have
-        been given theirs.
+    Without those that this version of torch does not have, and without the precision of all float32
+    products where single backends have been given theirs.
     """
     switches = {name: _read(get) for name, (get, _) in _all().items()}
     return {name: value for name, value in switches.items() if value is not None}
@@ -111,14 +109,7 @@ def _read(get: Callable[[], Any]) -> bool | int | str | None:
 
 
 def set_switches(switches: Switches) -> list[str]:
-    """Set the switches of this process and thread to those of another.
-
-    Args:
-        switches: of `read_switches` there.
-
-    Returns:
-        The switches that could not be set, with the reason, for a message.
-    """
+    """Set the switches of this process and thread; return those that could not be, and why."""
     here = _all()
     refused = []
     for name, wanted in switches.items():

@@ -35,6 +35,12 @@ def answers(address: str) -> bool:
     return True
 
 
+def last_line(error: BaseException) -> str:
+    """Return the last line of an error that says something."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    return lines[-1] if lines else type(error).__name__
+
+
 class HeadWatch:
     """Detects the loss of a joined cluster's head, before Ray ends this process for it."""
 

@@ -16,6 +16,7 @@ from hamdist.dynamics.objective.prequential import Window
 from hamdist.errors import ClusterError, DivergedError, HamdistError, SnapshotError, StallError
 from hamdist.runtime.advice.advice import lending_notes, placement_notes, unmeasured_notes
 from hamdist.runtime.engines.update_probe import Alignments
+from hamdist.runtime.engines.worker_report import merged
 from hamdist.runtime.placement.assign_blocks import Costs, place
 from hamdist.runtime.placement.step_costs import (
     Unmeasured,
@@ -36,9 +37,7 @@ from hamdist.runtime.ray_engine.session import ray_session
 from hamdist.runtime.ray_engine.supervision import SnapshotSupervision
 from hamdist.runtime.ray_engine.watchdog import Watchdog, explain
 from hamdist.runtime.ray_engine.worker_group import WorkerGroup
-from hamdist.runtime.results.digests import joined
 from hamdist.runtime.results.result import BlockProgress, Outcome, Progress
-from hamdist.runtime.signals.edge_codecs import CompressionMap
 from hamdist.streams.sample import Stream
 
 POLL_SECONDS = 0.25
@@ -293,37 +292,18 @@ class _Watch:
         return self._warnings + ([] if self._policy is None else self._policy.warnings)
 
     def _outcome(self) -> Outcome:
-        actors = self._worker_group.actors
-        reports = self._worker_group.reports()
-        sent: dict[str, int] = {}
-        compression: CompressionMap = {}
-        for report in reports:
-            for edge, number in report.payload_bytes.items():
-                sent[edge] = sent.get(edge, 0) + number
-            for edge, done in report.compression.items():
-                compression.setdefault(edge, {}).update(done)
-        windows = self._worker_group.windows()
-        memory = {a.name: a.report.peak_memory for a in actors if a.report is not None}
+        group = self._worker_group
+        seconds = max((r.seconds for r in group.reports()), default=0.0)
+        reports = {a.name: a.report for a in group.actors if a.report is not None}
         outcome = Outcome(
-            blocks={name: state for r in reports for name, state in r.blocks.items()},
-            windows=windows,
-            samples=max([self._worker_group.samples(), *(r.samples for r in reports)]),
-            ticks=max((r.ticks for r in reports), default=0),
-            seconds=max((r.seconds for r in reports), default=time.perf_counter() - self.started),
-            startup={},
-            bytes_per_edge=sent,
-            compression=compression,
-            peak_memory={"driver": peak_bytes(), **memory},
-            own_memory={a.name: a.report.own_memory for a in actors if a.report is not None},
-            smoothness=next((r.smoothness for r in reports if r.smoothness is not None), None),
-            stream=next((r.stream for r in reports if r.stream), {}),
-            placement=self._worker_group.placement,
-            time_use={a.name: dict(a.report.sample.seconds) for a in actors if a.report},
-            trace={a.name: a.report.trace for a in actors if a.report is not None},
-            digests=joined(report.digests for report in reports),
-            records={name: rs for r in reports for name, rs in r.records.items()},
+            **merged(reports, group.local_report),
+            seconds=seconds or time.perf_counter() - self.started,
+            placement=group.placement,
             snapshots=[] if self._policy is None else self._policy.snapshots,
             replaced=[] if self._policy is None else self._policy.replaced,
             warnings=self._all_warnings(),
         )
+        outcome.windows = group.windows()
+        outcome.samples = max(outcome.samples, group.samples())
+        outcome.peak_memory = {"driver": peak_bytes(), **outcome.peak_memory}
         return self._ending.note(outcome)

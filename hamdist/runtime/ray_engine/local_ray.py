@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import contextlib
+import inspect
 import logging
 import os
 import shutil
 import sys
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from contextlib import contextmanager
+from functools import partial, partialmethod
 from pathlib import Path
+from typing import Any
 
 import psutil
 
@@ -18,18 +21,24 @@ from hamdist.config import EngineSettings
 from hamdist.errors import ClusterError
 from hamdist.runtime.process.interrupts import deaf_to_interrupts, handlers_of_ours
 from hamdist.runtime.process.leftovers import RAY_PREFIX, claim, release, remove_leftovers
-from hamdist.runtime.ray_engine.auth_token import (
-    own_token,
-)
-from hamdist.runtime.ray_engine.processes import of_a_program
+from hamdist.runtime.ray_engine.auth_token import own_token
 
 OBJECT_STORE_BYTES = 100 * 2**20
 GONE_SECONDS = 10.0
 TRIES = 5
+# No calls home; Ray's workers at the priority of other processes; a driver without a share of a GPU
+# may still see them.
 RAY_SETTINGS = {
     "RAY_USAGE_STATS_ENABLED": "0",
     "RAY_worker_niceness": "0",
     "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
+}
+# Of Ray's internals (for it has no settings for it): fewer processes than its own default, and
+# workers at once. Where they differ from those expected here, it starts as usual.
+PARAMETERS = {
+    "no_monitor": True,  # of the autoscaler: there is one host
+    "include_log_monitor": False,  # what the workers print is not shown
+    "setup_worker_path": str(Path(__file__).with_name("worker_process.py")),
 }
 _environment: dict[str, str] | None = None  # what hamdist sets for Ray, once it has imported it
 
@@ -45,7 +54,8 @@ def local_ray(cpus: int) -> Iterator[set[psutil.Process]]:
     before = set(psutil.Process().children(recursive=True))
     up = False
     try:
-        with own_token(folder), handlers_of_ours(), of_a_program(), _start_named():
+        processes = _in_a_session_of_its_own(), _few_processes()
+        with own_token(folder), handlers_of_ours(), processes[0], processes[1], _start_named():
             ray.init(
                 address="local",
                 num_cpus=cpus,
@@ -62,9 +72,49 @@ def local_ray(cpus: int) -> Iterator[set[psutil.Process]]:
         with deaf_to_interrupts():
             mine = _of_session(folder, before)
             ray.shutdown()
-            _outlast(mine, GONE_SECONDS if up else 0)
+            outlast(mine, GONE_SECONDS if up else 0)
             shutil.rmtree(folder, ignore_errors=True)
             release(Path(folder))
+
+
+@contextmanager
+def _in_a_session_of_its_own() -> Iterator[None]:
+    """Start Ray's processes in a POSIX session of their own inside. A signal to the group of this
+    process, as batch systems send it, then reaches this process alone, which ends the run in order.
+    (Ray has no setting for it; Popen has.)"""
+    from ray._private import services
+
+    popen = getattr(services, "ConsolePopen", None)
+    if popen is None or os.name != "posix":
+        yield
+        return
+    services.ConsolePopen = partial(popen, start_new_session=True)  # type: ignore[misc,assignment]
+    try:
+        yield
+    finally:
+        services.ConsolePopen = popen  # type: ignore[misc]
+
+
+@contextmanager
+def _few_processes() -> Iterator[None]:
+    """Start a Ray inside without the processes that a single program does not use. Left out are the
+    autoscaler's monitor, the monitor of the logs and the server of the dashboard: each is a process
+    that imports Ray. worker_process.py starts the workers."""
+    from ray._private import node, parameter
+
+    parameters: Any = parameter.RayParams
+    head: Any = node.Node
+    start, server = parameters.__init__, getattr(head, "start_api_server", None)
+    if server is None or not inspect.signature(start).parameters.keys() >= PARAMETERS.keys():
+        yield
+        return
+    parameters.__init__ = partialmethod(start, **PARAMETERS)
+    head.start_api_server = lambda *_, **__: None
+    try:
+        yield
+    finally:
+        parameters.__init__ = start
+        head.start_api_server = server
 
 
 @contextmanager
@@ -126,8 +176,8 @@ def short_folder() -> str | None:
     return None if len(tempfile.gettempdir()) < 16 else "/tmp"
 
 
-def _outlast(processes: set[psutil.Process], seconds: float) -> None:
-    """Wait until the processes that this session started are gone, and end those that stay."""
+def outlast(processes: Collection[psutil.Process], seconds: float) -> None:
+    """Wait until processes are gone, and end those that stay."""
     _, alive = psutil.wait_procs(processes, timeout=seconds)
     for process in alive:
         with contextlib.suppress(psutil.NoSuchProcess):

@@ -24,13 +24,13 @@ from hamdist.runtime.placement.assign_hosts import ActorOptions, options_of_acto
 from hamdist.runtime.placement.links import Probe, cluster_of, pairs
 from hamdist.runtime.placement.requirements import requirements
 from hamdist.runtime.placement.step_costs import source_host
-from hamdist.runtime.plan.block_settings import block_settings
+from hamdist.runtime.plan.dtypes import block_settings
 from hamdist.runtime.plan.plan import Plan
 from hamdist.runtime.process.arithmetic import Arithmetic
 from hamdist.runtime.process.portable import other_bits, portable_environment
 from hamdist.runtime.process.switches import Switches
 from hamdist.runtime.process.threads import cores
-from hamdist.runtime.ray_engine.cluster_hosts import host_seconds, hosts
+from hamdist.runtime.ray_engine.cluster_hosts import host_seconds, hosts, last_line
 from hamdist.runtime.ray_engine.session import Session
 from hamdist.runtime.signals.signal import Channel
 from hamdist.runtime.timing.cluster_model import ClusterModel, HostModel, Link
@@ -230,20 +230,18 @@ class PlacedWorkers:
         addresses: dict[int, str] = {}
         for opened in self._all("probe", lambda i: (run, late, ports, binds[i])):
             addresses |= opened
-        self._all("join_probe", lambda _: (addresses,))
+        self._all("call", lambda _: ("join", addresses))
         links: dict[tuple[int, int], Link] = {}
         for number, (group, (a, b)) in enumerate(zip(by_pair.values(), firsts, strict=True)):
             link = self._measured(number, self.actors[a], self.actors[b])
             links |= dict.fromkeys(group, link)
-        self._all("end_probe", lambda _: ())
+        self._all("close", lambda _: ())
         return links
 
     def _measured(self, number: int, first: WorkerHandle, second: WorkerHandle) -> Link:
-        answered = second.handle.answer_probe.remote(number)
+        answered = second.ask("answer", number)
         try:
-            link, _ = ray.get(
-                [first.handle.measure_link.remote(number), answered], timeout=START_SECONDS
-            )
+            link, _ = ray.get([first.ask("measure", number), answered], timeout=START_SECONDS)
         except GetTimeoutError:
             raise ClusterError(
                 f"the link between {first} and {second} could not be measured within "
@@ -263,14 +261,7 @@ class PlacedWorkers:
     def _way_between(
         self, channel: Channel, node: str, key: str | None, receiver: WorkerHandle
     ) -> str:
-        """Return the transport of a channel between two actors.
-
-        Args:
-            channel: the channel.
-            node: the sender's host.
-            key: the sender's public key, if the receiver has to check it.
-            receiver: the receiving actor.
-        """
+        """Return the transport of a channel from a sender on `node`, whose `key` is checked."""
         wanted = self._plan.engine.transport
         if wanted is TransportKind.TCP or (wanted is TransportKind.AUTO and node != receiver.node):
             host = LOOPBACK if node == receiver.node else receiver.address
@@ -329,6 +320,10 @@ class WorkerHandle:
     kept_bytes: int = 0
     forgot: bool = False  # it has let signals go that a successor of a neighbour would need
 
+    def ask(self, method: str, *arguments: Any, run: int | None = None) -> Any:
+        """Call a method of the actor's worker (`WorkerActor.call`); return Ray's reference."""
+        return self.handle.call.remote(method, *arguments, run=run)
+
     def renew(self, actor_options: ActorOptions, handle: Any, place: tuple[str, str, int]) -> None:
         """Replace the actor's process."""
         self.actor_options, self.handle = actor_options, handle
@@ -365,9 +360,3 @@ def _processors(cpus: int) -> int:
     here = ray.get_runtime_context().get_node_id()
     mine = next((n["Resources"].get("CPU", 0) for n in ray.nodes() if n["NodeID"] == here), 0)
     return cpus - max(0, int(mine) - cores())
-
-
-def last_line(error: BaseException) -> str:
-    """Return the last line of an error that says something."""
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    return lines[-1] if lines else type(error).__name__

@@ -187,7 +187,7 @@ class Replacement:
     def _call_off(self, actors: Sequence[WorkerHandle]) -> None:
         """End the runs of healthy actors, whose processes restart (the others are killed)."""
         for actor in actors:
-            actor.handle.abort.remote(self._worker_group.plan.run)
+            actor.ask("abort", run=self._worker_group.plan.run)
         runs = [actor.running for actor in actors]
         ended = ray.wait(runs, num_returns=len(runs), timeout=END_SECONDS)[0] if runs else []
         for actor in actors:
@@ -236,14 +236,14 @@ class Replacement:
         for actor in others:
             ways = worker_group.binds(worker_group.actors.index(actor), inside, only=lost)
             if ways:
-                calls[actor.handle.bind_anew.remote(ways)] = actor
+                calls[actor.ask("bind_anew", ways)] = actor
         opened, gone = _all(calls)
         if gone:
             return gone
         for addresses in opened:
             ends |= addresses
-        calls = {actor.handle.connect.remote(ends): actor for actor in lost}
-        calls |= {actor.handle.connect_anew.remote(ends): actor for actor in others}
+        calls = {actor.ask("connect", ends): actor for actor in lost}
+        calls |= {actor.ask("connect_anew", ends): actor for actor in others}
         again, gone = _all(calls)
         if gone:
             return gone
@@ -344,12 +344,9 @@ class Attempts:
         self._known: dict[str, tuple[int, int]] = {}  # by actor: how far it came, losses since
 
     def lost(self, actor: str, tick: int | None, saved: int) -> int:
-        """Return how many times in a row `actor` was lost without progress, this one included.
+        """Return how often in a row `actor`, now at `tick`, was lost without progress.
 
-        Args:
-            actor: its name.
-            tick: its tick, if it is known.
-            saved: the tick of the latest snapshot.
+        saved: the tick of the latest snapshot.
         """
         furthest, times = self._known.get(actor, (-1, 0))
         came = max(saved, -1 if tick is None else tick)

@@ -6,11 +6,11 @@ import atexit
 import logging
 import os
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from contextvars import ContextVar
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, TypeVar
 
 import psutil
 from pydantic import ValidationError
@@ -31,6 +31,7 @@ from hamdist.runtime.ray_engine.cluster_hosts import knock
 from hamdist.runtime.ray_engine.local_ray import GONE_SECONDS, local_ray, ray_environment
 
 CLOSING_SECONDS = 3 * GONE_SECONDS
+T = TypeVar("T")
 
 
 class Session:
@@ -342,3 +343,36 @@ def _joined(engine: EngineSettings, address: str) -> Iterator[None]:
     finally:
         with deaf_to_interrupts():
             ray.shutdown()
+
+
+def ray_tasks(
+    engine: EngineSettings, function: Callable[[Any], T], arguments: Sequence[Any]
+) -> Iterator[T]:
+    """Yield function(argument) for each of `arguments`, in the order in which they finish.
+
+    The tasks run on the Ray at `engine.address` (or a local one). Those left when the caller stops
+    reading are cancelled. Raises the errors of `function`, and ClusterError for a lost task.
+    """
+    with ray_session(engine) as session:
+        session.make_room()  # actors that wait for another run hold processors
+        import ray
+        from ray.exceptions import RayTaskError
+
+        task = ray.remote(num_cpus=1)(function)
+        waiting = [task.remote(argument) for argument in arguments]
+        try:
+            while waiting:
+                (done,), waiting = ray.wait(waiting)
+                try:
+                    result: T = ray.get(done)
+                except RayTaskError as error:
+                    raise error.as_instanceof_cause() from None
+                except ray.exceptions.RayError as error:
+                    raise ClusterError(
+                        f"a task of Ray was lost ({type(error).__name__}); what is finished is "
+                        "kept: start the study again to go on with it"
+                    ) from error
+                yield result
+        finally:
+            for left in waiting:
+                ray.cancel(left, force=True)

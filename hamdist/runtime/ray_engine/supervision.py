@@ -135,11 +135,7 @@ class SnapshotSupervision:
         self._due = 0.0
 
     def _look_for_forgotten(self) -> None:
-        """Warn if an actor has dropped its signals, or end the run, as the setting says.
-
-        Raises:
-            SnapshotError: `snapshots.full` is 'end'.
-        """
+        """Warn if an actor has dropped its signals; SnapshotError if `snapshots.full` is 'end'."""
         those = [actor.name for actor in self._worker_group.actors if actor.forgot]
         those += (
             ["the driver, where the stream is drawn,"] if self._worker_group.local_forgot else []

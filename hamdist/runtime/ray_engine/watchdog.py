@@ -43,11 +43,7 @@ def explain(
 ) -> str:
     """Return why nothing moves: the edge that all others wait for, since when, for which signal.
 
-    Args:
-        waits: of the processes that are blocked.
-        ticks: of the blocks.
-        silent: processes that do not answer, with their blocks.
-        seconds: without progress.
+    ticks: of the blocks; silent: processes that do not answer, with their blocks.
     """
     head = f"no block has moved for {seconds:.0f} s"
     waiting = {w.waiter for w in waits}

@@ -84,7 +84,7 @@ class WiredWorkers(PlacedWorkers):
             for opened in self._all("prepare", arguments):
                 ends |= opened
         with startup.phase("sockets"):
-            self._all("connect", lambda _: (ends,))
+            self._all("call", lambda _: ("connect", ends))
             if not self._portable:
                 self._local = Worker(plan.only([]), [], self._stream, self._keys)
                 self._local.connect(ends)
@@ -121,8 +121,8 @@ class WiredWorkers(PlacedWorkers):
         """Let all actors test whether signals can stay on GPUs. Raises ClusterError where they
         must.
         """
-        self._all("answer_offers", lambda _: ())
-        answers = self._all("hear_answers", lambda _: ())
+        self._all("call", lambda _: ("answer_offers",))
+        answers = self._all("call", lambda _: ("hear_answers",))
         self.lent = sum(offered for offered, _ in answers)
         refusals = [refusal for _, those in answers for refusal in those]
         if refusals and self._plan.engine.device_signals is DeviceSignals.IPC:
@@ -163,7 +163,7 @@ class WiredWorkers(PlacedWorkers):
         """Call `run` on restarted actors."""
         for actor in actors:
             together = [a for a in self.actors if a.node == actor.node]
-            actor.running = actor.handle.run.remote(together.index(actor), len(together))
+            actor.running = actor.ask("run", together.index(actor), len(together))
 
     def connect_local(self, ends: ReceivingEnds) -> int:
         """Connect the stream in this process to new ends, and run it if it restarts."""
@@ -177,11 +177,8 @@ class WiredWorkers(PlacedWorkers):
         return self._local is None or replays(self._stream)
 
     def renew_local(self, plan: Plan) -> None:
-        """Restart a stream in this process, from the plan's snapshot.
-
-        Raises:
-            StreamError: the stream is waiting for a sample that does not come.
-        """
+        """Restart a stream in this process, from the plan's snapshot. Raises StreamError if it
+        waits for a sample that does not come."""
         if self._local is None:
             return
         self._end_local()

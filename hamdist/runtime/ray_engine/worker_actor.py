@@ -1,7 +1,6 @@
 """The Ray actor: a `Worker` in a process of its own. It adds no mathematics.
 
-Every method runs in the actor's process; `status`, `stop_stream` and `abort` in another thread
-while `run` runs.
+Every method runs in the actor's process, calls of the worker beside `run` in other threads.
 """
 
 from __future__ import annotations
@@ -17,7 +16,6 @@ from ray.exceptions import GetTimeoutError, RayError
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from hamdist.runtime.engines.worker import ReceivingEnds, Worker
-from hamdist.runtime.engines.worker_report import WorkerReport, WorkerStatus
 from hamdist.runtime.placement.assign_hosts import ActorOptions
 from hamdist.runtime.placement.links import Probe
 from hamdist.runtime.plan.plan import Plan
@@ -25,8 +23,6 @@ from hamdist.runtime.process.arithmetic import Arithmetic, arithmetic
 from hamdist.runtime.process.leftovers import remove_leftovers
 from hamdist.runtime.process.switches import Switches, set_switches
 from hamdist.runtime.process.threads import product_seconds
-from hamdist.runtime.timing.cluster_model import Link
-from hamdist.runtime.transport.gpu_ring import Refusal
 from hamdist.streams.sample import Stream
 
 if TYPE_CHECKING:
@@ -45,8 +41,7 @@ class WorkerActor:
     """
 
     def __init__(self, path: Sequence[str]) -> None:
-        self._host: Worker | None = None
-        self._probe: Probe | None = None
+        self._serves: Worker | Probe | None = None
         self._keys: Keys | None = None
         # What the imports have made stays: without it the collection with which every run begins
         # takes milliseconds instead of a tenth of a second and more.
@@ -70,36 +65,14 @@ class WorkerActor:
         self, run: int, link_delay: float, ports: range | None, binds: Mapping[int, str]
     ) -> dict[int, str]:
         """Open the receiving ends of links to measure, by channel, and return their addresses."""
-        self._probe = Probe(run, link_delay, self._keys, ports)
-        return self._probe.open(binds)
-
-    def join_probe(self, addresses: Mapping[int, str]) -> None:
-        """Open the sending ends of the links of which this actor has the other end."""
-        self._probed().join(addresses)
-
-    def answer_probe(self, number: int) -> None:
-        self._probed().answer(number)
-
-    def measure_link(self, number: int) -> Link:
-        return self._probed().measure(number)
-
-    def end_probe(self) -> None:
-        self._probed().close()
-        self._probe = None
-
-    def _probed(self) -> Probe:
-        if self._probe is None:
-            raise RuntimeError("probe() comes first")
-        return self._probe
+        self._serves = probe = Probe(run, link_delay, self._keys, ports)
+        return probe.open(binds)
 
     def compute_as(
         self, switches: Switches, threads: int, native: bool
     ) -> tuple[Arithmetic, list[str]]:
-        """Set torch's switches to the driver's, before any block exists.
-
-        Returns:
-            The fingerprint of this process then, and the switches that could not be set.
-        """
+        """Set torch's switches to the driver's, before any block exists; return the fingerprint of
+        this process then, and the switches that could not be set."""
         refused = set_switches(switches)
         return arithmetic(threads, native=native), refused
 
@@ -111,79 +84,27 @@ class WorkerActor:
         binds: Mapping[int, str],
     ) -> ReceivingEnds:
         """Build the blocks, open the receiving ends, and return their addresses."""
-        self._host = Worker(plan, blocks, stream, self._keys)
-        return self._host.bind(binds)
+        self._serves = worker = Worker(plan, blocks, stream, self._keys)
+        return worker.bind(binds)
 
-    def connect(self, ends: ReceivingEnds) -> int:
-        return self._prepared().connect(ends)
+    def call(self, method: str, *arguments: Any, run: int | None = None) -> Any:
+        """Return the result of a method of the worker, or of the probe, that the actor serves.
 
-    def answer_offers(self) -> None:
-        self._prepared().answer_offers()
-
-    def hear_answers(self) -> tuple[int, list[Refusal]]:
-        return self._prepared().hear_answers()
-
-    def bind_anew(self, ways: Mapping[int, str]) -> ReceivingEnds:
-        return self._prepared().bind_anew(ways)
-
-    def connect_anew(self, ends: ReceivingEnds) -> int:
-        return self._prepared().connect_anew(ends)
-
-    def keep(self, run: int, tick: int) -> bool:
-        host = self._of(run)
-        return host is None or host.keep(tick)
-
-    def complete(self, run: int, tick: int) -> None:
-        host = self._of(run)
-        if host is not None:  # (a run that has ended needs no signal again)
-            host.complete(tick)
-
-    def allow(self, key: str) -> None:
-        self._prepared().allow(key)
-
-    def withdraw(self, run: int, key: str) -> None:
-        host = self._of(run)
-        if host is not None:
-            host.withdraw(key)
-
-    def run(self, index: int, actors: int) -> WorkerReport:
-        """Run the worker, which is number `index` of the `actors` on its host, to the end."""
-        return self._prepared().run(index, actors)
-
-    def status(self, seen: int, joined: int | None) -> WorkerStatus:
-        return self._prepared().status(seen, joined)
-
-    def news(self, run: int, seconds: float) -> list[Any]:
-        host = self._of(run)
-        return [] if host is None else host.news(seconds)
-
-    def stop_stream(self, run: int) -> None:
-        host = self._of(run)
-        if host is not None:
-            host.stop_stream()
-
-    def abort(self, run: int) -> None:
-        host = self._of(run)
-        if host is not None:
-            host.abort()
+        Args:
+            method: its name.
+            run: the call concerns this run alone. The driver does not wait for all its calls: one
+                that arrives when the actor serves another run, or none, has no effect.
+        """
+        serves = self._serves
+        if run is not None and (not isinstance(serves, Worker) or serves.number != run):
+            return None
+        return getattr(serves, method)(*arguments)
 
     def close(self) -> None:
         """End the run, however far it has come; the actor can take another."""
-        if self._host is not None:
-            self._host.close()
-            self._host = None
-
-    def _of(self, run: int) -> Worker | None:
-        """Return the worker of a run; None if the actor serves another run by now. The driver does
-        not wait for all its calls: on a busy machine a call may arrive when the next run has begun.
-        """
-        host = self._host
-        return host if host is not None and host.number == run else None
-
-    def _prepared(self) -> Worker:
-        if self._host is None:
-            raise RuntimeError("prepare() comes first")
-        return self._host
+        if self._serves is not None:
+            self._serves.close()
+            self._serves = None
 
 
 def is_alive(actor: Any, *, starting: bool = False) -> bool:

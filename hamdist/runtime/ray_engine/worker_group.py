@@ -6,7 +6,7 @@ import contextlib
 import shutil
 import threading
 from collections.abc import Iterator, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import psutil
 import ray
@@ -16,13 +16,11 @@ from hamdist.dynamics.objective.prequential import Window
 from hamdist.errors import ClusterError, HamdistError
 from hamdist.runtime.engines.worker_report import SnapshotNews, WorkerReport
 from hamdist.runtime.process.interrupts import deaf_to_interrupts
-from hamdist.runtime.ray_engine.placed_workers import END_SECONDS, WorkerHandle, last_line
+from hamdist.runtime.ray_engine.cluster_hosts import last_line
+from hamdist.runtime.ray_engine.placed_workers import END_SECONDS, WorkerHandle
 from hamdist.runtime.ray_engine.wired_workers import WiredWorkers
 from hamdist.runtime.results.measured import ProcessSample
 from hamdist.runtime.transport.endpoint import socket_folder
-
-if TYPE_CHECKING:
-    pass
 
 ANSWER_SECONDS = 5.0
 OBEY_SECONDS = 2.0
@@ -51,13 +49,12 @@ class WorkerGroup(WiredWorkers):
     def withdraw(self, key: str) -> None:
         """Make all actors refuse the holder of this key from now on."""
         for actor in self.actors:
-            actor.handle.withdraw.remote(self._plan.run, key)
+            actor.ask("withdraw", key, run=self._plan.run)
 
     def keep(self, tick: int) -> None:
         """Request a snapshot of all actors at `tick`."""
-        self._keep_calls = [
-            actor.handle.keep.remote(self._plan.run, tick) for actor in self.running.values()
-        ]
+        run = self._plan.run
+        self._keep_calls = [actor.ask("keep", tick, run=run) for actor in self.running.values()]
         self._too_late = self._local is not None and not self._local.keep(tick)
 
     def heard(self, seconds: float) -> None:
@@ -76,13 +73,13 @@ class WorkerGroup(WiredWorkers):
         )
         for call in done:
             with contextlib.suppress(RayError):  # an actor that died is found by its run call
-                self._too_late = self._too_late or not ray.get(call)
+                self._too_late = self._too_late or ray.get(call) is False
         return self._too_late
 
     def complete(self, tick: int) -> None:
         """Allow all actors to drop the signals before the snapshot of `tick`."""
         for actor in self.actors:
-            actor.handle.complete.remote(self._plan.run, tick)
+            actor.ask("complete", tick, run=self._plan.run)
         if self._local is not None:
             self._local.complete(tick)
 
@@ -166,7 +163,7 @@ class WorkerGroup(WiredWorkers):
         """Query the status of all running actors, and note the answers that come in time."""
         for actor in self.actors:
             if actor.report is None and actor.call is None:
-                actor.call = actor.handle.status.remote(len(actor.windows), actor.joined)
+                actor.call = actor.ask("status", len(actor.windows), actor.joined)
                 actor.called_at = now
         calls = {actor.call: actor for actor in self.actors if actor.call is not None}
         if not calls:
@@ -221,9 +218,10 @@ class WorkerGroup(WiredWorkers):
             last = False
             while live is not None and not last:
                 last = over.is_set()
-                call = self.actors[index].handle.news
+                seconds = 0 if last else NEWS_SECONDS
+                call = self.actors[index].ask("news", seconds, run=self.plan.run)
                 try:
-                    for one in ray.get(call.remote(self.plan.run, 0 if last else NEWS_SECONDS)):
+                    for one in ray.get(call) or ():
                         live.send(one)
                 except RayError:  # it is replaced, or the run ends
                     over.wait(PAUSE_SECONDS)
@@ -249,13 +247,13 @@ class WorkerGroup(WiredWorkers):
         if self._local is not None:
             self._local.stop_stream()
         else:
-            self.actors[self._source_actor()].handle.stop_stream.remote(self._plan.run)
+            self.actors[self._source_actor()].ask("stop_stream", run=self._plan.run)
 
     def call_off(self) -> None:
         """End the runs as they are now; actors that do not answer leave no report."""
         self._called_off = True
         for actor in self.running.values():
-            actor.handle.abort.remote(self._plan.run)
+            actor.ask("abort", run=self._plan.run)
         if self._local is not None:
             self._local.abort()
         self.wait(ANSWER_SECONDS, everybody=True)
@@ -263,7 +261,7 @@ class WorkerGroup(WiredWorkers):
     def _end_actors(self) -> None:
         """Free the actors that respond for another run, and kill the others."""
         for actor in self.running.values():
-            actor.handle.abort.remote(self._plan.run)
+            actor.ask("abort", run=self._plan.run)
         runs = [a.running for a in self.actors if a.running is not None]
         ended = ray.wait(runs, num_returns=len(runs), timeout=OBEY_SECONDS)[0] if runs else []
         closed = {a.handle.close.remote(): a for a in self.actors if a.running in ended}

@@ -31,7 +31,7 @@ if TYPE_CHECKING:  # (a command's folder is there before torch is imported)
 
 @dataclass(frozen=True, kw_only=True)
 class RunEvent:
-    """Anything that happens in a run.
+    """Anything that happens in a run; a subclass has the `name` of its lines.
 
     Attributes:
         time: seconds since 1970.
@@ -39,9 +39,14 @@ class RunEvent:
     """
 
     name: ClassVar[str]
+    by_name: ClassVar[dict[str, type[RunEvent]]] = {}
     time: float = field(default_factory=lambda: round(clock.time(), 3))
     level: str | None = None
     seed: int | None = None
+
+    def __init_subclass__(cls, name: str) -> None:
+        cls.name = name
+        cls.by_name[name] = cls
 
     def as_json(self) -> dict[str, Any]:
         """Return the event as plain values, null for numbers that are not finite."""
@@ -57,10 +62,9 @@ class RunEvent:
 
 
 @dataclass(frozen=True, kw_only=True)
-class FolderStarted(RunEvent):
+class FolderStarted(RunEvent, name="started"):
     """A process has claimed the folder (`goes_on`: of an unfinished comparison)."""
 
-    name: ClassVar[str] = "started"
     key: str | None = None
     process: int
     goes_on: bool = False
@@ -69,10 +73,9 @@ class FolderStarted(RunEvent):
 
 
 @dataclass(frozen=True, kw_only=True)
-class RunBegun(RunEvent):
+class RunBegun(RunEvent, name="run"):
     """A run begins. `settings`: those that are set; `batch`: rows of a sample."""
 
-    name: ClassVar[str] = "run"
     title: str
     engine: str
     settings: Mapping[str, Any] = field(default_factory=dict)
@@ -89,25 +92,21 @@ class RunBegun(RunEvent):
 
 
 @dataclass(frozen=True, kw_only=True)
-class PhaseBegun(RunEvent):
+class PhaseBegun(RunEvent, name="phase"):
     """A phase of the start begins (process/startup.py)."""
 
-    name: ClassVar[str] = "phase"
     phase: str
 
 
 @dataclass(frozen=True, kw_only=True)
-class NetworkPlaced(RunEvent, PlacedNetwork):
+class NetworkPlaced(RunEvent, PlacedNetwork, name="network"):
     """The graph of blocks and their places, before the first tick, and when a place changes."""
-
-    name: ClassVar[str] = "network"
 
 
 @dataclass(frozen=True, kw_only=True)
-class WindowFull(RunEvent):
+class WindowFull(RunEvent, name="window"):
     """A prequential window of a readout is full; `seconds`: since the first tick."""
 
-    name: ClassVar[str] = "window"
     readout: str
     first: int
     last: int
@@ -130,10 +129,9 @@ class WindowFull(RunEvent):
 
 
 @dataclass(frozen=True, kw_only=True)
-class RunProgressed(RunEvent):
+class RunProgressed(RunEvent, name="progress"):
     """How far the run is. `samples` include `resumed`, those of an earlier run."""
 
-    name: ClassVar[str] = "progress"
     samples: int
     steps: int | None
     seconds: float
@@ -145,10 +143,9 @@ class RunProgressed(RunEvent):
 
 
 @dataclass(frozen=True, kw_only=True)
-class BlocksMeasured(RunEvent):
+class BlocksMeasured(RunEvent, name="blocks"):
     """Ticks, updates and norms by block; `waiting`: the edge and signal a block waits for."""
 
-    name: ClassVar[str] = "blocks"
     tick: Mapping[str, int]
     updates: Mapping[str, int]
     norms: Mapping[str, Norms]
@@ -162,70 +159,61 @@ class BlocksMeasured(RunEvent):
 
 
 @dataclass(frozen=True, kw_only=True)
-class UpdatesAligned(RunEvent):
+class UpdatesAligned(RunEvent, name="alignment"):
     """With `metrics.alignment`: the fields are those of `measured.Alignment`."""
 
-    name: ClassVar[str] = "alignment"
     sample: int
     cosines: Mapping[str, float]
 
 
 @dataclass(frozen=True, kw_only=True)
-class ActorsMeasured(RunEvent):
+class ActorsMeasured(RunEvent, name="actors"):
     """By process: seconds since its start (`RunFacts.time_use`), and resident bytes."""
 
-    name: ClassVar[str] = "actors"
     seconds: Mapping[str, Mapping[str, float]]
     memory: Mapping[str, int]
 
 
 @dataclass(frozen=True, kw_only=True)
-class EdgesMeasured(RunEvent):
+class EdgesMeasured(RunEvent, name="edges"):
     """By edge: bytes sent so far, signals under way, and seconds of waiting so far."""
 
-    name: ClassVar[str] = "edges"
     edges: Mapping[str, EdgeCounts]
 
 
 @dataclass(frozen=True, kw_only=True)
-class SnapshotComplete(RunEvent):
+class SnapshotComplete(RunEvent, name="snapshot"):
     """A snapshot is complete: its `path`."""
 
-    name: ClassVar[str] = "snapshot"
     path: str
 
 
 @dataclass(frozen=True, kw_only=True)
-class ActorReplaced(RunEvent, Replaced):
+class ActorReplaced(RunEvent, Replaced, name="replaced"):
     """An actor was lost and replaced."""
-
-    name: ClassVar[str] = "replaced"
 
 
 @dataclass(frozen=True, kw_only=True)
-class SettingsChanged(RunEvent):
+class SettingsChanged(RunEvent, name="settings"):
     """Settings were changed while the run goes on: new values by dotted name, from `tick` on, or
     from `sample` on."""
 
-    name: ClassVar[str] = "settings"
     changed: Mapping[str, Any]
     tick: int | None = None
     sample: int | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
-class Warned(RunEvent):
+class Warned(RunEvent, name="warning"):
     """A warning of the run."""
 
-    name: ClassVar[str] = "warning"
     text: str
 
 
 @dataclass(frozen=True, kw_only=True)
-class Evaluated(RunEvent):
+class Evaluated(RunEvent, name="evaluation"):
     """Scores on held-out data after `samples`; `outputs`: by output, where there are several."""
 
-    name: ClassVar[str] = "evaluation"
     samples: int
     loss: float
     accuracy: float | None
@@ -240,10 +228,9 @@ class Evaluated(RunEvent):
 
 
 @dataclass(frozen=True, kw_only=True)
-class RunFinished(RunEvent):
+class RunFinished(RunEvent, name="finished"):
     """A run has ended; the fields are those of `RunFacts`."""
 
-    name: ClassVar[str] = "finished"
     samples: int
     seconds: float
     stopped: bool = False
@@ -262,27 +249,18 @@ class RunFinished(RunEvent):
 
 
 @dataclass(frozen=True, kw_only=True)
-class FolderEnded(RunEvent):
+class FolderEnded(RunEvent, name="ended"):
     """The process releases the folder; `error`: why, if an error ended it."""
 
-    name: ClassVar[str] = "ended"
     error: str | None = None
 
 
 EventListener: TypeAlias = Callable[[RunEvent], object]
-EVENTS: Mapping[str, type[RunEvent]] = {
-    cls.name: cls
-    for cls in (
-        *(FolderStarted, RunBegun, PhaseBegun, NetworkPlaced, WindowFull, RunProgressed),
-        *(BlocksMeasured, UpdatesAligned, ActorsMeasured, EdgesMeasured, SnapshotComplete),
-        *(ActorReplaced, SettingsChanged, Warned, Evaluated, RunFinished, FolderEnded),
-    )
-}
 
 
 def from_values(values: Mapping[str, Any]) -> RunEvent | None:
     """Return the event that `as_json` gave; None for one that this version does not know."""
-    cls = EVENTS.get(str(values.get("event")))
+    cls = RunEvent.by_name.get(str(values.get("event")))
     if cls is None:
         return None
     try:
@@ -306,7 +284,7 @@ def read_events(lines: Iterable[str]) -> Iterator[RunEvent]:
 
 @cache
 def _adapter(name: str) -> TypeAdapter[Any]:
-    return TypeAdapter(EVENTS[name])
+    return TypeAdapter(RunEvent.by_name[name])
 
 
 def plain(value: Any) -> Any:

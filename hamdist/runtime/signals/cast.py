@@ -45,11 +45,7 @@ class CastPlan:
         return replace(self, device=device)
 
     def resolved(self) -> torch.device:
-        """Return the device in this process.
-
-        Raises:
-            SettingsError: the process has no such device.
-        """
+        """Return the device in this process. Raises SettingsError if it has no such one."""
         there = torch.cuda.device_count() if torch.cuda.is_available() else 0
         if self.device == "auto":
             return torch.device("cuda", 0) if there else CPU

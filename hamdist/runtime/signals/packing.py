@@ -110,11 +110,7 @@ class Packer:
         self._seen: dict[bytes, tuple[int, WireForm | None]] = {}
 
     def form(self, payload: Tensor) -> WireForm:
-        """Return the form of a payload.
-
-        Raises:
-            WireError: the tensor cannot be sent.
-        """
+        """Return the form of a payload. Raises WireError if it cannot be sent."""
         key = (payload.dtype, payload.shape)
         form = self._forms.get(key)
         if form is None:
@@ -130,13 +126,7 @@ class Packer:
         return form
 
     def header(self, signal: Signal, form: WireForm | None, index: int | None = None) -> bytes:
-        """Return the header of a signal.
-
-        Args:
-            signal: the signal.
-            form: of its payload; None without one.
-            index: number of a payload that travels separately.
-        """
+        """Return the header of a signal; `index`: of a payload that travels separately."""
         flags = (
             (END if signal.end else 0)
             | (SEQUENCE_END if signal.sequence_end else 0)
@@ -155,11 +145,7 @@ class Packer:
         return template[0] + _VARYING.pack(index or 0, *signal.stamp) + template[1]
 
     def read(self, message: bytes, at: int) -> Packed:
-        """Return the signal that begins at byte `at`.
-
-        Raises:
-            WireError: the bytes are not a whole signal of this run and channel.
-        """
+        """Return the signal at byte `at`. Raises WireError if no whole one of this channel is."""
         if len(message) < at + HEADER.size:
             raise WireError(f"{self._channel}: a header of {len(message) - at} bytes")
         start = at + HEADER.size + 8 * message[at + _DIMS_AT]
@@ -209,9 +195,7 @@ class Packer:
     def unpack(self, message: bytes, apart: Callable[[WireForm, int], Tensor]) -> list[Signal]:
         """Return the signals of a message, their payloads copied into aligned memory.
 
-        Args:
-            message: the bytes.
-            apart: fetches a payload that travelled separately, by form and number.
+        apart: fetches a payload that travelled separately, by form and number.
         """
         signals = []
         at = 0

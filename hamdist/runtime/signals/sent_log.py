@@ -59,11 +59,7 @@ class ChannelLog:
         self.nbytes += _nbytes(signal)
 
     def at(self, number: int) -> Signal:
-        """Return a signal by its number; may be called from any thread.
-
-        Raises:
-            SnapshotError: the signal has been dropped.
-        """
+        """Return a signal by its number, to any thread. Raises SnapshotError if it was dropped."""
         first, signals = self._kept
         if not first <= number < first + len(signals):
             raise SnapshotError(

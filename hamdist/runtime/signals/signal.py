@@ -279,3 +279,11 @@ def _strides(shape: torch.Size) -> tuple[int, ...]:
     for n in reversed(shape[1:]):
         strides.append(strides[-1] * max(n, 1))
     return tuple(reversed(strides))
+
+
+class Aborted(Exception):
+    """Raised when the run is called off while this process waits."""
+
+
+class Interrupted(Exception):
+    """Raised to leave a blocked call because another thread has a request (`ThreadCalls.serve`)."""

@@ -20,7 +20,7 @@ from hamdist.errors import GraphError, SnapshotError
 from hamdist.runtime.plan.plan import Plan
 from hamdist.runtime.process.portable import other_bits
 from hamdist.runtime.process.switches import other_switches
-from hamdist.runtime.snapshots.fingerprint import fingerprint
+from hamdist.runtime.snapshots.catalogue import fingerprint
 from hamdist.runtime.storage.snapshot_files import STATE_FORMATS, Snapshot, settings_of
 from hamdist.streams.sample import Stream
 
@@ -59,8 +59,7 @@ def changed(snapshot: Snapshot, settings: Settings) -> list[str]:
 def other_bits_than(snapshot: Snapshot, plan: Plan) -> list[str]:
     """Return warnings if this process does not compute the same bits as the snapshot's run.
 
-    Raises:
-        SnapshotError: `engine.bits` asks for equal bits.
+    Raises SnapshotError where `engine.bits` asks for equal ones.
     """
     then, here = snapshot.manifest, plan.arithmetic
     reasons = other_switches(then.switches, plan.switches)
@@ -76,9 +75,7 @@ def other_bits_than(snapshot: Snapshot, plan: Plan) -> list[str]:
 def identity(stream: Stream, example: Mapping[str, Tensor] | None) -> dict[str, str]:
     """Return the identity of a stream: its class, its shape, its length and its first sample.
 
-    Args:
-        stream: of the run.
-        example: the inputs of the first sample by name, where they are known (train.py).
+    example: the first sample's inputs by name, where they are known (train.py).
     """
     spec = stream.spec
     known = {
@@ -213,8 +210,7 @@ def with_weights(model: nn.Module, learned: nn.Module) -> nn.Module:
 def graph_with_weights(graph: Graph, snapshot: Snapshot) -> Graph:
     """Return a copy of a hand-built graph with the weights of a snapshot of the same blocks.
 
-    Raises:
-        SnapshotError: the blocks or their weights are others.
+    Raises SnapshotError if the blocks or their weights are others.
     """
     graph_copy = graph.copy()
     try:

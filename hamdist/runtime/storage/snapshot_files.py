@@ -295,11 +295,8 @@ def check_usable(where: str, nbytes: int) -> None:
 
 
 def check_writable(store: Storage, nbytes: int = 0) -> None:
-    """Write as much as a snapshot takes, and remove it again.
-
-    Raises:
-        SnapshotError: that failed; found before a run, not when the first snapshot is due.
-    """
+    """Write as much as a snapshot takes, and remove it again. Raises SnapshotError if that fails:
+    found before a run, not when the first snapshot is due."""
     trial = f"trial-{secrets.token_hex(4)}"
     try:
         store.reserve(f"{trial}/empty", nbytes)
@@ -312,11 +309,7 @@ def check_writable(store: Storage, nbytes: int = 0) -> None:
 
 
 def make_room(store: Storage) -> bool:
-    """Remove the oldest complete snapshot, but never the latest undamaged one.
-
-    Returns:
-        True if there was one to remove.
-    """
+    """Remove the oldest complete snapshot but the latest undamaged one; True if there was one."""
     with suppress(SnapshotError):
         whole = latest(store.where, lambda _: None).folder
         for name in sorted(snapshot_folders(store)):

@@ -36,11 +36,7 @@ class Storage(Protocol):
         """Return the names of the folders in it; none where it does not exist yet."""
 
     def remove(self, folder: str) -> None:
-        """Remove hamdist's files from a folder, and the folder if nothing else is left.
-
-        Args:
-            folder: of a name that hamdist gives; others, and links, are left alone.
-        """
+        """Remove hamdist's files from a folder of its names, and it if nothing else is left."""
 
     def delete(self, name: str) -> None:
         """Remove a file, if it is there."""
@@ -49,11 +45,7 @@ class Storage(Protocol):
         """Write a file unless it exists; returns True if it was written."""
 
     def reserve(self, name: str, nbytes: int) -> None:
-        """Write a file of that size, where the place can be full.
-
-        Raises:
-            SnapshotError: there is no room for it, or nothing can be written.
-        """
+        """Write a file of that size, where the place can be full: SnapshotError if it is."""
 
 
 def storage(where: str | Path) -> Storage:

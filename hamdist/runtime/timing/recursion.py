@@ -56,12 +56,9 @@ class _Layer:
         self.chain = np.repeat(np.arange(len(chains)), lengths)
 
     def ends(self, window: Reals, seconds: Reals, lost: Reals | None) -> Reals:
-        """Return the end times.
+        """Return the end times of `window`, the activities of the periods before and this one.
 
-        Args:
-            window: of the activities in the periods before and this one, flat.
-            seconds: of the arcs.
-            lost: seconds that each resource loses before its first activity.
+        seconds: of the arcs; lost: by each resource before its first activity.
         """
         arrivals: Reals = window[self.source]
         arrivals += seconds

@@ -1,14 +1,14 @@
-"""The start of a run: a model as a graph, in the dtype of the settings."""
+"""The start of a run: a model as a graph, in the dtype of the settings; rules by their names."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, TypeAlias
 
 import torch
 from torch import nn
 
-from hamdist.config import EngineKind, Readout, Settings
+from hamdist.config import EngineKind, Readout, Settings, did_you_mean
 from hamdist.dynamics.graph.checks import check_parameters, check_shared_modules
 from hamdist.dynamics.graph.graph import Graph
 from hamdist.dynamics.graph.inputs import by_parent
@@ -21,24 +21,24 @@ from hamdist.dynamics.partition.split import (
     split_module,
     split_sequential,
 )
+from hamdist.dynamics.rules.names import HOMES, built_in
 from hamdist.dynamics.rules.rule import Rule
 from hamdist.dynamics.schedule.levels import Locality, make_locality
 from hamdist.dynamics.user_modules.copies import copied, unwrapped
 from hamdist.dynamics.user_modules.hooks import check_hooks
 from hamdist.errors import SettingsError
+from hamdist.loading import called, check_call, load_function
 from hamdist.runtime.nodes.ties import against_ties
 from hamdist.runtime.placement.step_costs import example_input, example_inputs
 from hamdist.runtime.plan.rule_checks import with_rules
 from hamdist.streams.sample import SampleSpec, Stream
-from hamdist.streams.wrappers.dtype import in_dtype
+from hamdist.streams.wrappers.chosen_targets import in_dtype
 
 
 def in_dtype_of(settings: Settings, model: nn.Module | Graph, stream: Stream) -> tuple[Any, Stream]:
     """Return model and stream in `settings.dtype`, where it was set; copies, where they were not.
 
-    Raises:
-        SettingsError: The model is a Graph of another type, which brings its own, or a module
-            without weights.
+    Raises SettingsError for a Graph, which brings its type, and a module without weights.
     """
     if isinstance(model, nn.Module) and next(model.parameters(), None) is None:
         raise SettingsError("the model has no weights: there is nothing to learn")
@@ -141,3 +141,31 @@ def _graph(
     graph.example = by_parent(example)
     graph.notes[:0] = notes
     return graph
+
+
+NamedRule: TypeAlias = "Rule | str | Mapping[str, Any]"
+
+
+def make_rule(field: str, named: NamedRule) -> Rule:
+    """Return the rule that `named` is or names; raise SettingsError, naming `field`, if it is none.
+
+    named: a mapping has `name` and the arguments of the class.
+    """
+    arguments = dict(named) if isinstance(named, Mapping) else {"name": named}
+    rule_name: object = arguments.pop("name", "")
+    name = str(rule_name)
+    if rule_name in HOMES:
+        rule_name = built_in(name)
+    elif isinstance(rule_name, str):
+        if ":" not in rule_name:
+            raise SettingsError(
+                f"{field} {name!r} is no rule; built in: {', '.join(HOMES)}; your own: FILE.py:NAME"
+                f"{did_you_mean(name, list(HOMES))}"
+            )
+        rule_name = load_function(field, rule_name)
+    if callable(rule_name):
+        check_call(field, name, rule_name, *arguments)
+        rule_name = called(field, rule_name, **arguments)
+    if not isinstance(rule_name, Rule):
+        raise SettingsError(f"{field} {name!r}: give a hamdist.Rule, or the name of one")
+    return rule_name

@@ -60,9 +60,14 @@ from hamdist.runtime.storage.claims import claimed
 from hamdist.runtime.storage.snapshot_files import Snapshot, check_usable, latest
 from hamdist.runtime.storage.store import storage
 from hamdist.runtime.train.choose_level import resolved
-from hamdist.runtime.train.named_rules import NamedRule, make_rule
 from hamdist.runtime.train.outcome import make_result
-from hamdist.runtime.train.prepare import graph_in_blocks, in_dtype_of, modules_of
+from hamdist.runtime.train.prepare import (
+    NamedRule,
+    graph_in_blocks,
+    in_dtype_of,
+    make_rule,
+    modules_of,
+)
 from hamdist.streams.live import live_of
 from hamdist.streams.sample import SampleSpec, Stream, with_example
 from hamdist.streams.wrappers.chosen_targets import with_targets_of

@@ -15,8 +15,7 @@ from collections.abc import Callable
 
 from hamdist.dynamics.schedule.events import Stamp
 from hamdist.errors import HamdistError
-from hamdist.runtime.signals.interrupts import Aborted
-from hamdist.runtime.signals.signal import Channel, Signal
+from hamdist.runtime.signals.signal import Aborted, Channel, Signal
 from hamdist.runtime.transport.endpoint import TURN_MS, EndpointContext, Receiver
 
 TURN_SECONDS = TURN_MS / 1000

@@ -15,8 +15,7 @@ from typing import NoReturn, Protocol
 from hamdist.dynamics.schedule.events import Stamp
 from hamdist.errors import ClusterError
 from hamdist.runtime.process.leftovers import SOCKETS_PREFIX
-from hamdist.runtime.signals.interrupts import Aborted, Interrupted
-from hamdist.runtime.signals.signal import Channel, Signal
+from hamdist.runtime.signals.signal import Aborted, Channel, Interrupted, Signal
 from hamdist.runtime.transport.thread_calls import ThreadCalls
 
 TURN_MS = 100  # how long a blocked call sleeps before it looks whether the run was called off

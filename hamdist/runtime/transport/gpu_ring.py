@@ -192,13 +192,8 @@ class GpuRingReceiver:
         self._read = False
 
     def answer(self, offer: bytes, sender: int) -> bytes:
-        """Return the packet that answers an offer. Raises WireError if `offer` is none on this
-        channel.
-
-        Args:
-            offer: the sender's packet.
-            sender: id of the sender's process.
-        """
+        """Return the packet that answers an offer of process `sender`. Raises WireError if it is
+        none on this channel."""
         channel = self._channel
         if len(offer) < _HEAD.size:
             raise WireError(f"{channel}: {len(offer)} bytes offer memory of a GPU")

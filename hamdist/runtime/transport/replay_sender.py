@@ -11,9 +11,8 @@ import threading
 from collections.abc import Callable, Sequence
 
 from hamdist.errors import HamdistError, WireError
-from hamdist.runtime.signals.interrupts import Aborted
 from hamdist.runtime.signals.sent_log import ChannelLog
-from hamdist.runtime.signals.signal import Channel, Signal
+from hamdist.runtime.signals.signal import Aborted, Channel, Signal
 from hamdist.runtime.transport.endpoint import TURN_MS, EndpointContext, Sender
 
 

@@ -16,9 +16,8 @@ from typing import TYPE_CHECKING, Any
 from hamdist.dynamics.schedule.events import Stamp
 from hamdist.errors import ClusterError
 from hamdist.runtime.process.leftovers import claim, release
-from hamdist.runtime.signals.interrupts import Interrupted
 from hamdist.runtime.signals.sent_log import ChannelLog
-from hamdist.runtime.signals.signal import Channel, Signal
+from hamdist.runtime.signals.signal import Channel, Interrupted, Signal
 from hamdist.runtime.transport.delayed_receiver import DelayedReceiver
 from hamdist.runtime.transport.endpoint import (
     BlockedCall,
@@ -107,11 +106,8 @@ class Endpoints:
     ) -> str:
         """Open the receiving end of a channel, and return its address.
 
-        Args:
-            channel: the channel.
-            way: 'shm', 'ipc', 'tcp://HOST', or 'tcp://HOST KEY' with the sender's public key.
-            limit: the most bytes of a frame by tcp (-1: any).
-            memory: of the receiving block's GPU, if signals may stay on one.
+        way: 'shm', 'ipc', 'tcp://HOST', or 'tcp://HOST KEY' with the sender's public key.
+        limit: the most bytes of a frame by tcp (-1: any). memory: of the receiving block's GPU.
         """
         if self._link_delay:
             receiver: Receiver = DelayedReceiver(

@@ -21,10 +21,7 @@ def file_bytes(path: Path, what: str | int) -> Tensor:
     """Return the bytes of a file, read once per process while the file does not change.
 
     A run reads it for its stream and again to be scored, and a study makes many runs.
-
-    Args:
-        path: the file.
-        what: 'images' or 'labels' of an IDX file, or the bytes of a record.
+    what: 'images' or 'labels' of an IDX file, or the bytes of a record.
     """
     if not path.is_file():
         return _contents(path, what)

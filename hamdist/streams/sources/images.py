@@ -18,9 +18,8 @@ from torch import Tensor
 from hamdist.errors import SettingsError, StreamError
 from hamdist.streams.sample import Sample, SampleSpec
 from hamdist.streams.sources.arrays import ArrayStream
-from hamdist.streams.sources.datasets import DataSet
+from hamdist.streams.sources.datasets import DataSet, without_test
 from hamdist.streams.sources.image_bytes import by, file_bytes
-from hamdist.streams.sources.parts import without_test
 
 CLASSES = 10
 _IDX = {
@@ -135,7 +134,7 @@ def fashion_mnist(
         dtype: of u.
         path: folder of the files; None: share/datasets/fashion-mnist of sys.prefix, /usr and
             /usr/local.
-        validation: hold out a sixth of the training part instead (sources/parts.py).
+        validation: hold out a sixth of the training part instead (`without_test`).
 
     Raises:
         StreamError: files are missing (the message says how to get them) or are none of such images
@@ -162,7 +161,7 @@ def mnist(
         seed: of the order of the samples.
         dtype: of u.
         path: folder of the files; None: share/datasets/mnist of sys.prefix, /usr and /usr/local.
-        validation: hold out a sixth of the training part instead (sources/parts.py).
+        validation: hold out a sixth of the training part instead (`without_test`).
 
     Raises:
         StreamError: files are missing (the message says how to get them) or are none of such images
@@ -190,7 +189,7 @@ def cifar10(
         seed: of the order of the samples.
         dtype: of u.
         path: folder of the files; None: share/datasets/cifar10 of sys.prefix, /usr and /usr/local.
-        validation: hold out a sixth of the training part instead (sources/parts.py).
+        validation: hold out a sixth of the training part instead (`without_test`).
 
     Raises:
         StreamError: files are missing (the message says how to get them) or are none of such images
@@ -225,7 +224,7 @@ def read_images(
             sequential MNIST (784 steps of a pixel: Le et al. 2015; 28 of a row).
         permutation: seed of a fixed order of the pixels, the same in every image (permuted MNIST:
             Goodfellow et al. 2013); None: as they are.
-        validation: hold out a sixth of the training part instead (sources/parts.py).
+        validation: hold out a sixth of the training part instead (`without_test`).
 
     Raises:
         StreamError: files are missing (the message says how to get them) or are none of such images

@@ -6,7 +6,6 @@ import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Protocol
 
 import torch
 
@@ -79,42 +78,27 @@ def read_texts(path: Path | str, count: int | None, seed: int) -> Texts:
     return Texts(_chosen(train, count, seed), _chosen(test, HELD_OUT_MOST, 0))
 
 
-class _Text(Protocol):
-    def tokens(self) -> list[str]: ...
+def _tokens(text: str | Path) -> list[str]:
+    """Return the tokens of a line, or of a file."""
+    if isinstance(text, str):
+        return tokenise(text)
+    found = tokenise(read_text(text))
+    if not found:
+        raise StreamError(f"{text}: holds no word: remove it")
+    return found
 
 
-@dataclass(frozen=True, slots=True)
-class _Line:
-    text: str
-
-    def tokens(self) -> list[str]:
-        return tokenise(self.text)
-
-
-@dataclass(frozen=True, slots=True)
-class _File:
-    path: Path
-
-    def tokens(self) -> list[str]:
-        found = tokenise(read_text(self.path))
-        if not found:
-            raise StreamError(f"{self.path}: holds no word: remove it")
-        return found
-
-
-_ByClass = tuple[Sequence[_Text], Sequence[_Text]]
+_ByClass = tuple[Sequence[str | Path], Sequence[str | Path]]
 
 
 def _files(folder: Path) -> _ByClass:
-    negative, positive = (
-        [_File(path) for path in sorted((folder / name).glob("*.txt"))] for name in CLASSES
-    )
+    negative, positive = (sorted((folder / name).glob("*.txt")) for name in CLASSES)
     return negative, positive
 
 
 def _read_lines(path: Path) -> _ByClass:
     labels = {**{str(i): i for i in range(len(CLASSES))}, **{n: i for i, n in enumerate(CLASSES)}}
-    found: tuple[list[_Text], list[_Text]] = ([], [])
+    found: tuple[list[str], list[str]] = ([], [])
     for number, line in enumerate(read_text(path).splitlines(), start=1):
         if not line.strip():
             continue
@@ -124,14 +108,14 @@ def _read_lines(path: Path) -> _ByClass:
                 f"{path}, line {number}: {line[:40]!r} is no label<TAB>text, with a label 0 or 1, "
                 "neg or pos, and at least one word"
             )
-        found[labels[label.strip()]].append(_Line(text))
+        found[labels[label.strip()]].append(text)
     return found
 
 
 def _split(entries: _ByClass) -> tuple[_ByClass, _ByClass]:
     """Hold out, for want of a test part, every fifth text of each class, from the third on."""
-    train: list[list[_Text]] = []
-    test: list[list[_Text]] = []
+    train: list[list[str | Path]] = []
+    test: list[list[str | Path]] = []
     for texts in entries:
         held = set(range(2, len(texts), HELD_OUT_SHARE))
         train.append([text for i, text in enumerate(texts) if i not in held])
@@ -141,13 +125,13 @@ def _split(entries: _ByClass) -> tuple[_ByClass, _ByClass]:
 
 def _chosen(entries: _ByClass, count: int | None, seed: int) -> list[tuple[Sequence[str], int]]:
     """Return `count` texts, half of each class (or all), mixed in a seeded order."""
-    picked: list[tuple[_Text, int]] = []
+    picked: list[tuple[str | Path, int]] = []
     for label, texts in enumerate(entries):
         order = torch.randperm(len(texts), generator=generator("texts", seed, label)).tolist()
         many = len(texts) if count is None else (count + 1 - label) // 2
         picked += [(texts[i], label) for i in order[:many]]
     mixed = torch.randperm(len(picked), generator=generator("text order", seed)).tolist()
-    return [(picked[i][0].tokens(), picked[i][1]) for i in mixed]
+    return [(_tokens(picked[i][0]), picked[i][1]) for i in mixed]
 
 
 def read_text(path: Path) -> str:

@@ -11,11 +11,10 @@ from typing import Any
 from hamdist.display.figure import PageFigure
 from hamdist.display.table import Table, csv_text, html_notes, html_table, latex, markdown
 from hamdist.runtime.results.events import RunEvent, WindowFull
-from hamdist.study.grid.plots import curve_name, study_figures
 from hamdist.study.grid.run import StudyOutcome
 from hamdist.study.grid.settings import Axis, StudySettings, study_yaml
 from hamdist.study.grid.summary import SummaryLine, summary
-from hamdist.study.grid.tables import study_tables
+from hamdist.study.grid.tables import curve_name, study_figures, study_tables
 from hamdist.study.report.files import flat_tests, to_json
 from hamdist.study.report.html import facts
 from hamdist.study.shared.result_folder import write_file

@@ -18,7 +18,7 @@ from pathlib import Path
 from hamdist.config import EngineKind, EngineSettings
 from hamdist.errors import ClusterError, SettingsError
 from hamdist.runtime.process.threads import cores
-from hamdist.runtime.ray_engine.tasks import ray_tasks
+from hamdist.runtime.ray_engine.session import ray_tasks
 from hamdist.study.grid.points import (
     Candidate,
     GridCell,

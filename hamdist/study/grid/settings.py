@@ -28,7 +28,7 @@ import yaml
 from pydantic import Field, model_validator
 
 from hamdist.config import Level, Positive, Section, Speed, checked, mapping, merge, read_yaml
-from hamdist.study.shared.shipped import ShippedFiles
+from hamdist.study.shared.recipes import ShippedFiles
 
 STUDIES = ShippedFiles("studies", "study")
 

@@ -14,7 +14,7 @@ from hamdist.errors import BlockError, SettingsError
 from hamdist.models.build import ModelFactory
 from hamdist.runtime.process.interrupts import OnProgress
 from hamdist.runtime.ray_engine.session import ray_session
-from hamdist.runtime.train.named_rules import make_rule
+from hamdist.runtime.train.prepare import make_rule
 from hamdist.study.run.baseline import CENTRALISED
 from hamdist.study.run.run import DataFactory, Run, run_centralised, run_level
 from hamdist.study.shared.store import Store

@@ -19,7 +19,7 @@ from hamdist.runtime.placement.assign_hosts import HostInfo, options_of_actors
 from hamdist.runtime.placement.links import least_delays
 from hamdist.runtime.placement.requirements import requirements
 from hamdist.runtime.placement.step_costs import Unmeasured, costs_of, measure, source_host
-from hamdist.runtime.plan.block_settings import block_settings
+from hamdist.runtime.plan.dtypes import block_settings
 from hamdist.runtime.plan.plan import Plan
 from hamdist.runtime.plan.replan import with_delays
 from hamdist.runtime.plan.signal_bytes import exact_bytes

@@ -438,3 +438,20 @@ def test_input_of_another_type_is_refused_as_by_torch():
     closed = closed_cell(nn.Linear(6, 4), Combine.CONCAT, 0, 1, native=True)
     with pytest.raises(RuntimeError, match="dtype"):
         closed.forward([noise(1, 1, 6)], [False])
+
+
+@pytest.mark.skipif(not rows.gemm(F64), reason="torch's library hides its BLAS")
+@pytest.mark.parametrize("dtype", [torch.float32, F64])
+@pytest.mark.parametrize(("batch", "biased"), [(16, True), (63, False)])
+def test_few_rows_on_a_large_weight(dtype, batch, biased):
+    """(as (W x^T)^T, in parts of 256 outputs, the last of which has fewer)"""
+    out, into = 600, 512
+    w, x = noise(1, out, into) / into**0.5, noise(2, batch, into)
+    bias = noise(3, out) if biased else None
+    exact = (x @ w.t() + (0 if bias is None else bias)).relu()
+    used = w.to(dtype), None if bias is None else bias.to(dtype), True
+    chain = linear([used], batch)
+    inner, _, _ = room(chain, x.to(dtype))
+    y = torch.full((batch, out), math.nan, dtype=dtype)
+    chain.forward(x.to(dtype), inner, y)
+    torch.testing.assert_close(y.double(), exact, **LOOSE[dtype])

@@ -5,11 +5,13 @@ F n, B n: forward and backward of sample n; FB n: an output net does both.
 
 from __future__ import annotations
 
+import itertools
 from collections import Counter, deque
 from itertools import islice
 
 import pytest
-from dynamics.helpers import bare, bare_chain, drawn_events, edge, knobs, rows, until
+import torch
+from dynamics.helpers import bare, bare_chain, drawn_events, edge, knobs, rows, settings, until
 from hypothesis import given
 from hypothesis import settings as hypothesis_settings
 from hypothesis import strategies as st
@@ -30,6 +32,8 @@ from hamdist.dynamics.schedule.hold import HoldSchedule
 from hamdist.dynamics.schedule.make import make_schedule
 from hamdist.dynamics.schedule.pulse import PulseSchedule
 from hamdist.errors import LevelError
+from hamdist.runtime.plan.plan import make_plan
+from hamdist.streams import from_iterable
 
 # -- pulse -------------------------------------------------------------------------------------
 
@@ -222,6 +226,30 @@ TABLES = [
     pytest.param(bare(*DIAMOND), 1, DIAMOND_TABLE, id="diamond"),
     pytest.param(bare(*READOUTS), 1, READOUTS_TABLE, id="two-readouts"),
 ]
+
+
+ENDING = {
+    "trace": settings("trace"),
+    "speed 3": settings("trace", locality={"speed": 3}),
+    "heads": settings("heads"),
+    "parts": settings("pipeline", locality={"microbatches": 2}),
+    "clipped": settings("backprop", learning={"clip": {"norm": 1.0, "of": "network"}}),
+}
+
+
+@pytest.mark.parametrize("case", ENDING)
+def test_a_stream_that_ends(case):
+    """Behind the first event without a sample come those of the samples that are still inside."""
+    source = from_iterable([(torch.zeros(4, 1).double(), torch.zeros(4, 1).double())])
+    schedule = make_plan(bare_chain(4), ENDING[case], source.spec).schedule
+    assert isinstance(schedule, PulseSchedule)
+    for block, end in itertools.product(("b0", "b1", "b3"), (2, 4, 12)):
+        whole = list(islice(schedule.events(block), 100))
+        events = [next(e for e in whole if e.sample == end and e.phase is not Phase.BACKWARD)]
+        while (event := schedule.after_end(block, events[-1], end)) is not None:
+            events.append(event)
+        at = whole.index(events[0])
+        assert events[1:] == [e for e in whole[at + 1 :] if e.sample < end]
 
 
 def pulse(graph: Graph, c: int | str) -> PulseSchedule:

@@ -21,7 +21,7 @@ from hamdist.runtime.placement.assign_hosts import (
     reseated,
 )
 from hamdist.runtime.placement.requirements import ActorRequirements, requirements
-from hamdist.runtime.plan.block_settings import block_settings
+from hamdist.runtime.plan.dtypes import block_settings
 from hamdist.runtime.train.train import train
 
 

@@ -26,8 +26,7 @@ from hamdist.runtime.placement.links import (
 )
 from hamdist.runtime.plan.plan import make_plan
 from hamdist.runtime.plan.replan import with_delays
-from hamdist.runtime.signals.interrupts import Aborted
-from hamdist.runtime.signals.signal import Channel, Signal
+from hamdist.runtime.signals.signal import Aborted, Channel, Signal
 from hamdist.runtime.timing.cluster_model import (
     BYTES_PER_SECOND,
     REMOTE_SECONDS,

@@ -273,8 +273,8 @@ def test_a_call_that_comes_late_is_not_the_next_runs(leaves_nothing, monkeypatch
     def start(self):
         before(self)
         for actor in self.actors:
-            actor.handle.abort.remote(self.plan.run - 1)
-            actor.handle.stop_stream.remote(self.plan.run - 1)
+            actor.ask("abort", run=self.plan.run - 1)
+            actor.ask("stop_stream", run=self.plan.run - 1)
 
     monkeypatch.setattr(WorkerGroup, "start", start)
     assert train(chain(), PortableStream(200), settings()).samples == 200
@@ -286,7 +286,7 @@ def test_what_nobody_has_called_off_has_not_ended_well(leaves_nothing, monkeypat
     def start(self):
         before(self)
         for actor in self.actors:
-            actor.handle.abort.remote(self.plan.run)
+            actor.ask("abort", run=self.plan.run)
 
     monkeypatch.setattr(WorkerGroup, "start", start)
     with pytest.raises(ClusterError, match="ended before its time: it was called off by nobody"):

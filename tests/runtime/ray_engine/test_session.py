@@ -19,8 +19,8 @@ from torch import nn
 import hamdist
 from hamdist.config import EngineSettings
 from hamdist.errors import ClusterError, SettingsError
+from hamdist.runtime.ray_engine import local_ray
 from hamdist.runtime.ray_engine import local_ray as local_ray_module
-from hamdist.runtime.ray_engine import processes
 from hamdist.runtime.ray_engine import session as cluster
 from hamdist.streams import from_iterable
 
@@ -128,7 +128,7 @@ def test_a_local_ray_that_ended_is_named(session, dead, monkeypatch, tmp_path):
 
 def test_a_local_ray_starts_no_process_in_vain(session):
     commands = [" ".join(p.cmdline()) for p in psutil.Process().children(recursive=True)]
-    script = processes.PARAMETERS["setup_worker_path"]
+    script = local_ray.PARAMETERS["setup_worker_path"]
     assert [c for c in commands if "raylet/raylet" in c and script in c]
     assert not [c for c in commands if re.search(r"/(monitor|log_monitor|dashboard)\.py", c)]
 

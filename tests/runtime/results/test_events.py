@@ -15,8 +15,8 @@ import hamdist
 from hamdist.config import Settings
 from hamdist.dynamics.objective.prequential import Window
 from hamdist.runtime.results.events import (
-    EVENTS,
     NetworkPlaced,
+    RunEvent,
     WindowFull,
     from_values,
     read_events,
@@ -235,7 +235,7 @@ def test_every_event_is_read_back_and_strange_lines_are_passed_over():
     lines = [event.to_line() for event in events]
     again = list(read_events([*lines, "{cut", "[]", '{"event": "of-tomorrow"}', ""]))
     assert [event.to_line() for event in again] == lines
-    assert isinstance(again[-1], EVENTS[again[-1].name])
+    assert isinstance(again[-1], RunEvent.by_name[again[-1].name])
     assert any(isinstance(event, NetworkPlaced) for event in again)
     more = {**events[-1].as_json(), "of_tomorrow": 1}
     assert from_values(more).to_line() == lines[-1]

@@ -15,9 +15,8 @@ import torch
 
 from hamdist.dynamics.schedule.events import Kind, Stamp
 from hamdist.errors import ClusterError, WireError
-from hamdist.runtime.signals.interrupts import Aborted
 from hamdist.runtime.signals.packing import MAX_HEADER, Packer
-from hamdist.runtime.signals.signal import Channel, Signal
+from hamdist.runtime.signals.signal import Aborted, Channel, Signal
 from hamdist.runtime.transport import ring
 from hamdist.runtime.transport import shared_memory as shared
 from hamdist.runtime.transport.endpoint import EndpointContext, socket_folder

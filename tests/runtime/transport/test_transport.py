@@ -16,9 +16,8 @@ from hamdist.config import EngineSettings
 from hamdist.dynamics.schedule.events import Kind, Stamp
 from hamdist.errors import ClusterError, WireError
 from hamdist.runtime.process.leftovers import remove_leftovers
-from hamdist.runtime.signals.interrupts import Aborted
 from hamdist.runtime.signals.packing import Packer
-from hamdist.runtime.signals.signal import Channel, Signal
+from hamdist.runtime.signals.signal import Aborted, Channel, Signal
 from hamdist.runtime.transport.endpoint import socket_folder
 from hamdist.runtime.transport.transport import Endpoints
 

@@ -12,7 +12,7 @@ from fashion_files import write_fashion
 from hamdist.config import Source, StreamSettings
 from hamdist.errors import SettingsError
 from hamdist.streams import held_out, make_stream
-from hamdist.streams.sources.parts import validation_rows, validation_split
+from hamdist.streams.sources.datasets import validation_rows, validation_split
 
 
 def settings(source: str, evaluate: str, **more: object) -> StreamSettings:

@@ -23,7 +23,6 @@ from hamdist.config import Level, Settings, Split
 from hamdist.display.table import MISSING
 from hamdist.errors import ClusterError, SettingsError
 from hamdist.study.grid import run as grid_run
-from hamdist.study.grid.plots import study_figures
 from hamdist.study.grid.points import TUNING_SEEDS, GridJob, cells, final_jobs, tuning_jobs
 from hamdist.study.grid.report import save_study
 from hamdist.study.grid.run import StudyOutcome, TuningResult, check, run_study
@@ -38,7 +37,7 @@ from hamdist.study.grid.settings import (
     study_yaml,
 )
 from hamdist.study.grid.summary import summary
-from hamdist.study.grid.tables import study_tables
+from hamdist.study.grid.tables import study_figures, study_tables
 from hamdist.study.grid.work import RunRecord, work
 from hamdist.study.run.run import run_centralised, run_level
 from hamdist.study.shared.store import Store
@@ -590,7 +589,7 @@ class TestCommand:
 
 
 def test_a_side_has_one_colour_and_its_curves_other_dashes() -> None:
-    from hamdist.study.grid.plots import _styles
+    from hamdist.study.grid.tables import _styles
 
     study = tiny(axes={"depth": [2, 3]})
     curves = {f"{cell.name}, {cell.point}": cell for cell in cells(study)}

@@ -413,13 +413,16 @@ def test_watch_follows_a_launched_run_to_its_end(monkeypatch):
     from typer.testing import CliRunner
 
     from hamdist.cli import app, view
-    from hamdist.launch.events import Ended, Progressed, Started, WarningEvent, to_line
+    from hamdist.launch.events import Ended, to_line
+    from hamdist.runtime.results.events import Warned
+    from hamdist.runtime.results.progress_events import ProgressEvents
 
+    events = ProgressEvents("trace", 1)
     told = [
-        Started(title="far away", batch=4, level="trace", seed=1),
-        Progressed(progress=progress(1.0, 20)),
-        WarningEvent(warning="mind"),
-        Progressed(progress=progress(3.0, 40)),
+        RunBegun(title="far away", engine="ray", batch=4, **events.head),
+        *events(progress(1.0, 20)),
+        Warned(text="mind"),
+        *events(progress(3.0, 40)),
         Ended(code=0),
     ]
 

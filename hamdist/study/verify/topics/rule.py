@@ -19,7 +19,7 @@ from hamdist.dynamics.objective.losses import cross_entropy
 from hamdist.runtime.plan.plan import Plan
 from hamdist.runtime.ray_engine.session import ray_session
 from hamdist.runtime.results.result import RunResult
-from hamdist.runtime.train.named_rules import make_rule
+from hamdist.runtime.train.prepare import make_rule
 from hamdist.runtime.train.train import plan_of, train
 from hamdist.study.shared.exact_runs import PlanNodes
 from hamdist.study.verify.oracles.check import Check, Difference
