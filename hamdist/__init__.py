@@ -27,6 +27,8 @@ if TYPE_CHECKING:
     from hamdist.dynamics.modules.prenorm import Normed as Normed
     from hamdist.dynamics.modules.prenorm import PreNorm as PreNorm
     from hamdist.dynamics.modules.prenorm import stabilised as stabilised
+    from hamdist.dynamics.modules.recurrent import DiagonalCell as DiagonalCell
+    from hamdist.dynamics.modules.recurrent import LeakyCell as LeakyCell
     from hamdist.dynamics.modules.recurrent import Reads as Reads
     from hamdist.dynamics.modules.recurrent import RecurrentCell as RecurrentCell
     from hamdist.dynamics.modules.reversible import Coupling as Coupling
@@ -60,7 +62,7 @@ _HOMES = {  # the names of `__all__` by module; above, for type checkers, once m
     "hamdist.dynamics.partition.cuts": "CutPlace",
     "hamdist.dynamics.partition.split": "traced",
     "hamdist.dynamics.graph.graph": "BlockSpec Combine Graph",
-    "hamdist.dynamics.modules.recurrent": "Reads RecurrentCell",
+    "hamdist.dynamics.modules.recurrent": "DiagonalCell LeakyCell Reads RecurrentCell",
     "hamdist.dynamics.modules.pairs": "MeanHalf SecondHalf ToPair",
     "hamdist.dynamics.modules.reversible": "Coupling Midpoint MidpointStart Squeeze",
     "hamdist.dynamics.modules.prenorm": "Normed PreNorm stabilised",
