@@ -55,6 +55,7 @@ class Compress(str, Enum):
     INT4 = "int4"
     DELTA = "delta"
     TOPK = "topk"
+    SUBSPACE = "subspace"
 
 
 class Feedback(str, Enum):
