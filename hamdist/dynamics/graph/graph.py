@@ -290,9 +290,10 @@ class Graph:
         return frozenset(unmoved) if frozen else frozenset()
 
     def recurrent(self, edge: Edge) -> bool:
-        """Return True if an edge leads from a block to itself or to one listed before it.
+        """Return True if an edge of a sequence carries the state of the previous token.
 
-        In a sequence such an edge carries the state of the previous token.
+        Args:
+            edge: it does if it leads from a block to itself, or to one listed before it.
         """
         if edge.from_input:
             return False
