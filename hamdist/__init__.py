@@ -35,6 +35,7 @@ if TYPE_CHECKING:
     from hamdist.dynamics.modules.reversible import Midpoint as Midpoint
     from hamdist.dynamics.modules.reversible import MidpointStart as MidpointStart
     from hamdist.dynamics.modules.reversible import Squeeze as Squeeze
+    from hamdist.dynamics.modules.subspace import Subspace as Subspace
     from hamdist.dynamics.partition.cuts import CutPlace as CutPlace
     from hamdist.dynamics.partition.split import traced as traced
     from hamdist.dynamics.rules.rule import BlockView as BlockView
@@ -66,6 +67,7 @@ _HOMES = {  # the names of `__all__` by module; above, for type checkers, once m
     "hamdist.dynamics.modules.pairs": "MeanHalf SecondHalf ToPair",
     "hamdist.dynamics.modules.reversible": "Coupling Midpoint MidpointStart Squeeze",
     "hamdist.dynamics.modules.prenorm": "Normed PreNorm stabilised",
+    "hamdist.dynamics.modules.subspace": "Subspace",
     "hamdist.dynamics.rules.rule": "BlockView Rule Signals",
     "hamdist.errors": "HamdistError Stop TakeSnapshot",
     "hamdist.runtime.live.callbacks": "BestWeights Callback EarlyStopping Evaluation",

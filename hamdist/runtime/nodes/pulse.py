@@ -97,6 +97,11 @@ class PulseNode(BlockNode):
         return self.event.phase is Phase.BACKWARD
 
     @property
+    def lag(self) -> int:
+        """Return the ticks from the forward pass of a sample to the next event."""
+        return self._schedule.lag(self.name) if self.backward else 0
+
+    @property
     def deferred(self) -> bool:
         """Return True if the weights have still to move by messages that were read."""
         return self.block.deferred

@@ -185,11 +185,6 @@ class Plan:
         return manifest.samples - manifest.skip
 
     @property
-    def by_token(self) -> bool:
-        """Return True if blocks step by tokens of sequences instead of by ticks (loop.py)."""
-        return self.knobs.sequence and self.spec.live
-
-    @property
     def taught_by(self) -> str:
         """Return the readout whose labels travel with the signal."""
         return self.graph.readouts[0] if self.heads is None else self.heads.readout
@@ -247,7 +242,7 @@ def make_plan(
     shapes = graph.shapes(spec.u_shape, spec.u_dtype, spec.parents)
     spec = with_classes(spec, graph, shapes)
     check_predictions(graph, shapes, spec, settings.ignore_index)
-    knobs = cut_batches(knobs, graph, spec, settings.learning)
+    knobs = cut_batches(knobs, graph, spec, settings)
     graph = own_states(graph, knobs)
     graph, shapes, cast_plans = with_cast_plans(graph, shapes, spec.parents, settings.engine, knobs)
     # (The end of a stream goes against the edges where there are cycles; energies need z.)
