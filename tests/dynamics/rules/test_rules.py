@@ -18,7 +18,7 @@ from hamdist.dynamics.graph.graph import BlockSpec, Graph
 from hamdist.dynamics.objective.losses import cross_entropy
 from hamdist.dynamics.rules.feedback_alignment import SignSymmetry
 from hamdist.dynamics.rules.hebbian import Oja, SoftHebb
-from hamdist.dynamics.rules.local_losses import DifferenceTargetPropagation
+from hamdist.dynamics.rules.local_losses import DifferenceTargetPropagation, ForwardForward
 from hamdist.dynamics.rules.names import HOMES, built_in
 from hamdist.errors import GraphError
 
@@ -221,7 +221,7 @@ def test_mono_forward():
 def test_forward_forward():
     """Autograd of the loss of each row, as the paper has it; the first rows teach nothing."""
     data = [(torch.cat([u, u[:3]]), torch.cat([y, y[:3]])) for u, y in items()]
-    net = one_block(built_in("forward-forward")(0.4), data)
+    net = one_block(ForwardForward(0.4), data)
     W, b = (t.requires_grad_() for t in plain()[0])
     optimiser = torch.optim.SGD([W, b], LR)
     for u, _ in data:
@@ -232,7 +232,7 @@ def test_forward_forward():
         optimiser.step()
     assert relative(net.run().theta("a"), [W, b]) <= 1e-13
     with pytest.raises(GraphError, match="this one has 2 rows, give 3 or more"):
-        one_block(built_in("forward-forward")(), [(u[:2], y[:2]) for u, y in items()]).run()
+        one_block(ForwardForward(), [(u[:2], y[:2]) for u, y in items()]).run()
 
 
 @pytest.mark.parametrize("decay", ["hebb", "oja", "sanger"])
