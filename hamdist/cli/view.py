@@ -127,7 +127,7 @@ def draw(
 ) -> None:
     """Draw the network of a run: blocks, shapes, edges, delays, actors; colour: late messages."""
     from hamdist.display.network import network_picture
-    from hamdist.study.run.picture import network_of_folder, network_of_settings
+    from hamdist.study.run.export import network_of_folder, network_of_settings
 
     if Path(settings).is_dir():
         network, name = network_of_folder(_with_events(Path(settings)) / EVENTS)

@@ -51,7 +51,7 @@ def recovery(
         recovery_table,
         save_recovery,
     )
-    from hamdist.study.gradient_descent.rows import RowWorkers, jobs
+    from hamdist.study.gradient_descent.scenarios import RowWorkers, jobs
 
     rows_to_make = jobs(
         tuple(MODELS) if models is None else names(models),

@@ -16,6 +16,9 @@ HOMES = {  # module and class
     "mono-forward": "local_losses.MonoForward",
     "synthetic-gradients": "local_losses.SyntheticGradients",
     "target-propagation": "local_losses.DifferenceTargetPropagation",
+    "e-prop": "eligibility.EProp",
+    "snap-1": "eligibility.SnAp1",
+    "diagonal": "eligibility.DiagonalTraces",
     "oja": "hebbian.Oja",
     "soft-hebb": "hebbian.SoftHebb",
 }

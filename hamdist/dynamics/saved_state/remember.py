@@ -200,7 +200,7 @@ class _Unpacking:
         form = next((f for f in _FORMS if f in data), None)
         if form is None:
             raise ValueError(f"unknown form {sorted(data)}")
-        return getattr(self, f"_{form}")(data)
+        return _FORMS[form](self, data)
 
     def _tensor(self, data: Any) -> Tensor:
         key = repr(data)
@@ -210,38 +210,26 @@ class _Unpacking:
             self._made[key] = made.to(self._gpu) if "gpu" in data else made
         return self._made[key]
 
-    def _is(self, data: Any) -> Any:
-        return _known[data["is"]](*map(self.made, data["of"]))
-
-    def _map(self, data: Any) -> dict[Any, Any]:
-        return {self.made(k): self.made(v) for k, v in data["map"]}
-
-    def _queue(self, data: Any) -> deque[Any]:
-        return deque(map(self.made, data["queue"]), data["most"])
-
-    def _tuple(self, data: Any) -> tuple[Any, ...]:
-        return tuple(map(self.made, data["tuple"]))
-
-    def _set(self, data: Any) -> set[Any]:
-        return set(map(self.made, data["set"]))
-
-    def _enum(self, data: Any) -> Any:
-        return _known[data["enum"]][data["name"]]  # type: ignore[index]
-
-    def _size(self, data: Any) -> torch.Size:
-        return torch.Size(data["size"])
-
     def _dtype(self, data: Any) -> torch.dtype:
         found = getattr(torch, data["dtype"])
         if not isinstance(found, torch.dtype):
             raise ValueError(f"{data['dtype']!r} is no type of tensors")
         return found
 
-    def _float(self, data: Any) -> float:
-        return {"inf": math.inf, "-inf": -math.inf, "nan": math.nan}[data["float"]]
 
-
-_FORMS = ("tensor", "is", "map", "queue", "tuple", "set", "enum", "size", "dtype", "float")
+_FLOATS = {"inf": math.inf, "-inf": -math.inf, "nan": math.nan}
+_FORMS: dict[str, Callable[[_Unpacking, Any], Any]] = {  # by the key that tells a form
+    "tensor": _Unpacking._tensor,
+    "is": lambda it, data: _known[data["is"]](*map(it.made, data["of"])),
+    "map": lambda it, data: {it.made(k): it.made(v) for k, v in data["map"]},
+    "queue": lambda it, data: deque(map(it.made, data["queue"]), data["most"]),
+    "tuple": lambda it, data: tuple(map(it.made, data["tuple"])),
+    "set": lambda it, data: set(map(it.made, data["set"])),
+    "enum": lambda _, data: _known[data["enum"]][data["name"]],  # type: ignore[index]
+    "size": lambda _, data: torch.Size(data["size"]),
+    "dtype": _Unpacking._dtype,
+    "float": lambda _, data: _FLOATS[data["float"]],
+}
 
 
 def _index(place: object) -> int:

@@ -7,10 +7,12 @@ import linecache
 import operator
 import sys
 from collections.abc import Iterator
+from contextlib import contextmanager
 from enum import Enum
 from functools import lru_cache
 from types import BuiltinFunctionType, FrameType, FunctionType
 from typing import Any, NamedTuple
+from unittest.mock import patch
 
 import torch
 from torch import Tensor, nn
@@ -184,3 +186,34 @@ def stays_whole(name: str, model: nn.Module, why: Unfollowed) -> str:
         what = f"{name!r} (a {type(model.get_submodule(name)).__name__})"
     at = f", at {why.line}" if why.line else ""
     return f"{what} stays whole, because {why.reason}{at}"
+
+
+# Files of transformers that make attention masks. They ask whether a mask hides anything at all,
+# and leave it out where it does not, unless somebody traces: the values of a mask would decide
+# what happens next.
+MASKS = ("/transformers/masking_utils.py", "/transformers/modeling_attn_mask_utils.py")
+NEAR = 4  # frames between torch.jit.is_tracing and who asks
+
+
+@contextmanager
+def masks_stay() -> Iterator[None]:
+    """Make transformers build every attention mask, whatever its values: a block then does the same
+    for every sample. Elsewhere `torch.jit.is_tracing` says what it always says."""
+    ask = sys.modules["torch.jit"].is_tracing
+
+    def is_tracing() -> bool:
+        return _asked_for_masks() or bool(ask())
+
+    with patch("torch.jit.is_tracing", is_tracing):
+        yield
+
+
+def _asked_for_masks() -> bool:
+    frame = sys._getframe(2)
+    for _ in range(NEAR):
+        if frame.f_code.co_filename.replace("\\", "/").endswith(MASKS):
+            return True
+        if frame.f_back is None:
+            return False
+        frame = frame.f_back
+    return False

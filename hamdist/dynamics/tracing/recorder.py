@@ -44,13 +44,13 @@ from hamdist.dynamics.tracing.recorded_calls import (
     is_stateful,
     line_here,
     line_of,
+    masks_stay,
     other_objects,
     paths_of_tensors,
     tensors_in,
     without_others,
 )
 from hamdist.dynamics.user_modules.hooks import hook_of
-from hamdist.dynamics.user_modules.libraries import masks_stay
 from hamdist.dynamics.user_modules.python_state import SETS_REQUIRES_GRAD
 from hamdist.dynamics.user_modules.structure import filled, getter, parts_of
 from hamdist.errors import GraphError

@@ -6,6 +6,7 @@ y = f(x),      dL/dx = dL/dy f'(x), where f' is a function of y or of x
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any, TypeAlias
 
 import torch
@@ -26,59 +27,32 @@ FROM_RESULT: dict[type, tuple[ActivationForward, ActivationForward, ActivationVj
 }
 
 
-def _gelu(m: Any) -> tuple[ActivationForward, ActivationVjp]:
-    how = m.approximate
-    return (
-        lambda x: functional.gelu(x, approximate=how),
-        lambda z, x: aten.gelu_backward(z, x, approximate=how),
-    )
-
-
-def _silu(m: Any) -> tuple[ActivationForward, ActivationVjp]:  # noqa: ARG001
-    return functional.silu, lambda z, x: aten.silu_backward(z, x)
-
-
-def _leaky_relu(m: Any) -> tuple[ActivationForward, ActivationVjp]:
-    slope = m.negative_slope
-    return (
-        lambda x: functional.leaky_relu(x, slope),
-        lambda z, x: aten.leaky_relu_backward(z, x, slope, False),
-    )
-
-
-def _softplus(m: Any) -> tuple[ActivationForward, ActivationVjp]:
-    b, limit = m.beta, m.threshold
-    return (
-        lambda x: functional.softplus(x, b, limit),
-        lambda z, x: aten.softplus_backward(z, x, b, limit),
-    )
-
-
-def _elu(m: Any) -> tuple[ActivationForward, ActivationVjp]:
-    alpha = m.alpha
-    return (
-        lambda x: functional.elu(x, alpha),
-        lambda z, x: aten.elu_backward(z, alpha, 1.0, 1.0, False, x),
-    )
-
-
-def _hardtanh(m: Any) -> tuple[ActivationForward, ActivationVjp]:
-    low, high = m.min_val, m.max_val
-    return (
-        lambda x: functional.hardtanh(x, low, high),
-        lambda z, x: aten.hardtanh_backward(z, x, low, high),
-    )
-
-
 # By kind, of such a module: y of x; dL/dx of dL/dy and x.
 FROM_INPUT: dict[type, Callable[[Any], tuple[ActivationForward, ActivationVjp]]] = {
-    nn.GELU: _gelu,
-    nn.SiLU: _silu,
-    nn.LeakyReLU: _leaky_relu,
-    nn.Softplus: _softplus,
-    nn.ELU: _elu,
-    nn.Hardtanh: _hardtanh,
-    nn.ReLU6: _hardtanh,
+    nn.GELU: lambda m: (
+        partial(functional.gelu, approximate=m.approximate),
+        lambda z, x: aten.gelu_backward(z, x, approximate=m.approximate),
+    ),
+    nn.SiLU: lambda _: (functional.silu, aten.silu_backward),
+    nn.LeakyReLU: lambda m: (
+        partial(functional.leaky_relu, negative_slope=m.negative_slope),
+        lambda z, x: aten.leaky_relu_backward(z, x, m.negative_slope, False),
+    ),
+    nn.Softplus: lambda m: (
+        partial(functional.softplus, beta=m.beta, threshold=m.threshold),
+        lambda z, x: aten.softplus_backward(z, x, m.beta, m.threshold),
+    ),
+    nn.ELU: lambda m: (
+        partial(functional.elu, alpha=m.alpha),
+        lambda z, x: aten.elu_backward(z, m.alpha, 1.0, 1.0, False, x),
+    ),
+    **dict.fromkeys(
+        (nn.Hardtanh, nn.ReLU6),
+        lambda m: (
+            partial(functional.hardtanh, min_val=m.min_val, max_val=m.max_val),
+            lambda z, x: aten.hardtanh_backward(z, x, m.min_val, m.max_val),
+        ),
+    ),
 }
 
 # What the C code has.

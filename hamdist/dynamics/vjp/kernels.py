@@ -11,8 +11,9 @@ B: batch; R: rows, that is the batch times further dimensions; I, O: inputs and 
 from __future__ import annotations
 
 import math
+from abc import ABC, abstractmethod
 from collections.abc import Callable
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -26,31 +27,24 @@ aten = torch.ops.aten
 KeptTensors = list[Any]
 
 
-class Kernel(Protocol):
+class Kernel(ABC):
     """One operation. weights: places of its parameters in the function's list; None: not trained.
 
     owns: the output is memory of the kernel that the products do not read, so that an activation
-    behind it may work in place. in_place: it works in its input's memory.
+    behind it may work in place. in_place: it works in its input's memory. forward: from (old, *x)
+    to f(x) and the tensors that `pull` needs; old: those of an earlier call, to be overwritten.
     """
 
-    owns: bool
+    owns = True
+    in_place = False
+    weights: tuple[int | None, ...] = ()
+    forward: Callable[..., KeptTensors]
 
-    @property
-    def in_place(self) -> bool: ...
-
-    @property
-    def weights(self) -> tuple[int | None, ...]: ...
-
-    def operation(self, reads: tuple[int, ...]) -> Operation | None:
+    def operation(self, reads: tuple[int, ...]) -> Operation | None:  # noqa: ARG002
         """Return it for the C code, on these values; None where that has none."""
+        return None
 
-    @property
-    def forward(self) -> Callable[..., KeptTensors]:
-        """Return a function (old, *x) -> f(x) and the tensors that `pull` needs.
-
-        old: those of an earlier call, to be overwritten.
-        """
-
+    @abstractmethod
     def pull(
         self, kept: KeptTensors, z: Tensor, wanted: tuple[bool, ...], g: Gradients | None
     ) -> tuple[Tensor | None, ...]:
@@ -73,15 +67,12 @@ def rows_of_width(x: Tensor, width: int) -> Tensor:
     return x if x.dim() == 2 else x.reshape(-1, width)
 
 
-class Linear:
+class Linear(Kernel):
     """f = x W^T + b, or the relu of it; with d = z (behind a relu: where f > 0)
     z^T df/dx = d W, z^T df/dW = d^T x, z^T df/db = sum of d's rows.
 
     relu: set where a relu is the only reader of the layer.
     """
-
-    owns = True
-    in_place = False
 
     def __init__(self, module: nn.Linear, weights: tuple[int | None, ...]) -> None:
         self.weights = weights
@@ -120,11 +111,8 @@ class Linear:
         return (to if to is None or z.dim() == 2 else to.view(*z.shape[:-1], self.into),)
 
 
-class Embedding:
+class Embedding(Kernel):
     """f = rows of a table at the indices x, an integer tensor; the table's product are z's rows."""
-
-    owns = True
-    in_place = False
 
     def __init__(self, module: nn.Embedding, weights: tuple[int | None, ...]) -> None:
         self.weights = weights
@@ -152,15 +140,8 @@ class Embedding:
         return (None,) * len(wanted)
 
 
-class Unary:
+class Unary(Kernel):
     """An operation without weights on one input."""
-
-    weights = ()
-    owns = True
-    in_place = False
-
-    def operation(self, reads: tuple[int, ...]) -> Operation | None:  # noqa: ARG002
-        return None
 
     def product(self, kept: KeptTensors, z: Tensor) -> Tensor:
         """Return z^T df/dx."""
@@ -257,12 +238,8 @@ class ScaleKernel(Unary):
         return z * self._factor
 
 
-class Add:
+class Add(Kernel):
     """f = x_1 + s x_2, of tensors of one shape (a residual add)."""
-
-    weights = ()
-    owns = True
-    in_place = False
 
     def __init__(self, sign: float = 1.0) -> None:
         self._sign = sign
@@ -289,11 +266,8 @@ class Add:
         )
 
 
-class LayerNorm:
+class LayerNorm(Kernel):
     """PyTorch's layer norm and its backward operator, on the weights of today."""
-
-    owns = True
-    in_place = False
 
     def __init__(self, module: nn.LayerNorm, weights: tuple[int | None, ...]) -> None:
         self.weights = weights
@@ -325,11 +299,8 @@ class LayerNorm:
         return (to if wanted[0] else None,)
 
 
-class Conv2d:
+class Conv2d(Kernel):
     """PyTorch's convolution and its backward operator, on the weights of today."""
-
-    owns = True
-    in_place = False
 
     def __init__(self, module: nn.Conv2d, weights: tuple[int | None, ...]) -> None:
         self.weights = weights
@@ -339,9 +310,6 @@ class Conv2d:
         # module.padding is a string only for 'same' and 'valid' (refused by program.py)
         self._how = (list(module.stride), [int(p) for p in padding], list(module.dilation))
         self._groups = module.groups
-
-    def operation(self, reads: tuple[int, ...]) -> Operation | None:  # noqa: ARG002
-        return None
 
     def forward(self, old: KeptTensors | None, x: Tensor) -> KeptTensors:  # noqa: ARG002
         stride, padding, dilation = self._how

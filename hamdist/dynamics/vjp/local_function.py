@@ -1,8 +1,7 @@
 """A block's module as f(h_1, ..., h_P; theta), with its vector-Jacobian products.
 
 `LocalFunction` says what blocks ask for. One of a module is made by autograd (autograd.py) or in
-closed form (closed.py); one of another local function joins slices (joined.py) or shares weights
-(tied.py).
+closed form (closed.py); one of another local function joins slices or shares weights (wrapping.py).
 """
 
 from __future__ import annotations
@@ -161,31 +160,6 @@ class ModuleFunction(LocalFunction):
         fill(self._slots(record), state["kept"])
         record.output.data.copy_(state["output"])  # (a late loss reads it)
         return record
-
-
-class WrappingFunction(LocalFunction):
-    """A local function that asks `inner`, another one of the same module."""
-
-    def __init__(self, inner: LocalFunction, names: Sequence[str], theta: Sequence[Tensor]) -> None:
-        super().__init__(inner.module, names, theta)
-        self.inner = inner
-
-    def snapshot(self) -> dict[str, Any]:
-        """Return the state of `inner`."""
-        return self.inner.snapshot()
-
-    def restore(self, state: Mapping[str, Any]) -> None:
-        """Continue from `state`."""
-        self.inner.restore(state)
-
-    def forward(self, inputs: Sequence[Tensor], wanted: Sequence[bool]) -> Any:
-        return self.inner.forward(inputs, wanted)
-
-    def held(self, record: Any) -> dict[str, Any]:
-        return self.inner.held(record)
-
-    def rebuilt(self, state: Mapping[str, Any]) -> Any:
-        return self.inner.rebuilt(state)
 
 
 def _write(tensors: Mapping[str, Tensor], saved: Mapping[str, Tensor]) -> None:

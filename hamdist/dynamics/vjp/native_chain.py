@@ -26,7 +26,7 @@ from hamdist.dynamics.vjp.steps import ProgramStep, needed, pull_steps, run_step
 SHAPES = 256  # of inputs, whose sizes and places are kept
 
 
-class Chain:
+class Chain(Kernel):
     """Kernels on one value, each of which reads that or what earlier ones made.
 
     lasting: the output leaves the block, so that its memory is not used again. Memory that stays
@@ -39,7 +39,6 @@ class Chain:
     """
 
     owns = False
-    in_place = False
 
     def __init__(
         self,
@@ -64,9 +63,6 @@ class Chain:
         self._slopes: list[Tensor | None] = [None, None]
         self._messages: list[Tensor | None] = [None]
         self._rates: tuple[AtOnce, array[float]] | None = None
-
-    def operation(self, reads: tuple[int, ...]) -> None:
-        """Return None: a chain is no part of another one."""
 
     def forward(self, old: KeptTensors | None, x: Tensor) -> KeptTensors:
         shape = self._shapes.get(x.shape)

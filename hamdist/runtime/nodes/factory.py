@@ -46,10 +46,9 @@ from hamdist.dynamics.updates.weights import Weights
 from hamdist.dynamics.vjp.autocast import AutocastFunction
 from hamdist.dynamics.vjp.autograd import AutogradFunction
 from hamdist.dynamics.vjp.closed import closed_cell
-from hamdist.dynamics.vjp.joined import JoinedFunction
 from hamdist.dynamics.vjp.local_function import LocalFunction
 from hamdist.dynamics.vjp.seeding import OwnGenerator, block_seed, draws, seeded_loss
-from hamdist.dynamics.vjp.tied import TiedFunction
+from hamdist.dynamics.vjp.wrapping import JoinedFunction, TiedFunction
 from hamdist.errors import ClusterError
 from hamdist.runtime.nodes.emissions import LiveBlock
 from hamdist.runtime.nodes.hold import HoldNode
@@ -185,11 +184,12 @@ class _Parts(BlockParts):
             module=spec.module,
             theta=dict(zip(self.cell.names, self.cell.theta, strict=True)),
             shape=tuple(h.shape[1:]),
-            inputs=[shapes[parent][0][1:] for parent in spec.parents],
+            inputs=spec.with_own([shapes[one][0][1:] for one in spec.parents], tuple(h.shape[1:])),
             outputs=shapes[plan.graph.readouts[0]][0][1:],
             depth=plan.graph.depths[name],
             readout=spec.loss is not None,
-            wanted=self.wanted,
+            wanted=spec.with_own(self.wanted, False),
+            own=spec.own,
             join=partial(combined, spec.combine),
             seed=seed,
             random=lambda what: OwnGenerator(seed(what), h.device) if stochastic else nullcontext(),

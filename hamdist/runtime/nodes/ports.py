@@ -21,9 +21,8 @@ from hamdist.dynamics.schedule.pulse import PulseSchedule
 from hamdist.dynamics.updates.weights import Weights
 from hamdist.dynamics.vjp.autocast import AutocastFunction, Rounding
 from hamdist.dynamics.vjp.gradient import norm_of
-from hamdist.dynamics.vjp.joined import JoinedFunction
 from hamdist.dynamics.vjp.local_function import LocalFunction
-from hamdist.dynamics.vjp.tied import TiedFunction
+from hamdist.dynamics.vjp.wrapping import JoinedFunction, TiedFunction
 from hamdist.errors import SnapshotError
 from hamdist.runtime.nodes.mailbox import Mailbox
 from hamdist.runtime.plan.plan import Plan

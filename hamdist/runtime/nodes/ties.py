@@ -6,7 +6,7 @@ from hamdist.config import Compensation, Credit, LearningSettings, Memory
 from hamdist.dynamics.schedule.events import Event, Stamp
 from hamdist.dynamics.schedule.levels import Locality
 from hamdist.dynamics.schedule.pulse import PulseSchedule
-from hamdist.dynamics.vjp.tied import TiedFunction, flat
+from hamdist.dynamics.vjp.wrapping import TiedFunction, flat
 from hamdist.runtime.nodes.mailbox import Mailbox
 from hamdist.runtime.plan.plan import Plan
 from hamdist.runtime.results.result import WeightLag

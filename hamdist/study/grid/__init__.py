@@ -5,5 +5,5 @@ points     from it to cells (a side at a point of the grid) and their runs, each
 work       one run, and its record
 run        tuning runs, the choice, final runs
 summary    means, spreads and gaps, by cell
-tables, plots, report: what is shown of it
+tables, report: what is shown of it
 """

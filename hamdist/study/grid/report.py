@@ -11,11 +11,10 @@ from typing import Any
 from hamdist.display.figure import PageFigure
 from hamdist.display.table import Table, csv_text, html_notes, html_table, latex, markdown
 from hamdist.runtime.results.events import RunEvent, WindowFull
-from hamdist.study.grid.plots import curve_name, study_figures
 from hamdist.study.grid.run import StudyOutcome
 from hamdist.study.grid.settings import Axis, StudySettings, study_yaml
 from hamdist.study.grid.summary import SummaryLine, summary
-from hamdist.study.grid.tables import study_tables
+from hamdist.study.grid.tables import curve_name, study_figures, study_tables
 from hamdist.study.report.files import flat_tests, to_json
 from hamdist.study.report.html import facts
 from hamdist.study.shared.result_folder import write_file
@@ -34,11 +33,15 @@ def save_study(
 
     Raises SettingsError if a file cannot be written.
     """
-    lines = summary(outcomes)
+    lines = summary(outcomes, study.goal)
     tables = study_tables(study, lines, first)
     figures = study_figures(study, outcomes)
     write_file(folder / "study.yaml", study_yaml(study))
+    published = {name: s.published for name, s in study.sides.items() if s.published}
     rows = [record(line) for line in lines]
+    for row in rows if published else ():
+        one = published.get(row["side"])
+        row["published"] = None if one is None else one.accuracy
     write_file(folder / "study.json", to_json({"command": command, "rows": rows}, indent=2))
     write_file(folder / "study.csv", _csv(rows))
     write_file(folder / "study.md", _markdown(study, tables, command))

@@ -1,16 +1,19 @@
-"""The tables of a study: all cells, and one along each axis that has several values."""
+"""The tables of a study, all cells, and one along each axis with several values; the figures."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
+from hamdist.display.figure import FigureCurve, PageFigure
 from hamdist.display.table import MISSING, Table, number, percent
-from hamdist.study.grid.points import Point
-from hamdist.study.grid.settings import Axis, StudySettings, Trains
-from hamdist.study.grid.summary import SummaryLine
+from hamdist.study.grid.points import GridCell, Point
+from hamdist.study.grid.run import StudyOutcome
+from hamdist.study.grid.settings import Axis, PublishedSettings, StudySettings, Trains
+from hamdist.study.grid.summary import SummaryLine, summary
 from hamdist.study.report.table import interval, points
 
+LOGARITHMIC = (Axis.BATCH, Axis.SMOOTHNESS)
 WORDS = {Axis.DEPTH: "L", Axis.SPEED: "c", Axis.SMOOTHNESS: "S", Axis.BATCH: "batch"}
 TITLES = {
     Axis.DEPTH: "against depth L (layers with weights)",
@@ -44,13 +47,17 @@ def _all(
     axes: Sequence[Axis], study: StudySettings, lines: Sequence[SummaryLine], real_valued: bool
 ) -> Table:
     tested = any(line.gap_test is not None for line in lines)
+    published = {name: s.published for name, s in study.sides.items() if s.published}
+    goal = study.goal
     titles = [
         "side",
         *(WORDS[axis] for axis in axes),
         "held-out loss" if real_valued else "held-out, %",
+        *(["published, %"] if published else []),
         "loss gap" if real_valued else "gap, points",
         *(["95 %", "p"] if tested else []),
         *([] if real_valued else ["prequential, %"]),
+        *([] if goal is None else [f"rows to {100 * goal:g} %"]),
         "s a run",
         "chosen on validation",
     ]
@@ -59,9 +66,11 @@ def _all(
             line.side,
             *(str(dict(line.point)[axis]) for axis in axes),
             held_out(line, real_valued),
+            *([_published(published.get(line.side))] if published else []),
             gap(line, real_valued),
             *(_test(line, real_valued) if tested else []),
             *([] if real_valued else [percent(line.prequential)]),
+            *([] if goal is None else [_rows(line.rows_to_goal)]),
             f"{line.seconds:.1f}",
             chosen(line.chosen),
         ]
@@ -122,6 +131,14 @@ def _test(line: SummaryLine, real_valued: bool) -> list[str]:
     return [interval(line.gap_test, 1.0 if real_valued else 100.0), shown]
 
 
+def _published(one: PublishedSettings | None) -> str:
+    return MISSING if one is None else f"{one.accuracy:g}"
+
+
+def _rows(rows: float | None) -> str:
+    return "not reached" if rows is None else f"{rows:,.0f}"
+
+
 def chosen(values: dict[str, Any]) -> str:
     """Return the values as `lr 0.3, delay_power 0.25`."""
     return (
@@ -148,4 +165,76 @@ def _notes(study: StudySettings, lines: Sequence[SummaryLine]) -> list[str]:
             "frozen: the last block alone is trained, on hidden blocks as they were drawn; a level "
             "without memory that is not above it has learned nothing in them"
         )
+    notes += [
+        f"published, {name}: {side.published.source}"
+        for name, side in study.sides.items()
+        if side.published
+    ]
     return [*notes, *(note for line in lines for note in line.notes)]
+
+
+# -- figures ---------------------------------------------------------------------------------------
+
+
+def study_figures(study: StudySettings, outcomes: Sequence[StudyOutcome]) -> list[PageFigure]:
+    """Return a figure for each axis with several values: accuracy, or loss if there is none."""
+    lines = summary(outcomes)
+    real_valued = all(line.accuracy is None for line in lines)
+    return [_figure(study, axis, lines, real_valued) for axis in varied(study)]
+
+
+def curve_name(study: StudySettings, axis: Axis | None, line: SummaryLine | GridCell) -> str:
+    """Return a curve's label: the side, and its place on the other axes."""
+    others = [a for a in varied(study) if a is not axis]
+    at = dict(line.point)
+    return ", ".join([_side(line), *(f"{WORDS[a]} {at[a]}" for a in others)])
+
+
+def _side(line: SummaryLine | GridCell) -> str:
+    return line.side if isinstance(line, SummaryLine) else line.name
+
+
+def _styles(
+    curves: Mapping[str, SummaryLine | GridCell],
+) -> dict[str, tuple[int, int] | None]:
+    """Return the style by label. Baselines have none; of the others each side has a colour, and
+    its curves differ in their dashes."""
+    sides: dict[str, list[str]] = {}
+    for name, one in curves.items():
+        if one.trains is not Trains.CENTRALISED:
+            sides.setdefault(_side(one), []).append(name)
+    styles: dict[str, tuple[int, int] | None] = dict.fromkeys(curves)
+    for i, names in enumerate(sides.values()):
+        styles |= {name: (i, i + k) for k, name in enumerate(names)}
+    return styles
+
+
+def _figure(
+    study: StudySettings, axis: Axis, lines: Sequence[SummaryLine], real_valued: bool
+) -> PageFigure:
+    curves: dict[str, list[SummaryLine]] = {}
+    for line in lines:
+        curves.setdefault(curve_name(study, axis, line), []).append(line)
+    styles = _styles({name: of_curve[0] for name, of_curve in curves.items()})
+    values = list(study.axes.of(axis))
+    numbers = [float(v) for v in values if isinstance(v, int)]
+    named = len(numbers) < len(values)
+    places = [float(i) for i in range(len(values))] if named else numbers
+    drawn = []
+    for name, of_curve in curves.items():
+        shown = [
+            (line.loss, line.loss_spread) if real_valued else _percent(line) for line in of_curve
+        ]
+        y, spread = zip(*shown, strict=True)
+        drawn.append(FigureCurve(name, places, y, spread, styles[name], points=True))
+    x_label = TITLES[axis].removeprefix("against ").removeprefix("the ")
+    y_label = "held-out loss" if real_valued else "held-out accuracy, %"
+    title = f"{y_label.removesuffix(', %').capitalize()} against {x_label}"
+    ticks = [str(value) for value in values] if named else []
+    return PageFigure(title, x_label, y_label, drawn, log_x=axis in LOGARITHMIC, ticks=ticks)
+
+
+def _percent(line: SummaryLine) -> tuple[float | None, float | None]:
+    if line.accuracy is None:
+        return None, None
+    return 100 * line.accuracy, None if line.spread is None else 100 * line.spread

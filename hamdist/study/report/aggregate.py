@@ -12,9 +12,8 @@ from dataclasses import dataclass
 
 from hamdist.dynamics.graph.graph import INPUT
 from hamdist.dynamics.objective.prequential import merge_windows
-from hamdist.study.report.compression import compression_notes
-from hamdist.study.report.outputs import outputs_notes
 from hamdist.study.report.paired_test import PairedTest, paired_test
+from hamdist.study.report.words import compression_notes, outputs_notes
 from hamdist.study.run.baseline import CENTRALISED
 from hamdist.study.run.run import Run
 

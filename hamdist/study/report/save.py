@@ -13,6 +13,7 @@ from hamdist.config import Settings, to_yaml
 from hamdist.display.table import latex
 from hamdist.study.report.aggregate import aggregate
 from hamdist.study.report.digests_diff import digests_json
+from hamdist.study.report.figures import gap_figures, record_figures
 from hamdist.study.report.files import (
     comparison_summary,
     report_events,
@@ -22,9 +23,7 @@ from hamdist.study.report.files import (
     to_json,
 )
 from hamdist.study.report.html import render
-from hamdist.study.report.plots import gap_figures
 from hamdist.study.report.table import comparison_table
-from hamdist.study.report.tracking_plots import record_figures
 from hamdist.study.run.run import Run
 from hamdist.study.run.tracking import records_npz
 from hamdist.study.shared.result_folder import write_file

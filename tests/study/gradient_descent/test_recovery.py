@@ -21,7 +21,7 @@ from hamdist.config import FirstStep, Settings, merge
 from hamdist.errors import SettingsError, StreamError
 from hamdist.runtime.train.train import train
 from hamdist.streams.sources.images import ImageFiles
-from hamdist.study.gradient_descent import data, report, rows
+from hamdist.study.gradient_descent import data, report
 from hamdist.study.gradient_descent import scenarios as cells
 from hamdist.study.gradient_descent.data import Paths
 from hamdist.study.gradient_descent.models import EMBEDDING, MODELS, make_model
@@ -50,7 +50,7 @@ def _forget_data():
 
 @pytest.fixture
 def one_process(monkeypatch):
-    monkeypatch.setattr(rows, "cores", lambda: 1)
+    monkeypatch.setattr(cells, "cores", lambda: 1)
 
 
 def sample(name):
@@ -339,12 +339,12 @@ def given_row(model="mlp", scenario="Mom-a", losses=2e-16, **more):
 
 
 def test_jobs():
-    assert len(rows.jobs()) == 24
-    assert len(rows.jobs(["mlp", "mlp"])) == 4
-    assert {job.epochs for job in rows.jobs(epochs=3)} == {3}
+    assert len(cells.jobs()) == 24
+    assert len(cells.jobs(["mlp", "mlp"])) == 4
+    assert {job.epochs for job in cells.jobs(epochs=3)} == {3}
     for wrong in (["mlp", "gpt"], []):
         with pytest.raises(SettingsError, match="linear, mlp, resnet, vit, rnn, lstm"):
-            rows.jobs(wrong)
+            cells.jobs(wrong)
 
 
 def test_epochs_of_the_paper(monkeypatch):
@@ -361,7 +361,7 @@ def test_two_processes(tmp_path):
     same = [ScenarioJob("linear", scenario, steps=5) for scenario in ("GD-a", "Mom-a")]
     wrong = ScenarioJob("rnn", "GD-a", steps=5, paths=Paths(texts=tmp_path))
     endless = ScenarioJob("linear", "GD-a", epochs=10**6)
-    with rows.RowWorkers([*same, wrong, endless], 2) as spread:
+    with cells.RowWorkers([*same, wrong, endless], 2) as spread:
         for one in map(spread.row, same):
             other = run_row(ScenarioJob(one.model, one.scenario, steps=5))
             assert one.loss == other.loss
@@ -374,7 +374,7 @@ def test_two_processes(tmp_path):
 
 def test_one_process_works_the_rows_out_in_order():
     wanted = [ScenarioJob("linear", scenario, steps=5) for scenario in ("Mom-a", "GD-a")]
-    with rows.RowWorkers(wanted, 1) as alone:
+    with cells.RowWorkers(wanted, 1) as alone:
         found = list(alone.finished())
         assert [row.scenario for row in found] == ["Mom-a", "GD-a"]
         assert alone.row(wanted[1]) is found[1]
@@ -480,7 +480,7 @@ def test_verify_has_a_check_for_every_cell(monkeypatch):
 def test_verify_in_full_asks_for_the_epochs_of_the_paper(monkeypatch):
     asked = []
 
-    class Asked(rows.RowWorkers):
+    class Asked(cells.RowWorkers):
         def __init__(self, wanted, processes):
             asked.append((list(wanted), processes))
             super().__init__(wanted, 1)

@@ -260,7 +260,7 @@ def test_a_graph_is_drawn(model, tmp_path):
 
 def test_draw_draws_what_runs(tmp_path, monkeypatch):
     """The picture of settings is that of the run's own events, at a level that is late."""
-    from hamdist.study.run.picture import network_of_folder, network_of_settings
+    from hamdist.study.run.export import network_of_folder, network_of_settings
 
     monkeypatch.chdir(tmp_path)
     run = ["--engine", "inprocess", "--steps", "3", "--out", "o", "-q"]

@@ -31,8 +31,14 @@ from hamdist.study.propagation.gradients import (
     relative_error,
     ticks_to_settle,
 )
-from hamdist.study.propagation.plot import speed_figures
-from hamdist.study.propagation.report import curves, fit, fits, save_speed, speed_tables
+from hamdist.study.propagation.report import (
+    curves,
+    fit,
+    fits,
+    save_speed,
+    speed_figures,
+    speed_tables,
+)
 from hamdist.study.propagation.settling import (
     backprop_states,
     is_chain,

@@ -24,8 +24,8 @@ from hamdist.models.build import make_model, make_tracker
 from hamdist.models.tracker import tracker
 from hamdist.streams.sample import SampleSpec, TargetSpec
 from hamdist.streams.sources.signals import SignalStream
+from hamdist.study.report.figures import record_figures
 from hamdist.study.report.table import run_facts
-from hamdist.study.report.tracking_plots import record_figures
 from hamdist.study.run.run import run_centralised, run_level
 from hamdist.study.run.tracking import (
     advice,

@@ -4,7 +4,7 @@ The format is that of shared/golden/README.md. A file is known by what it holds,
 
     tick      spec, u, yhat, tau, phi, c, ...   Hamilton's equations tick by tick   tick_golden
     tracking  z, x0, W0, q, ...                 the tracker of NILP                 tracking_golden
-    bptt      th.Wx, th.Wh, th.b, r, ...        the reversed stream                 bptt_golden
+    bptt      th.Wx, th.Wh, th.b, r, ...        the reversed stream                 bptt
     sgd       X, Y, order, lr, ...              torch.optim.SGD                     gradient_descent
     leapfrog  W, b, h0, N, kind, ...            the midpoint rule                   reversible
 
@@ -55,7 +55,7 @@ ACTIVATIONS: dict[str, type[nn.Module]] = {
 KINDS = {
     "tick": (("spec", "u", "yhat", "tau", "phi", "c"), "oracles.tick_golden"),
     "tracking": (("z", "x0", "W0", "q", "r_w"), "oracles.tracking_golden"),
-    "bptt": (("th.Wx", "th.Wh", "th.b", "yhat", "r"), "topics.bptt_golden"),
+    "bptt": (("th.Wx", "th.Wh", "th.b", "yhat", "r"), "topics.bptt"),
     "sgd": (("X", "Y", "order", "lr"), "topics.gradient_descent"),
     "leapfrog": (("W", "b", "h0", "N", "kind"), "topics.reversible"),
 }

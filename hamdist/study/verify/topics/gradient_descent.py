@@ -21,12 +21,13 @@ from hamdist.runtime.plan.plan import Plan, make_plan
 from hamdist.runtime.train.prepare import as_graph
 from hamdist.streams import from_iterable
 from hamdist.study.gradient_descent.report import NAMES
-from hamdist.study.gradient_descent.rows import RowWorkers, jobs
 from hamdist.study.gradient_descent.scenarios import (
     BOUND,
     Placement,
+    RowWorkers,
     Scenario,
     ScenarioJob,
+    jobs,
     settings_of,
 )
 from hamdist.study.verify.oracles.check import Check, Difference

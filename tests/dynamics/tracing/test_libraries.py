@@ -14,7 +14,7 @@ from torch import nn
 from torch.nn import functional
 
 import hamdist
-from hamdist.dynamics.user_modules.libraries import masks_stay
+from hamdist.dynamics.tracing.recorded_calls import masks_stay
 
 # A mask is left out where it hides nothing, unless somebody traces.
 MASKS = """
