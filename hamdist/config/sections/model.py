@@ -22,6 +22,7 @@ class ModelKind(str, Enum):
     TRACKER = "tracker"
     RESNET = "resnet"
     CONVNET = "convnet"
+    LENET = "lenet"
     VIT = "vit"
     GPT = "gpt"
     LSTM_LAYERS = "lstm-layers"
@@ -42,7 +43,7 @@ class ModelSettings(Section):
     its neurons."""
     depth: Positive = 5
     """Layers with weights (of rnn, gru, lstm: cells; of resnet, convnet, vit, gpt, lstm-layers:
-    residual layers)."""
+    residual layers). A `lenet` has its own of both."""
     subspace: Positive | None = None
     """Rank of the fixed subspace of the last dimension in which every layer but the last ends, so
     that `engine.compress` sends fewer numbers."""
