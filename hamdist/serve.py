@@ -67,7 +67,7 @@ def serving(
 
     Args:
         run: the run.
-        host: of the network interface: this machine's loopback, unless it is said.
+        host: of the network interface, IPv4 or IPv6: this machine's loopback, unless it is said.
         port: 0 for any free one.
         token: that clients need; None for a new one.
         out: a folder for `address.json` (of mode 0600), by which `hamdist.attach(out)` finds it.
@@ -75,14 +75,16 @@ def serving(
     Raises:
         SettingsError: the port is taken.
     """
-    with socket.socket() as listening:
+    ipv6 = ":" in host
+    with socket.socket(socket.AF_INET6 if ipv6 else socket.AF_INET) as listening:
         listening.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         try:
             listening.bind((host, port))
         except OSError as error:
             raise SettingsError(f"--port {port}: {error.strerror}; 0: any free one") from None
         listening.listen()
-        there = socket.gethostname() if host == "0.0.0.0" else host
+        there = socket.gethostname() if host in ("0.0.0.0", "::") else host
+        there = f"[{there}]" if ":" in there else there
         address = f"http://{there}:{listening.getsockname()[1]}"
         served = Served(address, token or secrets.token_urlsafe(16))
         app = make_app(run, served.token, served.stopped)

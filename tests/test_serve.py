@@ -10,6 +10,7 @@ import sys
 import threading
 import urllib.error
 import urllib.request
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -64,6 +65,15 @@ def served(tmp_path):
     ):
         yield run, Client(there.address), model
     assert not (tmp_path / "address.json").exists()
+
+
+def test_an_interface_of_ipv6(served):
+    if not Path("/proc/net/if_inet6").exists():
+        pytest.skip("a kernel without IPv6")
+    run, *_ = served
+    with serving(run, "::1", token="secret") as there:
+        assert there.address.startswith("http://[::1]:")
+        assert Client(there.address).json("/status")["fed"] == 0
 
 
 def test_predictions_and_labels_over_http(served):

@@ -43,7 +43,8 @@ from pathlib import Path
 import psutil
 
 HERE = Path(__file__).parent
-NET = "10.77.0"
+NET = "10.77.0."
+NET6 = "fd00:77::"
 GCS_PORT = 6379
 SHM_BYTES = 512 * 2**20
 STORE_BYTES = 80 * 10**6
@@ -121,9 +122,15 @@ class Hosts:
     """Made by `hosts`."""
 
     def __init__(
-        self, folder: Path, cpus: int, environment: Mapping[str, str], delay: float | None
+        self,
+        folder: Path,
+        cpus: int,
+        environment: Mapping[str, str],
+        delay: float | None,
+        net: str = NET,
     ) -> None:
         self.folder = folder
+        self.net = net  # what the hosts' addresses, as Ray is told them, begin with
         self._cpus = cpus
         self._delay = delay
         self._machines: dict[int, _Machine] = {}
@@ -153,10 +160,11 @@ class Hosts:
     @property
     def address(self) -> str:
         """Of the cluster, as `engine.address` takes it."""
-        return f"{self.ip(0)}:{GCS_PORT}"
+        ip = self.ip(0)
+        return f"[{ip}]:{GCS_PORT}" if ":" in ip else f"{ip}:{GCS_PORT}"
 
     def ip(self, i: int) -> str:
-        return f"{NET}.{10 + i}"
+        return f"{self.net}{10 + i}"
 
     def home(self, i: int) -> Path:
         """Host i's own temporary files."""
@@ -183,7 +191,8 @@ class Hosts:
         else:
             machine.wire = _wire(machine.pid, "eth0", bridge.pid, f"v{i}", i)
             self.delay(i, self._delay)
-        self._ip(machine.pid, f"addr add {self.ip(i)}/24 dev eth0", "link set eth0 up")
+        mask = "/64 dev eth0 nodad" if ":" in self.net else "/24 dev eth0"
+        self._ip(machine.pid, f"addr add {self.ip(i)}{mask}", "link set eth0 up")
         self._ip(bridge.pid, f"link set v{i} up", f"link set v{i} master br0")
 
     def cut(self, i: int) -> None:
@@ -414,11 +423,13 @@ def hosts(
     cpus: int = 4,
     delay: float | None = None,
     environment: Mapping[str, str] | None = None,
+    net: str = NET,
 ) -> Iterator[Hosts]:
     """`number` hosts joined by a bridge, ended at the exit. delay: seconds that each cable takes
-    one way (None: cables without a wire.py, which are faster than it can be)."""
+    one way (None: cables without a wire.py, which are faster than it can be). net: of their
+    addresses, NET or NET6."""
     folder = Path(tempfile.mkdtemp(prefix="hw-", dir=_short_folder()))
-    world = Hosts(folder, cpus, environment or {}, delay)
+    world = Hosts(folder, cpus, environment or {}, delay, net)
     try:
         world.lay_bridge()
         for i in range(number):

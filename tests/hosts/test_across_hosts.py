@@ -8,7 +8,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from hosts.namespaces import hosts, why_not
+from hosts.namespaces import NET6, hosts, why_not
 
 pytestmark = [
     pytest.mark.hosts,
@@ -66,6 +66,16 @@ def test_hosts_keep_no_file_of_a_run(three, printed):
     for i in range(3):
         assert not list(three.home(i).glob("hd-*"))
         assert not [name for name in three.run(i, ["ls", "/dev/shm"]).split() if "hd" in name]
+
+
+def test_equal_over_ipv6():
+    """Ray's head, and the sockets of signals, on addresses of IPv6; ports of a range."""
+    case = ("trace", {**EACH, "ports": "41000-41099"})
+    with hosts(3, net=NET6) as h:
+        command = [sys.executable, str(ACROSS), h.address, json.dumps([case])]
+        paths = [str(ACROSS.parents[1]), *(path for path in sys.path if path)]
+        text = h.run(0, command, seconds=240, PYTHONPATH=os.pathsep.join(paths))
+    assert "trace: equal on 3 actors" in text
 
 
 @pytest.mark.parametrize(

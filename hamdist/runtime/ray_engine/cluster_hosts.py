@@ -23,7 +23,7 @@ def knock(address: str, seconds: float = KNOCK_SECONDS) -> None:
     """Raise OSError if no process listens at host:port; Ray itself would try for minutes."""
     host, _, port = address.rpartition(":")
     if host and port.isdigit() and "/" not in host:
-        socket.create_connection((host, int(port)), seconds).close()
+        socket.create_connection((host.strip("[]"), int(port)), seconds).close()
 
 
 def answers(address: str) -> bool:

@@ -3,7 +3,8 @@
 shm://FILE         shared memory, between processes of one host (shared_memory.py)
 gpu://FILE         the same; signals on a GPU stay there, if both ends agree (gpu_ring.py)
 ipc://FILE         ZeroMQ, between processes of one host (zeromq.py)
-tcp://HOST:PORT    ZeroMQ, between hosts; with the receiver's public key behind it (encryption.py)
+tcp://HOST:PORT    ZeroMQ, between hosts; with the receiver's public key behind it (encryption.py);
+                   IPv6 in brackets, as in tcp://[::1]:40000
 """
 
 from __future__ import annotations

@@ -65,6 +65,7 @@ class ZmqSender:
         self._socket.copy_threshold = FRAME_BYTES
         if server is not None and keys is not None:
             authenticate(self._socket, keys, server)
+        self._socket.setsockopt(zmq.IPV6, int("[" in bare))
         self._socket.connect(bare)
 
     def send(self, signals: Sequence[Signal]) -> None:
@@ -205,8 +206,15 @@ class ZmqReceiver:
             self._file.unlink(missing_ok=True)
 
 
+def bracketed(host: str) -> str:
+    """Return a host as addresses with a port have it: IPv6 in brackets."""
+    return f"[{host}]" if ":" in host else host
+
+
 def _bind(socket: Any, host: str, ports: range | None) -> None:
     """Open a socket on a free port of a host. Raises ClusterError if none of `ports` is."""
+    socket.setsockopt(zmq.IPV6, int(":" in host))
+    host = bracketed(host)
     if ports is None:
         socket.bind(f"tcp://{host}:*")
         return

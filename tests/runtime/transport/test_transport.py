@@ -7,6 +7,7 @@ import os
 import socket
 import stat
 import threading
+from pathlib import Path
 
 import pytest
 import torch
@@ -27,12 +28,14 @@ CHANNEL = Channel(3, Kind.STATE, "a", "b", "a->b", 4)
 pytestmark = pytest.mark.timeout(30)
 
 
-WAYS = {"shm": "shm", "ipc": "ipc", "tcp": "tcp://127.0.0.1"}
+WAYS = {"shm": "shm", "ipc": "ipc", "tcp": "tcp://127.0.0.1", "tcp, IPv6": "tcp://::1"}
 
 
 @pytest.fixture(params=WAYS)
 def pair(request, leaves_no_socket):
     """A sending and a receiving transport, joined by CHANNEL."""
+    if "IPv6" in request.param and not Path("/proc/net/if_inet6").exists():
+        pytest.skip("a kernel without IPv6")
     aborts = threading.Event(), threading.Event()
     sender, receiver = (Endpoints(RUN, abort) for abort in aborts)
     address = receiver.bind(CHANNEL, WAYS[request.param])
@@ -186,6 +189,7 @@ def test_bytes_of_a_stranger_are_refused(pair, frames):
     context = zmq.Context()
     stranger = context.socket(zmq.PUSH)
     stranger.setsockopt(zmq.LINGER, 0)
+    stranger.ipv6 = True
     stranger.connect(address)
     stranger.send_multipart(frames)
     with pytest.raises(WireError):
@@ -203,6 +207,7 @@ def test_a_frame_that_is_not_there_is_refused(pair, index):
     made = signal(0)
     data = packer.header(made, packer.form(made.payload), index)
     with zmq.Context() as context, context.socket(zmq.PUSH) as stranger:
+        stranger.ipv6 = True
         stranger.connect(address)
         stranger.send_multipart([data, b"too short"])
         with pytest.raises(WireError, match=f"frame {index}"):
