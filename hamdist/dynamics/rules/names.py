@@ -14,6 +14,7 @@ HOMES = {  # module and class
     "predictive-coding": "predictive_coding.PredictiveCoding",
     "equilibrium-propagation": "predictive_coding.EquilibriumPropagation",
     "mono-forward": "local_losses.MonoForward",
+    "forward-forward": "local_losses.ForwardForward",
     "synthetic-gradients": "local_losses.SyntheticGradients",
     "target-propagation": "local_losses.DifferenceTargetPropagation",
     "e-prop": "eligibility.EProp",
