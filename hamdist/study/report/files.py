@@ -19,6 +19,7 @@ from hamdist.runtime.results.events import (
     RunBegun,
     RunEvent,
     RunFinished,
+    UpdatesAligned,
     WindowFull,
     plain,
     read_events,
@@ -98,12 +99,15 @@ def report_events(runs: Sequence[Run], folder: Path) -> list[RunEvent]:
         lines = (folder / EVENTS).read_text("utf-8").splitlines()
     except OSError:  # (of runs that were made without a folder)
         return events
-    kinds = (NetworkPlaced, BlocksMeasured, ActorsMeasured, EdgesMeasured)
+    kinds = (NetworkPlaced, BlocksMeasured, ActorsMeasured, EdgesMeasured, UpdatesAligned)
     latest: dict[tuple[str | None, int | None, str], list[RunEvent]] = {}
     for event in read_events(lines):
         if isinstance(event, kinds) and (event.level, event.seed) in shown:
             latest.setdefault((event.level, event.seed, event.name), []).append(event)
-    return events + [event for those in latest.values() for event in those[-MEASUREMENTS:]]
+    for those in latest.values():
+        step = -(-len(those) // MEASUREMENTS) if isinstance(those[0], UpdatesAligned) else 1
+        events += those[::step][-MEASUREMENTS:]
+    return events
 
 
 def comparison_summary(rows: Sequence[AggregateRow], *, interrupted: bool) -> dict[str, Any]:

@@ -13,7 +13,7 @@ from hamdist.config import Settings, to_yaml
 from hamdist.display.table import latex
 from hamdist.study.report.aggregate import aggregate
 from hamdist.study.report.digests_diff import digests_json
-from hamdist.study.report.figures import gap_figures, record_figures
+from hamdist.study.report.figures import alignment_figures, gap_figures, record_figures
 from hamdist.study.report.files import (
     comparison_summary,
     report_events,
@@ -116,6 +116,7 @@ def save_comparison(
         if run.digests:
             name = f"digests-{run.level}-{run.seed}.json"
             write_file(folder / name, digests_json(run.digests))
-    figures, events = gap_figures(runs), report_events(runs, folder)
+    events = report_events(runs, folder)
+    figures = gap_figures(runs) + alignment_figures(events)
     page = render(settings, table, figures, command, interrupted=interrupted, events=events)
     write_file(folder / "report.html", page)
