@@ -10,15 +10,7 @@ from pathlib import Path
 from typing import BinaryIO
 
 from hamdist.errors import ClusterError
-from hamdist.launch.events import (
-    DriverLost,
-    Ended,
-    File,
-    FileChunk,
-    FilesStay,
-    JobEvent,
-    from_line,
-)
+from hamdist.launch.events import DriverLost, Ended, File, FileChunk, FilesStay, JobEvent, from_line
 from hamdist.runtime.results.events import EventListener, FolderEnded, RunEvent
 from hamdist.study.shared.result_folder import prepare_folder
 
@@ -43,9 +35,7 @@ class Results:
             prepare_folder(out)
 
     def take(self, event: File | FileChunk | FilesStay) -> None:
-        """Take a part of a result. Raises ClusterError for a damaged file, or one that cannot be
-        written.
-        """
+        """Take a part of a result. Raises ClusterError for a file that is damaged or unwritable."""
         if isinstance(event, FilesStay):
             self.kept = event
         elif isinstance(event, FileChunk):

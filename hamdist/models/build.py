@@ -72,22 +72,6 @@ class InputBlock(nn.Module):
         return torch.relu(self.linear(u.flatten(1)))
 
 
-class ResidualBlock(nn.Module):
-    """h + alpha relu(LN(h) W + b). h: (B, H); returns (B, H)."""
-
-    def __init__(self, linear: nn.Linear, alpha: float) -> None:
-        super().__init__()
-        self.norm = nn.LayerNorm(linear.in_features, eps=NORM_EPS, elementwise_affine=False)
-        self.linear = linear
-        self.alpha = alpha
-
-    def forward(self, h: Tensor) -> Tensor:
-        return h + self.alpha * torch.relu(self.linear(self.norm(h)))
-
-    def extra_repr(self) -> str:
-        return f"alpha={self.alpha:g}"
-
-
 class Branch(nn.Module):
     """The residual branch alpha relu(LN(h) W + b). h: (B, H); returns (B, H)."""
 
@@ -102,6 +86,13 @@ class Branch(nn.Module):
 
     def extra_repr(self) -> str:
         return f"alpha={self.alpha:g}"
+
+
+class ResidualBlock(Branch):
+    """h + alpha relu(LN(h) W + b). h: (B, H); returns (B, H)."""
+
+    def forward(self, h: Tensor) -> Tensor:
+        return h + super().forward(h)
 
 
 class OutputBlock(nn.Module):

@@ -110,12 +110,15 @@ class IterableStream:
         return self._spec
 
     def live_spec(self, patience: int) -> SampleSpec:
-        """Return the spec of a live run whose samples are like the first item, with `patience`."""
+        """Return the spec of a live run whose samples are like the first item.
+
+        Args:
+            patience: samples that may wait for their labels.
+        """
         return replace(self._spec, patience=patience, live=True, emissions=None)
 
     def samples(self) -> Iterator[Sample]:
-        """Yield the samples from sample 0 on; raise StreamError for a second call on an
-        iterator."""
+        """Yield the samples from sample 0 on; StreamError for a second call on an iterator."""
         if self._peeked is not None:
             items, self._peeked = self._peeked, None
         elif self._again:

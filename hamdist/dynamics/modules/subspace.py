@@ -47,7 +47,11 @@ class Subspace(nn.Module):
         self.register_buffer("projection", projection)
 
     def forward(self, h: Tensor) -> Tensor:
-        """Return h', of the shape of h, (B, ..., n)."""
+        """Return h', of the shape of h.
+
+        Args:
+            h: (B, ..., n).
+        """
         return h @ self.projection
 
     def extra_repr(self) -> str:

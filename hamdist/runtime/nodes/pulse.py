@@ -11,12 +11,7 @@ from torch import Tensor
 
 from hamdist.dynamics.blocks.block import SavesPasses
 from hamdist.dynamics.blocks.heads import HeadBlock
-from hamdist.dynamics.blocks.pulse import (
-    KeepingReadout,
-    PulseBlock,
-    PulseReadout,
-    ReversibleBlock,
-)
+from hamdist.dynamics.blocks.pulse import KeepingReadout, PulseBlock, PulseReadout, ReversibleBlock
 from hamdist.dynamics.blocks.readout_loss import Reading
 from hamdist.dynamics.blocks.rule_block import RuleBlock
 from hamdist.dynamics.graph.graph import BlockSpec
@@ -26,11 +21,7 @@ from hamdist.dynamics.vjp.wrapping import TiedFunction
 from hamdist.runtime.nodes.clip import NormPorts
 from hamdist.runtime.nodes.mailbox import Mailbox
 from hamdist.runtime.nodes.node import BlockNode
-from hamdist.runtime.nodes.ports import (
-    BlockContents,
-    events_from,
-    record,
-)
+from hamdist.runtime.nodes.ports import BlockContents, events_from, record
 from hamdist.runtime.nodes.ties import TiePorts
 from hamdist.runtime.plan.plan import Plan
 from hamdist.runtime.signals.signal import ready
@@ -189,7 +180,7 @@ class PulseNode(BlockNode):
         """Let the block's local readout or its rule learn, if it has one."""
         if isinstance(self.block, (HeadBlock, PulseBlock, RuleBlock)):
             begin = perf_counter()
-            self.block.learn(sample, None if label is None else self._ports.own_label(label))
+            self.block.learn(sample, None if label is None else self._ports.border.target(label))
             self.seconds += perf_counter() - begin
 
     def _backward(self, event: Event) -> None:

@@ -51,11 +51,8 @@ def with_cast_plans(
     no block has.
 
     Args:
-        graph: the graph.
         shapes: of every h in the graph as it is.
         inputs: shapes of the stream's inputs.
-        engine: the settings.
-        knobs: of the level.
 
     Raises:
         SettingsError: a type or device is not available.

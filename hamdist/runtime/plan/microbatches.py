@@ -133,8 +133,7 @@ def _against(graph: Graph, learning: LearningSettings) -> list[str]:
 def microbatch_warnings(
     knobs: Locality, graph: Graph, spec: SampleSpec, inputs: Mapping[str, Tensor], *, auto: bool
 ) -> list[str]:
-    """Return warnings about micro-batches; `auto`: hamdist chose their number. inputs: of a sample,
-    by parent."""
+    """Return warnings about micro-batches, whose number hamdist chose if `auto`."""
     parts, notes = knobs.microbatches, []
     if auto:
         notes.append(f"locality.microbatches 'auto' is {parts}: batches have {spec.batch} row(s)")

@@ -37,7 +37,6 @@ def compressed(
 
     Args:
         channels: of the whole graph.
-        graph: the graph.
         signals: shape and type of each block's state; the stream's input is `u`.
         engine: the settings.
         reversible: blocks whose child hands their state back, which has to be exact.

@@ -25,15 +25,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
-from hamdist.config import (
-    Credit,
-    Decay,
-    Level,
-    Memory,
-    Presentation,
-    Settings,
-    merge,
-)
+from hamdist.config import Credit, Decay, Level, Memory, Presentation, Settings, merge
 from hamdist.dynamics.graph.graph import Graph
 from hamdist.errors import ChoiceWarning
 from hamdist.streams.replay import samples_from
@@ -177,8 +169,7 @@ def resolved(
 
 
 def looked_at(stream: Stream) -> tuple[Stream, float | None, bool]:
-    """Return the stream with its first samples put back, their S, and True if one ends a
-    sequence."""
+    """Return the stream, first samples put back, their S, and True if one ends a sequence."""
     samples = stream.samples()
     first = list(itertools.islice(samples, MOST_ITEMS))
     smoothness = Smoothness()
