@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 import statistics
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 
 import numpy as np
 import torch
@@ -84,15 +84,18 @@ def _time(ticks: Trajectory, settings: Settings) -> tuple[Trajectory, str]:
     return (ticks, "tick") if times is None else (times, "time, s")
 
 
-def alignment_figures(events: Iterable[RunEvent]) -> list[PageFigure]:
+def alignment_figures(
+    events: Iterable[RunEvent], runs: Collection[tuple[str | None, int | None]]
+) -> list[PageFigure]:
     """Return the alignments of updates, and of feedback matrices, over time: by block, of the first
-    seed of each level or rule that has events of them.
+    seed of each level or rule. runs: the levels and seeds that are shown.
     """
     groups: dict[str | None, list[UpdatesAligned]] = {}
     for event in events:
-        of_level = groups.setdefault(event.level, [])
-        if isinstance(event, UpdatesAligned) and (not of_level or event.seed == of_level[0].seed):
-            of_level.append(event)
+        if isinstance(event, UpdatesAligned) and (event.level, event.seed) in runs:
+            of_level = groups.setdefault(event.level, [])
+            if not of_level or event.seed == of_level[0].seed:
+                of_level.append(event)
     figures = []
     for level, group in groups.items():
         for title, part in (

@@ -133,6 +133,8 @@ def test_omega_norms_do_not_change_a_bit(level):
         if block.h is not None:
             assert norms[name].h == pytest.approx(float(block.h.norm()), rel=1e-5)
             assert norms[name].z == pytest.approx(float(block.z.norm()), rel=1e-5)
+            zeros = [not any(row[i] for row in block.h) for i in range(block.h.shape[1])]
+            assert norms[name].dead == pytest.approx(sum(zeros) / len(zeros))
 
 
 @pytest.mark.parametrize(("level", "lr", "least", "most"), [
@@ -189,7 +191,7 @@ def test_feedback_matrices_are_compared_with_weights(monkeypatch):
         assert [event.feedback[name] for event in events] == pytest.approx([expected] * len(events))
     assert len(events) > 1
     assert all("block0" not in event.feedback for event in events)
-    figures = alignment_figures(events)
+    figures = alignment_figures(events, {(events[0].level, events[0].seed)})
     assert [figure.title.partition(":")[0] for figure in figures] == [
         "Feedback matrices and weights"
     ]
