@@ -23,6 +23,7 @@ axes, becomes the diagonal of the same matrix in the new ones:
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import TypeAlias
@@ -37,10 +38,20 @@ Pair: TypeAlias = "list[Tensor | None]"  # of the costates (O, O) and the inputs
 
 @torch.no_grad()
 def eigenvectors(factors: Pair) -> Pair:
-    """Return Q of each factor, in columns; None for one that is none, or is not finite."""
+    """Return Q of each factor, in columns; None for one that is none, or is not finite.
+
+    LAPACK does not come to an end on factors of tiny numbers: they are scaled, which leaves Q.
+    """
     torch.get_num_threads()  # (a new thread computes with as many as the others from here on)
-    finite = [f is not None and bool(f.isfinite().all()) for f in factors]
-    return [torch.linalg.eigh(f)[1] if ok else None for f, ok in zip(factors, finite, strict=True)]
+    found: Pair = []
+    for f in factors:
+        largest = 0.0 if f is None else float(f.abs().max())
+        if f is None or not math.isfinite(largest):
+            found.append(None)
+        else:
+            scaled = f.double() / largest if largest else f.double()
+            found.append(torch.linalg.eigh(scaled)[1].to(f.dtype))
+    return found
 
 
 class Rotation(Remembers):
