@@ -27,10 +27,9 @@ from hamdist.dynamics.tracing.join_runs import (
     trace_of,
 )
 from hamdist.dynamics.tracing.program import Length, Op, SymbolicSize, TakenOp
-from hamdist.dynamics.tracing.recorded_calls import Unfollowed
+from hamdist.dynamics.tracing.recorded_calls import OWN, Unfollowed, watch
 from hamdist.dynamics.tracing.recorder import record
 from hamdist.dynamics.tracing.signal_columns import ColumnForm
-from hamdist.dynamics.tracing.watched import OWN, watch
 from hamdist.dynamics.user_modules.copies import copied
 from hamdist.dynamics.user_modules.python_state import (
     Fingerprints,

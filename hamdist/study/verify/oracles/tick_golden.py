@@ -39,11 +39,10 @@ from hamdist.errors import SettingsError
 from hamdist.runtime.plan.plan import Plan, make_plan
 from hamdist.streams.adapters import from_iterable
 from hamdist.streams.sample import Sample, Stream
-from hamdist.study.shared.exact_runs import float64_settings
+from hamdist.study.shared.exact_runs import ModuleRecord, RecordedNodes, float64_settings
 from hamdist.study.verify.oracles import golden
 from hamdist.study.verify.oracles.check import Check, Difference
 from hamdist.study.verify.oracles.golden import ORACLE, RTOL, Array, GoldenData, entry, number
-from hamdist.study.verify.oracles.recorded_run import ModuleRecord, RecordedNodes
 
 READOUT = "y"
 WEIGHTS = {"W": "weight", "b": "bias"}

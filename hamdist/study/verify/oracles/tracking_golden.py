@@ -27,11 +27,10 @@ from hamdist.errors import SettingsError
 from hamdist.models.tracker import First
 from hamdist.runtime.plan.plan import make_plan
 from hamdist.streams.adapters import from_iterable
-from hamdist.study.shared.exact_runs import float64_settings
+from hamdist.study.shared.exact_runs import RecordedNodes, float64_settings
 from hamdist.study.verify.oracles import golden
 from hamdist.study.verify.oracles.check import Check, Difference
 from hamdist.study.verify.oracles.golden import ORACLE, RTOL, Array, GoldenData, entry, number
-from hamdist.study.verify.oracles.recorded_run import RecordedNodes
 
 # Without a bias unit a net is near an attractor, where rounding grows: 1e-12 in W_0 moves x by
 # 1.3e-10 in 1000 steps (golden README).

@@ -31,10 +31,10 @@ from hamdist.study.gradient_descent.scenarios import (
     jobs,
     settings_of,
 )
+from hamdist.study.shared.exact_runs import RecordedNodes
 from hamdist.study.verify.oracles import golden
 from hamdist.study.verify.oracles.check import Check, Difference
 from hamdist.study.verify.oracles.golden import ORACLE, RTOL, Array, GoldenData, entry, number
-from hamdist.study.verify.oracles.recorded_run import RecordedNodes
 
 SMALL_STEPS = 25
 SGD = "torch.optim.SGD, float64"
