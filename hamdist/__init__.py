@@ -27,12 +27,15 @@ if TYPE_CHECKING:
     from hamdist.dynamics.modules.prenorm import Normed as Normed
     from hamdist.dynamics.modules.prenorm import PreNorm as PreNorm
     from hamdist.dynamics.modules.prenorm import stabilised as stabilised
+    from hamdist.dynamics.modules.recurrent import DiagonalCell as DiagonalCell
+    from hamdist.dynamics.modules.recurrent import LeakyCell as LeakyCell
     from hamdist.dynamics.modules.recurrent import Reads as Reads
     from hamdist.dynamics.modules.recurrent import RecurrentCell as RecurrentCell
     from hamdist.dynamics.modules.reversible import Coupling as Coupling
     from hamdist.dynamics.modules.reversible import Midpoint as Midpoint
     from hamdist.dynamics.modules.reversible import MidpointStart as MidpointStart
     from hamdist.dynamics.modules.reversible import Squeeze as Squeeze
+    from hamdist.dynamics.modules.subspace import Subspace as Subspace
     from hamdist.dynamics.partition.cuts import CutPlace as CutPlace
     from hamdist.dynamics.partition.split import traced as traced
     from hamdist.dynamics.rules.rule import BlockView as BlockView
@@ -60,10 +63,11 @@ _HOMES = {  # the names of `__all__` by module; above, for type checkers, once m
     "hamdist.dynamics.partition.cuts": "CutPlace",
     "hamdist.dynamics.partition.split": "traced",
     "hamdist.dynamics.graph.graph": "BlockSpec Combine Graph",
-    "hamdist.dynamics.modules.recurrent": "Reads RecurrentCell",
+    "hamdist.dynamics.modules.recurrent": "DiagonalCell LeakyCell Reads RecurrentCell",
     "hamdist.dynamics.modules.pairs": "MeanHalf SecondHalf ToPair",
     "hamdist.dynamics.modules.reversible": "Coupling Midpoint MidpointStart Squeeze",
     "hamdist.dynamics.modules.prenorm": "Normed PreNorm stabilised",
+    "hamdist.dynamics.modules.subspace": "Subspace",
     "hamdist.dynamics.rules.rule": "BlockView Rule Signals",
     "hamdist.errors": "HamdistError Stop TakeSnapshot",
     "hamdist.runtime.live.callbacks": "BestWeights Callback EarlyStopping Evaluation",

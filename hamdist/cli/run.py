@@ -11,12 +11,7 @@ import typer
 
 from hamdist.cli.console import complain, print_facts, report, say_written, warn
 from hamdist.cli.display import Display, warning_at_once
-from hamdist.cli.options import (
-    DEFAULT_SETTINGS,
-    OverwriteOption,
-    RunOptions,
-    SettingsArgument,
-)
+from hamdist.cli.options import DEFAULT_SETTINGS, OverwriteOption, RunOptions, SettingsArgument
 from hamdist.config import Settings
 from hamdist.errors import FAILED, INTERRUPTED, SettingsError
 from hamdist.runtime.results.events import RunBegun

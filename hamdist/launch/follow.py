@@ -10,15 +10,7 @@ from pathlib import Path
 from typing import BinaryIO
 
 from hamdist.errors import ClusterError
-from hamdist.launch.events import (
-    DriverLost,
-    Ended,
-    File,
-    FileChunk,
-    FilesStay,
-    JobEvent,
-    from_line,
-)
+from hamdist.launch.events import DriverLost, Ended, File, FileChunk, FilesStay, JobEvent, from_line
 from hamdist.runtime.results.events import EventListener, FolderEnded, RunEvent
 from hamdist.study.shared.result_folder import prepare_folder
 

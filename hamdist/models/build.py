@@ -43,6 +43,7 @@ from hamdist.dynamics.graph.graph import INPUT, BlockSpec, Combine, Graph
 from hamdist.dynamics.modules.prenorm import layer_norm
 from hamdist.dynamics.modules.recurrent import Reads, RecurrentCell
 from hamdist.dynamics.modules.reversible import Coupling, MidpointStart
+from hamdist.dynamics.modules.subspace import in_subspace
 from hamdist.dynamics.objective.losses import LossFunction, make_loss
 from hamdist.errors import SettingsError
 from hamdist.loading import called, check_call, load_function, title
@@ -128,6 +129,10 @@ def make_model(
             "model.kind: a tracker has no input and no layers, which only `hamdist run` at level "
             "'local' trains; choose another kind"
         )
+    if settings.subspace is not None:
+        whole = settings.model_copy(update={"subspace": None})
+        model = make_model(whole, spec, seed=seed, dtype=dtype)
+        return in_subspace(model, settings.width, settings.subspace, seed)
     if settings.kind in NETWORKS:
         outputs = _outputs(settings, spec)
         return make_network(settings, spec, outputs, seed=seed, dtype=dtype)

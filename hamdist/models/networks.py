@@ -4,6 +4,9 @@
                    layer0 ...  h' = S(h) + alpha W2 * relu(W1 * relu(LN(h)))
     convnet        stem        h = relu(W * u)
                    layer0 ...  h' = S(h) + alpha relu(W * LN(h));  the head reads all pixels
+    lenet          stem        h = pool(relu(W * u)), 5 x 5 to 6 channels
+                   layer0      the same to 16;  layer1: all pixels to 120, relu;  layer2: 84, linear
+                   (LeCun et al. 1998, as Sanfiz and Akrout 2021 have it; no residuals, no norms)
     vit            patches     h = W u + place, by patch
                    layer0 ...  h' = h + alpha attention(LN(h)),  h'' = h' + alpha mlp(LN(h'))
     gpt            embedding   h = W[u] + place
@@ -40,6 +43,7 @@ from torch import Tensor, nn
 from hamdist.config import ModelKind, ModelSettings
 from hamdist.dynamics.modules.prenorm import layer_norm
 from hamdist.errors import SettingsError
+from hamdist.models.lenet import PooledConvolution, lenet_layers
 from hamdist.streams.sample import SampleSpec
 
 STAGES = 4
@@ -238,9 +242,11 @@ def make_network(
 
 def _draw(model: nn.Module) -> None:
     """Draw the weights of all modules but LSTMs, in the order of the modules."""
+    rectified = [m.conv for m in model.modules() if isinstance(m, PooledConvolution)]
     for module in model.modules():
         if isinstance(module, (nn.Linear, nn.Conv2d)):
-            gain = 2.0 if isinstance(module, nn.Conv2d) and module.kernel_size == (3, 3) else 1.0
+            before_relu = isinstance(module, nn.Conv2d) and module.kernel_size == (3, 3)
+            gain = 2.0 if before_relu or module in rectified else 1.0
             fan_in = module.weight[0].numel()
             nn.init.normal_(module.weight, std=math.sqrt(gain / fan_in))
             nn.init.zeros_(module.bias)  # type: ignore[arg-type]  # all of them have one
@@ -273,6 +279,11 @@ def _convnet(settings: ModelSettings, spec: SampleSpec, outputs: int) -> nn.Sequ
     width, side = 2 * width, _half(side)
     children += [Convolved(width, width, side, alpha) for _ in range(settings.depth - 1)]
     return _chain("stem", ReluStem(image, settings.width), children, FlatHead(width, side, outputs))
+
+
+def _lenet(settings: ModelSettings, spec: SampleSpec, outputs: int) -> nn.Sequential:
+    stem, *children, head = lenet_layers(_image(settings, spec), outputs)
+    return _chain("stem", stem, children, head)
 
 
 def _half(side: int) -> int:
@@ -363,6 +374,7 @@ def _text(settings: ModelSettings, spec: SampleSpec) -> tuple[int, int]:
 NETWORKS: Mapping[ModelKind, Callable[[ModelSettings, SampleSpec, int], nn.Sequential]] = {
     ModelKind.RESNET: _resnet,
     ModelKind.CONVNET: _convnet,
+    ModelKind.LENET: _lenet,
     ModelKind.VIT: _vit,
     ModelKind.GPT: _gpt,
     ModelKind.LSTM_LAYERS: _lstm_layers,

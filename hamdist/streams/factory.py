@@ -8,16 +8,7 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from hamdist.config import (
-    CanvasSettings,
-    LabelledTokens,
-    Late,
-    PaceSettings,
-    Source,
-    Split,
-    StreamSettings,
-    View,
-)
+from hamdist.config import LabelledTokens, Late, Source, Split, StreamSettings, View
 from hamdist.errors import SettingsError
 from hamdist.streams.sample import Stream
 from hamdist.streams.sources.arrays import ArrayStream
@@ -64,26 +55,26 @@ def make_stream(settings: StreamSettings, *, seed: int, dtype: torch.dtype) -> S
         return LateLabels(stream, delay, kept=settings.relearn == "trace")
     if settings.late_targets > 0 or settings.target_delay is not None:
         stream = Rejoin(stream, settings.target_delay, patience=settings.patience)
-    return stream if settings.pace is None else _paced(stream, settings.pace)
+    if settings.pace is None:
+        return stream
+    period = None if isinstance(settings.pace.period, str) else settings.pace.period
+    return Paced(stream, period, settings.pace.late)
 
 
 def _source(settings: StreamSettings, seed: int, dtype: torch.dtype) -> Stream:
     if settings.source is Source.DRIFT:
         return _drift(settings, seed, dtype)
     if settings.source is Source.SIGNAL:
-        return _signal(settings, seed, dtype)
+        return SignalStream(**dict(settings.signal), seed=seed, dtype=dtype)
     if settings.source is Source.SEQUENCES:
         return _sequences(settings, seed)
     if settings.source is Source.CHARACTERS:
         ids, _ = character_parts(settings.path)
         return CharacterStream(ids, settings.characters.length, settings.batch, seed)
     data = _data_set(settings, seed, dtype)
-    return data.train if settings.canvas is None else _canvas(data, settings, seed)
-
-
-def _canvas(data: DataSet, settings: StreamSettings, seed: int) -> Canvas:
-    own = settings.canvas or CanvasSettings()
-    return Canvas(data.train, **dict(own), background=_background(data), seed=seed)
+    if settings.canvas is None:
+        return data.train
+    return Canvas(data.train, **dict(settings.canvas), background=_background(data), seed=seed)
 
 
 def _background(data: DataSet) -> float:
@@ -105,11 +96,6 @@ def _check_part(settings: StreamSettings) -> None:
         raise SettingsError(
             f"stream.evaluate: {source} has no validation part; leave it out, or use another source"
         )
-
-
-def _paced(stream: Stream, pace: PaceSettings) -> Paced:
-    period = None if isinstance(pace.period, str) else pace.period
-    return Paced(stream, period, pace.late)
 
 
 def held_out(
@@ -230,10 +216,6 @@ def _fixed(
 ) -> tuple[Tensor, Tensor]:
     """Return x (N, T) and y (N,) of texts."""
     return padded(_cut(texts, vocabulary, length), length), classes_of(texts)
-
-
-def _signal(settings: StreamSettings, seed: int, dtype: torch.dtype) -> SignalStream:
-    return SignalStream(**dict(settings.signal), seed=seed, dtype=dtype)
 
 
 def _drift(settings: StreamSettings, seed: int, dtype: torch.dtype) -> DriftStream:

@@ -110,7 +110,11 @@ class IterableStream:
         return self._spec
 
     def live_spec(self, patience: int) -> SampleSpec:
-        """Return the spec of a live run whose samples are like the first item, with `patience`."""
+        """Return the spec of a live run whose samples are like the first item.
+
+        Args:
+            patience: samples that may wait for their labels.
+        """
         return replace(self._spec, patience=patience, live=True, emissions=None)
 
     def samples(self) -> Iterator[Sample]:

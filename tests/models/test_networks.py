@@ -34,6 +34,7 @@ SENTENCES = {"source": "sequences", "sequences": {"view": "sequences", "count": 
 SMALL = {
     "resnet": ({"width": 2, "depth": 4}, IMAGES, {"block0": 2, "block1": 2}),
     "convnet": ({"width": 2, "depth": 3}, IMAGES, {"block0": 2, "block1": 2}),
+    "lenet": ({}, {**IMAGES, "canvas": {"side": 12}}, {"block0": 2, "block2": 2}),
     "vit": ({"width": 6, "depth": 3, "heads": 3, "patch": 4}, IMAGES, {"block*": 3}),
     "gpt": ({"width": 6, "depth": 3, "heads": 3}, CHARACTERS, {"block1": 2, "block2": 3}),
     "lstm-layers": ({"width": 5, "depth": 3}, SENTENCES, {"block1": 3, "block2": 2}),
@@ -98,6 +99,18 @@ def convnet(p, u):
         h = skip + a.relu() / math.sqrt(5)
     rows = normed(h, (1, 2, 3)).flatten(1)
     return rows @ p["head.linear.weight"].T + p["head.linear.bias"]
+
+
+def lenet(p, u):
+    h = u.reshape(-1, 1, 12, 12)
+    for name, padding in (("stem", 2), ("layer0", 0)):
+        h = functional.conv2d(h, p[f"{name}.conv.weight"], p[f"{name}.conv.bias"], padding=padding)
+        b, c, side, _ = h.shape
+        h = h.relu().reshape(b, c, side // 2, 2, side // 2, 2).amax((3, 5))
+    whole = p["layer1.conv.weight"]
+    h = (h.flatten(1) @ whole.flatten(1).T + p["layer1.conv.bias"]).relu()
+    h = h @ p["layer2.weight"].T + p["layer2.bias"]
+    return h @ p["head.weight"].T + p["head.bias"]
 
 
 def attention(w, h, heads, causal):
@@ -165,6 +178,7 @@ def lstm_layers(p, u):
 FORMULAS = {
     "resnet": resnet,
     "convnet": convnet,
+    "lenet": lenet,
     "vit": vit,
     "gpt": gpt,
     "lstm-layers": lstm_layers,

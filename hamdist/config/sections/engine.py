@@ -55,6 +55,7 @@ class Compress(str, Enum):
     INT4 = "int4"
     DELTA = "delta"
     TOPK = "topk"
+    SUBSPACE = "subspace"
 
 
 class Feedback(str, Enum):
@@ -205,6 +206,9 @@ class EngineSettings(Section):
     GPUs of an actor."""
     placement: tuple[tuple[str, ...], ...] | None = None
     """The blocks of each actor, by name; not given: neighbours together, balanced."""
+    interleave: Positive = 1
+    """Runs of neighbouring blocks that each actor gets, as far from each other as there are actors
+    (level `pipeline`: shorter waits for the first and last micro-batch, more signals)."""
     balance: Balance = Balance.TIME
     """What is shared out evenly between actors."""
     threads: Positive = 1
@@ -287,6 +291,12 @@ class EngineSettings(Section):
             raise ValueError(
                 f"'spares' is {self.spares} with kind 'inprocess', which has no actors: leave it "
                 "out, or use kind 'ray' (--engine ray)"
+            )
+        if self.interleave > 1 and (self.kind is EngineKind.INPROCESS or self.placement):
+            raise ValueError(
+                f"'interleave' is {self.interleave} with "
+                + ("a 'placement', which" if self.placement else "kind 'inprocess', whose process")
+                + " says where every block lives: leave it out"
             )
         return self
 

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from enum import Enum
 
+from pydantic import model_validator
+
 from hamdist.config.sections.section import Above0, Positive, Section
 
 
@@ -20,9 +22,13 @@ class ModelKind(str, Enum):
     TRACKER = "tracker"
     RESNET = "resnet"
     CONVNET = "convnet"
+    LENET = "lenet"
     VIT = "vit"
     GPT = "gpt"
     LSTM_LAYERS = "lstm-layers"
+
+
+RESIDUAL = (ModelKind.RESIDUAL_MLP, ModelKind.VIT, ModelKind.GPT, ModelKind.LSTM_LAYERS)
 
 
 class ModelSettings(Section):
@@ -37,7 +43,10 @@ class ModelSettings(Section):
     its neurons."""
     depth: Positive = 5
     """Layers with weights (of rnn, gru, lstm: cells; of resnet, convnet, vit, gpt, lstm-layers:
-    residual layers)."""
+    residual layers). A `lenet` has its own of both."""
+    subspace: Positive | None = None
+    """Rank of the fixed subspace of the last dimension in which every layer but the last ends, so
+    that `engine.compress` sends fewer numbers."""
     tau: Above0 = 0.1
     """Step of integration of `midpoint`."""
     bias: bool = True
@@ -46,3 +55,13 @@ class ModelSettings(Section):
     """Attention heads of `vit` and `gpt`."""
     patch: Positive = 7
     """Side of a patch of `vit`."""
+
+    @model_validator(mode="after")
+    def _residual_stream(self) -> ModelSettings:
+        if self.subspace is not None and (self.kind not in RESIDUAL or self.subspace > self.width):
+            raise ValueError(
+                f"'subspace' is {self.subspace} with kind {self.kind.value!r} of width "
+                f"{self.width}: give a rank up to the width of a residual stream, as "
+                f"{', '.join(kind.value for kind in RESIDUAL)} have one"
+            )
+        return self

@@ -100,11 +100,24 @@ class AppliedRule(Remembers):
         pairs = zip(messages, view.wanted, strict=True)
         return [plain(m) if want and m is not None else None for m, want in pairs]
 
+    def forward(
+        self, sample: int, inputs: Sequence[Tensor], before: Tensor | None = None
+    ) -> tuple[Tensor, Any]:
+        """Return h, and what is kept. before: h of the token before, None at a sequence's first."""
+        view, batch = self.view, len(inputs[0])
+        view.begins = before is None
+        if view.own is not None:
+            own = view.h.new_zeros(batch, *view.shape) if before is None else before
+            inputs = [*inputs[: view.own], own, *inputs[view.own :]]
+        return self.call("forward", sample, batch, inputs)  # type: ignore[no-any-return]
+
     def back(
         self, kept: Any, message: Tensor, sample: int, tau: float
     ) -> tuple[list[Tensor | None], list[Tensor] | None]:
         """Return the messages to the parents, and the updates of theta."""
         messages, updates = self.call("backward", sample, len(message), kept, message)
+        if self.view.own is not None:
+            del messages[self.view.own]
         return messages, self.gradients(updates, sample, tau)
 
     def gradients(self, updates: Any, sample: int, tau: float) -> list[Tensor] | None:
@@ -166,7 +179,10 @@ class _PlainData(Packing):
 
 
 class RuleBlock(SavesPasses):
-    """A state block that pulses pass, and that learns by a rule."""
+    """A state block that pulses pass, and that learns by a rule.
+
+    h: of the latest sample; None before the first one of a sequence.
+    """
 
     def __init__(self, parts: BlockParts, rule: AppliedRule, tau: float) -> None:
         super().__init__(parts)
@@ -186,9 +202,13 @@ class RuleBlock(SavesPasses):
 
     def forward(self, sample: int, inputs: Sequence[Tensor]) -> Tensor:
         """Return h of `sample`, and keep what the rule keeps of it."""
-        self.h, self.trace[sample] = self.rule.call("forward", sample, len(inputs[0]), inputs)
+        self.h, self.trace[sample] = self.rule.forward(sample, inputs, self.h)
         self._guard("h", self.h, inputs)
         return self.h
+
+    def end_sequence(self) -> None:
+        """Forget the state: the next sample is the first of its sequence."""
+        self.h = None
 
     def learn(self, sample: int, label: Tensor | None) -> None:
         """Make the step of the tick in which `sample` passes, if the rule has one."""
@@ -234,7 +254,7 @@ class RuleReadout(PulseReadout):
         target: Tensor | None,
         share: float = 1.0,  # noqa: ARG002  (rules know no micro-batches)
     ) -> tuple[list[Tensor | None], Reading | None]:
-        y, kept = self.rule.call("forward", sample, len(inputs[0]), inputs)
+        y, kept = self.rule.forward(sample, inputs)
         self.prediction = y
         if target is None:
             self.learn_from(sample, None, self._tau)

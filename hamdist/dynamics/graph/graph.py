@@ -1,7 +1,4 @@
-"""The graph of blocks: its structure, its shapes, and the way back to a plain module.
-
-B: batch.
-"""
+"""The graph of blocks: structure, shapes (B: batch), and the way back to a plain module."""
 
 from __future__ import annotations
 
@@ -248,7 +245,11 @@ class Graph:
         return names
 
     def borrowed(self, block: str) -> set[str]:
-        """Return the names of the weights of a block that belong to another block."""
+        """Return the names of the weights of a block that belong to another block.
+
+        Args:
+            block: its name.
+        """
         return {key for tie in self.ties if tie.user == block for key in tie.theirs}
 
     @cached_property
@@ -289,9 +290,10 @@ class Graph:
         return frozenset(unmoved) if frozen else frozenset()
 
     def recurrent(self, edge: Edge) -> bool:
-        """Return True if an edge leads from a block to itself or to one listed before it.
+        """Return True if an edge of a sequence carries the state of the previous token.
 
-        In a sequence such an edge carries the state of the previous token.
+        Args:
+            edge: it does if it leads from a block to itself, or to one listed before it.
         """
         if edge.from_input:
             return False

@@ -186,6 +186,8 @@ class BlockSpec:
         initial: h_0 without the batch, where it is not zero (presentation 'hold').
         slices: number of blocks over which its neurons are spread (dynamics/slicing).
         rule: how it learns, instead of by the level's own rule.
+        own: place of its own state of the sample before among the inputs of the module, where its
+            rule carries that (`own_states`): no edge does.
     """
 
     name: str
@@ -200,6 +202,17 @@ class BlockSpec:
     initial: Tensor | None = None
     slices: int = 1
     rule: Rule | None = None
+    own: int | None = None
+
+    def with_own(self, inputs: Sequence[T], state: T) -> list[T]:
+        """Return what the module takes: what its parents give, and its own state, if it has that.
+
+        Args:
+            inputs: by parent.
+            state: the block's own.
+        """
+        at = len(inputs) if self.own is None else self.own
+        return [*inputs[:at], *([] if self.own is None else [state]), *inputs[at:]]
 
     @property
     def back(self) -> str:

@@ -50,7 +50,12 @@ class RecurrentCell(nn.Module):
     @property
     def hidden(self) -> slice:
         """Return the place of h in the state."""
-        return slice(0, self.cell.hidden_size)
+        return slice(0, self.units)
+
+    @property
+    def units(self) -> int:
+        """Return H, the number of units."""
+        return int(self.cell.hidden_size)
 
     def forward(self, *inputs: Tensor) -> Tensor:
         """Return the next state, (B, S).
@@ -65,6 +70,102 @@ class RecurrentCell(nn.Module):
             return torch.cat(self.cell(x, (h, c)), dim=-1)
         after: Tensor = self.cell(x, state)
         return after
+
+
+class _OwnCell(nn.Module):
+    """A cell with a state [first, second] of H features each, in one tensor (B, 2H)."""
+
+    def __init__(self, inputs: int, units: int) -> None:
+        super().__init__()
+        self.inputs, self.units, self.size = inputs, units, 2 * units
+
+    def step(self, x: Tensor, first: Tensor, second: Tensor) -> tuple[Tensor, Tensor]:
+        """Return the next state."""
+        raise NotImplementedError
+
+    def forward(self, *inputs: Tensor) -> Tensor:
+        """Return the next state, (B, 2H).
+
+        Args:
+            *inputs: inputs (B, ...), and as the last one the state before, (B, 2H).
+        """
+        *read, state = inputs
+        return torch.cat(self.step(torch.cat(read, -1), *state.chunk(2, -1)), -1)
+
+
+class LeakyCell(_OwnCell):
+    """Leaky integrators with rate or spiking outputs; other units read z alone, `hidden`.
+
+        v' = alpha v + W x + U z + b,        z' = tanh(v')
+        v' = alpha v + W x + U z + b - theta z,        z' = (v' > theta)
+
+    The state is [z, v]. A spike has the pseudo-derivative 0.3 max(0, 1 - |v - theta| / theta) /
+    theta, and none by what resets it (Bellec et al. 2020, Eq. 7 and 8, Methods).
+
+    Args:
+        inputs: features of x; units: H.
+        decay: alpha.
+        threshold: theta; None for rates.
+    """
+
+    def __init__(
+        self, inputs: int, units: int, decay: float = 0.9, threshold: float | None = None
+    ) -> None:
+        super().__init__(inputs, units)
+        self.decay, self.threshold, self.hidden = decay, threshold, slice(0, units)
+        self.input, self.recurrent = nn.Linear(inputs, units), nn.Linear(units, units, bias=False)
+
+    def step(self, x: Tensor, first: Tensor, second: Tensor) -> tuple[Tensor, Tensor]:
+        """Return z' and v'.
+
+        Args:
+            x: inputs (B, inputs).
+            first: z (B, H).
+            second: v (B, H).
+        """
+        v = self.decay * second + self.input(x) + self.recurrent(first)
+        if self.threshold is None:
+            return torch.tanh(v), v
+        v = v - self.threshold * first.detach()
+        slope = 0.3 * (1 - (v / self.threshold - 1).abs()).clamp(min=0) / self.threshold
+        pseudo = slope.detach() * v
+        return (v > self.threshold).to(v) + pseudo - pseudo.detach(), v
+
+
+class DiagonalCell(_OwnCell):
+    """Linear recurrent unit: a diagonal, complex state space (Orvieto et al. 2023, section 3).
+
+        s' = lambda s + gamma (B x),        lambda = exp(-exp(nu) + i exp(phase))
+        gamma = sqrt(1 - |lambda|^2)
+
+    The state is [Re s, Im s]; no unit reads another one.
+
+    Args:
+        inputs: features of x; units: H.
+        least, most: of |lambda| at the beginning, between which it is drawn.
+    """
+
+    def __init__(self, inputs: int, units: int, least: float = 0.5, most: float = 0.99) -> None:
+        super().__init__(inputs, units)
+        squared = torch.rand(units) * (most**2 - least**2) + least**2
+        self.nu = nn.Parameter((-0.5 * squared.log()).log())
+        self.phase = nn.Parameter((torch.rand(units) * torch.pi).clamp(min=1e-3).log())
+        self.real = nn.Linear(inputs, units, bias=False)
+        self.imaginary = nn.Linear(inputs, units, bias=False)
+
+    def step(self, x: Tensor, first: Tensor, second: Tensor) -> tuple[Tensor, Tensor]:
+        """Return Re s' and Im s'.
+
+        Args:
+            x: inputs (B, inputs).
+            first: Re s (B, H).
+            second: Im s (B, H).
+        """
+        size, angle = torch.exp(-torch.exp(self.nu)), torch.exp(self.phase)
+        a, b = size * torch.cos(angle), size * torch.sin(angle)
+        gamma = torch.sqrt(1 - size**2)
+        real = a * first - b * second + gamma * self.real(x)
+        return real, a * second + b * first + gamma * self.imaginary(x)
 
 
 class Reads(nn.Module):

@@ -2,6 +2,8 @@
 
 Mono-Forward    cross-entropy of M h; M and theta learn at once
                 (Gong, Li and Abdulla 2025, arXiv:2501.09238)
+Forward-        log(1 + exp(-s (g - theta))), g = mean h^2; s = 1 of real rows, -1 of others
+Forward         (Hinton 2022, arXiv:2212.13345, Eq. 1)
 synthetic       d = A h + c predicts B z; theta learns by d at once, A and c when z comes
 gradients       (Jaderberg et al. 2017, Eq. 2 and 3)
 difference      g(h) = tanh(V h + c) learns to undo f; with the displacement d of a state from
@@ -44,6 +46,41 @@ class MonoForward(Rule):
             loss = functional.cross_entropy(h.flatten(1) @ M.T, label)  # type: ignore[arg-type]
         z, dM = torch.autograd.grad(loss, (h, M))
         return {**block.vjp(kept["x"], z)[1], "memory:M": dM}
+
+
+class ForwardForward(Rule):
+    """Activity is to be high on real rows, low on others; nothing comes back, and no label.
+
+    The last third of a batch's rows are not real, the third before them are: with a wrong and with
+    the right label in their inputs, say. Of the others nothing is learned here; those are for the
+    readout. The model takes the length out of each h before the next layer (nn.RMSNorm without
+    weights).
+
+    Args:
+        threshold: theta.
+    """
+
+    signals = Signals(back="none")
+
+    def __init__(self, threshold: float = 1.0) -> None:
+        self.threshold = threshold
+
+    def forward(self, block: BlockView, inputs: Sequence[Tensor]) -> tuple[Tensor, Any]:
+        h = block.f(inputs)
+        return h, {"x": list(inputs), "h": h}
+
+    def learn(self, block: BlockView, kept: Any, label: Tensor | None) -> Updates:  # noqa: ARG002
+        h, rows = kept["h"].flatten(1), block.batch // 3
+        if not rows:
+            raise GraphError(
+                f"block {block.name!r}: ForwardForward compares a third of a batch with another "
+                f"one; this one has {block.batch} rows, give 3 or more"
+            )
+        s = torch.zeros_like(h[:, :1])
+        s[-2 * rows : -rows], s[-rows:] = 1.0, -1.0
+        g = h.square().mean(1, keepdim=True)
+        slope = -s * torch.sigmoid(-s * (g - self.threshold)) * 2 * h / h.shape[1] / (2 * rows)
+        return block.vjp(kept["x"], slope.view_as(kept["h"]))[1]
 
 
 class SyntheticGradients(Rule):

@@ -14,8 +14,12 @@ HOMES = {  # module and class
     "predictive-coding": "predictive_coding.PredictiveCoding",
     "equilibrium-propagation": "predictive_coding.EquilibriumPropagation",
     "mono-forward": "local_losses.MonoForward",
+    "forward-forward": "local_losses.ForwardForward",
     "synthetic-gradients": "local_losses.SyntheticGradients",
     "target-propagation": "local_losses.DifferenceTargetPropagation",
+    "e-prop": "eligibility.EProp",
+    "snap-1": "eligibility.SnAp1",
+    "diagonal": "eligibility.DiagonalTraces",
     "oja": "hebbian.Oja",
     "soft-hebb": "hebbian.SoftHebb",
 }

@@ -52,12 +52,16 @@ class Rule:
         pulse, back message or error:  forward, backward (and learn, in the tick of the forward)
         pulse, back none:              forward, learn
         hold:                          relax
+        sequence:                      as pulse
 
     What is kept is plain data: numbers, texts, tensors without a graph, and lists, tuples and
     mappings of these. `self` has constants alone: one object serves several blocks and processes.
 
     Attributes:
-        presentation: `pulse` (levels trace, backprop, heads), or `hold` (levels local, group).
+        presentation: `pulse` (levels trace, backprop, heads), `hold` (levels local, group), or
+            `sequence`: a pulse for each token of a sequence, through a block that reads itself
+            (levels trace, backprop). Its own h of the token before is one of its inputs, zeros at
+            a sequence's first token (`block.begins`); nothing goes back to it.
         signals: what the rule asks for.
         on_readout: True if the rule may be that of an output net, too, whose message is then its
             own error. Patterns pass over readouts where it is False.
@@ -150,6 +154,8 @@ class BlockView:
 
     Attributes:
         name: of the block; depth: ticks from the input; readout: True for an output net.
+        own: place of its own state of the token before among the inputs, in a sequence; begins:
+            True in the forward pass of a sequence's first token.
         theta: the weights that are learned, by name; as they are now, and not to be written to.
         memory: the rule's own plain data by name, which it may change.
         shape: of h, inputs: of each parent's h, outputs: of the first readout's prediction; all
@@ -172,6 +178,8 @@ class BlockView:
     join: Callable[[Sequence[Tensor]], list[Tensor]]
     seed: Callable[[str], int]
     random: Callable[[str], AbstractContextManager[None]]
+    own: int | None = None
+    begins: bool = True
     memory: dict[str, Any] = field(default_factory=dict)
     batch: int = 0
     sample: int = 0
@@ -272,6 +280,31 @@ class BlockView:
         each = iter(pulled)
         messages = [next(each) if x.requires_grad else None for x in leaves]
         return messages, dict(zip(theta, each, strict=True))
+
+    def row_jacobians(
+        self, inputs: Sequence[Tensor], cotangents: Tensor, *, weights: bool = True
+    ) -> tuple[Tensor, dict[str, Tensor]]:
+        """Return cotangents^T df/dh (B, K, n) of the block's own state h, and cotangents^T
+        df/dtheta by weight (B, K, ...), of each row of a sequence alone.
+
+        Args:
+            inputs: as `forward` got them.
+            cotangents: K of them, (K, n).
+            weights: False to leave the second out.
+        """
+        own = self.own or 0
+
+        def pulled(*row: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+            def f(h: Tensor, by_name: Mapping[str, Tensor]) -> Tensor:
+                arguments = [*row[:own], h, *row[own + 1 :]]
+                return self._run([x[None] for x in arguments], {**self.theta, **by_name})[0]
+
+            pull = torch.func.vjp(f, row[own], self.theta if weights else {})[1]
+            result: tuple[Tensor, dict[str, Tensor]] = torch.func.vmap(pull)(cotangents)
+            return result
+
+        rows: tuple[Tensor, dict[str, Tensor]] = torch.func.vmap(pulled)(*inputs)
+        return rows
 
     def _run(self, inputs: Sequence[Tensor], theta: Mapping[str, Tensor]) -> Tensor:
         values = dict(theta)

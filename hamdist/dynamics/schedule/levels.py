@@ -171,11 +171,10 @@ def _contradictions(k: Locality) -> list[str]:
             f"update 'sequence' with presentation {k.presentation.value!r}: it belongs to "
             "presentation 'sequence' (level 'bptt')"
         )
-    if k.memory is Memory.REVERSIBLE and (not k.pulse or k.speed != "inf"):
+    if k.memory is Memory.REVERSIBLE and not k.pulse:
         reasons.append(
-            f"memory 'reversible' with presentation {k.presentation.value!r} and speed {k.speed!r}:"
-            " inputs can be recomputed only while the weights are those of the forward pass; use "
-            "presentation 'pulse' and speed 'inf' (level 'reversible')"
+            f"memory 'reversible' with presentation {k.presentation.value!r}: inputs are "
+            "recomputed when a message comes back; use presentation 'pulse' (level 'reversible')"
         )
     if k.credit is Credit.HEADS and (not k.pulse or k.memory is not Memory.NONE):
         reasons.append(

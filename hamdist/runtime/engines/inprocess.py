@@ -13,7 +13,7 @@ from hamdist.runtime.engines.sampler import Sampler
 from hamdist.runtime.engines.update_probe import Alignments
 from hamdist.runtime.engines.worker_report import WorkerReport, merged
 from hamdist.runtime.nodes.factory import make_node
-from hamdist.runtime.nodes.loop import run_loop
+from hamdist.runtime.nodes.loop import order_of, run_loop
 from hamdist.runtime.nodes.mailbox import Mailbox
 from hamdist.runtime.nodes.source import SourceNode
 from hamdist.runtime.plan.network import network_of
@@ -130,7 +130,7 @@ class InProcessEngine:
                     cut,
                     started=snapshot_policy is not None and snapshot_policy.on,
                     after_step=None if digests is None else digests.after_step,
-                    by_token=plan.by_token,
+                    order=order_of(plan),
                 )
             except DivergedError as error:
                 diverged = error

@@ -27,7 +27,7 @@ from hamdist.runtime.engines.worker_report import (
     WorkerStatus,
 )
 from hamdist.runtime.nodes.factory import make_node
-from hamdist.runtime.nodes.loop import run_loop
+from hamdist.runtime.nodes.loop import order_of, run_loop
 from hamdist.runtime.nodes.mailbox import Mailbox
 from hamdist.runtime.nodes.source import SourceNode
 from hamdist.runtime.plan.plan import Plan
@@ -245,7 +245,7 @@ class Worker:
                     self._snapshot_writer,
                     started=goes_on,
                     after_step=None if self._digests is None else self._digests.after_step,
-                    by_token=self._plan.by_token,
+                    order=order_of(self._plan),
                 )
                 self._mailbox.flush()
         except Aborted:

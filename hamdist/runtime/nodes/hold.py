@@ -16,7 +16,7 @@ from hamdist.dynamics.blocks.energy import Records
 from hamdist.dynamics.blocks.gate import Gate
 from hamdist.dynamics.blocks.hold import HoldBlock, HoldReadout, Tick
 from hamdist.dynamics.graph.graph import OUTPUT_KEY, BlockSpec, Edge
-from hamdist.dynamics.saved_state.remember import Remembers, taken
+from hamdist.dynamics.saved_state.remember import Remembers
 from hamdist.dynamics.schedule.events import Event, Stamp
 from hamdist.dynamics.schedule.hold import HoldSchedule
 from hamdist.dynamics.updates.constants import TickSchedule
@@ -24,12 +24,7 @@ from hamdist.dynamics.updates.weights import Weights
 from hamdist.dynamics.vjp.local_function import LocalFunction
 from hamdist.runtime.nodes.mailbox import Mailbox
 from hamdist.runtime.nodes.node import BlockNode
-from hamdist.runtime.nodes.ports import (
-    BlockContents,
-    events_from,
-    make_recorder,
-    record,
-)
+from hamdist.runtime.nodes.ports import BlockContents, events_from, make_recorder, record
 from hamdist.runtime.plan.plan import Plan
 from hamdist.runtime.signals.signal import Signal, ready
 from hamdist.streams.sample import Emission, Emits
@@ -55,10 +50,10 @@ class HoldNode(BlockNode):
         self._acyclic = plan.graph.acyclic
         # Without a way from the input it is the targets that tell of the end.
         self._adrift = spec.name in plan.graph.adrift
-        self._ended: list[Edge] = []
+        self.ended: list[int] = []  # indices of edges
         # What an edge shows until the first signal has come along it.
         shapes = {**plan.spec.parents, **plan.shapes}
-        self._shown = {
+        self.shown = {
             e.index: self._ports.border.state(
                 e.index, torch.zeros(shapes[e.parent][0], dtype=shapes[e.parent][1])
             )
@@ -77,29 +72,12 @@ class HoldNode(BlockNode):
         self.tick: int | None = self.event.tick
 
     STATE = (
-        "block",
-        "metrics",
-        "seconds",
-        "_recorder",
-        "_clock",
-        "_target",
-        "_no_more_targets",
-        "_gate",
-        "live",
+        *("block", "metrics", "seconds", "_recorder", "_clock"),
+        *("_target", "_no_more_targets", "_gate", "live", "shown", "event", "tick", "ended"),
     )
 
-    def snapshot(self) -> dict[str, Any]:
-        position = {"shown": self._shown, "event": self.event, "tick": self.tick}
-        return {**super().snapshot(), **position, "ended": [edge.index for edge in self._ended]}
-
     def restore(self, state: Mapping[str, Any]) -> None:
-        ended, state = taken(state, "ended")
-        self._shown, state = taken(state, "shown")
-        self.event, state = taken(state, "event")
-        self.tick, state = taken(state, "tick")
         super().restore(state)
-        edges = {edge.index: edge for edge in (*self._ports.into, *self._ports.out_of)}
-        self._ended = [edges[index] for index in ended]
         self._events = events_from(self._schedule, self.name, self.event)
 
     def start(self) -> None:
@@ -140,20 +118,20 @@ class HoldNode(BlockNode):
         """Return the state that the edge shows in this tick. That is the state that arrived in this
         tick, or the latest one where the input shows a sample for several ticks or where the stream
         has ended."""
-        signal = None if edge in self._ended else self._ports.state(edge, event)
+        signal = None if edge.index in self.ended else self._ports.state(edge, event)
         if signal is not None and signal.end:
-            self._ended.append(edge)
+            self.ended.append(edge.index)
         elif signal is not None and signal.payload is not None:
             cleared = not edge.from_input and signal.stamp.tick < self._clock.h_since
-            self._shown[edge.index] = self._starts[edge.parent] if cleared else signal.payload
-        return self._shown[edge.index]
+            self.shown[edge.index] = self._starts[edge.parent] if cleared else signal.payload
+        return self.shown[edge.index]
 
     def _message(self, edge: Edge, event: Event) -> Tensor | None:
         signal = self._ports.message(edge, event)
         if signal is None:
             return None
         if signal.end:
-            self._ended.append(edge)
+            self.ended.append(edge.index)
         return None if signal.stamp.tick < self._clock.z_since else signal.payload
 
     def _has_ended(self) -> bool:
@@ -161,8 +139,8 @@ class HoldNode(BlockNode):
         has to arrive along every edge, so that the last samples reach the readouts. Around a cycle
         no block could be the first to stop, so there the first end counts."""
         if not self._acyclic:
-            return bool(self._ended)
-        return all(edge in self._ended for edge in self._ports.into)
+            return bool(self.ended)
+        return all(edge.index in self.ended for edge in self._ports.into)
 
     def _end(self, event: Event, messages: list[Tensor | None]) -> None:
         if isinstance(self.block, HoldBlock):
@@ -208,7 +186,8 @@ class HoldNode(BlockNode):
         begin = perf_counter()
         to_parents, reading = block.tick(inputs, tick, send)
         self.seconds += perf_counter() - begin
-        self._ports.to_parents(stamp, to_parents, leaving_out=self._ended)
+        ended = [edge for edge in self._ports.into if edge.index in self.ended]
+        self._ports.to_parents(stamp, to_parents, leaving_out=ended)
         if self._recorder is not None and block.energy is not None:
             self._recorder.add(k, block.energy, reading, h, z)
         if self.metrics is not None:

@@ -5,14 +5,17 @@ from __future__ import annotations
 import heapq
 import traceback
 from collections.abc import Callable, Sequence
-from typing import Any, Protocol
+from typing import Any, Protocol, TypeAlias
 
 from hamdist.dynamics.finite import OutOfRange
 from hamdist.dynamics.schedule.events import Event, Phase
 from hamdist.errors import BlockError, DivergedError, HamdistError
 from hamdist.runtime.nodes.node import Node
 from hamdist.runtime.nodes.pulse import PulseNode
+from hamdist.runtime.plan.plan import Plan
 from hamdist.runtime.signals.signal import Aborted
+
+StepOrder: TypeAlias = Callable[[Node], "tuple[int, ...]"]
 
 
 class Cut(Protocol):
@@ -35,7 +38,7 @@ def run_loop(
     *,
     started: bool = False,
     after_step: Callable[[Node, int], None] | None = None,
-    by_token: bool = False,
+    order: StepOrder | None = None,
 ) -> None:
     """Step `nodes` in the order of their ticks until all have finished.
 
@@ -50,9 +53,8 @@ def run_loop(
         cut: acts whenever all nodes have reached its tick.
         started: True if the nodes continue from a snapshot and must not be started.
         after_step: called before `between`, with the node and the tick of the event.
-        by_token: step what is left of each token of a sequence before the next one (live runs,
-            in which the next one may be long in coming). Every event waits for events that are
-            earlier in either order, so no wait is endless.
+        order: of the nodes, other than by tick (`order_of`). Every event waits for events that are
+            earlier in each of them, so no wait is endless.
 
     Raises:
         DivergedError: a state, a costate or a loss left the finite range.
@@ -69,19 +71,19 @@ def run_loop(
                 after_step(one, tick)
         deferred.clear()
 
-    key = _by_token if by_token else _by_tick
+    key = order or _by_tick
     heap = [(key(node), i) for i, node in enumerate(nodes) if node.tick is not None]
     heapq.heapify(heap)
     while heap:
-        order, i = heap[0]
+        place, i = heap[0]
         if deferred and not _backward(nodes[i]):
             settle()
         if cut is not None and (nodes[i].tick or 0) >= cut.due:
             behind = [one for one in heap if (nodes[one[1]].tick or 0) < cut.due]
             if behind:  # (by tokens only) before others pass the cut
-                order, i = min(behind)
-                heap.remove((order, i))
-                heap.insert(0, ((-1, *order[1:]), i))
+                place, i = min(behind)
+                heap.remove((place, i))
+                heap.insert(0, ((-1, *place[1:]), i))
                 heapq.heapify(heap)
             else:
                 settle()
@@ -105,8 +107,24 @@ def _backward(node: Node) -> bool:
     return isinstance(node, PulseNode) and node.backward
 
 
+def order_of(plan: Plan) -> StepOrder:
+    """Return the order in which a process steps its nodes.
+
+    Where the next token of a sequence may be long in coming (live runs), what is left of each is
+    done before it. Blocks that lie apart in a chain do the forward passes of a tick first, then the
+    backward ones, those of deep blocks first: each then comes when its signals have had the time.
+    """
+    if plan.knobs.sequence and plan.spec.live:
+        return _by_token
+    return _by_lag if plan.engine.interleave > 1 else _by_tick
+
+
 def _by_tick(node: Node) -> tuple[int, ...]:
     return (node.tick or 0, node.late)
+
+
+def _by_lag(node: Node) -> tuple[int, ...]:
+    return (*_by_tick(node), node.lag if isinstance(node, PulseNode) else 0)
 
 
 def _by_token(node: Any) -> tuple[int, ...]:

@@ -118,16 +118,8 @@ class Mailbox:
             self._send(channel, signal)
 
     def take(self, channel: Channel, stamp: Stamp, tick: int) -> Signal:
-        """Return the next signal of `channel`.
-
-        Args:
-            channel: the channel.
-            stamp: the stamp that the schedule names.
-            tick: the receiver's own tick, for the error.
-
-        Raises:
-            StampError: another signal comes first.
-        """
+        """Return the next signal of `channel`, which the schedule stamps so, at the receiver's
+        `tick`. Raises StampError if another one comes first."""
         if channel.sender in self._inside:
             queue = self._queues.get(channel.number)
             signal = queue.popleft() if queue else None
@@ -228,16 +220,12 @@ class Mailbox:
         taken: int | None,
         received: Tensor | None = None,
     ) -> None:
-        """Continue `channel` from a snapshot.
+        """Continue `channel` from a snapshot. Raises SnapshotError if its ends' states do not fit.
 
         Args:
-            channel: the channel.
             state: of the sending end; None if the sender is in another process.
             taken: signals that the receiver had taken; None if it is in another process.
             received: what delta coding adds to, at the receiving end.
-
-        Raises:
-            SnapshotError: the state of the sender does not fit the receiver's.
         """
         sent_log, number = self._sent_log, channel.number
         if sent_log is None:

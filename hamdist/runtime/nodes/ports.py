@@ -109,10 +109,6 @@ class Ports:
         stamp = self._schedule.state(way, event)
         return None if stamp is None else self._take(self._label, stamp, event)
 
-    def own_label(self, label: Tensor) -> Tensor:
-        """Cast a label to the type and device of this block."""
-        return self.border.target(label)
-
     def labels_to_children(self, stamp: Stamp, label: Tensor | None, *, end: bool = False) -> None:
         """Pass a label on to the children that take it from this block."""
         for channel in self._labelled:
@@ -142,14 +138,9 @@ class Ports:
         sequence_end: bool = False,
         leaving_out: Sequence[Edge] = (),
     ) -> None:
-        """Post a state to the children.
+        """Post a state h (B, ...) to the children, but to those of the edges in `leaving_out`.
 
-        Args:
-            stamp: of the state.
-            h: the state, (B, ...).
-            end: the stream has ended.
-            sequence_end: the sample is the last of its sequence.
-            leaving_out: edges whose child does not read this signal.
+        end: the stream has ended; sequence_end: the sample is the last of its sequence.
         """
         for edge, channel in zip(self.out_of, self._children, strict=True):
             if edge not in leaving_out:
@@ -174,13 +165,9 @@ class Ports:
         end: bool = False,
         leaving_out: Sequence[Edge] = (),
     ) -> None:
-        """Post the messages to the parents.
+        """Post a message along each edge of `into` but those whose parent reads no more.
 
-        Args:
-            stamp: of the messages.
-            messages: one for each edge of `into`; None is a message of zeros.
-            end: the stream has ended.
-            leaving_out: edges whose parent reads no more.
+        None is a message of zeros; end: the stream has ended.
         """
         for edge, channel, message in zip(self.into, self._parents, messages, strict=True):
             if channel is not None and edge not in leaving_out:

@@ -11,12 +11,7 @@ from torch import Tensor
 
 from hamdist.dynamics.blocks.block import SavesPasses
 from hamdist.dynamics.blocks.heads import HeadBlock
-from hamdist.dynamics.blocks.pulse import (
-    KeepingReadout,
-    PulseBlock,
-    PulseReadout,
-    ReversibleBlock,
-)
+from hamdist.dynamics.blocks.pulse import KeepingReadout, PulseBlock, PulseReadout, ReversibleBlock
 from hamdist.dynamics.blocks.readout_loss import Reading
 from hamdist.dynamics.blocks.rule_block import RuleBlock
 from hamdist.dynamics.graph.graph import BlockSpec
@@ -26,11 +21,7 @@ from hamdist.dynamics.vjp.wrapping import TiedFunction
 from hamdist.runtime.nodes.clip import NormPorts
 from hamdist.runtime.nodes.mailbox import Mailbox
 from hamdist.runtime.nodes.node import BlockNode
-from hamdist.runtime.nodes.ports import (
-    BlockContents,
-    events_from,
-    record,
-)
+from hamdist.runtime.nodes.ports import BlockContents, events_from, record
 from hamdist.runtime.nodes.ties import TiePorts
 from hamdist.runtime.plan.plan import Plan
 from hamdist.runtime.signals.signal import ready
@@ -64,6 +55,7 @@ class PulseNode(BlockNode):
         # Messages leave first, then weights move (loop.py). Shared weights are sent themselves.
         block.defers = self._ties is None
         self._end: int | None = None
+        self._sequence_end = False  # of the latest sample
         self.event = next(self._events)
         self.tick: int | None = self.event.tick
 
@@ -94,6 +86,11 @@ class PulseNode(BlockNode):
     def backward(self) -> bool:
         """Return True if the next event is a backward pass."""
         return self.event.phase is Phase.BACKWARD
+
+    @property
+    def lag(self) -> int:
+        """Return the ticks from the forward pass of a sample to the next event."""
+        return self._schedule.lag(self.name) if self.backward else 0
 
     @property
     def deferred(self) -> bool:
@@ -142,6 +139,7 @@ class PulseNode(BlockNode):
             if signal is None or signal.end:
                 self._end = event.sample
                 continue
+            self._sequence_end = signal.sequence_end
             if signal.payload is not None:
                 inputs.append(signal.payload)
         return inputs if self._end is None else None  # (none: an empty micro-batch)
@@ -164,11 +162,14 @@ class PulseNode(BlockNode):
             begin = perf_counter()
             h = self.block.forward(number, inputs) if inputs else None
             self.seconds += perf_counter() - begin
-            self._ports.to_children(stamp, None if h is None else ready(h))
+            state = None if h is None else ready(h)
+            self._ports.to_children(stamp, state, sequence_end=self._sequence_end)
             if label is not None:
                 self._ports.labels_to_children(stamp, label.payload)
             if h is not None:
                 self._learn(number, None if label is None else label.payload)
+            if self._sequence_end and isinstance(self.block, RuleBlock):
+                self.block.end_sequence()
             if not self._schedule.lag(self.name):
                 self._rests(event)
                 self.live.forget(event.sample - self._schedule.parts)
@@ -179,7 +180,7 @@ class PulseNode(BlockNode):
         """Let the block's local readout or its rule learn, if it has one."""
         if isinstance(self.block, (HeadBlock, PulseBlock, RuleBlock)):
             begin = perf_counter()
-            self.block.learn(sample, None if label is None else self._ports.own_label(label))
+            self.block.learn(sample, None if label is None else self._ports.border.target(label))
             self.seconds += perf_counter() - begin
 
     def _backward(self, event: Event) -> None:

@@ -28,6 +28,9 @@ def try_rules(plan: Plan) -> None:
             raise LevelError(f"{who}: it computes without autocast; switch that off for this block")
         if plan.spec.ragged:
             raise LevelError(f"{who}: rules know no samples of several lengths; pad them")
+        if rule.presentation == "sequence" and plan.spec.patience and not plan.spec.kept:
+            again = "samples with late labels would be shown again, out of their sequence"
+            raise LevelError(f"{who}: {again}; use stream.relearn: trace")
         try:
             block = make_node(plan, name, Mailbox({INPUT, *plan.graph.blocks})).block
             _try(plan, name, block.rule)  # type: ignore[union-attr]  # it has one
@@ -48,7 +51,7 @@ def _try(plan: Plan, name: str, applied: AppliedRule) -> None:
         applied.view.in_tick(h, 0, plan.schedule.c, learns=True)
         applied.gradients(applied.call("relax", 0, len(h), inputs, h)[2], 0, 1.0)
         return
-    h, kept = applied.call("forward", 0, len(h), inputs)
+    h, kept = applied.forward(0, inputs)
     applied.check_plain("forward", kept)
     if applied.learns:
         y = plan.spec.target(plan.taught_by) if rule.signals.label else None

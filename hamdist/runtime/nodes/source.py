@@ -21,6 +21,7 @@ from hamdist.errors import SnapshotError, StreamError
 from hamdist.runtime.nodes.emissions import emission_of
 from hamdist.runtime.nodes.mailbox import Mailbox
 from hamdist.runtime.plan.plan import Plan
+from hamdist.runtime.plan.rule_checks import carries
 from hamdist.runtime.signals.cast import CPU
 from hamdist.runtime.signals.signal import Aborted, Signal, ready
 from hamdist.streams.check import Checker
@@ -295,7 +296,7 @@ def checker_of(plan: Plan) -> Checker:
     """Return the gate that all samples of a run pass."""
     return Checker(
         plan.spec,
-        equal_batches=not plan.knobs.pulse,
+        equal_batches=not plan.knobs.pulse or carries(plan.graph),
         stamped=plan.dynamics.tau is None,
         ignore_index=plan.ignore_index,
         one_length=plan.one_length,

@@ -194,6 +194,16 @@ def split(costs: Costs, parts: int) -> list[int]:
     return _Ways(costs, parts).best(parts)
 
 
+def groups_of(names: Sequence[str], starts: Sequence[int], actors: int) -> list[list[str]]:
+    """Return the blocks of each of so many actors, which take turns in taking runs of blocks.
+
+    Args:
+        starts: the first block of each run, as a place in `names`.
+    """
+    runs = [list(names[a:b]) for a, b in zip(starts, [*starts[1:], len(names)], strict=True)]
+    return [[name for run in runs[actor::actors] for name in run] for actor in range(actors)]
+
+
 def choose(costs: Costs, most: int) -> list[int]:
     """Return the first blocks of 1 to `most` actors with the least T.
 
@@ -237,13 +247,15 @@ def place(
             requirements(group, by_block, engine)
         return groups
     pairs = apart(by_block)
-    least = _segments(len(names), pairs)
-    most = max(len(least), min(len(names), max(1, cpus // engine.threads)))
+    least, runs = _segments(len(names), pairs), engine.interleave
+    most = max(len(least), min(len(names) // runs, max(1, cpus // engine.threads)))
     actors = most if engine.actors == "auto" else engine.actors
-    if actors > len(names):
+    if actors * runs > len(names):
+        each = f" with engine.interleave {runs}" if runs > 1 else ""
         raise SettingsError(
-            f"engine.actors: {actors} actors for {len(names)} blocks ({', '.join(names)}); use at "
-            f"most {len(names)}, or cut the model into more blocks (partition.blocks)"
+            f"engine.actors: {actors} actors{each} for {len(names)} blocks ({', '.join(names)}); "
+            f"use at most {len(names) // runs}, or cut the model into more blocks "
+            "(partition.blocks)"
         )
     if actors < len(least):
         requirements(
@@ -252,14 +264,18 @@ def place(
     if pairs:
         costs = replace(costs or Costs(tuple(by_parameters(graph))), apart=pairs)
     if costs is None:
-        starts = balanced(by_parameters(graph), actors)
+        starts = balanced(by_parameters(graph), actors * runs)
     else:
         starts = choose(costs, most) if engine.actors == "auto" else split(costs, actors)
+        actors = len(starts)
+        starts = split(costs, actors * runs) if runs > 1 else starts
         steady = balanced(by_parameters(graph), len(starts))
         if costs.of(steady) <= (1 + WORTH) * costs.of(starts):
             starts = steady
-    ends = [*starts[1:], len(names)]
-    return [names[a:b] for a, b in zip(starts, ends, strict=True)]
+    groups = groups_of(names, starts, actors)
+    for group in groups if pairs and runs > 1 else ():
+        requirements(group, by_block, engine)
+    return groups
 
 
 def _segments(blocks: int, pairs: Sequence[tuple[int, int]]) -> list[int]:

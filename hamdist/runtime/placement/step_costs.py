@@ -48,6 +48,7 @@ from hamdist.streams.sample import Sample, SampleSpec, TargetSpec, with_weights
 
 ENOUGH_SECONDS = 0.3  # then FEWEST samples in a network that is full are enough
 GIVE_UP_SECONDS = 3.0
+PREDICTION_SECONDS = 1.0  # at most, where only the prediction of a run needs them
 FEWEST, MOST = 3, 8
 DEEPEST = 128  # samples that fill a network; a deeper one is measured by the first few samples
 SEQUENCE = 4  # tokens of a made-up sequence
@@ -69,12 +70,20 @@ def wants_costs(plan: Plan) -> bool:
     return 1 < engine.actors < blocks
 
 
-def measured_costs(plan: Plan, *, portable: bool) -> Costs:
+def predicts(plan: Plan) -> bool:
+    """Return True if a run on Ray says beforehand how fast it will be: on processors (what a block
+    takes on a GPU is not known before), by samples that come when they are drawn."""
+    devices = {plan.engine.device, *(one.device for one in plan.cast_plans.values())}
+    return plan.engine.balance is Balance.TIME and devices == {"cpu"} and not plan.spec.live
+
+
+def measured_costs(plan: Plan, *, portable: bool, limit: float | None = None) -> Costs:
     """Measure the costs that `choose` needs. Raises Unmeasured.
 
-    `portable` is true if an actor draws the stream.
+    `portable` is true if an actor draws the stream; limit: as in `measure`.
     """
-    return costs_of(TimingModel(plan, measure(plan), source_host(plan) if portable else None))
+    seconds = measure(plan, limit=limit)
+    return costs_of(TimingModel(plan, seconds, source_host(plan) if portable else None))
 
 
 def costs_of(model: TimingModel) -> Costs:
@@ -218,7 +227,7 @@ class _Trial:
         source = SourceNode(plan, _Examples(plan.spec, self._samples), mailbox)
         nodes = [make_node(plan, name, mailbox) for name in plan.graph.blocks]
         timed = [_Timed(node, self._clock) for node in (source, *nodes)]
-        begin = time.perf_counter()
+        begin, first = time.perf_counter(), self._clock()
 
         def between() -> None:
             late = time.perf_counter() - begin > ENOUGH_SECONDS
@@ -226,6 +235,9 @@ class _Trial:
                 source.stop.set()
 
         run_loop(timed, between)
+        # What the loop does around a step (heap, requests, measurements) counts as part of it.
+        steps = [one for node in timed for _, one in node.spent]
+        around = max(0.0, self._clock() - first - sum(steps)) / len(steps)
         seconds: dict[str, dict[str, float]] = {}
         c, steady = plan.schedule.c, range(self._full, source.samples)
         parts = plan.schedule.parts if isinstance(plan.schedule, PulseSchedule) else 1
@@ -233,7 +245,7 @@ class _Trial:
             periods: dict[str, dict[int, float]] = defaultdict(lambda: defaultdict(float))
             for event, spent in node.spent:
                 period = event.sample // parts if self._deep else event.tick // c
-                periods[event.phase.value][period] += spent
+                periods[event.phase.value][period] += spent + around
             seconds[node.name] = {
                 phase: sum(times.values()) / source.samples
                 if plan.knobs.sequence

@@ -6,12 +6,7 @@ import dataclasses
 from collections.abc import Iterable
 from fnmatch import fnmatchcase
 
-from hamdist.config import (
-    Compress,
-    Reset,
-    Settings,
-    TargetOf,
-)
+from hamdist.config import Compress, Reset, Settings, TargetOf
 from hamdist.dynamics.graph.graph import Graph, ShapeMap
 from hamdist.dynamics.objective.losses import CrossEntropy, class_axis, mse
 from hamdist.dynamics.schedule.events import Schedule

@@ -51,11 +51,8 @@ def with_cast_plans(
     no block has.
 
     Args:
-        graph: the graph.
         shapes: of every h in the graph as it is.
         inputs: shapes of the stream's inputs.
-        engine: the settings.
-        knobs: of the level.
 
     Raises:
         SettingsError: a type or device is not available.
@@ -115,7 +112,7 @@ def _check_autocast(name: str, block_setting: BlockEngineSettings, dtype: torch.
 
 def _tried(block: BlockSpec, before: ShapeMap, dtype: torch.dtype) -> torch.dtype:
     """Return the type of the block's output for inputs of `dtype`."""
-    examples = [before[parent] for parent in block.parents]
+    examples = block.with_own([before[one] for one in block.parents], before[block.name])
     inputs = [
         torch.zeros(shape, dtype=dtype if was.is_floating_point else was) for shape, was in examples
     ]

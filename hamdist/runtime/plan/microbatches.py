@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from hamdist.config import Credit, LearningSettings, Memory
+from hamdist.config import Credit, LearningSettings, Memory, Settings
 from hamdist.dynamics.graph.graph import Graph
 from hamdist.dynamics.graph.spec import combined
 from hamdist.dynamics.objective.losses import model_loss
@@ -27,11 +27,16 @@ WIDE = torch.complex128  # (holds everything)
 CLOSE = 1e-3  # relative to the largest value; products of fewer rows round in another order
 
 
-def cut_batches(
-    knobs: Locality, graph: Graph, spec: SampleSpec, learning: LearningSettings
-) -> Locality:
+def cut_batches(knobs: Locality, graph: Graph, spec: SampleSpec, settings: Settings) -> Locality:
     """Return `knobs` with a number of micro-batches. Raises LevelError if the batch stays whole."""
+    learning, interleave = settings.learning, settings.engine.interleave
     parts = knobs.microbatches
+    if interleave > 1 and parts == 1:
+        raise LevelError(
+            f"engine.interleave {interleave} at level {settings.level.value!r}: it shortens the "
+            "waits for the first and the last micro-batch of a sample, and there are none; use "
+            "level 'pipeline', or leave it out"
+        )
     if parts == "auto":
         parts = auto_microbatches(spec.batch)
     knobs = replace(knobs, microbatches=parts, clip=_network_clip(knobs, graph, learning))

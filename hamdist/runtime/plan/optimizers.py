@@ -32,8 +32,7 @@ def plan_optimizers(
 
     Every block's are made once here, so that what they refuse is known before anything starts.
 
-    Args:
-        functions: A rule of the user's functions, if there are some.
+    functions: a rule of the user's functions, if there are some.
 
     Raises:
         SettingsError: Functions and settings contradict each other, or do not work.

@@ -47,7 +47,7 @@ from hamdist.runtime.plan.dtypes import taken, with_cast_plans
 from hamdist.runtime.plan.heads import Heads, plan_heads
 from hamdist.runtime.plan.microbatches import cut_batches
 from hamdist.runtime.plan.optimizers import plan_optimizers
-from hamdist.runtime.plan.rule_checks import check_rules, ruled
+from hamdist.runtime.plan.rule_checks import check_rules, own_states, ruled
 from hamdist.runtime.process.arithmetic import Arithmetic, arithmetic
 from hamdist.runtime.process.switches import Switches, read_switches
 from hamdist.runtime.signals.cast import CastPlan
@@ -185,11 +185,6 @@ class Plan:
         return manifest.samples - manifest.skip
 
     @property
-    def by_token(self) -> bool:
-        """Return True if blocks step by tokens of sequences instead of by ticks (loop.py)."""
-        return self.knobs.sequence and self.spec.live
-
-    @property
     def taught_by(self) -> str:
         """Return the readout whose labels travel with the signal."""
         return self.graph.readouts[0] if self.heads is None else self.heads.readout
@@ -247,7 +242,8 @@ def make_plan(
     shapes = graph.shapes(spec.u_shape, spec.u_dtype, spec.parents)
     spec = with_classes(spec, graph, shapes)
     check_predictions(graph, shapes, spec, settings.ignore_index)
-    knobs = cut_batches(knobs, graph, spec, settings.learning)
+    knobs = cut_batches(knobs, graph, spec, settings)
+    graph = own_states(graph, knobs)
     graph, shapes, cast_plans = with_cast_plans(graph, shapes, spec.parents, settings.engine, knobs)
     # (The end of a stream goes against the edges where there are cycles; energies need z.)
     whole = knobs.hold and (not graph.acyclic or settings.metrics.record is not None)
@@ -259,13 +255,8 @@ def make_plan(
         schedule = make_schedule(graph, knobs, silent)
     check_resets(graph, schedule, dynamics, knobs)
     check_output_nets(graph, dynamics)
-    check_rules(graph, knobs, dynamics, settings.metrics)
-    labelled = [name for name, block_rule in ruled(graph).items() if block_rule.signals.label]
-    if spec.weighted and labelled:
-        raise LevelError(
-            f"the rule of block {labelled[0]!r} takes labels by a loss of its own, which has no "
-            "place for the weights of rows: leave the name 'weight' out, or use another rule"
-        )
+    check_rules(graph, knobs, dynamics, settings.metrics, weighted=spec.weighted)
+    labelled = any(block_rule.signals.label for block_rule in ruled(graph).values())
     rule = plan_optimizers(graph, knobs, settings, optimizer)
     rewinds = knobs.memory is Memory.REVERSIBLE
     started = [b.name for b in graph.blocks.values() if b.initial is not None]
@@ -321,7 +312,7 @@ def make_plan(
         settings.engine.queue,
         clocked=clocked,
         bundle=settings.engine.bundle,
-        labels=heads is not None or bool(labelled),
+        labels=heads is not None or labelled,
         messages=knobs.credit is Credit.MESSAGES,
         silent=silent,
     )

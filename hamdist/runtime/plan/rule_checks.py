@@ -5,35 +5,90 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from dataclasses import replace
 
-from hamdist.config import Compensation, Credit, Memory, MetricsSettings, Moves, Order
+from hamdist.config import (
+    Compensation,
+    Credit,
+    Memory,
+    MetricsSettings,
+    Moves,
+    Order,
+    Presentation,
+)
 from hamdist.dynamics.graph.graph import Graph
 from hamdist.dynamics.graph.patterns import check_patterns, fitting
+from hamdist.dynamics.graph.spec import BlockSpec
 from hamdist.dynamics.rules.rule import Rule
 from hamdist.dynamics.schedule.levels import Locality
 from hamdist.dynamics.updates.constants import Dynamics
 from hamdist.errors import LevelError, SettingsError
 
+# By presentation of a rule that of the levels at which it runs.
+PRESENTED = {
+    "pulse": Presentation.PULSE,
+    "hold": Presentation.HOLD,
+    "sequence": Presentation.PULSE,
+}
+
 
 def with_rules(graph: Graph, rules: Mapping[str, Rule]) -> Graph:
     """Return `graph` whose blocks have the rules that `rules` gives by name or pattern.
 
-    A pattern passes over readouts where the rule is none for them. Raises SettingsError for a
-    pattern that fits no block, and for a readout that is named and cannot have its rule.
+    A pattern passes over readouts where the rule is none for them, and a rule of sequences over
+    blocks that do not read themselves. Raises SettingsError for a pattern that fits no block, or
+    none that can have its rule, and for a block that is named and cannot have it.
     """
     check_patterns("rules", rules, graph.blocks, "block")
-    blocks = []
+    blocks, reasons = [], dict[str, str]()
     for name, block in graph.blocks.items():
         pattern = fitting(name, rules)
         rule = block.rule if pattern is None else rules[pattern]
-        if block.loss is not None and rule is not None and not rule.on_readout:
+        reason = None if rule is None else _no_place(block, rule)
+        if reason is not None:
             if pattern == name or pattern is None:
-                raise SettingsError(
-                    f"rules.{name}: {type(rule).__name__} is no rule of a readout (on_readout is "
-                    "False): leave it out there, and it learns by its own error"
-                )
+                raise SettingsError(f"rules.{name}: {type(rule).__name__} is no rule of {reason}")
+            reasons[pattern] = (
+                f"{type(rule).__name__} fits none of its blocks, as {name!r} is {reason}"
+            )
             rule = block.rule
         blocks.append(replace(block, rule=rule))
+    for pattern, reason in reasons.items():
+        if not any(block.rule is rules[pattern] for block in blocks):
+            raise SettingsError(f"rules.{pattern}: {reason}")
     return graph.over(blocks)
+
+
+def _no_place(block: BlockSpec, rule: Rule) -> str | None:
+    """Return why the block cannot have the rule, if so."""
+    if block.loss is not None and not rule.on_readout:
+        own = "leave it out there, and it learns by its own error"
+        return f"a readout (on_readout is False): {own}"
+    if rule.presentation == "sequence" and block.name not in block.parents:
+        return "a block that does not read itself: give the block its own name as a parent"
+    return None
+
+
+def own_states(graph: Graph, knobs: Locality) -> Graph:
+    """Return the graph without the edges from blocks to themselves whose rule carries the state.
+
+    Raises LevelError for a rule of sequences whose block has no such edge.
+    """
+    carrying = {n for n, rule in ruled(graph).items() if rule.presentation == "sequence"}
+    blocks = []
+    for name, block in graph.blocks.items():
+        if name not in carrying or not knobs.pulse:
+            blocks.append(block)
+            continue
+        reason = _no_place(block, graph.blocks[name].rule or Rule())
+        if reason is not None:
+            raise LevelError(f"block {name!r}: {type(block.rule).__name__} is no rule of {reason}")
+        parents = tuple(parent for parent in block.parents if parent != name)
+        blocks.append(replace(block, parents=parents, own=block.parents.index(name)))
+    return graph.over(blocks) if carrying and knobs.pulse else graph
+
+
+def carries(graph: Graph) -> bool:
+    """Return True if rules of a plan's graph carry states from token to token."""
+    return any(block.own is not None for block in graph.blocks.values())
 
 
 def ruled(graph: Graph) -> dict[str, Rule]:
@@ -42,11 +97,24 @@ def ruled(graph: Graph) -> dict[str, Rule]:
 
 
 def check_rules(
-    graph: Graph, knobs: Locality, dynamics: Dynamics, metrics: MetricsSettings
+    graph: Graph,
+    knobs: Locality,
+    dynamics: Dynamics,
+    metrics: MetricsSettings,
+    *,
+    weighted: bool,
 ) -> None:
-    """Raise LevelError for rules that cannot run in this graph at this level."""
+    """Raise LevelError for rules that cannot run in this graph at this level.
+
+    weighted: rows of samples have weights.
+    """
     for name, rule in ruled(graph).items():
         levels = _against(graph, name, rule, knobs, dynamics, metrics)
+        if weighted and rule.signals.label:
+            raise LevelError(
+                f"the rule of block {name!r} takes labels by a loss of its own, which has no place "
+                "for the weights of rows: leave the name 'weight' out, or use another rule"
+            )
         for wrong, reason in (*_against_class(rule), *levels):
             if wrong:
                 raise LevelError(f"block {name!r} with rule {type(rule).__name__}: {reason}")
@@ -67,8 +135,11 @@ def _against_class(rule: Rule) -> Iterator[tuple[object, str]]:
     """Yield (it is wrong, what is wrong) for each way in which a rule contradicts itself."""
     back, label, overrides = rule.signals.back, rule.signals.label, rule.overrides
     presentation, held = rule.presentation, rule.presentation == "hold"
-    known = ("pulse", "hold"), ("message", "error", "none")
-    yield presentation not in known[0], f"presentation {presentation!r}: give 'pulse' or 'hold'"
+    known = PRESENTED, ("message", "error", "none")
+    wrong = f"presentation {presentation!r}: give one of {', '.join(known[0])}"
+    yield presentation not in known[0], wrong
+    carried = presentation == "sequence" and rule.on_readout
+    yield carried, "on_readout: a rule of sequences is of blocks with a state"
     yield back not in known[1], f"signals.back {back!r}: give one of {', '.join(known[1])}"
     asks = f"presentation {presentation!r}, signals.back {back!r}, label {label}: needs a method"
     yield held and not overrides("relax"), f"{asks} relax(block, inputs, message)"
@@ -94,8 +165,13 @@ def _against(
 ) -> Iterator[tuple[object, str]]:
     """Yield why a block of this run may not have a rule."""
     here, its, block = knobs.presentation.value, rule.presentation, graph.blocks[name]
-    fits = {"pulse": "trace, backprop or heads", "hold": "local or group"}.get(its)
-    yield here != its, f"it is of presentation {its!r}, the level of {here!r}; use level {fits}"
+    fits = {"pulse": "trace, backprop or heads", "hold": "local or group"}.get(
+        its, "trace or backprop: it carries its state on, token by token, and nothing goes back"
+    )
+    other = knobs.presentation is not PRESENTED.get(its)
+    yield other, f"it is of presentation {its!r}, the level of {here!r}; use level {fits}"
+    probed = block.own is not None and metrics.alignment is not None
+    yield probed, "metrics.alignment compares with gradients of single samples; leave it out"
     alone = knobs.credit is Credit.HEADS and block.back != "none"
     yield alone, f"it asks for {block.back!r}, but level 'heads' sends none; use 'trace'"
     memory = knobs.memory.value

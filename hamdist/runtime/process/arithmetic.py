@@ -118,13 +118,8 @@ print(arithmetic(threads, native=native).model_dump_json())
 def check_portable(here: Arithmetic, switches: Switches, *, native: bool) -> None:
     """Compare this process with another one that has the variables of `portable_environment`.
 
-    That takes some seconds, the first time.
-
-    Args:
-        here: the fingerprint of this process, under these switches of torch.
-
-    Raises:
-        SettingsError: they do not compute the same bits, or the other one cannot be started.
+    That takes some seconds, the first time. `here`: our fingerprint. Raises SettingsError if they
+    do not compute the same bits, or the other one cannot be started.
     """
     there = _of_a_portable_process(json.dumps([here.threads, native, dict(switches)]))
     unlike = here.unlike(there)

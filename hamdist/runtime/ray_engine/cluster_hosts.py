@@ -48,15 +48,8 @@ class HeadWatch:
         self._asked = self._answered = time.monotonic()
 
     def lost(self, address: str, now: float) -> bool:
-        """Test at intervals whether the head's address accepts connections.
-
-        Args:
-            address: host:port of the head.
-            now: as of `time.monotonic`.
-
-        Returns:
-            True if it has not for HEAD_SECONDS.
-        """
+        """Test at intervals whether the head's address accepts connections: True if it has not for
+        HEAD_SECONDS. now: as of `time.monotonic`."""
         if now - self._asked >= HEAD_SECONDS / 5:
             self._asked = now
             if answers(address):

@@ -19,8 +19,10 @@ from hamdist.runtime.engines.update_probe import Alignments
 from hamdist.runtime.engines.worker_report import merged
 from hamdist.runtime.placement.assign_blocks import Costs, place
 from hamdist.runtime.placement.step_costs import (
+    PREDICTION_SECONDS,
     Unmeasured,
     measured_costs,
+    predicts,
     unmeasured_costs,
     wants_costs,
 )
@@ -53,10 +55,12 @@ class RayEngine:
         costs = unmeasured_costs(plan)
         measured: Costs | None = None
         places = wants_costs(plan)
-        if places or plan.replan is not None:
+        needed = places or plan.replan is not None
+        if needed or predicts(plan):
+            limit = None if needed else PREDICTION_SECONDS
             with startup.phase("measure"):
                 try:
-                    measured = measured_costs(plan, portable=stream.portable)
+                    measured = measured_costs(plan, portable=stream.portable, limit=limit)
                     costs = measured if places else costs
                 except Unmeasured as reason:
                     notes += unmeasured_notes(str(reason), places, plan.replan is not None)
@@ -75,9 +79,7 @@ class RayEngine:
             refusals = [refusal for report in worker_group.reports() for refusal in report.refusals]
             notes += lending_notes(plan.engine, worker_group.lent, refusals)
             outcome.startup = startup.seconds
-            # (What a block takes on a GPU is not known before.)
-            devices = {plan.engine.device, *(one.device for one in plan.cast_plans.values())}
-            if measured is not None and measured.model is not None and devices == {"cpu"}:
+            if measured is not None and measured.model is not None and predicts(plan):
                 outcome.predicted = worker_group.predicted(replace(measured.model, plan=plan))
             if auto:
                 outcome.delays = {e.name: e.delay for e in plan.graph.edges if not e.from_input}

@@ -182,16 +182,9 @@ class PlacedWorkers:
         return self._plan.switches, self._plan.engine.threads, self._plan.native
 
     def unlike(self, answers: Mapping[WorkerHandle, tuple[Arithmetic, list[str]]]) -> list[str]:
-        """Compare the bits that actors compute with those of this process.
+        """Return a warning, already issued, for each actor that computes other bits than we do.
 
-        Args:
-            answers: of `WorkerActor.compute_as`, by actor.
-
-        Returns:
-            A warning, already issued, for each actor that differs.
-
-        Raises:
-            ClusterError: `engine.bits` asks for equal bits.
+        answers: of `WorkerActor.compute_as`. Raises ClusterError if `engine.bits` asks for equal.
         """
         here = self._plan.arithmetic
         actors: dict[str, list[str]] = {}

@@ -149,15 +149,8 @@ class Replacement:
     def _go_back(self, lost: dict[str, WorkerHandle], unread: SnapshotError | None) -> None:
         """Take all actors back to an earlier snapshot if files are damaged that lost actors need.
 
-        No process has the signals between the two snapshots any more.
-
-        Args:
-            lost: gets all actors then.
-            unread: the error of an actor that could not read its files.
-
-        Raises:
-            SnapshotError: there is no earlier snapshot, or the files are undamaged and yet an actor
-                cannot read them.
+        No process has the signals between the two snapshots any more: `lost` gets all actors then.
+        Raises SnapshotError if there is none, or the files are undamaged and yet `unread`.
         """
         worker_group = self._worker_group
         inside = zip(worker_group.actors, worker_group.inside(), strict=True)

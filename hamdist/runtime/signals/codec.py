@@ -24,6 +24,9 @@ where both sides have r_n, which is what the receiver sees. Its error is that of
 alone; none adds up. A signal that goes as it is leaves r as it was; with another batch size r
 starts again at zero.
 
+Behind a `Subspace` the signals x of all codes are the coefficients Q^T x, and receivers see Q d
+(dynamics/modules/subspace.py). What a message loses by it has no effect on its block.
+
 B: batch.
 """
 
@@ -34,11 +37,19 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from hamdist.config import Compress
+from hamdist.dynamics.modules.subspace import Subspace, coefficients, lifted
 from hamdist.dynamics.saved_state.remember import Remembers
-from hamdist.runtime.signals.codes import ByteCode, Code, HalfCode, LargestCode, NibbleCode
+from hamdist.runtime.signals.codes import (
+    ByteCode,
+    Code,
+    ExactCode,
+    HalfCode,
+    LargestCode,
+    NibbleCode,
+)
 
 LONG = 64  # numbers of a last dimension from which on it is a vector of its own
 WHOLE_ROWS = (Compress.FP16, Compress.BF16, Compress.INT8)
@@ -55,6 +66,8 @@ class Codec:
         feedback: True if the sender adds the error of each signal to the next.
         seed: of the run, which draws the signs of rotations.
         share: of the numbers, that 'topk' sends.
+        rank: of the subspace to which the signal belongs; 0 for none.
+        basis: the seed that draws the subspace.
     """
 
     name: Compress
@@ -63,6 +76,8 @@ class Codec:
     feedback: bool = False
     seed: int = 0
     share: float = 1 / 16
+    rank: int = 0
+    basis: int = 0
 
     @property
     def pays(self) -> bool:
@@ -79,7 +94,12 @@ class Codec:
     def nbytes(self, batch: int) -> int:
         """Return the bytes of an encoded signal (batch, *row)."""
         n = self._vector
-        return batch * (math.prod(self.row) // n) * self._code.nbytes(n)
+        return batch * (math.prod(self.coded_row) // n) * self._code.nbytes(n)
+
+    @property
+    def coded_row(self) -> tuple[int, ...]:
+        """Return the shape of a row of what is encoded: of the signal, or of its coefficients."""
+        return (*self.row[:-1], self.rank) if self.rank else self.row
 
     @property
     def delta(self) -> bool:
@@ -89,8 +109,9 @@ class Codec:
     @property
     def _vector(self) -> int:
         """Return n, the numbers of a vector."""
-        long = self.name not in WHOLE_ROWS and self.row[-1:] >= (LONG,)
-        return self.row[-1] if long else math.prod(self.row)
+        row = self.coded_row
+        long = self.name not in WHOLE_ROWS and row[-1:] >= (LONG,)
+        return row[-1] if long else math.prod(row)
 
     @property
     def _code(self) -> Code:
@@ -98,6 +119,8 @@ class Codec:
             return HalfCode(torch.bfloat16 if self.name is Compress.BF16 else torch.float16)
         if self.name is Compress.INT8:
             return ByteCode(self._real)
+        if self.name is Compress.SUBSPACE:
+            return ExactCode(self.dtype)
         return LargestCode(self.share) if self.name is Compress.TOPK else NibbleCode(self.seed)
 
     @property
@@ -105,23 +128,44 @@ class Codec:
         """Return the type in which codes compute, which is also the type of a scale of int8."""
         return torch.float64 if self.dtype == torch.float64 else torch.float32
 
+    def inner(self, x: Tensor) -> Tensor:
+        """Return what is encoded of a signal x, (B, *row): x, or its coefficients."""
+        if not self.rank or x.dtype != self.dtype or x.shape[1:] != self.row:
+            return x
+        vectors = x.reshape(-1, self.row[-1]).to(self._real)
+        found = coefficients(vectors, self.rank, self.basis)
+        return found.to(self.dtype).view(len(x), *self.coded_row)
+
+    def outer(self, x: Tensor) -> Tensor:
+        """Return the signal, (B, *row), of what `inner` gives, or nearly gives."""
+        if not self.rank:
+            return x
+        vectors = lifted(x.reshape(-1, self.rank).to(self._real), self.row[-1], self.basis)
+        return vectors.to(self.dtype).view(len(x), *self.row)
+
     def encode(self, x: Tensor) -> Tensor:
-        """Encode x, (B, *row), as (B, ...), in another type.
+        """Encode x, (B, *coded_row), as (B, ...), in another type.
 
         A signal that is not finite, or too large for the type, is returned unchanged.
         """
-        if x.dtype != self.dtype or x.shape[1:] != self.row or not x.numel():
+        if x.dtype != self.dtype or x.shape[1:] != self.coded_row or not x.numel():
             return x
         sent = self._code.encode(x.reshape(-1, self._vector).to(self._real))
         return x if sent is None else sent.view(len(x), -1)
 
     def decode(self, sent: Tensor) -> Tensor:
-        """Return the nearest approximation of the tensor given to `encode`, (B, *row)."""
+        """Return the nearest approximation of the tensor given to `encode`."""
         if sent.dtype == self.dtype:
             return sent
         n = self._vector
-        vectors = sent.reshape(len(sent) * (math.prod(self.row) // n), -1)
-        return self._code.decode(vectors, n, self._real).to(self.dtype).view(-1, *self.row)
+        vectors = sent.reshape(len(sent) * (math.prod(self.coded_row) // n), -1)
+        return self._code.decode(vectors, n, self._real).to(self.dtype).view(-1, *self.coded_row)
+
+
+def subspace_of(module: nn.Module) -> Subspace | None:
+    """Return the `Subspace` in which a block's module ends, if it does."""
+    *_, last = module.modules()
+    return last if isinstance(last, Subspace) else None
 
 
 @dataclass(frozen=True, slots=True)
@@ -165,27 +209,27 @@ class Encoder(Remembers):
 
     def __call__(self, x: Tensor) -> Tensor:
         """Encode x, (B, *row)."""
-        v = x
-        if self.error is not None and self.error.shape == x.shape:
-            v = x + self.error
-        elif self.received is not None and self.received.shape == x.shape:
-            v = x - self.received
+        v = exact = self.codec.inner(x)
+        if self.error is not None and self.error.shape == exact.shape:
+            v = exact + self.error
+        elif self.received is not None and self.received.shape == exact.shape:
+            v = exact - self.received
         sent = self.codec.encode(v)
         if sent is v:  # as it is, and what is owed stays owed
-            sent = decoded = x
+            sent = exact = decoded = x
         else:
             decoded = self.codec.decode(sent)
             if self.codec.feedback:
                 self.error = v - decoded
             if self.codec.delta:
                 decoded = self.received = _added(self.received, decoded)
-        self._note(x, sent, decoded)
+        self._note(x.nbytes, exact, sent, decoded)
         return sent
 
-    def _note(self, x: Tensor, sent: Tensor, decoded: Tensor) -> None:
+    def _note(self, nbytes: int, x: Tensor, sent: Tensor, decoded: Tensor) -> None:
         self._signals += 1
         self._sent += sent.nbytes
-        self._saved += x.nbytes - sent.nbytes
+        self._saved += nbytes - sent.nbytes
         size = float(torch.linalg.vector_norm(x, dtype=torch.float64))
         if 0 < size < math.inf:
             apart = 0.0
@@ -223,10 +267,12 @@ class Decoder:
     def __call__(self, sent: Tensor) -> Tensor:
         """Return what the receiver sees of a signal, (B, *row)."""
         decoded = self.codec.decode(sent)
-        if self.codec.delta and decoded is not sent:
+        if decoded is sent:
+            return sent
+        if self.codec.delta:
             self.received = _added(self.received, decoded)
-            return self.received.detach()  # (a reader may ask for its gradient)
-        return decoded
+            decoded = self.received.detach()  # (a reader may ask for its gradient)
+        return self.codec.outer(decoded)
 
 
 def _added(received: Tensor | None, difference: Tensor) -> Tensor:

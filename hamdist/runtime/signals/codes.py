@@ -6,30 +6,23 @@
     int4         y = R x,  s = max_j |y_j| / 7,  q_j = round(y_j / s)
                  decoded: R^T (s q)                                      1/2 byte, and 2 of s
     topk         the k = share n numbers of largest |x_j|, others 0      4 bytes of each of the k
+    subspace     x as it is                                              as x
 
-R rotates: few large numbers among small ones, which would take the whole range of q, are spread
-over all (QuaRot, Ashkboos et al. 2024). It is orthonormal, of random signs and Walsh-Hadamard
-transforms of m numbers, m the largest power of two up to n; if m < n a second one, of the last m
-numbers, follows that of the first m:
-
-    R = H_m diag(+-1),    H_2m = [H_m H_m; H_m -H_m] / sqrt(2)
-
-It is made of sums of two numbers alone, so that all hosts compute the same bits.
+R rotates (dynamics/modules/subspace.py): few large numbers among small ones, which would take the
+whole range of q, are spread over all (QuaRot, Ashkboos et al. 2024).
 
 top-k: Aji and Heafield 2017; Stich et al. 2018. n: numbers of a vector; N: vectors.
 """
 
 from __future__ import annotations
 
-import math
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
-from functools import lru_cache
 
 import torch
 from torch import Tensor
 
-from hamdist.dynamics.vjp.seeding import block_seed
+from hamdist.dynamics.modules.subspace import rotated, rotated_back
 
 BYTE = torch.uint8
 SCALE = torch.bfloat16  # of int4: the range of float32, in half its bytes
@@ -66,6 +59,22 @@ class HalfCode(Code):
 
     def decode(self, sent: Tensor, n: int, real: torch.dtype) -> Tensor:  # noqa: ARG002
         return sent
+
+
+@dataclass(frozen=True, slots=True)
+class ExactCode(Code):
+    """The numbers of type `dtype` themselves."""
+
+    dtype: torch.dtype
+
+    def nbytes(self, n: int) -> int:
+        return n * self.dtype.itemsize
+
+    def encode(self, x: Tensor) -> Tensor | None:
+        return x.to(self.dtype).view(BYTE)
+
+    def decode(self, sent: Tensor, n: int, real: torch.dtype) -> Tensor:  # noqa: ARG002
+        return _numbers(sent, self.dtype)
 
 
 @dataclass(frozen=True, slots=True)
@@ -158,46 +167,3 @@ def quantised(x: Tensor, levels: int, scale: torch.dtype) -> tuple[Tensor, Tenso
 def _numbers(sent: Tensor, dtype: torch.dtype) -> Tensor:
     """Return the numbers of type `dtype` that bytes (N, ...) stand for."""
     return sent.clone(memory_format=torch.contiguous_format).view(dtype)
-
-
-def rotated(x: Tensor, seed: int) -> Tensor:
-    """Return R x of vectors (N, n)."""
-    n = x.shape[1]
-    m = _power(n)
-    y = x * _signs(seed, n, x.dtype, x.device)
-    y[:, :m] = hadamard(y[:, :m])
-    if m < n:
-        y[:, -m:] = hadamard(y[:, -m:])
-    return y
-
-
-def rotated_back(y: Tensor, seed: int) -> Tensor:
-    """Return R^T y of vectors (N, n), in the memory of y."""
-    n = y.shape[1]
-    m = _power(n)
-    if m < n:
-        y[:, -m:] = hadamard(y[:, -m:])
-    y[:, :m] = hadamard(y[:, :m])
-    return y * _signs(seed, n, y.dtype, y.device)
-
-
-def hadamard(x: Tensor) -> Tensor:
-    """Return H x of vectors (N, m), m a power of two; H is its own inverse."""
-    many, m = x.shape
-    half = 1
-    while half < m:
-        a, b = x.reshape(many, m // (2 * half), 2, half).unbind(2)
-        x = torch.stack([a + b, a - b], 2)
-        half *= 2
-    return x.reshape(many, m) / math.sqrt(m)
-
-
-def _power(n: int) -> int:
-    """Return the largest power of two up to n."""
-    return 1 << (n.bit_length() - 1)
-
-
-@lru_cache(maxsize=64)
-def _signs(seed: int, n: int, dtype: torch.dtype, device: torch.device) -> Tensor:
-    generator = torch.Generator().manual_seed(block_seed(seed, f"signs of {n}"))
-    return (2 * torch.randint(2, (n,), generator=generator) - 1).to(device, dtype)

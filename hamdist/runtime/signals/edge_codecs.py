@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Mapping
+from dataclasses import replace
 
 import torch
 
@@ -11,7 +12,7 @@ from hamdist.dynamics.graph.graph import Edge, Graph, ShapeMap
 from hamdist.dynamics.graph.patterns import check_patterns, fitting
 from hamdist.dynamics.schedule.events import Kind
 from hamdist.errors import SettingsError
-from hamdist.runtime.signals.codec import Codec, Compressed
+from hamdist.runtime.signals.codec import Codec, Compressed, subspace_of
 from hamdist.runtime.signals.signal import Channel, Channels
 
 # By edge, then by direction: 'h' forward, 'm' backward.
@@ -36,7 +37,6 @@ def compressed(
 
     Args:
         channels: of the whole graph.
-        graph: the graph.
         signals: shape and type of each block's state; the stream's input is `u`.
         engine: the settings.
         reversible: blocks whose child hands their state back, which has to be exact.
@@ -44,8 +44,8 @@ def compressed(
         seed: of the run.
 
     Raises:
-        SettingsError: an edge does not exist, carries integers and is named, or lies behind a
-            reversible block.
+        SettingsError: an edge does not exist, carries integers and is named, lies behind a
+            reversible block, or is to be in a subspace and is not.
     """
     words = _words(graph, engine)
     if not words:
@@ -60,6 +60,15 @@ def compressed(
             dtype = taken.get(edge.index, dtype)
         fed_back = _feeds_back(engine.feedback, word, channel.kind)
         codec = Codec(word, dtype, shape[1:], fed_back, seed, engine.topk_share)
+        subspace = None if edge.from_input else subspace_of(graph.blocks[edge.parent].module)
+        if subspace is not None:
+            codec = replace(codec, rank=subspace.rank, basis=subspace.seed)
+        elif word is Compress.SUBSPACE:
+            raise SettingsError(
+                f"engine.compress: 'subspace' on {edge.name}, but block {edge.parent!r} does not "
+                "end in a hamdist.Subspace; set model.subspace, put one behind its last layer, or "
+                "set this edge to 'none'"
+            )
         return channel._replace(codec=codec) if codec.pays else channel
 
     for edge in graph.edges:

@@ -113,7 +113,6 @@ def make_channels(
     A block whose rule asks for no messages (`BlockSpec.back`) neither gets nor sends any.
 
     Args:
-        graph: the graph.
         schedule: says how many signals are in flight.
         queue: signals that may wait beyond those.
         clocked: the stream sends every block the step of integration, and the end of a sequence; in
@@ -250,14 +249,9 @@ def ready(tensor: Tensor) -> Tensor:
 def on_host(
     signals: Sequence[Signal], stays: Callable[[Tensor], bool] | None = None
 ) -> Sequence[Signal]:
-    """Return `signals` with payloads in host memory, as a socket can send them.
+    """Return `signals` with payloads in host memory, but those that `stays` accepts.
 
-    Args:
-        signals: the signals.
-        stays: accepts payloads that may stay where they are.
-
-    Returns:
-        Signals that own the copies made here: the copies live as long as these signals.
+    They own the copies made here, which live as long as they do.
     """
     if all(s.payload is None or s.payload.is_cpu for s in signals):
         return signals

@@ -137,13 +137,8 @@ def bent_course(snapshot: Snapshot, settings: Settings) -> list[str]:
 def weights_of(snapshot: Snapshot, graph: Graph, *, averaged: bool = False) -> nn.Module:
     """Return the whole module of `graph` with the weights of a snapshot of it.
 
-    Args:
-        snapshot: of the same graph.
-        graph: the graph.
-        averaged: use the moving averages in the blocks that have some.
-
-    Raises:
-        SnapshotError: the weights do not fit.
+    averaged: the moving averages, in the blocks that have some. Raises SnapshotError if they do not
+    fit.
     """
     states = {
         name: _weights(snapshot.state(name), block, graph.borrowed(name), averaged=averaged)

@@ -29,14 +29,9 @@ STALE_SECONDS = 90.0
 
 @contextmanager
 def claimed(where: str | None, run: int) -> Iterator[None]:
-    """Hold the claim on a folder of snapshots inside.
+    """Hold the claim of run number `run` on a folder of snapshots inside, if there is one.
 
-    Args:
-        where: the folder or URL; None: no snapshots are taken, and nothing is claimed.
-        run: the number of the run.
-
-    Raises:
-        SnapshotError: a run that goes on has claimed it; the message says which, where, since when.
+    Raises SnapshotError if a run that goes on has claimed it, with which, where and since when.
     """
     if where is None:
         yield

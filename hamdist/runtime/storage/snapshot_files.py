@@ -46,18 +46,8 @@ _PREFIX = "tick-"
 _FOLDER = re.compile(_PREFIX + r"\d{12}")
 _HEAD = struct.Struct("<Q")
 _STATE = "hamdist"
-_DTYPES = {  # safetensors' names of what `packed` meets
-    "BOOL",
-    "U8",
-    "I8",
-    "I16",
-    "I32",
-    "I64",
-    "F16",
-    "BF16",
-    "F32",
-    "F64",
-}
+# safetensors' names of what `packed` meets
+_DTYPES = {"BOOL", "U8", "I8", "I16", "I32", "I64", "F16", "BF16", "F32", "F64"}
 
 
 class _Checked(BaseModel):
@@ -274,15 +264,10 @@ def _whole(store: Storage, folder: str) -> Snapshot:
 
 
 def check_usable(where: str, nbytes: int) -> None:
-    """Check that snapshots can be taken at `where`, before a run starts.
+    """Check that snapshots of at least `nbytes` can be taken at `where`, before a run starts.
 
-    Args:
-        where: a folder or a URL.
-        nbytes: the least bytes of a snapshot.
-
-    Raises:
-        SnapshotError: so much cannot be written there, or snapshots of another run lie there: a
-            later one of those would be taken for this run's.
+    Raises SnapshotError also if those of another run lie there: a later one of them would be taken
+    for this run's.
     """
     store = storage(where)
     folder = latest_complete(store)

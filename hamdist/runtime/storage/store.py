@@ -69,25 +69,26 @@ class _Folder:
         path = self._path / name
         part = path.with_name(f".{path.name}.{os.getpid()}.part")
         try:
-            path.parent.mkdir(parents=True, exist_ok=True)
-            with part.open("wb") as file:
-                file.write(data)
-                file.flush()
-                os.fsync(file.fileno())
-            part.replace(path)
-            descriptor = os.open(path.parent, os.O_RDONLY)
-            try:
-                os.fsync(descriptor)
-            finally:
-                os.close(descriptor)
-        except OSError as error:
+            with _failing(path, "written"):
+                path.parent.mkdir(parents=True, exist_ok=True)
+                with part.open("wb") as file:
+                    file.write(data)
+                    file.flush()
+                    os.fsync(file.fileno())
+                part.replace(path)
+                descriptor = os.open(path.parent, os.O_RDONLY)
+                try:
+                    os.fsync(descriptor)
+                finally:
+                    os.close(descriptor)
+        except SnapshotError:
             with suppress(OSError):
                 part.unlink()
-            raise _unwritten(path, error) from None
+            raise
 
     def reserve(self, name: str, nbytes: int) -> None:
         path = self._path / name
-        try:
+        with _failing(path, "written"):
             path.parent.mkdir(parents=True, exist_ok=True)
             with path.open("wb") as file:
                 for _ in range(nbytes // CHUNK):
@@ -95,19 +96,16 @@ class _Folder:
                 file.write(bytes(nbytes % CHUNK))
                 file.flush()
                 os.fsync(file.fileno())
-        except OSError as error:
-            raise _unwritten(path, error) from None
 
     def create(self, name: str, data: bytes) -> bool:
         path = self._path / name
-        try:
+        with _failing(path, "written"):
             path.parent.mkdir(parents=True, exist_ok=True)
-            with path.open("xb") as file:
-                file.write(data)
-        except FileExistsError:
-            return False
-        except OSError as error:
-            raise _unwritten(path, error) from None
+            try:
+                with path.open("xb") as file:
+                    file.write(data)
+            except FileExistsError:
+                return False
         return True
 
     def delete(self, name: str) -> None:
@@ -118,43 +116,37 @@ class _Folder:
                 (self._path / name).parent.rmdir()
 
     def read(self, name: str) -> bytes:
-        try:
+        with _failing(self._path / name, "read"):
             return (self._path / name).read_bytes()
-        except OSError as error:
-            raise SnapshotError(
-                f"{self._path / name}: cannot be read: {error.strerror or error}"
-            ) from None
 
     def folders(self) -> list[str]:
-        try:
-            return sorted(p.name for p in self._path.iterdir() if p.is_dir() and not p.is_symlink())
-        except FileNotFoundError:
-            return []
-        except OSError as error:
-            raise SnapshotError(
-                f"{self._path}: cannot be read: {error.strerror or error}"
-            ) from None
+        with _failing(self._path, "read"):
+            try:
+                paths = list(self._path.iterdir())
+            except FileNotFoundError:
+                return []
+            return sorted(path.name for path in paths if path.is_dir() and not path.is_symlink())
 
     def remove(self, folder: str) -> None:
         path = self._path / folder
         if not _OURS.fullmatch(folder) or path.is_symlink():
             return
-        try:
+        with _failing(path, "removed"), suppress(FileNotFoundError):
             for file in sorted(path.iterdir(), key=lambda f: f.name != "manifest.json"):
                 if _OUR_FILES.fullmatch(file.name):
                     file.unlink(missing_ok=True)  # the manifest first: no half snapshot has one
             with suppress(OSError):  # somebody else's file is in it
                 path.rmdir()
-        except FileNotFoundError:
-            return
-        except OSError as error:
-            raise SnapshotError(f"{path}: cannot be removed: {error.strerror or error}") from None
 
 
-def _unwritten(path: Path, error: OSError) -> SnapshotError:
-    failure = SnapshotError(f"{path}: cannot be written: {error.strerror or error}")
-    failure.full = error.errno in FULL
-    return failure
+@contextmanager
+def _failing(path: Path, what: str) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        failure = SnapshotError(f"{path}: cannot be {what}: {error.strerror or error}")
+        failure.full = error.errno in FULL
+        raise failure from None
 
 
 class _Remote:

@@ -26,12 +26,15 @@ class Link:
         bytes_per_second: of the link.
         sigma: standard deviation of the time's logarithm; 0: it never varies.
         loss: share of packets that are sent a second time.
+        outages_per_hour: in the mean; outage_seconds: of each, in which no signal leaves.
     """
 
     seconds: float = 0.0
     bytes_per_second: float = math.inf
     sigma: float = 0.0
     loss: float = 0.0
+    outages_per_hour: float = 0.0
+    outage_seconds: float = 0.0
 
     def of(self, nbytes: int) -> float:
         """Return the mean seconds of a signal of so many bytes."""

@@ -3,15 +3,20 @@
 from __future__ import annotations
 
 import math
+from collections import defaultdict
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from functools import lru_cache
 
 import numpy as np
+import torch
+from numpy.typing import NDArray
 
 from hamdist.runtime.timing.cluster_model import Link
-from hamdist.runtime.timing.cycle_ratio import Reals
+from hamdist.runtime.timing.cycle_ratio import Places, Reals
 from hamdist.runtime.timing.timed_graph import TimedArc, TimedGraph
 
+LEVELS = 2**16  # of what is drawn from a normal distribution
 COPY_BYTES_PER_SECOND = 1e9  # at which a step waits for its actor's state to be copied
 
 
@@ -53,6 +58,7 @@ class Disturbances:
         self._actors = [i for i, r in enumerate(self.timed.resources) if r.host >= 0]
         self._next = np.full(len(self.timed.resources), math.inf)
         self._next[self._actors] = [self._draw_failure() for _ in self._actors]
+        self._outages: dict[int, Outages] = {}
         self._fails = self.timed.cluster.failures.per_hour > 0
 
     def _draw_failure(self) -> float:
@@ -73,7 +79,8 @@ class Disturbances:
         ).T
 
         def draw(rows: int) -> Reals:
-            more = self._random.standard_normal((rows, len(arcs)), np.float32)
+            level = self._random.integers(0, LEVELS, (rows, len(arcs)), dtype=np.uint16)
+            more = _quantiles().take(level)
             more *= sigma
             more -= sigma**2 / 2
             np.exp(more, out=more)
@@ -85,6 +92,15 @@ class Disturbances:
             return seconds
 
         return draw
+
+    def outages(self, arcs: Sequence[TimedArc]) -> list[tuple[Places, Outages]]:
+        """Return the places of the arcs on each link that has outages, with these."""
+        places: dict[int, list[int]] = defaultdict(list)
+        for k, arc in enumerate(arcs):
+            if arc.link is not None and arc.link.outages_per_hour:
+                places[id(arc.link)].append(k)
+                self._outages.setdefault(id(arc.link), Outages(arc.link, self._random))
+        return [(np.array(at), self._outages[link]) for link, at in places.items()]
 
     def lost(self, period: int, ends: Reals | None) -> Reals | None:
         """Return the seconds that each resource loses before a period; None if none does.
@@ -119,6 +135,34 @@ class Disturbances:
             self._next[actor] = now + again + self._draw_failure()
             seconds += again
         return seconds
+
+
+class Outages:
+    """The outages of one link, in order, drawn as far as they are asked for."""
+
+    def __init__(self, link: Link, random: np.random.Generator) -> None:
+        self._link, self._random = link, random
+        self._starts = self._ends = np.array([-math.inf])
+
+    def left(self, sent: Reals) -> Reals:
+        """Return when signals leave that are sent at these times: behind an outage, if in one."""
+        while self._starts[-1] <= sent.max():
+            gap = self._random.exponential(3600 / self._link.outages_per_hour)
+            start = max(0.0, float(self._ends[-1])) + gap
+            self._starts = np.append(self._starts, start)
+            self._ends = np.append(self._ends, start + self._link.outage_seconds)
+        latest = np.searchsorted(self._starts, sent, side="right") - 1
+        left: Reals = np.maximum(sent, self._ends[latest])
+        return left
+
+
+@lru_cache(1)
+def _quantiles() -> NDArray[np.float32]:
+    """Return the normal distribution's quantiles, in the middles of LEVELS equal shares: to draw
+    one of them is three times as fast as to draw a normal number, and as good up to 4.3 sigma."""
+    middles = (torch.arange(LEVELS, dtype=torch.float64) + 0.5) / LEVELS
+    table: NDArray[np.float32] = torch.special.ndtri(middles).float().numpy()
+    return table
 
 
 def _varies(arc: TimedArc) -> bool:

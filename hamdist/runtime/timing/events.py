@@ -99,6 +99,9 @@ class EventSimulation:
             self._into[arc.target].append(k)
         self._draw = disturbances.delays(self._arcs)
         self._drawn: dict[int, Reals] = {}
+        self._outages = {
+            int(k): outages for at, outages in disturbances.outages(self._arcs) for k in at
+        }
         hosts = timed.cluster.hosts
         self._crowded = {h for h, actors in timed.actors_of.items() if len(actors) > hosts[h].cores}
         self._shares = _Shares(timed)
@@ -151,7 +154,8 @@ class EventSimulation:
     def _done(self, i: int, period: int, now: float) -> None:
         for k in self._out[i]:
             arc = self._arcs[k]
-            when = now + self._seconds(k, period + arc.periods)
+            left = self._outages[k].left(np.array([now]))[0] if k in self._outages else now
+            when = float(left) + self._seconds(k, period + arc.periods)
             heapq.heappush(self._heap, (when, 1, arc.target, period + arc.periods))
         resource = self._timed.owner[i]
         if resource < 0:

@@ -35,6 +35,7 @@ class _Layer:
         place: Mapping[int, int],
         into: Mapping[int, Sequence[TimedArc]],
         most: int,
+        disturbances: Disturbances,
     ) -> None:
         order = [i for chain in chains for i in chain]
         self.owners = [timed.owner[chain[0]] for chain in chains]
@@ -43,6 +44,7 @@ class _Layer:
         most_arcs = max(len(into[i]) for i in order)
         slots = [[i for i in order if len(into[i]) > k] for k in range(most_arcs)]
         self.arcs = [into[i][k] for k, slot in enumerate(slots) for i in slot]
+        self.outages = disturbances.outages(self.arcs)
         n = len(place)
         self.source = np.array([(most - a.periods) * n + place[a.source] for a in self.arcs])
         self.seconds = np.array([a.seconds for a in self.arcs])
@@ -61,6 +63,8 @@ class _Layer:
         seconds: of the arcs; lost: by each resource before its first activity.
         """
         arrivals: Reals = window[self.source]
+        for places, outages in self.outages:
+            arrivals[places] = outages.left(arrivals[places])
         arrivals += seconds
         end = len(self.chain)
         ready: Reals = np.maximum(arrivals[:end], 0.0)
@@ -105,7 +109,9 @@ class Recursion:
             i: k for k, i in enumerate(i for layer in layers for chain in layer for i in chain)
         }
         self._n = len(place)
-        self._layers = [_Layer(layer, timed, place, into, self._most) for layer in layers]
+        self._layers = [
+            _Layer(layer, timed, place, into, self._most, disturbances) for layer in layers
+        ]
         self._lasts = np.array([place[chain[-1]] for chain in timed.chains])
 
     def run(self, periods: int) -> Reals:

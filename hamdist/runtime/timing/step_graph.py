@@ -102,18 +102,25 @@ class _Unrolled:
             reach = 4 * plan.graph.depth + max(e.delay for e in plan.graph.edges) + 4
             self.start = self.ticks * (4 + 4 * reach // self.ticks)
         events = [
-            (event.tick, node != INPUT and self._late(node), i, event)
+            (event.tick, node != INPUT and self._late(node), self._lag(node, event), i, event)
             for i, node in enumerate(self._nodes)
             for event in self._events(node)
         ]
-        events.sort(key=lambda one: one[:3])
-        self._rows = [(self._nodes[i], event) for _, _, i, event in events]
+        events.sort(key=lambda one: one[:4])
+        self._rows = [(self._nodes[i], event) for *_, i, event in events]
         self._ticks: dict[tuple[str, bool], list[int]] = {}
         self._places: dict[tuple[str, bool], list[int]] = {}
         for place, (node, event) in enumerate(self._rows):
             for back in self._sends(event.phase):
                 self._ticks.setdefault((node, back), []).append(event.tick - self.start)
                 self._places.setdefault((node, back), []).append(place)
+
+    def _lag(self, node: str, event: Event) -> int:
+        """Return what comes before the order of the blocks at a tick (nodes/loop.py)."""
+        schedule, apart = self._schedule, self._plan.engine.interleave > 1
+        if not apart or event.phase is not Phase.BACKWARD:
+            return 0
+        return schedule.lag(node) if isinstance(schedule, PulseSchedule) else 0
 
     def _late(self, block: str) -> bool:
         late = getattr(self._schedule, "late", None)

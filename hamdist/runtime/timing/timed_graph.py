@@ -221,12 +221,8 @@ def timed_graph(
 ) -> TimedGraph:
     """Return the activities of `graph` as `deployment` does them on `cluster`.
 
-    Args:
-        plan: says how many bytes a signal has.
-        graph: of the plan's schedule.
-        seconds: that each phase of a node takes for one sample, at speed 1.
-        deployment: where the nodes are.
-        cluster: without one, actors of one host that has a core for each.
+    seconds: that each phase of a node takes for one sample, at speed 1. Without a cluster: actors
+    of one host that has a core for each.
     """
     return _Timed(plan, graph, seconds, deployment, cluster or ClusterModel()).timed
 

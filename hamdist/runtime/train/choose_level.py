@@ -25,15 +25,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
-from hamdist.config import (
-    Credit,
-    Decay,
-    Level,
-    Memory,
-    Presentation,
-    Settings,
-    merge,
-)
+from hamdist.config import Credit, Decay, Level, Memory, Presentation, Settings, merge
 from hamdist.dynamics.graph.graph import Graph
 from hamdist.errors import ChoiceWarning
 from hamdist.streams.replay import samples_from

@@ -13,6 +13,7 @@ from hamdist.dynamics.graph.merged import MergedSequence, merged_module
 from hamdist.runtime.advice.advice import after
 from hamdist.runtime.nodes.ties import weight_lags
 from hamdist.runtime.plan.plan import Plan
+from hamdist.runtime.plan.rule_checks import carries
 from hamdist.runtime.process.startup import Startup
 from hamdist.runtime.results.result import BlockState, Outcome, RunResult
 from hamdist.runtime.signals.edge_codecs import in_edge_order
@@ -89,7 +90,7 @@ def _merged(
 
 def _whole(graph: Graph, plan: Plan) -> MergedSequence | None:
     """Return the module that takes the weights of a sequence's blocks."""
-    if not plan.knobs.sequence:
+    if not plan.knobs.sequence and not carries(plan.graph):
         return None
     before, spec = graph.unsliced, plan.spec
     shapes = before.shapes(spec.u_shape, spec.u_dtype, spec.parents)

@@ -16,16 +16,10 @@ from hamdist.config import Bits, EngineKind, Level, Settings
 from hamdist.dynamics.graph.graph import Graph
 from hamdist.dynamics.objective.losses import Losses, make_losses
 from hamdist.dynamics.partition.reversible_blocks import drift_warnings
-from hamdist.dynamics.partition.split import (
-    Policy,
-)
+from hamdist.dynamics.partition.split import Policy
 from hamdist.dynamics.rules.rule import Rule
 from hamdist.dynamics.updates.constants import TickSchedule
-from hamdist.dynamics.updates.optimizers import (
-    OptimizerFunction,
-    OptimizerRule,
-    SchedulerFunction,
-)
+from hamdist.dynamics.updates.optimizers import OptimizerFunction, OptimizerRule, SchedulerFunction
 from hamdist.dynamics.user_modules.python_state import check_apart, unchanged
 from hamdist.errors import ChoiceWarning, DivergedError, HamdistWarning, SettingsError
 from hamdist.runtime.advice.advice import before, end_of_stream, of_resumed

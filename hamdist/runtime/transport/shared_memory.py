@@ -43,10 +43,7 @@ from hamdist.errors import ClusterError, WireError
 from hamdist.runtime.signals.packing import MAX_HEADER, Packer
 from hamdist.runtime.signals.signal import ALIGNMENT, Channel, Signal, on_host
 from hamdist.runtime.transport.endpoint import EndpointContext
-from hamdist.runtime.transport.gpu_ring import (
-    ANSWER_BYTES,
-    GpuRingSender,
-)
+from hamdist.runtime.transport.gpu_ring import ANSWER_BYTES, GpuRingSender
 from hamdist.runtime.transport.ring import (
     CREDIT,
     GPU_SCHEME,

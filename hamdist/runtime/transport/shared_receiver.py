@@ -17,11 +17,7 @@ from hamdist.errors import ClusterError, WireError
 from hamdist.runtime.signals.packing import MAX_HEADER, Packer, WireForm
 from hamdist.runtime.signals.signal import ALIGNMENT, Channel, Signal
 from hamdist.runtime.transport.endpoint import EndpointContext, socket_file
-from hamdist.runtime.transport.gpu_ring import (
-    OFFER,
-    GpuMemory,
-    GpuRingReceiver,
-)
+from hamdist.runtime.transport.gpu_ring import OFFER, GpuMemory, GpuRingReceiver
 from hamdist.runtime.transport.ring import (
     CREDIT,
     GPU_SCHEME,

@@ -33,11 +33,15 @@ def save_study(
 
     Raises SettingsError if a file cannot be written.
     """
-    lines = summary(outcomes)
+    lines = summary(outcomes, study.goal)
     tables = study_tables(study, lines, first)
     figures = study_figures(study, outcomes)
     write_file(folder / "study.yaml", study_yaml(study))
+    published = {name: s.published for name, s in study.sides.items() if s.published}
     rows = [record(line) for line in lines]
+    for row in rows if published else ():
+        one = published.get(row["side"])
+        row["published"] = None if one is None else one.accuracy
     write_file(folder / "study.json", to_json({"command": command, "rows": rows}, indent=2))
     write_file(folder / "study.csv", _csv(rows))
     write_file(folder / "study.md", _markdown(study, tables, command))

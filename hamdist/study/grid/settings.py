@@ -80,6 +80,15 @@ class AxesSettings(Section):
         return tuple(getattr(self, axis.value))
 
 
+class PublishedSettings(Section):
+    """A published figure, shown beside a side's own."""
+
+    accuracy: Annotated[float, Field(ge=0, le=100)]
+    """Held-out accuracy in per cent."""
+    source: str
+    """Where it stands, and of which network."""
+
+
 class SideSettings(Section):
     """One side of a study."""
 
@@ -92,6 +101,8 @@ class SideSettings(Section):
     candidate."""
     best: dict[str, Any] = {}
     """The values that an earlier tuning chose, used with `--chosen`."""
+    published: PublishedSettings | None = None
+    """What others report of the same method."""
 
     @property
     def candidates(self) -> list[dict[str, Any]]:
@@ -121,6 +132,8 @@ class StudySettings(Section):
     """Seed of the first of them."""
     run: dict[str, Any] = {}
     """What all runs have: settings as of `hamdist run`."""
+    goal: Annotated[float, Field(gt=0, le=1)] | None = None
+    """Prequential accuracy (a share) of which the tables say how many rows it took."""
     axes: AxesSettings = AxesSettings()
     """What the grid varies."""
     sides: Annotated[dict[str, SideSettings], Field(min_length=1)]

@@ -27,6 +27,8 @@ class SummaryLine:
         gap_test: how sure the gap is.
         seconds: of a run.
         chosen: result of the tuning; tuned: its validation accuracy.
+        rows_to_goal: rows until a point of the curve is at the study's goal, mean over the seeds;
+            None where a run never is.
     """
 
     side: str
@@ -46,15 +48,16 @@ class SummaryLine:
     tuned: float | None
     notes: tuple[str, ...] = field(default_factory=tuple)
     gap_test: PairedTest | None = None
+    rows_to_goal: float | None = None
 
 
-def summary(outcomes: Sequence[StudyOutcome]) -> list[SummaryLine]:
-    """Return one line per outcome, in their order."""
+def summary(outcomes: Sequence[StudyOutcome], goal: float | None = None) -> list[SummaryLine]:
+    """Return one line per outcome, in their order. goal: a prequential accuracy, as a share."""
     baselines = {o.cell.point: o for o in reversed(outcomes) if o.cell.trains is Trains.CENTRALISED}
-    return [_line(outcome, baselines[outcome.cell.point]) for outcome in outcomes]
+    return [_line(outcome, baselines[outcome.cell.point], goal) for outcome in outcomes]
 
 
-def _line(outcome: StudyOutcome, baseline: StudyOutcome) -> SummaryLine:
+def _line(outcome: StudyOutcome, baseline: StudyOutcome, goal: float | None) -> SummaryLine:
     cell, records = outcome.cell, outcome.records
     accuracies = [r.accuracy for r in records if r.accuracy is not None]
     losses = [math.nan if r.loss is None else r.loss for r in records]
@@ -77,7 +80,17 @@ def _line(outcome: StudyOutcome, baseline: StudyOutcome) -> SummaryLine:
         tuned=outcome.choice.score,
         notes=tuple(_notes(outcome)),
         gap_test=paired_test(gaps),
+        rows_to_goal=_rows_to(goal, records),
     )
+
+
+def _rows_to(goal: float | None, records: Sequence[RunRecord]) -> float | None:
+    """Return the rows until the first point of the curves with an accuracy of `goal`."""
+    reached = [
+        next((p[0] for p in r.curve if goal is not None and (p[2] or 0.0) >= goal), None)
+        for r in records
+    ]
+    return mean_of([rows for rows in reached if rows is not None]) if all(reached) else None
 
 
 def _gaps(records: Sequence[RunRecord], baseline: Sequence[RunRecord]) -> list[float]:

@@ -9,7 +9,7 @@ from hamdist.display.figure import FigureCurve, PageFigure
 from hamdist.display.table import MISSING, Table, number, percent
 from hamdist.study.grid.points import GridCell, Point
 from hamdist.study.grid.run import StudyOutcome
-from hamdist.study.grid.settings import Axis, StudySettings, Trains
+from hamdist.study.grid.settings import Axis, PublishedSettings, StudySettings, Trains
 from hamdist.study.grid.summary import SummaryLine, summary
 from hamdist.study.report.table import interval, points
 
@@ -47,13 +47,17 @@ def _all(
     axes: Sequence[Axis], study: StudySettings, lines: Sequence[SummaryLine], real_valued: bool
 ) -> Table:
     tested = any(line.gap_test is not None for line in lines)
+    published = {name: s.published for name, s in study.sides.items() if s.published}
+    goal = study.goal
     titles = [
         "side",
         *(WORDS[axis] for axis in axes),
         "held-out loss" if real_valued else "held-out, %",
+        *(["published, %"] if published else []),
         "loss gap" if real_valued else "gap, points",
         *(["95 %", "p"] if tested else []),
         *([] if real_valued else ["prequential, %"]),
+        *([] if goal is None else [f"rows to {100 * goal:g} %"]),
         "s a run",
         "chosen on validation",
     ]
@@ -62,9 +66,11 @@ def _all(
             line.side,
             *(str(dict(line.point)[axis]) for axis in axes),
             held_out(line, real_valued),
+            *([_published(published.get(line.side))] if published else []),
             gap(line, real_valued),
             *(_test(line, real_valued) if tested else []),
             *([] if real_valued else [percent(line.prequential)]),
+            *([] if goal is None else [_rows(line.rows_to_goal)]),
             f"{line.seconds:.1f}",
             chosen(line.chosen),
         ]
@@ -125,6 +131,14 @@ def _test(line: SummaryLine, real_valued: bool) -> list[str]:
     return [interval(line.gap_test, 1.0 if real_valued else 100.0), shown]
 
 
+def _published(one: PublishedSettings | None) -> str:
+    return MISSING if one is None else f"{one.accuracy:g}"
+
+
+def _rows(rows: float | None) -> str:
+    return "not reached" if rows is None else f"{rows:,.0f}"
+
+
 def chosen(values: dict[str, Any]) -> str:
     """Return the values as `lr 0.3, delay_power 0.25`."""
     return (
@@ -151,6 +165,11 @@ def _notes(study: StudySettings, lines: Sequence[SummaryLine]) -> list[str]:
             "frozen: the last block alone is trained, on hidden blocks as they were drawn; a level "
             "without memory that is not above it has learned nothing in them"
         )
+    notes += [
+        f"published, {name}: {side.published.source}"
+        for name, side in study.sides.items()
+        if side.published
+    ]
     return [*notes, *(note for line in lines for note in line.notes)]
 
 

@@ -29,7 +29,7 @@ class StudyResult:
     @property
     def lines(self) -> list[SummaryLine]:
         """Return the outcomes as numbers: means over seeds, gaps, choices."""
-        return summary(self.outcomes)
+        return summary(self.outcomes, self.settings.goal)
 
     def _repr_html_(self) -> str:
         return "".join(f"<h4>{name}</h4>{t._repr_html_()}" for name, t in self.tables.items())

@@ -12,6 +12,7 @@ from hamdist.config import EngineKind, Level, Settings
 from hamdist.dynamics.schedule.levels import PRESETS
 from hamdist.errors import BlockError, SettingsError
 from hamdist.models.build import ModelFactory
+from hamdist.runtime.plan.rule_checks import PRESENTED
 from hamdist.runtime.process.interrupts import OnProgress
 from hamdist.runtime.ray_engine.session import ray_session
 from hamdist.runtime.train.prepare import make_rule
@@ -77,8 +78,8 @@ def _of_rule(name: str, level: Level) -> tuple[Level, str | None]:
     if name in levels:
         return levels[name], None
     presentation = make_rule("compare.rules", name).presentation
-    fits = level is not Level.AUTO and PRESETS[level].presentation.value == presentation
-    return level if fits else Level.TRACE if presentation == "pulse" else Level.LOCAL, name
+    fits = level is not Level.AUTO and PRESETS[level].presentation is PRESENTED.get(presentation)
+    return level if fits else Level.LOCAL if presentation == "hold" else Level.TRACE, name
 
 
 def compare(

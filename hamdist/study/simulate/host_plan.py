@@ -5,7 +5,8 @@ hosts:
   - {name: b, machine: raspberry-pi-4}            # estimated (MACHINES)
   - {name: c, cores: 2, product: 0.0021}          # measured there, by `hamdist profile`
   - {name: d, speed: 0.3}                         # relative to this host
-links: {latency: 0.02, jitter: 0.2, loss: 0.001, bandwidth: 100Mbit/s, "a->b": {latency: 0.1}}
+links: {latency: 0.02, jitter: 0.2, loss: 0.001, bandwidth: 100Mbit/s, "a->b": {latency: 0.1},
+        outages: {per_hour: 2, seconds: 20}}
 failures: {per_hour: 0.1, detection: 10, startup: 20}
 pace: 50                                          # samples a second
 """
@@ -73,6 +74,15 @@ class LatencySettings(Section):
         return self
 
 
+class OutageSettings(Section):
+    """Times in which a direction carries nothing."""
+
+    per_hour: Rate = 0.0
+    """In the mean."""
+    seconds: Above0 = 10.0
+    """Of each."""
+
+
 class LinkSettings(Section):
     """A direction between two hosts."""
 
@@ -84,6 +94,8 @@ class LinkSettings(Section):
     """100Mbit/s, or 12.5MB/s."""
     loss: Annotated[float, Field(ge=0, lt=1)] = 0.0
     """Share of packets lost, and sent again."""
+    outages: OutageSettings = OutageSettings()
+    """Signals wait for their ends."""
 
     @model_validator(mode="after")
     def _once(self) -> LinkSettings:
@@ -98,7 +110,8 @@ class LinkSettings(Section):
             seconds = self.latency.median * math.exp(sigma**2 / 2)
         else:
             seconds, sigma = self.latency, math.sqrt(math.log1p(self.jitter**2))
-        return Link(seconds, self.bandwidth, sigma, self.loss)
+        outages = (self.outages.per_hour, self.outages.seconds)
+        return Link(seconds, self.bandwidth, sigma, self.loss, *outages)
 
 
 class HostSettings(Section):
@@ -157,7 +170,7 @@ class HostPlanSettings(Section):
     hosts: Annotated[tuple[HostSettings, ...], Field(min_length=1)]
     """All hosts."""
     links: dict[str, Any] = Field(default_factory=dict)
-    """`latency`, `jitter`, `bandwidth`, `loss` of all links, and of single ones by `a->b`."""
+    """Fields of all links (`latency` ... `outages`), and of single ones by `a->b`."""
     failures: FailureSettings = FailureSettings()
     """Of hosts."""
     pace: Above0 | None = None

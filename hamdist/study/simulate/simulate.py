@@ -14,7 +14,7 @@ import numpy as np
 from hamdist.config import EngineKind, Level, Settings, Spread
 from hamdist.errors import ClusterError, SettingsError
 from hamdist.models.build import ModelFactory
-from hamdist.runtime.placement.assign_blocks import place, split
+from hamdist.runtime.placement.assign_blocks import groups_of, place, split
 from hamdist.runtime.placement.assign_hosts import HostInfo, options_of_actors
 from hamdist.runtime.placement.links import least_delays
 from hamdist.runtime.placement.requirements import requirements
@@ -184,10 +184,9 @@ class Planner:
         groups = [place(graph, engine, max(1, cpus), costs)]
         if engine.actors == "auto" and engine.placement is None:
             names = list(graph.blocks)
-            for parts in range(1, min(len(names), cpus, MOST_ACTORS) + 1):
-                starts = split(costs, parts)
-                ends = [*starts[1:], len(names)]
-                groups.append([names[a:b] for a, b in zip(starts, ends, strict=True)])
+            for parts in range(1, min(len(names) // engine.interleave, cpus, MOST_ACTORS) + 1):
+                starts = split(costs, parts * engine.interleave)
+                groups.append(groups_of(names, starts, parts))
         auto = (Spread.PACKED, Spread.SPREAD, Spread.PROFILE)
         seen: list[Any] = []
         for group in groups:

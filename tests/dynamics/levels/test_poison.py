@@ -152,7 +152,7 @@ class Poison:
         if getattr(block, "_record", None) is not None:
             self._set(block, "_record", _nan_record(block._record))
         if isinstance(other, HoldNode):
-            self._set(other, "_shown", {i: nan(u) for i, u in other._shown.items()})
+            self._set(other, "shown", {i: nan(u) for i, u in other.shown.items()})
             if other._target is not None:
                 self._set(other, "_target", nan(other._target))
 

@@ -18,8 +18,9 @@ from hamdist.dynamics.graph.graph import BlockSpec, Graph
 from hamdist.dynamics.objective.losses import cross_entropy
 from hamdist.dynamics.rules.feedback_alignment import SignSymmetry
 from hamdist.dynamics.rules.hebbian import Oja, SoftHebb
-from hamdist.dynamics.rules.local_losses import DifferenceTargetPropagation
+from hamdist.dynamics.rules.local_losses import DifferenceTargetPropagation, ForwardForward
 from hamdist.dynamics.rules.names import HOMES, built_in
+from hamdist.errors import GraphError
 
 B, SIZES = 4, (5, 6, 7, 3)
 LR, ITEMS = 0.2, 12
@@ -165,8 +166,8 @@ def test_the_error_comes_one_tick_behind_the_loss():
 def test_convolutions_and_a_missing_target(name):
     """Every rule runs on a convolution, where a target is missing nothing moves."""
     rule = built_in(name)()
-    if rule.presentation == "hold" or isinstance(rule, Oja):
-        pytest.skip("held, or of linear layers alone")
+    if rule.presentation != "pulse" or isinstance(rule, Oja):
+        pytest.skip("held, of sequences, or of linear layers alone")
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         model = nn.Sequential(
@@ -215,6 +216,23 @@ def test_mono_forward():
     net.run()
     assert relative([*net.theta("a"), memory(net, "a")["M"]], [W, b, M]) <= 1e-13
     assert net.plan.channels.messages == {}
+
+
+def test_forward_forward():
+    """Autograd of the loss of each row, as the paper has it; the first rows teach nothing."""
+    data = [(torch.cat([u, u[:3]]), torch.cat([y, y[:3]])) for u, y in items()]
+    net = one_block(ForwardForward(0.4), data)
+    W, b = (t.requires_grad_() for t in plain()[0])
+    optimiser = torch.optim.SGD([W, b], LR)
+    for u, _ in data:
+        optimiser.zero_grad()
+        g = torch.tanh(functional.linear(u, W, b)).square().mean(1)
+        real, other = functional.softplus(0.4 - g[3:5]), functional.softplus(g[5:] - 0.4)
+        torch.cat([real, other]).mean().backward()
+        optimiser.step()
+    assert relative(net.run().theta("a"), [W, b]) <= 1e-13
+    with pytest.raises(GraphError, match="this one has 2 rows, give 3 or more"):
+        one_block(ForwardForward(), [(u[:2], y[:2]) for u, y in items()]).run()
 
 
 @pytest.mark.parametrize("decay", ["hebb", "oja", "sanger"])

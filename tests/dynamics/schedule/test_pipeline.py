@@ -9,19 +9,39 @@ from typing import Any
 import pytest
 import torch
 from dynamics.graph.test_tied import Deep
-from dynamics.helpers import bare, bare_chain, drawn_events, edge, knobs, rows, until
+from dynamics.helpers import (
+    bare,
+    bare_chain,
+    drawn_events,
+    edge,
+    knobs,
+    layer,
+    rows,
+    samples,
+    settings,
+    until,
+)
+from dynamics.helpers import mlp as mlp_of
 from torch import nn
 from torch.nn import functional
 
 import hamdist
+from hamdist.dynamics.graph.graph import INPUT, BlockSpec, Graph
+from hamdist.dynamics.objective.losses import mse as half
 from hamdist.dynamics.schedule.events import Kind, Phase, Stamp, emitted, source_events
 from hamdist.dynamics.schedule.make import make_schedule
 from hamdist.dynamics.schedule.microbatches import auto_microbatches
 from hamdist.dynamics.updates.accumulate import GradientSum
 from hamdist.dynamics.updates.weights import Weights
 from hamdist.dynamics.vjp.gradient import Column, Outer, TableRows, dense
-from hamdist.errors import HamdistWarning, LevelError
+from hamdist.errors import HamdistError, HamdistWarning, LevelError
+from hamdist.runtime.nodes.factory import make_node
+from hamdist.runtime.nodes.loop import order_of, run_loop
 from hamdist.runtime.nodes.mailbox import Mailbox
+from hamdist.runtime.nodes.source import SourceNode
+from hamdist.runtime.placement.assign_blocks import place
+from hamdist.runtime.plan.plan import make_plan
+from hamdist.runtime.timing.model import TimingModel
 from hamdist.streams import Delayed, LateLabels, from_iterable
 
 BOUND = 1e-12
@@ -149,6 +169,84 @@ def test_stamps_by_hand():
 def test_knobs_that_contradict_micro_batches(fields):
     with pytest.raises(LevelError, match="microbatches 4"):
         knobs("pipeline", microbatches=4, **fields)
+
+
+# -- blocks that lie apart -----------------------------------------------------------------------
+
+# Four blocks of equal work on two actors, M = 2, as by hand: a forward or backward pass of a block
+# takes 1. With runs of neighbours the actors wait (P - 1)(2 + 2) of the 12 that a sample takes;
+# with v = 2 runs for each, as in Megatron-LM (Narayanan et al. 2021), 1/v of that, of 10.
+NEIGHBOURS = [["b0", "b1"], ["b2", "b3"]]
+APART = [["b0", "b2"], ["b1", "b3"]]
+WORK_APART = [
+    ["b0 F0", "b0 F1", "b2 F0", "b2 F1", "b2 B0", "b2 B1", "b0 B0", "b0 B1"],
+    ["b1 F0", "b1 F1", "b3 FB0", "b3 FB1", "b1 B0", "b1 B1"],
+]
+
+
+def plan_of_four(**engine):
+    blocks = [
+        BlockSpec(
+            f"b{i}", layer(4, 4, i), (f"b{i - 1}" if i else "u",), loss=half if i == 3 else None
+        )
+        for i in range(4)
+    ]
+    raw = settings(
+        "pipeline",
+        locality={"microbatches": 2},
+        engine={"kind": "ray", "actors": 2, "balance": "parameters", **engine},
+    )
+    return make_plan(Graph(blocks), raw, from_iterable(samples(1, 4, 4, 4)).spec)
+
+
+def test_work_of_blocks_that_lie_apart_by_hand():
+    plan = plan_of_four(interleave=2)
+    assert place(plan.graph, plan.engine, 2) == APART
+    mailbox, log = Mailbox({INPUT, *plan.graph.blocks}), []
+    nodes = [make_node(plan, name, mailbox) for name in plan.graph.blocks]
+    for node in nodes:
+
+        def step(node=node, step=node.step):
+            log.append((node.name, f"{node.name} {node.event.phase.value}{node.event.sample}"))
+            step()
+
+        node.step = step
+    source = SourceNode(plan, from_iterable(samples(1, 4, 4, 4)), mailbox)
+    run_loop([source, *nodes], order=order_of(plan))
+    done = [[what for name, what in log if name in group and int(what[-1]) < 2] for group in APART]
+    assert done == WORK_APART
+
+
+@pytest.mark.parametrize(("placed", "interleave", "period"), [(NEIGHBOURS, 1, 12), (APART, 2, 10)])
+def test_the_period_of_a_sample_by_hand(placed, interleave, period):
+    second = 1000.0  # (beside which signals cost nothing)
+    seconds = {
+        f"b{i}": {Phase.FORWARD: 2 * second, Phase.BACKWARD: 2 * second, Phase.READ: 4 * second}
+        for i in range(4)
+    }
+    model = TimingModel(plan_of_four(interleave=interleave), seconds)
+    assert model.sample_seconds(placed) / second == pytest.approx(period, abs=1e-3)
+
+
+@pytest.mark.parametrize(
+    ("level", "engine", "words"),
+    [
+        ("backprop", {"actors": 2}, "at level 'backprop'"),
+        ("trace", {"actors": 2}, "at level 'trace'"),
+        ("pipeline", {"actors": 3}, "3 actors with engine.interleave 2 for 4 blocks"),
+        ("pipeline", {"kind": "inprocess"}, "kind 'inprocess'"),
+        ("pipeline", {"placement": [["block0"], ["block1", "block2", "block3"]]}, "'placement'"),
+    ],
+)
+def test_interleave_where_there_is_nothing_to_place(level, engine, words):
+    with pytest.raises(HamdistError, match=words):
+        hamdist.train(
+            mlp_of([4, 4, 4, 4, 3]),
+            samples(2, 8, 4, 3),
+            loss="mse",
+            level=level,
+            engine={"kind": "ray", "interleave": 2, **engine},
+        )
 
 
 # -- sums ----------------------------------------------------------------------------------------

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections import deque
 
 import pytest
-from dynamics.helpers import bare, drawn_events, edge, knobs
+from dynamics.helpers import bare, drawn_events, edge, knobs, linear, samples, settings
 from hypothesis import given, reject
 from hypothesis import settings as hypothesis_settings
 from hypothesis import strategies as st
@@ -20,6 +20,9 @@ from hamdist.dynamics.objective.losses import mse
 from hamdist.dynamics.schedule.events import Event, Kind, Phase, Stamp
 from hamdist.dynamics.schedule.sequence import SequenceSchedule
 from hamdist.errors import GraphError, LevelError
+from hamdist.runtime.plan.plan import make_plan
+from hamdist.runtime.timing.model import TimingModel
+from hamdist.streams import from_iterable
 
 CELL = ("cell: u cell", "y: cell")
 STACK = ("e: u", "a: e a", "b: a b", "y: b")
@@ -342,3 +345,26 @@ def test_an_edge_is_recurrent_by_the_order_in_which_blocks_are_listed():
     graph = bare("a: u a b", "b: a u", "y: b", cut="a")
     found = {e.name for e in graph.edges if graph.recurrent(e)}
     assert found == {"a->a", "b->a"}
+
+
+# Two stacked cells with an embedding before and a readout behind them, two blocks to an actor; a
+# pass of a block takes 1. By hand, with n tokens: the second actor has its first state at 3 and its
+# second at 5, from where it has work for the 2n - 1 forward passes left and 2n back; the first one
+# ends two passes later. So a sequence takes 4n + 6, of 8n of work: both work at the same time, and
+# the next sequence follows at once.
+@pytest.mark.parametrize("tokens", [3, 16])
+def test_two_actors_work_at_once_while_sequences_follow_one_another(tokens):
+    blocks = [
+        BlockSpec("e", linear(4, 4, 0), ("u",)),
+        BlockSpec("a", linear(8, 4, 1), ("e", "a"), shape=(4,)),
+        BlockSpec("b", linear(8, 4, 2), ("a", "b"), shape=(4,)),
+        BlockSpec("y", linear(4, 4, 3), ("b",), loss=mse),
+    ]
+    spec = from_iterable(samples(1, 4, 4, 4)).spec
+    second = 1000.0  # (beside which signals cost nothing)
+    seconds = {b.name: {Phase.FORWARD: second, Phase.BACKWARD: second} for b in blocks}
+    plan = make_plan(Graph(blocks), settings("bptt", engine={"kind": "ray"}), spec)
+    model = TimingModel(plan, seconds, tokens=tokens)
+    period = model.period([["e", "a"], ["b", "y"]]).seconds / second
+    assert period == pytest.approx(4 * tokens + 6, abs=1e-3)
+    assert model.period([["e", "a", "b", "y"]]).seconds / second == pytest.approx(8 * tokens, 1e-3)

@@ -202,15 +202,22 @@ def test_cycle_graph(session, leaves_no_socket, level, engine):
 
 
 @pytest.mark.ray
-@pytest.mark.parametrize("level", ["trace", "pipeline"])
-def test_uneven_last_batch_missing_targets_and_a_stream_of_the_driver(session, level):
-    """(the last batch has one row, for three micro-batches)"""
+@pytest.mark.parametrize(
+    ("level", "engine"),
+    [("trace", {"actors": 3}), ("pipeline", {"actors": 2, "interleave": 2})],
+)
+def test_uneven_last_batch_missing_targets_and_a_stream_of_the_driver(session, level, engine):
+    """(the last batch has one row, for three micro-batches; blocks of one actor lie apart)"""
 
     def source():
         return stream(60, missing={0, 7, 8, 31}, last=1)
 
-    alone, spread = both(chain, source, {"actors": 3}, 60, **LEVELS[level])
+    alone, spread = both(chain, source, engine, 60, **LEVELS[level])
     assert alone.samples == 60
+    assert len(spread.placement) == engine["actors"]
+    assert ("interleave" in engine) == (
+        ["block0", "block1"] not in [p[:2] for p in spread.placement]
+    )
     assert sum(w.samples for w in alone.windows["block4"]) == 56
     assert_equal(alone, spread)
 

@@ -249,8 +249,57 @@ def test_an_ordinary_network_is_refused():
     model = nn.Sequential(*layer(2, 4, 0), *layer(4, 4, 1), linear(4, 3, 2))
     with pytest.raises(LevelError, match=r"'block1' \(Linear, Tanh\) is h' = f\(h\) \(HL Eq. 9\)"):
         run(model, items(1))
-    with pytest.raises(LevelError, match="speed 1: .*only while the weights are those"):
-        run(steps(3), items(1), locality={"speed": 1})
+    with pytest.raises(LevelError, match="presentation 'hold': .*when a message comes back"):
+        run(steps(3), items(1), locality={"presentation": "hold", "memory": "reversible"})
+
+
+def petra(model, data, lr):
+    """PETRA (Rivaud et al. 2024) by hand: stem, couplings, head, a sample a tick. A coupling keeps
+    nothing: it takes its output back and undoes its map with the weights of then."""
+    stem, *maps, head = (copy.deepcopy(part) for part in model)
+    D = len(maps) + 1
+    h, kept, back = {}, {}, {}
+
+    def step(part, x, output, z):
+        weights = list(part.parameters())
+        dx, *g = torch.autograd.grad(output, [x, *weights], z)
+        with torch.no_grad():
+            for w, slope in zip(weights, g, strict=True):
+                w -= lr * slope
+        return dx
+
+    for k in range(len(data) + 2 * D + 1):
+        for depth, part in enumerate([stem, *maps, head]):
+            n, m = k - depth, k - 2 * D + depth
+            if 0 <= n < len(data):
+                x = (data[n][0] if depth == 0 else h[depth - 1, n]).detach().requires_grad_()
+                output = part(x)
+                h[depth, n] = output.detach()
+                if depth == 0:
+                    kept[n] = x, output  # (autograd's graph meets today's weights)
+                if depth == D:
+                    loss = mse(output, data[n][1])
+                    (z,) = torch.autograd.grad(loss, output, retain_graph=True)
+                    back[depth - 1, n] = x.detach(), step(part, x, output, z)
+            if 0 <= m < len(data) and depth < D:
+                y, z = back[depth, m]
+                if depth == 0:
+                    x, _ = kept.pop(m)
+                    step(part, x, part(x), z)
+                    continue
+                b, c = y.chunk(2, 1)
+                x = torch.cat([c - part.scale * part.f(b), b], 1).detach().requires_grad_()
+                back[depth - 1, m] = x.detach(), step(part, x, part(x), z)
+    return nn.Sequential(stem, *maps, head)
+
+
+def test_petra_is_memory_reversible_at_speed_1():
+    data = items(12)
+    expected = petra(couplings(3), data, 0.05).state_dict()
+    found = run(couplings(3), data, locality={"speed": 1}, learning={"lr": 0.05}).model.state_dict()
+    assert relative(found.values(), expected.values()) <= 1e-12
+    exact = run(couplings(3), data, learning={"lr": 0.05}).model.state_dict()
+    assert relative(exact.values(), expected.values()) > 1e-4
 
 
 def drifting(steps_: int) -> nn.Sequential:

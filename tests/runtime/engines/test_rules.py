@@ -62,10 +62,12 @@ def test_a_killed_actor(session, driver, leaves_no_socket, tmp_path):
     assert any("block2" in lost.blocks for lost in result.replaced)
 
 
-@pytest.mark.slow
+SLOW = [pytest.param(name, marks=pytest.mark.slow) for name in HOMES if name != "e-prop"]
+
+
 @pytest.mark.ray
 @pytest.mark.timeout(110)
-@pytest.mark.parametrize("name", HOMES)
+@pytest.mark.parametrize("name", ["e-prop", *SLOW])
 def test_every_rule_with_a_killed_actor(session, leaves_no_socket, name):
     """On all blocks that it may have, as `hamdist verify --rule` does it: lost at sample 17."""
     verified = VerifiedRule(name)
@@ -94,7 +96,10 @@ def resumed(tmp_path, rules, **level):
     return whole
 
 
-@pytest.mark.parametrize("name", [*HOMES, "mixed"])
+WITHOUT_SEQUENCES = [name for name in HOMES if built_in(name).presentation != "sequence"]
+
+
+@pytest.mark.parametrize("name", [*WITHOUT_SEQUENCES, "mixed"])
 def test_a_resumed_run(tmp_path, name):
     rules = MIXED if name == "mixed" else {"block*": name}
     held = name in HOMES and built_in(name).presentation == "hold"

@@ -112,7 +112,7 @@ def both(
     for module in calm.modules():
         if isinstance(module, Once):
             module.at = None
-    more = {k: v for k, v in (engine or {}).items() if k not in ("transport", "spares")}
+    more = {k: v for k, v in (engine or {}).items() if k in ("compress", "feedback")}
     alone = train(
         calm, source(items), settings({**ALONE, **more}, items, **given), **(functions or {})
     )
@@ -142,7 +142,8 @@ def test_a_killed_actor(session, driver, leaves_no_socket, tmp_path, level, wher
     rotated = {"adaptive": {}, "lr": 0.01, "inputs": {"rule": "rotated", "refresh": 14}}
     levels = {**LEVELS, "rotated": {"level": "trace", "learning": rotated}}
     given = levels.get(level, {"level": level})
-    result = both(tmp_path, odd, **given)
+    apart = {"engine": {"actors": 2, "interleave": 2}} if "pipeline" in level else {}
+    result = both(tmp_path, odd, **given, **apart)
     assert len(result.replaced) == 1
     assert f"block{where}" in result.replaced[0].blocks
 

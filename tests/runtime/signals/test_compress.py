@@ -9,8 +9,8 @@ import pytest
 import torch
 
 from hamdist.config import Compress
+from hamdist.dynamics.modules.subspace import Subspace, hadamard, rotated, rotated_back
 from hamdist.runtime.signals.codec import Codec, Decoder, Encoder
-from hamdist.runtime.signals.codes import hadamard, rotated, rotated_back
 
 F32, F64, BF16 = torch.float32, torch.float64, torch.bfloat16
 CODES = ["fp16", "bf16", "int8", "int4", "delta", "topk"]
@@ -287,6 +287,38 @@ def test_delta_steps_over_what_goes_as_it_is():
     assert decoder(encoder(odd)) is odd
     assert torch.equal(decoder(encoder(x)), encoder.received)
     assert torch.allclose(encoder.received, x, atol=1e-2)
+
+
+def test_a_subspace_is_a_projection_of_its_rank():
+    for width, rank in ((8, 3), (20, 20), (50, 7)):
+        p = Subspace(width, rank, seed=2, dtype=F64).projection
+        assert torch.allclose(p @ p, p, atol=1e-14)
+        assert torch.allclose(p, p.T, atol=1e-14)
+        assert torch.linalg.matrix_rank(p) == rank
+    with pytest.raises(ValueError, match="rank is 9: a subspace of 8 dimensions has 1 to 8"):
+        Subspace(8, 9)
+
+
+@pytest.mark.parametrize("feedback", [False, True])
+def test_behind_a_subspace_coefficients_are_sent(feedback):
+    """Of states within it nothing is lost, of messages what the block's projection drops."""
+    p = Subspace(24, 5, seed=3, dtype=F64)
+    x = torch.randn(4, 6, 24, dtype=F64, generator=torch.Generator().manual_seed(1))
+    options = {"rank": 5, "basis": 3}
+    c = codec("subspace", [6, 24], F64, **options)
+    encoder, decoder = Encoder(c), Decoder(c)
+    for signal in (x, p(x)):
+        sent = encoder(signal)
+        assert sent.nbytes == c.nbytes(4) == 4 * 6 * 5 * 8
+        assert torch.allclose(decoder(sent), p(x), atol=1e-13)
+    assert encoder.result().saved == 2 * 4 * 6 * 19 * 8
+    rough = codec("int8", [6, 24], F64, feedback=feedback, **options)
+    assert rough.nbytes(4) == 4 * (6 * 5 + 8)
+    encoder, decoder = Encoder(rough), Decoder(rough)
+    for _ in range(3):
+        assert (decoder(encoder(x)) - p(x)).norm() < p(x).norm() / 50
+    odd = torch.full_like(x, math.nan)
+    assert decoder(encoder(odd)) is odd
 
 
 def test_feedback_by_hand():

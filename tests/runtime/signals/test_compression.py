@@ -9,6 +9,7 @@ from runtime.engines.test_engines_equal import assert_equal
 from runtime.networks import PortableStream, batches, chain, cycle_graph, skip_graph, stream
 from torch import nn
 
+import hamdist
 from hamdist.config import Compress, EngineSettings, Settings, read_settings
 from hamdist.dynamics.objective.losses import cross_entropy
 from hamdist.dynamics.schedule.events import Kind
@@ -161,6 +162,31 @@ def run_of(model, source, engine, fields):
     )
 
 
+def narrow():
+    """A chain whose states leave the first three layers in 3 dimensions of 8."""
+    layers = list(chain())
+    ends = [hamdist.Subspace(8, 3, seed=1) if i in (1, 3, 5) else nn.Identity() for i in range(9)]
+    return nn.Sequential(*(m for pair in zip(layers, ends, strict=True) for m in pair))
+
+
+@pytest.mark.ray
+def test_subspaces(session):
+    compress = {"block0->*": "subspace", "block1->*": "delta", "*": "int4"}
+    alone, spread = both(
+        narrow,
+        lambda: PortableStream(41, missing={3}, last=2),
+        {"compress": compress, "actors": 2},
+        {"level": "trace"},
+    )
+    assert_equal(alone, spread)
+    # rows of 8 float32: 3 coefficients of 4 bytes; 3 of half a byte, rounded up, and a scale; 8
+    sent = {e: [w.sent for w in ways.values()] for e, ways in spread.compression.items()}
+    rows = 40 * 4 + 2
+    assert sent["block0->block1"] == [12 * rows, 12 * (rows - 4)]
+    assert sent["block1->block2"] == [4 * rows, 4 * (rows - 4)]
+    assert sent["block3->block4"] == [6 * rows, 6 * (rows - 4)]
+
+
 @pytest.mark.ray
 @pytest.mark.parametrize("model", [skip_graph, cycle_graph])
 def test_graphs(session, model):
@@ -240,9 +266,14 @@ def test_wrong_edges(compress, words):
 @pytest.mark.parametrize(
     ("text", "words"),
     [
-        ("engine: {compress: int2}", "engine.compress: .*'none', 'fp16', .* or 'topk'.*'int2'"),
+        ("engine: {compress: int2}", "engine.compress: .*'none', 'fp16', .* or 'subspace'.*'int2'"),
         ("engine: {topk_share: 0}", "engine.topk_share"),
         ("engine: {compress: {a->b: zip}}", "'zip'"),
+        (
+            "model: {subspace: 200, kind: gpt}",
+            "'subspace' is 200 with .* width 128",
+        ),
+        ("model: {subspace: 2, kind: lstm}", "model: 'subspace' is 2 with kind 'lstm'"),
         ("engine: {feedback: some}", "engine.feedback: .*'some'"),
     ],
 )
@@ -283,6 +314,43 @@ def test_integers_stay_as_they_are():
     assert all(not edge.startswith("u->") for edge, _ in found)
     with pytest.raises(SettingsError, match="compress.u->block0: 'delta', but .* integers .int64"):
         codecs(model, settings(compress={"u->block0": "delta"}), stream_of(tokens))
+
+
+def in_subspace(level="trace", dtype="float32", compress="subspace", rank=3, **fields):
+    return settings(
+        20,
+        level,
+        compress,
+        dtype=dtype,
+        model={"kind": "residual-mlp", "width": 8, "depth": 4, "subspace": rank},
+        **fields,
+    )
+
+
+def made(wanted):
+    dtype = getattr(torch, wanted.dtype)
+    return make_model(wanted.model, stream(2).spec, seed=1, dtype=dtype)
+
+
+def test_a_network_within_a_subspace_loses_nothing():
+    """Weights as without compression, to round-off, for 3 numbers instead of 8 on each edge."""
+    items = [(u.double(), y) for u, y in batches(20)]
+    runs = [
+        train(made(wanted), stream_of(items), wanted)
+        for wanted in (in_subspace(dtype="float64", compress=c) for c in ("none", "subspace"))
+    ]
+    exact, sent = runs
+    start = made(in_subspace(dtype="float64")).state_dict()
+    for key, value in exact.model.state_dict().items():
+        assert (sent.model.state_dict()[key] - value).abs().max() < 1e-12
+        assert ("projection" in key) == torch.equal(value, start[key])
+    for edge in ("block0->block1", "block2->block3"):
+        assert 8 * sent.bytes_per_edge[edge] == 3 * exact.bytes_per_edge[edge]
+
+
+def test_a_block_that_ends_in_no_subspace():
+    with pytest.raises(SettingsError, match="on block0->block1, but block 'block0' does not end"):
+        train(chain(), stream(2), settings(2, compress="subspace"))
 
 
 def test_nothing_to_compress_is_told():

@@ -364,6 +364,23 @@ def test_jitter_is_drawn_by_seed_and_never_faster_than_the_mean():
     assert rate(one) >= timed.period().seconds
 
 
+@pytest.mark.parametrize("kind", [Recursion, EventSimulation])
+def test_an_outage_holds_signals_back_until_its_end(kind):
+    """One sample at a time: each outage costs its 0.4 s, but for the time before the next signal,
+    which is no longer than a period."""
+    model = model_of(plan_of(bare_chain(3), "backprop"), [1e-3] * 3)
+    links = {(0, 1): Link(1e-3, outages_per_hour=1000, outage_seconds=0.4), (1, 0): Link(1e-3)}
+    timed = model.timed([["b0"], ["b1", "b2"]], [0, 1], ClusterModel(hosts(2).hosts, links))
+    disturbances = Disturbances(timed, 2)
+    simulation = kind(timed, disturbances)
+    end, period = simulation.run(3000)[-1].max(), timed.period().seconds
+    (outages,) = disturbances._outages.values()
+    number = (outages._starts < end).sum() - 1  # (the first one is before all time)
+    assert number >= 5
+    lost = end - 3000 * period
+    assert number * (0.4 - period) <= lost + period <= number * 0.4 + 2 * period
+
+
 def test_failures_cost_detection_start_up_and_replay():
     """Both simulations draw the same failures; each costs its seconds, and what came since the
     snapshot once more."""

@@ -20,6 +20,7 @@ from typer.testing import CliRunner
 
 from hamdist.cli import app
 from hamdist.config import Level, Settings, Split
+from hamdist.display.table import MISSING
 from hamdist.errors import ClusterError, SettingsError
 from hamdist.study.grid import run as grid_run
 from hamdist.study.grid.points import TUNING_SEEDS, GridJob, cells, final_jobs, tuning_jobs
@@ -472,6 +473,20 @@ class TestReport:
         _, trace = summary(outcomes(tiny(), [0.8, 0.9], [0.79, None]))
         assert (trace.accuracy, trace.gap) == (None, None)
         assert trace.notes == ("trace: seed 1: it blew up",)
+
+    def test_published_figures_and_rows_to_a_goal_stand_beside(self, tmp_path: Path) -> None:
+        """The curves of `record` reach 50 % with their second point, and never 60 %."""
+        published = {"accuracy": 91.5, "source": "somebody, 2021"}
+        study = tiny(goal=0.5, sides={"trace": {"published": published}})
+        found = outcomes(study, [0.8, 0.9], [0.79, 0.87])
+        (table,) = save_study(tmp_path, study, found, command="x").values()
+        shown = [dict(zip(table.titles, row, strict=True)) for row in table.rows]
+        assert [row["published, %"] for row in shown] == [MISSING, "91.5"]
+        assert [row["rows to 50 %"] for row in shown] == ["64", "64"]
+        assert "published, trace: somebody, 2021" in table.notes
+        rows = json.loads((tmp_path / "study.json").read_text())["rows"]
+        assert [(row["published"], row["rows_to_goal"]) for row in rows] == [(None, 64), (91.5, 64)]
+        assert [line.rows_to_goal for line in summary(found, 0.6)] == [None, None]
 
     def test_drifts_are_told(self) -> None:
         study = tiny()

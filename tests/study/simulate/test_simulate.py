@@ -78,6 +78,13 @@ def test_units_links_and_pairs(tmp_path):
     assert notes == []
 
 
+def test_outages_of_all_links_and_of_one(tmp_path):
+    links = "links: {outages: {per_hour: 2, seconds: 20}, 'a->b': {outages: {per_hour: 9}}}"
+    cluster, _ = read(tmp_path, f"hosts: [{{name: a}}, {{name: b}}]\n{links}\n")
+    seen = [(link.outages_per_hour, link.outage_seconds) for link in cluster.links.values()]
+    assert seen == [(9, 10), (2, 20)]
+
+
 def test_a_distribution_has_its_median_and_its_tail(tmp_path):
     """exp(mu + sigma g) with the mean `seconds`: half lies below mu, 95 % below + 1.645 sigma."""
     plan = "hosts: [{name: a}, {name: b}]\nlinks: {latency: {median: 0.05, p95: 0.1}}\n"
@@ -118,6 +125,10 @@ def test_usual_machines_are_estimates_and_products_are_measured(tmp_path, monkey
         (
             "hosts: [{name: a}, {name: b}]\nlinks: {jitter: 0.1, latency: {median: 1, p95: 2}}",
             "'jitter', or a latency with 'median' and 'p95', not both",
+        ),
+        (
+            "hosts: [{name: a}, {name: b}]\nlinks: {outages: {seconds: 0}}",
+            "links: outages.seconds: .*greater than 0",
         ),
         ("pace: 3", "hosts: Field required"),
         ("hosts: [", "plan.yaml"),

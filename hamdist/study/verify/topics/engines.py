@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from hamdist.config import EngineKind, EngineSettings, Settings
 from hamdist.dynamics.graph.graph import INPUT, BlockSpec, Graph
-from hamdist.dynamics.modules.recurrent import Reads, RecurrentCell
+from hamdist.dynamics.modules.recurrent import DiagonalCell, Reads, RecurrentCell
 from hamdist.dynamics.objective.losses import cross_entropy
 from hamdist.runtime.ray_engine.session import ray_session
 from hamdist.runtime.results.result import RunResult
@@ -50,9 +50,13 @@ def _skips() -> Graph:
     return skip_graph(seeded(Skips))
 
 
-def _recurrent() -> Graph:
+def recurrent(*, diagonal: bool = False) -> Graph:
+    """Return a linear readout of h of an LSTM, or of a diagonal state space."""
+
     def build() -> Graph:
-        cell = RecurrentCell(nn.LSTMCell(FEATURES, 5, dtype=F64))
+        cell: Any = RecurrentCell(nn.LSTMCell(FEATURES, 5, dtype=F64))
+        if diagonal:
+            cell = DiagonalCell(FEATURES, 5).to(F64)
         head = Reads(nn.Linear(5, CLASSES, dtype=F64), slice(0, 5))
         readout = BlockSpec("y", head, ("cell",), loss=cross_entropy)
         return Graph([cell_block("cell", cell, INPUT, cell.size), readout])
@@ -76,8 +80,8 @@ RUNS: tuple[tuple[str, Model, Mapping[str, Any]], ...] = (
     ("backprop, a chain", chain, {"level": "backprop"}),
     ("backprop, skips", _skips, {"level": "backprop"}),
     ("reversible, couplings", lambda: seeded(partial(couplings, 4)), {"level": "reversible"}),
-    ("bptt, an LSTM", _recurrent, {"level": "bptt"}),
-    ("bptt truncated to 3, an LSTM", _recurrent, {"level": "bptt", **TRUNCATED}),
+    ("bptt, an LSTM", recurrent, {"level": "bptt"}),
+    ("bptt truncated to 3, an LSTM", recurrent, {"level": "bptt", **TRUNCATED}),
 )
 
 

@@ -1,21 +1,24 @@
-"""A user's own rule of learning: what has to hold of it, on a net of five layers in float64."""
+"""A user's own rule of learning: what has to hold of it, in float64, on a net of five layers, or,
+of a rule of sequences, on an LSTM or a diagonal state space, whichever the rule takes."""
 
 from __future__ import annotations
 
 import copy
 import os
 import signal
-from collections.abc import Generator
+from collections.abc import Callable, Generator
 from functools import partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from hamdist.config import EngineKind, EngineSettings, Settings
+from hamdist.dynamics.graph.graph import Graph
 from hamdist.dynamics.objective.losses import cross_entropy
+from hamdist.errors import GraphError
 from hamdist.runtime.plan.plan import Plan
 from hamdist.runtime.ray_engine.session import ray_session
 from hamdist.runtime.results.result import RunResult
@@ -24,10 +27,11 @@ from hamdist.runtime.train.train import plan_of, train
 from hamdist.study.shared.exact_runs import PlanNodes
 from hamdist.study.verify.oracles.check import Check, Difference
 from hamdist.study.verify.oracles.networks import Draws, chain
-from hamdist.study.verify.topics.engines import ACTORS, IN_PROCESS, difference
+from hamdist.study.verify.topics.engines import ACTORS, IN_PROCESS, difference, recurrent
 
 SAMPLES, AT = 30, 17  # a process is lost at sample AT
 TICKS = 40  # of a sample, for a held rule
+TOKENS = 7  # of a sequence: a process is lost, and a run goes on, in the midst of one
 RAY = {"kind": "ray", "actors": ACTORS, "balance": "parameters"}
 
 
@@ -48,6 +52,15 @@ class VerifiedRule:
         self._held = self._rule.presentation == "hold"
         self._level: dict[str, Any] = held if self._held else {"level": "trace"}
         self._ticks = TICKS if self._held else 1
+        self._model: Callable[[], nn.Module | Graph] = chain
+        self._length: int | None = None  # of a sequence
+        if self._rule.presentation == "sequence":
+            self._length = TOKENS
+            self._model = recurrent
+            try:
+                self._plan()
+            except GraphError:
+                self._model = partial(recurrent, diagonal=True)
 
     def checks(self) -> Generator[Check, None, None]:
         """Yield the checks; some start Ray."""
@@ -66,11 +79,14 @@ class VerifiedRule:
         return Settings.model_validate({**base, **self._level, "learning": learning, **fields})
 
     def _run(self, rules: Any = None, resume: str | None = None, **fields: Any) -> RunResult:
-        stream = Draws(SAMPLES, missing={5})
-        return train(chain(), stream, self._settings(**fields), rules=rules, resume=resume)
+        config = self._settings(**fields)
+        return train(self._model(), self._stream(), config, rules=rules, resume=resume)
+
+    def _stream(self) -> Draws:
+        return Draws(SAMPLES, missing={5}, ends=self._length)
 
     def _plan(self) -> Plan:
-        return plan_of(chain(), self._settings(), Draws(SAMPLES).spec)
+        return plan_of(self._model(), self._settings(), self._stream().spec)
 
     def _apart(self) -> Difference:
         return difference(self._run(), self._run(engine=RAY))
@@ -100,7 +116,7 @@ class VerifiedRule:
             if hasattr(node.block, "rule"):
                 others = [t for block in tensors if block is not mine for t in block]
                 node.block.rule.call = partial(_with_nan, node.block.rule.call, others)
-        network.run(Draws(SAMPLES, missing={5}))
+        network.run(self._stream())
         clean = [t for block in self._run().blocks.values() for t in block.theta.values()]
         dirty = [t for node in nodes for t in node.block.weights.theta]
         same = all(torch.equal(a, b) for a, b in zip(clean, dirty, strict=True))
@@ -110,13 +126,21 @@ class VerifiedRule:
         """Compare the gradients of the last sample, with weights that do not move."""
         level: dict[str, Any] = {} if self._held else {"level": "backprop"}
         result = self._run(lr=0.0, **level)
-        model, sample = chain(), [*Draws(SAMPLES).samples()][-1]
-        loss = cross_entropy(model(sample.u), sample.target(""))  # type: ignore[arg-type]
+        model, samples = result.model, [*self._stream().samples()]
+        if self._length is None:
+            y = model(samples[-1].u)
+        else:  # of the last token, through all of its sequence
+            tokens = samples[(len(samples) - 1) // self._length * self._length :]
+            y = model(torch.stack([one.u for one in tokens]))[-1]
+        loss = cross_entropy(y, samples[-1].target(""))  # type: ignore[arg-type]
         weights = dict(model.named_parameters())
         exact = dict(zip(weights, torch.autograd.grad(loss, [*weights.values()]), strict=True))
         cosines = {}
         for name, block in result.blocks.items():
-            pairs = [(g.flatten(), exact[key].flatten()) for key, g in block.omega.items()]
+            keys = {
+                key: key if key in exact else f"blocks.{name}.module.{key}" for key in block.omega
+            }
+            pairs = [(g.flatten(), exact[keys[key]].flatten()) for key, g in block.omega.items()]
             a, b = (torch.cat(side) for side in zip(*pairs, strict=True))
             cosines[name] = float(torch.cosine_similarity(a, b, dim=0))
         note = ", ".join(f"{name} {value:.2f}" for name, value in cosines.items())

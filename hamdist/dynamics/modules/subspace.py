@@ -1,0 +1,128 @@
+"""Fixed orthonormal bases, drawn by a seed.
+
+    R = H_m diag(+-1),    H_2m = [H_m H_m; H_m -H_m] / sqrt(2)                     `rotated`
+    Q = k columns of R^T,    h' = Q Q^T h                                          `Subspace`
+
+R rotates vectors of n numbers: random signs, and Walsh-Hadamard transforms of m numbers, m the
+largest power of two up to n; if m < n a second one, of the last m numbers, follows that of the
+first m. It is made of sums of two numbers alone, so that all hosts compute the same bits.
+
+A residual stream whose layers all end in `Subspace` with one seed stays in the columns of Q. Of its
+states, and of the messages to them, k numbers are all that has an effect (Ramasinghe et al. 2025).
+"""
+
+from __future__ import annotations
+
+import math
+from collections import OrderedDict
+from functools import lru_cache
+
+import torch
+from torch import Tensor, nn
+
+
+class Subspace(nn.Module):
+    """Projection onto a fixed subspace, h' = Q Q^T h, as the last module of a block.
+
+    `engine.compress` sends the signals behind it by their k coefficients.
+
+    Args:
+        width: n, of the last dimension of h.
+        rank: k, the dimensions of the subspace.
+        seed: draws the subspace; the same for all layers of a residual stream.
+        dtype: of h; torch's default.
+    """
+
+    projection: Tensor
+
+    def __init__(
+        self, width: int, rank: int, seed: int = 0, dtype: torch.dtype | None = None
+    ) -> None:
+        super().__init__()
+        if not 0 < rank <= width:
+            raise ValueError(f"rank is {rank}: a subspace of {width} dimensions has 1 to {width}")
+        self.width, self.rank, self.seed = width, rank, seed
+        columns = lifted(torch.eye(rank, dtype=torch.float64), width, seed)
+        projection = (columns.T @ columns).to(dtype or torch.get_default_dtype())
+        self.register_buffer("projection", projection)
+
+    def forward(self, h: Tensor) -> Tensor:
+        """Return h', of the shape of h.
+
+        Args:
+            h: (B, ..., n).
+        """
+        return h @ self.projection
+
+    def extra_repr(self) -> str:
+        return f"width={self.width}, rank={self.rank}, seed={self.seed}"
+
+
+def in_subspace(model: nn.Sequential, width: int, rank: int, seed: int) -> nn.Sequential:
+    """Return `model` with a `Subspace`, of the type of its weights, behind every child but the
+    last.
+    """
+    *layers, (name, head) = model.named_children()
+    dtype = next(head.parameters()).dtype
+    ends = ((key, nn.Sequential(m, Subspace(width, rank, seed, dtype))) for key, m in layers)
+    return nn.Sequential(OrderedDict([*ends, (name, head)]))
+
+
+def coefficients(x: Tensor, rank: int, seed: int) -> Tensor:
+    """Return Q^T x of vectors x, (N, n): (N, k)."""
+    return rotated(x, seed)[:, _rows(x.shape[1], rank, seed)]
+
+
+def lifted(c: Tensor, n: int, seed: int) -> Tensor:
+    """Return Q c of vectors c, (N, k): (N, n)."""
+    y = c.new_zeros(len(c), n)
+    y[:, _rows(n, c.shape[1], seed)] = c
+    return rotated_back(y, seed)
+
+
+def rotated(x: Tensor, seed: int) -> Tensor:
+    """Return R x of vectors (N, n)."""
+    n = x.shape[1]
+    m = _power(n)
+    y = x * _signs(n, seed, x.dtype, x.device)
+    y[:, :m] = hadamard(y[:, :m])
+    if m < n:
+        y[:, -m:] = hadamard(y[:, -m:])
+    return y
+
+
+def rotated_back(y: Tensor, seed: int) -> Tensor:
+    """Return R^T y of vectors (N, n), in the memory of y."""
+    n = y.shape[1]
+    m = _power(n)
+    if m < n:
+        y[:, -m:] = hadamard(y[:, -m:])
+    y[:, :m] = hadamard(y[:, :m])
+    return y * _signs(n, seed, y.dtype, y.device)
+
+
+def hadamard(x: Tensor) -> Tensor:
+    """Return H x of vectors (N, m), m a power of two; H is its own inverse."""
+    many, m = x.shape
+    half = 1
+    while half < m:
+        a, b = x.reshape(many, m // (2 * half), 2, half).unbind(2)
+        x = torch.stack([a + b, a - b], 2)
+        half *= 2
+    return x.reshape(many, m) / math.sqrt(m)
+
+
+def _power(n: int) -> int:
+    """Return the largest power of two up to n."""
+    return 1 << (n.bit_length() - 1)
+
+
+@lru_cache(maxsize=64)
+def _signs(n: int, seed: int, dtype: torch.dtype, device: torch.device) -> Tensor:
+    generator = torch.Generator().manual_seed(seed)
+    return (2 * torch.randint(2, (n,), generator=generator) - 1).to(device, dtype)
+
+
+@lru_cache(maxsize=64)
+def _rows(n: int, rank: int, seed: int) -> Tensor:
+    return torch.randperm(n, generator=torch.Generator().manual_seed(seed))[:rank]
