@@ -93,6 +93,7 @@ class ResidualBlock(Branch):
     """h + alpha relu(LN(h) W + b). h: (B, H); returns (B, H)."""
 
     def forward(self, h: Tensor) -> Tensor:
+        # (super().forward would not be proved by purity.py: no closed form, and other bits)
         return h + self.alpha * torch.relu(self.linear(self.norm(h)))
 
 

@@ -195,8 +195,7 @@ class ActorReplaced(RunEvent, Replaced, name="replaced"):
 
 @dataclass(frozen=True, kw_only=True)
 class SettingsChanged(RunEvent, name="settings"):
-    """Settings were changed while the run goes on: new values by dotted name, from `tick` on, or
-    from `sample` on."""
+    """Settings were changed in the run: new values by dotted name, from `tick` or `sample` on."""
 
     changed: Mapping[str, Any]
     tick: int | None = None

@@ -97,9 +97,9 @@ def train_centralised(
         threads = _threads(trainer, stream.spec, settings)
         torch.manual_seed(settings.seed)
         with torch_threads(threads):
-            begun = time.perf_counter()
+            begun, cpu = time.perf_counter(), time.process_time()
             interrupted = _train(trainer, stream, settings, begun, on_progress)
-            seconds = time.perf_counter() - begun
+            seconds, cpu = time.perf_counter() - begun, time.process_time() - cpu
     averaged = trainer.averaged()
     return RunResult(
         model=averaged or trainer.model,
@@ -112,6 +112,7 @@ def train_centralised(
         startup_seconds=begun - entered,
         bytes_per_edge={},
         peak_memory={"driver": peak_bytes()},
+        time_use={"driver": {"cpu": cpu}},
         staleness=0,
         stream=report_of(stream),
         interrupted=interrupted,

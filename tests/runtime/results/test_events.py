@@ -132,6 +132,8 @@ def test_omega_norms_do_not_change_a_bit(level):
         if block.h is not None:
             assert norms[name].h == pytest.approx(float(block.h.norm()), rel=1e-5)
             assert norms[name].z == pytest.approx(float(block.z.norm()), rel=1e-5)
+            zeros = [not any(row[i] for row in block.h) for i in range(block.h.shape[1])]
+            assert norms[name].dead == pytest.approx(sum(zeros) / len(zeros))
 
 
 @pytest.mark.parametrize(("level", "lr", "least", "most"), [
