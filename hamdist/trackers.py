@@ -65,6 +65,7 @@ def scalars(event: RunEvent) -> Iterator[tuple[str, float | None]]:
             yield f"staleness/{block}", updates / sum(late.values())
     elif isinstance(event, UpdatesAligned):
         yield from ((f"alignment/{block}", x) for block, x in event.cosines.items())
+        yield from ((f"feedback/{block}", x) for block, x in event.feedback.items())
     elif isinstance(event, ActorsMeasured):
         yield from ((f"memory/{actor}", size) for actor, size in event.memory.items())
         for actor, spent in event.seconds.items():

@@ -28,11 +28,13 @@ class Norms(NamedTuple):
 class Alignment(NamedTuple):
     """By block, the cosine between its update by a sample and the gradient of backpropagation.
 
-    Blocks that did not move have none. The terms: engines/update_probe.py.
+    Blocks that did not move have none. feedback: between the matrices through which its rule sends
+    messages and its weights, where it has such matrices. The terms: engines/update_probe.py.
     """
 
     sample: int
     cosines: Mapping[str, float]
+    feedback: Mapping[str, float]
 
 
 class Histogram(NamedTuple):

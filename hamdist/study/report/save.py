@@ -14,7 +14,7 @@ from hamdist.display.table import csv_text, latex
 from hamdist.study.report.aggregate import aggregate
 from hamdist.study.report.blocks import block_table
 from hamdist.study.report.digests_diff import digests_json
-from hamdist.study.report.figures import gap_figures, record_figures
+from hamdist.study.report.figures import alignment_figures, gap_figures, record_figures
 from hamdist.study.report.files import (
     comparison_summary,
     recorded,
@@ -119,8 +119,9 @@ def save_comparison(
         if run.digests:
             name = f"digests-{run.level}-{run.seed}.json"
             write_file(folder / name, digests_json(run.digests))
-    figures, events = gap_figures(runs), report_events(runs, folder)
-    blocks = block_table(recorded(folder), (run.level for run in runs))
+    events, seen = report_events(runs, folder), recorded(folder)
+    blocks = block_table(seen, (run.level for run in runs))
+    figures = gap_figures(runs) + alignment_figures(seen, {(run.level, run.seed) for run in runs})
     if blocks is not None:
         records = [dict(zip(blocks.titles, row, strict=True)) for row in blocks.rows]
         write_file(folder / "blocks.csv", csv_text(records))
