@@ -19,8 +19,7 @@ from hamdist.dynamics.blocks.energy import Records
 from hamdist.dynamics.graph.graph import Graph
 from hamdist.dynamics.graph.merged import MergedSequence
 from hamdist.dynamics.modules.prenorm import stabilised
-from hamdist.dynamics.objective.losses import make_losses
-from hamdist.dynamics.objective.outputs import main_output
+from hamdist.dynamics.objective.losses import main_output, make_losses
 from hamdist.dynamics.objective.prequential import Window, merge_windows
 from hamdist.dynamics.user_modules.python_state import functions_of
 from hamdist.errors import ChoiceWarning, DivergedError, HamdistWarning, SettingsError, StreamError
