@@ -243,7 +243,7 @@ class Worker:
                     self._snapshot_writer,
                     started=goes_on,
                     after_step=None if self._digests is None else self._digests.after_step,
-                    order=order_of(self._plan),
+                    order=order_of(self._plan, [node.name for node in self._nodes]),
                 )
                 self._mailbox.flush()
         except Aborted:

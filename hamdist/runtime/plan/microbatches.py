@@ -5,7 +5,7 @@ together with gradients that are added up.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import replace
 
 import torch
@@ -70,6 +70,13 @@ def cut_batches(knobs: Locality, graph: Graph, spec: SampleSpec, settings: Setti
             "locality.microbatches 1"
         )
     return knobs
+
+
+def lie_apart(graph: Graph, knobs: Locality, blocks: Collection[str]) -> bool:
+    """Return True if micro-batches pass other blocks between those of one process."""
+    places = [i for i, name in enumerate(graph.blocks) if name in blocks]
+    apart = bool(places) and places[-1] - places[0] >= len(places)
+    return apart and knobs.microbatches != 1
 
 
 def _network_clip(knobs: Locality, graph: Graph, learning: LearningSettings) -> float:

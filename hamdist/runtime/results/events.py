@@ -164,6 +164,7 @@ class UpdatesAligned(RunEvent, name="alignment"):
 
     sample: int
     cosines: Mapping[str, float]
+    feedback: Mapping[str, float] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, kw_only=True)
