@@ -91,8 +91,8 @@ MUTANTS = (
     ),
     Mutant(
         "weights: decay makes them grow",
-        "stay = [1 - tau * scale * beta * self._decay for",
-        "stay = [1 + tau * scale * beta * self._decay for",
+        "stay = [1 - tau * scale * beta * self._decay for beta",
+        "stay = [1 + tau * scale * beta * self._decay for beta",
         "tests/dynamics/updates/test_weight_decay.py",
     ),
     Mutant(
@@ -191,8 +191,8 @@ MUTANTS = (
     ),
     Mutant(
         "compression: int4 turns back by another rotation",
-        "return x * _signs(n, seed, y.dtype, y.device)",
-        "return x * _signs(n, seed + 1, y.dtype, y.device)",
+        "* scale, self.seed)",
+        "* scale, self.seed + 1)",
         "tests/runtime/signals/test_compress.py",
     ),
     Mutant(
