@@ -57,12 +57,15 @@ def scalars(event: RunEvent) -> Iterator[tuple[str, float | None]]:
         yield "samples_per_second", (event.samples - event.resumed) / event.seconds
     elif isinstance(event, BlocksMeasured):
         for block, norms in event.norms.items():
-            yield from ((f"norm/{block}/{name}", x) for name, x in norms._asdict().items())
+            values = norms._asdict()
+            yield f"dead/{block}", values.pop("dead")
+            yield from ((f"norm/{block}/{name}", x) for name, x in values.items())
         for block, late in event.staleness.items():
             updates = sum(n * times for n, times in late.items())
             yield f"staleness/{block}", updates / sum(late.values())
     elif isinstance(event, UpdatesAligned):
         yield from ((f"alignment/{block}", x) for block, x in event.cosines.items())
+        yield from ((f"feedback/{block}", x) for block, x in event.feedback.items())
     elif isinstance(event, ActorsMeasured):
         yield from ((f"memory/{actor}", size) for actor, size in event.memory.items())
         for actor, spent in event.seconds.items():

@@ -35,9 +35,7 @@ class Results:
             prepare_folder(out)
 
     def take(self, event: File | FileChunk | FilesStay) -> None:
-        """Take a part of a result. Raises ClusterError for a damaged file, or one that cannot be
-        written.
-        """
+        """Take a part of a result. Raises ClusterError for a file that is damaged or unwritable."""
         if isinstance(event, FilesStay):
             self.kept = event
         elif isinstance(event, FileChunk):

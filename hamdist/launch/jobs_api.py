@@ -106,9 +106,7 @@ class Jobs:
         return made
 
     def find(self, name: str) -> RayJob:
-        """Return a job. Raises ClusterError if the cluster has no such job, or it is not of
-        hamdist.
-        """
+        """Return a job. Raises ClusterError if the cluster has none such of hamdist."""
         if not _ID.match(name):
             raise SettingsError(f"{name!r} is no id of a run (hamdist runs lists them)")
         with self._asking(name):
@@ -222,8 +220,7 @@ class Jobs:
 
     @contextmanager
     def _asking(self, name: str | None = None) -> Iterator[None]:
-        """Allow calls of Ray's client inside. No environment variable redirects it, and its errors
-        become a ClusterError."""
+        """Call Ray's client inside: nothing redirects it, and its errors become a ClusterError."""
         self._knock()
         import requests
         from ray.exceptions import AuthenticationError

@@ -118,9 +118,7 @@ def read_order(folder: Path) -> JobSpec:
 
 
 def named_there(name: str) -> str:
-    """Return the name of `--model` or `--stream` in the job, where a file lies in the package
-    itself.
-    """
+    """Return the name of `--model` or `--stream` in the job, whose package has the file."""
     where, _, function = name.rpartition(":")
     return f"{Path(where).stem}:{function}" if where.endswith(".py") else name
 

@@ -118,8 +118,7 @@ class IterableStream:
         return replace(self._spec, patience=patience, live=True, emissions=None)
 
     def samples(self) -> Iterator[Sample]:
-        """Yield the samples from sample 0 on; raise StreamError for a second call on an
-        iterator."""
+        """Yield the samples from sample 0 on; StreamError for a second call on an iterator."""
         if self._peeked is not None:
             items, self._peeked = self._peeked, None
         elif self._again:

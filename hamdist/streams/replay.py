@@ -20,8 +20,7 @@ class Seekable(Protocol):
 
 @runtime_checkable
 class Passing(Protocol):
-    """Stream that may drop samples of its source, such as those that arrive while the run is
-    busy."""
+    """Stream that may drop samples, such as those that arrive while the run is busy."""
 
     def passed(self) -> int:
         """Return the number of samples dropped up to the latest one yielded."""
@@ -46,8 +45,7 @@ def replays(stream: Stream) -> bool:
 
 
 def drops(stream: Stream) -> bool:
-    """Return True if the stream can continue behind its last sample, the clock choosing the
-    next."""
+    """Return True if the stream goes on behind its last sample, the next being the clock's."""
     return bool(getattr(stream, "drops", False))
 
 

@@ -72,8 +72,7 @@ class Smoothness:
 
     @property
     def frames(self) -> float | None:
-        """Return the estimate, in samples, from 1 to 64; None before 16 samples have been
-        observed."""
+        """Return the estimate, 1 to 64 samples; None before 16 have been observed."""
         many = len(self._items)
         if many < FEWEST_ITEMS:
             return None

@@ -202,16 +202,19 @@ class Hosts:
         rate: float = 0.0,
         jitter: float = 0.0,
         way: str = "both",
+        resent: bool = False,
     ) -> None:
         """What host i's cable does to each frame from now on, one way. For hosts(..., delay=...).
 
         loss: share of frames; rate: bytes a second (0: any number); jitter: standard deviation as a
-        share of seconds; way: `there` (out of host i), `back`, or both.
+        share of seconds; way: `there` (out of host i), `back`, or both; resent: lost frames come a
+        round trip later, instead of never.
         """
         wire = self._machines[i].wire
         if wire is None or wire.stdin is None:
             raise ValueError("hosts(..., delay=0.0) makes cables that can delay")
-        wire.stdin.write(f"{seconds} {loss} {rate} {jitter} {way}\n".encode())
+        again = "resent" if resent else ""
+        wire.stdin.write(f"{seconds} {loss} {rate} {jitter} {way} {again}\n".encode())
         wire.stdin.flush()
 
     def kill(self, i: int) -> None:

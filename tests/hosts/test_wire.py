@@ -3,6 +3,7 @@ queue by hand; the moments of a normal distribution."""
 
 from __future__ import annotations
 
+import random
 import statistics
 
 import pytest
@@ -51,6 +52,31 @@ def test_jitter_and_loss_follow_from_the_seed():
     assert len(one) == pytest.approx(0.95 * 4000, rel=0.02)
     assert statistics.mean(one) == pytest.approx(0.1, rel=0.02)
     assert statistics.stdev(one) == pytest.approx(0.02, rel=0.1)
+
+
+def test_a_lost_frame_that_is_sent_again_holds_up_those_behind_it():
+    """Of 0.1 s one way: 0.3 s for the lost one, and for all that would have come before it."""
+    way = Way(5)
+    adjust(way, Way(0), ["0.1", "0.2", "0", "0", "both", "resent"])
+    for n in range(500):
+        way.take(FRAME, n / 100)
+    lost = [n for n in range(500) if random_of(5, n) < 0.2]
+    expected, before = [], 0.0
+    for n in range(500):
+        before = max(before, n / 100 + (0.3 if n in lost else 0.1))
+        expected.append(before)
+    assert 60 < len(lost) < 140
+    assert [due for due, _ in way.waiting] == pytest.approx(expected)
+
+
+def random_of(seed, n):
+    """The number that decides about frame n: two are drawn for each, one of a normal distribution,
+    which without jitter counts for nothing."""
+    drawn = random.Random(seed)
+    for _ in range(n):
+        drawn.random()
+        drawn.gauss(1.0, 0.0)
+    return drawn.random()
 
 
 def test_no_frame_overtakes_another():

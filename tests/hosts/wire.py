@@ -4,11 +4,13 @@ no netem.
     wire.py PID_A NAME_A PID_B NAME_B [SEED]
 
 Makes a TAP device in the network namespace of each process, says "up", and carries frames from one
-to the other. Each line of input is "SECONDS LOSS [RATE JITTER [WAY]]": how long a frame takes from
-then on, one way; the share of frames that are lost; bytes a second (0: any number), behind which
-frames queue; the standard deviation of SECONDS as a share of it (never below 0, and no frame
-overtakes another); and which way: `there` from A to B, `back`, or both. What is drawn follows from
-SEED and the order of the frames, for each way alone. Ends with its input.
+to the other. Each line of input is "SECONDS LOSS [RATE JITTER [WAY [resent]]]": how long a frame
+takes from then on, one way; the share of frames that are lost; bytes a second (0: any number),
+behind which frames queue; the standard deviation of SECONDS as a share of it (never below 0, and no
+frame overtakes another); and which way: `there` from A to B, `back`, or `both`. With `resent` a
+lost frame comes after all, later by a round trip, and those behind it wait: what a retransmission
+costs where the sender does not slow down for it. What is drawn follows from SEED and the order of
+the frames, for each way alone. Ends with its input.
 """
 
 import contextlib
@@ -47,20 +49,22 @@ class Way:
 
     def __init__(self, seed):
         self.seconds = self.loss = self.rate = self.jitter = 0.0
+        self.resent = False
         self.random = random.Random(seed)
         self.waiting = deque()
         self.free = 0.0  # when the wire has taken the frames before
 
     def take(self, frame, now):
         """Puts a frame on its way, or loses it."""
-        if self.random.random() < self.loss:
+        lost = self.random.random() < self.loss
+        if lost and not self.resent:
             return
         begin = max(now, self.free)
         if begin - now > QUEUE_SECONDS:
             return
         self.free = begin + (len(frame) / self.rate if self.rate else 0.0)
         late = self.seconds * max(0.0, self.random.gauss(1.0, self.jitter))
-        due = self.free + late
+        due = self.free + late + (2 * self.seconds if lost else 0.0)
         before = self.waiting[-1][0] if self.waiting else due
         self.waiting.append((max(due, before), frame))
 
@@ -103,6 +107,7 @@ def adjust(there, back, words):
         way.seconds, way.loss = map(float, words[:2])
         if len(words) > 3:
             way.rate, way.jitter = map(float, words[2:4])
+        way.resent = words[5:] == ["resent"]
 
 
 if __name__ == "__main__":

@@ -63,9 +63,7 @@ class Memory(str, Enum):
 
 
 class Update(str, Enum):
-    """Times at which weights move: every tick, a sample's last tick, the arrival of a message, the
-    end of a sequence.
-    """
+    """When weights move: every tick, a sample's last, at a message, or at a sequence's end."""
 
     TICK = "tick"
     LAST = "last-tick"

@@ -20,6 +20,7 @@ from hamdist.dynamics.finite import Scale
 from hamdist.dynamics.rules.rule import MEMORY, BlockView, Rule, Updates
 from hamdist.dynamics.saved_state.remember import Packing, Remembers, check_names
 from hamdist.dynamics.updates.weights import Weights
+from hamdist.dynamics.vjp.gradient import norm_of
 from hamdist.errors import GraphError, SnapshotError
 
 RETURNS = {
@@ -119,6 +120,15 @@ class AppliedRule(Remembers):
         if self.view.own is not None:
             del messages[self.view.own]
         return messages, self.gradients(updates, sample, tau)
+
+    def feedback_cosine(self) -> float | None:
+        """Return the cosine between the rule's feedback matrices and the weights they stand for."""
+        if not any(self.view.wanted):
+            return None  # nothing is sent through them
+        self.view.at("feedback", self.view.sample, self.view.batch)
+        pairs = [(b, self.view.theta[n]) for n, b in self.rule.feedback(self.view).items()]
+        lengths = norm_of([b for b, _ in pairs]) * norm_of([w for _, w in pairs])
+        return sum(float((b * w).sum()) for b, w in pairs) / lengths if lengths else None
 
     def gradients(self, updates: Any, sample: int, tau: float) -> list[Tensor] | None:
         """Return the updates of theta in its order (None: there are none); memory moves."""

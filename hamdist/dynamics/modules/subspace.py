@@ -5,7 +5,7 @@
 
 R rotates vectors of n numbers: random signs, and Walsh-Hadamard transforms of m numbers, m the
 largest power of two up to n; if m < n a second one, of the last m numbers, follows that of the
-first m. It is made of sums of two numbers alone, so that all hosts compute the same bits.
+first m.
 
 A residual stream whose layers all end in `Subspace` with one seed stays in the columns of Q. Of its
 states, and of the messages to them, k numbers are all that has an effect (Ramasinghe et al. 2025).
@@ -85,31 +85,44 @@ def rotated(x: Tensor, seed: int) -> Tensor:
     n = x.shape[1]
     m = _power(n)
     y = x * _signs(n, seed, x.dtype, x.device)
+    if m == n:
+        return hadamard(y)
     y[:, :m] = hadamard(y[:, :m])
-    if m < n:
-        y[:, -m:] = hadamard(y[:, -m:])
+    y[:, -m:] = hadamard(y[:, -m:])
     return y
 
 
 def rotated_back(y: Tensor, seed: int) -> Tensor:
-    """Return R^T y of vectors (N, n), in the memory of y."""
+    """Return R^T y of vectors (N, n)."""
     n = y.shape[1]
     m = _power(n)
-    if m < n:
-        y[:, -m:] = hadamard(y[:, -m:])
-    y[:, :m] = hadamard(y[:, :m])
-    return y * _signs(n, seed, y.dtype, y.device)
+    if m == n:
+        x = hadamard(y)
+    else:
+        x = y.clone()
+        x[:, -m:] = hadamard(x[:, -m:])
+        x[:, :m] = hadamard(x[:, :m])
+    return x * _signs(n, seed, y.dtype, y.device)
 
 
 def hadamard(x: Tensor) -> Tensor:
-    """Return H x of vectors (N, m), m a power of two; H is its own inverse."""
+    """Return H x of vectors (N, m), m a power of two; H is its own inverse.
+
+    H_ab x is H_a X H_b of the matrix X of a rows that x fills: 2 m (a + b) operations.
+    """
     many, m = x.shape
-    half = 1
-    while half < m:
-        a, b = x.reshape(many, m // (2 * half), 2, half).unbind(2)
-        x = torch.stack([a + b, a - b], 2)
-        half *= 2
-    return x.reshape(many, m) / math.sqrt(m)
+    a = 1 << (m.bit_length() - 1) // 2
+    left, right = (_matrix(k, x.dtype, x.device) for k in (a, m // a))
+    return (left @ (x.reshape(many, a, m // a) @ right)).reshape(many, m)
+
+
+@lru_cache(maxsize=64)
+def _matrix(m: int, dtype: torch.dtype, device: torch.device) -> Tensor:
+    """Return H_m."""
+    matrix = torch.ones(1, 1, dtype=torch.float64)
+    while len(matrix) < m:
+        matrix = torch.kron(torch.tensor([[1.0, 1.0], [1.0, -1.0]], dtype=torch.float64), matrix)
+    return (matrix / math.sqrt(m)).to(device, dtype)
 
 
 def _power(n: int) -> int:

@@ -139,6 +139,16 @@ class Rule:
         """
         raise NotImplementedError
 
+    def feedback(self, block: BlockView) -> Mapping[str, Tensor]:  # noqa: ARG002
+        """Return the matrices that take the place of weights on the way back, by weight.
+
+        Only figures read them: how well they are aligned with the weights (`metrics.alignment`).
+
+        Args:
+            block: the block.
+        """
+        return {}
+
     def overrides(self, method: str) -> bool:
         """Return True if the class has a method of its own.
 

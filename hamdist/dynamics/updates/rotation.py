@@ -23,6 +23,7 @@ axes, becomes the diagonal of the same matrix in the new ones:
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any, TypeAlias
@@ -37,12 +38,20 @@ Pair: TypeAlias = "list[Tensor | None]"  # of the costates (O, O) and the inputs
 
 @torch.no_grad()
 def eigenvectors(factors: Pair) -> Pair:
-    """Return Q of each factor, in columns; None for one that is none, or is not finite."""
+    """Return Q of each factor, in columns; None for one that is none, or is not finite.
+
+    LAPACK does not come to an end on factors of tiny numbers: they are scaled, which leaves Q.
+    """
     torch.get_num_threads()  # (a new thread computes with as many as the others from here on)
-    return [
-        None if f is None or not bool(f.isfinite().all()) else torch.linalg.eigh(f)[1]
-        for f in factors
-    ]
+    found: Pair = []
+    for f in factors:
+        largest = 0.0 if f is None else float(f.abs().max())
+        if f is None or not math.isfinite(largest):
+            found.append(None)
+        else:
+            scaled = f.double() / largest if largest else f.double()
+            found.append(torch.linalg.eigh(scaled)[1].to(f.dtype))
+    return found
 
 
 class Rotation(Remembers):

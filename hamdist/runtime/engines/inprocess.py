@@ -138,7 +138,7 @@ class InProcessEngine:
                     cut,
                     started=snapshot_policy is not None and snapshot_policy.on,
                     after_step=None if digests is None else digests.after_step,
-                    order=order_of(plan),
+                    order=order_of(plan, plan.graph.blocks),
                 )
             except DivergedError as error:
                 diverged = error

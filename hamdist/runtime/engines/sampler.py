@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Iterator, Mapping, Sequence
-from time import perf_counter
+from time import perf_counter, process_time
 from typing import Any
 
 from hamdist.dynamics.graph.graph import INPUT
@@ -64,11 +64,12 @@ class Sampler:
         self._histograms: dict[str, dict[str, Histogram]] = {}
         ticks = plan.metrics.trace
         self._tracer = None if ticks is None else Tracer(ticks, nodes, mailbox, writer)
-        self._due = self._began = perf_counter()
+        self.begin()
 
     def begin(self) -> None:
         """Start the clock: the first tick comes."""
         self._due = self._began = perf_counter()
+        self._cpu = process_time()
 
     def look(self) -> None:
         """Take the norms of all blocks, if they are due, and look at updates that are watched."""
@@ -98,7 +99,8 @@ class Sampler:
     def seconds(self) -> dict[str, float]:
         """Return how the process has spent its time, as `RunFacts.time_use` says."""
         total = perf_counter() - self._began
-        spent = {"total": total, "step": sum(self._steps.values())}
+        spent = {"total": total, "cpu": process_time() - self._cpu}
+        spent["step"] = sum(self._steps.values())
         if self._source is not None:
             spent["stream"] = self._source.seconds
         return spent if self._transport is None else {**spent, **self._transport.seconds}

@@ -5,6 +5,7 @@ which n enters:
 
     norm       |theta_{U+1} - theta_U|
     alignment  cos( theta_U - theta_{U+1}, dL_n/dtheta_v at theta(T) )
+    feedback   cos( B, W at theta(T) ), of the matrices B of a rule that stand for weights W
 
 The alignment of plain gradient steps at level `backprop` is 1. It falls with the staleness of the
 weights and activations that an update is made with, and with whatever else bends its direction:
@@ -22,6 +23,7 @@ from typing import Any, NamedTuple, TypeAlias
 import torch
 from torch import Tensor
 
+from hamdist.dynamics.blocks.rule_block import AppliedRule
 from hamdist.dynamics.graph.graph import OUTPUT_KEY
 from hamdist.dynamics.graph.merged import MergedGraph
 from hamdist.dynamics.schedule.hold import HoldSchedule
@@ -43,12 +45,14 @@ class UpdateProbe(NamedTuple):
         moved: by block, what its update added to them.
         samples: itself, and those that share its update, by number; empty in other processes than
             the one that draws them.
+        feedback: by block whose rule has such matrices, their cosine with its weights.
     """
 
     sample: int
     before: dict[str, WeightCopies]
     moved: dict[str, WeightCopies]
     samples: dict[int, Any]
+    feedback: dict[str, float]
 
 
 def _weights(node: Any) -> Iterator[tuple[str, Tensor]]:
@@ -103,7 +107,7 @@ def update_probes(
         update = sample // group  # the number of updates before the (last) one by the sample
         if isinstance(schedule, HoldSchedule):
             update = schedule.updates_before((sample + 1) * c) - 1
-        probe = UpdateProbe(sample, {}, {}, {})
+        probe = UpdateProbe(sample, {}, {}, {}, {})
         watched = [_watch(node, sample * c, probe) for node in nodes]
         watched += [_note(node, update, probe, node.name in plan.silent) for node in nodes]
         watched += [] if source is None else [_catch(source, sample, group, probe)]
@@ -117,6 +121,10 @@ def _watch(node: Any, tick: int, probe: UpdateProbe) -> Iterator[None]:
     while (node.tick or 0) < tick:
         yield
     probe.before[node.name] = _copies(node)
+    rule = getattr(node.block, "rule", None)
+    cosine = rule.feedback_cosine() if isinstance(rule, AppliedRule) else None
+    if cosine is not None:
+        probe.feedback[node.name] = cosine
 
 
 def _note(node: Any, update: int, probe: UpdateProbe, silent: bool) -> Iterator[None]:
@@ -144,13 +152,17 @@ class Alignments:
         known = -1 if self._latest is None else self._latest.sample
         for part in [one for process in processes.values() for one in process.probes]:
             if part.sample > known:
-                whole = self._parts.setdefault(part.sample, UpdateProbe(part.sample, {}, {}, {}))
+                whole = self._parts.setdefault(
+                    part.sample, UpdateProbe(part.sample, {}, {}, {}, {})
+                )
                 whole.before.update(part.before)
                 whole.moved.update(part.moved)
                 whole.samples.update(part.samples)
+                whole.feedback.update(part.feedback)
         for number, whole in sorted(self._parts.items()):
             if whole.moved.keys() == self._graph.blocks.keys() and whole.samples:
-                known, self._latest = number, Alignment(number, dict(self._cosines(whole)))
+                known, cosines = number, dict(self._cosines(whole))
+                self._latest = Alignment(number, cosines, whole.feedback)
         waiting = [number for number in sorted(self._parts) if number > known][-PENDING:]
         self._parts = {number: self._parts[number] for number in waiting}
         return self._latest

@@ -132,9 +132,7 @@ class Worker:
         return opened
 
     def connect(self, ends: ReceivingEnds) -> int:
-        """Open the sending ends of this process's channels among `ends`; returns the signals sent
-        again.
-        """
+        """Open our sending ends among `ends`; return how many signals are sent again."""
         again = 0
         for i, end in ends.items():
             channel = self._channels[i]
@@ -245,7 +243,7 @@ class Worker:
                     self._snapshot_writer,
                     started=goes_on,
                     after_step=None if self._digests is None else self._digests.after_step,
-                    order=order_of(self._plan),
+                    order=order_of(self._plan, [node.name for node in self._nodes]),
                 )
                 self._mailbox.flush()
         except Aborted:
@@ -273,9 +271,7 @@ class Worker:
         self._sampler.look()
 
     def status(self, seen: int, joined: int | None) -> WorkerStatus:
-        """Return the status, in another thread; `seen`: windows that the caller has, which
-        had been joined so often.
-        """
+        """Return the status, in another thread; `seen`: windows the caller has, joined so often."""
         measured = {n.name: n.metrics for n in self._nodes if n.metrics is not None}
         metrics = measured.pop(next(iter(measured), ""), None)
         others = {name: other.windows[-LATEST:] for name, other in measured.items()}

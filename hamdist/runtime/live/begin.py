@@ -151,8 +151,7 @@ def _kind(value: Tensor | None) -> str:
 
 
 def layers_of(model: nn.Module | Graph) -> str:
-    """Return the digest of the layers of a model: their classes and arguments, as torch prints
-    them."""
+    """Return the digest of a model's layers: classes and arguments, as torch prints them."""
     text = "\n".join(f"{prefix} {module!r}" for prefix, module in _modules(model).items())
     return hashlib.sha256(re.sub(r" at 0x[0-9a-f]+", "", text).encode()).hexdigest()
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import heapq
 import traceback
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from typing import Any, Protocol, TypeAlias
 
 from hamdist.dynamics.finite import OutOfRange
@@ -12,6 +12,7 @@ from hamdist.dynamics.schedule.events import Event, Phase
 from hamdist.errors import BlockError, DivergedError, HamdistError
 from hamdist.runtime.nodes.node import Node
 from hamdist.runtime.nodes.pulse import PulseNode
+from hamdist.runtime.plan.microbatches import lie_apart
 from hamdist.runtime.plan.plan import Plan
 from hamdist.runtime.signals.signal import Aborted
 
@@ -76,7 +77,7 @@ def run_loop(
     heapq.heapify(heap)
     while heap:
         place, i = heap[0]
-        if deferred and not _backward(nodes[i]):
+        if deferred and not _lag(nodes[i]):
             settle()
         if cut is not None and (nodes[i].tick or 0) >= cut.due:
             behind = [one for one in heap if (nodes[one[1]].tick or 0) < cut.due]
@@ -103,12 +104,8 @@ def run_loop(
     settle()
 
 
-def _backward(node: Node) -> bool:
-    return isinstance(node, PulseNode) and node.backward
-
-
-def order_of(plan: Plan) -> StepOrder:
-    """Return the order in which a process steps its nodes.
+def order_of(plan: Plan, blocks: Collection[str]) -> StepOrder:
+    """Return the order in which the process of `blocks` steps its nodes.
 
     Where the next token of a sequence may be long in coming (live runs), what is left of each is
     done before it. Blocks that lie apart in a chain do the forward passes of a tick first, then the
@@ -116,7 +113,7 @@ def order_of(plan: Plan) -> StepOrder:
     """
     if plan.knobs.sequence and plan.spec.live:
         return _by_token
-    return _by_lag if plan.engine.interleave > 1 else _by_tick
+    return _by_lag if lie_apart(plan.graph, plan.knobs, blocks) else _by_tick
 
 
 def _by_tick(node: Node) -> tuple[int, ...]:
@@ -124,7 +121,11 @@ def _by_tick(node: Node) -> tuple[int, ...]:
 
 
 def _by_lag(node: Node) -> tuple[int, ...]:
-    return (*_by_tick(node), node.lag if isinstance(node, PulseNode) else 0)
+    return (*_by_tick(node), _lag(node))
+
+
+def _lag(node: Node) -> int:
+    return node.lag if isinstance(node, PulseNode) else 0
 
 
 def _by_token(node: Any) -> tuple[int, ...]:

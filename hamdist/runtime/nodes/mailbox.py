@@ -96,9 +96,7 @@ class Mailbox:
         return done
 
     def post(self, channel: Channel, signal: Signal) -> None:
-        """Send a signal. The payload belongs to the receiver from now on and is never written
-        again.
-        """
+        """Send a signal, whose payload is the receiver's from now on and never written again."""
         if channel.codec is not None:
             signal = self._encoded(channel, signal)
         if self.digests is not None:

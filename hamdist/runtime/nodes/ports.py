@@ -224,11 +224,13 @@ class BlockContents(NamedTuple):
     z: Tensor | None
 
     def norms(self) -> Norms:
-        """Return the Euclidean norms of the state, the costates and the weights."""
+        """Return the Euclidean norms of the state, the costates and the weights; dead units."""
         h, z = (None if t is None else float(torch.linalg.vector_norm(t)) for t in self[1:])
         weights = [w for _, _, w in self.parts if w is not None]
         theta = norm_of([t.detach() for w in weights for t in w.theta])
-        return Norms(h, z, math.hypot(*(w.omega_norm() for w in weights)), theta)
+        omega = math.hypot(*(w.omega_norm() for w in weights))
+        dead = None if self.h is None else float((self.h == 0).all(0).float().mean())
+        return Norms(h, z, omega, theta, dead=dead)
 
     def histograms(self) -> dict[str, Histogram]:
         """Return the histograms of the weights, their costates, the state and its costate."""

@@ -83,14 +83,9 @@ class PulseNode(BlockNode):
         self._advance()
 
     @property
-    def backward(self) -> bool:
-        """Return True if the next event is a backward pass."""
-        return self.event.phase is Phase.BACKWARD
-
-    @property
     def lag(self) -> int:
-        """Return the ticks from the forward pass of a sample to the next event."""
-        return self._schedule.lag(self.name) if self.backward else 0
+        """Return the ticks since the forward pass if the next event is a backward one, else 0."""
+        return self._schedule.lag(self.name) if self.event.phase is Phase.BACKWARD else 0
 
     @property
     def deferred(self) -> bool:

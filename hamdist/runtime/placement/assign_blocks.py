@@ -119,9 +119,7 @@ class _Ways:
         self._known: dict[float, list[float]] = {}  # by bound: the least latency, by number of runs
 
     def _rows(self, bound: float, parts: int) -> Iterator[tuple[Floats, ActorIndices]]:
-        """Yield, for 1 ... `parts` runs and by end, the least latency and the start of the last
-        run.
-        """
+        """Yield for 1 ... `parts` runs, by end, the least latency and the last run's start."""
         n = len(self._firsts)
         allowed = np.where(self._busy <= bound, self._busy, math.inf)
         latency = np.full(n + 1, math.inf)

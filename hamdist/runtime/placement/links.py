@@ -59,9 +59,7 @@ class Probe:
 
     @staticmethod
     def channels(number: int) -> tuple[Channel, Channel]:
-        """Return the channels of link `number`, there and back; their numbers differ in the last
-        bit.
-        """
+        """Return the channels of link `number`, there and back, which differ in the last bit."""
         name = f"link {number}"
         there = Channel(2 * number, Kind.STATE, "measuring", "answering", name, 4)
         return there, Channel(2 * number + 1, Kind.MESSAGE, "answering", "measuring", name, 4)

@@ -86,9 +86,7 @@ def check_resets(graph: Graph, schedule: Schedule, dynamics: Dynamics, knobs: Lo
 
 
 def with_classes(spec: SampleSpec, graph: Graph, shapes: ShapeMap) -> SampleSpec:
-    """Set the number of classes, if the stream does not give it: the classes that the model
-    predicts.
-    """
+    """Set the number of classes to that of the model, if the stream does not give it."""
 
     def known(target: TargetSpec | None, readouts: Iterable[str]) -> int | None:
         if target is None or target.classes is not None or target.dtype.is_floating_point:

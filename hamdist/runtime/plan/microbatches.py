@@ -5,7 +5,7 @@ together with gradients that are added up.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import replace
 
 import torch
@@ -72,6 +72,13 @@ def cut_batches(knobs: Locality, graph: Graph, spec: SampleSpec, settings: Setti
     return knobs
 
 
+def lie_apart(graph: Graph, knobs: Locality, blocks: Collection[str]) -> bool:
+    """Return True if micro-batches pass other blocks between those of one process."""
+    places = [i for i, name in enumerate(graph.blocks) if name in blocks]
+    apart = bool(places) and places[-1] - places[0] >= len(places)
+    return apart and knobs.microbatches != 1
+
+
 def _network_clip(knobs: Locality, graph: Graph, learning: LearningSettings) -> float:
     """Return the largest norm of the gradient of all blocks; infinite where it is not clipped."""
     limit = learning.network_clip
@@ -133,8 +140,7 @@ def _against(graph: Graph, learning: LearningSettings) -> list[str]:
 def microbatch_warnings(
     knobs: Locality, graph: Graph, spec: SampleSpec, inputs: Mapping[str, Tensor], *, auto: bool
 ) -> list[str]:
-    """Return warnings about micro-batches; `auto`: hamdist chose their number. inputs: of a sample,
-    by parent."""
+    """Return warnings about micro-batches, whose number hamdist chose if `auto`."""
     parts, notes = knobs.microbatches, []
     if auto:
         notes.append(f"locality.microbatches 'auto' is {parts}: batches have {spec.batch} row(s)")

@@ -114,9 +114,7 @@ class _Watch:
         self.started = time.perf_counter()
 
     def to_the_end(self) -> Outcome:
-        """Follow the run until its stream ends, the user stops it, or the first error, which is
-        raised.
-        """
+        """Follow the run until its stream ends, the user stops it, or an error is raised."""
         reset_peak()
         self._worker_group.start()
         with self._ending, self._worker_group.news_fetched():

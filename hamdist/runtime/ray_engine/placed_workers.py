@@ -160,9 +160,7 @@ class PlacedWorkers:
     def _options_of_actors(
         self, groups: Sequence[Sequence[str]], costs: Costs | None
     ) -> list[ActorOptions]:
-        """Return the options with which each actor starts. Raises ClusterError if the cluster lacks
-        any.
-        """
+        """Return each actor's options. Raises ClusterError if the cluster lacks any."""
         plan = self._plan
         by_block = block_settings(plan.graph, plan.engine)
         known = hosts()
@@ -348,8 +346,7 @@ class WorkerHandle:
 
 
 def _processors(cpus: int) -> int:
-    """Return the physical processors behind the `cpus` that the hosts have declared to Ray. On this
-    host more may be declared than exist."""
+    """Return the processors behind the hosts' `cpus` in Ray: here more may be declared."""
     here = ray.get_runtime_context().get_node_id()
     mine = next((n["Resources"].get("CPU", 0) for n in ray.nodes() if n["NodeID"] == here), 0)
     return cpus - max(0, int(mine) - cores())

@@ -120,9 +120,7 @@ class _Standing:
     thread: threading.Thread = field(default_factory=threading.current_thread)
 
     def takes(self, engine: EngineSettings) -> bool:
-        """Return True if a run of these settings can use the session: Ray runs, and has room for
-        it.
-        """
+        """Return True if Ray runs, and has room for a run of these settings."""
         import ray
 
         return (

@@ -95,9 +95,7 @@ class SnapshotSupervision:
         return True
 
     def look(self, now: float) -> None:
-        """Replace lost actors, and request snapshots. Raises the errors that cannot be recovered
-        from.
-        """
+        """Replace lost actors, and request snapshots. Raises what cannot be recovered from."""
         self._collect()
         self._look_for_forgotten()
         if self._asked is not None and self._worker_group.too_late():

@@ -118,9 +118,7 @@ class WiredWorkers(PlacedWorkers):
             patience *= 2
 
     def _lend(self) -> None:
-        """Let all actors test whether signals can stay on GPUs. Raises ClusterError where they
-        must.
-        """
+        """Have actors test if signals can stay on GPUs. Raises ClusterError where they must."""
         self._all("call", lambda _: ("answer_offers",))
         answers = self._all("call", lambda _: ("hear_answers",))
         self.lent = sum(offered for offered, _ in answers)
@@ -135,9 +133,7 @@ class WiredWorkers(PlacedWorkers):
     def binds(
         self, i: int, inside: Sequence[set[str]], only: Sequence[WorkerHandle] | None = None
     ) -> dict[int, str]:
-        """Return the transport of each channel on which actor i receives (`only`: from those
-        actors).
-        """
+        """Return the transport of each channel to actor i (`only`: from those actors)."""
         senders: set[str] | None = None
         if only is not None:
             senders = set().union(*(inside[self.actors.index(actor)] for actor in only))

@@ -63,9 +63,7 @@ class WorkerGroup(WiredWorkers):
             ray.wait(self._keep_calls, num_returns=len(self._keep_calls), timeout=seconds)
 
     def too_late(self) -> bool:
-        """Return True if an actor had passed the tick of the latest `keep` when the request
-        arrived.
-        """
+        """Return True if an actor had passed the tick of the latest `keep` when it arrived."""
         done, self._keep_calls = (
             ray.wait(self._keep_calls, num_returns=len(self._keep_calls), timeout=0)
             if self._keep_calls

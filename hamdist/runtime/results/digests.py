@@ -67,8 +67,7 @@ DigestMap: TypeAlias = dict[str, DigestTrack]
 
 
 class Digests:
-    """Digests of one process: `sent` and `taken` by channel ('state u->block0'), `weights` by
-    block.
+    """Digests of a process: `sent`, `taken` by channel ('state u->block0'), `weights` by block.
 
     of: one in so many signals of a channel is hashed.
     """
@@ -111,9 +110,7 @@ class Digests:
             track.marks.append((tick, track.last))
 
     def result(self, blocks: Mapping[str, Any]) -> dict[str, DigestMap]:
-        """Return all digests: 'sent', 'taken' and 'weights', the latter with those of `blocks` at
-        the end.
-        """
+        """Return all digests by kind; 'weights' with those of `blocks` at the end."""
         for name, state in blocks.items():
             track = self.weights.setdefault(name, DigestTrack())
             track.count, track.last = state.updates, weights_digest(state)

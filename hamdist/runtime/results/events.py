@@ -164,6 +164,7 @@ class UpdatesAligned(RunEvent, name="alignment"):
 
     sample: int
     cosines: Mapping[str, float]
+    feedback: Mapping[str, float] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -195,8 +196,7 @@ class ActorReplaced(RunEvent, Replaced, name="replaced"):
 
 @dataclass(frozen=True, kw_only=True)
 class SettingsChanged(RunEvent, name="settings"):
-    """Settings were changed while the run goes on: new values by dotted name, from `tick` on, or
-    from `sample` on."""
+    """Settings were changed in the run: new values by dotted name, from `tick` or `sample` on."""
 
     changed: Mapping[str, Any]
     tick: int | None = None

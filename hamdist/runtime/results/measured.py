@@ -8,12 +8,13 @@ from typing import Any, NamedTuple
 
 
 class Norms(NamedTuple):
-    """Euclidean norms of a block's tensors; None where it has no such tensor.
+    """Euclidean norms of a block's tensors, and its dead units; None where it has no such tensor.
 
     Attributes:
         h: of the state; z: of its costate.
         omega: of all weight costates together; theta: of all weights together.
         update: of the latest update of the weights that was watched; None before the first.
+        dead: share of the numbers of the state that are 0 in every row of the latest sample.
     """
 
     h: float | None
@@ -21,16 +22,19 @@ class Norms(NamedTuple):
     omega: float
     theta: float
     update: float | None = None
+    dead: float | None = None
 
 
 class Alignment(NamedTuple):
     """By block, the cosine between its update by a sample and the gradient of backpropagation.
 
-    Blocks that did not move have none. The terms: engines/update_probe.py.
+    Blocks that did not move have none. feedback: between the matrices through which its rule sends
+    messages and its weights, where it has such matrices. The terms: engines/update_probe.py.
     """
 
     sample: int
     cosines: Mapping[str, float]
+    feedback: Mapping[str, float]
 
 
 class Histogram(NamedTuple):

@@ -141,8 +141,9 @@ class RunFacts:
         replaced: actors that were lost.
         chosen: the settings that ran, of level 'auto'; why: the reasons.
         placement: the blocks of each process; can be given as `engine.placement`.
-        time_use: by process, seconds of the whole run ('total'), in the steps of its blocks
-            ('step'), and over sockets in packing ('packing') and blocked ('waiting').
+        time_use: by process, seconds of the whole run ('total'), of processors on all its threads
+            ('cpu'), in the steps of its blocks ('step'), and over sockets in packing ('packing')
+            and blocked ('waiting').
         trace: with `metrics.trace`, spans by process (`results.trace.chrome_trace` for Perfetto).
         digests: with `engine.digests`, of the signals that were 'sent' and 'taken' by channel
             ('state u->block0'), and of the 'weights' by block; `hamdist diff` compares two runs.

@@ -85,9 +85,7 @@ class CastBorder:
 
 
 def entered(tensor: Tensor, device: torch.device, dtype: torch.dtype | None) -> Tensor:
-    """Return `tensor` in the type and on the device of its reader, cast on the side where it is
-    smaller.
-    """
+    """Return `tensor` as its reader takes it, cast on the side where it is smaller."""
     if dtype is None or not tensor.is_floating_point():
         dtype = tensor.dtype
     if tensor.dtype == dtype and tensor.device == device:

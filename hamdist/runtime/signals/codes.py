@@ -110,11 +110,11 @@ class NibbleCode(Code):
         if found is None:
             return None
         q = torch.nn.functional.pad(found[0] + (self.levels + 1), (0, x.shape[1] % 2)).to(BYTE)
-        return torch.cat([q[:, ::2] + 16 * q[:, 1::2], found[1].view(BYTE)], 1)
+        return torch.cat([q[:, ::2] | q[:, 1::2] << 4, found[1].view(BYTE)], 1)
 
     def decode(self, sent: Tensor, n: int, real: torch.dtype) -> Tensor:
         pairs = sent[:, : -SCALE.itemsize]
-        q = torch.stack([pairs % 16, pairs // 16], 2).view(len(sent), -1)[:, :n]
+        q = torch.stack([pairs & 15, pairs >> 4], 2).view(len(sent), -1)[:, :n]
         scale = _numbers(sent[:, -SCALE.itemsize :], SCALE).to(real)
         return rotated_back((q.to(real) - (self.levels + 1)) * scale, self.seed)
 

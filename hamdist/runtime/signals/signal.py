@@ -52,9 +52,7 @@ class Channel(NamedTuple):
 
     @property
     def key(self) -> str:
-        """Return the channel's name in a snapshot, which does not depend on the partition's
-        numbers.
-        """
+        """Return the channel's name in a snapshot, which no number of the partition is in."""
         return f"{self.kind.name.lower()} {self.edge}"
 
     def __str__(self) -> str:

@@ -19,6 +19,7 @@ from hamdist.dynamics.schedule.hold import HoldSchedule
 from hamdist.dynamics.schedule.pulse import PulseSchedule
 from hamdist.dynamics.schedule.sequence import SequenceSchedule
 from hamdist.errors import SettingsError
+from hamdist.runtime.plan.microbatches import lie_apart
 from hamdist.runtime.plan.plan import Plan
 from hamdist.runtime.signals.signal import Channel
 
@@ -83,6 +84,10 @@ class _Unrolled:
     def __init__(self, plan: Plan, tokens: int) -> None:
         self._plan = plan
         self._schedule = plan.schedule
+        placed = plan.engine.placement or ()
+        self._apart = plan.engine.interleave > 1 or any(
+            lie_apart(plan.graph, plan.knobs, group) for group in placed
+        )
         self._nodes = [INPUT, *plan.graph.blocks]
         if isinstance(self._schedule, SequenceSchedule):
             opening = self._schedule.opening()
@@ -117,10 +122,8 @@ class _Unrolled:
 
     def _lag(self, node: str, event: Event) -> int:
         """Return what comes before the order of the blocks at a tick (nodes/loop.py)."""
-        schedule, apart = self._schedule, self._plan.engine.interleave > 1
-        if not apart or event.phase is not Phase.BACKWARD:
-            return 0
-        return schedule.lag(node) if isinstance(schedule, PulseSchedule) else 0
+        back = self._apart and event.phase is Phase.BACKWARD
+        return self._schedule.lag(node) if back else 0  # type: ignore[attr-defined]
 
     def _late(self, block: str) -> bool:
         late = getattr(self._schedule, "late", None)

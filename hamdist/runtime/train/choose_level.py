@@ -169,8 +169,7 @@ def resolved(
 
 
 def looked_at(stream: Stream) -> tuple[Stream, float | None, bool]:
-    """Return the stream with its first samples put back, their S, and True if one ends a
-    sequence."""
+    """Return the stream, first samples put back, their S, and True if one ends a sequence."""
     samples = stream.samples()
     first = list(itertools.islice(samples, MOST_ITEMS))
     smoothness = Smoothness()

@@ -176,8 +176,7 @@ def train(
 
 
 def _spec_with_example(stream: Stream) -> SampleSpec:
-    """The stream's spec, with the first sample's inputs where a user's stream can be asked
-    twice."""
+    """The stream's spec, with the first sample's inputs if a user's stream gives it twice."""
     spec, first = stream.spec, None
     if spec.example is None and stream.portable and not type(stream).__module__.startswith(OWN):
         first = next(iter(stream.samples()), None)

@@ -71,9 +71,7 @@ def cuda_memory(device: torch.device) -> GpuMemory | None:
 
 @contextmanager
 def _unlent(what: str) -> Iterator[None]:
-    """Turn errors of CUDA, of a torch without shared memory, and of wrong handles into
-    GpuMemoryError.
-    """
+    """Turn errors of CUDA, a torch without sharing, and wrong handles into GpuMemoryError."""
     try:
         yield
     except (RuntimeError, AttributeError, TypeError, ValueError) as error:

@@ -126,9 +126,7 @@ class GpuRingSender:
         return _HEAD.pack(*head) + handle
 
     def answered(self, data: bytes) -> None:
-        """Take the receiver's answer. Raises WireError for a packet that is no answer to this
-        offer.
-        """
+        """Take the receiver's answer. Raises WireError if it is none to this offer."""
         kind, body = data[2:3], data[3:]
         if not self.waiting or data[:2] != ANSWER or kind not in (_FOUND, _REFUSED):
             raise WireError(f"{self._channel}: {data[:16]!r} answers no offer of memory")

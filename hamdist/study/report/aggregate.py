@@ -34,7 +34,8 @@ class AggregateRow:
     seeds. staleness: in samples, the largest over the seeds. goal: a prequential accuracy that the
     baseline reached (GOAL of that in its last window, in whole per cent); rows_to_goal,
     seconds_to_goal: at the end of the first window that reached it, means over the seeds; None
-    where a run did not reach it.
+    where a run did not reach it. cpu_seconds, joules: of a run (`Run`), means over the seeds; None
+    where nothing counts them.
     """
 
     level: str
@@ -63,6 +64,8 @@ class AggregateRow:
     goal: float | None = None
     rows_to_goal: float | None = None
     seconds_to_goal: float | None = None
+    cpu_seconds: float | None = None
+    joules: float | None = None
 
 
 def aggregate(runs: Iterable[Run]) -> list[AggregateRow]:
@@ -114,6 +117,8 @@ def _row(group: Sequence[Run], baseline: Sequence[Run], goal: float | None) -> A
         goal=goal,
         rows_to_goal=rows_to_goal,
         seconds_to_goal=seconds_to_goal,
+        cpu_seconds=mean_of(_present(run.cpu_seconds for run in group)),
+        joules=mean_of(_present(run.joules for run in group)),
     )
 
 

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 import statistics
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 
 import numpy as np
 import torch
@@ -15,6 +15,7 @@ import torch
 from hamdist.config import Loss, Settings
 from hamdist.display.figure import FigureCurve, PageFigure
 from hamdist.dynamics.blocks.energy import Records, hamiltonian, lagrangian, robust_hamiltonian
+from hamdist.runtime.results.events import RunEvent, UpdatesAligned
 from hamdist.study.report.aggregate import accuracy_of, loss_of, paired
 from hamdist.study.run.baseline import CENTRALISED
 from hamdist.study.run.run import Run
@@ -81,6 +82,40 @@ def _time(ticks: Trajectory, settings: Settings) -> tuple[Trajectory, str]:
     """Return the horizontal axis and its label."""
     times = seconds(ticks, settings)
     return (ticks, "tick") if times is None else (times, "time, s")
+
+
+def alignment_figures(
+    events: Iterable[RunEvent], runs: Collection[tuple[str | None, int | None]]
+) -> list[PageFigure]:
+    """Return the alignments of updates, and of feedback matrices, over time: by block, of the first
+    seed of each level or rule. runs: the levels and seeds that are shown.
+    """
+    groups: dict[str | None, list[UpdatesAligned]] = {}
+    for event in events:
+        if isinstance(event, UpdatesAligned) and (event.level, event.seed) in runs:
+            of_level = groups.setdefault(event.level, [])
+            if not of_level or event.seed == of_level[0].seed:
+                of_level.append(event)
+    figures = []
+    for level, group in groups.items():
+        for title, part in (
+            ("Updates and gradients of backpropagation", "cosines"),
+            ("Feedback matrices and weights", "feedback"),
+        ):
+            cosines = [getattr(event, part) for event in group]
+            blocks = dict.fromkeys(name for by_block in cosines for name in by_block)
+            curves = [
+                FigureCurve(
+                    name,
+                    [event.sample for event in group],
+                    [by_block.get(name) for by_block in cosines],
+                    style=(place, place),
+                )
+                for place, name in enumerate(blocks)
+            ]
+            if len(group) > 1 and curves:
+                figures.append(PageFigure(f"{title}: {level}", "sample", "cosine", curves))
+    return figures
 
 
 # -- comparisons -----------------------------------------------------------------------------------

@@ -94,16 +94,20 @@ def report_events(runs: Sequence[Run], folder: Path) -> list[RunEvent]:
         events += [WindowFull.of(window, "", at[window.last], **head) for window in few]
         events += final_events(run)
     shown = {(run.level, run.seed) for run in runs}
-    try:
-        lines = (folder / EVENTS).read_text("utf-8").splitlines()
-    except OSError:  # (of runs that were made without a folder)
-        return events
     kinds = (NetworkPlaced, BlocksMeasured, ActorsMeasured, EdgesMeasured)
     latest: dict[tuple[str | None, int | None, str], list[RunEvent]] = {}
-    for event in read_events(lines):
+    for event in recorded(folder):
         if isinstance(event, kinds) and (event.level, event.seed) in shown:
             latest.setdefault((event.level, event.seed, event.name), []).append(event)
     return events + [event for those in latest.values() for event in those[-MEASUREMENTS:]]
+
+
+def recorded(folder: Path) -> list[RunEvent]:
+    """Return the events of a folder; none of runs that were made without one."""
+    try:
+        return list(read_events((folder / EVENTS).read_text("utf-8").splitlines()))
+    except OSError:
+        return []
 
 
 def comparison_summary(rows: Sequence[AggregateRow], *, interrupted: bool) -> dict[str, Any]:

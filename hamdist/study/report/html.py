@@ -38,6 +38,7 @@ def render(
     *,
     interrupted: bool = False,
     events: Sequence[RunEvent] = (),
+    blocks: Table | None = None,
 ) -> str:
     """Return the page.
 
@@ -47,6 +48,7 @@ def render(
         command: by which it was made.
         interrupted: not all runs were made.
         events: of the runs; they become the curves.
+        blocks: by level and block; None without measurements.
     """
     title = escape(f"hamdist compare: {settings.name}")
     parts = [
@@ -56,6 +58,7 @@ def render(
         f'<h2>Results</h2><div class="scroll">{html_table(table)}</div>',
         f"<p>{EXPLANATION}</p>",
         html_notes(table.notes),
+        "" if blocks is None else f'<h2>Blocks</h2><div class="scroll">{html_table(blocks)}</div>',
         _words(events),
         sections() if events else "",
         FIGURES if figures else "",

@@ -10,12 +10,14 @@ from safetensors.torch import save
 from torch import Tensor, nn
 
 from hamdist.config import Settings, to_yaml
-from hamdist.display.table import latex
+from hamdist.display.table import csv_text, latex
 from hamdist.study.report.aggregate import aggregate
+from hamdist.study.report.blocks import block_table
 from hamdist.study.report.digests_diff import digests_json
-from hamdist.study.report.figures import gap_figures, record_figures
+from hamdist.study.report.figures import alignment_figures, gap_figures, record_figures
 from hamdist.study.report.files import (
     comparison_summary,
+    recorded,
     report_events,
     rows_csv,
     run_lines,
@@ -99,8 +101,9 @@ def save_comparison(
     command: str,
     interrupted: bool,
 ) -> None:
-    """Write runs.jsonl, results.csv, results.tex, summary.json, settings.yaml and report.html; with
-    `engine.digests` also digests-LEVEL-SEED.json of every run of hamdist's.
+    """Write runs.jsonl, results.csv, results.tex, summary.json, settings.yaml and report.html, of
+    a folder with the events of the runs blocks.csv and blocks.tex; with `engine.digests` also
+    digests-LEVEL-SEED.json of every run of hamdist's.
 
     Raises SettingsError where a file cannot be written.
     """
@@ -116,6 +119,14 @@ def save_comparison(
         if run.digests:
             name = f"digests-{run.level}-{run.seed}.json"
             write_file(folder / name, digests_json(run.digests))
-    figures, events = gap_figures(runs), report_events(runs, folder)
-    page = render(settings, table, figures, command, interrupted=interrupted, events=events)
+    events, seen = report_events(runs, folder), recorded(folder)
+    blocks = block_table(seen, (run.level for run in runs))
+    figures = gap_figures(runs) + alignment_figures(seen, {(run.level, run.seed) for run in runs})
+    if blocks is not None:
+        records = [dict(zip(blocks.titles, row, strict=True)) for row in blocks.rows]
+        write_file(folder / "blocks.csv", csv_text(records))
+        write_file(folder / "blocks.tex", latex(blocks))
+    page = render(
+        settings, table, figures, command, interrupted=interrupted, events=events, blocks=blocks
+    )
     write_file(folder / "report.html", page)

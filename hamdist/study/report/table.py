@@ -41,7 +41,7 @@ def comparison_table(rows: Sequence[AggregateRow]) -> Table:
         test = row.loss_gap_test if real_valued else row.gap_test
         if test is not None and row.level != CENTRALISED:
             notes.append(f"{row.level}: {in_words(test, row.seeds)}")
-    notes += _until_goal(rows)
+    notes += _until_goal(rows) + _effort(rows)
     slow = [row for row in rows if row.startup_seconds >= STARTUP_WORTH_SAYING]
     if slow:
         starts = ", ".join(f"{row.level} {row.startup_seconds:.1f} s" for row in slow)
@@ -67,6 +67,17 @@ def _until_goal(rows: Sequence[AggregateRow]) -> list[str]:
         for row in rows
     ]
     return [f"rows (and seconds) to a window of {percent(goal, digits=0)} %: {', '.join(soon)}"]
+
+
+def _effort(rows: Sequence[AggregateRow]) -> list[str]:
+    """Return the processors' seconds of a run by level, and the joules where they are counted."""
+    spent = [
+        f"{row.level} {row.cpu_seconds:.3g}"
+        + ("" if row.joules is None else f" ({row.joules:.3g} J of the whole machine)")
+        for row in rows
+        if row.cpu_seconds is not None
+    ]
+    return [f"CPU seconds a run, all threads: {', '.join(spent)}"] if spent else []
 
 
 def _accuracy_columns() -> dict[str, Callable[[AggregateRow], str]]:

@@ -22,8 +22,16 @@ from torch import Tensor, nn
 
 from hamdist.config import EngineSettings, FirstStep, LearningSettings, Settings
 from hamdist.dynamics.graph.inputs import called
-from hamdist.dynamics.objective.losses import Losses, LossFunction, Weighted, counts, make_losses
-from hamdist.dynamics.objective.outputs import ONLY, losses_of, tensors
+from hamdist.dynamics.objective.losses import (
+    ONLY,
+    Losses,
+    LossFunction,
+    Weighted,
+    counts,
+    losses_of,
+    make_losses,
+    tensors,
+)
 from hamdist.dynamics.objective.prequential import Prequential, Window
 from hamdist.dynamics.updates.average import Average
 from hamdist.dynamics.updates.learning_rate import step_course
@@ -89,9 +97,9 @@ def train_centralised(
         threads = _threads(trainer, stream.spec, settings)
         torch.manual_seed(settings.seed)
         with torch_threads(threads):
-            begun = time.perf_counter()
+            begun, cpu = time.perf_counter(), time.process_time()
             interrupted = _train(trainer, stream, settings, begun, on_progress)
-            seconds = time.perf_counter() - begun
+            seconds, cpu = time.perf_counter() - begun, time.process_time() - cpu
     averaged = trainer.averaged()
     return RunResult(
         model=averaged or trainer.model,
@@ -104,6 +112,7 @@ def train_centralised(
         startup_seconds=begun - entered,
         bytes_per_edge={},
         peak_memory={"driver": peak_bytes()},
+        time_use={"driver": {"cpu": cpu}},
         staleness=0,
         stream=report_of(stream),
         interrupted=interrupted,

@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 
-from hamdist.config import EngineKind, Level, Settings
+from hamdist.config import EngineKind, Level, Settings, Update
 from hamdist.dynamics.schedule.levels import PRESETS
 from hamdist.errors import BlockError, SettingsError
 from hamdist.models.build import ModelFactory
@@ -18,9 +18,12 @@ from hamdist.runtime.ray_engine.session import ray_session
 from hamdist.runtime.train.prepare import make_rule
 from hamdist.study.run.baseline import CENTRALISED
 from hamdist.study.run.run import DataFactory, Run, run_centralised, run_level
-from hamdist.study.shared.store import Store
+from hamdist.study.shared.result_folder import Store
 
 KEY_LENGTH = 20
+
+ALIGNMENTS = 50
+HELD = 20
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,11 +45,26 @@ class PlannedRun:
         return CENTRALISED if self.level is None else self.level.value
 
     def of(self, settings: Settings) -> Settings:
-        """Return the settings of this run (those of `backprop` for the baseline)."""
+        """Return the settings of this run (those of `backprop` for the baseline).
+
+        A comparison of rules shows alignments at ALIGNMENTS samples, and holds a sample for HELD
+        ticks where a rule needs that, unless the settings say otherwise.
+        """
+        shows, kind = bool(settings.compare.rules), None
         settings = settings.for_level(self.level or Level.BACKPROP)
-        rules = {} if self.rule is None else {"rules": {"*": self.rule}}
-        learning = settings.learning.model_copy(update=rules)
-        return settings.model_copy(update={"seed": self.seed, "learning": learning})
+        learning, locality, metrics = settings.learning, settings.locality, settings.metrics
+        if self.rule is not None:
+            kind = make_rule("compare.rules", self.rule).presentation
+            learning = learning.model_copy(update={"rules": {"*": self.rule}})
+        if kind == "hold" and locality.speed is None and locality.update is None:
+            locality = locality.model_copy(update={"speed": HELD, "update": Update.LAST})
+        # At other levels no update is of one sample.
+        whole = self.level in (None, Level.AUTO, Level.BPTT, Level.PIPELINE) or kind == "sequence"
+        if shows and not whole and locality.microbatches in (None, 1) and metrics.alignment is None:
+            every = max(1, (settings.steps or 0) // ALIGNMENTS)
+            metrics = metrics.model_copy(update={"alignment": every})
+        sections = {"learning": learning, "locality": locality, "metrics": metrics}
+        return settings.model_copy(update={"seed": self.seed, **sections})
 
 
 def plan(settings: Settings) -> list[PlannedRun]:

@@ -19,8 +19,7 @@ from hamdist.dynamics.blocks.energy import Records
 from hamdist.dynamics.graph.graph import Graph
 from hamdist.dynamics.graph.merged import MergedSequence
 from hamdist.dynamics.modules.prenorm import stabilised
-from hamdist.dynamics.objective.losses import make_losses
-from hamdist.dynamics.objective.outputs import main_output
+from hamdist.dynamics.objective.losses import main_output, make_losses
 from hamdist.dynamics.objective.prequential import Window, merge_windows
 from hamdist.dynamics.user_modules.python_state import functions_of
 from hamdist.errors import ChoiceWarning, DivergedError, HamdistWarning, SettingsError, StreamError
@@ -33,6 +32,7 @@ from hamdist.models.build import (
     only_loss,
 )
 from hamdist.runtime.placement.step_costs import example_input, example_inputs
+from hamdist.runtime.process.energy import EnergyMeter
 from hamdist.runtime.process.interrupts import OnProgress
 from hamdist.runtime.process.startup import Startup, phases_to
 from hamdist.runtime.results.result import APART, Progress, RunFacts, RunResult
@@ -69,6 +69,8 @@ class Run(RunFacts):
     failure: how the run left the finite range, if it did; its model has the weights from before.
     tracking: how well a real-valued target was followed, where its course was recorded.
     drifts: what the prequential accuracy did after each labelled drift of the stream.
+    joules: of this machine's processors from the start of the actors to the end, whoever used them;
+    None where the kernel does not count them.
     The rest is as in RunFacts.
     """
 
@@ -84,8 +86,15 @@ class Run(RunFacts):
     prequential: dict[str, Window] = field(default_factory=dict)
     drifts: Sequence[DriftRecovery] = field(default_factory=tuple)
     held_out_plain: Scores | None = None
+    joules: float | None = None
     records: dict[str, Records] = field(default_factory=dict, metadata=APART)
     plain: nn.Module | None = field(default=None, metadata=APART)
+
+    @property
+    def cpu_seconds(self) -> float | None:
+        """Return the seconds of processors of all processes, while samples entered."""
+        spent = [use["cpu"] for use in self.time_use.values() if "cpu" in use]
+        return sum(spent) if spent else None
 
     @property
     def rows_per_second(self) -> float:
@@ -213,12 +222,14 @@ def _run(
         warnings.warn(text, HamdistWarning, stacklevel=3)
     timeline = Timeline(on_progress)
     failure: str | None = None
+    meter = EnergyMeter()
     try:
         result = _trained(level, model, stream, settings, timeline, resume)
     except DivergedError as error:
         if error.result is None:
             raise
         result, failure = error.result, str(error)
+    joules = meter.joules()
     startup.add(result.startup)
     whole = not result.interrupted and failure is None
     scores = plain_scores = None
@@ -248,6 +259,7 @@ def _run(
         held_out=scores,
         held_out_plain=plain_scores,
         plain=result.plain,
+        joules=joules,
         prequential=_by_output(result) if len(result.windows) > 1 else {},
         failure=failure,
         tracking=tracking(result.records, settings),

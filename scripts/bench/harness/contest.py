@@ -95,8 +95,13 @@ class Lineup:
             self._arithmetic(ARITHMETIC, trace.shares())
 
     def pipeline(self) -> None:
-        """hamdist's exact level on 2 actors, in two blocks, with the best number of parts."""
-        cuts = [ours.Configuration(PIPELINE, 2, microbatches=parts) for parts in MICRO_BATCHES[1:]]
+        """hamdist's exact level on 2 actors, in two blocks or in four that lie apart, with the best
+        number of parts."""
+        cuts = [
+            ours.Configuration(PIPELINE, 2 * runs, microbatches=parts, interleave=runs)
+            for runs in (1, 2)
+            for parts in MICRO_BATCHES[1:]
+        ]
         side, pilot = sides.hamdist_best(self._work, cuts, self._pace.pilot)
         self._found.pilots[PIPELINE] = pilot
         self._ours[PIPELINE] = side

@@ -20,7 +20,8 @@ WARM_UP = 0.2
 @dataclass(frozen=True)
 class Configuration:
     """blocks: of the network; None: one per layer. balance: what is even between the blocks.
-    delay: ticks of an edge. microbatches: parts of a batch, at level `pipeline`."""
+    delay: ticks of an edge. microbatches: parts of a batch, at level `pipeline`; interleave: runs
+    of blocks of each actor."""
 
     level: str = "trace"
     blocks: int | None = 2
@@ -30,6 +31,7 @@ class Configuration:
     kind: str = "ray"
     delay: int = 1
     microbatches: int | None = None
+    interleave: int = 1
 
     def settings(self, **more: Any) -> Settings:
         partition: dict[str, Any] = {"delay": self.delay}
@@ -38,6 +40,7 @@ class Configuration:
         engine: dict[str, Any] = {"kind": self.kind}
         if self.kind == "ray":
             engine |= {"actors": self.actors, "transport": self.transport}
+            engine["interleave"] = self.interleave
         raw = {"level": self.level, "partition": partition, "engine": engine}
         if self.microbatches is not None:
             raw["locality"] = {"microbatches": self.microbatches}
@@ -50,6 +53,8 @@ class Configuration:
             blocks = f"{self.blocks} block{'s' if self.blocks > 1 else ''}{even}"
         if self.microbatches is not None:
             blocks += f", {self.microbatches} micro-batches"
+        if self.interleave > 1:
+            blocks += f", {self.interleave} runs of blocks an actor"
         if self.kind != "ray":
             return f"{self.level}, {blocks}, in-process"
         actors = f"{self.actors} actor{'s' if self.actors > 1 else ''}"
@@ -123,7 +128,7 @@ def _as_in(result: RunResult, settings: Settings) -> Settings:
     cuts = {"cuts": firsts[1:]} if firsts[1:] else {"blocks": 1}
     raw["partition"] = {"delay": settings.partition.delay, **cuts}
     if raw["engine"]["kind"] == "ray":
-        raw["engine"]["placement"] = result.placement
+        raw["engine"] |= {"placement": result.placement, "interleave": 1}
     return Settings.model_validate(raw)
 
 

@@ -212,19 +212,22 @@ def test_work_of_blocks_that_lie_apart_by_hand():
 
         node.step = step
     source = SourceNode(plan, from_iterable(samples(1, 4, 4, 4)), mailbox)
-    run_loop([source, *nodes], order=order_of(plan))
+    run_loop([source, *nodes], order=order_of(plan, APART[0]))
     done = [[what for name, what in log if name in group and int(what[-1]) < 2] for group in APART]
     assert done == WORK_APART
 
 
-@pytest.mark.parametrize(("placed", "interleave", "period"), [(NEIGHBOURS, 1, 12), (APART, 2, 10)])
-def test_the_period_of_a_sample_by_hand(placed, interleave, period):
+@pytest.mark.parametrize(
+    ("placed", "engine", "period"),
+    [(NEIGHBOURS, {}, 12), (APART, {"interleave": 2}, 10), (APART, {"placement": APART}, 10)],
+)
+def test_the_period_of_a_sample_by_hand(placed, engine, period):
     second = 1000.0  # (beside which signals cost nothing)
     seconds = {
         f"b{i}": {Phase.FORWARD: 2 * second, Phase.BACKWARD: 2 * second, Phase.READ: 4 * second}
         for i in range(4)
     }
-    model = TimingModel(plan_of_four(interleave=interleave), seconds)
+    model = TimingModel(plan_of_four(**engine), seconds)
     assert model.sample_seconds(placed) / second == pytest.approx(period, abs=1e-3)
 
 

@@ -10,7 +10,7 @@ from dynamics.helpers import F64, mlp, relative, samples, settings
 from torch import nn
 
 from hamdist.dynamics.objective.losses import mse
-from hamdist.dynamics.updates.rotation import Rotation
+from hamdist.dynamics.updates.rotation import Rotation, eigenvectors
 from hamdist.errors import LevelError
 from hamdist.runtime.train.train import train
 from hamdist.streams import from_iterable
@@ -126,3 +126,17 @@ def test_infinite_factors_leave_the_axes_and_the_second_moment():
     assert turned.bases == [None, None]
     assert torch.equal(turned.turned(v), v)
     assert torch.equal(turned.into(v), v)
+
+
+@pytest.mark.parametrize("size", [0.0, 1e-17, 1e-19, 1.0])
+def test_factors_of_tiny_numbers_have_axes(size):
+    """LAPACK fails on four of these without a scale."""
+    for seed in (1, 11, 22, 32):
+        drawn = torch.Generator().manual_seed(seed)
+        rows = torch.randn(8, 64, generator=drawn) * (torch.rand(8, 64, generator=drawn) < 0.1)
+        factor = (rows * size).t() @ (rows * size) / 8
+        q, none = eigenvectors([factor, torch.full((2, 2), torch.nan)])
+        assert none is None
+        assert torch.allclose(q.t() @ q, torch.eye(64), atol=1e-5)
+        turned = q.t() @ (rows.t() @ rows) @ q
+        assert size < 1e-18 or torch.allclose(turned, turned.diagonal().diag(), atol=1e-3)

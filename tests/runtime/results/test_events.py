@@ -25,6 +25,7 @@ from hamdist.runtime.results.measured import EdgeCounts, ProcessSample, summed
 from hamdist.runtime.results.progress_events import ProgressEvents, ProgressPace
 from hamdist.runtime.results.result import Progress
 from hamdist.runtime.results.run_events import RunEvents
+from hamdist.study.report.figures import alignment_figures
 
 
 def make():
@@ -132,6 +133,8 @@ def test_omega_norms_do_not_change_a_bit(level):
         if block.h is not None:
             assert norms[name].h == pytest.approx(float(block.h.norm()), rel=1e-5)
             assert norms[name].z == pytest.approx(float(block.z.norm()), rel=1e-5)
+            zeros = [not any(row[i] for row in block.h) for i in range(block.h.shape[1])]
+            assert norms[name].dead == pytest.approx(sum(zeros) / len(zeros))
 
 
 @pytest.mark.parametrize(("level", "lr", "least", "most"), [
@@ -170,6 +173,30 @@ def test_frozen_blocks_have_no_alignment_and_hold_up_none(monkeypatch):
     assert [event.sample for event in events] == [10, 20, 30]
     assert {name for event in events for name in event.cosines} == {"block1", "block2"}
     assert min(min(event.cosines.values()) for event in events) > 1 - 1e-5
+
+
+def test_feedback_matrices_are_compared_with_weights(monkeypatch):
+    """The oracle: B = b sign(W) of every layer but the first, so cos = sum |W| / (|W| sqrt(N))."""
+    monkeypatch.setattr("hamdist.runtime.engines.inprocess.PROGRESS_SECONDS", 0.0)
+    seen, model = [], make()
+    own = {"learning": {"lr": 0.0}, "metrics": {"alignment": 10}, "engine": {"kind": "inprocess"}}
+    rules = {"*": {"name": "sign-symmetry", "magnitude": "uniform"}}
+    result = hamdist.train(
+        model, list(batches()), level="trace", rules=rules, trackers=[seen.append], **own
+    )
+    events = by_name(seen, "alignment")
+    for name in ("block1", "block2"):
+        (W,) = [w for w in result.blocks[name].theta.values() if w.dim() > 1]
+        expected = float(W.abs().sum() / W.norm()) / W.numel() ** 0.5
+        assert [event.feedback[name] for event in events] == pytest.approx([expected] * len(events))
+    assert len(events) > 1
+    assert all("block0" not in event.feedback for event in events)
+    figures = alignment_figures(events, {(events[0].level, events[0].seed)})
+    assert [figure.title.partition(":")[0] for figure in figures] == [
+        "Feedback matrices and weights"
+    ]
+    assert [curve.label for curve in figures[0].curves] == ["block1", "block2"]
+    assert list(figures[0].curves[0].x) == [event.sample for event in events]
 
 
 def test_alignment_of_sequences_is_refused():

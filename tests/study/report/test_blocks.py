@@ -1,0 +1,54 @@
+"""The table of blocks against events written by hand; energy against counters in a folder."""
+
+from __future__ import annotations
+
+from hamdist.runtime.process import energy
+from hamdist.runtime.results.events import BlocksMeasured, UpdatesAligned
+from hamdist.runtime.results.measured import Norms
+from hamdist.study.report.blocks import block_table
+
+
+def measured(seed, late, norms):
+    names = {"a": 1}
+    fields = {"tick": names, "updates": names, "seconds": {"a": 0.1}, "waiting": {}}
+    return BlocksMeasured(level="trace", seed=seed, staleness=late, norms={"a": norms}, **fields)
+
+
+def test_a_row_for_each_block_over_all_seeds():
+    """20 samples come back after 1 to 20 updates in each run: the 20th and 38th of 40 are 10, 19
+    (median: the one behind the middle, 11). Four probes: the first and the last stand alone."""
+    late = {"a": dict.fromkeys(range(1, 21), 1)}
+    events = [measured(0, {}, Norms(1.0, 1.0, 1.0, 9.0, 9.0, 0.9))]
+    for seed, theta, dead in ((0, 2.0, 0.25), (1, 4.0, 0.75)):
+        cosines = enumerate((0.8, 0.5, 0.1, 0.2) if seed else (1.0, 0.5, 0.1, 0.4))
+        events += [
+            UpdatesAligned(level="trace", seed=seed, sample=n, cosines={"a": x}) for n, x in cosines
+        ]
+        events.append(measured(seed, late, Norms(1.0, 1.0, 1.0, theta, theta / 10, dead)))
+    table = block_table(events, ["centralised", "trace"])
+    assert table.rows == [["trace", "a", "11", "19", "20", "0.9", "0.3", "3", "0.3", "50.0"]]
+    assert block_table(events, ["local"]) is None
+
+
+def test_a_block_without_messages_has_no_staleness():
+    (row,) = block_table([measured(0, {}, Norms(None, None, 1.0, 2.0))], ["trace"]).rows
+    assert row[2:7] == ["–"] * 5
+
+
+def test_joules_of_all_packages(tmp_path, monkeypatch):
+    def count(folder, name, used):
+        (tmp_path / folder).mkdir(exist_ok=True)
+        texts = {"name": f"{name}\n", "energy_uj": f"{used}\n", "max_energy_range_uj": "1000000\n"}
+        for file, text in texts.items():
+            (tmp_path / folder / file).write_text(text)
+
+    monkeypatch.setattr(energy, "POWERCAP", tmp_path)
+    assert energy.EnergyMeter().joules() is None
+    count("intel-rapl:0", "package-0", 100_000)
+    count("intel-rapl:1", "package-1", 900_000)
+    count("intel-rapl:0:0", "core", 0)
+    meter = energy.EnergyMeter()
+    count("intel-rapl:0", "package-0", 400_000)
+    count("intel-rapl:1", "package-1", 100_000)  # come round
+    count("intel-rapl:0:0", "core", 700_000)  # part of package 0
+    assert abs(meter.joules() - 0.5) < 1e-12
