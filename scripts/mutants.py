@@ -91,8 +91,8 @@ MUTANTS = (
     ),
     Mutant(
         "weights: decay makes them grow",
-        "theta.mul_(1 - tau * scale * beta * self._decay)",
-        "theta.mul_(1 + tau * scale * beta * self._decay)",
+        "stay = [1 - tau * scale * beta * self._decay for beta",
+        "stay = [1 + tau * scale * beta * self._decay for beta",
         "tests/dynamics/updates/test_weight_decay.py",
     ),
     Mutant(
@@ -179,8 +179,8 @@ MUTANTS = (
     ),
     Mutant(
         "compression: int4 turns back by another rotation",
-        "return y * _signs(seed, n, y.dtype, y.device)",
-        "return y * _signs(seed + 1, n, y.dtype, y.device)",
+        "* scale, self.seed)",
+        "* scale, self.seed + 1)",
         "tests/runtime/signals/test_compress.py",
     ),
     Mutant(
