@@ -96,6 +96,18 @@ MUTANTS = (
         "tests/dynamics/updates/test_weight_decay.py",
     ),
     Mutant(
+        "clip: the network's norm is that of the first block alone",
+        "norm = math.sqrt(sum((self._take(*one, event) for one in squares), square))",
+        "norm = math.sqrt(sum((0 * self._take(*one, event) for one in squares), square))",
+        "tests/dynamics/updates/test_network_clip.py",
+    ),
+    Mutant(
+        "loop: blocks that lie apart work as neighbours do",
+        "return _by_lag if lie_apart(plan.graph, plan.knobs, blocks) else _by_tick",
+        "return _by_tick",
+        "tests/dynamics/schedule/test_pipeline.py",
+    ),
+    Mutant(
         "weights: small gradients are clipped, large ones are not",
         "if norm > self._clip else gain",
         "if norm < self._clip else gain",
