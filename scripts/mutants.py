@@ -91,9 +91,21 @@ MUTANTS = (
     ),
     Mutant(
         "weights: decay makes them grow",
-        "theta.mul_(1 - tau * scale * beta * self._decay)",
-        "theta.mul_(1 + tau * scale * beta * self._decay)",
+        "stay = [1 - tau * scale * beta * self._decay for beta",
+        "stay = [1 + tau * scale * beta * self._decay for beta",
         "tests/dynamics/updates/test_weight_decay.py",
+    ),
+    Mutant(
+        "clip: the network's norm is that of the first block alone",
+        "norm = math.sqrt(sum((self._take(*one, event) for one in squares), square))",
+        "norm = math.sqrt(sum((0 * self._take(*one, event) for one in squares), square))",
+        "tests/dynamics/updates/test_network_clip.py",
+    ),
+    Mutant(
+        "loop: blocks that lie apart work as neighbours do",
+        "return _by_lag if lie_apart(plan.graph, plan.knobs, blocks) else _by_tick",
+        "return _by_tick",
+        "tests/dynamics/schedule/test_pipeline.py",
     ),
     Mutant(
         "weights: small gradients are clipped, large ones are not",
@@ -179,8 +191,8 @@ MUTANTS = (
     ),
     Mutant(
         "compression: int4 turns back by another rotation",
-        "return y * _signs(seed, n, y.dtype, y.device)",
-        "return y * _signs(seed + 1, n, y.dtype, y.device)",
+        "* scale, self.seed)",
+        "* scale, self.seed + 1)",
         "tests/runtime/signals/test_compress.py",
     ),
     Mutant(

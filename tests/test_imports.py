@@ -110,6 +110,7 @@ ALLOWED = {
     "study/grid": f"{STUDY} study/shared study/run study/report study/view",
     "study/gradient_descent": f"{STUDY} study/shared study/report",
     "study/propagation": f"{STUDY} study/shared study/report study/view",
+    "study/replay": f"{STUDY} study/shared study/run study/report",
     "study/simulate": f"{STUDY} study/shared study/run",
     "study/verify": STUDY,
     "study/verify/oracles": f"{STUDY} study/shared",

@@ -41,17 +41,13 @@ import torch
 from torch import Tensor, nn
 
 from hamdist.config import ModelKind, ModelSettings
+from hamdist.dynamics.modules.prenorm import layer_norm
 from hamdist.errors import SettingsError
 from hamdist.models.lenet import PooledConvolution, lenet_layers
 from hamdist.streams.sample import SampleSpec
 
-NORM_EPS = 1e-3
 STAGES = 4
 PLACE_STD = 0.02
-
-
-def _norm(*shape: int) -> nn.LayerNorm:
-    return nn.LayerNorm(shape, eps=NORM_EPS, elementwise_affine=False)
 
 
 class Stem(nn.Module):
@@ -73,7 +69,7 @@ class Residual(nn.Module):
     def __init__(self, inputs: int, outputs: int, side: int, alpha: float) -> None:
         super().__init__()
         stride = 1 if inputs == outputs else 2
-        self.norm = _norm(inputs, side, side)
+        self.norm = layer_norm((inputs, side, side))
         self.conv1 = nn.Conv2d(inputs, outputs, 3, stride, 1)
         self.conv2 = nn.Conv2d(outputs, outputs, 3, 1, 1)
         self.skip = nn.Identity() if stride == 1 else nn.Conv2d(inputs, outputs, 1, stride)
@@ -98,7 +94,7 @@ class Convolved(nn.Module):
     def __init__(self, inputs: int, outputs: int, side: int, alpha: float) -> None:
         super().__init__()
         stride = 1 if inputs == outputs else 2
-        self.norm = _norm(inputs, side, side)
+        self.norm = layer_norm((inputs, side, side))
         self.conv = nn.Conv2d(inputs, outputs, 3, stride, 1)
         self.skip = nn.Identity() if stride == 1 else nn.Conv2d(inputs, outputs, 1, stride)
         self.alpha = alpha
@@ -113,24 +109,11 @@ class FlatHead(nn.Module):
 
     def __init__(self, channels: int, side: int, outputs: int) -> None:
         super().__init__()
-        self.norm = _norm(channels, side, side)
+        self.norm = layer_norm((channels, side, side))
         self.linear = nn.Linear(channels * side**2, outputs)
 
     def forward(self, h: Tensor) -> Tensor:
         y: Tensor = self.linear(self.norm(h).flatten(1))
-        return y
-
-
-class ImageHead(nn.Module):
-    """W mean(LN(h)) + b. h: (B, C, side, side); returns (B, O)."""
-
-    def __init__(self, channels: int, side: int, outputs: int) -> None:
-        super().__init__()
-        self.norm = _norm(channels, side, side)
-        self.linear = nn.Linear(channels, outputs)
-
-    def forward(self, h: Tensor) -> Tensor:
-        y: Tensor = self.linear(self.norm(h).mean((2, 3)))
         return y
 
 
@@ -198,9 +181,9 @@ class BlockLayer(nn.Module):
 
     def __init__(self, mix: nn.Module, width: int, alpha: float) -> None:
         super().__init__()
-        self.norm1 = _norm(width)
+        self.norm1 = layer_norm(width)
         self.mix = mix
-        self.norm2 = _norm(width)
+        self.norm2 = layer_norm(width)
         self.up = nn.Linear(width, 4 * width)
         self.down = nn.Linear(4 * width, width)
         self.alpha = alpha
@@ -213,15 +196,18 @@ class BlockLayer(nn.Module):
 
 
 class MeanHead(nn.Module):
-    """W mean(LN(h)) + b, the mean over tokens. h: (B, T, H); returns (B, O)."""
+    """W mean(LN(h)) + b, the mean over `axes`: pixels, or tokens. Returns (B, O)."""
 
-    def __init__(self, width: int, outputs: int) -> None:
+    def __init__(
+        self, shape: tuple[int, ...], features: int, outputs: int, axes: tuple[int, ...]
+    ) -> None:
         super().__init__()
-        self.norm = _norm(width)
-        self.linear = nn.Linear(width, outputs)
+        self.norm = layer_norm(shape)
+        self.linear = nn.Linear(features, outputs)
+        self.axes = axes
 
     def forward(self, h: Tensor) -> Tensor:
-        y: Tensor = self.linear(self.norm(h).mean(1))
+        y: Tensor = self.linear(self.norm(h).mean(self.axes))
         return y
 
 
@@ -230,7 +216,7 @@ class TokenHead(nn.Module):
 
     def __init__(self, width: int, outputs: int, *, every: bool) -> None:
         super().__init__()
-        self.norm = _norm(width)
+        self.norm = layer_norm(width)
         self.linear = nn.Linear(width, outputs)
         self.every = every
 
@@ -281,7 +267,8 @@ def _resnet(settings: ModelSettings, spec: SampleSpec, outputs: int) -> nn.Seque
         children.append(Residual(channels, wider, side, alpha))
         if wider != channels:
             channels, side = wider, _half(side)
-    return _chain("stem", Stem(image, settings.width), children, ImageHead(channels, side, outputs))
+    head = MeanHead((channels, side, side), channels, outputs, (2, 3))
+    return _chain("stem", Stem(image, settings.width), children, head)
 
 
 def _convnet(settings: ModelSettings, spec: SampleSpec, outputs: int) -> nn.Sequential:
@@ -313,7 +300,8 @@ def _vit(settings: ModelSettings, spec: SampleSpec, outputs: int) -> nn.Sequenti
         )
     first = Patches(image, settings.patch, settings.width)
     mixes = _attentions(settings, causal=False)
-    return _layers("patches", first, mixes, settings, MeanHead(settings.width, outputs))
+    head = MeanHead((settings.width,), settings.width, outputs, (1,))
+    return _layers("patches", first, mixes, settings, head)
 
 
 def _gpt(settings: ModelSettings, spec: SampleSpec, outputs: int) -> nn.Sequential:

@@ -15,6 +15,7 @@ from hamdist.config import ModelKind, ModelSettings
 from hamdist.dynamics.graph.graph import Graph
 from hamdist.dynamics.graph.merged import MergedSequence
 from hamdist.dynamics.objective.losses import cross_entropy
+from hamdist.dynamics.vjp.program import read_program
 from hamdist.errors import SettingsError
 from hamdist.models.build import CELLS, load_factory, make_from_factory, make_model, make_recurrent
 from hamdist.models.networks import NETWORKS
@@ -90,6 +91,12 @@ def test_residual_mlp_has_one_child_per_layer() -> None:
     assert {name for name, _ in model.named_parameters()} == {
         f"{i}.linear.{kind}" for i in range(5) for kind in ("weight", "bias")
     }
+
+
+@pytest.mark.parametrize("kind", [ModelKind.MLP, ModelKind.RESIDUAL_MLP])
+def test_every_layer_has_a_closed_form(kind: ModelKind) -> None:
+    for child in build(kind, CLASSES, depth=4):
+        assert read_program(nn.Sequential(child), 1) is not None, child
 
 
 def test_depth_one() -> None:

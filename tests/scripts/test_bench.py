@@ -45,10 +45,9 @@ from torch.nn.functional import cross_entropy
 from hamdist.runtime.placement.assign_hosts import ActorOptions
 from hamdist.runtime.ray_engine.session import Session
 from hamdist.study.grid import run as grid_run
-from hamdist.study.grid.run import check
+from hamdist.study.grid.run import RunRecord, check
 from hamdist.study.grid.settings import Trains, load_study
 from hamdist.study.grid.summary import SummaryLine
-from hamdist.study.grid.work import RunRecord
 
 BENCH = Path(__file__).resolve().parents[2] / "scripts" / "bench"
 

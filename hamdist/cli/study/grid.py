@@ -12,7 +12,7 @@ from hamdist.cli.console import note, print_table, report, say
 from hamdist.cli.options import command_line
 
 if TYPE_CHECKING:
-    from hamdist.study.grid.work import RunRecord
+    from hamdist.study.grid.run import RunRecord
 
 StudyArgument = Annotated[
     str,

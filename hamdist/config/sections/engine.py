@@ -252,8 +252,9 @@ class EngineSettings(Section):
     """Which signals of `int8`, `int4` and `topk` carry the error of the one before them."""
     topk_share: Annotated[float, Field(gt=0, le=1)] = 1 / 16
     """Of the numbers of a signal, the share that `topk` sends."""
-    digests: bool = False
-    """Keep a running hash of every edge's signals and of the weights, for `hamdist diff`."""
+    digests: bool | Annotated[int, Field(ge=2)] = False
+    """Keep a running hash of every edge's signals (a number n: of every n-th one, which costs n
+    times less) and of the weights, for `hamdist diff`, `bisect` and `rewind`."""
     stall_warning: Annotated[float, Field(gt=0)] = 10.0
     """Seconds without progress after which the watchdog warns."""
     stall_limit: Annotated[float, Field(gt=0)] = 300.0

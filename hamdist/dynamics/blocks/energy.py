@@ -10,8 +10,9 @@ K: entries, B: batch.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, fields
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -21,6 +22,7 @@ from hamdist.dynamics.saved_state.remember import Remembers, known
 
 LIMIT = 1 << 17
 LIMIT_BYTES = 1 << 28
+TRAJECTORIES = ("h", "z", "prediction", "target")
 
 
 @known("Energy")
@@ -118,27 +120,20 @@ class Recorder(Remembers):
             values = [getattr(e.energy, name) for e in entries]
             return torch.tensor(values, dtype=torch.float64)
 
-        return Records(
-            tick=torch.tensor([e.tick for e in entries], dtype=torch.int64),
-            loss=column("loss"),
-            work=column("work"),
-            kinetic=column("kinetic"),
-            cost=column("cost"),
-            theta_norm=column("theta_norm"),
-            h=_stacked([e.h for e in entries]),
-            z=_stacked([e.z for e in entries]),
-            prediction=_stacked([e.prediction for e in entries]),
-            target=_stacked([e.target for e in entries]),
-        )
+        ticks = torch.tensor([e.tick for e in entries], dtype=torch.int64)
+        energies = {f.name: column(f.name) for f in fields(Energy)}
+        trajectories: dict[str, Any] = {name: _stacked(entries, name) for name in TRAJECTORIES}
+        return Records(ticks, **energies, **trajectories)
 
 
 def _size(entry: _Entry) -> int:
-    tensors = (entry.h, entry.z, entry.prediction, entry.target)
+    tensors = (getattr(entry, name) for name in TRAJECTORIES)
     return sum(t.nbytes for t in tensors if t is not None)
 
 
-def _stacked(values: list[Tensor | None]) -> Tensor | None:
-    """Return the tensors stacked, NaN for a missing one; None where all are missing."""
+def _stacked(entries: Sequence[_Entry], name: str) -> Tensor | None:
+    """Return the tensors of this name stacked, NaN for a missing one; None where all are."""
+    values: list[Tensor | None] = [getattr(entry, name) for entry in entries]
     example = next((v for v in values if v is not None), None)
     if example is None:
         return None

@@ -25,13 +25,13 @@ from torch import Tensor, nn
 from hamdist.dynamics.blocks.block import Block, BlockParts
 from hamdist.dynamics.blocks.readout_loss import ReadoutLoss, plain, scaled
 from hamdist.dynamics.finite import Scale
+from hamdist.dynamics.modules.prenorm import layer_norm
 from hamdist.dynamics.saved_state.remember import Remembers
 from hamdist.dynamics.updates.constants import Dynamics, constant_tau
 from hamdist.dynamics.updates.weights import Weights
 from hamdist.dynamics.vjp.local_function import ForwardRecord, LocalFunction
 from hamdist.errors import LevelError
 
-NORM_EPS = 1e-3
 IMAGE = 4  # dimensions of (B, n, height, width)
 
 
@@ -79,7 +79,7 @@ def make_head(
     parts: list[nn.Module] = []
     if norm:
         over = shape[1:] if channels else shape[-1:]
-        parts.append(nn.LayerNorm(list(over), eps=NORM_EPS, elementwise_affine=False))
+        parts.append(layer_norm(over))
     if pools and len(shape) > 2:
         parts.append(Pooled(last=not channels))
     generator = torch.Generator().manual_seed(seed)

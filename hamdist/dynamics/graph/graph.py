@@ -13,7 +13,6 @@ from torch import Tensor, nn
 from hamdist.display.network import NetworkPicture, network_picture
 from hamdist.dynamics.graph import checks as graph_checks
 from hamdist.dynamics.graph.inputs import INPUT, is_input
-from hamdist.dynamics.graph.network import as_network
 from hamdist.dynamics.graph.shapes import check_initial, declared_dtype, shape_of
 from hamdist.dynamics.graph.spec import (
     OUTPUT_KEY,
@@ -25,6 +24,7 @@ from hamdist.dynamics.graph.spec import (
     ShapeMap,
     SharedWeight,
     Tie,
+    as_network,
     combined,
     named,
     reach,

@@ -15,6 +15,7 @@ from typing import TypeAlias, TypeVar
 import torch
 from torch import Tensor, nn
 
+from hamdist.display.network import NetworkActor, NetworkBlock, NetworkEdge, PlacedNetwork
 from hamdist.dynamics.graph.inputs import is_input
 from hamdist.dynamics.objective.losses import LossFunction
 from hamdist.dynamics.rules.rule import Rule
@@ -243,3 +244,24 @@ def named(blocks: Sequence[str]) -> str:
     """Return `blocks` as an error lists them."""
     noun = "block" if len(blocks) == 1 else "blocks"
     return f"{noun} {', '.join(repr(b) for b in blocks)}"
+
+
+def as_network(
+    blocks: Mapping[str, BlockSpec],
+    edges: Sequence[Edge],
+    depths: Mapping[str, int],
+    shapes: ShapeMap,
+    lags: Mapping[str, int],
+    actors: Sequence[NetworkActor] = (),
+) -> PlacedNetwork:
+    """Return a network, with the shapes and the lags of messages of those blocks that have some."""
+    described = []
+    for name, spec in blocks.items():
+        shape, dtype = shapes.get(name, ((), ""))
+        modules = [m for m in (spec.module, spec.output) if m is not None]
+        numbers = sum(p.numel() for m in modules for p in m.parameters())
+        kind, loss = str(dtype).removeprefix("torch."), spec.loss is not None
+        place = depths[name], lags.get(name)
+        described.append(NetworkBlock(name, tuple(shape), kind, numbers, *place, loss))
+    ends = [NetworkEdge(e.name, e.parent, e.child, e.delay) for e in edges]
+    return PlacedNetwork(described, ends, list(actors))

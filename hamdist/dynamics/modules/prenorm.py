@@ -39,7 +39,7 @@ class PreNorm(nn.Module):
 
     def __init__(self, branch: nn.Module, shape: int | Sequence[int], alpha: float) -> None:
         super().__init__()
-        self.norm = _norm(shape)
+        self.norm = layer_norm(shape)
         self.branch = branch
         self.alpha = alpha
 
@@ -66,7 +66,7 @@ class Normed(nn.Module):
 
     def __init__(self, branch: nn.Module, shape: int | Sequence[int]) -> None:
         super().__init__()
-        self.norm = _norm(shape)
+        self.norm = layer_norm(shape)
         self.branch = branch
 
     def forward(self, h: Tensor) -> Tensor:
@@ -79,7 +79,8 @@ class Normed(nn.Module):
         return output
 
 
-def _norm(shape: int | Sequence[int]) -> nn.LayerNorm:
+def layer_norm(shape: int | Sequence[int]) -> nn.LayerNorm:
+    """Return a layer norm over the last axes, of this shape, without weights."""
     over = [shape] if isinstance(shape, int) else list(shape)
     return nn.LayerNorm(over, eps=NORM_EPS, elementwise_affine=False)
 

@@ -27,8 +27,7 @@ from hamdist.config import CutBalance, Grouping, PartitionSettings
 from hamdist.dynamics.graph.graph import INPUT, BlockSpec, Graph, combined
 from hamdist.dynamics.graph.inputs import NetworkInputs, by_parent, called_by_parent, check_taken
 from hamdist.dynamics.modules.reversible import pieces_of
-from hamdist.dynamics.objective.losses import Losses, LossFunction, mse
-from hamdist.dynamics.objective.outputs import losses_of, named
+from hamdist.dynamics.objective.losses import Losses, LossFunction, losses_of, mse, named
 from hamdist.dynamics.partition.assemble import OperationRun, assembled
 from hamdist.dynamics.partition.cuts import Cuts, Policy, balanced, stays
 from hamdist.dynamics.tracing.block_graph import one_block

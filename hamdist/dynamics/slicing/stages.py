@@ -16,7 +16,6 @@ import torch
 from torch import Tensor, fx, nn
 
 from hamdist.dynamics.graph.spec import BlockSpec, Joining, ShapeMap, combined
-from hamdist.dynamics.slicing.fx_graph import read
 from hamdist.dynamics.slicing.layouts import Layouts, dry_run
 from hamdist.dynamics.slicing.op_layouts import (
     NumberLayout,
@@ -31,7 +30,7 @@ from hamdist.dynamics.slicing.sliced_layers import Share
 from hamdist.dynamics.tracing.block_graph import one_block
 from hamdist.dynamics.tracing.recorded_calls import Unfollowed, stays_whole
 from hamdist.dynamics.tracing.trace import trace
-from hamdist.dynamics.tracing.traced_module import TracedModule
+from hamdist.dynamics.tracing.traced_module import TracedModule, appended
 from hamdist.dynamics.user_modules.copies import copied
 from hamdist.dynamics.user_modules.hooks import hook_of
 from hamdist.dynamics.user_modules.python_state import is_foreign
@@ -162,10 +161,10 @@ class SlicePhases:
         inner = self.root.get_submodule("m")
         if not isinstance(inner, TracedModule):
             self.root = self._traced_root(inputs)
-            result = read(graph, "", self.root, parents)
+            result = appended(graph, "", self.root, parents)
         else:  # (what stays whole in a piece does so in a slice, too)
             self._refuse(["the model stays whole"] if inner.hamdist_whole else [])
-            result = read(graph, "m.", inner, parents)
+            result = appended(graph, "m.", inner, parents)
         if not isinstance(result, fx.Node):
             raise GraphError(
                 f"block {self.spec.name!r} cannot be sliced: it returns {type(result).__name__}, "

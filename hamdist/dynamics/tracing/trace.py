@@ -27,10 +27,9 @@ from hamdist.dynamics.tracing.join_runs import (
     trace_of,
 )
 from hamdist.dynamics.tracing.program import Length, Op, SymbolicSize, TakenOp
-from hamdist.dynamics.tracing.recorded_calls import Unfollowed
+from hamdist.dynamics.tracing.recorded_calls import OWN, Unfollowed, watch
 from hamdist.dynamics.tracing.recorder import record
 from hamdist.dynamics.tracing.signal_columns import ColumnForm
-from hamdist.dynamics.tracing.watched import OWN, watch
 from hamdist.dynamics.user_modules.copies import copied
 from hamdist.dynamics.user_modules.python_state import (
     Fingerprints,
@@ -134,14 +133,12 @@ def _traced(
     batches = batches_of_runs(inputs)
     names = set(whole)
     record(probe, _rows(inputs, batches[0], 0), call, names)  # what it makes at its first call only
-    before = _attributes(probe)
     runs = []
     points = points_of_runs(batches, lengths)
     for run, (batch, sizes) in enumerate(points):
         state = _state(probe, names)
         runs.append(record(probe, _rows(inputs, batch, run, sizes), call, names))
         _check_state(probe, state, _state(probe, names))
-    _check_kept(probe, before, names)
     made = joined_runs(runs, points)
     one_row = None
     if all(batch > 1 for batch, _ in points):
@@ -195,85 +192,58 @@ def _rows(
 # -- what the model keeps ------------------------------------------------------------------------
 
 
-def _attributes(model: nn.Module) -> dict[str, dict[str, Any]]:
-    return {
-        name: {k: _flat(v) for k, v in vars(part).items()} for name, part in model.named_modules()
-    }
-
-
-def _flat(value: Any) -> Any:
-    """Return a list, dict or set with its members, which may change in place."""
-    if isinstance(value, dict):
-        return tuple(x for pair in value.items() for x in pair)
-    if isinstance(value, (list, set)):
-        return tuple(value)
-    return value
-
-
-def _same(a: Any, b: Any) -> bool:
-    """Return True if only tensors have changed, which a later run cannot read unrecorded."""
-    if isinstance(a, Tensor) and isinstance(b, Tensor):
-        return True
-    if isinstance(a, tuple) and isinstance(b, tuple):
-        return len(a) == len(b) and all(map(_same, a, b))
-    plain = (bool, int, float, str, type(None))
-    return a is b or (isinstance(a, plain) and type(a) is type(b) and a == b)
-
-
-def _assigned(a: tuple[Any, ...], b: tuple[Any, ...]) -> bool:
-    """Return True if other tensors have the names of weights or buffers."""
-    return len(a) != len(b) or any(
-        x is not y for x, y in zip(a, b, strict=True) if isinstance(x, Tensor) or x is None
-    )
-
-
-def _state(model: nn.Module, whole: set[str]) -> dict[str, Fingerprints]:
-    """Return the Python state of a user's modules, without those that stay whole."""
+def _state(model: nn.Module, whole: set[str]) -> dict[str, tuple[Fingerprints, Fingerprints]]:
+    """Return the Python state of a user's modules, without those that stay whole, and what they
+    have registered.
+    """
     found = {}
     for name, part in model.named_modules():
         inner = any(name == w or name.startswith(f"{w}.") for w in whole)
         if is_foreign(type(part)) and not inner:
-            found[name] = inside(part)
+            state = inside(part)
             for key, value in vars(type(part)).items():  # the class that `watch` has made
                 if not key.startswith("__"):
-                    found[name].add(key, value)
+                    state.add(key, value)
+            found[name] = state, _registered(part)
     return found
 
 
-def _check_state(
-    model: nn.Module, before: Mapping[str, Fingerprints], after: Mapping[str, Fingerprints]
-) -> None:
-    """Raise Unfollowed for Python state that a run has changed.
+def _registered(part: nn.Module) -> Fingerprints:
+    """Read which tensors a module has by name, and its weights, buffers and submodules themselves.
 
-    It names the module that has the state, or one around all that use it.
+    (A tensor in the place of another is no change: a later run cannot read it unrecorded.)
     """
-    for name, values in after.items():
-        changed = before[name].differing(values)
+    values = Fingerprints()
+    for name, value in vars(part).items():
+        if isinstance(value, (Tensor, nn.Module)):
+            values.add(name, isinstance(value, Tensor) or value)
+    for name in ("parameters", "buffers", "modules"):
+        values.add(name, list(getattr(part, f"_{name}").items()))
+    return values
+
+
+def _check_state(
+    model: nn.Module,
+    before: Mapping[str, tuple[Fingerprints, Fingerprints]],
+    after: Mapping[str, tuple[Fingerprints, Fingerprints]],
+) -> None:
+    """Raise Unfollowed where a run has left something behind for the next one.
+
+    For Python state it names the module that has it, or one around all that use it.
+    """
+    for name, (values, registered) in after.items():
+        changed = before[name][0].differing(values)
         if not changed:
+            for what in before[name][1].differing(registered):
+                raise Unfollowed(f"its forward changes {what!r} of the module", name, "")
             continue
         attributes = vars(model.get_submodule(name))
         mutable = mutable_in(attributes[n] for n in changed if n in attributes)
         users = [name]
-        for other, own in after.items():
+        for other, (own, _) in after.items():
             reads = names_in(model.get_submodule(other)) & {*changed} - own.marks.keys()
             if other != name and (mutable & own.ids.keys() or reads):
                 users.append(other)
         around = commonpath([user.replace(".", "/") for user in users]).replace("/", ".")
         reason = f"its forward changes {changed[0]!r}, which is Python state"
         raise Unfollowed(reason, around, "")
-
-
-def _check_kept(model: nn.Module, before: dict[str, dict[str, Any]], whole: set[str]) -> None:
-    """Raise Unfollowed where a run has left something behind for the next one."""
-    after = _attributes(model)
-    for name, part in model.named_modules():
-        inside = any(name == w or name.startswith(w + ".") for w in whole)
-        if inside or type(part).__mro__[2].__module__.startswith(OWN):
-            continue
-        old, new = before.get(name, {}), after[name]
-        changed = [k for k in {**old, **new} if k not in old or k not in new]
-        changed += [k for k in new if k in old and not _same(old[k], new[k])]
-        changed += [k for k in ("_buffers", "_parameters") if _assigned(old.get(k, ()), new[k])]
-        if changed:
-            kept = "buffers" if changed[0] == "_buffers" else changed[0]
-            raise Unfollowed(f"its forward changes {kept!r} of the module", name, "")

@@ -24,9 +24,9 @@ axes, becomes the diagonal of the same matrix in the new ones:
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from typing import Any, TypeAlias
+from typing import TypeAlias
 
 import torch
 from torch import Tensor
@@ -65,14 +65,10 @@ class Rotation(Remembers):
         self._computed: Future[Pair] | None = None
         self._turn: Pair | None = None  # T^2 of both sides, until `turned` has used it
 
-    def refresh(self, factors: Pair, *, at_once: bool) -> None:
-        """Begin to compute the axes of `factors`, which nothing changes; at_once: take them."""
-        self.factors, self._computed = factors, None
-        if at_once:
-            self.take()
-            return
+    def refresh(self, factors: Pair) -> None:
+        """Begin to compute the axes of `factors`, which nothing changes."""
         thread = ThreadPoolExecutor(1)
-        self._computed = thread.submit(eigenvectors, factors)
+        self.factors, self._computed = factors, thread.submit(eigenvectors, factors)
         thread.shutdown(wait=False)
 
     def take(self) -> None:
@@ -80,64 +76,54 @@ class Rotation(Remembers):
         if self.factors is None:
             return
         found = self._computed.result() if self._computed else eigenvectors(self.factors)
-        self.factors = self._computed = None
-        new = [old if q is None else q for q, old in zip(found, self.bases, strict=True)]
+        self.factors, self._computed, before = None, None, self.bases
+        self.bases = [b if q is None else q for q, b in zip(found, before, strict=True)]
         self._turn = [
             None if q is None else (q.t() if old is None else q.t() @ old).square()
-            for q, old in zip(new, self.bases, strict=True)
+            for q, old in zip(self.bases, before, strict=True)
         ]
-        self.bases = new
 
     def into(self, weight: Tensor) -> Tensor:
         """Return Q_B^T W Q_A, in the shape of W (O, ...)."""
-        b, a = self.bases
-        return _between(weight, None if b is None else b.t(), a)
+        return _between(weight, [None if q is None else q.t() for q in self.bases])
 
     def back(self, weight: Tensor) -> Tensor:
         """Return Q_B W Q_A^T."""
-        b, a = self.bases
-        return _between(weight, b, None if a is None else a.t())
+        return _between(weight, self.bases)
 
     def turned(self, squares: Tensor) -> Tensor:
         """Return v in the axes of today, once after each change of them."""
-        if self._turn is None:
-            return squares
-        (b, a), self._turn = self._turn, None
-        return _between(squares, b, None if a is None else a.t())
-
-    def restore(self, state: Any) -> None:
-        """Continue from `state`; raise SnapshotError where it is that of another class."""
-        super().restore(state)
-        self._computed = self._turn = None
+        turn, self._turn = self._turn or [None, None], None
+        return _between(squares, turn)
 
 
-def _between(weight: Tensor, left: Tensor | None, right: Tensor | None) -> Tensor:
-    flat = weight.flatten(1)
-    if left is not None:
-        flat = left @ flat
-    if right is not None:
-        flat = flat @ right
-    return flat.view_as(weight)
+def _between(weight: Tensor, sides: Pair) -> Tensor:
+    """Return L W R^T."""
+    flat, (left, right) = weight.flatten(1), sides
+    flat = flat if left is None else left @ flat
+    return (flat if right is None else flat @ right.t()).view_as(weight)
 
 
 class Axes:
-    """The axes of a block's weights: `rotations` by place of a matrix, with its bias and mu."""
+    """The axes of a block's weights: place of a matrix, of its bias, mu and rotation by layer."""
 
     def __init__(self, layers: Sequence[tuple[int, int, Tensor, Rotation]]) -> None:
         self._layers = layers
 
     def turned(self, squares: Sequence[Tensor]) -> list[Tensor]:
         """Return v of all weights in the axes of today."""
-        result = list(squares)
-        for weight, _, _, rotation in self._layers:
-            result[weight] = rotation.turned(result[weight])
-        return result
+        return self._each(squares, Rotation.turned)
 
     def into(self, tensors: Sequence[Tensor]) -> list[Tensor]:
         """Return gradients, or omega, in the axes."""
+        return self._each(tensors, Rotation.into)
+
+    def _each(
+        self, tensors: Sequence[Tensor], made: Callable[[Rotation, Tensor], Tensor]
+    ) -> list[Tensor]:
         result = list(tensors)
         for weight, _, _, rotation in self._layers:
-            result[weight] = rotation.into(result[weight])
+            result[weight] = made(rotation, result[weight])
         return result
 
     def move(
@@ -154,8 +140,8 @@ class Axes:
             return
         steps = list(torch._foreach_div(self.into(omega), list(roots)))
         torch._foreach_mul_(steps, list(rates))
-        for weight, bias, mean, rotation in self._layers:
-            steps[weight] = rotation.back(steps[weight])
+        steps = self._each(steps, Rotation.back)
+        for weight, bias, mean, _ in self._layers:
             steps[bias] = steps[bias] - torch.mv(steps[weight].flatten(1), mean)
         torch._foreach_add_(list(theta), steps)
 

@@ -78,36 +78,33 @@ class InputStatistics(Remembers):
         r = self.rule
         mean = x.mean(0)
         self.mean = mean if self.mean is None else torch.lerp(self.mean, mean, 1 - r.memory)
-        if r.rotated:
-            self._look_twice(x - self.mean, z if r.costates else None)
-        elif not r.centred:
-            self._look(x - self.mean)
+        if not r.centred:
+            self._look(x - self.mean, z if r.costates else None)
         self.updates += 1
 
-    def _look_twice(self, x: Tensor, z: Tensor | None) -> None:
+    def _look(self, x: Tensor, z: Tensor | None) -> None:
         r = self.rule
         if self.updates % r.look == 0:
-            self.covariance = _followed(self.covariance, x, 1 - r.memory**r.look)
-            if z is not None:
-                self.outer = _followed(self.outer, z, 1 - r.memory**r.look)
-        if self.updates % r.refresh == 0:
-            self.rotation.refresh([self.outer, self.covariance], at_once=self.updates == 0)
-        if self.updates % r.refresh == r.refresh // 2:
-            self.rotation.take()
-
-    def _look(self, x: Tensor) -> None:
-        r = self.rule
-        if self.updates % r.look == 0:
-            now = torch.mm(x.t(), x) / len(x)
-            before = torch.eye(len(now), dtype=x.dtype, device=x.device)
-            if self.covariance is not None:
-                before = self.covariance
-            self.covariance = torch.lerp(before, now, 1 - r.memory**r.look)
-        if self.updates % r.refresh == 0 and self.covariance is not None:
+            self.covariance = self._followed(self.covariance, x)
+            self.outer = None if z is None else self._followed(self.outer, z)
+        if r.rotated:
+            place = self.updates % r.refresh
+            if place == 0:
+                self.rotation.refresh([self.outer, self.covariance])
+            if place == r.refresh // 2 or self.updates == 0:
+                self.rotation.take()
+        elif self.updates % r.refresh == 0 and self.covariance is not None:
             a = self.covariance
             scaled = a / a.diagonal().mean()
             scaled.diagonal().add_(r.damping)
             self.inverse = torch.linalg.inv(scaled).mul_(1 + r.damping)
+
+    def _followed(self, before: Tensor | None, rows: Tensor) -> Tensor:
+        """Return the running mean of rows^T rows / R. It begins with 1; of axes with the first."""
+        now = torch.mm(rows.t(), rows) / len(rows)
+        if before is None:
+            before = now if self.rule.rotated else torch.eye(len(now)).to(now)
+        return torch.lerp(before, now, 1 - self.rule.memory**self.rule.look)
 
     def factors(self, g: Outer) -> tuple[Outer, Column]:
         """Return G' and g_b', as factors, from G = z^T x."""
@@ -184,12 +181,6 @@ class InputWhitening(Remembers):
         return gradients
 
 
-def _followed(before: Tensor | None, rows: Tensor, share: float) -> Tensor:
-    """Return the running mean of rows^T rows / R; it begins with the first."""
-    now = torch.mm(rows.t(), rows) / len(rows)
-    return now if before is None else torch.lerp(before, now, share)
-
-
 def _bias(g: Sequence[Gradient], of: Outer) -> int | None:
     """Return the place of the bias whose gradient has the same rows."""
     places = (j for j, one in enumerate(g) if isinstance(one, Column) and one.z is of.z)
@@ -201,8 +192,6 @@ def whitened(g: Tensor, g_bias: Tensor, layer: InputStatistics) -> tuple[Tensor,
     if layer.mean is None:
         raise RuntimeError("whitened: no inputs have been seen")
     centred = torch.addr(g, g_bias, layer.mean, alpha=-1)
-    if layer.rule.rotated:
-        return centred, g_bias
     if layer.inverse is not None:
         centred = torch.mm(centred, layer.inverse)
-    return centred, g_bias - torch.mv(centred, layer.mean)
+    return centred, g_bias if layer.rule.rotated else g_bias - torch.mv(centred, layer.mean)

@@ -14,8 +14,10 @@ from torch import fx, nn
 
 from hamdist.dynamics.tracing.traced_module import TracedModule
 from hamdist.dynamics.user_modules.hooks import is_usual
-from hamdist.dynamics.vjp.activations import FROM_INPUT, FROM_RESULT, FUNCTIONS, IN_C
 from hamdist.dynamics.vjp.kernels import (
+    FROM_INPUT,
+    FROM_RESULT,
+    FUNCTIONS,
     Add,
     Conv2d,
     Embedding,
@@ -205,14 +207,14 @@ class _Program:
         kind = type(m)
         from_result = FROM_RESULT.get(kind)
         if from_result is not None:
-            run, in_place, back = from_result
+            run, in_place, back, act = from_result
             works = alone and place in self._owns
             maker = self._made[place - self._arguments][0] if works else None
             if kind is nn.ReLU and isinstance(maker, Linear):
                 maker.relu = True
                 self._owns.discard(place)
                 return place
-            kernel = FromResult(run, in_place, back, in_place=works, act=IN_C[kind])
+            kernel = FromResult(run, in_place, back, in_place=works, act=act)
             return self._add(kernel, place)
         if kind in FROM_INPUT:
             run, back = FROM_INPUT[kind](m)

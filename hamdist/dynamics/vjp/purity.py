@@ -2,7 +2,7 @@
 
 Proved is a forward that reads nothing but its arguments, submodules and plain constants of the
 module, calls nothing but those modules, methods that are proved as well, and functions of torch
-that have a kernel (activations.py), and writes to nothing but local variables. Everything else may
+that have a kernel (kernels.py), and writes to nothing but local variables. Everything else may
 depend on Python state: lists, dicts, globals, closures, random numbers, values of a buffer.
 """
 
@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from hamdist.dynamics.vjp.activations import FUNCTIONS
+from hamdist.dynamics.vjp.kernels import FUNCTIONS
 
 OWN = "torch.nn.modules."
 # Instructions that write, define or read anything but local variables.

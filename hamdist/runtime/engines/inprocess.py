@@ -35,13 +35,21 @@ DRIVER = "driver"  # the only process
 
 
 class InProcessEngine:
-    """Steps all blocks of a graph in the calling thread; deterministic."""
+    """Steps all blocks of a graph in the calling thread; deterministic.
+
+    watch: sees all signals and steps, as digests do, instead of those that the plan asks for.
+    """
+
+    def __init__(self, watch: Digests | None = None) -> None:
+        self._watch = watch
 
     def run(self, plan: Plan, stream: Stream, on_progress: OnProgress | None = None) -> Outcome:
         created = time.perf_counter()
         inside = {INPUT, *plan.graph.blocks}
         sent_log = None if plan.snapshot_policy is None else SentLog(inside, replays=False)
-        digests = Digests() if plan.engine.digests else None
+        digests = self._watch
+        if digests is None and plan.engine.digests:
+            digests = Digests(int(plan.engine.digests))
         mailbox = Mailbox(inside, sent_log=sent_log, digests=digests)
         source = SourceNode(plan, stream, mailbox)
         nodes = [make_node(plan, name, mailbox) for name in plan.graph.blocks]

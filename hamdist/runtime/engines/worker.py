@@ -90,7 +90,7 @@ class Worker:
             self._sent_log = SentLog(
                 inside, replays=snapshot_policy.recover, limit=snapshot_policy.memory
             )
-        self._digests = Digests() if plan.engine.digests else None
+        self._digests = Digests(int(plan.engine.digests)) if plan.engine.digests else None
         self._mailbox = Mailbox(inside, self._transport, self._sent_log, self._digests)
         self._inside = inside
         self._nodes = [make_node(plan, name, self._mailbox) for name in blocks]

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 
 from hamdist.display.network import NetworkActor, PlacedNetwork
-from hamdist.dynamics.graph.network import as_network
+from hamdist.dynamics.graph.spec import as_network
 from hamdist.runtime.plan.plan import Plan
 
 

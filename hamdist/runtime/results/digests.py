@@ -38,6 +38,7 @@ class DigestTrack:
 
     Attributes:
         count: signals, or updates, until `last`, the latest digest.
+        of: one in so many signals is hashed, those whose number is a multiple of it.
         marks: (tick, digest) in order. Of signals the tick is the sender's, and there is one mark
             for every `every` signals: with 512 marks each second one is dropped, and `every`
             doubles. Of weights there are marks after 1, 2, 4, 8, ... updates.
@@ -47,11 +48,14 @@ class DigestTrack:
     last: str = ""
     every: int = 1
     marks: list[tuple[int, str]] = field(default_factory=list)
+    of: int = 1
 
     def add(self, signal: Signal) -> None:
         """Hash a signal on top of those before it."""
-        self.last = _on_top(self.last, signal)
         self.count += 1
+        if self.count % self.of:
+            return
+        self.last = on_top(self.last, signal)
         if self.count % self.every == 0:
             self.marks.append((signal.stamp.tick, self.last))
             if len(self.marks) == MOST_MARKS:
@@ -63,20 +67,33 @@ DigestMap: TypeAlias = dict[str, DigestTrack]
 
 
 class Digests:
-    """Digests of a process: `sent`, `taken` by channel ('state u->block0'), `weights` by block."""
+    """Digests of a process: `sent`, `taken` by channel ('state u->block0'), `weights` by block.
 
-    def __init__(self) -> None:
+    of: one in so many signals of a channel is hashed.
+    """
+
+    def __init__(self, of: int = 1) -> None:
+        self._of = of
+        self._out: dict[int, DigestTrack] = {}  # by number of the channel, which is quicker
+        self._in: dict[int, DigestTrack] = {}
         self.sent: DigestMap = {}
         self.taken: DigestMap = {}
         self.weights: DigestMap = {}
 
     def post(self, channel: Channel, signal: Signal) -> None:
         """Note a signal on its way out."""
-        self.sent.setdefault(channel.key, DigestTrack()).add(signal)
+        (self._out.get(channel.number) or self._track(self.sent, self._out, channel)).add(signal)
 
     def take(self, channel: Channel, signal: Signal) -> None:
         """Note a signal that has arrived, before it is decoded."""
-        self.taken.setdefault(channel.key, DigestTrack()).add(signal)
+        (self._in.get(channel.number) or self._track(self.taken, self._in, channel)).add(signal)
+
+    def _track(
+        self, tracks: DigestMap, known: dict[int, DigestTrack], channel: Channel
+    ) -> DigestTrack:
+        track = tracks.setdefault(channel.key, DigestTrack(every=self._of, of=self._of))
+        known[channel.number] = track
+        return track
 
     def after_step(self, node: Any, tick: int) -> None:
         """Hash the weights of a node's block if its number of updates is a power of two.
@@ -111,6 +128,8 @@ class Digests:
 
     def restore(self, state: Mapping[str, DigestMap]) -> None:
         """Continue from the digests of one node."""
+        self._out.clear()
+        self._in.clear()
         self.sent |= state["sent"]
         self.taken |= state["taken"]
         self.weights |= state["weights"]
@@ -139,7 +158,8 @@ def _of(tracks: DigestMap, keys: Sequence[str]) -> DigestMap:
     return {key: tracks[key] for key in keys if key in tracks}
 
 
-def _on_top(last: str, signal: Signal) -> str:
+def on_top(last: str, signal: Signal) -> str:
+    """Return the digest of a signal on top of that of the signals before it."""
     payload = signal.payload
     digest = blake2b(last.encode(), digest_size=DIGEST_BYTES)
     digest.update(_HEAD.pack(*signal.stamp, signal.end, signal.sequence_end))

@@ -15,8 +15,15 @@ from torch import Tensor, nn
 
 from hamdist.config import IGNORE_INDEX
 from hamdist.dynamics.graph.inputs import NetworkInputs, called
-from hamdist.dynamics.objective.losses import Losses, LossFunction, counts
-from hamdist.dynamics.objective.outputs import ONLY, losses_of, main_output, tensors
+from hamdist.dynamics.objective.losses import (
+    ONLY,
+    Losses,
+    LossFunction,
+    counts,
+    losses_of,
+    main_output,
+    tensors,
+)
 from hamdist.dynamics.objective.prequential import count_correct
 from hamdist.errors import HamdistError, StreamError
 from hamdist.streams.sample import Sample, Stream

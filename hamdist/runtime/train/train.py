@@ -21,7 +21,13 @@ from hamdist.dynamics.rules.rule import Rule
 from hamdist.dynamics.updates.constants import TickSchedule
 from hamdist.dynamics.updates.optimizers import OptimizerFunction, OptimizerRule, SchedulerFunction
 from hamdist.dynamics.user_modules.python_state import check_apart, unchanged
-from hamdist.errors import ChoiceWarning, DivergedError, HamdistWarning, SettingsError
+from hamdist.errors import (
+    ChoiceWarning,
+    DivergedError,
+    HamdistWarning,
+    SettingsError,
+    SnapshotError,
+)
 from hamdist.runtime.advice.advice import before, end_of_stream, of_resumed
 from hamdist.runtime.advice.divergence import explained
 from hamdist.runtime.engines.inprocess import InProcessEngine
@@ -295,10 +301,28 @@ class _Work:
         return replace(self, settings=settings, keeps=keeps)
 
 
-def plan_of(model: nn.Module | Graph, settings: Settings, spec: SampleSpec) -> Plan:
-    """Return the plan with which `train` would begin. Raises what `train` raises before that."""
+def plan_of(
+    model: nn.Module | Graph,
+    settings: Settings,
+    spec: SampleSpec,
+    snapshot: Snapshot | None = None,
+) -> Plan:
+    """Return the plan with which `train` would begin. Raises what `train` raises before that.
+
+    With a snapshot it is that of the same run, which goes on from there and takes no further ones;
+    raises SnapshotError if the snapshot is of another one.
+    """
     rules = {p: make_rule(f"rules.{p}", one) for p, one in settings.learning.rules.items()}
-    return _Work(model, spec, settings, None, None, None, rules=rules).planned()[1]
+    work = _Work(model, spec, settings, None, None, None, rules=rules)
+    if snapshot is None:
+        return work.planned()[1]
+    work = work._kept_at(snapshot)
+    plan = replace(work.planned(snapshot)[1], skip=snapshot.manifest.skip)
+    other = differences(snapshot, plan, work.settings)
+    policy = plan.snapshot_policy
+    if other or policy is None:
+        raise SnapshotError(f"{snapshot} is of another run: {', '.join(other)} differ")
+    return replace(plan, snapshot_policy=replace(policy, every=None, seconds=None, last=False))
 
 
 def snapshot_model(

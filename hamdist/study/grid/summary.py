@@ -8,9 +8,8 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from hamdist.study.grid.points import Point
-from hamdist.study.grid.run import StudyOutcome
+from hamdist.study.grid.run import RunRecord, StudyOutcome
 from hamdist.study.grid.settings import Trains
-from hamdist.study.grid.work import RunRecord
 from hamdist.study.report.aggregate import mean_of, spread_of
 from hamdist.study.report.paired_test import PairedTest, paired_test
 from hamdist.study.run.drift import DriftRecovery, drift_fact

@@ -32,8 +32,7 @@ from hamdist.study.run.comparison import compare as runs_of
 from hamdist.study.run.own_data import data_of
 from hamdist.study.run.run import DataFactory, Run
 from hamdist.study.shared.recipes import load_settings
-from hamdist.study.shared.result_folder import RUNS, ResultFolder
-from hamdist.study.shared.store import Store
+from hamdist.study.shared.result_folder import RUNS, ResultFolder, Store
 from hamdist.trackers import open_trackers
 
 if TYPE_CHECKING:

@@ -58,6 +58,12 @@ def partings(a: RunDigests, b: RunDigests) -> list[Parting]:
                 f"the runs cannot be compared: only one of them has {kind} digests of {alone[0]!r} "
                 "(other cuts, another level, or a run that was called off)"
             )
+        of = next((i.of, b[kind][n].of) for n, i in a[kind].items()) if a.get(kind) else (1, 1)
+        if of[0] != of[1]:
+            raise SettingsError(
+                f"the runs cannot be compared: one hashed one in {of[0]} signals, the other one in "
+                f"{of[1]} (engine.digests)"
+            )
     differences = [
         one
         for kind in KINDS

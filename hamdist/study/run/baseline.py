@@ -22,8 +22,16 @@ from torch import Tensor, nn
 
 from hamdist.config import EngineSettings, FirstStep, LearningSettings, Settings
 from hamdist.dynamics.graph.inputs import called
-from hamdist.dynamics.objective.losses import Losses, LossFunction, Weighted, counts, make_losses
-from hamdist.dynamics.objective.outputs import ONLY, losses_of, tensors
+from hamdist.dynamics.objective.losses import (
+    ONLY,
+    Losses,
+    LossFunction,
+    Weighted,
+    counts,
+    losses_of,
+    make_losses,
+    tensors,
+)
 from hamdist.dynamics.objective.prequential import Prequential, Window
 from hamdist.dynamics.updates.average import Average
 from hamdist.dynamics.updates.learning_rate import step_course

@@ -18,7 +18,7 @@ from hamdist.runtime.ray_engine.session import ray_session
 from hamdist.runtime.train.prepare import make_rule
 from hamdist.study.run.baseline import CENTRALISED
 from hamdist.study.run.run import DataFactory, Run, run_centralised, run_level
-from hamdist.study.shared.store import Store
+from hamdist.study.shared.result_folder import Store
 
 KEY_LENGTH = 20
 

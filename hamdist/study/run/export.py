@@ -18,7 +18,7 @@ from hamdist.runtime.plan.plan import Plan
 from hamdist.runtime.process.threads import cores
 from hamdist.runtime.results.events import NetworkPlaced, read_events
 from hamdist.runtime.snapshots.resume import earlier
-from hamdist.runtime.storage.snapshot_files import latest
+from hamdist.runtime.storage.snapshot_files import Snapshot, latest
 from hamdist.runtime.train.train import plan_of, snapshot_model
 from hamdist.streams.factory import make_stream
 from hamdist.streams.sample import Stream
@@ -55,11 +55,15 @@ def begun(settings: Settings, factory: ModelFactory | None, weights: str | None)
 
 
 def planned(
-    settings: Settings, factory: ModelFactory | None, data: DataFactory | None
+    settings: Settings,
+    factory: ModelFactory | None,
+    data: DataFactory | None,
+    snapshot: Snapshot | None = None,
 ) -> tuple[Plan, Stream]:
-    """Return the plan with which a run of `settings` would begin, and its stream."""
+    """Return the plan with which a run of `settings` would begin, and its stream; with a snapshot,
+    that of a run that goes on from there and takes no further ones."""
     model, stream = _model_and_stream(settings, factory, data)
-    return plan_of(model, settings, stream.spec), stream
+    return plan_of(model, settings, stream.spec, snapshot), stream
 
 
 def _model_and_stream(

@@ -19,8 +19,7 @@ from hamdist.dynamics.blocks.energy import Records
 from hamdist.dynamics.graph.graph import Graph
 from hamdist.dynamics.graph.merged import MergedSequence
 from hamdist.dynamics.modules.prenorm import stabilised
-from hamdist.dynamics.objective.losses import make_losses
-from hamdist.dynamics.objective.outputs import main_output
+from hamdist.dynamics.objective.losses import main_output, make_losses
 from hamdist.dynamics.objective.prequential import Window, merge_windows
 from hamdist.dynamics.user_modules.python_state import functions_of
 from hamdist.errors import ChoiceWarning, DivergedError, HamdistWarning, SettingsError, StreamError
@@ -33,7 +32,7 @@ from hamdist.models.build import (
     only_loss,
 )
 from hamdist.runtime.placement.step_costs import example_input, example_inputs
-from hamdist.runtime.process.energy import EnergyMeter
+from hamdist.runtime.process.energy import joules_from_now
 from hamdist.runtime.process.interrupts import OnProgress
 from hamdist.runtime.process.startup import Startup, phases_to
 from hamdist.runtime.results.result import APART, Progress, RunFacts, RunResult
@@ -223,14 +222,14 @@ def _run(
         warnings.warn(text, HamdistWarning, stacklevel=3)
     timeline = Timeline(on_progress)
     failure: str | None = None
-    meter = EnergyMeter()
+    joules = joules_from_now()
     try:
         result = _trained(level, model, stream, settings, timeline, resume)
     except DivergedError as error:
         if error.result is None:
             raise
         result, failure = error.result, str(error)
-    joules = meter.joules()
+    used = joules()
     startup.add(result.startup)
     whole = not result.interrupted and failure is None
     scores = plain_scores = None
@@ -260,7 +259,7 @@ def _run(
         held_out=scores,
         held_out_plain=plain_scores,
         plain=result.plain,
-        joules=joules,
+        joules=used,
         prequential=_by_output(result) if len(result.windows) > 1 else {},
         failure=failure,
         tracking=tracking(result.records, settings),

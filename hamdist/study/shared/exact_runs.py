@@ -1,13 +1,20 @@
-"""Runs in float64 whose blocks are set before, and looked at between, their steps."""
+"""Runs in float64 whose blocks are set before, and looked at between, their steps; their weights
+and weight costates at every t_k.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from typing import Any
 
-from hamdist.config import Settings
+from torch import Tensor
+
+from hamdist.config import Order, Settings
+from hamdist.dynamics.blocks.hold import HoldBlock
 from hamdist.dynamics.graph.graph import INPUT
+from hamdist.dynamics.updates.weights import Weights
 from hamdist.runtime.nodes.factory import make_node
+from hamdist.runtime.nodes.hold import HoldNode
 from hamdist.runtime.nodes.loop import run_loop
 from hamdist.runtime.nodes.mailbox import Mailbox
 from hamdist.runtime.nodes.node import Node
@@ -32,3 +39,66 @@ class PlanNodes:
         """Run the whole stream, as the engine in one process does."""
         source = SourceNode(self._plan, stream, self._mailbox)
         run_loop([source, *self.nodes.values()], after_step=after_step)
+
+
+class ModuleRecord:
+    """omega and theta of one module at every t_k.
+
+    late: the weights move when z_{k+1} is complete, which is at the start of tick k + 1 (a state
+    block in the sequential order): those of t_k stand there after tick k, others before it.
+    """
+
+    def __init__(self, weights: Weights, *, late: bool) -> None:
+        self.weights = weights
+        self.late = late
+        self.omega: list[list[Tensor]] = []
+        self.theta: list[list[Tensor]] = []
+
+    def copy_weights(self) -> None:
+        """Add copies of omega and theta as they are now."""
+        self.omega.append([o.clone() for o in self.weights.omega])
+        self.theta.append([t.clone() for t in self.weights.theta])
+
+
+class NodeRecord:
+    """A node of a held block, with the records of its module and of its output module."""
+
+    def __init__(self, node: HoldNode, *, sequential: bool) -> None:
+        self.node = node
+        block = node.block
+        self.module = ModuleRecord(block.weights, late=sequential and isinstance(block, HoldBlock))
+        self.output: ModuleRecord | None = None
+        if isinstance(block, HoldBlock) and block.output_weights is not None:
+            self.output = ModuleRecord(block.output_weights, late=False)
+
+    @property
+    def modules(self) -> list[ModuleRecord]:
+        """Return the records of both modules, or of the one there is."""
+        return [self.module] if self.output is None else [self.module, self.output]
+
+
+class RecordedNodes:
+    """The nodes of a plan whose blocks are held, with a record of each (`records`)."""
+
+    def __init__(self, plan: Plan) -> None:
+        self._nodes = PlanNodes(plan)
+        sequential = plan.knobs.order is Order.SEQUENTIAL
+        self.records: dict[str, NodeRecord] = {}
+        for name, node in self._nodes.nodes.items():
+            if not isinstance(node, HoldNode):
+                raise TypeError(f"block {name!r} is not one that steps in every tick")
+            self.records[name] = NodeRecord(node, sequential=sequential)
+
+    def run(self, stream: Stream) -> None:
+        """Run the whole stream, and record."""
+        for record in self.records.values():
+            for module in record.modules:
+                if not module.late:
+                    module.copy_weights()
+
+        def copy_weights(node: Node, _tick: int) -> None:
+            if node.name in self.records:
+                for module in self.records[node.name].modules:
+                    module.copy_weights()
+
+        self._nodes.run(stream, copy_weights)

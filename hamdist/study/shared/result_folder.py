@@ -18,7 +18,7 @@ import tempfile
 import warnings
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Generic, TypeVar
 
 from hamdist.errors import SettingsError, Stop, TakeSnapshot
 from hamdist.runtime.results.events import (
@@ -269,3 +269,41 @@ def _finished(folder: Path) -> bool:
         return summary["interrupted"] is False
     except (OSError, ValueError, KeyError, TypeError):
         return False
+
+
+# -- finished runs of a study or a comparison: one JSON file a run, named by its key ---------------
+
+RecordType = TypeVar("RecordType")
+
+
+class Store(Generic[RecordType]):
+    """Records in `folder`, which is made. Raises SettingsError if it cannot be written.
+
+    `read` makes a record of plain values, or raises ValueError or TypeError.
+    """
+
+    def __init__(self, folder: Path, read: Callable[[dict[str, Any]], RecordType]) -> None:
+        prepare_folder(folder)
+        self._folder = folder
+        self._read = read
+
+    def find(self, key: str) -> RecordType | None:
+        """Return the record of a finished run. Raises SettingsError for a damaged file."""
+        path = self._folder / f"{key}.json"
+        try:
+            values = json.loads(path.read_text("utf-8"))
+            record = self._read(values)
+        except FileNotFoundError:
+            return None
+        except (OSError, ValueError, TypeError) as error:
+            raise SettingsError(
+                f"{path}: cannot be read as the record of a run ({error}); delete it, and the run "
+                "is made again"
+            ) from None
+        if values.get("key") != key:
+            raise SettingsError(f"{path}: holds the record of run {values.get('key')}; delete it")
+        return record
+
+    def keep(self, key: str, text: str) -> None:
+        """Write the JSON `text` of a record. Raises SettingsError if it cannot be written."""
+        write_file(self._folder / f"{key}.json", text + "\n")

@@ -39,7 +39,6 @@ TOPICS = {
     "engines": "one process and Ray",
 }
 MODULES = {"golden": "oracles.golden", "hamilton": "oracles.tick_golden"}
-WITH_FILES = ("golden", "engines")  # checks(full, paths) with the golden files
 
 
 @dataclass(frozen=True, slots=True)
@@ -87,12 +86,11 @@ def topics(only: Sequence[str], folder: Path | None) -> list[Topic]:
         )
     if folder is not None and not only:
         only = ["golden"]
+    if folder is not None and "golden" not in only:
+        raise SettingsError(f"--golden '{folder}': --only leaves the topic golden out; add it")
     chosen = [name for name in TOPICS if name in only or not only]
-    paths = golden.files(folder or golden.shipped()) if set(WITH_FILES) & set(chosen) else []
-    return [
-        Topic(name, TOPICS[name], partial(_checks_of, name, paths if name in WITH_FILES else None))
-        for name in chosen
-    ]
+    paths = golden.files(folder or golden.shipped()) if "golden" in chosen else []
+    return [Topic(name, TOPICS[name], partial(_checks_of, name, paths)) for name in chosen]
 
 
 def own_model_topic(verified: own_model.VerifiedModel) -> Topic:
@@ -104,13 +102,11 @@ def own_model_topic(verified: own_model.VerifiedModel) -> Topic:
     return Topic("model", f"the model {verified.name}", checks, answers=True)
 
 
-def _checks_of(
-    topic: str, paths: Sequence[Path] | None, full: bool
-) -> Generator[Check, None, None]:
+def _checks_of(topic: str, paths: Sequence[Path], full: bool) -> Generator[Check, None, None]:
     # Only now: a topic may need what takes seconds to import.
     name = MODULES.get(topic, f"topics.{topic.replace('-', '_')}")
     module: Any = importlib.import_module(f"hamdist.study.verify.{name}")
-    checks: Iterator[Check] = module.checks(full) if paths is None else module.checks(full, paths)
+    checks: Iterator[Check] = module.checks(*([full, paths] if topic == "golden" else [full]))
     yield from checks
 
 

@@ -339,10 +339,10 @@ def test_drift_is_warned_of_before_the_run_and_in_its_result():
 )
 def test_unseen_golden_files(kind, steps_, tau, leak):
     data = leapfrog(kind, steps=steps_, tau=tau, size=5, seed=steps_, leak=leak)
-    for check in verify.golden(data, "unseen.npz"):
+    for check in verify.checks_of(data, "unseen.npz"):
         assert check.measure().difference <= check.bound, check.name
     wrong = {**data, "dh0": data["dh0"] * (1 + 1e-7), "h": data["h"] + 1e-7}
-    for check in verify.golden(wrong, "wrong.npz"):
+    for check in verify.checks_of(wrong, "wrong.npz"):
         assert check.measure().difference > check.bound, check.name
 
 

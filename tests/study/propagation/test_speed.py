@@ -408,6 +408,28 @@ def test_fixed_point_for_either_sign(sign, eta):
     assert max(apart) < ROUND_OFF
 
 
+def test_with_dissipation_costates_and_gradients_are_discounted():
+    """c z_l/phi -> (c/(c + eta))^(nu + 1 - l) delta_l, eta omega_l/phi -> the same of G_l."""
+    nu, c, tau, eta, ticks = 4, 2.0, 0.25, 0.7, 150
+    network = tanh_network(depth=nu).make(0)
+    still = timed_stream(StreamKind.STATIC, network.values, 0)
+    u, y = still.u(0.0), still.y(0.0)
+    z, omega = {}, {}
+
+    def look(name, k, block):
+        if k == ticks - 1:
+            z[name], omega[name] = block.z, flat(omegas(block))
+
+    settings = frozen(tau, c, eta_z=eta, eta_omega=eta)
+    watch(network.graph, settings, itertools.repeat((u, y), ticks), look)
+    _, deltas = backprop_states(network, u, y)
+    gradients = network.backprop(u, y)
+    for i, name in enumerate(network.graph.blocks):
+        discount = (c / (c + eta)) ** (nu - i)
+        assert relative_error([c * z[name]], [discount * deltas[i]]) < 1e-10
+        assert relative_error([eta * omega[name]], [discount * flat(gradients[name])]) < 1e-10
+
+
 def cyclic_graph(gain=0.6):
     """a reads u and c, b reads a and itself, c reads b and a; c is the readout."""
     made = Graph(

@@ -60,7 +60,7 @@ CASES = {
 
 
 def run(data: dict, name: str) -> list:
-    return [(check, check.measure()) for check in bptt.golden(data, name)]
+    return [(check, check.measure()) for check in bptt.checks_of(data, name)]
 
 
 @pytest.mark.parametrize("path", FILES, ids=lambda p: p.stem)
@@ -93,11 +93,11 @@ def test_a_wrong_entry_is_found(key):
 def test_entries_that_do_not_fit():
     data = CASES["truncated"]
     with pytest.raises(SettingsError, match="'r' is 9, the sequence has 7 tokens"):
-        bptt.golden({**data, "r": np.array(9)}, "long")
+        bptt.checks_of({**data, "r": np.array(9)}, "long")
     with pytest.raises(SettingsError, match="'th.Wh' has shape"):
-        bptt.golden({**data, "th.Wh": np.zeros((4, 3))}, "square")
+        bptt.checks_of({**data, "th.Wh": np.zeros((4, 3))}, "square")
     with pytest.raises(SettingsError, match="'th.Wx' has shape.*u has 2 features"):
-        bptt.golden({**data, "u": data["u"][:, :2]}, "narrow")
+        bptt.checks_of({**data, "u": data["u"][:, :2]}, "narrow")
 
 
 # -- the checks of the topic -----------------------------------------------------------------------

@@ -29,7 +29,7 @@ from typing import Any, TypeAlias
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from torch import Tensor, nn
+from torch import nn
 
 from hamdist.errors import SettingsError
 from hamdist.study.verify.oracles.check import FAULTS, Check, Difference, failure, largest, reason
@@ -51,7 +51,7 @@ ACTIVATIONS: dict[str, type[nn.Module]] = {
     **dict.fromkeys(("relu", "rectifier"), nn.ReLU),
 }
 
-# Entries that mark a kind, and the module whose function golden(data, name) checks it.
+# Entries that mark a kind, and the module whose function checks_of(data, name) checks it.
 KINDS = {
     "tick": (("spec", "u", "yhat", "tau", "phi", "c"), "oracles.tick_golden"),
     "tracking": (("z", "x0", "W0", "q", "r_w"), "oracles.tracking_golden"),
@@ -107,8 +107,8 @@ def file_checks(path: Path) -> list[Check]:
     try:
         data = read(path)
         _, module = KINDS[kind_of(data)]
-        golden = importlib.import_module(f"hamdist.study.verify.{module}").golden
-        return [_within(check, data) for check in golden(data, path.name)]
+        checks_of = importlib.import_module(f"hamdist.study.verify.{module}").checks_of
+        return [_within(check, data) for check in checks_of(data, path.name)]
     except FAULTS as error:
         return [failure(f"{path.name}: not understood: {reason(error)}", error)]
 
@@ -171,11 +171,6 @@ def choice(data: GoldenData, key: str, known: Sequence[str]) -> str:
     if value not in known:
         raise SettingsError(f"entry {key!r} is {value!r}; known: {', '.join(known)}")
     return value
-
-
-def tensor(array: Array) -> Tensor:
-    """Return a copy of `array`."""
-    return torch.tensor(array)
 
 
 # -- dense layers: a layer is (outputs, activation) ------------------------------------------------

@@ -182,8 +182,11 @@ def cycle_graph() -> Graph:
     )
 
 
+DRAWN = SampleSpec((BATCH, FEATURES), F64, (BATCH,), torch.int64, CLASSES)
+
+
 class Draws:
-    """`items` batches of random inputs and classes; the same ones whenever and wherever asked.
+    """`items` random samples of a spec; the same ones whenever and wherever asked.
 
     missing: samples without a target. ends: sequences of `ends` samples, the last one marked.
     """
@@ -191,21 +194,30 @@ class Draws:
     portable = True
 
     def __init__(
-        self, items: int, *, seed: int = 3, missing: Collection[int] = (), ends: int | None = None
+        self,
+        items: int,
+        *,
+        spec: SampleSpec = DRAWN,
+        seed: int = 3,
+        missing: Collection[int] = (),
+        ends: int | None = None,
     ) -> None:
-        self._items = items
-        self._seed = seed
-        self._missing = missing
-        self._ends = ends
-
-    @property
-    def spec(self) -> SampleSpec:
-        return SampleSpec((BATCH, FEATURES), F64, (BATCH,), torch.int64, CLASSES)
+        self.spec = spec
+        self._items, self._seed, self._missing, self._ends = items, seed, missing, ends
 
     def samples(self) -> Iterator[Sample]:
-        random = torch.Generator().manual_seed(self._seed)
+        random, spec = torch.Generator().manual_seed(self._seed), self.spec
         for n in range(self._items):
-            u = torch.randn(BATCH, FEATURES, generator=random, dtype=F64)
-            y = torch.randint(CLASSES, (BATCH,), generator=random)
+            u = drawn(spec.u_shape, spec.u_dtype, spec.tokens, random)
+            y = drawn(spec.y_shape, spec.y_dtype, spec.classes, random)
             last = self._ends is not None and n % self._ends == self._ends - 1
             yield Sample(u, None if n in self._missing else y, end=last)
+
+
+def drawn(
+    shape: tuple[int, ...], dtype: torch.dtype, numbers: int | None, random: torch.Generator
+) -> Tensor:
+    """Return whole numbers below `numbers`, or values from N(0, 1)."""
+    if numbers is not None:
+        return torch.randint(numbers, shape, generator=random)
+    return torch.randn(shape, generator=random, dtype=dtype)

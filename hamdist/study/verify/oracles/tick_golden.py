@@ -25,6 +25,7 @@ from itertools import islice
 from typing import Any
 
 import numpy as np
+import torch
 from torch import Tensor, nn
 
 from hamdist.config import Settings
@@ -36,28 +37,12 @@ from hamdist.dynamics.schedule.hold import HoldSchedule
 from hamdist.dynamics.schedule.levels import Locality
 from hamdist.errors import SettingsError
 from hamdist.runtime.plan.plan import Plan, make_plan
-from hamdist.runtime.train.train import train
 from hamdist.streams.adapters import from_iterable
 from hamdist.streams.sample import Sample, Stream
-from hamdist.study.shared.exact_runs import float64_settings
+from hamdist.study.shared.exact_runs import ModuleRecord, RecordedNodes, float64_settings
+from hamdist.study.verify.oracles import golden
 from hamdist.study.verify.oracles.check import Check, Difference
-from hamdist.study.verify.oracles.golden import (
-    ORACLE,
-    ORDERS,
-    RTOL,
-    Array,
-    GoldenData,
-    choice,
-    dense_layers,
-    entry,
-    made,
-    number,
-    read_layers,
-    tensor,
-    weight_shapes,
-    worst,
-)
-from hamdist.study.verify.oracles.recorded_run import ModuleRecord, RecordedNodes
+from hamdist.study.verify.oracles.golden import ORACLE, RTOL, Array, GoldenData, entry, number
 
 READOUT = "y"
 WEIGHTS = {"W": "weight", "b": "bias"}
@@ -74,7 +59,7 @@ class _Node:
     @property
     def keys(self) -> list[str]:
         """Return the names of its parameters, in the order of the module's."""
-        return [f"{self.name}.{key}" for key, _ in weight_shapes(self.layers, 0)]
+        return [f"{self.name}.{key}" for key, _ in golden.weight_shapes(self.layers, 0)]
 
 
 @dataclass(frozen=True)
@@ -107,13 +92,13 @@ class Ticks:
     @property
     def order(self) -> str:
         """Return the order of the equations."""
-        return choice(self.data, "order", ORDERS)
+        return golden.choice(self.data, "order", golden.ORDERS)
 
     @property
     def classes(self) -> int | None:
         """Return the number of classes, if the loss is cross-entropy."""
         wide = self.out.layers[-1][0] if self.out.layers else self.width(self.out)
-        return wide if choice(self.data, "loss", ("mse", "ce")) == "ce" else None
+        return wide if golden.choice(self.data, "loss", ("mse", "ce")) == "ce" else None
 
 
 def read_ticks(data: GoldenData) -> Ticks:
@@ -127,7 +112,7 @@ def read_ticks(data: GoldenData) -> Ticks:
         for q in ("h", "z"):
             entry(data, f"{q}.{node.name}", (K + 1, batch, dims[node.name]))
     for node in (*nodes, ticks.out):
-        for key, shape in weight_shapes(node.layers, ticks.width(node)):
+        for key, shape in golden.weight_shapes(node.layers, ticks.width(node)):
             for q in ("th", "om"):
                 entry(data, f"{q}.{node.name}.{key}", (K + 1, *shape))
     for key in ("yhat", "tau", "phi"):
@@ -139,17 +124,17 @@ def read_ticks(data: GoldenData) -> Ticks:
 
 
 def _node(name: str, parents: Sequence[str], layers: Sequence[tuple[int, str]]) -> _Node:
-    return _Node(name, tuple(parents), read_layers(layers, f"node {name!r}"))
+    return _Node(name, tuple(parents), golden.read_layers(layers, f"node {name!r}"))
 
 
 def _graph(ticks: Ticks) -> Graph:
     loss = mse if ticks.classes is None else cross_entropy
 
     def module(node: _Node) -> nn.Sequential:
-        layers = dense_layers(node.layers, ticks.width(node))
+        layers = golden.dense_layers(node.layers, ticks.width(node))
         chain = nn.Sequential(*(part for layer in layers for part in layer))
         for key, weight in zip(node.keys, chain.parameters(), strict=True):
-            weight.data = tensor(ticks.data[f"th.{key}"][0])
+            weight.data = torch.tensor(ticks.data[f"th.{key}"][0])
         return chain
 
     blocks = []
@@ -170,7 +155,7 @@ def _graph(ticks: Ticks) -> Graph:
     return Graph(blocks)
 
 
-def _settings(ticks: Ticks, delay_free: bool, **more: Any) -> Settings:
+def _settings(ticks: Ticks, delay_free: bool) -> Settings:
     """delay_free: the blocks move one after the other (HL Eq. 10)."""
     data = ticks.data
     pace: dict[str, Any] = {"speed": int(data.get("held", 1))}
@@ -195,7 +180,7 @@ def _settings(ticks: Ticks, delay_free: bool, **more: Any) -> Settings:
     order = ticks.order.replace("_", "-")
     locality = {"order": order, "target": "current", "readout": "state", **pace}
     metrics = {"record": "trajectory"}
-    return float64_settings("local", locality=locality, dynamics=dynamics, metrics=metrics, **more)
+    return float64_settings("local", locality=locality, dynamics=dynamics, metrics=metrics)
 
 
 def _block_constants(ticks: Ticks, node: _Node) -> dict[str, Any]:
@@ -235,7 +220,7 @@ def _is_delay_free(ticks: Ticks, graph: Graph) -> bool:
 def _samples(ticks: Ticks, held: int) -> list[Sample]:
     """Return what is shown, for `held` ticks each; the last sample once more, to come to t_K."""
     data = ticks.data
-    u, y = tensor(data["u"]), tensor(data["yhat"])
+    u, y = torch.tensor(data["u"]), torch.tensor(data["yhat"])
     times = np.append(0.0, np.cumsum(data["tau"])) if data.get("stamped") else None
     missing = data.get("missing", np.zeros(ticks.K, dtype=bool))
     return [
@@ -260,10 +245,10 @@ class _Masked(HoldSchedule):
         return column is None or tick >= len(column) or bool(column[tick])
 
 
-def _planned(ticks: Ticks, **more: Any) -> tuple[Graph, Plan, Stream, Settings]:
+def _planned(ticks: Ticks) -> tuple[Graph, Plan, Stream, Settings]:
     graph = _graph(ticks)
     delay_free = _is_delay_free(ticks, graph)
-    settings = _settings(ticks, delay_free, **more)
+    settings = _settings(ticks, delay_free)
     held = len(ticks.nodes) if delay_free else int(ticks.data.get("held", 1))
     stream = from_iterable(_samples(ticks, held), classes=ticks.classes)
     plan = make_plan(graph, settings, stream.spec)
@@ -283,10 +268,10 @@ def run_ticks(ticks: Ticks) -> dict[str, Array]:
         modules += zip((node, ticks.out), record.modules, strict=False)
         block = record.node.block
         if isinstance(block, HoldBlock):
-            block.h = tensor(ticks.data[f"h.{node.name}"][0])
-            block.z = tensor(ticks.data[f"z.{node.name}"][0])
+            block.h = torch.tensor(ticks.data[f"h.{node.name}"][0])
+            block.z = torch.tensor(ticks.data[f"z.{node.name}"][0])
     for node, module in modules:
-        module.weights.omega = [tensor(ticks.data[f"om.{key}"][0]) for key in node.keys]
+        module.weights.omega = [torch.tensor(ticks.data[f"om.{key}"][0]) for key in node.keys]
     network.run(stream)
     entries = recorded(ticks, {b: one.node.records() for b, one in network.records.items()})
     for node, module in modules:
@@ -294,21 +279,6 @@ def run_ticks(ticks: Ticks) -> dict[str, Array]:
             entries[f"om.{key}"] = _first(ticks.K + 1, (o[i] for o in module.omega))
             entries[f"th.{key}"] = _first(ticks.K + 1, (t[i] for t in module.theta))
     return entries
-
-
-def begins_at_rest(ticks: Ticks) -> bool:
-    """Return True if h, z and omega begin at zero, and settings can say how the blocks move."""
-    costates = [f"om.{key}" for node in (*ticks.nodes, ticks.out) for key in node.keys]
-    starts = [*costates, *(f"{q}.{node.name}" for q in ("h", "z") for node in ticks.nodes)]
-    if any(ticks.data[key][0].any() for key in starts):
-        return False
-    return "mask_node" not in ticks.data or _is_delay_free(ticks, _graph(ticks))
-
-
-def energies_through(ticks: Ticks, engine: Mapping[str, Any]) -> Difference:
-    """Return the distance of h, z, y, L and H' as an engine records them."""
-    graph, _, stream, settings = _planned(ticks, engine=engine)
-    return compared(recorded(ticks, train(graph, stream, settings).records), expected(ticks))
 
 
 def _first(n: int, values: Iterable[Tensor]) -> Array:
@@ -346,15 +316,15 @@ def expected(ticks: Ticks) -> dict[str, Array]:
 
 def compared(ours: Mapping[str, Array], expected: Mapping[str, Array]) -> Difference:
     """Return the largest distance over the entries that both have."""
-    return worst({key: (ours[key], expected[key]) for key in expected if key in ours})
+    return golden.worst({key: (ours[key], expected[key]) for key in expected if key in ours})
 
 
 def checks(full: bool) -> Iterator[Check]:  # noqa: ARG001
     """Yield the checks of the files that autograd of H' made: every term, in every order."""
-    return made("tick")
+    return golden.made("tick")
 
 
-def golden(data: GoldenData, name: str) -> list[Check]:
+def checks_of(data: GoldenData, name: str) -> list[Check]:
     """Return the checks of a tick file."""
     ticks = read_ticks(data)
     what, oracle = f"{name}: every tick (relative)", f"{ORACLE}: h, z, ω, θ, y, L, H'"
@@ -387,7 +357,7 @@ def _static(ticks: Ticks, ours: Mapping[str, Array]) -> Difference:
         for key in node.keys:
             steps = np.diff(ours[f"om.{key}"], axis=0)[z_from - sequential :] / scale
             pairs[f"d omega.{key}"] = _same(steps, entry(data, f"bp_grad.{key}"))
-    return worst(pairs)
+    return golden.worst(pairs)
 
 
 def _same(ours: Array, expected: Array) -> tuple[Array, Array]:

@@ -27,22 +27,10 @@ from hamdist.errors import SettingsError
 from hamdist.models.tracker import First
 from hamdist.runtime.plan.plan import make_plan
 from hamdist.streams.adapters import from_iterable
-from hamdist.study.shared.exact_runs import float64_settings
+from hamdist.study.shared.exact_runs import RecordedNodes, float64_settings
+from hamdist.study.verify.oracles import golden
 from hamdist.study.verify.oracles.check import Check, Difference
-from hamdist.study.verify.oracles.golden import (
-    ACTIVATIONS,
-    ORACLE,
-    ORDERS,
-    RTOL,
-    Array,
-    GoldenData,
-    choice,
-    entry,
-    number,
-    tensor,
-    worst,
-)
-from hamdist.study.verify.oracles.recorded_run import RecordedNodes
+from hamdist.study.verify.oracles.golden import ORACLE, RTOL, Array, GoldenData, entry, number
 
 # Without a bias unit a net is near an attractor, where rounding grows: 1e-12 in W_0 moves x by
 # 1.3e-10 in 1000 steps (golden README).
@@ -77,11 +65,12 @@ def _module(data: GoldenData, rows: Sequence[int]) -> nn.Sequential:
     if weights.shape not in ((len(x0), len(x0)), (len(x0), len(x0) + 1)):
         raise SettingsError(f"W0 has shape {weights.shape}, with {len(x0)} neurons")
     linear = nn.Linear(len(x0), len(rows), bias=bias, dtype=torch.float64)
-    W = tensor(weights[list(rows)])
+    W = torch.tensor(weights[list(rows)])
     linear.weight.data = W[:, : len(x0)].contiguous()
     if bias:
         linear.bias.data = W[:, -1].contiguous()
-    return nn.Sequential(linear, ACTIVATIONS[choice(data, "act", list(ACTIVATIONS))]())
+    act = golden.ACTIVATIONS[golden.choice(data, "act", list(golden.ACTIVATIONS))]
+    return nn.Sequential(linear, act())
 
 
 def _settings(data: GoldenData) -> Settings:
@@ -95,7 +84,7 @@ def _settings(data: GoldenData) -> Settings:
         "weight_cost": number(data, "r_w"),
         "limit": 1e300,
     }
-    order = choice(data, "order", ORDERS).replace("_", "-")
+    order = golden.choice(data, "order", golden.ORDERS).replace("_", "-")
     locality = {"order": order, "target": "current", "readout": "state"}
     metrics = {"record": "trajectory"}
     return float64_settings("local", locality=locality, dynamics=dynamics, metrics=metrics)
@@ -104,11 +93,15 @@ def _settings(data: GoldenData) -> Settings:
 def track(data: GoldenData, graph: Graph, K: int) -> dict[str, Array]:
     """Return hamdist's trajectories x, p, W, P (K + 1 entries) and energies L, H, Hrobust (K
     entries)."""
-    z = tensor(entry(data, "z"))[:K]
+    z = torch.tensor(entry(data, "z"))[:K]
     samples = [(torch.zeros(1, 1, dtype=z.dtype), value.reshape(1, 1)) for value in [*z, z[-1]]]
     stream = from_iterable(samples)
     network = RecordedNodes(make_plan(graph, _settings(data), stream.spec))
-    x0, p0, P0 = tensor(data["x0"]), tensor(entry(data, "p")[0]), _costate(data)
+    x0, p0, P0 = (
+        torch.tensor(data["x0"]),
+        torch.tensor(entry(data, "p")[0]),
+        _costate(data),
+    )
     at = 0
     for record in network.records.values():
         block = record.node.block
@@ -139,7 +132,7 @@ def track(data: GoldenData, graph: Graph, K: int) -> dict[str, Array]:
 def _costate(data: GoldenData) -> Tensor:
     """P_0; zero where the file's snapshots begin later."""
     if len(entry(data, "snap")) and data["snap"][0] == 0:
-        return tensor(entry(data, "P")[0])
+        return torch.tensor(entry(data, "P")[0])
     return torch.zeros(data["W0"].shape, dtype=torch.float64)
 
 
@@ -165,18 +158,18 @@ def _energies(data: GoldenData, ours: Mapping[str, Array]) -> Difference:
     """L, H and H'. In the sequential order the recorded loss is that of x_{k+1}; a file may take it
     at x_k, as its formula is printed."""
     names = [name for name in ("L", "H", "Hrobust") if name in data]
-    as_recorded = worst({name: (ours[name], data[name]) for name in names})
-    if choice(data, "order", ORDERS) != "sequential":
+    as_recorded = golden.worst({name: (ours[name], data[name]) for name in names})
+    if golden.choice(data, "order", golden.ORDERS) != "sequential":
         return as_recorded
     K, q = len(data["z"]), number(data, "q")
     errors = ours["x"][:, 0] - np.append(data["z"], 0.0)
     ahead = ours["x"][1:, 0] - data["z"]
     shift = 0.5 * q * (errors[:K] ** 2 - ahead**2)
-    at_old = worst({name: (ours[name] + shift, data[name]) for name in names})
+    at_old = golden.worst({name: (ours[name] + shift, data[name]) for name in names})
     return min(as_recorded, at_old, key=lambda f: f.difference)
 
 
-def golden(data: GoldenData, name: str) -> list[Check]:
+def checks_of(data: GoldenData, name: str) -> list[Check]:
     """Return the checks of a tracking file."""
     pure = entry(data, "W0").shape[1] == len(entry(data, "x0"))
     rtol = RTOL_PURE if pure else RTOL
@@ -196,7 +189,7 @@ def golden(data: GoldenData, name: str) -> list[Check]:
             f"{name}: every tick (relative)",
             f"{ORACLE}: x, p, W, P",
             rtol,
-            lambda: worst(_pairs(data, whole(), K)),
+            lambda: golden.worst(_pairs(data, whole(), K)),
         ),
         Check(
             f"{name}: energies (relative)",
@@ -208,6 +201,6 @@ def golden(data: GoldenData, name: str) -> list[Check]:
             f"{name}: neuron by neuron, {few} ticks (relative)",
             f"{ORACLE}: x, p, W, P",
             rtol,
-            lambda: worst(_pairs(data, track(data, neurons.copy(), few), few)),
+            lambda: golden.worst(_pairs(data, track(data, neurons.copy(), few), few)),
         ),
     ]

@@ -32,17 +32,9 @@ from hamdist.runtime.train.train import train
 from hamdist.streams.adapters import from_iterable
 from hamdist.streams.sample import Sample
 from hamdist.study.shared.exact_runs import PlanNodes, float64_settings
+from hamdist.study.verify.oracles import golden
 from hamdist.study.verify.oracles.check import Check, Difference, absolute, largest
-from hamdist.study.verify.oracles.golden import (
-    ORACLE,
-    RTOL,
-    Array,
-    GoldenData,
-    entry,
-    number,
-    tensor,
-    worst,
-)
+from hamdist.study.verify.oracles.golden import ORACLE, RTOL, Array, GoldenData, entry, number
 
 BOUND = 1e-12
 AUTOGRAD = "autograd, float64"
@@ -248,7 +240,7 @@ def _golden_graph(data: GoldenData) -> Graph:
     cell = nn.RNNCell(inputs, hidden, dtype=torch.float64)
     weights = (cell.weight_ih, cell.weight_hh, cell.bias_ih)
     for weight, key in zip(weights, WEIGHTS, strict=True):
-        weight.data = tensor(entry(data, f"th.{key}", weight.shape))
+        weight.data = torch.tensor(entry(data, f"th.{key}", weight.shape))
     cell.bias_hh.data.zero_()
     cell.bias_hh.requires_grad_(False)
     readout = BlockSpec("y", nn.Identity(), (CELL,), loss=mse)
@@ -257,7 +249,7 @@ def _golden_graph(data: GoldenData) -> Graph:
 
 def _golden_run(data: GoldenData, **dynamics: Any) -> dict[str, Array]:
     """Return hamdist's h, z and om.*, and the sum of the losses, under the names of the file."""
-    u, y = tensor(entry(data, "u")), tensor(entry(data, "yhat"))
+    u, y = torch.tensor(entry(data, "u")), torch.tensor(entry(data, "yhat"))
     u, y = (x if x.dim() == 3 else x[:, None] for x in (u, y))
     samples = [Sample(u[m], y[m], end=m == len(u) - 1) for m in range(len(u))]
     graph = _golden_graph(data)
@@ -274,7 +266,7 @@ def _golden_run(data: GoldenData, **dynamics: Any) -> dict[str, Array]:
     block = cell.block
     if not isinstance(cell, SequenceNode) or not isinstance(block, SequenceBlock):
         raise TypeError(f"block {CELL!r} goes through no sequences")
-    h0 = tensor(entry(data, "h0")).expand(len(u[0]), -1).contiguous()
+    h0 = torch.tensor(entry(data, "h0")).expand(len(u[0]), -1).contiguous()
     block.h = h0
     zero = torch.zeros_like(h0)
     entries = {"h": [h0], "z": [zero]}
@@ -307,7 +299,9 @@ def _golden_run(data: GoldenData, **dynamics: Any) -> dict[str, Array]:
 def _trajectory(data: GoldenData) -> Difference:
     ours = _golden_run(data, **{key: number(data, key) for key in ("tau", "phi", "eta")})
     keys = ("h", "z", *(f"om.{key}" for key in WEIGHTS))
-    return worst({key: (ours[key].reshape(data[key].shape), entry(data, key)) for key in keys})
+    return golden.worst(
+        {key: (ours[key].reshape(data[key].shape), entry(data, key)) for key in keys}
+    )
 
 
 def _torch_gradient(data: GoldenData) -> Difference:
@@ -319,10 +313,10 @@ def _torch_gradient(data: GoldenData) -> Difference:
     }
     if int(number(data, "r")) >= len(entry(data, "u")) and "torch_loss" in data:
         pairs["torch_loss"] = (ours["torch_loss"], entry(data, "torch_loss").reshape(1))
-    return worst(pairs)
+    return golden.worst(pairs)
 
 
-def golden(data: GoldenData, name: str) -> list[Check]:
+def checks_of(data: GoldenData, name: str) -> list[Check]:
     """Return the checks of an rnn_bptt file."""
     n, inputs = entry(data, "u").shape[0], entry(data, "u").shape[-1]
     r = int(number(data, "r"))

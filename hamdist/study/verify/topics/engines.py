@@ -1,10 +1,9 @@
-"""A run spread over Ray actors equals the run in one process to the last bit; golden files, too."""
+"""A run spread over Ray actors equals the run in one process to the last bit."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterator, Mapping
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -14,12 +13,10 @@ from hamdist.config import EngineKind, EngineSettings, Settings
 from hamdist.dynamics.graph.graph import INPUT, BlockSpec, Graph
 from hamdist.dynamics.modules.recurrent import DiagonalCell, Reads, RecurrentCell
 from hamdist.dynamics.objective.losses import cross_entropy
-from hamdist.errors import SettingsError
 from hamdist.runtime.ray_engine.session import ray_session
 from hamdist.runtime.results.result import RunResult
 from hamdist.runtime.train.train import train
 from hamdist.study.verify.oracles.check import Check, Difference, absolute, largest
-from hamdist.study.verify.oracles.golden import ORACLE, RTOL, kind_of, read
 from hamdist.study.verify.oracles.networks import (
     CLASSES,
     F64,
@@ -32,12 +29,10 @@ from hamdist.study.verify.oracles.networks import (
     skip_graph,
     tied,
 )
-from hamdist.study.verify.oracles.tick_golden import begins_at_rest, energies_through, read_ticks
 from hamdist.study.verify.topics.bptt import cell_block
 from hamdist.study.verify.topics.reversible import couplings
 
 ACTORS = 2
-GOLDEN_FILES = 3
 SEQUENCE = 6
 IN_PROCESS = "the same run in one process"
 
@@ -90,16 +85,13 @@ RUNS: tuple[tuple[str, Model, Mapping[str, Any]], ...] = (
 )
 
 
-def checks(full: bool, paths: Sequence[Path] = ()) -> Generator[Check, None, None]:
-    """Yield a check per run, and of a few golden files in `paths` that begin at rest."""
+def checks(full: bool) -> Generator[Check, None, None]:
+    """Yield a check per run."""
     items = 400 if full else 40
     with ray_session(EngineSettings(kind=EngineKind.RAY, actors=ACTORS)):
         for name, model, fields in RUNS:
             what = f"{name}: {items} samples on {ACTORS} Ray actors"
             yield Check(what, IN_PROCESS, 0.0, partial(_apart, model, items, fields))
-        for path, measure in _golden(paths, len(paths) if full else GOLDEN_FILES):
-            what = f"{path.name} on {ACTORS} Ray actors (relative)"
-            yield Check(what, f"{ORACLE}: h, z, y, L, H'", RTOL, measure)
 
 
 def _apart(model: Model, items: int, fields: Mapping[str, Any]) -> Difference:
@@ -147,18 +139,3 @@ def _numbers(result: RunResult) -> Iterator[tuple[str, Tensor]]:
     yield "ticks", torch.tensor(result.ticks)
     for edge, count in result.bytes_per_edge.items():
         yield f"bytes on {edge}", torch.tensor(count)
-
-
-def _golden(paths: Sequence[Path], most: int) -> Iterator[tuple[Path, Callable[[], Difference]]]:
-    """Yield up to `most` tick files that a run of its own can repeat, each with its measure."""
-    for path in paths:
-        if not most:
-            return
-        try:
-            data = read(path)
-            ticks = read_ticks(data) if kind_of(data) == "tick" else None
-        except (SettingsError, ValueError, LookupError, TypeError):  # golden.py reports the file
-            continue
-        if ticks is not None and begins_at_rest(ticks):
-            most -= 1
-            yield path, partial(energies_through, ticks, {"kind": "ray", "actors": ACTORS})

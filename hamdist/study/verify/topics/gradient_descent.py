@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from functools import partial
 
 import numpy as np
+import torch
 from torch import Tensor, nn
 
 from hamdist.dynamics.objective.losses import cross_entropy
@@ -30,21 +31,10 @@ from hamdist.study.gradient_descent.scenarios import (
     jobs,
     settings_of,
 )
+from hamdist.study.shared.exact_runs import RecordedNodes
+from hamdist.study.verify.oracles import golden
 from hamdist.study.verify.oracles.check import Check, Difference
-from hamdist.study.verify.oracles.golden import (
-    ORACLE,
-    RTOL,
-    Array,
-    GoldenData,
-    dense_layers,
-    entry,
-    number,
-    read_layers,
-    tensor,
-    weight_shapes,
-    worst,
-)
-from hamdist.study.verify.oracles.recorded_run import RecordedNodes
+from hamdist.study.verify.oracles.golden import ORACLE, RTOL, Array, GoldenData, entry, number
 
 SMALL_STEPS = 25
 SGD = "torch.optim.SGD, float64"
@@ -88,10 +78,10 @@ class _Case:
     @property
     def keys(self) -> list[str]:
         """Return the names of the parameters, in the order of the model's."""
-        return [key for key, _ in weight_shapes(self.layers, 0)]
+        return [key for key, _ in golden.weight_shapes(self.layers, 0)]
 
 
-def golden(data: GoldenData, name: str) -> list[Check]:
+def checks_of(data: GoldenData, name: str) -> list[Check]:
     """Return the checks of a file of torch.optim.SGD.
 
     The network runs as output net, as one state block, and cut before its last layer.
@@ -110,7 +100,7 @@ def golden(data: GoldenData, name: str) -> list[Check]:
 def _read(data: GoldenData) -> _Case:
     """Read a file's entries. Raises SettingsError where they do not fit together."""
     spec = json.loads(str(entry(data, "spec", ())))
-    layers = read_layers(spec, "entry 'spec'")
+    layers = golden.read_layers(spec, "entry 'spec'")
     if not layers:
         raise SettingsError("entry 'spec' has no layer")
     constants = [number(data, key) for key in ("lr", "momentum", "dampening", "tau")]
@@ -119,7 +109,7 @@ def _read(data: GoldenData) -> _Case:
     snaps = len(entry(data, "snap"))
     if not np.all((data["snap"] >= 0) & (data["snap"] <= K)):
         raise SettingsError(f"entry 'snap' names ticks outside 0 ... {K}")
-    for key, shape in weight_shapes(layers, entry(data, "X").shape[1]):
+    for key, shape in golden.weight_shapes(layers, entry(data, "X").shape[1]):
         for q in ("th0", "torch_final"):
             entry(data, f"{q}.{key}", shape)
         for q in ("th", "om"):
@@ -131,7 +121,7 @@ def _read(data: GoldenData) -> _Case:
 
 def _model(case: _Case) -> nn.Sequential:
     """The network, with the weights of the file, as a body and a head."""
-    layers = dense_layers(case.layers, case.data["X"].shape[1])
+    layers = golden.dense_layers(case.layers, case.data["X"].shape[1])
     children: OrderedDict[str, nn.Module] = OrderedDict(
         body=nn.Sequential(*layers[:-1]), head=layers[-1]
     )
@@ -139,14 +129,14 @@ def _model(case: _Case) -> nn.Sequential:
         del children["body"]
     model = nn.Sequential(children)
     for key, weight in zip(case.keys, model.parameters(), strict=True):
-        weight.data = tensor(case.data[f"th0.{key}"])
+        weight.data = torch.tensor(case.data[f"th0.{key}"])
     return model
 
 
 def _compared(case: _Case, placement: Placement) -> Difference:
     data = case.data
     settings = settings_of(case.scenario, placement, case.K)
-    x, y = tensor(data["X"]), tensor(data["Y"])
+    x, y = torch.tensor(data["X"]), torch.tensor(data["Y"])
     samples = [(x[n : n + 1], y[n : n + 1]) for n in data["order"].tolist()]
     stream = from_iterable(samples, classes=case.layers[-1][0])
     graph = as_graph(_model(case), settings, stream.spec, cross_entropy)
@@ -164,7 +154,7 @@ def _compared(case: _Case, placement: Placement) -> Difference:
         pairs[f"om.{key}"] = np.stack([omega[k][i] for k in snap]), data[f"om.{key}"]
         pairs[f"th.{key}"] = np.stack([theta[k][i] for k in snap]), data[f"th.{key}"]
         pairs[f"torch_final.{key}"] = theta[case.K][i], data[f"torch_final.{key}"]
-    return worst({**pairs, **_constants(case, plan)})
+    return golden.worst({**pairs, **_constants(case, plan)})
 
 
 def _joined(moment: Iterable[Sequence[Tensor]]) -> list[Array]:

@@ -7,7 +7,7 @@ B: batch.
 from __future__ import annotations
 
 from bisect import bisect_left
-from collections.abc import Generator, Iterator
+from collections.abc import Generator
 from dataclasses import dataclass
 from functools import cache, partial
 
@@ -22,7 +22,7 @@ from hamdist.errors import SettingsError
 from hamdist.models.build import ModelFactory, make_from_factory
 from hamdist.runtime.train.prepare import as_graph
 from hamdist.runtime.train.train import train
-from hamdist.streams.sample import Sample, SampleSpec
+from hamdist.streams.sample import SampleSpec
 from hamdist.study.propagation.gradients import (
     TRIED,
     as_network,
@@ -33,6 +33,7 @@ from hamdist.study.propagation.gradients import (
 from hamdist.study.propagation.streams import StreamKind, timed_stream
 from hamdist.study.shared.exact_runs import float64_settings
 from hamdist.study.verify.oracles.check import Check, Difference, largest
+from hamdist.study.verify.oracles.networks import Draws, drawn
 from hamdist.study.verify.topics.backpropagation import sgd
 
 STEPS = 10
@@ -80,7 +81,7 @@ def checks(subject: VerifiedModel) -> Generator[Check, None, None]:
     model = make(subject, torch.float64)
     if not any(p.requires_grad for p in model.parameters()):
         raise SettingsError("--model: it has no weights that learn, so there is nothing to verify")
-    items = Items(subject, model, torch.float64)
+    items = items_of(subject, model, torch.float64)
     as_graph(model, _settings("backprop", subject, torch.float64), items.spec, _loss(subject))
     for dtype in (torch.float64, torch.float32):
         bound = ROUNDINGS * torch.finfo(dtype).eps
@@ -115,58 +116,33 @@ def vocabulary(model: nn.Module) -> int | None:
     return first.num_embeddings if isinstance(first, (nn.Embedding, nn.EmbeddingBag)) else None
 
 
-class Items:
-    """`STEPS` random samples for `model`, the same ones whenever asked."""
-
-    portable = True
-
-    def __init__(self, subject: VerifiedModel, model: nn.Module, dtype: torch.dtype) -> None:
-        self._u_shape = (subject.batch, *subject.input_shape)
-        self._dtype = dtype
-        self._tokens = vocabulary(model)
-        self._classes = subject.classes
-        with torch.no_grad():
-            prediction = copied(model)(self._u(torch.Generator().manual_seed(SEED)))
-        if not isinstance(prediction, Tensor):
+def items_of(subject: VerifiedModel, model: nn.Module, dtype: torch.dtype) -> Draws:
+    """Return `STEPS` random samples for `model`. Raises SettingsError for what it returns."""
+    shape, tokens = (subject.batch, *subject.input_shape), vocabulary(model)
+    with torch.no_grad():
+        prediction = copied(model)(drawn(shape, dtype, tokens, torch.Generator().manual_seed(SEED)))
+    if not isinstance(prediction, Tensor):
+        raise SettingsError(
+            f"--model: it returns {type(prediction).__name__}, not a tensor; verify a module that "
+            "returns its prediction alone"
+        )
+    predicted, classes = tuple(prediction.shape), subject.classes
+    if classes is not None:
+        if len(predicted) < 2 or predicted[1] < classes:
             raise SettingsError(
-                f"--model: it returns {type(prediction).__name__}, not a tensor; verify a module "
-                "that returns its prediction alone"
+                f"--classes {classes}: the model predicts {predicted}, batch in front"
             )
-        shape = tuple(prediction.shape)
-        if subject.classes is not None:
-            if len(shape) < 2 or shape[1] < subject.classes:
-                raise SettingsError(
-                    f"--classes {subject.classes}: the model predicts {shape}, batch in front"
-                )
-            shape = (shape[0], *shape[2:])
-        self._y_shape = shape
-
-    @property
-    def spec(self) -> SampleSpec:
-        whole = torch.int64
-        u_dtype = self._dtype if self._tokens is None else whole
-        y_dtype = self._dtype if self._classes is None else whole
-        return SampleSpec(self._u_shape, u_dtype, self._y_shape, y_dtype, self._classes)
-
-    def _u(self, random: torch.Generator) -> Tensor:
-        if self._tokens is not None:
-            return torch.randint(self._tokens, self._u_shape, generator=random)
-        return torch.randn(self._u_shape, generator=random, dtype=self._dtype)
-
-    def samples(self) -> Iterator[Sample]:
-        random = torch.Generator().manual_seed(SEED)
-        for _ in range(STEPS):
-            u = self._u(random)
-            if self._classes is None:
-                yield Sample(u, torch.randn(self._y_shape, generator=random, dtype=self._dtype))
-            else:
-                yield Sample(u, torch.randint(self._classes, self._y_shape, generator=random))
+        predicted = (predicted[0], *predicted[2:])
+    u_dtype = dtype if tokens is None else torch.int64
+    y_dtype = dtype if classes is None else torch.int64
+    spec = SampleSpec(shape, u_dtype, predicted, y_dtype, classes, tokens=tokens)
+    return Draws(STEPS, spec=spec, seed=SEED)
 
 
 def _backprop(subject: VerifiedModel, dtype: torch.dtype) -> Difference:
     """Return the largest |a - b| / max(1, |b|) of losses, weights and buffers."""
     plain = make(subject, dtype)
-    items = Items(subject, plain, dtype)
+    items = items_of(subject, plain, dtype)
     loss = _loss(subject)
     settings = _settings("backprop", subject, dtype)
     result = train(plain, items, settings, loss=loss)
@@ -193,7 +169,7 @@ def _backprop(subject: VerifiedModel, dtype: torch.dtype) -> Difference:
 def _local(subject: VerifiedModel) -> Difference:
     """Return the error at the smallest speed at which it is within the tolerance."""
     model = make(subject, torch.float64)
-    items = Items(subject, model, torch.float64)
+    items = items_of(subject, model, torch.float64)
     settings = _settings("local", subject, torch.float64)
     graph = as_graph(model, settings, items.spec, _loss(subject))
     network = as_network(graph, subject.input_shape, subject.batch)

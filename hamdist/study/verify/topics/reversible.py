@@ -21,19 +21,9 @@ from hamdist.dynamics.objective.losses import mse
 from hamdist.runtime.train.train import train
 from hamdist.streams.adapters import from_iterable
 from hamdist.study.shared.exact_runs import float64_settings
+from hamdist.study.verify.oracles import golden
 from hamdist.study.verify.oracles.check import Check, Difference, absolute, largest
-from hamdist.study.verify.oracles.golden import (
-    ORACLE,
-    RTOL,
-    Array,
-    GoldenData,
-    choice,
-    entry,
-    made,
-    number,
-    tensor,
-    worst,
-)
+from hamdist.study.verify.oracles.golden import ORACLE, RTOL, Array, GoldenData, entry, number
 from hamdist.study.verify.oracles.networks import (
     CLASSES,
     F64,
@@ -67,7 +57,7 @@ def checks(full: bool) -> Generator[Check, None, None]:
             BOUND,
             partial(_trained, blocks, depth, items),
         )
-    yield from made("leapfrog")
+    yield from golden.made("leapfrog")
 
 
 # -- networks --------------------------------------------------------------------------------------
@@ -184,9 +174,9 @@ class _Field(nn.Module):
         return torch.tanh(h @ A.T + self.b)
 
 
-def golden(data: GoldenData, name: str) -> list[Check]:
+def checks_of(data: GoldenData, name: str) -> list[Check]:
     """Return the checks of a file of the kind leapfrog (`leak`: lambda; 0 where it has none)."""
-    choice(data, "kind", KINDS)
+    golden.choice(data, "kind", KINDS)
     size, steps = len(entry(data, "b")), int(number(data, "N"))
     shapes = {"W": (size, size), "h0": (size,), "y": (size,), "h": (steps + 1, size)}
     for key, shape in {**shapes, "dW": shapes["W"], "db": (size,), "dh0": (size,)}.items():
@@ -208,7 +198,7 @@ def _leapfrog_apart(data: GoldenData, part: str) -> Difference:
     else:
         keys = {key: key for key in ("dW", "db", "dh0", "loss") if key in data}
         keys |= {f"{key} (autograd)": f"torch_{key}" for key in keys if f"torch_{key}" in data}
-    return worst(
+    return golden.worst(
         {
             what: (np.atleast_1d(run[what.removesuffix(" (autograd)")]), np.atleast_1d(data[key]))
             for what, key in keys.items()
@@ -220,7 +210,7 @@ def _run(data: GoldenData) -> dict[str, Array]:
     """Run the case on ordinary blocks: states as f is shown them, gradients as the blocks have
     them."""
     steps, leak = int(number(data, "N")), float(data.get("leak", 0.0))
-    f = _Field(tensor(data["W"]), tensor(data["b"]), str(data["kind"]))
+    f = _Field(torch.tensor(data["W"]), torch.tensor(data["b"]), str(data["kind"]))
     end = SecondHalf()
     shown, last_shown = _watched(f), _watched(end)
     graph = Graph(
@@ -230,7 +220,7 @@ def _run(data: GoldenData) -> dict[str, Array]:
             BlockSpec("end", end, ("chain",), loss=mse),
         ]
     )
-    item = tensor(data["h0"])[None], tensor(data["y"])[None]
+    item = torch.tensor(data["h0"])[None], torch.tensor(data["y"])[None]
     result = train(graph, from_iterable([item]), _settings(learning={"lr": 0.0}))
     chain, start = result.blocks["chain"], result.blocks["start"].z
     if start is None:

@@ -2,14 +2,12 @@
 
     smooth input     error ~ 1/c, 1 - cos ~ 1/c^2, Richardson's 2 G_2c - G_c ~ 1/c^2
     static input     exact from a known tick on, or to any error after a known number of ticks
-    with eta         c z_l/phi -> (c/(c + eta))^(nu + 1 - l) delta_l,  omega -> phi G'/eta
 
 (docs: concepts/equations; nu blocks, l from 1). Cycles are in digraphs.py.
 """
 
 from __future__ import annotations
 
-import itertools
 import math
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
@@ -17,8 +15,6 @@ from functools import partial
 from torch import Tensor
 
 from hamdist.config import Order
-from hamdist.dynamics.blocks.hold import HoldBlock
-from hamdist.study.propagation.frozen_run import FrozenRunBlock, flat, frozen, omegas, watch
 from hamdist.study.propagation.gradients import (
     exact_gradients,
     local_gradients,
@@ -26,24 +22,21 @@ from hamdist.study.propagation.gradients import (
     relative_error,
 )
 from hamdist.study.propagation.report import fit
-from hamdist.study.propagation.settling import CountRow, backprop_states, tick_counts
+from hamdist.study.propagation.settling import CountRow, tick_counts
 from hamdist.study.propagation.streams import StreamKind, timed_stream
 from hamdist.study.propagation.study import tanh_network
 from hamdist.study.verify.oracles.check import Check
 
 SPEEDS = (100.0, 300.0, 1000.0)
 AUTOGRAD = "autograd on the merged module"
-DEPTH, TICKS = 4, 150  # of the network that dissipates, and what it runs
-TAU, C, ETA = 0.25, 2.0, 0.7
 
 Measure = Callable[[Sequence[Tensor], Sequence[Tensor]], float]
 
 
 def checks(full: bool) -> Iterator[Check]:
-    """Yield the checks of smooth and of static inputs, and of dissipation."""
+    """Yield the checks of smooth and of static inputs."""
     yield from _smooth(full)
     yield from _static(full)
-    yield from _dissipated()
 
 
 def _smooth(full: bool) -> Iterator[Check]:
@@ -112,44 +105,3 @@ def _decay_ticks(depth: int, a: float) -> float:
 
 def _off(row: CountRow) -> float:
     return math.inf if row.ticks is None else float(abs(row.ticks - row.expected))
-
-
-def _dissipated() -> Iterator[Check]:
-    what = f"static input, {DEPTH} layers, eta = {ETA}"
-    yield Check(
-        f"{what}: c z_l/phi (relative)",
-        "(c/(c + eta))^(nu + 1 - l) delta_l, by autograd",
-        1e-10,
-        lambda: _fixed_point()[0],
-    )
-    yield Check(
-        f"{what}: eta omega_l/phi (relative)",
-        "the gradient by autograd, discounted like z_l",
-        1e-10,
-        lambda: _fixed_point()[1],
-    )
-
-
-def _fixed_point() -> tuple[float, float]:
-    """Return the largest relative differences, over the layers."""
-    network = tanh_network(depth=DEPTH).make(0)
-    stream = timed_stream(StreamKind.STATIC, network.values, 0)
-    u, y = stream.u(0.0), stream.y(0.0)
-    z: dict[str, Tensor] = {}
-    omega: dict[str, Tensor] = {}
-
-    def look(name: str, k: int, block: FrozenRunBlock) -> None:
-        if k == TICKS - 1 and isinstance(block, HoldBlock):
-            z[name], omega[name] = block.z, flat(omegas(block))
-
-    settings = frozen(TAU, C, eta_z=ETA, eta_omega=ETA)
-    watch(network.graph, settings, itertools.repeat((u, y), TICKS), look)
-    _, deltas = backprop_states(network, u, y)
-    gradients = network.backprop(u, y)
-    apart_z = apart_omega = 0.0
-    for i, name in enumerate(network.graph.blocks):
-        discount = (C / (C + ETA)) ** (DEPTH - i)
-        apart_z = max(apart_z, relative_error([C * z[name]], [discount * deltas[i]]))
-        exact = discount * flat(gradients[name])
-        apart_omega = max(apart_omega, relative_error([ETA * omega[name]], [exact]))
-    return apart_z, apart_omega

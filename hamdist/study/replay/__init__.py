@@ -1,0 +1,1 @@
+"""The clock turned back: replays of recorded runs."""
