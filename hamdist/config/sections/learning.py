@@ -124,14 +124,17 @@ class HeadsSettings(Section):
     """With a layer norm before the linear layer."""
 
 
-def _decay_alone(value: object) -> object:
-    """Return `0.99` as `{decay: 0.99}`; off as it was written."""
-    if isinstance(value, (int, float)) and not isinstance(value, bool):
-        return {"decay": value}
-    return as_written(value)
+def _number_alone(name: str) -> BeforeValidator:
+    """Return a validator that makes `{name: 0.99}` of 0.99, and leaves off as it was written."""
+
+    def mapping(value: object) -> object:
+        number = isinstance(value, (int, float)) and not isinstance(value, bool)
+        return {name: value} if number else as_written(value)
+
+    return BeforeValidator(mapping)
 
 
-Averaging = Annotated[AverageSettings | Literal["off"], BeforeValidator(_decay_alone)]
+Averaging = Annotated[AverageSettings | Literal["off"], _number_alone("decay")]
 
 
 def _name_alone(value: object) -> object:
@@ -186,7 +189,7 @@ class LearningSettings(Section):
     adaptive are then among its arguments; lr, where it is not given, is torch's."""
     average: Averaging = "off"
     """Moving average of each block's weights for evaluation and export: its decay, or a mapping."""
-    clip: Annotated[Above0 | ClipSettings | Literal["off"], BeforeValidator(as_written)] = "off"
+    clip: Annotated[ClipSettings | Literal["off"], _number_alone("norm")] = "off"
     """Largest norm of a block's gradient, or a mapping."""
     heads: HeadsSettings | None = None
     """A readout of its own for every block, beside the messages."""
