@@ -79,8 +79,8 @@ class _OwnCell(nn.Module):
         super().__init__()
         self.inputs, self.units, self.size = inputs, units, 2 * units
 
-    def step(self, x: Tensor, first: Tensor, second: Tensor) -> tuple[Tensor, Tensor]:
-        """Return the next state."""
+    def _step(self, x: Tensor, first: Tensor, second: Tensor) -> tuple[Tensor, Tensor]:
+        """Return the next state, of x (B, inputs)."""
         raise NotImplementedError
 
     def forward(self, *inputs: Tensor) -> Tensor:
@@ -90,7 +90,7 @@ class _OwnCell(nn.Module):
             *inputs: inputs (B, ...), and as the last one the state before, (B, 2H).
         """
         *read, state = inputs
-        return torch.cat(self.step(torch.cat(read, -1), *state.chunk(2, -1)), -1)
+        return torch.cat(self._step(torch.cat(read, -1), *state.chunk(2, -1)), -1)
 
 
 class LeakyCell(_OwnCell):
@@ -115,14 +115,7 @@ class LeakyCell(_OwnCell):
         self.decay, self.threshold, self.hidden = decay, threshold, slice(0, units)
         self.input, self.recurrent = nn.Linear(inputs, units), nn.Linear(units, units, bias=False)
 
-    def step(self, x: Tensor, first: Tensor, second: Tensor) -> tuple[Tensor, Tensor]:
-        """Return z' and v'.
-
-        Args:
-            x: inputs (B, inputs).
-            first: z (B, H).
-            second: v (B, H).
-        """
+    def _step(self, x: Tensor, first: Tensor, second: Tensor) -> tuple[Tensor, Tensor]:
         v = self.decay * second + self.input(x) + self.recurrent(first)
         if self.threshold is None:
             return torch.tanh(v), v
@@ -153,14 +146,7 @@ class DiagonalCell(_OwnCell):
         self.real = nn.Linear(inputs, units, bias=False)
         self.imaginary = nn.Linear(inputs, units, bias=False)
 
-    def step(self, x: Tensor, first: Tensor, second: Tensor) -> tuple[Tensor, Tensor]:
-        """Return Re s' and Im s'.
-
-        Args:
-            x: inputs (B, inputs).
-            first: Re s (B, H).
-            second: Im s (B, H).
-        """
+    def _step(self, x: Tensor, first: Tensor, second: Tensor) -> tuple[Tensor, Tensor]:
         size, angle = torch.exp(-torch.exp(self.nu)), torch.exp(self.phase)
         a, b = size * torch.cos(angle), size * torch.sin(angle)
         gamma = torch.sqrt(1 - size**2)

@@ -5,15 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from dataclasses import replace
 
-from hamdist.config import (
-    Compensation,
-    Credit,
-    Memory,
-    MetricsSettings,
-    Moves,
-    Order,
-    Presentation,
-)
+from hamdist.config import Compensation, Credit, Memory, MetricsSettings, Moves, Order
 from hamdist.dynamics.graph.graph import Graph
 from hamdist.dynamics.graph.patterns import check_patterns, fitting
 from hamdist.dynamics.graph.spec import BlockSpec
@@ -23,11 +15,7 @@ from hamdist.dynamics.updates.constants import Dynamics
 from hamdist.errors import LevelError, SettingsError
 
 # By presentation of a rule that of the levels at which it runs.
-PRESENTED = {
-    "pulse": Presentation.PULSE,
-    "hold": Presentation.HOLD,
-    "sequence": Presentation.PULSE,
-}
+PRESENTED = {"pulse": "pulse", "hold": "hold", "sequence": "pulse"}
 
 
 def with_rules(graph: Graph, rules: Mapping[str, Rule]) -> Graph:
@@ -72,18 +60,16 @@ def own_states(graph: Graph, knobs: Locality) -> Graph:
 
     Raises LevelError for a rule of sequences whose block has no such edge.
     """
-    carrying = {n for n, rule in ruled(graph).items() if rule.presentation == "sequence"}
-    blocks = []
-    for name, block in graph.blocks.items():
-        if name not in carrying or not knobs.pulse:
-            blocks.append(block)
-            continue
-        reason = _no_place(block, graph.blocks[name].rule or Rule())
-        if reason is not None:
-            raise LevelError(f"block {name!r}: {type(block.rule).__name__} is no rule of {reason}")
-        parents = tuple(parent for parent in block.parents if parent != name)
-        blocks.append(replace(block, parents=parents, own=block.parents.index(name)))
-    return graph.over(blocks) if carrying and knobs.pulse else graph
+    blocks = dict(graph.blocks)
+    for name, rule in ruled(graph).items():
+        if rule.presentation == "sequence" and knobs.pulse:
+            if reason := _no_place(blocks[name], rule):
+                raise LevelError(f"block {name!r}: {type(rule).__name__} is no rule of {reason}")
+            others = tuple(parent for parent in blocks[name].parents if parent != name)
+            own = blocks[name].parents.index(name)
+            blocks[name] = replace(blocks[name], parents=others, own=own)
+    changed = any(block is not graph.blocks[name] for name, block in blocks.items())
+    return graph.over(blocks.values()) if changed else graph
 
 
 def carries(graph: Graph) -> bool:
@@ -168,8 +154,10 @@ def _against(
     fits = {"pulse": "trace, backprop or heads", "hold": "local or group"}.get(
         its, "trace or backprop: it carries its state on, token by token, and nothing goes back"
     )
-    other = knobs.presentation is not PRESENTED.get(its)
-    yield other, f"it is of presentation {its!r}, the level of {here!r}; use level {fits}"
+    yield (
+        here != PRESENTED.get(its),
+        f"it is of presentation {its!r}, the level of {here!r}; use level {fits}",
+    )
     probed = block.own is not None and metrics.alignment is not None
     yield probed, "metrics.alignment compares with gradients of single samples; leave it out"
     alone = knobs.credit is Credit.HEADS and block.back != "none"

@@ -88,11 +88,7 @@ class Channels(NamedTuple):
 
     def all(self) -> list[Channel]:
         """Return the channels of all kinds."""
-        edges = [*self.states.values(), *self.messages.values()]
-        aside = [*self.targets.values(), *self.clocks.values(), *self.labels.values()]
-        ties = [*self.gradients.values(), *self.weights.values()]
-        clips = [*self.squares.values(), *self.norms.values()]
-        return [*edges, *aside, *ties, *self.errors.values(), *clips]
+        return [channel for kind in self for channel in kind.values()]
 
 
 def make_channels(

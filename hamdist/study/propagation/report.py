@@ -208,6 +208,8 @@ def save_speed(folder: Path, result: SpeedResult) -> None:
 
 
 # -- figures ---------------------------------------------------------------------------------------
+# Error and 1 - cos against c, and the decay of a static error: colours tell the streams apart,
+# dashes c tau.
 
 COLOUR_OF = {StreamKind.SMOOTH.value: 0, StreamKind.RANDOM.value: 1, StreamKind.STATIC.value: 2}
 # Below these a static input's error is on its way to round-off; it would flatten all else.

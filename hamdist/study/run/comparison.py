@@ -96,7 +96,9 @@ def _of_rule(name: str, level: Level) -> tuple[Level, str | None]:
     if name in levels:
         return levels[name], None
     presentation = make_rule("compare.rules", name).presentation
-    fits = level is not Level.AUTO and PRESETS[level].presentation is PRESENTED.get(presentation)
+    fits = level is not Level.AUTO and PRESETS[level].presentation.value == PRESENTED.get(
+        presentation
+    )
     return level if fits else Level.LOCAL if presentation == "hold" else Level.TRACE, name
 
 

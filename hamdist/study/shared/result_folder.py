@@ -272,6 +272,7 @@ def _finished(folder: Path) -> bool:
 
 
 # -- finished runs of a study or a comparison: one JSON file a run, named by its key ---------------
+# Each is written whole or not at all, so an interrupted study continues from its finished runs.
 
 RecordType = TypeVar("RecordType")
 

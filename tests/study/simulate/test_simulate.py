@@ -5,9 +5,13 @@ from __future__ import annotations
 
 import json
 import math
+import os
+import random
+import signal
 
 import pytest
 import yaml
+from runtime.ray_engine.test_failures import _alive_workers, _end_idle
 from typer.testing import CliRunner
 
 from hamdist.cli import app
@@ -176,6 +180,36 @@ def test_weights_are_those_of_a_run_on_ray(session, simulated):
     weights = {name: track.last for name, track in run.digests["weights"].items()}
     assert found["digest"] == digest_of(weights)
     assert run.predicted > 0
+
+
+@pytest.mark.ray
+@pytest.mark.slow
+@pytest.mark.parametrize("seed", range(10))
+def test_random_plans_with_late_signals_and_kills(session, simulated, tmp_path, seed):
+    """Level, actors, delays, codec and lateness at random; in each second one a kill."""
+    draw = random.Random(seed)
+    actors, level = draw.choice([2, 3]), draw.choice(["trace", "backprop", "local", "heads"])
+    engine = {"compress": draw.choice(["none", "bf16", "int8"]), "actors": actors}
+    given = yaml.safe_load(TINY) | {"level": level, "steps": 1500, "seed": seed}
+    given["partition"] = {"delay": draw.randint(1, 3)}
+    given["engine"] = engine
+    found = simulated(TWO.replace("cores: 1", "cores: 2"), "--learn", settings=yaml.dump(given))
+    given["engine"] = engine | {"kind": "ray", "digests": True, "transport": "tcp"}
+    given["engine"]["link_delay"] = draw.uniform(1e-3, 3e-3)
+    given["snapshots"] = {"path": str(tmp_path / "kept"), "every": 50}
+    _end_idle(session)
+    killed = []
+
+    def kill(progress):
+        workers = _alive_workers()
+        if seed % 2 and progress.samples > 60 and workers and not killed:
+            killed.append(draw.choice(workers))
+            os.kill(killed[0], signal.SIGKILL)
+
+    run, _ = run_level(Settings.model_validate(given), on_progress=kill)
+    assert len(run.replaced) == seed % 2
+    weights = {name: track.last for name, track in run.digests["weights"].items()}
+    assert found["digest"] == digest_of(weights)
 
 
 def test_auto_places_no_actor_behind_a_link_that_costs_more_than_it_brings(simulated):
