@@ -78,7 +78,7 @@ def same(a, b):
     return a == b
 
 
-@pytest.mark.parametrize("level", ["trace", "local"])
+@pytest.mark.parametrize("level", ["trace", pytest.param("local", marks=pytest.mark.slow)])
 def test_another_process_is_talked_to_as_if_it_were_here(level, tmp_path):
     command = [sys.executable, "-c", SERVER, str(tmp_path), level]
     path = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path), "OMP_NUM_THREADS": "1"}

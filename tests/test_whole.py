@@ -82,6 +82,7 @@ def test_a_run_writes_its_results(command, folder):
     assert sum(w["samples"] for w in windows if w["event"] == "window") == 120
 
 
+@pytest.mark.slow
 def test_ctrl_c_keeps_the_metrics(command, folder):
     out = folder / "out"
     process = command("run", "digits", *SMALL, "--steps", "100000000", "--out", str(out))

@@ -344,6 +344,7 @@ def test_backprop_in_process_equals_sgd():
 
 class TestProcesses:
     @pytest.mark.timeout(60)
+    @pytest.mark.slow
     def test_two_peers_exchange_signals_and_end(self, tmp_path):
         peers = [Remote(), Remote()]
         try:

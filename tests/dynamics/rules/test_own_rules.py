@@ -226,6 +226,7 @@ class Mine(hamdist.Rule):
 """
 
 
+@pytest.mark.slow
 def test_compare_rules(tmp_path, monkeypatch):
     """A rule that moves nothing, beside levels and built-in ones; the baseline learns as ever."""
     monkeypatch.chdir(tmp_path)

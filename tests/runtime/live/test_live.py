@@ -281,6 +281,7 @@ SLOW = [pytest.param(level, marks=pytest.mark.slow) for level in ("heads", "loca
 
 
 @pytest.mark.parametrize("level", ["trace", *SLOW])
+@pytest.mark.slow
 def test_an_endless_run_takes_constant_memory(level, tmp_path):
     """Whatever is said to it: 3,000 things more take less room than two pointers each."""
     more = {"patience": 8, "metrics": {"window": 2, "limit": 4}, "out": tmp_path}

@@ -156,6 +156,7 @@ def test_the_watchdog_names_the_edge_that_blocks(leaves_nothing, tmp_path):
     assert "'block1' is at tick 21" in text
 
 
+@pytest.mark.slow
 def test_the_watchdog_names_an_actor_that_does_not_answer(session, leaves_no_socket, monkeypatch):
     monkeypatch.setattr(worker_group, "ANSWER_SECONDS", 1.0)  # (5 s: nobody waits for it)
     monkeypatch.setattr(WorkerGroup.silent, "__defaults__", (1.0,))

@@ -148,6 +148,7 @@ def test_a_killed_actor(session, driver, leaves_no_socket, tmp_path, level, wher
     assert f"block{where}" in result.replaced[0].blocks
 
 
+@pytest.mark.slow
 def test_optimisers_and_schedulers_of_the_users(session, driver, leaves_no_socket, tmp_path):
     """They travel to the actors; their state comes back from the snapshot."""
     functions = {
@@ -159,7 +160,7 @@ def test_optimisers_and_schedulers_of_the_users(session, driver, leaves_no_socke
     assert len(result.replaced) == 1
 
 
-@pytest.mark.parametrize("transport", ["tcp", "ipc"])
+@pytest.mark.parametrize("transport", ["tcp", pytest.param("ipc", marks=pytest.mark.slow)])
 def test_other_transports_delays_and_codes(session, driver, leaves_no_socket, tmp_path, transport):
     """Bundles are under way, encoders have errors to carry on, and both ends what deltas add to."""
     odd = net((2, Once(41, tmp_path / "mark", "kill")))
@@ -241,6 +242,7 @@ def test_a_stream_that_can_be_read_once(session, driver, leaves_no_socket, tmp_p
     assert result.replaced
 
 
+@pytest.mark.slow
 def test_too_many_kept_signals_make_a_snapshot(session, driver, leaves_no_socket, tmp_path):
     """Some 40 KiB a tick: without snapshots a minute's work would be kept."""
     items = 2000
@@ -325,6 +327,7 @@ def test_ctrl_c_while_a_lost_stream_is_replaced(
     assert_equal(alone, on)
 
 
+@pytest.mark.slow
 def test_labels_by_key_with_weights_of_rows_and_kept_traces(
     session, driver, leaves_no_socket, tmp_path
 ):

@@ -28,6 +28,7 @@ pytestmark = pytest.mark.timeout(180)
 
 
 @pytest.mark.ray
+@pytest.mark.slow
 def test_a_local_ray_waits_for_the_next_run(tmp_path):
     folder = Path("/tmp") / f"h-{os.getpid()}-s"  # Ray's sockets need a short path
     folder.mkdir()

@@ -127,6 +127,7 @@ def test_what_is_equal_and_ends_earlier_differs_in_the_end():
 
 @pytest.mark.ray
 @pytest.mark.timeout(110)
+@pytest.mark.slow
 def test_an_actor_that_is_killed_and_a_run_that_goes_on(session, driver, tmp_path):  # noqa: F811
     """Both go on with the digests that they had."""
     fields = {"level": "trace", "partition": {**cut(), "delay": 2}}

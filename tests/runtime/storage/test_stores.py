@@ -188,6 +188,7 @@ def test_on_a_full_disk_the_oldest_makes_room(tmp_path, engine):
 @pytest.mark.ray
 @pytest.mark.usefixtures("session")
 @pytest.mark.filterwarnings("ignore:a snapshot was not written", "ignore:actor . would keep")
+@pytest.mark.slow
 def test_under_a_full_disk_the_memory_of_actors_is_bounded(tmp_path, monkeypatch):
     """Kept signals take at most what they may and a fifth, though no snapshot is complete."""
     kept = []

@@ -470,6 +470,7 @@ def test_a_run_whose_memory_cannot_be_trusted(session, leaves_no_socket, standin
 
 
 @pytest.mark.ray
+@pytest.mark.slow
 def test_a_killed_actor(session, driver, leaves_no_socket, standin, tmp_path):  # noqa: F811
     """Its neighbours lend to its successor, and it to them."""
     own = standin()

@@ -347,6 +347,7 @@ def test_jobs():
             cells.jobs(wrong)
 
 
+@pytest.mark.slow
 def test_epochs_of_the_paper(monkeypatch):
     monkeypatch.setattr(cells, "MOST_EPOCHS", 2)
     monkeypatch.setattr(cells, "EPOCHS", {"rnn": 3})
@@ -424,6 +425,7 @@ def command(*arguments):
     return CliRunner().invoke(app, ["study", "recovery", *arguments])
 
 
+@pytest.mark.slow
 def test_the_command(one_process, tmp_path):
     (tmp_path / "out").mkdir()
     (tmp_path / "out" / "recovery.md").write_text("before")  # of an earlier study
@@ -467,6 +469,7 @@ def test_a_wrong_command(arguments, message):
     assert message in result.stderr
 
 
+@pytest.mark.slow
 def test_verify_has_a_check_for_every_cell(monkeypatch):
     monkeypatch.setattr(gradient_descent, "SMALL_STEPS", 2)
     checks = gradient_descent.checks(False)

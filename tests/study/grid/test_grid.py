@@ -418,6 +418,7 @@ class TestWhole:
             signal.signal(signal.SIGTERM, before)
 
     @pytest.mark.timeout(120)
+    @pytest.mark.slow
     def test_in_two_processes(self, tmp_path: Path) -> None:
         before = set(multiprocessing.active_children())
         two = {name: side(None, 0.05, 0.1) for name in ("centralised", "trace")}

@@ -61,6 +61,7 @@ def rows(folder):
     return [[row[name] for name in kept] for row in summary["rows"]]
 
 
+@pytest.mark.slow
 def test_a_killed_comparison_goes_on_where_it_was(folder):
     killed = subprocess.run([sys.executable, "-m", "hamdist", *COMPARE], timeout=100, check=False)
     assert killed.returncode == -signal.SIGKILL

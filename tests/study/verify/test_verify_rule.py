@@ -56,7 +56,12 @@ def rules(tmp_path, monkeypatch):
     return file
 
 
-@pytest.mark.parametrize("name", [*SOUND, "Backprop"])
+SLOW = {"predictive-coding"}  # (seconds)
+
+
+@pytest.mark.parametrize(
+    "name", [pytest.param(n, marks=[pytest.mark.slow] * (n in SLOW)) for n in [*SOUND, "Backprop"]]
+)
 def test_a_sound_rule(rules, monkeypatch, name):
     """(of 12 samples, one of them without a target: the command takes 30)"""
     monkeypatch.setattr(rule, "SAMPLES", 12)

@@ -41,7 +41,12 @@ def failed(topic, most=None, word=""):
     return names
 
 
-@pytest.mark.parametrize("topic", TOPICS)
+SLOW = {"backpropagation"}  # (tests/dynamics have its cases)
+
+
+@pytest.mark.parametrize(
+    "topic", [pytest.param(t, marks=[pytest.mark.slow] * (t in SLOW)) for t in TOPICS]
+)
 def test_it_passes(topic):
     assert failed(topic) == []
 
