@@ -18,6 +18,7 @@ from hamdist.dynamics.graph.graph import INPUT, BlockSpec, Graph
 from hamdist.dynamics.objective.losses import mse
 from hamdist.dynamics.schedule.events import Event, Phase
 from hamdist.dynamics.schedule.levels import Locality, make_locality
+from hamdist.dynamics.schedule.pulse import PulseSchedule
 from hamdist.runtime.nodes.factory import make_node
 from hamdist.runtime.nodes.hold import HoldNode
 from hamdist.runtime.nodes.loop import run_loop
@@ -99,6 +100,20 @@ def drawn_events(drawing: str) -> dict[str, list[Event]]:
             for phase, sample in re.findall(r"([A-Z]+)(\d+)", cell):
                 events[name].append(Event(tick, Phase(phase), int(sample)))
     return events
+
+
+def check_drawn(schedule: PulseSchedule, table: str) -> int:
+    """Compare the events of every block with a table, from the beginning and from each tick on.
+
+    Returns the last tick that is compared.
+    """
+    last = len(rows(table)[1]) - 1
+    for block, events in drawn_events(table).items():
+        assert until(schedule.events(block), last) == events
+        for since in range(last):
+            behind = [e for e in events if e.tick >= since]
+            assert until(schedule.events(block, since), last) == behind, since
+    return last
 
 
 def until(events: Iterable[Event], tick: int) -> list[Event]:

@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import re
 import secrets
 import struct
@@ -225,9 +226,10 @@ def snapshot_folders(store: Storage) -> Iterator[str]:
     return reversed([name for name in store.folders() if _FOLDER.fullmatch(name)])
 
 
-def latest_complete(store: Storage) -> str | None:
-    """Return the folder of the latest complete snapshot, which may be damaged."""
-    return next((name for name in snapshot_folders(store) if _finished(store, name)), None)
+def latest_complete(store: Storage, tick: float = math.inf) -> str | None:
+    """Return the folder of the latest complete snapshot up to `tick`, which may be damaged."""
+    folders = (name for name in snapshot_folders(store) if int(name.removeprefix(_PREFIX)) <= tick)
+    return next((name for name in folders if _finished(store, name)), None)
 
 
 def latest(where: str | Path, say: Callable[[str], None]) -> Snapshot:

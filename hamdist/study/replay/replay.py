@@ -30,7 +30,7 @@ from hamdist.runtime.process.portable import pin
 from hamdist.runtime.results.digests import DigestMap, Digests, on_top
 from hamdist.runtime.results.result import BlockState
 from hamdist.runtime.signals.signal import Channel, Signal
-from hamdist.runtime.storage.snapshot_files import Snapshot, latest, snapshot_folders
+from hamdist.runtime.storage.snapshot_files import Snapshot, latest, latest_complete
 from hamdist.runtime.storage.store import storage
 from hamdist.study.report.digests_diff import Parting, RunDigests, compared, read_digests
 from hamdist.study.run.export import planned
@@ -67,8 +67,8 @@ class RecordedRun:
         if self.snapshots is None:
             return None
         store = storage(self.snapshots)
-        folders = [name for name in snapshot_folders(store) if int(name.split("-")[1]) <= tick]
-        return latest(f"{store.where}/{folders[0]}", lambda _: None) if folders else None
+        folder = latest_complete(store, tick)
+        return None if folder is None else latest(f"{store.where}/{folder}", lambda _: None)
 
 
 def recorded_run(folder: Path, factory: ModelFactory | None = None) -> RecordedRun:

@@ -12,11 +12,11 @@ from dynamics.graph.test_tied import Deep
 from dynamics.helpers import (
     bare,
     bare_chain,
+    check_drawn,
     drawn_events,
     edge,
     knobs,
     layer,
-    rows,
     samples,
     settings,
     until,
@@ -113,12 +113,7 @@ def schedule_of(graph, parts):
 def test_events_by_hand(blocks, parts):
     table = TABLES[blocks, parts]
     schedule = schedule_of(bare_chain(blocks), parts)
-    last = len(rows(table)[1]) - 1
-    for block, events in drawn_events(table).items():
-        assert until(schedule.events(block), last) == events
-        for since in range(last):
-            behind = [e for e in events if e.tick >= since]
-            assert until(schedule.events(block, since), last) == behind, since
+    last = check_drawn(schedule, table)
     emits = [e for e in drawn_events(table)["b0"] if e.phase is not Phase.BACKWARD]
     sent = until(source_events(schedule.c, 0, parts), last - 1)
     assert [(e.tick + 1, e.sample) for e in sent] == [(e.tick, e.sample) for e in emits]

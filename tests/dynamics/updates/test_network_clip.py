@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import torch
 from dynamics.graph.test_tied import Deep
-from dynamics.helpers import drawn_events, knobs, layer, linear, rows, until
+from dynamics.helpers import check_drawn, knobs, layer, linear
 from dynamics.schedule.test_pipeline import B, Skips, batches, learned, masked, mlp, seeded
 from torch import nn, optim
 from torch.nn import functional
@@ -62,12 +62,7 @@ def test_ticks_by_hand():
     clipped = replace(knobs("pipeline", microbatches=2, accumulate=2), clip=1.0)
     schedule = make_schedule(Graph(specs), clipped)
     assert isinstance(schedule, PulseSchedule)
-    last = len(rows(TABLE)[1]) - 1
-    for block, events in drawn_events(TABLE).items():
-        assert until(schedule.events(block), last) == events
-        for since in range(last):
-            behind = [e for e in events if e.tick >= since]
-            assert until(schedule.events(block, since), last) == behind, since
+    check_drawn(schedule, TABLE)
     step = next(e for e in schedule.events("b2") if e.phase is Phase.STEP)
     assert schedule.square("b1", step) == Stamp(14, 3, 0)
     assert schedule.square("b2", step) == Stamp(13, 3, 0)

@@ -58,13 +58,14 @@ def command(*words, code=0):
 
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory):
-    """Two runs, one of which has flipped a bit."""
+    """Two runs, one of which has flipped a bit; one was killed in a later snapshot."""
     where = tmp_path_factory.mktemp("runs")
     (where / "s.yaml").write_text(SETTINGS)
     for name, wrong in (("right", -9), ("wrong", WRONG)):
         (where / f"{name}.py").write_text(f"WRONG = {wrong}\n{MODEL}")
         words = ["--model", f"{where / name}.py:model", "--snapshots", where / f"{name}-snapshots"]
         command("run", where / "s.yaml", "--steps", SAMPLES, "--out", where / name, *words)
+    (where / "right-snapshots" / f"tick-{WRONG - 5:012d}").mkdir()
     return where
 
 
