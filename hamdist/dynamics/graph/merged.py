@@ -11,10 +11,7 @@ from torch import Tensor, nn
 from hamdist.dynamics.graph.graph import INPUT, OUTPUT_KEY, Graph, ShapeMap
 from hamdist.dynamics.graph.inputs import NetworkInputs, by_parent
 from hamdist.dynamics.graph.shapes import declared_dtype
-from hamdist.dynamics.graph.spec import (
-    BlockSpec,
-    combined,
-)
+from hamdist.dynamics.graph.spec import BlockSpec, combined
 from hamdist.dynamics.graph.ties import names_of
 from hamdist.dynamics.user_modules.copies import copied
 from hamdist.errors import GraphError

@@ -20,12 +20,7 @@ from hamdist.runtime.signals.edge_codecs import in_edge_order
 
 
 def make_result(
-    graph: Graph,
-    plan: Plan,
-    outcome: Outcome,
-    startup: Startup,
-    settings: Settings,
-    why: list[str],
+    graph: Graph, plan: Plan, outcome: Outcome, startup: Startup, settings: Settings, why: list[str]
 ) -> RunResult:
     """Return the result of a run from what its engine returned."""
     startup.add(outcome.startup)
