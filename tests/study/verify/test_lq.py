@@ -16,7 +16,7 @@ from hamdist.study.verify.topics import lq
 
 def test_riccati_and_the_boundary_problem():
     P = solve_continuous_are([[0.0]], [[1.0]], [[lq.Q]], [[lq.R]])[0, 0]
-    assert (lq.P, lq.LAMBDA) == pytest.approx((P, P / lq.R))
+    assert pytest.approx((P, P / lq.R)) == (lq.P, lq.LAMBDA)
 
     def hamilton(t, state):
         h, omega = state
