@@ -56,7 +56,7 @@ BOUND = 0.02  # of Euler's steps, lambda tau = 0.004
 Trajectory = npt.NDArray[np.float64]
 
 
-class Bias(nn.Module):
+class BiasNeuron(nn.Module):
     """f(h) = w, (B, 1): the neuron does not depend on its input."""
 
     def __init__(self, w: float) -> None:
@@ -68,7 +68,7 @@ class Bias(nn.Module):
 
 
 class RiccatiCostate(Rule):
-    """The costate omega = p h of a `Bias`, with the Riccati equation of p forward in time."""
+    """The costate omega = p h of a `BiasNeuron`, with the Riccati equation of p forward in time."""
 
     presentation = "hold"
 
@@ -123,7 +123,7 @@ def riccati_follower(ticks: int) -> Trajectory:
 
 def _neuron(start: float, **more: Any) -> BlockSpec:
     h_0 = torch.tensor([start], dtype=F64)
-    return BlockSpec("x", Bias(start), ("x",), shape=(1,), initial=h_0, **more)
+    return BlockSpec("x", BiasNeuron(start), ("x",), shape=(1,), initial=h_0, **more)
 
 
 def _constant(ticks: int, y: float) -> Stream:
