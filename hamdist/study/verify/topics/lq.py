@@ -32,7 +32,6 @@ from functools import cache, partial
 from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 import torch
 from torch import Tensor, nn
 
@@ -43,6 +42,7 @@ from hamdist.runtime.train.train import train
 from hamdist.streams.adapters import from_iterable
 from hamdist.streams.sample import Sample, Stream
 from hamdist.streams.sources.signals import SignalStream
+from hamdist.study.run.tracking import Trajectory
 from hamdist.study.shared.exact_runs import float64_settings
 from hamdist.study.verify.oracles.check import Check
 from hamdist.study.verify.oracles.networks import F64
@@ -52,8 +52,6 @@ LAMBDA, P = math.sqrt(Q / R), math.sqrt(Q * R)
 NU = 1.0  # rad/s of the sinusoid
 SETTLED = 1500  # ticks
 BOUND = 0.02  # of Euler's steps, lambda tau = 0.004
-
-Trajectory = npt.NDArray[np.float64]
 
 
 class BiasNeuron(nn.Module):
