@@ -236,10 +236,12 @@ class Graph:
         """Return the names of the weights by block, those of an output module behind `output:`."""
         names = {}
         for name, block in self.blocks.items():
-            learning = [n for n, p in block.module.named_parameters() if p.requires_grad]
-            if block.output is not None:
-                outer = block.output.named_parameters()
-                learning += [OUTPUT_KEY + n for n, p in outer if p.requires_grad]
+            learning = (
+                prefix + parameter_name
+                for prefix, module in block.modules.items()
+                for parameter_name, parameter in module.named_parameters()
+                if parameter.requires_grad
+            )
             borrowed = self.borrowed(name)
             names[name] = [n for n in learning if n not in borrowed]
         return names
