@@ -195,8 +195,11 @@ def merged_module(
 
 def _merged_name(graph: Graph, block: str, key: str) -> str:
     """Return the name that `key` of a block has in the merged module."""
-    if graph.original is not None:
-        return key
+    return name_in_merged_graph(block, key) if graph.original is None else key
+
+
+def name_in_merged_graph(block: str, key: str) -> str:
+    """Return the name that `key` of a block has in a `MergedGraph`."""
     part = "output" if key.startswith(OUTPUT_KEY) else "module"
     return f"blocks.{block}.{part}.{key.removeprefix(OUTPUT_KEY)}"
 
