@@ -324,13 +324,7 @@ def make_plan(
         dynamics=dynamics,
         schedule=schedule,
         channels=compressed(
-            channels,
-            graph,
-            signals,
-            settings.engine,
-            reversible,
-            taken(cast_plans),
-            settings.seed,
+            channels, graph, signals, settings.engine, reversible, taken(cast_plans), settings.seed
         ),
         shapes=shapes,
         spec=spec,

@@ -27,14 +27,7 @@ from hamdist.runtime.ray_engine.session import ray_tasks
 from hamdist.runtime.results.events import RunEvent, UpdatesAligned
 from hamdist.runtime.results.progress_events import ProgressEvents
 from hamdist.runtime.results.result import Progress
-from hamdist.study.grid.points import (
-    Candidate,
-    GridCell,
-    GridJob,
-    cells,
-    final_jobs,
-    tuning_jobs,
-)
+from hamdist.study.grid.points import Candidate, GridCell, GridJob, cells, final_jobs, tuning_jobs
 from hamdist.study.grid.settings import StudySettings, Trains
 from hamdist.study.report.blocks import BlockFacts, block_facts
 from hamdist.study.report.files import to_json
@@ -193,11 +186,7 @@ def check(study: StudySettings, *, chosen: bool) -> list[GridCell]:
 
 
 def run_study(
-    study: StudySettings,
-    folder: Path,
-    *,
-    chosen: bool = False,
-    on_record: OnRecord | None = None,
+    study: StudySettings, folder: Path, *, chosen: bool = False, on_record: OnRecord | None = None
 ) -> list[StudyOutcome]:
     """Run a study, and return all outcomes, cell by cell.
 
