@@ -9,12 +9,8 @@ from typing import Any, ClassVar
 from torch import Tensor, nn
 
 from hamdist.dynamics.finite import Guard, Scale
-<<<<<<< HEAD
 from hamdist.dynamics.saved_state.block_memory import BlockMemory, bytes_of, storages_of
-from hamdist.dynamics.saved_state.remember import Remembers, taken
-=======
 from hamdist.dynamics.saved_state.stateful import Stateful, taken
->>>>>>> main
 from hamdist.dynamics.updates.accumulate import GradientSum
 from hamdist.dynamics.updates.constants import Dynamics
 from hamdist.dynamics.updates.weights import Weights
