@@ -131,7 +131,7 @@ def train(
 
 def _named(trackers: Sequence[str | EventListener]) -> dict[str, Any]:
     """Return the names among trackers as the field of settings; nothing if there are none."""
-    names = [one for one in trackers if isinstance(one, str)]
+    names = [tracker for tracker in trackers if isinstance(tracker, str)]
     return {"trackers": names} if names else {}
 
 
@@ -210,7 +210,7 @@ def _called_back(
     """Return the result of a live run that is fed all of the stream."""
     samples = iter(stream.samples())
     first, spec = next(samples), stream.spec
-    classes = {n: one.classes for n, one in (spec.targets or {}).items() if one.classes is not None}
+    classes = {n: t.classes for n, t in (spec.targets or {}).items() if t.classes is not None}
     reader = from_iterable([first], classes=classes or spec.classes)
     settings = work.keywords["settings"]
     own: Any = {"callbacks": callbacks, "listeners": listeners_of(settings, trackers)}
@@ -244,7 +244,7 @@ def replay(
     functions = functions_of(model, settings, fields)
     loss, names = fields.pop("loss", None), fields.pop("names", None)
     stored = facts["settings"]
-    computes = {n: one for n, one in stored.pop("engine", {}).items() if n in COMPUTES}
+    computes = {n: v for n, v in stored.pop("engine", {}).items() if n in COMPUTES}
     began = lay_over({**stored, "engine": computes}, {"snapshots": {"path": None}})
     if settings is not None:
         began = lay_over(began, settings.model_dump(mode="json", exclude_unset=True))

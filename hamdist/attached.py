@@ -72,7 +72,7 @@ def _launched(id_: str, cluster: str | None, timeout: float) -> AttachedRun:
         if jobs.find(id_).over:
             raise SettingsError(f"attach: run {id_} is over")
         events = (from_line(line)[1] for line in reversed(jobs.log(id_).splitlines()))
-        there = next((one for one in events if isinstance(one, Listening)), None)
+        there = next((event for event in events if isinstance(event, Listening)), None)
         try:
             if there is not None:
                 return AttachedRun(there.address, there.token, timeout)
@@ -136,7 +136,7 @@ class AttachedRun:
     def evaluate(self, x: Any, y: Any) -> Scores:
         """Return the scores of the run's model on x (N, ...) with targets y; nothing is learned."""
         facts = self._told("evaluate", {**named("u", x), **named("y", y)})
-        outputs = {name: Scores(**one) for name, one in facts.pop("outputs").items()}
+        outputs = {name: Scores(**scores) for name, scores in facts.pop("outputs").items()}
         return Scores(**facts, outputs=outputs)
 
     def snapshot(self) -> str:
@@ -196,4 +196,4 @@ def _refused(error: urllib.error.HTTPError) -> tuple[Exception, bool]:
     if error.code == 401:
         return SettingsError(f"{error.url}: {text}"), False
     kinds = (SettingsError, SnapshotError)
-    return next((one for one in kinds if one.__name__ == kind), StreamError)(text), False
+    return next((c for c in kinds if c.__name__ == kind), StreamError)(text), False

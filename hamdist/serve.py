@@ -180,7 +180,7 @@ async def _body(request: Request) -> dict[str, Any]:
     if request.headers.get("content-type") == SAFETENSORS:
         tensors = load(bytes(data))
         parts = {name: read_named(name, tensors) for name in ("u", "y")}
-        return {n: one for n, one in parts.items() if one is not None} | dict(request.query_params)
+        return {n: v for n, v in parts.items() if v is not None} | dict(request.query_params)
     body = json.loads(data or b"{}")
     if not isinstance(body, dict):
         raise TypeError("give an object of names and values")
@@ -205,13 +205,13 @@ def _replied(result: Any, request: Request) -> Response:
 
 def _input(run: LiveRun, u: Any) -> Any:
     if isinstance(u, dict) and run.spec.inputs is not None:
-        return {n: _tensor(u[n], one.dtype) for n, one in run.spec.inputs.items()}
+        return {n: _tensor(u[n], spec.dtype) for n, spec in run.spec.inputs.items()}
     return _tensor(u, run.spec.u_dtype)
 
 
 def _target(run: LiveRun, y: Any) -> Any:
     if isinstance(y, dict) and run.spec.targets is not None:
-        return {n: _tensor(one, run.spec.targets[n].dtype) for n, one in y.items()}
+        return {n: _tensor(label, run.spec.targets[n].dtype) for n, label in y.items()}
     return None if y is None else _tensor(y, run.spec.y_dtype)
 
 
@@ -223,12 +223,12 @@ def _tensor(values: Any, dtype: torch.dtype) -> torch.Tensor:
 
 def _status(run: LiveRun) -> dict[str, Any]:
     status = run.status()
-    told = {n: one for n, one in asdict(status).items() if isinstance(one, (int, float))}
+    told = {n: v for n, v in asdict(status).items() if isinstance(v, (int, float))}
     windows = status.progress.windows if status.progress is not None else []
     if windows:
         told |= {"loss": windows[-1].mean_loss, "seconds": status.progress.seconds}  # type: ignore[union-attr]
         told |= {} if windows[-1].accuracy is None else {"accuracy": windows[-1].accuracy}
-    return {name: int(one) if isinstance(one, bool) else one for name, one in told.items()}
+    return {name: int(v) if isinstance(v, bool) else v for name, v in told.items()}
 
 
 def _refusal(status: int, why: str, kind: str = "StreamError") -> JSONResponse:

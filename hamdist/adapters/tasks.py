@@ -80,7 +80,7 @@ def learn_tasks(run: LiveRun, tasks: Sequence[Task]) -> TaskScores:
 
 def _scores(run: LiveRun, tasks: Sequence[Task]) -> list[float]:
     scores = [run.evaluate(task.x, task.y).accuracy for task in tasks]
-    known = [one for one in scores if one is not None]
+    known = [score for score in scores if score is not None]
     if len(known) < len(tasks):
         raise SettingsError("learn_tasks: accuracy of targets that are no classes")
     return known

@@ -34,8 +34,8 @@ OUTPUT_OPTIONS = {  # of every command
 
 _HINTS = get_type_hints(RunOptions, include_extras=True)
 RUN_OPTIONS = {
-    name: one.replace(annotation=_HINTS[name], kind=one.KEYWORD_ONLY)
-    for name, one in inspect.signature(RunOptions).parameters.items()
+    name: p.replace(annotation=_HINTS[name], kind=p.KEYWORD_ONLY)
+    for name, p in inspect.signature(RunOptions).parameters.items()
 }
 
 
@@ -52,11 +52,11 @@ def with_output(command: Callable[..., None]) -> Callable[..., None]:
         if getattr(hint, "__origin__", None) is RunOptions
     }
     parameters = []
-    for name, one in signature.parameters.items():
+    for name, p in signature.parameters.items():
         if name in taken:
             parameters += [RUN_OPTIONS[option] for option in taken[name]]
         else:
-            parameters.append(one.replace(annotation=hints[name], kind=one.KEYWORD_ONLY))
+            parameters.append(p.replace(annotation=hints[name], kind=p.KEYWORD_ONLY))
     parameters += [
         inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=False, annotation=option)
         for name, option in OUTPUT_OPTIONS.items()
@@ -73,7 +73,7 @@ def with_output(command: Callable[..., None]) -> Callable[..., None]:
 
     described = cast(Any, printing)  # as typer reads it
     described.__signature__ = signature.replace(parameters=parameters)
-    described.__annotations__ = {one.name: one.annotation for one in parameters}
+    described.__annotations__ = {p.name: p.annotation for p in parameters}
     return printing
 
 

@@ -41,7 +41,7 @@ class RunOptions:
     level: Annotated[
         str | None,
         typer.Option(
-            "--level", metavar="LEVEL", help=f"Locality: {', '.join(one.value for one in Level)}."
+            "--level", metavar="LEVEL", help=f"Locality: {', '.join(v.value for v in Level)}."
         ),
     ] = None
     engine: Annotated[

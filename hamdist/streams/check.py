@@ -96,7 +96,7 @@ class Checker:
                 f"sample {n} has {has}, the first one had {first}: give all samples the same inputs"
             )
         inputs = {
-            name: self._input(n, f"u[{name!r}]", given[name], one) for name, one in known.items()
+            name: self._input(n, f"u[{name!r}]", given[name], spec) for name, spec in known.items()
         }
         batch = self._spec.batch  # of the first item: what had other rows there is no batch
         batches = {n: u.shape[0] for n, u in inputs.items() if known[n].shape[0] == batch}
@@ -173,8 +173,8 @@ class Checker:
                 f"{', '.join(map(repr, known))}: every name is known from the first sample on"
             )
         checked = {
-            name: None if one is None else self._target(n, f"y[{name!r}]", one, known[name], batch)
-            for name, one in y.items()
+            name: None if t is None else self._target(n, f"y[{name!r}]", t, known[name], batch)
+            for name, t in y.items()
         }
         return y if all(checked[name] is y[name] for name in y) else checked
 

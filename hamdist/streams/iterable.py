@@ -217,13 +217,13 @@ class IterableStream:
     def _inputs(self, n: int, u: Any) -> dict[str, Tensor] | None:
         """Return several inputs by name, those of a tuple or list by number; None for one input."""
         arrays = (Tensor, np.ndarray)
-        if isinstance(u, (tuple, list)) and u and all(isinstance(one, arrays) for one in u):
-            u = {str(i): one for i, one in enumerate(u)}
+        if isinstance(u, (tuple, list)) and u and all(isinstance(part, arrays) for part in u):
+            u = {str(i): part for i, part in enumerate(u)}
         if not isinstance(u, Mapping):
             return None
         if not u:
             raise StreamError(f"sample {n}: u has no inputs; give at least one tensor")
-        return {str(name): self._tensor(n, f"u[{name!r}]", one) for name, one in u.items()}
+        return {str(name): self._tensor(n, f"u[{name!r}]", part) for name, part in u.items()}
 
     def _late(self, n: int, late: Any) -> dict[int | str, Target] | None:
         if late is None:
@@ -242,8 +242,8 @@ class IterableStream:
         if not isinstance(y, Mapping):
             return self._values(n, field, y, weights)
         return {
-            str(name): None if one is None else self._values(n, f"{field}[{name!r}]", one, weights)
-            for name, one in y.items()
+            str(name): None if t is None else self._values(n, f"{field}[{name!r}]", t, weights)
+            for name, t in y.items()
         }
 
     def _values(self, n: int, field: str, value: Any, weights: Any) -> Tensor:
@@ -317,8 +317,8 @@ def _size_of(sizes: Sizes, readout: str | None) -> int | None:
 def _learn(first: Sample, classes: Sizes, outputs: Sizes) -> SampleSpec:
     """Return the spec that the first sample and the user's arguments define."""
     u = first.u
-    for one in (first.inputs or {"": u}).values():
-        if one.dim() == 0:
+    for tensor in (first.inputs or {"": u}).values():
+        if tensor.dim() == 0:
             raise StreamError("sample 0: u has no dimension: samples are batches, (B, ...)")
     made = with_example(_learn_targets(first, classes, outputs), first)
     if first.inputs is None:
@@ -333,8 +333,8 @@ def _learn_targets(first: Sample, classes: Sizes, outputs: Sizes) -> SampleSpec:
     named = [part for part in (first.y, classes, outputs) if isinstance(part, Mapping)]
     if not named:
         y = first.target("")
-        one = _target_spec("y", u, y, _size_of(classes, None), _size_of(outputs, None))
-        return SampleSpec(tuple(u.shape), u.dtype, one.shape, one.dtype, one.classes)
+        target = _target_spec("y", u, y, _size_of(classes, None), _size_of(outputs, None))
+        return SampleSpec(tuple(u.shape), u.dtype, target.shape, target.dtype, target.classes)
     if isinstance(first.y, Tensor):
         raise StreamError(
             "sample 0: y is one target, but classes or outputs are given by readout: give y as a "

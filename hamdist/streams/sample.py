@@ -167,7 +167,7 @@ class SampleSpec:
         """Return shapes and types of the inputs by the blocks' names for them: `u`, `u.NAME`."""
         if self.inputs is None:
             return {"u": (self.u_shape, self.u_dtype)}
-        return {f"u.{name}": (one.shape, one.dtype) for name, one in self.inputs.items()}
+        return {f"u.{name}": (u.shape, u.dtype) for name, u in self.inputs.items()}
 
     @property
     def batch(self) -> int:

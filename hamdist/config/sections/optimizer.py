@@ -104,11 +104,11 @@ def known_optimizers() -> dict[str, type[Optimizer]]:
     """Return the classes of torch.optim that move weights by their gradients alone, by name."""
     from torch import optim
 
-    classes = {name.lower(): one for name, one in vars(optim).items() if inspect.isclass(one)}
+    classes = {name.lower(): c for name, c in vars(optim).items() if inspect.isclass(c)}
     return {
-        name: one
-        for name, one in sorted(classes.items())
-        if issubclass(one, optim.Optimizer) and name not in _NO_STEP_ALONE
+        name: c
+        for name, c in sorted(classes.items())
+        if issubclass(c, optim.Optimizer) and name not in _NO_STEP_ALONE
     }
 
 

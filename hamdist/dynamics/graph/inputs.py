@@ -48,7 +48,7 @@ def arguments_of(model: object) -> list[str] | None:
     except (TypeError, ValueError):  # some callables written in C have none
         return None
     variable = (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD)
-    return None if any(one.kind in variable for one in known) else [one.name for one in known]
+    return None if any(p.kind in variable for p in known) else [p.name for p in known]
 
 
 def called_by_parent(model: nn.Module, inputs: Mapping[str, Tensor]) -> Any:

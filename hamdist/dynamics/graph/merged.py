@@ -41,12 +41,12 @@ class MergedGraph(nn.Module):
         self.blocks = nn.ModuleDict({b.name: copied(_whole(b)) for b in graph.blocks.values()})
         for weight in graph.shared:
             (first, key), *others = weight.uses
-            one = self._whole(first).module.get_parameter(key)
+            parameter = self._whole(first).module.get_parameter(key)
             for name, other in others:
                 module = self._whole(name).module
                 for known in names_of(module, [other]):
                     path, _, last = known.rpartition(".")
-                    setattr(module.get_submodule(path), last, one)
+                    setattr(module.get_submodule(path), last, parameter)
 
     def _whole(self, name: str) -> _Whole:
         return cast(_Whole, self.blocks[name])

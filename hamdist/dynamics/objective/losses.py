@@ -232,7 +232,7 @@ def named(output: Any, name: str = ONLY) -> list[tuple[str, Any]]:
 
 def tensors(output: Any) -> dict[str, Tensor]:
     """Return the parts that are tensors, by name."""
-    return {name: one for name, one in named(output) if isinstance(one, Tensor)}
+    return {name: tensor for name, tensor in named(output) if isinstance(tensor, Tensor)}
 
 
 def losses_of(

@@ -243,5 +243,5 @@ def drift_warnings(graph: Graph, reversible: Collection[str], u: Tensor) -> list
 
 
 def _is_weighted_step(module: nn.Module) -> bool:
-    one = bool(pieces_of(module)) and not isinstance(module, nn.Sequential)
-    return one and next(module.parameters(), None) is not None
+    is_step = bool(pieces_of(module)) and not isinstance(module, nn.Sequential)
+    return is_step and next(module.parameters(), None) is not None

@@ -247,12 +247,13 @@ def split_module(
                 f"the model cannot be cut into blocks: {told}; change that line, put it into a "
                 "submodule (which then stays whole alone), or leave the partition out"
             ) from None
-        one = _one_step(model, inputs, why)
-        if callable(loss) and len(inputs) == 1 and (one is None or value_of(one.output) == (0, ())):
-            return _whole(model, loss, inputs, state_readout, why if one is None else one.whole[""])
-        if one is None:
+        single = _one_step(model, inputs, why)
+        of_one_value = single is None or value_of(single.output) == (0, ())
+        if callable(loss) and len(inputs) == 1 and of_one_value:
+            return _whole(model, loss, inputs, state_readout, single.whole[""] if single else why)
+        if single is None:
             raise GraphError(f"the model cannot be run: {told}") from None
-        followed = one
+        followed = single
     names, values, losses = _outputs(followed, loss, targets)
     flow = Flow(followed, model, values, together)
     cuts = Cuts(flow, model)

@@ -301,9 +301,9 @@ def _node_slots(node: Any) -> Iterator[Slot]:
         values = getattr(node, seen) if hasattr(node, seen) else node.saved_tensors
         many = isinstance(raw, (tuple, list))
         pairs = zip(raw, values, strict=True) if many else [(raw, values)]
-        for i, (one, value) in enumerate(pairs):
+        for i, (variable, value) in enumerate(pairs):
             if value is not None:
-                yield Slot(f"{kind}{seen}.{i}", value, _replacing(one))
+                yield Slot(f"{kind}{seen}.{i}", value, _replacing(variable))
     # A user's autograd function may keep more, as attributes of its context.
     for name, value in sorted(getattr(node, "__dict__", {}).items()):
         if isinstance(value, Tensor):

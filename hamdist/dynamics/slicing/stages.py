@@ -315,8 +315,8 @@ class SlicePhases:
             start = before[0]
 
     def _batch_first(self, node: fx.Node) -> bool:
-        one, more = (values[node] for values in self.values)
-        return isinstance(one, Tensor) and one.dim() > 0 and one.shape[0] + 1 == more.shape[0]
+        first, more = (values[node] for values in self.values)
+        return isinstance(first, Tensor) and first.dim() > 0 and first.shape[0] + 1 == more.shape[0]
 
     def _sent(self, stage: SlicePhase) -> list[fx.Node]:
         """Return the values of `stage` that others read, in order: in the end one."""

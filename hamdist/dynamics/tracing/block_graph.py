@@ -208,8 +208,8 @@ class BlockGraph:
         """Return per * B + more + the sum of (a + b * B) * length."""
         batch = self._cached("", "call_method", "size", self._first, 0)
         terms: list[Any] = [self._product(batch, size.per)] if size.per else []
-        for one, a, b in size.lengths:
-            length = self._cached(one, "call_method", "size", self.input(one.name), one.axis)
+        for dim, a, b in size.lengths:
+            length = self._cached(dim, "call_method", "size", self.input(dim.name), dim.axis)
             terms += [self._product(length, a)] if a else []
             terms += [self._product(self._product(length, batch), b)] if b else []
         terms += [size.more] if size.more or not terms else []

@@ -38,9 +38,9 @@ def points_of_runs(batches: Sequence[int], lengths: Sequence[Length]) -> list[Tr
     """
     own, second, third, *_ = batches
     points: list[TracePoint] = [(batch, {}) for batch in batches]
-    for one in lengths:
-        points += [(own, {one: other_length(one, 1)}), (second, {one: other_length(one, 2)})]
-    return [*points, (third, {one: other_length(one, 1) for one in lengths})] if lengths else points
+    for dim in lengths:
+        points += [(own, {dim: other_length(dim, 1)}), (second, {dim: other_length(dim, 2)})]
+    return [*points, (third, {dim: other_length(dim, 1) for dim in lengths})] if lengths else points
 
 
 def other_length(length: Length, by: int) -> int:
@@ -96,23 +96,23 @@ class _Join:
         self._lengths = list(points[-1][1])
         rows = []
         for batch, sizes in points:
-            own = [sizes.get(one, one.base) for one in self._lengths]
+            own = [sizes.get(dim, dim.base) for dim in self._lengths]
             rows.append([1, batch, *own, *(batch * length for length in own)])
         self._basis = torch.tensor(rows, dtype=torch.float64)
         self._solves = torch.linalg.pinv(self._basis)
         self._sizes: dict[tuple[int, ...], SymbolicSize] = {}
 
     def op(self, taken: Sequence[TakenOp]) -> Op[ColumnForm]:
-        one = taken[0]
+        first = taken[0]
         calls = {(t.node.op, t.node.target, t.grad, t.where) for t in taken}
         if len(calls) > 1:
             raise _Apart("it takes other steps")
-        if any(t.out.keys() != one.out.keys() for t in taken):
+        if any(t.out.keys() != first.out.keys() for t in taken):
             raise _Apart("it returns more or fewer tensors")
-        fills = any(name in str(one.node.target) for name in ("masked_fill", "where"))
-        mask = fills and not all(map(_ordinary, one.node.args))
-        forms = {path: self._form([t.out[path] for t in taken], mask) for path in one.out}
-        return replace(one, out=forms, random=any(t.random for t in taken))  # type: ignore[arg-type,return-value]
+        fills = any(name in str(first.node.target) for name in ("masked_fill", "where"))
+        mask = fills and not all(map(_ordinary, first.node.args))
+        forms = {path: self._form([t.out[path] for t in taken], mask) for path in first.out}
+        return replace(first, out=forms, random=any(t.random for t in taken))  # type: ignore[arg-type,return-value]
 
     def call(self, taken: Sequence[TakenOp]) -> tuple[Any, Any]:
         """Return the arguments of a step."""
@@ -120,16 +120,16 @@ class _Join:
         return self.template(args), self.template(kwargs)
 
     def _form(self, tensors: Sequence[Tensor], mask: bool) -> ColumnForm:
-        one = tensors[0]
-        if any(t.dtype != one.dtype or t.dim() != one.dim() for t in tensors):
+        first = tensors[0]
+        if any(t.dtype != first.dtype or t.dim() != first.dim() for t in tensors):
             raise _Apart("a tensor has another type, or more dimensions")
         try:
             dims = tuple(
                 self._size(sizes) for sizes in zip(*(t.shape for t in tensors), strict=True)
             )
         except _Apart:
-            return ColumnForm(None, one.dtype)
-        return ColumnForm(dims, one.dtype, mask or not all(map(_ordinary, tensors)))
+            return ColumnForm(None, first.dtype)
+        return ColumnForm(dims, first.dtype, mask or not all(map(_ordinary, tensors)))
 
     def _size(self, values: tuple[int, ...]) -> SymbolicSize:
         """Return the number by batch and lengths, with which all runs have to agree."""
@@ -147,42 +147,43 @@ class _Join:
             raise _Apart(f"a number is {numbers} where the batch is {batches}")
         more, per, *rest = map(int, found.tolist())
         parts = zip(self._lengths, rest[:many], rest[many:], strict=True)
-        return SymbolicSize(per, more, tuple((one, a, b) for one, a, b in parts if a or b))
+        return SymbolicSize(per, more, tuple((dim, a, b) for dim, a, b in parts if a or b))
 
     def template(self, values: Sequence[Any]) -> Any:
-        one = values[0]
-        kind = type(one)
+        first = values[0]
+        kind = type(first)
         if any(type(v) is not kind for v in values):
             raise _Apart("it calls with values of other types")
         if kind is int:
             size = self._size(tuple(values))
-            return size if size.batched or size.lengths else one
+            return size if size.batched or size.lengths else first
         if kind is fx.Node:
-            if is_constant(one):
+            if is_constant(first):
                 self._check_constant(values)
-            elif any(v.name != one.name for v in values):
+            elif any(v.name != first.name for v in values):
                 raise _Apart("it reads another tensor once, and not always")
-            return one
+            return first
         parts = [parts_of(v) or [] for v in values]
-        if parts_of(one) is not None:
+        if parts_of(first) is not None:
             if any([k for k, _ in own] != [k for k, _ in parts[0]] for own in parts):
                 raise _Apart("it calls with more or fewer values")
             inner = zip(*([part for _, part in own] for own in parts), strict=True)
-            return filled(one, [self.template(own) for own in inner])
+            return filled(first, [self.template(own) for own in inner])
         if kind is slice:
             parts = [[v.start for v in values], [v.stop for v in values], [v.step for v in values]]
             return slice(*(self.template(p) for p in parts))
-        same = all(v is one or v == one or (v != v and one != one) for v in values)
+        same = all(v is first or v == first or (v != v and first != first) for v in values)
         if not same:
-            raise _Apart(f"it calls with {one!r:.40} once, and not always")
-        return one
+            raise _Apart(f"it calls with {first!r:.40} once, and not always")
+        return first
 
     def _check_constant(self, nodes: Sequence[fx.Node]) -> None:
         target = str(nodes[0].target)
         index = int(target.removeprefix(CONSTANT.format("")))
-        one, *others = (r.constants[index] for r in self._runs if index < len(r.constants))
+        first, *others = (r.constants[index] for r in self._runs if index < len(r.constants))
         if any(n.target != target for n in nodes) or any(
-            t.shape != one.shape or t.dtype != one.dtype or not torch.equal(t, one) for t in others
+            t.shape != first.shape or t.dtype != first.dtype or not torch.equal(t, first)
+            for t in others
         ):
             raise _Apart("it uses another tensor that no step of torch's has made")
 

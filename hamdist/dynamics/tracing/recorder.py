@@ -309,10 +309,10 @@ class _Recorder(TorchFunctionMode):
         self._origin.setdefault(address_of(tensor), node)
 
     def _varies(self, node: fx.Node) -> bool:
-        values = [(one, value_of(one)) for one in node.all_input_nodes]
+        values = [(input_node, value_of(input_node)) for input_node in node.all_input_nodes]
         return any(
-            not is_constant(one) if value is None else self._taken[value[0]].varies
-            for one, value in values
+            not is_constant(input_node) if value is None else self._taken[value[0]].varies
+            for input_node, value in values
         )
 
     # -- templates ------------------------------------------------------------------------------

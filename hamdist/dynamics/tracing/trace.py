@@ -161,15 +161,15 @@ def _lengths(probe: nn.Module, inputs: Mapping[str, Tensor], call: Call) -> list
         for axis in range(1, u.dim()):
             found.setdefault((axis, u.shape[axis]), Length(name, axis, u.shape[axis]))
     taken = []
-    for one in found.values():
+    for dim in found.values():
         try:
             rows = _rows(
-                inputs, next(iter(inputs.values())).shape[0], 0, {one: other_length(one, 1)}
+                inputs, next(iter(inputs.values())).shape[0], 0, {dim: other_length(dim, 1)}
             )
             record(probe, rows, call, {""})
         except Unfollowed:
             continue
-        taken.append(one)
+        taken.append(dim)
     return taken
 
 
@@ -180,9 +180,9 @@ def _rows(
     made = {}
     for name, u in inputs.items():
         rows = u[torch.arange(batch) % u.shape[0]]
-        for one, size in sizes.items():
-            if one.axis < u.dim() and u.shape[one.axis] == one.base:
-                rows = rows.index_select(one.axis, torch.arange(size) % one.base)
+        for dim, size in sizes.items():
+            if dim.axis < u.dim() and u.shape[dim.axis] == dim.base:
+                rows = rows.index_select(dim.axis, torch.arange(size) % dim.base)
         if rows.is_floating_point():
             rows = (rows * (1 + run / 8)).requires_grad_().clone()
         made[name] = rows

@@ -313,7 +313,7 @@ def _check_recipes(d: Dynamics, tau: float | None, knobs: Locality) -> None:
             "leave one of them out"
         )
     each = [d, *(d._with(block) for block in d.blocks.values())]
-    if tau is not None and any(abs(1 - tau * one.eta_omega) <= TOLERANCE for one in each):
+    if tau is not None and any(abs(1 - tau * k.eta_omega) <= TOLERANCE for k in each):
         raise LevelError(
             "compensation 'look-ahead' without momentum: there is nothing that could carry the "
             "weights ahead; set learning.momentum (or dynamics.eta_omega below 1/tau)"
@@ -337,11 +337,11 @@ def _check_wave(d: Dynamics, tau: float | None, knobs: Locality) -> None:
         )
     each = [d, *(d._with(block) for block in d.blocks.values())]
     needs: list[tuple[str, list[float], float]] = [
-        ("c tau", [one.c * tau for one in each], 1.0),
+        ("c tau", [k.c * tau for k in each], 1.0),
         ("sign", [d.sign], -1.0),
     ]
     if knobs.pulse:
-        needs.append(("eta_z", [one.eta_z for one in each], 0.0))
+        needs.append(("eta_z", [k.eta_z for k in each], 0.0))
     for what, current, needed in needs:
         for value in current:
             if not math.isclose(value, needed, abs_tol=TOLERANCE):

@@ -147,15 +147,15 @@ class InputWhitening(Remembers):
         if isinstance(g, GradientsWithInputs):
             return self._watched(g)
         gradients = list(g)
-        for i, one in enumerate(g):
-            if not isinstance(one, Outer):
+        for i, g_i in enumerate(g):
+            if not isinstance(g_i, Outer):
                 continue
-            bias = _bias(g, one)
+            bias = _bias(g, g_i)
             if bias is None:
                 continue
             layer = self._layer(i, bias)
-            layer.see(one.x, one.z)
-            gradients[i], gradients[bias] = layer.factors(one)
+            layer.see(g_i.x, g_i.z)
+            gradients[i], gradients[bias] = layer.factors(g_i)
         return gradients
 
     @property
@@ -183,7 +183,7 @@ class InputWhitening(Remembers):
 
 def _bias(g: Sequence[Gradient], of: Outer) -> int | None:
     """Return the place of the bias whose gradient has the same rows."""
-    places = (j for j, one in enumerate(g) if isinstance(one, Column) and one.z is of.z)
+    places = (j for j, g_i in enumerate(g) if isinstance(g_i, Column) and g_i.z is of.z)
     return next(places, None)
 
 

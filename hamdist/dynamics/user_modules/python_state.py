@@ -174,10 +174,10 @@ def modules_of(function: Any) -> list[nn.Module]:
     """List the modules that a loss is, is a method of, or refers to."""
     held = Fingerprints()
     held.add("", function)
-    for one in _functions(function):
-        read = {n: one.__globals__.get(n) for n in _names(one.__code__)}
-        cells = inspect.getclosurevars(one).nonlocals
-        held.add("names", (read, dict(cells), one.__defaults__))
+    for used in _functions(function):
+        read = {n: used.__globals__.get(n) for n in _names(used.__code__)}
+        cells = inspect.getclosurevars(used).nonlocals
+        held.add("names", (read, dict(cells), used.__defaults__))
     return [value for value in held.ids.values() if isinstance(value, nn.Module)]
 
 

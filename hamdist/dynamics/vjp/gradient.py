@@ -142,7 +142,7 @@ def all_moved(g: Sequence[Gradient] | None) -> bool:
 
 def all_dense(g: Sequence[Gradient]) -> list[Tensor]:
     """Return the gradients as tensors like their weights."""
-    return [dense(one) for one in g]
+    return [dense(g_i) for g_i in g]
 
 
 def add_to(tensor: Tensor, g: Gradient, alpha: float, beta: float = 1.0) -> None:
@@ -169,14 +169,14 @@ def norm_of(g: Sequence[Gradient]) -> float:
     I of the product itself; the cheaper one is taken.
     """
     squares = 0.0
-    for one in g:
-        if isinstance(one, Outer):
-            rows_, out, into = *one.z.shape, one.x.shape[1]
+    for g_i in g:
+        if isinstance(g_i, Outer):
+            rows_, out, into = *g_i.z.shape, g_i.x.shape[1]
             if rows_ * (out + into) < out * into:
-                together = (one.z @ one.z.t()).mul_(one.x @ one.x.t())
+                together = (g_i.z @ g_i.z.t()).mul_(g_i.x @ g_i.x.t())
                 squares += max(0.0, float(together.sum()))
                 continue
-        squares += float(torch.linalg.vector_norm(dense(one))) ** 2
+        squares += float(torch.linalg.vector_norm(dense(g_i))) ** 2
     return math.sqrt(squares)
 
 
@@ -189,20 +189,20 @@ def bound(g: Sequence[Gradient]) -> float:
     looked: list[Tensor] = []
     shares: list[tuple[float, int, int]] = []  # a factor, and one or two of the norms
     last: Tensor | None = None  # a layer's matrix and bias have one z
-    for one in g:
-        if isinstance(one, Outer):
+    for g_i in g:
+        if isinstance(g_i, Outer):
             shares.append((1.0, len(looked), len(looked) + 1))
-            last = one.z
-            looked += (last, one.x)
-        elif isinstance(one, Tensor):
+            last = g_i.z
+            looked += (last, g_i.x)
+        elif isinstance(g_i, Tensor):
             shares.append((1.0, len(looked), -1))
-            looked.append(one)
+            looked.append(g_i)
             last = None
         else:
-            if one.z is not last:  # its norm stands one before the last
-                last = one.z
+            if g_i.z is not last:  # its norm stands one before the last
+                last = g_i.z
                 looked += (last, last)
-            shares.append((math.sqrt(one.z.shape[0]), len(looked) - 2, -1))
+            shares.append((math.sqrt(g_i.z.shape[0]), len(looked) - 2, -1))
     norms = _norms(looked)
     squares = 0.0
     for factor, a, b in shares:

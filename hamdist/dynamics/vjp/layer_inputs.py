@@ -58,8 +58,8 @@ class LayerInputs:
             for m in module.modules()
             if is_watched(m) and id(m.weight) in places and id(m.bias) in places
         ]
-        many = Counter(place for one in layers for place in (one.weight, one.bias))
-        self.layers = [one for one in layers if many[one.weight] == many[one.bias] == 1]
+        many = Counter(place for layer in layers for place in (layer.weight, layer.bias))
+        self.layers = [layer for layer in layers if many[layer.weight] == many[layer.bias] == 1]
         self._costates: list[list[Tensor]] = [[] for _ in self.layers]  # of the latest pull
 
     @contextmanager

@@ -163,7 +163,7 @@ class TiedFunction(WrappingFunction):
     def _with_added(self, g: Sequence[Gradient]) -> list[Gradient]:
         added, self._added = self._added, {}
         pairs = zip(self.names, g, strict=True)
-        return [dense(one) + added[n] if n in added else one for n, one in pairs]
+        return [dense(g_i) + added[n] if n in added else g_i for n, g_i in pairs]
 
     def add(self, names: Sequence[str], numbers: Tensor) -> None:
         """Add a user's gradients of shared weights to those of the next pull."""

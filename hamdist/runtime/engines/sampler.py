@@ -124,7 +124,7 @@ class Sampler:
         stream = {} if self._source is None else dict(self._source.counts)
         spent, memory = self.seconds, resident_bytes()
         steps = dict(self._updates)
-        norms = {n: one._replace(update=steps.get(n)) for n, one in self._norms.items()}
+        norms = {n: norm._replace(update=steps.get(n)) for n, norm in self._norms.items()}
         late = {n.name: dict(n.staleness) for n in self._nodes if getattr(n, "staleness", None)}
         measured = norms, self._steps, edges, stream, self._histograms, late
         return ProcessSample(spent, memory, *measured, self._fetched())

@@ -136,7 +136,7 @@ def with_first_weights(model: nn.Module | Graph, weights: Mapping[str, Tensor]) 
     own = model.copy() if isinstance(model, Graph) else copied(model)
     mine = _weights(own)
     for name in sorted({*mine, *weights}):
-        kinds = [_kind(one.get(name)) for one in (mine, weights)]
+        kinds = [_kind(ours.get(name)) for ours in (mine, weights)]
         if kinds[0] != kinds[1]:
             told = f"{name!r} is {kinds[0]} in this one, and {kinds[1]} there"
             raise SettingsError(f"the run was one of another model: {told}")

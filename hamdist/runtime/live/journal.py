@@ -144,7 +144,7 @@ def named(name: str, value: Any) -> dict[str, Tensor | None]:
     if isinstance(value, tuple):
         value = dict(enumerate(value))
     if isinstance(value, Mapping):
-        return {f"{name}.{key}": one for key, one in value.items()}
+        return {f"{name}.{key}": tensor for key, tensor in value.items()}
     return {name: value}
 
 

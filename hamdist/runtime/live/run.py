@@ -124,17 +124,17 @@ class LiveRun:
     def _call(self) -> None:
         """Tell the callbacks what has happened; within a callback nothing more is told."""
         while self._callbacks and self._happened and not self._calling:
-            one, self._calling = self._happened.popleft(), True
+            event, self._calling = self._happened.popleft(), True
             try:
                 for callback in self._callbacks:
-                    if isinstance(one, Answer):
-                        callback.on_sample(self, one)
-                    elif isinstance(one, WindowFull):
-                        callback.on_window(self, one)
-                    elif isinstance(one, SnapshotComplete):
-                        callback.on_snapshot(self, one)
-                    elif isinstance(one, ActorReplaced):
-                        callback.on_loss_of_actor(self, one)
+                    if isinstance(event, Answer):
+                        callback.on_sample(self, event)
+                    elif isinstance(event, WindowFull):
+                        callback.on_window(self, event)
+                    elif isinstance(event, SnapshotComplete):
+                        callback.on_snapshot(self, event)
+                    elif isinstance(event, ActorReplaced):
+                        callback.on_loss_of_actor(self, event)
             finally:
                 self._calling = False
 

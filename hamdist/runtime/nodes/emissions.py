@@ -68,7 +68,7 @@ class LiveBlock(Remembers):
         """Continue from `state`; None in files of earlier formats."""
         if state is not None:
             super().restore(state)
-            self._rates = [(one[0], one[1], one[2] if len(one) > 2 else 0) for one in self._rates]
+            self._rates = [(r[0], r[1], r[2] if len(r) > 2 else 0) for r in self._rates]
 
     def hear(
         self, pulse: int, clock: Callable[[], Signal | None], state: Callable[[], object]
@@ -119,8 +119,8 @@ class LiveBlock(Remembers):
         """Let go of the emissions whose last pulse was not after this one."""
         if self.patience:
             last = (pulse + 1) // self._parts - 1
-            self._heard = {slot: one for slot, one in self._heard.items() if slot > last}
-            first = min((one[1] for one in self._heard.values()), default=self._latest[1])
+            self._heard = {slot: entry for slot, entry in self._heard.items() if slot > last}
+            first = min((entry[1] for entry in self._heard.values()), default=self._latest[1])
             while len(self._rates) > 1 and self._rates[1][0] <= first:
                 self._rates.pop(0)
 
@@ -128,7 +128,7 @@ class LiveBlock(Remembers):
         """Return the factor of beta by sample: `scale`, times the rate that was set for it."""
 
         def factor(number: int) -> float:
-            rates = (one for one in reversed(self._rates) if one[0] <= number)
+            rates = (r for r in reversed(self._rates) if r[0] <= number)
             _, rate, apart = next(rates, self._rates[0])
             return scale(number - apart) * rate
 

@@ -184,7 +184,7 @@ class _Parts(BlockParts):
             module=spec.module,
             theta=dict(zip(self.cell.names, self.cell.theta, strict=True)),
             shape=tuple(h.shape[1:]),
-            inputs=spec.with_own([shapes[one][0][1:] for one in spec.parents], tuple(h.shape[1:])),
+            inputs=spec.with_own([shapes[p][0][1:] for p in spec.parents], tuple(h.shape[1:])),
             outputs=shapes[plan.graph.readouts[0]][0][1:],
             depth=plan.graph.depths[name],
             readout=spec.loss is not None,

@@ -66,10 +66,10 @@ def run_loop(
     deferred: list[tuple[PulseNode, int]] = []
 
     def settle() -> None:
-        for one, tick in deferred:
-            _guarded(one, one.settle, tick)
+        for node, tick in deferred:
+            _guarded(node, node.settle, tick)
             if after_step is not None:
-                after_step(one, tick)
+                after_step(node, tick)
         deferred.clear()
 
     key = order or _by_tick
@@ -80,7 +80,7 @@ def run_loop(
         if deferred and not _lag(nodes[i]):
             settle()
         if cut is not None and (nodes[i].tick or 0) >= cut.due:
-            behind = [one for one in heap if (nodes[one[1]].tick or 0) < cut.due]
+            behind = [entry for entry in heap if (nodes[entry[1]].tick or 0) < cut.due]
             if behind:  # (by tokens only) before others pass the cut
                 place, i = min(behind)
                 heap.remove((place, i))

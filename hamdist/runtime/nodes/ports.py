@@ -178,10 +178,10 @@ class Ports:
 def events_from(schedule: PulseSchedule | HoldSchedule, name: str, event: Event) -> Iterator[Event]:
     """Return the events of a block after `event`. Raises SnapshotError if it is none of them."""
     events = schedule.events(name, event.tick)
-    for one in events:
-        if one == event:
+    for earlier in events:
+        if earlier == event:
             break
-        if one.tick > event.tick:
+        if earlier.tick > event.tick:
             raise SnapshotError(f"block {name!r} has no event {tuple(event[:3])} in this schedule")
     return events
 

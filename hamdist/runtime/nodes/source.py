@@ -148,7 +148,7 @@ class SourceNode:
         """Continue from `state`, instead of `start`: the stream is drawn again up to there."""
         names = ("event", "tick", "samples", "drawn", "passed", "next", "tau", "time", "smoothness")
         emission = state.get("emission")
-        check_names("stream", {n: one for n, one in state.items() if n != "emission"}, names)
+        check_names("stream", {n: value for n, value in state.items() if n != "emission"}, names)
         if self._plan.spec.patience and emission is None and state["drawn"]:
             raise SnapshotError(
                 "the state of a stream with late labels was saved by an earlier version of "

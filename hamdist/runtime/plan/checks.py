@@ -98,7 +98,9 @@ def with_classes(spec: SampleSpec, graph: Graph, shapes: ShapeMap) -> SampleSpec
             and len(shapes[name][0]) == len(target.shape) + 1
         ]
         try:
-            return min((one[class_axis(one, target.shape)] for one in predicted), default=None)
+            return min(
+                (sizes[class_axis(sizes, target.shape)] for sizes in predicted), default=None
+            )
         except ValueError:  # (`check_predictions` says it)
             return None
 

@@ -64,7 +64,7 @@ def plan_optimizers(
         patterns = [p for p in learning.optimizer.groups if p != VECTORS]
         check_patterns("learning.optimizer.groups", patterns, full, "weight")
     by_block = {b: BlockOptimizers(rule, b, named) for b, named in trained.items() if named}
-    kinds = {b: [type(one).__name__ for one in group.optimizers] for b, group in by_block.items()}
+    kinds = {b: [type(opt).__name__ for opt in group.optimizers] for b, group in by_block.items()}
     rule = dataclasses.replace(rule, kinds=kinds)
     if settings.partition.slices:
         _check_slices(name, rule)
@@ -119,10 +119,10 @@ def _contradictions(
                 f"dynamics.{constant} beside {name}, whose steps do not depend on it: leave one of "
                 "them out"
             )
-    for one in (Compensation.WEIGHT_PREDICTION, Compensation.LOOK_AHEAD):
-        if one in knobs.compensation:
+    for knob in (Compensation.WEIGHT_PREDICTION, Compensation.LOOK_AHEAD):
+        if knob in knobs.compensation:
             yield (
-                f"compensation {one.value!r} beside {name}, whose steps are not along omega: leave "
+                f"compensation {knob.value!r} beside {name}, whose steps are not along omega: leave "
                 "one of them out (Nesterov's momentum: optimizer: {name: sgd, momentum: 0.9, "
                 "nesterov: true})"
             )

@@ -170,7 +170,7 @@ def _against(
     yield knobs.accumulate != 1, "locality.accumulate sums gradients of messages; leave it out"
     orders = knobs.order is not Order.OMEGA_FIRST or knobs.moves is not Moves.ALL
     yield knobs.hold and orders, "a held rule needs order 'omega-first' and moves 'all'"
-    others = [one.value for one in knobs.compensation if one is not Compensation.DELAY_SCALED]
+    others = [c.value for c in knobs.compensation if c is not Compensation.DELAY_SCALED]
     yield others, f"compensation {others[:1]} changes the level's own rule; leave it out"
     energy = knobs.hold and metrics.record is not None
     yield energy, "metrics.record: its energy is not that of Hamilton's equations; leave it out"

@@ -61,10 +61,10 @@ def message_bytes(plan: Plan, channel: Channel) -> int:
     That is B signals in a bundle, each a header and TIMES the bytes that the plan states; or
     RAGGED, where samples have lengths of their own.
     """
-    one = TIMES * exact_bytes(plan, channel)
+    payload = TIMES * exact_bytes(plan, channel)
     if plan.one_length is None:
-        one = max(one, RAGGED)
-    return channel.bundle * (MAX_HEADER + one) + REST
+        payload = max(payload, RAGGED)
+    return channel.bundle * (MAX_HEADER + payload) + REST
 
 
 def slot_bytes(plan: Plan, channel: Channel) -> int:

@@ -203,7 +203,7 @@ class _Watch:
         """Return True if an actor was lost while the run ends. A replacement would start behind the
         signals its neighbours wait for, and could not finish."""
         lost = [] if self._policy is None else self._policy.lost
-        self._warnings += [f"{one} while the run was ending" for one in lost]
+        self._warnings += [f"{actor} while the run was ending" for actor in lost]
         return bool(lost)
 
     def _mended(self, stop: threading.Event) -> bool:

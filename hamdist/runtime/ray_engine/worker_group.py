@@ -198,7 +198,7 @@ class WorkerGroup(WiredWorkers):
     def samples_of_processes(self) -> dict[str, ProcessSample]:
         """Return the latest measurements by process."""
         known = {a.name: a.report or a.status for a in self.actors}
-        samples = {name: one.sample for name, one in known.items() if one is not None}
+        samples = {name: report.sample for name, report in known.items() if report is not None}
         if self._local is not None:
             samples["driver"] = self._local.status(0, None).sample
         return samples
@@ -219,8 +219,8 @@ class WorkerGroup(WiredWorkers):
                 seconds = 0 if last else NEWS_SECONDS
                 call = self.actors[index].ask("news", seconds, run=self.plan.run)
                 try:
-                    for one in ray.get(call) or ():
-                        live.send(one)
+                    for message in ray.get(call) or ():
+                        live.send(message)
                 except RayError:  # it is replaced, or the run ends
                     over.wait(PAUSE_SECONDS)
 

@@ -64,7 +64,7 @@ class SnapshotCatalogue:
 
     def forget_tries(self, before: int) -> None:
         """Remove the files of unfinished snapshots of ticks before `before`."""
-        self._taken = {tick: one for tick, one in self._taken.items() if tick >= before}
+        self._taken = {tick: parts for tick, parts in self._taken.items() if tick >= before}
         with suppress(SnapshotError):
             remove_unfinished(self._store, before)
 
@@ -95,7 +95,7 @@ class SnapshotCatalogue:
                 )
             self._damaged.add(self.latest.folder)  # (it may be whole again: nothing is removed now)
             self._taken.clear()
-            self._kept = [one for one in self._kept if one.tick < self.latest.tick]
+            self._kept = [snapshot for snapshot in self._kept if snapshot.tick < self.latest.tick]
             self.latest = self._kept[-1] if self._kept else self._resumed
         return faults
 
@@ -105,7 +105,7 @@ class SnapshotCatalogue:
             return None
         those = self._taken.setdefault(files.tick, [])
         those.append(files)
-        parts = {name: part for one in those for name, part in one.parts.items()}
+        parts = {name: part for written in those for name, part in written.parts.items()}
         if set(parts) != self._nodes:
             return None
         manifest = Manifest(
@@ -119,8 +119,8 @@ class SnapshotCatalogue:
             versions=versions(),
             arithmetic=list(self._arithmetic),
             switches=dict(self._switches),
-            samples=max(one.samples for one in those) + self._skip,
-            passed=max(one.passed for one in those),
+            samples=max(written.samples for written in those) + self._skip,
+            passed=max(written.passed for written in those),
             skip=self._skip,
             time=now(),
             stream=dict(self._policy.stream),
@@ -128,7 +128,7 @@ class SnapshotCatalogue:
         self._damaged.discard(folder_of(files.tick))
         self.latest = conclude(self._store, manifest, self._policy.keep, self._damaged)
         self._kept = [*self._kept, self.latest][-self._policy.keep :]
-        self._taken = {tick: one for tick, one in self._taken.items() if tick > files.tick}
+        self._taken = {tick: written for tick, written in self._taken.items() if tick > files.tick}
         return self.latest
 
 

@@ -45,7 +45,7 @@ def _given(network: Mapping[str, Any]) -> dict[str, Any]:
     """Return a fingerprint without knobs left to the level, of which later versions have more, and
     with those settings of metrics alone that are in the state.
     """
-    knobs = {name: one for name, one in network.get("locality", {}).items() if one is not None}
+    knobs = {name: v for name, v in network.get("locality", {}).items() if v is not None}
     metrics = {name: network.get("metrics", {}).get(name) for name in _OF_METRICS}
     return {**network, "locality": knobs, "metrics": metrics}
 

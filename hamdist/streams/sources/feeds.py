@@ -182,7 +182,7 @@ def mqtt(
     )
     if username is not None:
         line.username_pw_set(username, password)
-    line.on_connect = lambda one, *_: one.subscribe(topic, qos=1)
+    line.on_connect = lambda c, *_: c.subscribe(topic, qos=1)
     line.on_message = lambda _, __, message: came.put(message)
     line.reconnect_delay_set(1, 5)
     lost: float | None = time.monotonic()

@@ -59,7 +59,7 @@ class Chosen(Derived):
     def spec(self) -> SampleSpec:
         """Return the spec of the wrapped stream, without the targets of those readouts."""
         own = self._stream.spec
-        kept = {n: one for n, one in (own.targets or {}).items() if n in self._readouts}
+        kept = {n: target for n, target in (own.targets or {}).items() if n in self._readouts}
         some = SampleSpec.several(own.u_shape, own.u_dtype, kept)
         of_target = {n: getattr(some, n) for n in ("y_shape", "y_dtype", "classes", "targets")}
         return replace(own, **of_target)
@@ -80,7 +80,7 @@ class Chosen(Derived):
         """Yield `samples` as this stream gives them."""
         for sample in samples:
             if isinstance(sample.y, Mapping):
-                y = {n: one for n, one in sample.y.items() if n in self._readouts}
+                y = {n: target for n, target in sample.y.items() if n in self._readouts}
                 yield replace(sample, y=y)
             else:
                 yield sample

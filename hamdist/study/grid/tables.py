@@ -131,8 +131,8 @@ def _test(line: SummaryLine, real_valued: bool) -> list[str]:
     return [interval(line.gap_test, 1.0 if real_valued else 100.0), shown]
 
 
-def _published(one: PublishedSettings | None) -> str:
-    return MISSING if one is None else f"{one.accuracy:g}"
+def _published(published: PublishedSettings | None) -> str:
+    return MISSING if published is None else f"{published.accuracy:g}"
 
 
 def _rows(rows: float | None) -> str:
@@ -200,9 +200,9 @@ def _styles(
     """Return the style by label. Baselines have none; of the others each side has a colour, and
     its curves differ in their dashes."""
     sides: dict[str, list[str]] = {}
-    for name, one in curves.items():
-        if one.trains is not Trains.CENTRALISED:
-            sides.setdefault(_side(one), []).append(name)
+    for name, curve in curves.items():
+        if curve.trains is not Trains.CENTRALISED:
+            sides.setdefault(_side(curve), []).append(name)
     styles: dict[str, tuple[int, int] | None] = dict.fromkeys(curves)
     for i, names in enumerate(sides.values()):
         styles |= {name: (i, i + k) for k, name in enumerate(names)}

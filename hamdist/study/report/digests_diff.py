@@ -65,10 +65,10 @@ def partings(a: RunDigests, b: RunDigests) -> list[Parting]:
                 f"{of[1]} (engine.digests)"
             )
     differences = [
-        one
+        parting
         for kind in KINDS
         for name, track in a.get(kind, {}).items()
-        for one in _parting(kind, name, track, b[kind][name])
+        for parting in _parting(kind, name, track, b[kind][name])
     ]
     return sorted(differences, key=lambda p: inf if p.tick is None else p.tick)
 

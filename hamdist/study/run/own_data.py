@@ -133,7 +133,7 @@ def _classes(spec: SampleSpec) -> Classes:
     """Return the facts about classes that the held-out part shares."""
     if spec.targets is None:
         return spec.classes
-    return {n: one.classes for n, one in spec.targets.items() if one.classes is not None} or None
+    return {n: t.classes for n, t in spec.targets.items() if t.classes is not None} or None
 
 
 def _pair(result: object) -> bool:
@@ -184,10 +184,10 @@ def check_held_out(model: nn.Module, data: OwnData) -> None:
     if data.held_out is None or _rows(data.held_out.spec) == _rows(data.train.spec):
         return
     spec = data.held_out.spec
-    one = example_input(spec) if spec.inputs is None else example_inputs(spec)
+    example = example_input(spec) if spec.inputs is None else example_inputs(spec)
     try:
         with torch.no_grad():
-            called_with(copied(model).eval(), one)
+            called_with(copied(model).eval(), example)
     except Exception as error:  # a user's forward may raise anything
         raise SettingsError(
             f"{STREAM_OPTION}: the model does not take what is held out, {_shown(spec)}, which is "

@@ -78,7 +78,7 @@ def _sentences(events: list[RunEvent]) -> Iterator[str]:
 
 def _most(shares: Shares, kind: str) -> list[tuple[str, float]]:
     """Return the process that spends the most on `kind`, if that is much."""
-    name = max(shares, key=lambda one: shares[one].get(kind, 0.0))
+    name = max(shares, key=lambda process: shares[process].get(kind, 0.0))
     share = shares[name].get(kind, 0.0)
     return [(name, share)] if share > MUCH else []
 
@@ -118,7 +118,7 @@ def _processes(events: list[RunEvent], shares: Shares) -> Iterator[str]:
         counts, own = _latest(events, EdgesMeasured), _blocks_of(network, idlest)
         ends = {e.name: {e.parent, e.child} for e in (() if network is None else network.edges)}
         edges = {} if counts is None else counts.edges
-        edges = {name: one for name, one in edges.items() if ends.get(name, set()) & own}
+        edges = {name: counted for name, counted in edges.items() if ends.get(name, set()) & own}
         edge = max(edges, key=lambda name: edges[name].waited, default=None)
         most = "" if edge is None else f", most of all for {edge} ({edges[edge].waited:.1f} s)"
         yield f"{idlest} waits {waits:.0%} of its time{most}"
@@ -153,4 +153,4 @@ def _heaviest(events: list[RunEvent], actor: str) -> tuple[str | None, float]:
 
 def _blocks_of(network: NetworkPlaced | None, actor: str) -> set[str]:
     actors = () if network is None else network.actors
-    return {block for one in actors if one.name == actor for block in one.blocks}
+    return {block for worker in actors if worker.name == actor for block in worker.blocks}

@@ -273,7 +273,7 @@ def run_ticks(ticks: Ticks) -> dict[str, Array]:
     for node, module in modules:
         module.weights.omega = [torch.tensor(ticks.data[f"om.{key}"][0]) for key in node.keys]
     network.run(stream)
-    entries = recorded(ticks, {b: one.node.records() for b, one in network.records.items()})
+    entries = recorded(ticks, {b: r.node.records() for b, r in network.records.items()})
     for node, module in modules:
         for i, key in enumerate(node.keys):
             entries[f"om.{key}"] = _first(ticks.K + 1, (o[i] for o in module.omega))

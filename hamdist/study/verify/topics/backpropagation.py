@@ -160,7 +160,7 @@ def _torchs(weights: list[nn.Parameter], learning: LearningSettings) -> list[Any
     """Return the optimisers that `learning` asks for, on the whole network."""
     if learning.optimizer is None:
         return [torch.optim.SGD(weights, learning.lr, learning.momentum, learning.dampening)]
-    kind = next(one for one in OPTIMISERS if one.lower() == learning.optimizer.name)
+    kind = next(k for k in OPTIMISERS if k.lower() == learning.optimizer.name)
     matrices = [w for w in weights if w.ndim == 2 or kind != "Muon"]
     others = [w for w in weights if w.ndim != 2 and kind == "Muon"]
     optimisers = [getattr(torch.optim, kind)(matrices, lr=learning.lr, **OPTIMISERS[kind])]

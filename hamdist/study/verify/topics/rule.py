@@ -131,7 +131,7 @@ class VerifiedRule:
             y = model(samples[-1].u)
         else:  # of the last token, through all of its sequence
             tokens = samples[(len(samples) - 1) // self._length * self._length :]
-            y = model(torch.stack([one.u for one in tokens]))[-1]
+            y = model(torch.stack([token.u for token in tokens]))[-1]
         loss = cross_entropy(y, samples[-1].target(""))  # type: ignore[arg-type]
         weights = dict(model.named_parameters())
         exact = dict(zip(weights, torch.autograd.grad(loss, [*weights.values()]), strict=True))
