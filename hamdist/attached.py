@@ -163,10 +163,10 @@ class AttachedRun:
         if isinstance(body, Mapping):
             headers["Content-Type"] = SAFETENSORS
             try:
-                given = {n: torch.as_tensor(t).cpu() for n, t in body.items() if t is not None}
+                tensors = {n: torch.as_tensor(t).cpu() for n, t in body.items() if t is not None}
             except (TypeError, ValueError, RuntimeError) as error:
                 raise StreamError(f"{name}: {', '.join(body)}: no tensor: {error}") from None
-            body = packed(given)
+            body = packed(tensors)
         url = f"{self.address}/{name}?{urlencode(query)}"
         while True:
             try:

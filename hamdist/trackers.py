@@ -150,9 +150,9 @@ def _mlflow(folder: Path, settings: Settings) -> Tracker:
     from mlflow.entities import Metric
 
     client = MlflowClient(f"sqlite:///{(folder / 'mlflow.db').resolve()}")
-    known = client.get_experiment_by_name(settings.name)
+    there = client.get_experiment_by_name(settings.name)
     files = (folder / "mlflow").resolve().as_uri()
-    experiment = known.experiment_id if known else client.create_experiment(settings.name, files)
+    experiment = there.experiment_id if there else client.create_experiment(settings.name, files)
     runs: dict[str, str] = {}
 
     def begin(run: str, text: str) -> None:
@@ -186,7 +186,7 @@ def _wandb(folder: Path, settings: Settings) -> Tracker:
     )
 
     def log(name: str, values: Mapping[str, Any], at: int) -> None:
-        run.log({**{f"{name}/{what}": value for what, value in values.items()}, "samples": at})
+        run.log({**{f"{name}/{key}": value for key, value in values.items()}, "samples": at})
 
     def histograms(name: str, named: Mapping[str, Histogram], at: int) -> None:
         shown = {n: (list(h.counts), h.edges) for n, h in named.items()}
@@ -274,8 +274,8 @@ class SpanTracker:
         """Return a new span from `begin` on, a child of the run's, if there is one."""
         trace: Any = import_module("opentelemetry.trace")
         parent = None if self._run is None else trace.set_span_in_context(self._run)
-        known = {f"hamdist.{n}": x for n, x in (about or {}).items() if x is not None}
-        return self._tracer.start_span(name, parent, attributes=known, start_time=_ns(begin))
+        attributes = {f"hamdist.{n}": x for n, x in (about or {}).items() if x is not None}
+        return self._tracer.start_span(name, parent, attributes=attributes, start_time=_ns(begin))
 
 
 def _ns(seconds: float) -> int:

@@ -34,8 +34,8 @@ class RiverClassifier(base.Classifier):  # type: ignore[misc]
         self._known: list[Any] = []
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
-            made = (network or small_network)(features, classes)
-        self._learner = Learner(made, classes, level, settings)
+            model = (network or small_network)(features, classes)
+        self._learner = Learner(model, classes, level, settings)
 
     @property
     def _multiclass(self) -> bool:

@@ -46,15 +46,15 @@ def with_output(command: Callable[..., None]) -> Callable[..., None]:
     """
     hints = get_type_hints(command, include_extras=True)
     signature = inspect.signature(command)
-    taken = {
+    outputs = {
         name: hint.__metadata__[0].split()
         for name, hint in hints.items()
         if getattr(hint, "__origin__", None) is RunOptions
     }
     parameters = []
     for name, p in signature.parameters.items():
-        if name in taken:
-            parameters += [RUN_OPTIONS[option] for option in taken[name]]
+        if name in outputs:
+            parameters += [RUN_OPTIONS[option] for option in outputs[name]]
         else:
             parameters.append(p.replace(annotation=hints[name], kind=p.KEYWORD_ONLY))
     parameters += [
@@ -66,7 +66,7 @@ def with_output(command: Callable[..., None]) -> Callable[..., None]:
     @functools.wraps(command)
     def printing(*, verbose: bool, quiet: bool, as_json: bool = False, **options: Any) -> None:
         level = logging.WARNING if quiet else logging.DEBUG if verbose else logging.INFO
-        for name, few in taken.items():
+        for name, few in outputs.items():
             options[name] = RunOptions(**{option: options.pop(option) for option in few})
         with output(as_json=as_json, level=level), exit_codes():
             command(**options)

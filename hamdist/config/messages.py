@@ -49,9 +49,9 @@ def describe(error: ValidationError) -> str:
     )
 
 
-def did_you_mean(word: str, known: Sequence[str]) -> str:
-    """Return the hint of an error about an unknown name: the nearest of `known`, if any."""
-    close = difflib.get_close_matches(word, known, n=1)
+def did_you_mean(word: str, words: Sequence[str]) -> str:
+    """Return the hint of an error about an unknown name: the nearest of `words`, if any."""
+    close = difflib.get_close_matches(word, words, n=1)
     return f"; did you mean {close[0]!r}?" if close else ""
 
 

@@ -90,8 +90,8 @@ def is_masked(value: Tensor) -> bool:
         return False
     mask = float(large[0])
     smallest = [torch.finfo(t).min for t in (torch.float64, torch.float32, torch.bfloat16)]
-    known = [-math.inf, *smallest, *(s / 2 for s in smallest)]
-    return mask < 0 and (mask in known or float(f"{mask:.0e}") == mask)
+    masks = [-math.inf, *smallest, *(s / 2 for s in smallest)]
+    return mask < 0 and (mask in masks or float(f"{mask:.0e}") == mask)
 
 
 LARGE = 1e8  # no state of a network that learns has such numbers; masks have (-1e9, -inf)

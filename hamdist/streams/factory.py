@@ -176,8 +176,8 @@ def held_out_tokens(settings: StreamSettings, *, seed: int) -> TokenStream:
 
 
 def _texts(settings: StreamSettings, seed: int) -> tuple[Texts, Vocabulary]:
-    own = settings.sequences
-    texts, vocabulary = corpus(own.count, seed, settings.path, own.vocabulary)
+    sequences = settings.sequences
+    texts, vocabulary = corpus(sequences.count, seed, settings.path, sequences.vocabulary)
     if settings.evaluate is Split.VALIDATION:
         train, held = validation_split(list(texts.train))
         texts = replace(texts, train=train, held_out=held)
@@ -185,14 +185,14 @@ def _texts(settings: StreamSettings, seed: int) -> tuple[Texts, Vocabulary]:
 
 
 def _sequences(settings: StreamSettings, seed: int) -> Stream:
-    own = settings.sequences
+    sequences = settings.sequences
     texts, vocabulary = _texts(settings, seed)
-    if own.view is View.SEQUENCES:
-        x, y = _fixed(texts.train, vocabulary, own.length)
+    if sequences.view is View.SEQUENCES:
+        x, y = _fixed(texts.train, vocabulary, sequences.length)
         many = len(vocabulary)
         return ArrayStream(x, y, settings.batch, seed, classes=len(CLASSES), tokens=many)
-    ids, labels = _cut(texts.train, vocabulary, own.length), classes_of(texts.train)
-    every = own.targets is LabelledTokens.EVERY
+    ids, labels = _cut(texts.train, vocabulary, sequences.length), classes_of(texts.train)
+    every = sequences.targets is LabelledTokens.EVERY
     return TokenStream(
         ids,
         labels,

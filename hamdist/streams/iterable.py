@@ -76,7 +76,7 @@ class IterableStream:
             raise StreamError(f"a {type(source).__name__} cannot be iterated: give an iterable")
         if epochs is not None and epochs < 1:
             raise SettingsError(f"epochs is {epochs}; at least 1 is needed, or None for no end")
-        kind, given = type(source).__name__, source
+        kind, iterator = type(source).__name__, source
         seeded = bool(epoch_setters(source))
         if epochs != 1 or not isinstance(source, Iterator):
             source = Epochs(source, epochs)
@@ -98,7 +98,7 @@ class IterableStream:
         first = next(items, nothing)
         if first is nothing:
             raise StreamError(f"the source ({kind}) yields no sample")
-        ragged = is_ragged(given) if ragged is None else ragged
+        ragged = is_ragged(iterator) if ragged is None else ragged
         learned = _learn(self.sample(0, first, weigh=False), classes, outputs)
         weighted = WEIGHT in (self._names or {}).values()
         self._spec = replace(learned, ragged=ragged, weighted=weighted)
@@ -253,13 +253,13 @@ class IterableStream:
         y = y.to(torch.int64) if integers else y
         if weights is None:
             return y
-        given = self._tensor(n, WEIGHT, weights).double()
-        if given.numel() != len(y) or not bool(((given >= 0) & given.isfinite()).all()):
+        values = self._tensor(n, WEIGHT, weights).double()
+        if values.numel() != len(y) or not bool(((values >= 0) & values.isfinite()).all()):
             raise StreamError(
-                f"sample {n}: the weights are {_short(given)}, of shape {tuple(given.shape)}: give "
-                f"a number from 0 on for each of its {len(y)} rows"
+                f"sample {n}: the weights are {_short(values)}, of shape {tuple(values.shape)}: "
+                f"give a number from 0 on for each of its {len(y)} rows"
             )
-        return with_weights(y, given)
+        return with_weights(y, values)
 
     def _tensor(self, n: int, field: str, value: Any) -> Tensor:
         if isinstance(value, Tensor) and value.is_meta:
@@ -320,11 +320,11 @@ def _learn(first: Sample, classes: Sizes, outputs: Sizes) -> SampleSpec:
     for tensor in (first.inputs or {"": u}).values():
         if tensor.dim() == 0:
             raise StreamError("sample 0: u has no dimension: samples are batches, (B, ...)")
-    made = with_example(_learn_targets(first, classes, outputs), first)
+    spec = with_example(_learn_targets(first, classes, outputs), first)
     if first.inputs is None:
-        return made
+        return spec
     return replace(
-        made, inputs={k: InputSpec(tuple(v.shape), v.dtype) for k, v in first.inputs.items()}
+        spec, inputs={k: InputSpec(tuple(v.shape), v.dtype) for k, v in first.inputs.items()}
     )
 
 

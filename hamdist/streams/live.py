@@ -222,10 +222,10 @@ class LiveStream:
             self._until_tick = max(self._until_tick, tick)
             self._changed.notify_all()
 
-    def handed(self, cut: int, block: str, state: Any) -> None:
-        """Note the state that a block has handed over for the present cut."""
+    def handed(self, snapshot: int, block: str, state: Any) -> None:
+        """Note the state that a block has handed over for the present snapshot."""
         with self._changed:
-            if self._states is not None and cut == self._cuts:
+            if self._states is not None and snapshot == self._cuts:
                 self._states[block] = state
                 if len(self._states) == self.blocks:
                     self.give("cut", self._states)
@@ -275,10 +275,10 @@ class LiveStream:
                 while (entry := self._due()) is not None:
                     self._drawn += 1
                     reaches = entry.sample is not None or entry.event == "idle"
-                    cut = reaches and self._cut_is_due()
-                    self._cuts += cut
-                    sample = self._course.emission(entry, cut=self._cuts if cut else 0)
-                    self._states = {} if cut else self._states
+                    snapshot = reaches and self._cut_is_due()
+                    self._cuts += snapshot
+                    sample = self._course.emission(entry, snapshot=self._cuts if snapshot else 0)
+                    self._states = {} if snapshot else self._states
                     if sample is not None:
                         self._note(sample)
                         self._changed.notify_all()
@@ -294,8 +294,8 @@ class LiveStream:
             self.serve()
 
     def _note(self, sample: Sample) -> None:
-        told = sample.emission
-        if told is not None and (told.kind is not Emits.IDLE or told.cut):
+        emission = sample.emission
+        if emission is not None and (emission.kind is not Emits.IDLE or emission.cut):
             self._under_way, self._latest = self.drain, time.monotonic()
         else:
             self._under_way = max(0, self._under_way - 1)

@@ -56,18 +56,18 @@ def simulate(
     from hamdist.study.simulate.simulate import learn as learn_it
     from hamdist.study.simulate.simulate import simulate as simulated
 
-    own = at_level(loaded, loaded.level)
+    laid = at_level(loaded, loaded.level)
     cluster, notes = read_host_plan(hosts)
     for text in notes:
         warn(text)
-    data = options.data(own)
+    data = options.data(laid)
     planner = Planner(cluster, factory, data)
-    folder = out or results_of(f"{own.name}-simulated")
+    folder = out or results_of(f"{laid.name}-simulated")
     if sweep:
         placed, result = _swept(planner, loaded, levels, folder)
     else:
-        placed = planner.best(own)
-        result = simulated(placed, own.seed)
+        placed = planner.best(laid)
+        result = simulated(placed, laid.seed)
     for text in placed.too_full():
         warn(f"memory: {text}")
     if learn:
@@ -81,7 +81,7 @@ def simulate(
 
 
 def _swept(
-    planner: Planner, own: Any, levels: str | None, folder: Path
+    planner: Planner, laid: Any, levels: str | None, folder: Path
 ) -> tuple[PlacedRun, dict[str, Any]]:
     """Return the winner of the sweep and its simulation; all settings are written."""
     from hamdist.study.simulate.simulate import simulate as simulated
@@ -89,7 +89,7 @@ def _swept(
 
     others = level_names(levels) if levels else []
     prepare_folder(folder)
-    pairs = [(placed, simulated(placed, own.seed)) for placed in sweep(own, planner, others, note)]
+    pairs = [(p, simulated(p, laid.seed)) for p in sweep(laid, planner, others, note)]
     pairs.sort(key=lambda pair: -pair[1]["samples_per_second"])
     files = write_sweep(folder, [placed for placed, _ in pairs])
     rows = [["samples/s", "level", "blocks", "actors", "codec", "largest delay", "settings"]]

@@ -257,9 +257,9 @@ def losses_of(
         chosen = list(targets)
     for name in chosen:
         if name not in outputs:
-            what = "loss" if isinstance(loss, Mapping) else "the stream's targets"
-            known = ", ".join(map(repr, outputs))
-            raise GraphError(f"{what} name the output {name!r}; the model's outputs are {known}")
+            origin = "loss" if isinstance(loss, Mapping) else "the stream's targets"
+            names = ", ".join(map(repr, outputs))
+            raise GraphError(f"{origin} name the output {name!r}; the model's outputs are {names}")
     return {name: loss[name] if isinstance(loss, Mapping) else loss for name in chosen}
 
 

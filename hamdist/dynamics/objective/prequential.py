@@ -79,8 +79,8 @@ def count_correct(
 
 
 def _right(guess: Tensor, target: Tensor, ignore_index: int) -> tuple[int, int]:
-    known = target != ignore_index
-    return int(((guess == target) & known).sum()), int(known.sum())
+    has_target = target != ignore_index
+    return int(((guess == target) & has_target).sum()), int(has_target.sum())
 
 
 @known("_Look")
@@ -162,8 +162,8 @@ def _window(looks: Sequence[_Look], ignore_index: int) -> Window:
     losses: list[float] = torch.stack([look.loss for look in looks]).tolist()
     correct = rows = 0
     for guess, target in _guesses(looks):
-        right, known = _right(guess, target, ignore_index)
-        correct, rows = correct + right, rows + known
+        right, rated = _right(guess, target, ignore_index)
+        correct, rows = correct + right, rows + rated
     return Window(looks[0].sample, looks[-1].sample, len(looks), sum(losses), correct, rows)
 
 
@@ -174,7 +174,7 @@ def _guesses(looks: Sequence[_Look]) -> Iterator[tuple[Tensor, Tensor]]:
         predictions, targets = zip(*waiting, strict=True)
         with torch.no_grad():
             yield torch.cat(predictions).argmax(1), torch.cat(targets)
-    known = [(look.guess.reshape(-1), look.target) for look in looks if look.guess is not None]
-    if known:
-        guesses, targets = zip(*known, strict=True)
+    pairs = [(look.guess.reshape(-1), look.target) for look in looks if look.guess is not None]
+    if pairs:
+        guesses, targets = zip(*pairs, strict=True)
         yield torch.cat(guesses), torch.cat([target.reshape(-1) for target in targets])

@@ -80,9 +80,9 @@ class Remembers:
 def check_names(whose: str, state: object, names: Collection[str]) -> None:
     """Raise SnapshotError unless `state` has exactly these entries."""
     if not isinstance(state, Mapping) or set(state) != set(names):
-        found = sorted(map(str, state)) if isinstance(state, Mapping) else type(state).__name__
+        keys = sorted(map(str, state)) if isinstance(state, Mapping) else type(state).__name__
         raise SnapshotError(
-            f"the state of a {whose} has {sorted(names)}, not {found}: it was saved by another "
+            f"the state of a {whose} has {sorted(names)}, not {keys}: it was saved by another "
             "version of hamdist, or belongs to another network"
         )
 
@@ -155,8 +155,8 @@ class Packing:
             place = self._places[key] = len(self.tensors)
             self.tensors.append(self._copy(plain))
             self._alive.append(tensor)
-        found = {"tensor": place, "shape": list(tensor.shape), "strides": strides}
-        return found if tensor.is_cpu else {**found, "gpu": True}
+        entry = {"tensor": place, "shape": list(tensor.shape), "strides": strides}
+        return entry if tensor.is_cpu else {**entry, "gpu": True}
 
 
 def _copied(tensor: Tensor) -> Tensor:
@@ -206,15 +206,15 @@ class _Unpacking:
         key = repr(data)
         if key not in self._made:
             flat = self._tensors[_index(data["tensor"])]
-            made = _laid_out(flat, data["shape"], data["strides"])
-            self._made[key] = made.to(self._gpu) if "gpu" in data else made
+            tensor = _laid_out(flat, data["shape"], data["strides"])
+            self._made[key] = tensor.to(self._gpu) if "gpu" in data else tensor
         return self._made[key]
 
     def _dtype(self, data: Any) -> torch.dtype:
-        found = getattr(torch, data["dtype"])
-        if not isinstance(found, torch.dtype):
+        dtype = getattr(torch, data["dtype"])
+        if not isinstance(dtype, torch.dtype):
             raise ValueError(f"{data['dtype']!r} is no type of tensors")
-        return found
+        return dtype
 
 
 _FLOATS = {"inf": math.inf, "-inf": -math.inf, "nan": math.nan}
@@ -243,10 +243,10 @@ def _laid_out(tensor: Tensor, shape: list[int], strides: list[int]) -> Tensor:
     small = [1 if stride == 0 and n > 1 else n for n, stride in zip(shape, strides, strict=True)]
     if list(tensor.shape) != small:
         raise ValueError(f"a tensor of shape {list(tensor.shape)} stands for one of {shape}")
-    own = _strides(small, strides)
+    packed = _strides(small, strides)
     copy = (
-        torch.empty_strided(small, own, dtype=tensor.dtype)
-        if own
+        torch.empty_strided(small, packed, dtype=tensor.dtype)
+        if packed
         else torch.empty(small, dtype=tensor.dtype)
     )
     copy.copy_(tensor)
@@ -256,12 +256,12 @@ def _laid_out(tensor: Tensor, shape: list[int], strides: list[int]) -> Tensor:
 def _strides(shape: Sequence[int], strides: Sequence[int]) -> list[int] | None:
     """Return dense strides in the order of `strides`; None for those of a contiguous tensor."""
     order = sorted(range(len(shape)), key=lambda axis: (-strides[axis], axis))
-    made = [0] * len(shape)
+    result = [0] * len(shape)
     step = 1
     for axis in reversed(order):
-        made[axis] = step
+        result[axis] = step
         step *= max(shape[axis], 1)
-    return None if order == sorted(order) else made
+    return None if order == sorted(order) else result
 
 
 # -- what autograd's graphs keep ------------------------------------------------------------------
@@ -312,16 +312,16 @@ def _node_slots(node: Any) -> Iterator[Slot]:
 
 def _replacing(raw: Any) -> Callable[[Tensor], None]:
     def put(value: Tensor) -> None:
-        raw.register_hooks(lambda kept: kept, lambda _: value)
+        raw.register_hooks(lambda saved: saved, lambda _: value)
 
     return put
 
 
-def nested_slots(kept: Any, name: str = "kept") -> Iterator[Slot]:
+def nested_slots(saved: Any, name: str = "kept") -> Iterator[Slot]:
     """Yield the tensors in nested lists."""
-    for i, value in enumerate(kept):
+    for i, value in enumerate(saved):
         if isinstance(value, Tensor):
-            yield Slot(f"{name}.{i}", value, lambda t, i=i: kept.__setitem__(i, t))  # type: ignore[misc]
+            yield Slot(f"{name}.{i}", value, lambda t, i=i: saved.__setitem__(i, t))  # type: ignore[misc]
         elif isinstance(value, list):
             yield from nested_slots(value, f"{name}.{i}")
 
@@ -339,12 +339,12 @@ def fill(slots: Iterator[Slot], values: Sequence[Sequence[Any]]) -> None:
 
     Raises SnapshotError where the form is another one.
     """
-    found = list(slots)
-    if [slot.name for slot in found] != [name for name, _ in values]:
+    all_slots = list(slots)
+    if [slot.name for slot in all_slots] != [name for name, _ in values]:
         raise SnapshotError(
             "a block computes in another way than the one that was saved: its module, torch or "
             "hamdist has changed"
         )
-    for slot, (_, value) in zip(found, values, strict=True):
+    for slot, (_, value) in zip(all_slots, values, strict=True):
         if value is not None:
             slot.set(value.to(slot.value.device))

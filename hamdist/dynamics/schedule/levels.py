@@ -132,7 +132,7 @@ def make_locality(level: Level, overrides: LocalityOverrides) -> Locality:
         overridden = {**fields, "credit": base.credit, **overridden}
         if base is _SEQUENCE:
             overridden = {"speed": base.speed, **overridden}
-    needed = tuple(made for knob, made in _ASKS.items() if knob in overridden)
+    needed = tuple(method for knob, method in _ASKS.items() if knob in overridden)
     if needed and "compensation" not in overridden:
         overridden["compensation"] = needed
     if Compensation.WEIGHT_PREDICTION in overridden.get("compensation", ()):

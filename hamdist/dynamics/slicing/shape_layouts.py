@@ -61,9 +61,9 @@ class ShapeLayouts:
         """Return `value` with numbers in place of nodes that do not depend on the batch."""
 
         def plain(node: fx.Node) -> Any:
-            known = self._values[0][node]
-            steady = isinstance(self._of(node), NumberLayout) and known == self._values[1][node]
-            return known if steady else node
+            value = self._values[0][node]
+            steady = isinstance(self._of(node), NumberLayout) and value == self._values[1][node]
+            return value if steady else node
 
         return fx.map_arg(value, plain)
 

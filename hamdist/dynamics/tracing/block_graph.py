@@ -71,8 +71,8 @@ class BlockGraph:
     ) -> None:
         self._flow, self._model, self._name = flow, model, name
         self._home, self._leaving = home, leaving
-        own = [flow.ops[i] for i, block in home.items() if block == name]
-        self._written = {memory for op in own for memory in op.writes}
+        ops = [flow.ops[i] for i, block in home.items() if block == name]
+        self._written = {memory for op in ops for memory in op.writes}
         self._parts: dict[str, nn.Module] = {}  # of the model, by dotted name
         self._weights: dict[str, Tensor] = {}
         self._constants: dict[str, Tensor] = {}

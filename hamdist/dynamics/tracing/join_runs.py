@@ -36,10 +36,10 @@ def points_of_runs(batches: Sequence[int], lengths: Sequence[Length]) -> list[Tr
 
     They show how numbers depend on the batch and on each length; one more run checks that.
     """
-    own, second, third, *_ = batches
+    first, second, third, *_ = batches
     points: list[TracePoint] = [(batch, {}) for batch in batches]
     for dim in lengths:
-        points += [(own, {dim: other_length(dim, 1)}), (second, {dim: other_length(dim, 2)})]
+        points += [(first, {dim: other_length(dim, 1)}), (second, {dim: other_length(dim, 2)})]
     return [*points, (third, {dim: other_length(dim, 1) for dim in lengths})] if lengths else points
 
 
@@ -51,8 +51,8 @@ def other_length(length: Length, by: int) -> int:
 def batches_of_runs(inputs: Mapping[str, Tensor]) -> tuple[int, ...]:
     """Return three small batches; behind them that of the stream, where it is larger."""
     rows = next(iter(inputs.values())).shape[0]
-    own = min(rows, MOST_BATCH)
-    return (*(own, *(b for b in BATCHES if b != own))[:3], *([rows] if rows > own else []))
+    first = min(rows, MOST_BATCH)
+    return (*(first, *(b for b in BATCHES if b != first))[:3], *([rows] if rows > first else []))
 
 
 class _Apart(Exception):
@@ -72,12 +72,12 @@ def joined_runs(runs: Sequence[Recording], points: Sequence[TracePoint]) -> Join
     """Return what the runs have in common; raise Unfollowed where they take other steps."""
     join = _Join(runs, points)
     joined = JoinedRuns([], [], None)
-    for taken in zip(*(r.taken for r in runs), strict=False):
+    for ops in zip(*(r.taken for r in runs), strict=False):
         try:
-            joined.ops.append(join.op(taken))
-            joined.calls.append(join.call(taken))
+            joined.ops.append(join.op(ops))
+            joined.calls.append(join.call(ops))
         except _Apart as why:
-            raise Unfollowed(f"at another batch {why}", taken[0].where, taken[0].line) from None
+            raise Unfollowed(f"at another batch {why}", ops[0].where, ops[0].line) from None
     lengths = {len(r.taken) for r in runs}
     if len(lengths) > 1:
         longest = max(runs, key=lambda r: len(r.taken)).taken[min(lengths)]
@@ -96,27 +96,27 @@ class _Join:
         self._lengths = list(points[-1][1])
         rows = []
         for batch, sizes in points:
-            own = [sizes.get(dim, dim.base) for dim in self._lengths]
-            rows.append([1, batch, *own, *(batch * length for length in own)])
+            lengths = [sizes.get(dim, dim.base) for dim in self._lengths]
+            rows.append([1, batch, *lengths, *(batch * length for length in lengths)])
         self._basis = torch.tensor(rows, dtype=torch.float64)
         self._solves = torch.linalg.pinv(self._basis)
         self._sizes: dict[tuple[int, ...], SymbolicSize] = {}
 
-    def op(self, taken: Sequence[TakenOp]) -> Op[ColumnForm]:
-        first = taken[0]
-        calls = {(t.node.op, t.node.target, t.grad, t.where) for t in taken}
+    def op(self, ops: Sequence[TakenOp]) -> Op[ColumnForm]:
+        first = ops[0]
+        calls = {(t.node.op, t.node.target, t.grad, t.where) for t in ops}
         if len(calls) > 1:
             raise _Apart("it takes other steps")
-        if any(t.out.keys() != first.out.keys() for t in taken):
+        if any(t.out.keys() != first.out.keys() for t in ops):
             raise _Apart("it returns more or fewer tensors")
         fills = any(name in str(first.node.target) for name in ("masked_fill", "where"))
         mask = fills and not all(map(_ordinary, first.node.args))
-        forms = {path: self._form([t.out[path] for t in taken], mask) for path in first.out}
-        return replace(first, out=forms, random=any(t.random for t in taken))  # type: ignore[arg-type,return-value]
+        forms = {path: self._form([t.out[path] for t in ops], mask) for path in first.out}
+        return replace(first, out=forms, random=any(t.random for t in ops))  # type: ignore[arg-type,return-value]
 
-    def call(self, taken: Sequence[TakenOp]) -> tuple[Any, Any]:
+    def call(self, ops: Sequence[TakenOp]) -> tuple[Any, Any]:
         """Return the arguments of a step."""
-        args, kwargs = ([t.node.args for t in taken], [t.node.kwargs for t in taken])
+        args, kwargs = ([t.node.args for t in ops], [t.node.kwargs for t in ops])
         return self.template(args), self.template(kwargs)
 
     def _form(self, tensors: Sequence[Tensor], mask: bool) -> ColumnForm:
@@ -139,13 +139,13 @@ class _Join:
 
     def _solved(self, values: tuple[int, ...]) -> SymbolicSize:
         many = len(self._lengths)
-        given = torch.tensor(values, dtype=torch.float64)
-        found = (self._solves @ given).round()
-        if not torch.equal(self._basis @ found, given):
+        sizes = torch.tensor(values, dtype=torch.float64)
+        solution = (self._solves @ sizes).round()
+        if not torch.equal(self._basis @ solution, sizes):
             numbers = ", ".join(map(str, values))
             batches = ", ".join(str(batch) for batch, _ in self._points)
             raise _Apart(f"a number is {numbers} where the batch is {batches}")
-        more, per, *rest = map(int, found.tolist())
+        more, per, *rest = map(int, solution.tolist())
         parts = zip(self._lengths, rest[:many], rest[many:], strict=True)
         return SymbolicSize(per, more, tuple((dim, a, b) for dim, a, b in parts if a or b))
 
@@ -165,10 +165,10 @@ class _Join:
             return first
         parts = [parts_of(v) or [] for v in values]
         if parts_of(first) is not None:
-            if any([k for k, _ in own] != [k for k, _ in parts[0]] for own in parts):
+            if any([k for k, _ in part] != [k for k, _ in parts[0]] for part in parts):
                 raise _Apart("it calls with more or fewer values")
             inner = zip(*([part for _, part in own] for own in parts), strict=True)
-            return filled(first, [self.template(own) for own in inner])
+            return filled(first, [self.template(part) for part in inner])
         if kind is slice:
             parts = [[v.start for v in values], [v.stop for v in values], [v.step for v in values]]
             return slice(*(self.template(p) for p in parts))
@@ -230,7 +230,7 @@ def _fold(trace: Trace, run: Recording) -> None:
     """Put constants in place of values that are the same for every sample."""
     written = {m for op in trace.ops for m in op.writes}
     moving: set[int] = set()  # what depends on batch or lengths
-    for k, (op, taken) in enumerate(zip(trace.ops, run.taken, strict=True)):
+    for k, (op, again) in enumerate(zip(trace.ops, run.taken, strict=True)):
         steady = not (op.varies or op.writes or op.memory & written)
         fixed = all(f.free and not any(d.lengths for d in f.dims or ()) for f in op.out.values())
         values = filter(None, map(value_of, op.node.all_input_nodes))
@@ -239,7 +239,7 @@ def _fold(trace: Trace, run: Recording) -> None:
         if not fixed:
             moving.add(k)
         if steady and op.out and fixed:
-            for path, tensor in taken.out.items():
+            for path, tensor in again.out.items():
                 with trace.graph.inserting_after(op.nodes[path]):
                     constant = trace.graph.get_attr(CONSTANT.format(len(trace.constants)))
                 op.nodes[path].replace_all_uses_with(constant)
@@ -247,9 +247,9 @@ def _fold(trace: Trace, run: Recording) -> None:
 
 
 def _has_length(node: fx.Node) -> bool:
-    found = []
+    lengths = []
     fx.node.map_aggregate(
         (node.args, node.kwargs),
-        lambda v: found.append(v) if isinstance(v, SymbolicSize) and v.lengths else None,
+        lambda v: lengths.append(v) if isinstance(v, SymbolicSize) and v.lengths else None,
     )
-    return bool(found)
+    return bool(lengths)

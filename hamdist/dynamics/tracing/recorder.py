@@ -164,7 +164,7 @@ class _Recorder(TorchFunctionMode):
         if name in self._whole or (name and part._hamdist_one_step):
             self._check_weights(part)
             call = TorchCall("call_module", name, args, kwargs)
-            return self._take(call, args, kwargs, lambda: run(*args, **kwargs), name, own=part)
+            return self._take(call, args, kwargs, lambda: run(*args, **kwargs), name, part=part)
         self._check_backward((args, kwargs))
         self._stack.append(name)
         hook = hook_of(part)
@@ -226,57 +226,57 @@ class _Recorder(TorchFunctionMode):
         kwargs: dict[str, Any],
         run: Callable[[], Any],
         name: str,
-        own: nn.Module | None = None,
+        part: nn.Module | None = None,
     ) -> Any:
         with self._a_step():
-            given = list(tensors_in((args, kwargs)))
+            inputs = list(tensors_in((args, kwargs)))
             arguments = self._template(call.args), self._template(call.kwargs)
             node = self._graph.create_node(call.op, call.target, *arguments)
             if autocast_state() != self._autocast:
                 raise self._fails("it switches autocast on or off")
-            versions = [t._version for t in given]
+            versions = [t._version for t in inputs]
             chance = torch.get_rng_state()
             out = run()
             random = not torch.equal(torch.get_rng_state(), chance)
-            written = [t for t, v in zip(given, versions, strict=True) if t._version != v]
-            made = list(paths_of_tensors(out))
-            varies = random or self._varies(node) or (own is not None and is_stateful(own))
-            if not made and not written:
-                about = own is not None or not given or name in ABOUT
+            written = [t for t, v in zip(inputs, versions, strict=True) if t._version != v]
+            outputs = list(paths_of_tensors(out))
+            varies = random or self._varies(node) or (part is not None and is_stateful(part))
+            if not outputs and not written:
+                about = part is not None or not inputs or name in ABOUT
                 if not about and varies:
                     raise self._fails(f"what it does depends on values of a tensor ({name})")
-                if own is None and not random:
+                if part is None and not random:
                     self._graph.erase_node(node)
                     return out
-            if own is not None or given or made:
+            if part is not None or inputs or outputs:
                 for odd in other_objects(out):
                     raise self._fails(
                         f"{name} returns a {type(odd).__name__}, which is not followed"
                     )
-            self._note(node, given, written, made, random=random, varies=varies)
+            self._note(node, inputs, written, outputs, random=random, varies=varies)
             return out
 
     def _note(
         self,
         node: fx.Node,
-        given: list[Tensor],
+        inputs: list[Tensor],
         written: list[Tensor],
-        made: list[tuple[Path, Tensor]],
+        outputs: list[tuple[Path, Tensor]],
         *,
         random: bool,
         varies: bool,
     ) -> None:
         k = len(self._taken)
-        taken: TakenOp = Op(
+        recorded: TakenOp = Op(
             node, torch.is_grad_enabled(), self._innermost, line_here(), tuple(self._stack),
-            dict(made), {}, random, varies, set(), set(), set(),
+            dict(outputs), {}, random, varies, set(), set(), set(),
         )  # fmt: skip
-        self._taken.append(taken)
-        for tensor in given:
+        self._taken.append(recorded)
+        for tensor in inputs:
             memory = address_of(tensor)
-            taken.reads |= self._writers.get(memory, set())
+            recorded.reads |= self._writers.get(memory, set())
             if memory in self._varying:
-                taken.varies = True
+                recorded.varies = True
             self._readers.setdefault(memory, set()).add(k)
         for tensor in written:
             memory = address_of(tensor)
@@ -285,21 +285,21 @@ class _Recorder(TorchFunctionMode):
                 raise self._fails("it writes to a tensor that outlives the call")
             if is_weight(origin) and origin.target in self._learned:
                 raise self._fails(f"it changes its weight {origin.target!r}")
-            taken.writes.add(memory)
-            taken.reads |= self._readers.get(memory, set()) - {k}
+            recorded.writes.add(memory)
+            recorded.reads |= self._readers.get(memory, set()) - {k}
             self._writers.setdefault(memory, set()).add(k)
             self._graded[id(tensor)] = backward_of(tensor)
-            if taken.varies:
+            if recorded.varies:
                 self._varying.add(memory)
-        for path, tensor in made:
+        for path, tensor in outputs:
             memory = address_of(tensor)
-            taken.memory.add(memory)
+            recorded.memory.add(memory)
             self._origin.setdefault(memory, k)
             result = node
             for key in path:
                 result = self._graph.call_function(getter(key), (result, key))
             result.meta["value"] = (k, path)
-            taken.nodes[path] = result
+            recorded.nodes[path] = result
             self._known[id(tensor)] = (tensor, result)
             self._graded[id(tensor)] = backward_of(tensor)
 
@@ -335,13 +335,13 @@ class _Recorder(TorchFunctionMode):
         return value
 
     def _tensor(self, tensor: Tensor) -> fx.Node:
-        found = self._known.get(id(tensor))
-        if found is not None:
+        entry = self._known.get(id(tensor))
+        if entry is not None:
             self._check_backward(tensor)
-            return found[1]
+            return entry[1]
         if tensor.requires_grad:
-            what = "a weight that is not registered" if tensor.is_leaf else "an operation unseen"
-            raise self._fails(f"it uses {what} (autograd.Function, compiled or foreign code)")
+            origin = "a weight that is not registered" if tensor.is_leaf else "an operation unseen"
+            raise self._fails(f"it uses {origin} (autograd.Function, compiled or foreign code)")
         if tensor.layout != torch.strided:
             raise self._fails("it uses a sparse tensor that it keeps beside its weights")
         node = self._graph.get_attr(CONSTANT.format(len(self._constants)))

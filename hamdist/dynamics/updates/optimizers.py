@@ -117,12 +117,12 @@ class OptimizerRule:
         return schedulers
 
 
-def _called(what: str, block: str, function: Callable[[Any], Any], argument: Any) -> Any:
+def _called(option: str, block: str, function: Callable[[Any], Any], argument: Any) -> Any:
     try:
         return function(argument)
     except Exception as error:
         raise SettingsError(
-            f"{what}: the function failed for block {block!r}: {type(error).__name__}: {error} "
+            f"{option}: the function failed for block {block!r}: {type(error).__name__}: {error} "
             "(it is called for each block alone: a list that it picks of them may be empty)"
         ) from error
 
@@ -132,7 +132,7 @@ def _kind(value: object) -> str:
 
 
 def _check_optimizer(opt: Optimizer, block: str, parameters: Sequence[nn.Parameter]) -> None:
-    kind, known = type(opt).__name__, {id(p) for p in parameters}
+    kind, owned = type(opt).__name__, {id(p) for p in parameters}
     closure = inspect.signature(opt.step).parameters.get("closure")
     if closure is not None and closure.default is inspect.Parameter.empty:
         raise SettingsError(
@@ -140,7 +140,7 @@ def _check_optimizer(opt: Optimizer, block: str, parameters: Sequence[nn.Paramet
             "does not have; use one that moves by the gradient alone"
         )
     for group in opt.param_groups:
-        if not all(id(p) in known for p in group["params"]):
+        if not all(id(p) in owned for p in group["params"]):
             raise SettingsError(
                 f"optimizer: {kind} of block {block!r} has parameters that are not the block's; "
                 "make it of those that the function gets"

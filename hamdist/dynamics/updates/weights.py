@@ -146,8 +146,8 @@ class Weights(Remembers):
 
         None where theta does not move by the present gradient alone.
         """
-        known = self._known
-        if known is None or known[0] != scale or known[1] != tau:
+        latest = self._known
+        if latest is None or latest[0] != scale or latest[1] != tau:
             permission = None
             alone = self._adaptive is None and not self._cost and self._omega_first
             alone = alone and self._clip == math.inf and self._inputs is None
@@ -155,8 +155,8 @@ class Weights(Remembers):
                 gain = -self._sign * tau
                 rates = tuple(-(tau * scale) * beta * gain for beta in self._rates)
                 permission = AtOnce(rates, self._largest / abs(gain))
-            known = self._known = (scale, tau, permission)
-        return known[2]
+            latest = self._known = (scale, tau, permission)
+        return latest[2]
 
     def move(self, g: Sequence[Gradient] | None, scale: float, tau: float) -> None:
         """Make one update with gradient g (None: zero). scale: of beta, in this tick."""

@@ -173,10 +173,10 @@ class InputWhitening(Remembers):
         gradients = list(g)
         for (layer, read), costates in zip(g.read, g.costates, strict=True):
             weight, bias = dense(g[layer.weight]), dense(g[layer.bias])
-            known = self._layer(layer.weight, layer.bias)
+            whitening = self._layer(layer.weight, layer.bias)
             z = costate_rows(layer.module, costates).to(weight.dtype)
-            known.see(rows_of(layer.module, read).to(weight.dtype), z)
-            flat, gradients[layer.bias] = whitened(weight.flatten(1), bias, known)
+            whitening.see(rows_of(layer.module, read).to(weight.dtype), z)
+            flat, gradients[layer.bias] = whitened(weight.flatten(1), bias, whitening)
             gradients[layer.weight] = flat.view_as(weight)
         return gradients
 

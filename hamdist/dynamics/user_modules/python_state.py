@@ -210,9 +210,9 @@ class Outside(Fingerprints):
         for part in parts:
             for value in (type(part), *hooks_of(part), *vars(part).values()):
                 self._code_of(value)
-        known = -1
-        while known != len(self._read):  # until no further names come up
-            known = len(self._read)
+        count_before = -1
+        while count_before != len(self._read):  # until no further names come up
+            count_before = len(self._read)
             for name, _, value in list(self._members()):
                 if name in self._names or name.startswith("__"):
                     self._code_of(value)

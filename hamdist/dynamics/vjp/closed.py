@@ -67,8 +67,8 @@ class ClosedFunction(ModuleFunction):
         states = [t.detach() if t.requires_grad else t for t in inputs]
         wants = tuple(w and t.is_floating_point() for w, t in zip(wanted, states, strict=True))
         before = None if old is None else old.kept
-        kept = run_steps(self._steps, combined(self._combine, states), before)
-        return Steps(kept, states, wants, kept[-1][0])
+        saved = run_steps(self._steps, combined(self._combine, states), before)
+        return Steps(saved, states, wants, saved[-1][0])
 
     def pull(
         self,
@@ -120,9 +120,9 @@ class ClosedFunction(ModuleFunction):
             iter([Slot(name, slot.value, slot.set) for name, slot in slots]),
             _by_kernel(state["kept"]),
         )
-        for step, kept in zip(self._steps, record.kept, strict=True):
+        for step, saved in zip(self._steps, record.kept, strict=True):
             if isinstance(step.kernel, Chain):
-                kept[0] = kept[1][-1][0]  # the chain's output is that of its last kernel
+                saved[0] = saved[1][-1][0]  # the chain's output is that of its last kernel
         record.output.data.copy_(state["output"])
         return record
 
@@ -151,12 +151,12 @@ class ClosedFunction(ModuleFunction):
     ) -> list[tuple[bool, tuple[bool, ...]]]:
         """Return `needed` for messages to these parents."""
         key = (*wanted, weights)
-        known = self._needs.get(key)
-        if known is None:
+        needs = self._needs.get(key)
+        if needs is None:
             places = _combined_places(self._combine, len(wanted))
             asks = [any(wanted[p] for p in place) for place in places]
-            known = self._needs[key] = needed(self._steps, asks, weights=weights)
-        return known
+            needs = self._needs[key] = needed(self._steps, asks, weights=weights)
+        return needs
 
     def _apart(
         self, record: Steps, wanted: tuple[bool, ...], about: Sequence[Tensor | None]
@@ -195,12 +195,12 @@ def closed_cell(
     return None if program is None else ClosedFunction(module, combine, seed, program)
 
 
-def _by_kernel(kept: Sequence[Sequence[Any]]) -> list[tuple[str, Any]]:
+def _by_kernel(saved: Sequence[Sequence[Any]]) -> list[tuple[str, Any]]:
     """Return what each kernel keeps, named by its place there alone, however chains join them.
 
-    kept: by name, `kept.STEP.i`; in a chain that was not one call of C `kept.STEP.1.KERNEL.i`, and
+    saved: by name, `kept.STEP.i`; in a chain that was not one call of C `kept.STEP.1.KERNEL.i`, and
     `kept.STEP.0` is its last kernel's output once more.
     """
-    joined = {name.rsplit(".", 2)[0] for name, _ in kept if name.count(".") > 2}
+    joined = {name.rsplit(".", 2)[0] for name, _ in saved if name.count(".") > 2}
     repeated = {f"{step.removesuffix('.1')}.0" for step in joined}
-    return [(name.rsplit(".", 1)[1], value) for name, value in kept if name not in repeated]
+    return [(name.rsplit(".", 1)[1], value) for name, value in saved if name not in repeated]

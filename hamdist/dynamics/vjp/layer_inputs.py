@@ -39,11 +39,11 @@ class GradientsWithInputs(list[Gradient]):
 
     def __init__(
         self,
-        found: Sequence[Gradient],
+        gradients: Sequence[Gradient],
         read: Sequence[tuple[InputLayer, Sequence[Tensor]]],
         costates: Sequence[Sequence[Tensor]],
     ) -> None:
-        super().__init__(found)
+        super().__init__(gradients)
         self.read = read
         self.costates = costates
 
@@ -86,9 +86,9 @@ class LayerInputs:
         """Return gradients with the inputs of their forward pass, and its costates."""
         costates = [list(z) for z in self._costates]
         self.forget()
-        known = [*zip(self.layers, read, costates, strict=True)]
+        passes = [*zip(self.layers, read, costates, strict=True)]
         return GradientsWithInputs(
-            g, [(layer, x) for layer, x, _ in known if x], [z for _, x, z in known if x]
+            g, [(layer, x) for layer, x, _ in passes if x], [z for _, x, z in passes if x]
         )
 
     def forget(self) -> None:

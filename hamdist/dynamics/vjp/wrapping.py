@@ -121,10 +121,10 @@ class TiedFunction(WrappingFunction):
     the block. Within one event: `add` the gradients of users, `pull`, `take` those for the owners.
     """
 
-    def __init__(self, inner: LocalFunction, borrowed: Iterable[str]) -> None:
-        keys = set(borrowed)
-        own = [i for i, name in enumerate(inner.names) if name not in keys]
-        super().__init__(inner, [inner.names[i] for i in own], [inner.theta[i] for i in own])
+    def __init__(self, inner: LocalFunction, shared: Iterable[str]) -> None:
+        keys = set(shared)
+        keep = [i for i, name in enumerate(inner.names) if name not in keys]
+        super().__init__(inner, [inner.names[i] for i in keep], [inner.theta[i] for i in keep])
         self.borrowed = names_of(inner.module, keys)
         self._all = dict(zip(inner.names, inner.theta, strict=True))
         self._added: dict[str, Tensor] = {}

@@ -111,11 +111,11 @@ class Sampler:
 
     def sample(self) -> ProcessSample:
         """Return all measurements; in any thread."""
-        posted, taken = (dict(counts) for counts in self._mailbox.counts)
+        posted, received = (dict(counts) for counts in self._mailbox.counts)
         waits: Mapping[int, float] = {} if self._transport is None else dict(self._transport.waits)
         edges: dict[str, EdgeCounts] = {}
-        for number in {*posted, *taken}:
-            queued = posted.get(number, 0) - taken.get(number, 0)
+        for number in {*posted, *received}:
+            queued = posted.get(number, 0) - received.get(number, 0)
             edge = self._edges[number]
             more = EdgeCounts(0, queued, waits.get(number, 0.0))
             edges[edge] = edges.get(edge, EdgeCounts()) + more

@@ -149,9 +149,9 @@ class Alignments:
 
     def of(self, processes: Mapping[str, ProcessSample]) -> Alignment | None:
         """Return the latest alignment, with what the processes have brought meanwhile."""
-        known = -1 if self._latest is None else self._latest.sample
+        latest = -1 if self._latest is None else self._latest.sample
         for part in [probe for process in processes.values() for probe in process.probes]:
-            if part.sample > known:
+            if part.sample > latest:
                 whole = self._parts.setdefault(
                     part.sample, UpdateProbe(part.sample, {}, {}, {}, {})
                 )
@@ -161,9 +161,9 @@ class Alignments:
                 whole.feedback.update(part.feedback)
         for number, whole in sorted(self._parts.items()):
             if whole.moved.keys() == self._graph.blocks.keys() and whole.samples:
-                known, cosines = number, dict(self._cosines(whole))
+                latest, cosines = number, dict(self._cosines(whole))
                 self._latest = Alignment(number, cosines, whole.feedback)
-        waiting = [number for number in sorted(self._parts) if number > known][-PENDING:]
+        waiting = [number for number in sorted(self._parts) if number > latest][-PENDING:]
         self._parts = {number: self._parts[number] for number in waiting}
         return self._latest
 

@@ -294,8 +294,8 @@ class Worker:
     def _kept(self) -> SnapshotNews | None:
         if self._snapshot_writer is None or self._sent_log is None:
             return None
-        taken, failure = self._snapshot_writer.collected()
-        return SnapshotNews(taken, failure, self._sent_log.nbytes, self._sent_log.forgot)
+        written, failure = self._snapshot_writer.collected()
+        return SnapshotNews(written, failure, self._sent_log.nbytes, self._sent_log.forgot)
 
     def _wait(self) -> BlockedChannel | None:
         waiting = self._transport.waiting
@@ -305,11 +305,11 @@ class Worker:
         stamp = f"tick {waiting.stamp.tick}, sample {waiting.stamp.sample}"
         if waiting.sending:
             waiter, awaited = channel.sender, channel.receiver
-            what = f"room for the {channel}, {stamp}"
+            reason = f"room for the {channel}, {stamp}"
         else:
             waiter, awaited = channel.receiver, channel.sender
-            what = f"the {channel}, {stamp}"
-        return BlockedChannel(waiter, awaited, what, time.monotonic() - waiting.since)
+            reason = f"the {channel}, {stamp}"
+        return BlockedChannel(waiter, awaited, reason, time.monotonic() - waiting.since)
 
     def news(self, seconds: float) -> list[Any]:
         """Return what the blocks have for the driver; waits so long for something."""

@@ -154,5 +154,5 @@ class LiveBlock(Remembers):
 
 def emission_of(numbers: Sequence[float]) -> Emission:
     """Return an emission from its fields as numbers."""
-    kind, shown, number, rate, cut, *waits = numbers  # (files of earlier formats say no `waits`)
-    return Emission(Emits(int(kind)), int(shown), int(number), rate, int(cut), *map(bool, waits))
+    kind, shown, number, rate, snap, *waits = numbers  # (earlier formats say no `waits`)
+    return Emission(Emits(int(kind)), int(shown), int(number), rate, int(snap), *map(bool, waits))

@@ -95,8 +95,8 @@ class _Parts(BlockParts):
         self.cell = self.make_cell(self.spec.module, name)
         ties = [tie for tie in plan.graph.ties if name in (tie.owner, tie.user)]
         if ties:
-            borrowed = [key for tie in ties if tie.user == name for key in tie.theirs]
-            self.cell = TiedFunction(self.cell, borrowed)
+            shared = [key for tie in ties if tie.user == name for key in tie.theirs]
+            self.cell = TiedFunction(self.cell, shared)
         self.weights = self.make_weights(self.cell)
         parts = plan.knobs.microbatches
         self.microbatches = parts if isinstance(parts, int) else 1
@@ -176,8 +176,8 @@ class _Parts(BlockParts):
         shapes, h = {**plan.spec.parents, **plan.shapes}, self.border.own(plan.start(name))
         stochastic = draws(spec.module)
 
-        def seed(what: str) -> int:
-            return block_seed(plan.seed, f"{name}/rule/{what}")
+        def seed(use: str) -> int:
+            return block_seed(plan.seed, f"{name}/rule/{use}")
 
         view = BlockView(
             name=name,
@@ -192,7 +192,7 @@ class _Parts(BlockParts):
             own=spec.own,
             join=partial(combined, spec.combine),
             seed=seed,
-            random=lambda what: OwnGenerator(seed(what), h.device) if stochastic else nullcontext(),
+            random=lambda use: OwnGenerator(seed(use), h.device) if stochastic else nullcontext(),
             h=h,
         )
         applied = AppliedRule(rule, view)

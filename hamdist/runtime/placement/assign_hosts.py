@@ -39,8 +39,8 @@ class HostInfo:
         A host is named by its address, name or id, or by one of its custom resources or label
         values.
         """
-        known = {self.id, self.address, self.name, *self.resources, *self.labels.values()}
-        return word in known
+        names = {self.id, self.address, self.name, *self.resources, *self.labels.values()}
+        return word in names
 
     def __str__(self) -> str:
         return self.address if self.name in ("", self.address) else f"{self.name} ({self.address})"
@@ -153,7 +153,7 @@ def reseated(
     actor_options: ActorOptions,
     was: str,
     hosts: Sequence[HostInfo],
-    taken: Sequence[tuple[str, ActorOptions]],
+    reserved: Sequence[tuple[str, ActorOptions]],
 ) -> ActorOptions:
     """Return the options of the replacement of a lost actor.
 
@@ -164,12 +164,12 @@ def reseated(
         actor_options: of the lost actor.
         was: its host.
         hosts: that are there now.
-        taken: the others' hosts and options.
+        reserved: the others' hosts and options.
     """
     if was in {host.id for host in hosts}:
         return actor_options
     room = {host.id: _Room(host) for host in hosts}
-    for node, other in taken:
+    for node, other in reserved:
         if node in room and room[node].has(_as_requirements(other), other.gpus):
             room[node].take(_as_requirements(other), other.gpus)
     mine = _as_requirements(actor_options)

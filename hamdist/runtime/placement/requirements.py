@@ -82,10 +82,10 @@ def requirements(
         block_setting = block_settings[name]
         earlier.setdefault(id(block_setting), name)
         for other in earlier.values():
-            what = contradiction(block_settings[other], block_setting)
-            if what is not None:
+            clash = contradiction(block_settings[other], block_setting)
+            if clash is not None:
                 raise SettingsError(
-                    f"engine.blocks: {other!r} and {name!r} share an actor, but ask for {what}; "
+                    f"engine.blocks: {other!r} and {name!r} share an actor, but ask for {clash}; "
                     "give them different actors (engine.placement), or ask for the same"
                 )
         host = host if block_setting.host is None else block_setting.host
@@ -99,9 +99,9 @@ def requirements(
     return ActorRequirements(host, cpus, gpus, resources, tuple(blocks))
 
 
-def idle_block_settings(asked: Iterable[BlockEngineSettings]) -> list[str]:
+def idle_block_settings(asking: Iterable[BlockEngineSettings]) -> list[str]:
     """Return the settings without effect in a single process, as they were given."""
-    settings = list(asked)
+    settings = list(asking)
     names = ("host", "cpus", "gpus", "resources")
     return [
         n

@@ -98,8 +98,8 @@ def _network_clip(knobs: Locality, graph: Graph, learning: LearningSettings) -> 
     reasons += [f"a rule (block {block!r}), whose step is its own" for block in ruled(graph)]
     reasons += [
         f"learning.blocks.{block}.clip, another one"
-        for block, own in learning.blocks.items()
-        if own.clip is not None
+        for block, settings in learning.blocks.items()
+        if settings.clip is not None
     ]
     for reason in reasons:
         raise LevelError(f"{name} with {reason}; leave one of them out")

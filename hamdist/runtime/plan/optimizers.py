@@ -73,9 +73,9 @@ def plan_optimizers(
 
 def _trained(graph: Graph, block: str) -> dict[str, nn.Parameter]:
     """The weights that a block moves, as parameters that share their memory."""
-    borrowed = graph.borrowed(block)
+    shared = graph.borrowed(block)
     named = graph.blocks[block].module.named_parameters()
-    return {n: nn.Parameter(p.data) for n, p in named if p.requires_grad and n not in borrowed}
+    return {n: nn.Parameter(p.data) for n, p in named if p.requires_grad and n not in shared}
 
 
 def _check_once(learning: LearningSettings, functions: OptimizerRule) -> None:
@@ -122,8 +122,8 @@ def _contradictions(
     for knob in (Compensation.WEIGHT_PREDICTION, Compensation.LOOK_AHEAD):
         if knob in knobs.compensation:
             yield (
-                f"compensation {knob.value!r} beside {name}, whose steps are not along omega: leave "
-                "one of them out (Nesterov's momentum: optimizer: {name: sgd, momentum: 0.9, "
+                f"compensation {knob.value!r} beside {name}, whose steps are not along omega: "
+                "leave one of them out (Nesterov's momentum: optimizer: {name: sgd, momentum: 0.9, "
                 "nesterov: true})"
             )
     if knobs.credit is Credit.MESSAGES and learning.any_heads:

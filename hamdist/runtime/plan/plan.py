@@ -167,8 +167,8 @@ class Plan:
 
     def delay(self, block: str) -> int:
         """Return the most steps of a block between its two passes of a sample, where known."""
-        known = self.spec.kept and self.spec.emissions is not None
-        return self.schedule.delay(block) + (self.spec.patience if known else 0)
+        traced = self.spec.kept and self.spec.emissions is not None
+        return self.schedule.delay(block) + (self.spec.patience if traced else 0)
 
     @property
     def staleness(self) -> int:

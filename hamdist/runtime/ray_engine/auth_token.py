@@ -86,12 +86,12 @@ def is_refusal(error: BaseException | None) -> bool:
 def refused(address: str) -> ClusterError:
     """Return the error for a cluster that requires another token than this process has."""
     if not asked_for():
-        what = f"none is shown ({MODE} is {os.environ.get(MODE, 'not set')})"
+        reason = f"none is shown ({MODE} is {os.environ.get(MODE, 'not set')})"
     else:
         source = TOKEN if TOKEN in os.environ else str(_path())
-        what = f"the one of {source} is not the cluster's"
+        reason = f"the one of {source} is not the cluster's"
     return ClusterError(
-        f"engine.address {address!r}: this Ray cluster asks for a token, and {what}; {REMEDY}"
+        f"engine.address {address!r}: this Ray cluster asks for a token, and {reason}; {REMEDY}"
     )
 
 

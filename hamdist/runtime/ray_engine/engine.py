@@ -260,8 +260,8 @@ class _Watch:
         # An actor that is replaced begins behind where it was: what was reached stays reached.
         self._samples = max(self._samples, self._worker_group.samples())
         for name, windows in self._worker_group.windows().items():
-            known = self._windows.get(name)
-            if windows and (not known or windows[-1].last >= known[-1].last):
+            shown = self._windows.get(name)
+            if windows and (not shown or windows[-1].last >= shown[-1].last):
                 self._windows[name] = windows
         readout = self._plan.graph.readouts[0]
         actors = self._worker_group.samples_of_processes()

@@ -163,14 +163,14 @@ class PlacedWorkers:
         """Return each actor's options. Raises ClusterError if the cluster lacks any."""
         plan = self._plan
         by_block = block_settings(plan.graph, plan.engine)
-        known = hosts()
+        listed = hosts()
         names = list(plan.graph.blocks)
         work = by_parameters(plan.graph) if costs is None else costs.seconds
         busy = [sum(work[names.index(name)] for name in group) for group in groups]
-        spread = plan.engine.spread if len(known) > 1 else Spread.AUTO
-        speeds = host_seconds(known) if spread is Spread.PROFILE else None
+        spread = plan.engine.spread if len(listed) > 1 else Spread.AUTO
+        speeds = host_seconds(listed) if spread is Spread.PROFILE else None
         requests = [requirements(group, by_block, plan.engine) for group in groups]
-        options = options_of_actors(requests, known, spread, busy, speeds)
+        options = options_of_actors(requests, listed, spread, busy, speeds)
         if plan.engine.bits is not Bits.PORTABLE:
             return options
         return [actor_options.pinned(portable_environment()) for actor_options in options]

@@ -155,9 +155,9 @@ class SnapshotSupervision:
     def _give_up_the_silent(self, now: float) -> None:
         if self._recovery is None:
             return
-        known = {id(loss.actor) for loss in self._losses}
+        reported = {id(loss.actor) for loss in self._losses}
         for actor in self._worker_group.silent(now, self._policy.silence):
-            if actor.report is None and id(actor) not in known:
+            if actor.report is None and id(actor) not in reported:
                 error = ClusterError(f"{actor} has not answered for {self._policy.silence:g} s")
                 self._losses.append(ActorLoss(actor, actor.tick, error))
 

@@ -180,8 +180,8 @@ class WorkerGroup(WiredWorkers):
         """Return the number of samples that have entered the network."""
         if self._local is not None:
             return self._local.status(0, None).samples
-        known = [a.report or a.status for a in self.actors]
-        return max((k.samples for k in known if k is not None), default=0)
+        reports = [a.report or a.status for a in self.actors]
+        return max((k.samples for k in reports if k is not None), default=0)
 
     def windows(self) -> dict[str, list[Window]]:
         """Return the windows of all readouts, as far as they are known here."""
@@ -197,8 +197,8 @@ class WorkerGroup(WiredWorkers):
 
     def samples_of_processes(self) -> dict[str, ProcessSample]:
         """Return the latest measurements by process."""
-        known = {a.name: a.report or a.status for a in self.actors}
-        samples = {name: report.sample for name, report in known.items() if report is not None}
+        reports = {a.name: a.report or a.status for a in self.actors}
+        samples = {name: report.sample for name, report in reports.items() if report is not None}
         if self._local is not None:
             samples["driver"] = self._local.status(0, None).sample
         return samples

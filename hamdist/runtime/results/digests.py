@@ -89,10 +89,10 @@ class Digests:
         (self._in.get(channel.number) or self._track(self.taken, self._in, channel)).add(signal)
 
     def _track(
-        self, tracks: DigestMap, known: dict[int, DigestTrack], channel: Channel
+        self, tracks: DigestMap, by_channel: dict[int, DigestTrack], channel: Channel
     ) -> DigestTrack:
         track = tracks.setdefault(channel.key, DigestTrack(every=self._of, of=self._of))
-        known[channel.number] = track
+        by_channel[channel.number] = track
         return track
 
     def after_step(self, node: Any, tick: int) -> None:

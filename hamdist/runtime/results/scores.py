@@ -100,8 +100,8 @@ def evaluate_samples(
         raise StreamError("nothing is held out: the part to evaluate on has no sample")
     for name, tally in tallies.items():
         if not tally.rows:
-            what = "" if name == ONLY else f" for {name!r}"
-            raise StreamError(f"no held-out sample has a target{what}")
+            of_output = "" if name == ONLY else f" for {name!r}"
+            raise StreamError(f"no held-out sample has a target{of_output}")
     if list(tallies) == [ONLY]:
         return tallies[ONLY].scores()
     scores = {name: tally.scores() for name, tally in tallies.items()}

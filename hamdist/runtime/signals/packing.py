@@ -150,11 +150,11 @@ class Packer:
             raise WireError(f"{self._channel}: a header of {len(message) - at} bytes")
         start = at + HEADER.size + 8 * message[at + _DIMS_AT]
         key = message[at : at + _FIXED.size] + message[at + HEADER.size : start]
-        known = self._seen.get(key)
-        if known is None:
-            known = self._checked(message, at)
-            _remember(self._seen, key, known)
-        flags, form = known
+        layout = self._seen.get(key)
+        if layout is None:
+            layout = self._checked(message, at)
+            _remember(self._seen, key, layout)
+        flags, form = layout
         index, *stamp = _VARYING.unpack_from(message, at + _FIXED.size)
         if flags & APART or form is None:
             return Packed(
@@ -219,8 +219,8 @@ def _form(shape: tuple[int, ...], dtype: torch.dtype) -> WireForm:
     return WireForm(shape, dtype, nbytes, ctypes.c_char * nbytes, bytes(-nbytes % 8))
 
 
-def _remember(known: dict[Any, Any], key: Any, value: Any) -> None:
+def _remember(cache: dict[Any, Any], key: Any, value: Any) -> None:
     """Cache a value, within a bounded number of entries."""
-    if len(known) >= _REMEMBERED:
-        known.clear()
-    known[key] = value
+    if len(cache) >= _REMEMBERED:
+        cache.clear()
+    cache[key] = value

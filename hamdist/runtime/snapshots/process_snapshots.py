@@ -211,9 +211,9 @@ class ProcessSnapshots:
                     if not (error.full and make_room(self._store)):
                         raise
                     parts[name] = write_part(self._store, tick, file, written)
-            taken = WrittenFiles(tick, parts, samples, passed)
+            parts_written = WrittenFiles(tick, parts, samples, passed)
             if self._written is not None:
-                self._written(taken)
+                self._written(parts_written)
                 return
         except SnapshotError as error:
             for part in parts.values():
@@ -222,7 +222,7 @@ class ProcessSnapshots:
                 self._done.failure = str(error)
             return
         with self._lock:
-            self._done.taken.append(taken)
+            self._done.taken.append(parts_written)
 
     def collected(self) -> tuple[list[WrittenFiles], str | None]:
         """Return the files written since the last call, and the failure since then, if any."""
@@ -268,13 +268,13 @@ class ProcessSnapshots:
         for node in self._nodes:
             for channel in self._out[node.name]:
                 there = states.get(channel.receiver)
-                taken = None if there is None else there["in"][channel.key]
+                arrived = None if there is None else there["in"][channel.key]
                 sent, base = states[node.name]["out"][channel.key], received.get(channel.key)
-                self._mailbox.restore(channel, sent, taken, base)
+                self._mailbox.restore(channel, sent, arrived, base)
             for channel in self._in[node.name]:
                 if channel.sender not in states:
-                    taken, base = states[node.name]["in"][channel.key], received.get(channel.key)
-                    self._mailbox.restore(channel, None, taken, base)
+                    arrived, base = states[node.name]["in"][channel.key], received.get(channel.key)
+                    self._mailbox.restore(channel, None, arrived, base)
         tick = snapshot.tick
         with self._lock:
             self.reached = tick

@@ -162,8 +162,8 @@ class TimedGraph:
                 arc = self.arcs[i - len(order)]
                 parts[arc.edge, "wire"] += arc.seconds
                 signals[arc.edge] += 1
-        most_first = sorted(((s, what) for what, s in parts.items() if s), reverse=True)
-        return Period(ratio, {what: s for s, what in most_first}, signals)
+        most_first = sorted(((s, part) for part, s in parts.items() if s), reverse=True)
+        return Period(ratio, {part: s for s, part in most_first}, signals)
 
     def _loads(self) -> list[Period]:
         """Return the periods that cores and links need that activities share."""
@@ -207,9 +207,9 @@ class Period:
         total = sum(self.parts.values()) or 1.0
         wire = sum(s for (_, kind), s in self.parts.items() if kind == "wire") / total
         kind, share = ("wire", wire) if wire >= 0.5 else ("work", 1 - wire)
-        of_kind = [what for what, its_kind in self.parts if its_kind == kind]
-        what = ", ".join(of_kind[:3]) + (f" and {len(of_kind) - 3} more" if of_kind[3:] else "")
-        return f"limited by {what}: {100 * share:.0f} % {kind}"
+        of_kind = [part for part, its_kind in self.parts if its_kind == kind]
+        longest = ", ".join(of_kind[:3]) + (f" and {len(of_kind) - 3} more" if of_kind[3:] else "")
+        return f"limited by {longest}: {100 * share:.0f} % {kind}"
 
 
 def timed_graph(

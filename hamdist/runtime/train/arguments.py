@@ -125,14 +125,14 @@ def _loss(loss: LossFunction | str | None, ignore_index: int) -> LossFunction | 
     """Return the loss function; raise SettingsError for an unknown name or type."""
     if loss is None or callable(loss):
         return loss
-    known = [name.value for name in Loss]
+    losses = [name.value for name in Loss]
     if not isinstance(loss, str):
         raise SettingsError(
             f"loss is {loss!r}; give a function (prediction, target) -> scalar, or one of "
-            f"{', '.join(known)}"
+            f"{', '.join(losses)}"
         )
-    if loss not in known:
-        raise SettingsError(f"loss {loss!r} is unknown; known: {', '.join(known)}")
+    if loss not in losses:
+        raise SettingsError(f"loss {loss!r} is unknown; known: {', '.join(losses)}")
     return make_loss(Loss(loss), ignore_index)
 
 

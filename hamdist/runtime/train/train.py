@@ -128,8 +128,8 @@ def train(
             why: list[str] = []
             spec = _spec_with_example(stream)
             if settings.level is Level.AUTO:
-                cut = partial(graph_in_blocks, model, spec, losses, policy)
-                settings, stream, why = resolved(settings, stream, cut)
+                build = partial(graph_in_blocks, model, spec, losses, policy)
+                settings, stream, why = resolved(settings, stream, build)
                 spec = replace(stream.spec, example=spec.example)
             known_by = identity(stream, spec.example)
             rule = OptimizerRule(function=optimizer, scheduler=scheduler)

@@ -32,8 +32,8 @@ def study_tables(
     axes.sort(key=lambda axis: axis is not first)
     along = {}
     for axis in axes:
-        what = "Held-out loss" if real_valued else "Held-out accuracy, %,"
-        along[f"{what} {TITLES[axis]}"] = _along(axis, axes, lines, real_valued)
+        score = "Held-out loss" if real_valued else "Held-out accuracy, %,"
+        along[f"{score} {TITLES[axis]}"] = _along(axis, axes, lines, real_valued)
     whole = {"All sides": _all(axes, study, lines, real_valued)}
     return {**whole, **along} if first is None else {**along, **whole}
 

@@ -203,8 +203,8 @@ def replay(run: RecordedRun, first: float, last: float, block: str | None = None
         run = dataclasses.replace(run, digests={})  # (the digests would begin in its midst)
     plan, stream = planned(settings, run.factory, run.data, snapshot)
     if block is not None and block not in plan.graph.blocks:
-        known = ", ".join(plan.graph.blocks)
-        raise SettingsError(f"--block {block!r}: no block of the run; there are {known}")
+        blocks = ", ".join(plan.graph.blocks)
+        raise SettingsError(f"--block {block!r}: no block of the run; there are {blocks}")
     seen = Replay(run, snapshot, last, first if block is None else inf, block)
     with suppress(_Reached):
         InProcessEngine(seen).run(plan, stream)

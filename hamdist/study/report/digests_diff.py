@@ -37,13 +37,13 @@ class Parting:
     tick: int | None
 
     def __str__(self) -> str:
-        what = f"weights of block {self.name}"
+        text = f"weights of block {self.name}"
         if self.kind != "weights":
             direction, edge = self.name.split(" ", 1)
-            what = f"{direction} on edge {edge}, as {self.kind}"
+            text = f"{direction} on edge {edge}, as {self.kind}"
         where = "in the end" if self.tick is None else f"at tick {self.tick}"
         last = "" if self.equal is None else f" (equal at tick {self.equal})"
-        return f"{what}: differ {where}{last}"
+        return f"{text}: differ {where}{last}"
 
 
 def partings(a: RunDigests, b: RunDigests) -> list[Parting]:

@@ -112,11 +112,11 @@ def _maker(
             parts = list(result) if isinstance(result, tuple) and len(result) == 2 else [result]
             name = f"{option}: {title(function)}()"
             train = _as_stream(parts[0], classes, read, name, "what to learn from")
-            known = _classes(train.spec)
+            counted = _classes(train.spec)
             held_out = [[part] if _single(part) else part for part in parts[1:]]
             return OwnData(
                 train,
-                *(_as_stream(part, known, scored, name, "what is held out") for part in held_out),
+                *(_as_stream(part, counted, scored, name, "what is held out") for part in held_out),
             )
 
     return make

@@ -72,11 +72,11 @@ def _variants(settings: Settings, levels: Sequence[Level]) -> Iterator[Settings]
     if part.cuts is None and not part.slices:
         cuts += [part.model_copy(update={"blocks": n}) for n in BLOCKS if n != part.blocks]
     codecs = [engine.compress, *(codec for codec in CODECS if codec != engine.compress)]
-    for level, cut, codec in itertools.product(
+    for level, blocks, codec in itertools.product(
         dict.fromkeys([settings.level, *levels]), cuts, codecs
     ):
         compress = engine.model_copy(update={"compress": codec})
-        varied = settings.model_copy(update={"partition": cut, "engine": compress})
+        varied = settings.model_copy(update={"partition": blocks, "engine": compress})
         yield at_level(varied, level)
 
 

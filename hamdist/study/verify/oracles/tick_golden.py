@@ -327,12 +327,12 @@ def checks(full: bool) -> Iterator[Check]:  # noqa: ARG001
 def checks_of(data: GoldenData, name: str) -> list[Check]:
     """Return the checks of a tick file."""
     ticks = read_ticks(data)
-    what, oracle = f"{name}: every tick (relative)", f"{ORACLE}: h, z, ω, θ, y, L, H'"
-    checks = [Check(what, oracle, RTOL, lambda: compared(run_ticks(ticks), expected(ticks)))]
+    title, oracle = f"{name}: every tick (relative)", f"{ORACLE}: h, z, ω, θ, y, L, H'"
+    checks = [Check(title, oracle, RTOL, lambda: compared(run_ticks(ticks), expected(ticks)))]
     if any(key.startswith("bp_") for key in data):
-        what = f"{name}: states, costates, gradients (relative)"
+        title = f"{name}: states, costates, gradients (relative)"
         oracle = "golden file: those of backpropagation"
-        checks.append(Check(what, oracle, RTOL, lambda: _static(ticks, run_ticks(ticks))))
+        checks.append(Check(title, oracle, RTOL, lambda: _static(ticks, run_ticks(ticks))))
     return checks
 
 

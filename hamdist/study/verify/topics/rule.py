@@ -69,8 +69,8 @@ class VerifiedRule:
             yield Check(f"on {ACTORS} Ray actors", IN_PROCESS, 0.0, self._apart)
             yield Check("there, an actor is killed", IN_PROCESS, 0.0, self._killed)
         yield Check("a run goes on from a snapshot", IN_PROCESS, 0.0, self._resumed)
-        what = "weights and memory of all other blocks are NaN whenever the rule is called"
-        yield Check(what, IN_PROCESS, 0.0, self._poisoned)
+        title = "weights and memory of all other blocks are NaN whenever the rule is called"
+        yield Check(title, IN_PROCESS, 0.0, self._poisoned)
         yield Check("1 - cosine of its updates, at most 2", "backpropagation", 2.0, self._cosine)
 
     def _settings(self, lr: float = 0.05, **fields: Any) -> Settings:
