@@ -31,7 +31,7 @@ class RiverClassifier(base.Classifier):  # type: ignore[misc]
         self.features, self.classes, self.network = features, classes, network
         self.level, self.settings, self.seed = level, settings, seed
         self._places: dict[Any, int] = {}
-        self._known: list[Any] = []
+        self._labels: list[Any] = []
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
             model = (network or small_network)(features, classes)
@@ -52,13 +52,13 @@ class RiverClassifier(base.Classifier):  # type: ignore[misc]
 
     def learn_one(self, x: dict[Any, Any], y: Any) -> None:
         """Learn from a row. Raises ValueError for one class too many."""
-        if y not in self._known:
-            if len(self._known) == self.classes:
+        if y not in self._labels:
+            if len(self._labels) == self.classes:
                 raise ValueError(f"class {y!r} is one more than classes={self.classes}")
-            self._known.append(y)
-        self._learner.learn(self._row(x, new=True), torch.tensor([self._known.index(y)]))
+            self._labels.append(y)
+        self._learner.learn(self._row(x, new=True), torch.tensor([self._labels.index(y)]))
 
     def predict_proba_one(self, x: dict[Any, Any]) -> dict[Any, float]:
         """Return the probabilities of the classes that have come."""
-        p = self._learner.probabilities(self._row(x, new=False))[0, : len(self._known)]
-        return dict(zip(self._known, (p / p.sum()).tolist(), strict=True))
+        p = self._learner.probabilities(self._row(x, new=False))[0, : len(self._labels)]
+        return dict(zip(self._labels, (p / p.sum()).tolist(), strict=True))

@@ -147,7 +147,7 @@ class Checker:
                 "(drop_last=True), or write that line without regard to the number of rows"
             )
         _check_finite(n, field, u)
-        return _own(u)
+        return _aligned(u)
 
     def _targets(self, n: int, y: Target, batch: int) -> Target:
         """Return the target, or those of the readouts, unchanged where nothing had to be copied."""
@@ -204,10 +204,10 @@ class Checker:
             )
         _check_finite(n, field, y)
         if spec.classes is None:
-            return _own(target)
+            return _aligned(target)
         possible = 0 <= self._ignore_index < spec.classes
         if not possible and _within(y, spec.classes):
-            return _own(target)
+            return _aligned(target)
         ignored = y == self._ignore_index
         strange = ((y < 0) | (y >= spec.classes)) & ~ignored
         if strange.any():
@@ -218,7 +218,7 @@ class Checker:
                 f"targets are 0 to {spec.classes - 1}: correct the labels, or the number of "
                 "classes, or say with ignore_index which number is no class"
             )
-        return None if ignored.all() else _own(target)
+        return None if ignored.all() else _aligned(target)
 
 
 def _within(y: Tensor, classes: int) -> bool:
@@ -259,7 +259,7 @@ def _check_finite(n: int, field: str, value: Tensor) -> None:
         )
 
 
-def _own(value: Tensor) -> Tensor:
+def _aligned(value: Tensor) -> Tensor:
     """Return the tensor if it is contiguous, aligned and alone in its storage, else a copy."""
     if (
         value.is_contiguous()

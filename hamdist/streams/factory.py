@@ -170,7 +170,7 @@ def held_out_tokens(settings: StreamSettings, *, seed: int) -> TokenStream:
         seed: of the texts, where they are made up.
     """
     texts, vocabulary = _texts(settings, seed)
-    ids = _cut(texts.held_out, vocabulary, settings.sequences.length)
+    ids = _last_tokens(texts.held_out, vocabulary, settings.sequences.length)
     labels = classes_of(texts.held_out)
     return TokenStream(ids, labels, 1, seed, classes=len(CLASSES), shuffled=False, endless=False)
 
@@ -191,7 +191,7 @@ def _sequences(settings: StreamSettings, seed: int) -> Stream:
         x, y = _fixed(texts.train, vocabulary, sequences.length)
         many = len(vocabulary)
         return ArrayStream(x, y, settings.batch, seed, classes=len(CLASSES), tokens=many)
-    ids, labels = _cut(texts.train, vocabulary, sequences.length), classes_of(texts.train)
+    ids, labels = _last_tokens(texts.train, vocabulary, sequences.length), classes_of(texts.train)
     every = sequences.targets is LabelledTokens.EVERY
     return TokenStream(
         ids,
@@ -204,7 +204,7 @@ def _sequences(settings: StreamSettings, seed: int) -> Stream:
     )
 
 
-def _cut(
+def _last_tokens(
     texts: Sequence[tuple[Sequence[str], int]], vocabulary: Vocabulary, length: int
 ) -> list[Tensor]:
     """Return the last `length` tokens of each text."""
@@ -215,7 +215,7 @@ def _fixed(
     texts: Sequence[tuple[Sequence[str], int]], vocabulary: Vocabulary, length: int
 ) -> tuple[Tensor, Tensor]:
     """Return x (N, T) and y (N,) of texts."""
-    return padded(_cut(texts, vocabulary, length), length), classes_of(texts)
+    return padded(_last_tokens(texts, vocabulary, length), length), classes_of(texts)
 
 
 def _drift(settings: StreamSettings, seed: int, dtype: torch.dtype) -> DriftStream:

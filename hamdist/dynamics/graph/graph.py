@@ -240,11 +240,11 @@ class Graph:
             if block.output is not None:
                 outer = block.output.named_parameters()
                 learning += [OUTPUT_KEY + n for n, p in outer if p.requires_grad]
-            borrowed = self.borrowed(name)
-            names[name] = [n for n in learning if n not in borrowed]
+            foreign = self.foreign_weights(name)
+            names[name] = [n for n in learning if n not in foreign]
         return names
 
-    def borrowed(self, block: str) -> set[str]:
+    def foreign_weights(self, block: str) -> set[str]:
         """Return the names of the weights of a block that belong to another block.
 
         Args:

@@ -11,13 +11,13 @@ from torch import Tensor
 
 from hamdist.config import IGNORE_INDEX
 from hamdist.dynamics.objective.losses import class_axis
-from hamdist.dynamics.saved_state.remember import Remembers, known
+from hamdist.dynamics.saved_state.remember import Remembers, registered
 
 AT_ONCE = 64  # samples that are counted together
 SMALL = 4096  # numbers of a prediction, up to which it is kept until then
 
 
-@known("Window")
+@registered("Window")
 @dataclass(frozen=True, slots=True)
 class Window:
     """Sums over the samples first..last of the stream that had a target (a batch is one sample).
@@ -83,7 +83,7 @@ def _right(guess: Tensor, target: Tensor, ignore_index: int) -> tuple[int, int]:
     return int(((guess == target) & has_target).sum()), int(has_target.sum())
 
 
-@known("_Look")
+@registered("_Look")
 class _Look(NamedTuple):
     """One sample that is not counted yet: the prediction of class targets, or the classes
     (guess)."""

@@ -229,7 +229,7 @@ class Cuts:
         flow = self._flow
         ops = flow.order[first:end]
         if balance is CutBalance.ACTIVATIONS:
-            return float(sum(flow.kept(i) for i in ops))
+            return float(sum(flow.real_numbers(i) for i in ops))
         return float(sum(flow.learned(i) for i in ops))
 
     # -- runs -----------------------------------------------------------------------------------

@@ -27,11 +27,11 @@ from torch import Tensor
 from hamdist.errors import SnapshotError
 
 _Class = TypeVar("_Class", bound=type)
-_known: dict[str, type] = {}
+_classes: dict[str, type] = {}
 _tags: dict[type, str] = {}
 
 
-def known(tag: str) -> Callable[[_Class], _Class]:
+def registered(tag: str) -> Callable[[_Class], _Class]:
     """Mark a data class, a named tuple or an enum as one that state may hold.
 
     New fields need a default, and come last: files of earlier formats lack them.
@@ -41,7 +41,7 @@ def known(tag: str) -> Callable[[_Class], _Class]:
     """
 
     def mark(cls: _Class) -> _Class:
-        _known[tag], _tags[cls] = cls, tag
+        _classes[tag], _tags[cls] = cls, tag
         return cls
 
     return mark
@@ -87,7 +87,7 @@ def check_names(whose: str, state: object, names: Collection[str]) -> None:
         )
 
 
-def taken(state: Mapping[str, Any], name: str) -> tuple[Any, dict[str, Any]]:
+def popped(state: Mapping[str, Any], name: str) -> tuple[Any, dict[str, Any]]:
     """Return the entry `name` of `state`, and the others; raise SnapshotError where it has none."""
     if name not in state:
         check_names("block", state, (name,))
@@ -168,7 +168,7 @@ def _name(value: object) -> str:
     tag = _tags.get(type(value))
     if tag is None:
         raise SnapshotError(
-            f"a {type(value).__name__} cannot be saved: it is not one of {sorted(_known)}"
+            f"a {type(value).__name__} cannot be saved: it is not one of {sorted(_classes)}"
         )
     return tag
 
@@ -179,7 +179,7 @@ def unpacked(data: Any, tensors: Sequence[Tensor], gpu: torch.device | None = No
     gpu: device of tensors that were on a GPU.
     """
     try:
-        return _Unpacking(tensors, gpu).made(data)
+        return _Unpacking(tensors, gpu).unpacked(data)
     except (KeyError, TypeError, ValueError, IndexError, RuntimeError, AttributeError) as error:
         raise SnapshotError(
             f"this is no state of hamdist's ({type(error).__name__}: {error})"
@@ -190,13 +190,13 @@ class _Unpacking:
     def __init__(self, tensors: Sequence[Tensor], gpu: torch.device | None) -> None:
         self._tensors = tensors
         self._gpu = gpu or torch.device("cpu")
-        self._made: dict[str, Tensor] = {}
+        self._unpacked: dict[str, Tensor] = {}
 
-    def made(self, data: Any) -> Any:
+    def unpacked(self, data: Any) -> Any:
         if data is None or isinstance(data, (bool, int, float, str)):
             return data
         if isinstance(data, list):
-            return [self.made(v) for v in data]
+            return [self.unpacked(v) for v in data]
         form = next((f for f in _FORMS if f in data), None)
         if form is None:
             raise ValueError(f"unknown form {sorted(data)}")
@@ -204,11 +204,11 @@ class _Unpacking:
 
     def _tensor(self, data: Any) -> Tensor:
         key = repr(data)
-        if key not in self._made:
+        if key not in self._unpacked:
             flat = self._tensors[_index(data["tensor"])]
             tensor = _laid_out(flat, data["shape"], data["strides"])
-            self._made[key] = tensor.to(self._gpu) if "gpu" in data else tensor
-        return self._made[key]
+            self._unpacked[key] = tensor.to(self._gpu) if "gpu" in data else tensor
+        return self._unpacked[key]
 
     def _dtype(self, data: Any) -> torch.dtype:
         dtype = getattr(torch, data["dtype"])
@@ -220,12 +220,12 @@ class _Unpacking:
 _FLOATS = {"inf": math.inf, "-inf": -math.inf, "nan": math.nan}
 _FORMS: dict[str, Callable[[_Unpacking, Any], Any]] = {  # by the key that tells a form
     "tensor": _Unpacking._tensor,
-    "is": lambda it, data: _known[data["is"]](*map(it.made, data["of"])),
-    "map": lambda it, data: {it.made(k): it.made(v) for k, v in data["map"]},
-    "queue": lambda it, data: deque(map(it.made, data["queue"]), data["most"]),
-    "tuple": lambda it, data: tuple(map(it.made, data["tuple"])),
-    "set": lambda it, data: set(map(it.made, data["set"])),
-    "enum": lambda _, data: _known[data["enum"]][data["name"]],  # type: ignore[index]
+    "is": lambda it, data: _classes[data["is"]](*map(it.unpacked, data["of"])),
+    "map": lambda it, data: {it.unpacked(k): it.unpacked(v) for k, v in data["map"]},
+    "queue": lambda it, data: deque(map(it.unpacked, data["queue"]), data["most"]),
+    "tuple": lambda it, data: tuple(map(it.unpacked, data["tuple"])),
+    "set": lambda it, data: set(map(it.unpacked, data["set"])),
+    "enum": lambda _, data: _classes[data["enum"]][data["name"]],  # type: ignore[index]
     "size": lambda _, data: torch.Size(data["size"]),
     "dtype": _Unpacking._dtype,
     "float": lambda _, data: _FLOATS[data["float"]],

@@ -95,12 +95,12 @@ class ShapeLayouts:
                 return None
             raise Regrain(layout.origins, size)
 
-        def own(piece: SliceBuilder) -> fx.Node:
+        def sliced(piece: SliceBuilder) -> fx.Node:
             shape = [lead, *first[1:]]
             shape[refolded] = piece.share(units).length(size)
             return shaped(piece, tuple(shape))
 
-        return OpLayout(replace(layout, axis=refolded), {x: Use.PIECE}, own)
+        return OpLayout(replace(layout, axis=refolded), {x: Use.PIECE}, sliced)
 
     def _permute(self, node: fx.Node, name: str) -> OpLayout | None:
         x, *dims = node.args

@@ -146,7 +146,7 @@ class Flow:
         moved = op.random or op.writes or op.memory & self._written
         return not moved and bool(op.out) and all(f.free for f in op.out.values())
 
-    def _asked(self) -> set[int]:
+    def _needed(self) -> set[int]:
         """Return the ops of blocks: `live`, without those that only free values need."""
         waiting = [i for i, _ in self.outputs] + self._moving
         waiting += [i for i in self.live if self.ops[i].writes]
@@ -160,7 +160,7 @@ class Flow:
 
     def _ordered(self) -> tuple[list[int], list[int]]:
         alone = self._alone()
-        places = sorted(self._asked())
+        places = sorted(self._needed())
         order: list[int] = []
         done: set[int] = set()
 
@@ -334,7 +334,7 @@ class Flow:
         tensors = [self._tensors[name] for name in self.weights[i].values()]
         return sum(t.numel() for t in tensors if isinstance(t, nn.Parameter))
 
-    def kept(self, i: int) -> int:
+    def real_numbers(self, i: int) -> int:
         """Return the real numbers per row that an op makes."""
         forms = self.ops[i].out.values()
         return sum(f.columns for f in forms if not f.free and f.dtype.is_floating_point)

@@ -72,15 +72,15 @@ def joined_runs(runs: Sequence[Recording], points: Sequence[TracePoint]) -> Join
     """Return what the runs have in common; raise Unfollowed where they take other steps."""
     join = _Join(runs, points)
     joined = JoinedRuns([], [], None)
-    for ops in zip(*(r.taken for r in runs), strict=False):
+    for ops in zip(*(r.ops for r in runs), strict=False):
         try:
             joined.ops.append(join.op(ops))
             joined.calls.append(join.call(ops))
         except _Apart as why:
             raise Unfollowed(f"at another batch {why}", ops[0].where, ops[0].line) from None
-    lengths = {len(r.taken) for r in runs}
+    lengths = {len(r.ops) for r in runs}
     if len(lengths) > 1:
-        longest = max(runs, key=lambda r: len(r.taken)).taken[min(lengths)]
+        longest = max(runs, key=lambda r: len(r.ops)).ops[min(lengths)]
         raise Unfollowed("at another batch it takes more steps", longest.where, longest.line)
     try:
         joined.output = join.template([r.output for r in runs])
@@ -230,7 +230,7 @@ def _fold(trace: Trace, run: Recording) -> None:
     """Put constants in place of values that are the same for every sample."""
     written = {m for op in trace.ops for m in op.writes}
     moving: set[int] = set()  # what depends on batch or lengths
-    for k, (op, again) in enumerate(zip(trace.ops, run.taken, strict=True)):
+    for k, (op, again) in enumerate(zip(trace.ops, run.ops, strict=True)):
         steady = not (op.varies or op.writes or op.memory & written)
         fixed = all(f.free and not any(d.lengths for d in f.dims or ()) for f in op.out.values())
         values = filter(None, map(value_of, op.node.all_input_nodes))

@@ -110,9 +110,9 @@ class TracedProgram:
 
 @dataclass(slots=True)
 class Recording(TracedProgram):
-    """One run. taken: its steps, in order."""
+    """One run. ops: its steps, in order."""
 
-    taken: list[TakenOp]
+    ops: list[TakenOp]
 
 
 def value_of(node: Any) -> Value | None:

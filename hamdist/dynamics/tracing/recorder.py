@@ -112,8 +112,8 @@ class _Recorder(TorchFunctionMode):
         self.failure: Unfollowed | None = None
         self.inner_at_failure: str | None = None
         self._graph = fx.Graph()
-        self._taken: list[TakenOp] = []
-        self._known: dict[int, tuple[Tensor, fx.Node]] = {}
+        self._ops: list[TakenOp] = []
+        self._nodes: dict[int, tuple[Tensor, fx.Node]] = {}
         self._graded: dict[int, object] = {}  # `backward_of` it when it was made
         self._constants: list[Tensor] = []
         self._origin: dict[int, fx.Node | int] = {}
@@ -125,7 +125,7 @@ class _Recorder(TorchFunctionMode):
         placeholders = [self._graph.placeholder(name) for name in inputs]
         for name, tensor in (*model.named_parameters(), *model.named_buffers()):
             self._learn(tensor, self._graph.get_attr(name))
-        self._registered = set(self._known)
+        self._registered = set(self._nodes)
         for node, tensor in zip(placeholders, inputs.values(), strict=True):
             self._learn(tensor, node)
 
@@ -203,7 +203,7 @@ class _Recorder(TorchFunctionMode):
         """Fail where an autograd.Function has made a tensor since the last step."""
         with self._a_step():
             for tensor in tensors_in(value):
-                if id(tensor) in self._known and backward_of(tensor) != self._graded[id(tensor)]:
+                if id(tensor) in self._nodes and backward_of(tensor) != self._graded[id(tensor)]:
                     raise self._fails(
                         "it uses an autograd.Function, whose backward is not followed"
                     )
@@ -266,12 +266,12 @@ class _Recorder(TorchFunctionMode):
         random: bool,
         varies: bool,
     ) -> None:
-        k = len(self._taken)
+        k = len(self._ops)
         recorded: TakenOp = Op(
             node, torch.is_grad_enabled(), self._innermost, line_here(), tuple(self._stack),
             dict(outputs), {}, random, varies, set(), set(), set(),
         )  # fmt: skip
-        self._taken.append(recorded)
+        self._ops.append(recorded)
         for tensor in inputs:
             memory = address_of(tensor)
             recorded.reads |= self._writers.get(memory, set())
@@ -300,18 +300,18 @@ class _Recorder(TorchFunctionMode):
                 result = self._graph.call_function(getter(key), (result, key))
             result.meta["value"] = (k, path)
             recorded.nodes[path] = result
-            self._known[id(tensor)] = (tensor, result)
+            self._nodes[id(tensor)] = (tensor, result)
             self._graded[id(tensor)] = backward_of(tensor)
 
     def _learn(self, tensor: Tensor, node: fx.Node) -> None:
-        self._known[id(tensor)] = (tensor, node)
+        self._nodes[id(tensor)] = (tensor, node)
         self._graded[id(tensor)] = backward_of(tensor)
         self._origin.setdefault(address_of(tensor), node)
 
     def _varies(self, node: fx.Node) -> bool:
         values = [(input_node, value_of(input_node)) for input_node in node.all_input_nodes]
         return any(
-            not is_constant(input_node) if value is None else self._taken[value[0]].varies
+            not is_constant(input_node) if value is None else self._ops[value[0]].varies
             for input_node, value in values
         )
 
@@ -335,7 +335,7 @@ class _Recorder(TorchFunctionMode):
         return value
 
     def _tensor(self, tensor: Tensor) -> fx.Node:
-        entry = self._known.get(id(tensor))
+        entry = self._nodes.get(id(tensor))
         if entry is not None:
             self._check_backward(tensor)
             return entry[1]
@@ -360,4 +360,4 @@ class _Recorder(TorchFunctionMode):
                 "them", "", "",
             )  # fmt: skip
         self._graph.output(self._template(learnable))
-        return Recording(self._graph, self._constants, self._origin, self._taken)
+        return Recording(self._graph, self._constants, self._origin, self._ops)

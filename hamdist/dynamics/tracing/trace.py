@@ -105,7 +105,7 @@ def traced_whole(
     with torch.random.fork_rng(devices=[]), torch.enable_grad():
         run = record(probe, {name: u.clone() for name, u in inputs.items()}, call, {""})
     batch = next(iter(inputs.values())).shape[0]
-    ops = [_of_one_run(op, batch) for op in run.taken]
+    ops = [_of_one_run(op, batch) for op in run.ops]
     if why.reason.startswith("it raised"):  # and now it did not
         reason = f"with other rows {why.reason}, so its rows are no batch"
         why = Unfollowed(reason, "", why.line)

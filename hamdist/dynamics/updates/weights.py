@@ -85,7 +85,7 @@ class Weights(Remembers):
         self._inputs = None if dynamics.inputs is None else InputWhitening(dynamics.inputs)
         self.average = None if dynamics.average is None else Average(self.theta, dynamics.average)
         self._squares: list[Tensor] = []  # v, of adaptive rates
-        self._known: tuple[float, float, AtOnce | None] | None = None  # the latest `at_once`
+        self._latest: tuple[float, float, AtOnce | None] | None = None  # the latest `at_once`
         self._fading = 1.0  # product of the shares of omega that were kept
 
     STATE: ClassVar[tuple[str, ...]] = (
@@ -146,7 +146,7 @@ class Weights(Remembers):
 
         None where theta does not move by the present gradient alone.
         """
-        latest = self._known
+        latest = self._latest
         if latest is None or latest[0] != scale or latest[1] != tau:
             permission = None
             alone = self._adaptive is None and not self._cost and self._omega_first
@@ -155,7 +155,7 @@ class Weights(Remembers):
                 gain = -self._sign * tau
                 rates = tuple(-(tau * scale) * beta * gain for beta in self._rates)
                 permission = AtOnce(rates, self._largest / abs(gain))
-            latest = self._known = (scale, tau, permission)
+            latest = self._latest = (scale, tau, permission)
         return latest[2]
 
     def move(self, g: Sequence[Gradient] | None, scale: float, tau: float) -> None:

@@ -28,7 +28,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from hamdist.dynamics.saved_state.remember import Remembers, taken
+from hamdist.dynamics.saved_state.remember import Remembers, popped
 from hamdist.dynamics.updates.rotation import Axes, Rotation
 from hamdist.dynamics.vjp.gradient import Column, Gradient, Outer, dense
 from hamdist.dynamics.vjp.layer_inputs import GradientsWithInputs, costate_rows, rows_of
@@ -134,7 +134,7 @@ class InputWhitening(Remembers):
         return {"layers": {i: layer.snapshot() for i, layer in self.layers.items()}}
 
     def restore(self, state: Mapping[str, Any]) -> None:
-        layers, _ = taken(state, "layers")
+        layers, _ = popped(state, "layers")
         self.layers = {i: InputStatistics(self.rule) for i in layers}
         for i, layer in self.layers.items():
             layer.restore(layers[i])

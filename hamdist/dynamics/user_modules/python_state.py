@@ -202,7 +202,7 @@ class Outside(Fingerprints):
         super().__init__()
         parts = [part for module in modules for part in module.modules()]
         inside = (t for part in parts for t in (part, *part._parameters.values()))
-        self._own = {id(t) for t in inside if t is not None}
+        self._inside = {id(t) for t in inside if t is not None}
         self._read: set[int] = set()
         self._names = {"forward", "backward", "setup_context"}
         self.classes: list[type] = []
@@ -266,7 +266,7 @@ class Outside(Fingerprints):
             if value.__name__.partition(".")[0] not in _LIBRARIES and not _is_installed(value):
                 for name in names & vars(value).keys():
                     self._value(f"{name!r} of {value.__name__}", vars(value)[name], set(), False)
-        elif id(value) in self._own:
+        elif id(value) in self._inside:
             self.captured.append(label)
         else:
             self._code_of(value)

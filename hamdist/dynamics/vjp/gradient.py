@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from hamdist.dynamics.native import rows
-from hamdist.dynamics.saved_state.remember import known
+from hamdist.dynamics.saved_state.remember import registered
 
 # A product of two vectors that is added to a matrix of this size or more is faster as `addr_` than
 # as `addmm_` (1024 x 1024 on a core of an EPYC 9004: 100 against 150 us; 256 x 256: 11 against 8).
@@ -60,7 +60,7 @@ class Gradients(list["Gradient | None"]):
             make(self)
 
 
-@known("Outer")
+@registered("Outer")
 @dataclass(slots=True)
 class Outer:
     """g = z^T x, of a matrix (O, I). z: (R, O), x: (R, I). moved: the weight has moved by it."""
@@ -80,7 +80,7 @@ class Outer:
             tensor.addmm_(self.z.t(), self.x, beta=beta, alpha=alpha)
 
 
-@known("Column")
+@registered("Column")
 @dataclass(slots=True)
 class Column:
     """g = sum of the rows of z, of a bias (O,). z: (R, O). moved: as in `Outer`."""
@@ -100,7 +100,7 @@ class Column:
             tensor.addmv_(self.z.t(), self.z.new_ones(rows), beta=beta, alpha=alpha)
 
 
-@known("Rows")
+@registered("Rows")
 @dataclass(slots=True)
 class TableRows:
     """g_i = sum of the rows z_r with index_r = i, of a table (N, O). index: (R,), z: (R, O)."""

@@ -150,7 +150,7 @@ class Chain(Kernel):
         for i, (op, places) in enumerate(zip(self._operations, self._places, strict=True)):
             if not places:
                 continue
-            done, of_z = bool(moved >> i & 1), native.kept(i, d)
+            done, of_z = bool(moved >> i & 1), native.saved(i, d)
             parts: tuple[Gradient, ...]
             if op.kind is OperationKind.LINEAR:
                 parts = Outer(of_z, native.read_by(i, x, inner), done), Column(of_z, done)

@@ -128,7 +128,7 @@ class Worker:
             limit = message_bytes(self._plan, channel)
             memory = self._memory(channel, channel.receiver)
             address = self._transport.bind(channel, way, limit, memory)
-            opened[i] = ReceivingEnd(address, self._mailbox.taken(channel) + 1)
+            opened[i] = ReceivingEnd(address, self._mailbox.received_count(channel) + 1)
         return opened
 
     def connect(self, ends: ReceivingEnds) -> int:
@@ -253,7 +253,7 @@ class Worker:
         self._requests.end()
         if self._snapshot_writer is not None:
             self._snapshot_writer.close()
-            report.kept = self._kept()
+            report.snapshot_news = self._snapshot_news()
         report.seconds = time.perf_counter() - started
         report.take(self._nodes, self._source, self._mailbox, self._sampler)
         report.refusals = self._refusals()
@@ -288,10 +288,10 @@ class Worker:
             others=others,
             sample=self._sampler.sample(),
             wait=self._wait(),
-            kept=self._kept(),
+            snapshot_news=self._snapshot_news(),
         )
 
-    def _kept(self) -> SnapshotNews | None:
+    def _snapshot_news(self) -> SnapshotNews | None:
         if self._snapshot_writer is None or self._sent_log is None:
             return None
         written, failure = self._snapshot_writer.collected()

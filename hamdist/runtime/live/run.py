@@ -73,7 +73,7 @@ class LiveRun:
         self._answers: dict[int, Answer] = {}
         self._parts: dict[int, dict[str, Tensor]] = {}  # answers that some readouts lack
         self._from: dict[str, int] = {}  # by readout: the first number that is not there
-        self._asked: set[int] = set()  # by predict, which takes its answer itself
+        self._predicting: set[int] = set()  # by predict, which takes its answer itself
         self._progress: Progress | None = None
         self._callbacks, self._calling = list(callbacks), False
         self._events = RunEvents(settings, listeners, reader.spec.batch)
@@ -162,7 +162,7 @@ class LiveRun:
         if self._callbacks:
             self._happened.append(answer)
         for number in list(self._answers)[: -self._stream.spec.patience]:
-            if number not in self._asked:
+            if number not in self._predicting:
                 self._answers.pop(number, None)
         self._stream.answered(news.number)
 
@@ -195,13 +195,13 @@ class LiveRun:
         if self._stream.paused:
             raise StreamError("the run is paused, so no answer comes: go_on() first")
         entry = Entry("feed", sample=self._sample(self._stream.accepted.fed, u, None, end))
-        number = self._say(entry, asks=self._asked, wait=wait)
+        number = self._say(entry, asks=self._predicting, wait=wait)
         try:
             if not self._stream.wait(lambda: number in self._answers):
                 raise StreamError(f"the run ended before the answer to sample {number}")
             return self._answers.pop(number)
         finally:
-            self._asked.discard(number)
+            self._predicting.discard(number)
 
     def teach(self, number: int, y: Any, *, wait: bool = True) -> None:
         """Give the label of an earlier sample, which passes the network once more to be learned.
@@ -275,7 +275,9 @@ class LiveRun:
             missing = any(last >= max(number, self._from.get(name, 0)) for name in readouts)
             if missing and not self._stream.paused:
                 self._stream.awaited.add(last)
-            numbers.extend(n for n in sorted(self._answers) if n >= number and n not in self._asked)
+            numbers.extend(
+                n for n in sorted(self._answers) if n >= number and n not in self._predicting
+            )
             return bool(numbers) or not (follow or missing)
 
         self._stream.wait(there)

@@ -31,9 +31,9 @@ class Answered(NamedTuple):
 
 
 class HandedOver(NamedTuple):
-    """The state of a block (`BlockState`) at the emission of a cut, by its number."""
+    """The state of a block (`BlockState`) at the emission of a snapshot, by its number."""
 
-    cut: int
+    snapshot: int
     block: str
     state: Any
 
@@ -91,8 +91,8 @@ class LiveBlock(Remembers):
             self._fed += emission.kind is Emits.SAMPLE
         if (emission.rate, apart) != (rate, self._rates[-1][2]):
             self._rates.append((emission.shown, emission.rate, apart))
-        if emission.cut:
-            self.send(HandedOver(emission.cut, self._name, state()))
+        if emission.snapshot:
+            self.send(HandedOver(emission.snapshot, self._name, state()))
         return emission
 
     def of(self, pulse: int) -> Emission | None:
@@ -147,7 +147,7 @@ class LiveBlock(Remembers):
         del self._asked[oldest]
         return oldest
 
-    def asked(self, emission: Emission) -> Tensor | None:
+    def earlier_prediction(self, emission: Emission) -> Tensor | None:
         """Return the prediction that was made when a sample came whose label has come now."""
         return self._asked.pop(emission.number, None)
 

@@ -173,7 +173,7 @@ class _Parts(BlockParts):
     def make_rule(self, rule: Rule) -> AppliedRule:
         """Make the block's rule, with weights for what it learns beside theta."""
         plan, spec, name = self._plan, self.spec, self.name
-        shapes, h = {**plan.spec.parents, **plan.shapes}, self.border.own(plan.start(name))
+        shapes, h = {**plan.spec.parents, **plan.shapes}, self.border.moved(plan.start(name))
         stochastic = draws(spec.module)
 
         def seed(use: str) -> int:
@@ -258,14 +258,14 @@ def _sequence_block(plan: Plan, p: _Parts) -> SequenceBlock | SequenceReadout:
     if p.loss is not None:
         return SequenceReadout(p, p.loss, plan.knobs.truncation)
     shape, dtype = plan.shapes[p.name]
-    h = p.border.own(torch.zeros(shape, dtype=dtype))
+    h = p.border.moved(torch.zeros(shape, dtype=dtype))
     return SequenceBlock(p, h, 0 if p.name in plan.silent else plan.knobs.truncation)
 
 
 def _hold_block(plan: Plan, p: _Parts) -> HoldBlock | HoldReadout:
     if p.loss is not None and not p.spec.state:
         return HoldReadout(p, p.loss)
-    h, knobs = p.border.own(plan.start(p.name)), plan.knobs
+    h, knobs = p.border.moved(plan.start(p.name)), plan.knobs
     if p.spec.rule is not None:
         return RelaxingBlock(p, h, p.make_rule(p.spec.rule), plan.schedule.c)
     output = output_weights = None

@@ -67,7 +67,7 @@ class Mailbox:
         self._due = inf  # the first tick at whose end a bundle has to leave
         self._sent: dict[int, int] = {}
         self._posted: dict[int, int] = {}  # signals by channel, where no log counts them
-        self._taken: dict[int, int] = {}
+        self._received: dict[int, int] = {}
         self._edges: dict[int, str] = {}
         self._encoders: dict[int, tuple[Channel, Encoder]] = {}
         self._decoders: dict[int, Decoder] = {}
@@ -85,7 +85,7 @@ class Mailbox:
     def counts(self) -> tuple[Mapping[int, int], Mapping[int, int]]:
         """Return how many signals were posted and taken here, by number of the channel."""
         log = self._sent_log
-        return (self._posted, self._taken) if log is None else (log.posted, log.taken)
+        return (self._posted, self._received) if log is None else (log.posted, log.received)
 
     @property
     def compression(self) -> CompressionMap:
@@ -133,7 +133,7 @@ class Mailbox:
                 f"on {channel} the schedule names {_words(stamp)}, but {received} was there",
             )
         if self._sent_log is None:
-            self._taken[channel.number] = self._taken.get(channel.number, 0) + 1
+            self._received[channel.number] = self._received.get(channel.number, 0) + 1
         else:
             self._sent_log.take(channel)
         if self.digests is not None:
@@ -201,9 +201,9 @@ class Mailbox:
             "encoder": None if encoder is None else encoder[1].snapshot(),
         }
 
-    def taken(self, channel: Channel) -> int:
+    def received_count(self, channel: Channel) -> int:
         """Return how many signals of `channel` were taken here."""
-        return 0 if self._sent_log is None else self._sent_log.taken.get(channel.number, 0)
+        return 0 if self._sent_log is None else self._sent_log.received.get(channel.number, 0)
 
     def received(self, channels: Collection[Channel]) -> dict[str, Tensor]:
         """Return what delta coding adds to, at the receiving ends of `channels`."""
@@ -229,7 +229,7 @@ class Mailbox:
         if sent_log is None:
             raise ValueError("a mailbox without a log of sent signals cannot go on")
         if count is not None:
-            sent_log.taken[number] = count
+            sent_log.received[number] = count
         if received is not None and channel.codec is not None:
             self._decoders[number] = Decoder(channel.codec, received)
         if state is None:

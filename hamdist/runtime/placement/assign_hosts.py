@@ -122,21 +122,21 @@ def options_of_actors(
     free = [i for i, d in enumerate(requests) if d.host is None]
     for i in bound:
         fit = [r for r in room if r.host.is_called(requests[i].host or "")]
-        rooms[i] = _taken(requests[i], shares[i], fit, room)
+        rooms[i] = _room_for(requests[i], shares[i], fit, room)
     if spread is Spread.PROFILE and speeds is not None:
         ranks = _ranks(speeds)
         for i in sorted(free, key=lambda i: -busy[i]):
             ordered = sorted(room, key=lambda r: ranks[r.host.id])
-            rooms[i] = _taken(requests[i], shares[i], ordered, room)
+            rooms[i] = _room_for(requests[i], shares[i], ordered, room)
     elif spread is Spread.SPREAD:
         for n, i in enumerate(free):
             first = n * len(room) // len(free)
             others = sorted((r for r in room if r is not room[first]), key=lambda r: r.actors)
-            rooms[i] = _taken(requests[i], shares[i], [room[first], *others], room)
+            rooms[i] = _room_for(requests[i], shares[i], [room[first], *others], room)
     elif spread is not Spread.AUTO:
         last = 0
         for i in free:
-            rooms[i] = _taken(requests[i], shares[i], [*room[last:], *room[:last]], room)
+            rooms[i] = _room_for(requests[i], shares[i], [*room[last:], *room[:last]], room)
             last = room.index(rooms[i])
     return [
         ActorOptions(
@@ -214,7 +214,7 @@ class _Room:
             self.gpus[i] -= min(gpus, 1.0)
 
 
-def _taken(
+def _room_for(
     requirements: ActorRequirements,
     gpus: float,
     order: Sequence[_Room],
@@ -228,7 +228,7 @@ def _taken(
     full = ", ".join(str(r.host) for r in order)
     others = sum(r.actors for r in everywhere)
     raise ClusterError(
-        f"no room for {_who(requirements)}, which asks for {_asked(requirements, gpus)}: {full} "
+        f"no room for {_who(requirements)}, which asks for {_request(requirements, gpus)}: {full} "
         f"{'is' if len(order) == 1 else 'are'} full with the other {others} actor(s); ask for "
         "less, use fewer actors, or add hosts"
     )
@@ -277,7 +277,7 @@ def _check(requirements: ActorRequirements, gpus: float, room: Sequence[_Room]) 
         where = f"host {requirements.host!r}" if requirements.host is not None else "any host"
         largest = "; ".join(_offer(r.host) for r in called)
         raise ClusterError(
-            f"{_who(requirements)} asks for {_asked(requirements, gpus)}, more than {where} has "
+            f"{_who(requirements)} asks for {_request(requirements, gpus)}, more than {where} has "
             f"({largest}); ask for less"
         )
 
@@ -319,7 +319,7 @@ def _who(requirements: ActorRequirements) -> str:
     return f"the actor of {noun} {', '.join(requirements.blocks)}"
 
 
-def _asked(requirements: ActorRequirements, gpus: float) -> str:
+def _request(requirements: ActorRequirements, gpus: float) -> str:
     parts = [f"{requirements.cpus:g} CPU(s)"]
     parts += [f"{gpus:g} GPU(s)"] if gpus else []
     parts += [f"{value:g} {name}" for name, value in requirements.resources.items()]

@@ -95,7 +95,7 @@ def with_cast_plans(
     return probed, with_inputs, cast_plans
 
 
-def taken(cast_plans: Mapping[str, CastPlan]) -> dict[int, torch.dtype]:
+def received_dtypes(cast_plans: Mapping[str, CastPlan]) -> dict[int, torch.dtype]:
     """Return the type in which each edge's child takes it and sends messages, by edge."""
     return {
         edge: dtype for cast_plan in cast_plans.values() for edge, dtype in cast_plan.inputs.items()

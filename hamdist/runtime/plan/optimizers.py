@@ -73,7 +73,7 @@ def plan_optimizers(
 
 def _trained(graph: Graph, block: str) -> dict[str, nn.Parameter]:
     """The weights that a block moves, as parameters that share their memory."""
-    shared = graph.borrowed(block)
+    shared = graph.foreign_weights(block)
     named = graph.blocks[block].module.named_parameters()
     return {n: nn.Parameter(p.data) for n, p in named if p.requires_grad and n not in shared}
 

@@ -43,7 +43,7 @@ from hamdist.runtime.plan.checks import (
     why_one_length,
     with_classes,
 )
-from hamdist.runtime.plan.dtypes import taken, with_cast_plans
+from hamdist.runtime.plan.dtypes import received_dtypes, with_cast_plans
 from hamdist.runtime.plan.heads import Heads, plan_heads
 from hamdist.runtime.plan.microbatches import cut_batches
 from hamdist.runtime.plan.optimizers import plan_optimizers
@@ -329,7 +329,7 @@ def make_plan(
             signals,
             settings.engine,
             reversible,
-            taken(cast_plans),
+            received_dtypes(cast_plans),
             settings.seed,
         ),
         shapes=shapes,

@@ -26,7 +26,7 @@ REMEDY = (
 
 
 @lru_cache(maxsize=1)
-def _own() -> str:
+def _local_token() -> str:
     """Return the token of all local Rays of this process, which Ray reads once."""
     return secrets.token_hex(32)
 
@@ -42,7 +42,7 @@ def own_token(folder: str) -> Iterator[None]:
         return
     path = os.path.join(folder, "token")
     with os.fdopen(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "w") as file:
-        file.write(_own())
+        file.write(_local_token())
     os.environ[FILE] = path
     try:
         yield

@@ -45,13 +45,13 @@ class HeadWatch:
     """Detects the loss of a joined cluster's head, before Ray ends this process for it."""
 
     def __init__(self) -> None:
-        self._asked = self._answered = time.monotonic()
+        self._sent = self._answered = time.monotonic()
 
     def lost(self, address: str, now: float) -> bool:
         """Test at intervals whether the head's address accepts connections: True if it has not for
         HEAD_SECONDS. now: as of `time.monotonic`."""
-        if now - self._asked >= HEAD_SECONDS / 5:
-            self._asked = now
+        if now - self._sent >= HEAD_SECONDS / 5:
+            self._sent = now
             if answers(address):
                 self._answered = now
         return now - self._answered >= HEAD_SECONDS

@@ -77,7 +77,7 @@ class RayEngine:
             notes += token_notes(plan.engine)
             outcome = _Watch(plan, worker_group, on_progress).to_the_end()
             refusals = [refusal for report in worker_group.reports() for refusal in report.refusals]
-            notes += lending_notes(plan.engine, worker_group.lent, refusals)
+            notes += lending_notes(plan.engine, worker_group.gpu_channels, refusals)
             outcome.startup = startup.seconds
             if measured is not None and measured.model is not None and predicts(plan):
                 outcome.predicted = worker_group.predicted(replace(measured.model, plan=plan))
@@ -254,7 +254,9 @@ class _Watch:
                         block=block,
                         tick=status.ticks.get(block, 0) if status is not None else 0,
                         updates=status.updates.get(block, 0) if status is not None else 0,
-                        waiting=wait.what if wait is not None and wait.waiter == block else None,
+                        waiting=wait.waits_for
+                        if wait is not None and wait.waiter == block
+                        else None,
                     )
                 )
         # An actor that is replaced begins behind where it was: what was reached stays reached.

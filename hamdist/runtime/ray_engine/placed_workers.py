@@ -74,7 +74,7 @@ class PlacedWorkers:
         self.arithmetic = [plan.arithmetic]  # of all kinds of processes that the run has had
         self.notes: list[str] = []  # what there is to say of the actors before the first tick
         self.local_forgot = False  # as WorkerHandle.forgot, of a stream in this process
-        self.lent = 0  # channels between GPUs of one host, at the start
+        self.gpu_channels = 0  # channels between GPUs of one host, at the start
         self.links: dict[tuple[int, int], Link] = {}  # by pair of actors, if they were measured
         # Told of an actor that died, or ended with an error; answers whether it is replaced.
         self.on_lost: Callable[[WorkerHandle, HamdistError | None, HamdistError], bool] | None = (
@@ -335,9 +335,9 @@ class WorkerHandle:
     def note(self, status: WorkerStatus) -> None:
         """Keep what a worker reports of itself."""
         self.status = status
-        if status.kept is not None:
-            self.snapshot_news.append(status.kept)
-            self.kept_bytes, self.forgot = status.kept.nbytes, status.kept.forgot
+        if status.snapshot_news is not None:
+            self.snapshot_news.append(status.snapshot_news)
+            self.kept_bytes, self.forgot = status.snapshot_news.nbytes, status.snapshot_news.forgot
         self.windows = [*self.windows[: status.first], *status.windows]
         self.joined = status.joined
 

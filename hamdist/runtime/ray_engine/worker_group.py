@@ -81,15 +81,15 @@ class WorkerGroup(WiredWorkers):
         if self._local is not None:
             self._local.complete(tick)
 
-    def kept(self) -> list[SnapshotNews]:
+    def new_snapshot_news(self) -> list[SnapshotNews]:
         """Return the snapshot news of all actors since the last call."""
         all_news = [news for actor in self.actors for news in actor.snapshot_news]
         for actor in self.actors:
             actor.snapshot_news.clear()
         if self._local is not None:
             status = self._local.status(0, None)
-            all_news += [] if status.kept is None else [status.kept]
-            self.local_forgot = status.kept is not None and status.kept.forgot
+            all_news += [] if status.snapshot_news is None else [status.snapshot_news]
+            self.local_forgot = status.snapshot_news is not None and status.snapshot_news.forgot
         return all_news
 
     def start(self) -> None:
@@ -149,8 +149,8 @@ class WorkerGroup(WiredWorkers):
                 f"{actor} ended before its time: it was called off by nobody"
             )
         if report is None or report.error is None:
-            if report is not None and report.kept is not None:
-                actor.snapshot_news.append(report.kept)
+            if report is not None and report.snapshot_news is not None:
+                actor.snapshot_news.append(report.snapshot_news)
             return
         if self.on_lost is not None and self.on_lost(actor, report.error, report.error):
             actor.report = actor.running = None

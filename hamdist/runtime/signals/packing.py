@@ -105,7 +105,7 @@ class Packer:
     def __init__(self, run: int, channel: Channel) -> None:
         self._run = run
         self._channel = channel
-        self._made: dict[tuple[Any, ...], tuple[bytes, bytes]] = {}
+        self._templates: dict[tuple[Any, ...], tuple[bytes, bytes]] = {}
         self._forms: dict[tuple[Any, ...], WireForm] = {}
         self._seen: dict[bytes, tuple[int, WireForm | None]] = {}
 
@@ -134,14 +134,14 @@ class Packer:
             | (0 if index is None else APART)
         )
         key = (flags, form)
-        template = self._made.get(key)
+        template = self._templates.get(key)
         if template is None:
             shape = () if form is None else form.shape
             code = 0 if form is None else _CODES[form.dtype]
             number, kind = self._channel.number, self._channel.kind
             fixed = (MAGIC, FORMAT, kind, flags, code, len(shape), self._run, number)
             template = _FIXED.pack(*fixed), struct.pack(f"<{len(shape)}q", *shape)
-            _remember(self._made, key, template)
+            _remember(self._templates, key, template)
         return template[0] + _VARYING.pack(index or 0, *signal.stamp) + template[1]
 
     def read(self, message: bytes, at: int) -> Packed:

@@ -35,13 +35,13 @@ def differences(snapshot: Snapshot, plan: Plan, settings: Settings) -> list[str]
 
     The list is empty if the snapshot is of the same network at the same level.
     """
-    now, before = _given(fingerprint(plan, settings)), _given(snapshot.manifest.network)
+    now, before = _set_knobs(fingerprint(plan, settings)), _set_knobs(snapshot.manifest.network)
     if snapshot.manifest.format not in STATE_FORMATS:
         return ["the format of states"]
     return sorted(name for name in {*now, *before} if now.get(name) != before.get(name))
 
 
-def _given(network: Mapping[str, Any]) -> dict[str, Any]:
+def _set_knobs(network: Mapping[str, Any]) -> dict[str, Any]:
     """Return a fingerprint without knobs left to the level, of which later versions have more, and
     with those settings of metrics alone that are in the state.
     """
@@ -141,7 +141,7 @@ def weights_of(snapshot: Snapshot, graph: Graph, *, averaged: bool = False) -> n
     fit.
     """
     states = {
-        name: _weights(snapshot.state(name), block, graph.borrowed(name), averaged=averaged)
+        name: _weights(snapshot.state(name), block, graph.foreign_weights(name), averaged=averaged)
         for name, block in graph.blocks.items()
     }
     try:
@@ -208,10 +208,12 @@ def graph_with_weights(graph: Graph, snapshot: Snapshot) -> Graph:
     graph_copy = graph.copy()
     try:
         for name, block in graph_copy.blocks.items():
-            state = _weights(snapshot.state(name), block, graph_copy.borrowed(name), averaged=False)
+            state = _weights(
+                snapshot.state(name), block, graph_copy.foreign_weights(name), averaged=False
+            )
             of_output = {k: t for k, t in state.items() if k.startswith(OUTPUT_KEY)}
             rest = {k: t for k, t in state.items() if k not in of_output}
-            strict = not graph_copy.borrowed(name)
+            strict = not graph_copy.foreign_weights(name)
             block.module.load_state_dict(rest, strict=strict)
             if block.output is not None:
                 output_weights = {k.removeprefix(OUTPUT_KEY): t for k, t in of_output.items()}

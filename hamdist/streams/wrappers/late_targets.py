@@ -241,7 +241,7 @@ class LateLabels(_LateTargets):
         self, stream: Stream, delay: int | None = None, *, patience: int = 64, kept: bool = False
     ) -> None:
         super().__init__(stream, delay, patience if delay is None else max(1, delay))
-        self._kept = kept
+        self._keeps_traces = kept
 
     @property
     def spec(self) -> SampleSpec:
@@ -250,7 +250,7 @@ class LateLabels(_LateTargets):
         # their number is known.
         emissions = None if self._delay is None else 2
         spec, most = self._stream.spec, self._patience
-        return replace(spec, patience=most, kept=self._kept, emissions=emissions)
+        return replace(spec, patience=most, kept=self._keeps_traces, emissions=emissions)
 
     def samples(self) -> Iterator[Sample]:
         """Yield the emissions from the first one on: samples, and earlier ones with targets."""

@@ -424,4 +424,4 @@ def test_two_snapshots_under_way(tmp_path):
         assert (manifest.tick, manifest.samples, manifest.passed) == (tick, samples, samples // 2)
         assert set(manifest.parts) == {INPUT, *blocks}
     assert put(10, others) is None  # what comes late is let go
-    assert not catalogue._taken
+    assert not catalogue._partial

@@ -89,7 +89,7 @@ def files(folder: Path) -> list[Path]:
     return paths
 
 
-def made(kind: str) -> Iterator[Check]:
+def shipped_checks(kind: str) -> Iterator[Check]:
     """Yield the checks of the shipped files of a kind that tests/study/verify/oracles.py made."""
     for path in files(shipped() / "autograd"):
         if kind_of(read(path)) == kind:

@@ -57,7 +57,7 @@ def checks(full: bool) -> Generator[Check, None, None]:
             BOUND,
             partial(_trained, blocks, depth, items),
         )
-    yield from golden.made("leapfrog")
+    yield from golden.shipped_checks("leapfrog")
 
 
 # -- networks --------------------------------------------------------------------------------------
