@@ -98,7 +98,7 @@ class FakeCrew:
     def complete(self, tick):
         self.completed.append(tick)
 
-    def kept(self):
+    def new_snapshot_news(self):
         told, self.told = self.told, []
         return told
 
