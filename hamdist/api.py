@@ -130,8 +130,18 @@ def train(
 
 
 def _named(trackers: Sequence[str | EventListener]) -> dict[str, Any]:
-    """Return the names among trackers as the field of settings; nothing if there are none."""
-    names = [tracker for tracker in trackers if isinstance(tracker, str)]
+    """Return the names among trackers as the field of settings; nothing if there are none.
+
+    Raises SettingsError for what is neither a name nor a function.
+    """
+    if isinstance(trackers, str) or not isinstance(trackers, Sequence):
+        raise SettingsError(f"trackers: give a list of names and functions, not {trackers!r}")
+    for tracker in trackers:
+        if not (isinstance(tracker, str) or callable(tracker)):
+            raise SettingsError(
+                f"trackers: {tracker!r} is neither a name nor a function of an event"
+            )
+    names = [one for one in trackers if isinstance(one, str)]
     return {"trackers": names} if names else {}
 
 

@@ -43,11 +43,7 @@ class RunDisplay:
     """
 
     def __init__(
-        self,
-        console: Console,
-        *,
-        live: bool = True,
-        plain: Callable[[str], object] | None = None,
+        self, console: Console, *, live: bool = True, plain: Callable[[str], object] | None = None
     ) -> None:
         self._plain = plain
         self._live: Live | None = None

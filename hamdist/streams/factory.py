@@ -194,13 +194,7 @@ def _sequences(settings: StreamSettings, seed: int) -> Stream:
     ids, labels = _last_tokens(texts.train, vocabulary, sequences.length), classes_of(texts.train)
     every = sequences.targets is LabelledTokens.EVERY
     return TokenStream(
-        ids,
-        labels,
-        settings.batch,
-        seed,
-        classes=len(CLASSES),
-        tokens=len(vocabulary),
-        every=every,
+        ids, labels, settings.batch, seed, classes=len(CLASSES), tokens=len(vocabulary), every=every
     )
 
 

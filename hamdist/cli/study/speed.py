@@ -44,8 +44,7 @@ def speed(
         str | None, typer.Option("--streams", metavar="A,B", help="static, smooth, random.")
     ] = None,
     seeds: Annotated[
-        int | None,
-        typer.Option("--seeds", min=1, help="How many seeds.", show_default="2"),
+        int | None, typer.Option("--seeds", min=1, help="How many seeds.", show_default="2")
     ] = None,
     depth: Annotated[
         int | None,

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from hamdist.dynamics.blocks.readout_loss import Reading
-from hamdist.dynamics.saved_state.remember import Remembers, registered
+from hamdist.dynamics.saved_state.stateful import Stateful, registered
 
 LIMIT = 1 << 17
 LIMIT_BYTES = 1 << 28
@@ -72,7 +72,7 @@ class _Entry:
     target: Tensor | None
 
 
-class Recorder(Remembers):
+class Recorder(Stateful):
     """Keeps an entry every `every` ticks, in constant memory.
 
     With LIMIT entries, or LIMIT_BYTES of tensors, every second one is dropped and `every` doubles.

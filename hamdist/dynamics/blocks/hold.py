@@ -16,7 +16,7 @@ from hamdist.dynamics.blocks.block import Block, BlockParts, SavesPasses
 from hamdist.dynamics.blocks.energy import Energy
 from hamdist.dynamics.blocks.gate import RetrospectiveInput
 from hamdist.dynamics.blocks.readout_loss import Reading, ReadoutLoss, plain, scaled, total
-from hamdist.dynamics.saved_state.remember import registered
+from hamdist.dynamics.saved_state.stateful import registered
 from hamdist.dynamics.updates.weights import Weights
 from hamdist.dynamics.vjp.gradient import Gradient
 from hamdist.dynamics.vjp.local_function import ForwardRecord, LocalFunction

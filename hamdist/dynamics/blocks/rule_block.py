@@ -18,7 +18,7 @@ from hamdist.dynamics.blocks.pulse import PulseReadout
 from hamdist.dynamics.blocks.readout_loss import Reading, ReadoutLoss, plain, scaled, total
 from hamdist.dynamics.finite import Scale
 from hamdist.dynamics.rules.rule import MEMORY, BlockView, Rule, Updates
-from hamdist.dynamics.saved_state.remember import Packing, Remembers, check_names
+from hamdist.dynamics.saved_state.stateful import Packing, Stateful, check_names
 from hamdist.dynamics.updates.weights import Weights
 from hamdist.dynamics.vjp.gradient import norm_of
 from hamdist.errors import GraphError, SnapshotError
@@ -30,7 +30,7 @@ RETURNS = {
 }
 
 
-class AppliedRule(Remembers):
+class AppliedRule(Stateful):
     """A rule on one block: calls it, checks what it returns, and moves the memory that learns."""
 
     def __init__(self, rule: Rule, view: BlockView) -> None:
@@ -49,15 +49,15 @@ class AppliedRule(Remembers):
         """Take the steps of the memory that learns. scale: of beta, by sample."""
         self.weights, self._scale = weights, scale
 
-    def snapshot(self) -> dict[str, Any]:
-        return {"memory": self.view.memory, "weights": self.weights.snapshot()}
+    def state_dict(self) -> dict[str, Any]:
+        return {"memory": self.view.memory, "weights": self.weights.state_dict()}
 
-    def restore(self, state: Mapping[str, Any]) -> None:
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
         check_names("rule", state, ("memory", "weights"))
         for name, tensor in self.learned.items():
             tensor.copy_(state["memory"][name])
         self.view.memory = {**state["memory"], **self.learned}
-        self.weights.restore(state["weights"])
+        self.weights.load_state_dict(state["weights"])
 
     def check_plain(self, method: str, value: object) -> None:
         """Raise GraphError unless `value`, which `method` has left, is plain data."""

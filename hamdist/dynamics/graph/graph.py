@@ -236,12 +236,11 @@ class Graph:
         """Return the names of the weights by block, those of an output module behind `output:`."""
         names = {}
         for name, block in self.blocks.items():
-            learning = [n for n, p in block.module.named_parameters() if p.requires_grad]
-            if block.output is not None:
-                outer = block.output.named_parameters()
-                learning += [OUTPUT_KEY + n for n, p in outer if p.requires_grad]
+            weights = [
+                (p + n, w) for p, m in block.modules.items() for n, w in m.named_parameters()
+            ]
             foreign = self.foreign_weights(name)
-            names[name] = [n for n in learning if n not in foreign]
+            names[name] = [n for n, w in weights if w.requires_grad and n not in foreign]
         return names
 
     def foreign_weights(self, block: str) -> set[str]:

@@ -11,10 +11,7 @@ from torch import Tensor, nn
 from hamdist.dynamics.graph.graph import INPUT, OUTPUT_KEY, Graph, ShapeMap
 from hamdist.dynamics.graph.inputs import NetworkInputs, by_parent
 from hamdist.dynamics.graph.shapes import declared_dtype
-from hamdist.dynamics.graph.spec import (
-    BlockSpec,
-    combined,
-)
+from hamdist.dynamics.graph.spec import BlockSpec, combined
 from hamdist.dynamics.graph.ties import names_of
 from hamdist.dynamics.user_modules.copies import copied
 from hamdist.errors import GraphError
@@ -198,8 +195,11 @@ def merged_module(
 
 def _merged_name(graph: Graph, block: str, key: str) -> str:
     """Return the name that `key` of a block has in the merged module."""
-    if graph.original is not None:
-        return key
+    return name_in_merged_graph(block, key) if graph.original is None else key
+
+
+def name_in_merged_graph(block: str, key: str) -> str:
+    """Return the name that `key` of a block has in a `MergedGraph`."""
     part = "output" if key.startswith(OUTPUT_KEY) else "module"
     return f"blocks.{block}.{part}.{key.removeprefix(OUTPUT_KEY)}"
 

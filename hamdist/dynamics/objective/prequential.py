@@ -11,7 +11,7 @@ from torch import Tensor
 
 from hamdist.config import IGNORE_INDEX
 from hamdist.dynamics.objective.losses import class_axis
-from hamdist.dynamics.saved_state.remember import Remembers, registered
+from hamdist.dynamics.saved_state.stateful import Stateful, registered
 
 AT_ONCE = 64  # samples that are counted together
 SMALL = 4096  # numbers of a prediction, up to which it is kept until then
@@ -95,7 +95,7 @@ class _Look(NamedTuple):
     loss: Tensor
 
 
-class Prequential(Remembers):
+class Prequential(Stateful):
     """Collects a readout's losses into windows of `every` samples.
 
     With `limit` windows kept, neighbours are joined (`joined` times by now): an endless stream is

@@ -8,7 +8,7 @@ from itertools import count
 from typing import NamedTuple, Protocol
 
 from hamdist.dynamics.graph.graph import Edge
-from hamdist.dynamics.saved_state.remember import registered
+from hamdist.dynamics.saved_state.stateful import registered
 from hamdist.dynamics.schedule.microbatches import Pulses
 
 

@@ -132,9 +132,13 @@ def make_locality(level: Level, overrides: LocalityOverrides) -> Locality:
         overridden = {**fields, "credit": base.credit, **overridden}
         if base is _SEQUENCE:
             overridden = {"speed": base.speed, **overridden}
-    needed = tuple(method for knob, method in _ASKS.items() if knob in overridden)
+    needed = {knob: made for knob, made in _ASKS.items() if knob in overridden}
+    implied = ""
     if needed and "compensation" not in overridden:
-        overridden["compensation"] = needed
+        overridden["compensation"] = tuple(needed.values())
+        implied = "".join(
+            f"locality.{k} stands for compensation {c.value!r}; " for k, c in needed.items()
+        )
     if Compensation.WEIGHT_PREDICTION in overridden.get("compensation", ()):
         overridden.setdefault("memory", Memory.TRACE_WEIGHTS)
     if overridden.get("double_buffered"):
@@ -143,7 +147,7 @@ def make_locality(level: Level, overrides: LocalityOverrides) -> Locality:
         overridden["gate"] = STILL if overridden["gate"] else None
     knobs = replace(PRESETS[level], **overridden)
     for reason in _contradictions(knobs):
-        raise LevelError(f"level {level.value!r} cannot run with these knobs: {reason}")
+        raise LevelError(f"level {level.value!r} cannot run with these knobs: {implied}{reason}")
     return knobs
 
 

@@ -45,11 +45,7 @@ class Flow:
     """
 
     def __init__(
-        self,
-        trace: Trace,
-        model: nn.Module,
-        outputs: Sequence[Value],
-        together: str | None = None,
+        self, trace: Trace, model: nn.Module, outputs: Sequence[Value], together: str | None = None
     ) -> None:
         self._together = together
         self.trace = trace

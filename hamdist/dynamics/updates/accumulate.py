@@ -13,7 +13,7 @@ from typing import TypeAlias
 import torch
 from torch import Tensor
 
-from hamdist.dynamics.saved_state.remember import Remembers
+from hamdist.dynamics.saved_state.stateful import Stateful
 from hamdist.dynamics.vjp.gradient import (
     Column,
     Factors,
@@ -28,7 +28,7 @@ from hamdist.dynamics.vjp.gradient import (
 Copies: TypeAlias = dict[tuple[int, ...], Tensor]  # by the identities of what was copied
 
 
-class GradientSum(Remembers):
+class GradientSum(Stateful):
     """The sum of the gradients of a function's weights, in separate memory."""
 
     def __init__(self) -> None:

@@ -27,7 +27,7 @@ from torch.optim.lr_scheduler import LRScheduler, ReduceLROnPlateau
 from hamdist.config import MUON, VECTORS, OptimizerSettings, Order, optimizer_class
 from hamdist.dynamics.finite import OutOfRange, Scale
 from hamdist.dynamics.graph.patterns import fitting
-from hamdist.dynamics.saved_state.remember import Remembers, check_names
+from hamdist.dynamics.saved_state.stateful import Stateful, check_names
 from hamdist.dynamics.updates.constants import Dynamics
 from hamdist.dynamics.updates.weights import Weights
 from hamdist.dynamics.vjp.gradient import AtOnce, Gradient, dense
@@ -187,7 +187,7 @@ def _fits(name: str, p: Tensor, pattern: str) -> bool:
     return p.ndim < 2 if pattern == VECTORS else fitting(name, [pattern]) is not None
 
 
-class BlockOptimizers(Remembers):
+class BlockOptimizers(Stateful):
     """The optimisers of one block, and their schedulers.
 
     Their state is what `state_dict` says, with weights by name instead of by number. A run that
@@ -202,8 +202,8 @@ class BlockOptimizers(Remembers):
         self._schedulers = rule.schedulers(block, self.optimizers)
         self._item = 0  # which the schedulers stand at
         self._began: Any = None  # the arguments that they were made with
-        state = self.snapshot()
-        groups = [opt["param_groups"] for opt in state["optimizers"]]
+        state = self.state_dict()
+        groups = [one["param_groups"] for one in state["optimizers"]]
         self._began = copy.deepcopy([groups, state["schedulers"]])
 
     def step(self, gradients: Sequence[Tensor], scale: float) -> None:
@@ -238,7 +238,7 @@ class BlockOptimizers(Remembers):
                     opt.step()
             self._item += 1
 
-    def snapshot(self) -> dict[str, Any]:
+    def state_dict(self) -> dict[str, Any]:
         """Return the state by the weights' names, in tensors that later steps overwrite."""
         return {
             "kinds": [type(opt).__name__ for opt in self.optimizers],
@@ -248,7 +248,7 @@ class BlockOptimizers(Remembers):
             "item": self._item,
         }
 
-    def restore(self, state: Mapping[str, Any]) -> None:
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Continue from `state`; raise SnapshotError where it is of other weights."""
         check_names("optimiser", state, ("kinds", "optimizers", "schedulers", "began", "item"))
         alike = state["began"] == self._began

@@ -31,7 +31,7 @@ from typing import TypeAlias
 import torch
 from torch import Tensor
 
-from hamdist.dynamics.saved_state.remember import Remembers
+from hamdist.dynamics.saved_state.stateful import Stateful
 
 Pair: TypeAlias = "list[Tensor | None]"  # of the costates (O, O) and the inputs (I, I)
 
@@ -54,7 +54,7 @@ def eigenvectors(factors: Pair) -> Pair:
     return bases
 
 
-class Rotation(Remembers):
+class Rotation(Stateful):
     """The axes of one layer: `bases` (Q_B, Q_A), and the `factors` that the next will be of."""
 
     STATE = ("bases", "factors")

@@ -29,7 +29,7 @@ from torch import Tensor
 
 from hamdist.config import AdaptiveSettings, Order
 from hamdist.dynamics.finite import OutOfRange, Scale
-from hamdist.dynamics.saved_state.remember import Remembers
+from hamdist.dynamics.saved_state.stateful import Stateful
 from hamdist.dynamics.updates.average import Average
 from hamdist.dynamics.updates.constants import Dynamics
 from hamdist.dynamics.updates.rotation import NO_AXES
@@ -48,7 +48,7 @@ from hamdist.dynamics.vjp.gradient import (
 )
 
 
-class Weights(Remembers):
+class Weights(Stateful):
     """theta (moved in place) and omega, as lists in the order of the function's parameters.
 
     names: of the parameters, where their rates beta differ. average: of the weights, or None.
@@ -94,13 +94,13 @@ class Weights(Remembers):
     )
     ADDED: ClassVar[Mapping[str, Any]] = {"_first_cost": None}
 
-    def snapshot(self) -> dict[str, Any]:
+    def state_dict(self) -> dict[str, Any]:
         """Return all but theta, which is in the state of the local function.
 
         omega stays in factors where it is: the order 'simultaneous' moves theta by them in the next
         tick.
         """
-        state = super().snapshot()
+        state = super().state_dict()
         if self._factors is not None:
             state["_factors"] = self._settled()
         return state
@@ -117,8 +117,8 @@ class Weights(Remembers):
         g, gain = self._settled()
         return abs(gain) * norm_of(g) if g else norm_of(self._omega or ())
 
-    def restore(self, state: Mapping[str, Any]) -> None:
-        super().restore(state)
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        super().load_state_dict(state)
         self._mine = False
 
     @property

@@ -28,7 +28,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from hamdist.dynamics.saved_state.remember import Remembers, popped
+from hamdist.dynamics.saved_state.stateful import Stateful, popped
 from hamdist.dynamics.updates.rotation import Axes, Rotation
 from hamdist.dynamics.vjp.gradient import Column, Gradient, Outer, dense
 from hamdist.dynamics.vjp.layer_inputs import GradientsWithInputs, costate_rows, rows_of
@@ -50,7 +50,7 @@ class Whitening:
     costates: bool = False
 
 
-class InputStatistics(Remembers):
+class InputStatistics(Stateful):
     """mu (I,), A (I, I), P (I, I) of the inputs of one layer, after so many `updates`.
 
     B (O, O): `outer`, of its costates. bias: place of the layer's.
@@ -70,7 +70,7 @@ class InputStatistics(Remembers):
     ADDED: ClassVar[Mapping[str, Any]] = {
         "outer": None,
         "bias": -1,
-        "rotation": Rotation().snapshot(),
+        "rotation": Rotation().state_dict(),
     }
 
     def see(self, x: Tensor, z: Tensor | None = None) -> None:
@@ -118,7 +118,7 @@ class InputStatistics(Remembers):
         return Outer(g.z, x), Column(g.z * (1 - torch.mv(x, self.mean)).unsqueeze(1))
 
 
-class InputWhitening(Remembers):
+class InputWhitening(Stateful):
     """Whitening of all linear layers of a local function.
 
     That is of layers whose gradients come as factors, or with the inputs of the layer
@@ -130,14 +130,14 @@ class InputWhitening(Remembers):
         self.rule = rule
         self.layers: dict[int, InputStatistics] = {}  # by the place of the weight
 
-    def snapshot(self) -> dict[str, Any]:
-        return {"layers": {i: layer.snapshot() for i, layer in self.layers.items()}}
+    def state_dict(self) -> dict[str, Any]:
+        return {"layers": {i: layer.state_dict() for i, layer in self.layers.items()}}
 
-    def restore(self, state: Mapping[str, Any]) -> None:
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
         layers, _ = popped(state, "layers")
         self.layers = {i: InputStatistics(self.rule) for i in layers}
         for i, layer in self.layers.items():
-            layer.restore(layers[i])
+            layer.load_state_dict(layers[i])
 
     def applied(self, g: Sequence[Gradient]) -> list[Gradient]:
         """Return the gradients of one update as they are used, in the order of the weights.

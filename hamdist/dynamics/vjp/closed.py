@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from hamdist.dynamics.graph.graph import Combine, combined
-from hamdist.dynamics.saved_state.remember import Slot, check_names, fill, nested_slots
+from hamdist.dynamics.saved_state.stateful import Slot, check_names, fill, nested_slots
 from hamdist.dynamics.vjp.gradient import AtOnce, Gradient, Gradients
 from hamdist.dynamics.vjp.kernels import KeptTensors
 from hamdist.dynamics.vjp.local_function import ModuleFunction

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from hamdist.dynamics.native import rows
-from hamdist.dynamics.saved_state.remember import registered
+from hamdist.dynamics.saved_state.stateful import registered
 
 # A product of two vectors that is added to a matrix of this size or more is faster as `addr_` than
 # as `addmm_` (1024 x 1024 on a core of an EPYC 9004: 100 against 150 us; 256 x 256: 11 against 8).

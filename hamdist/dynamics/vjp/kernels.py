@@ -195,9 +195,7 @@ class FromInput(Unary):
     """An elementwise operation whose derivative follows from its input: df/dx z = back(z, x)."""
 
     def __init__(
-        self,
-        run: Callable[[Tensor], Tensor],
-        back: Callable[[Tensor, Tensor], Tensor],
+        self, run: Callable[[Tensor], Tensor], back: Callable[[Tensor, Tensor], Tensor]
     ) -> None:
         self._run = run
         self._back = back

@@ -12,12 +12,7 @@ from collections.abc import Sequence
 import torch
 from torch import Size, Tensor, int64
 
-from hamdist.dynamics.native.chain import (
-    MOST,
-    NativeChain,
-    Operation,
-    OperationKind,
-)
+from hamdist.dynamics.native.chain import MOST, NativeChain, Operation, OperationKind
 from hamdist.dynamics.native.rows import reads as is_readable
 from hamdist.dynamics.vjp.gradient import AtOnce, Column, Gradient, Gradients, Outer, TableRows
 from hamdist.dynamics.vjp.kernels import KeptTensors, Kernel, Reshape, like

@@ -12,14 +12,14 @@ from torch import Tensor, nn
 from torch.nn.modules.dropout import _DropoutNd
 
 from hamdist.dynamics.objective.losses import CrossEntropy, LossFunction, mse
-from hamdist.dynamics.saved_state.remember import Remembers, check_names
+from hamdist.dynamics.saved_state.stateful import Stateful, check_names
 from hamdist.dynamics.tracing.traced_module import TracedModule
 from hamdist.errors import SnapshotError
 
 _RANDOM = (_DropoutNd, nn.RReLU, nn.FractionalMaxPool2d, nn.FractionalMaxPool3d)
 
 
-class OwnGenerator(Remembers):
+class OwnGenerator(Stateful):
     """Context in which torch's random numbers come from a separate generator.
 
     It continues where it stopped, and leaves the generators outside unchanged. device: of the
@@ -34,11 +34,11 @@ class OwnGenerator(Remembers):
             self._inside_gpu = torch.Generator(self._gpu).manual_seed(seed).get_state()
             self._outside_gpu = self._inside_gpu
 
-    def snapshot(self) -> dict[str, Any]:
+    def state_dict(self) -> dict[str, Any]:
         """Return the state of the generator; on a GPU that of its generator, too."""
         return {"cpu": self._inside, "gpu": None if self._gpu is None else self._inside_gpu}
 
-    def restore(self, state: Mapping[str, Any]) -> None:
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
         check_names(type(self).__name__, state, ("cpu", "gpu"))
         try:
             torch.Generator().set_state(state["cpu"])

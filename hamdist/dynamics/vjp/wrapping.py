@@ -17,7 +17,7 @@ from torch import Tensor
 
 from hamdist.dynamics.graph.graph import Joining
 from hamdist.dynamics.graph.ties import names_of
-from hamdist.dynamics.saved_state.remember import check_names
+from hamdist.dynamics.saved_state.stateful import check_names
 from hamdist.dynamics.vjp.gradient import AtOnce, Gradient, Gradients, dense
 from hamdist.dynamics.vjp.local_function import LocalFunction
 
@@ -29,13 +29,13 @@ class WrappingFunction(LocalFunction):
         super().__init__(inner.module, names, theta)
         self.inner = inner
 
-    def snapshot(self) -> dict[str, Any]:
+    def state_dict(self) -> dict[str, Any]:
         """Return the state of `inner`."""
-        return self.inner.snapshot()
+        return self.inner.state_dict()
 
-    def restore(self, state: Mapping[str, Any]) -> None:
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Continue from `state`."""
-        self.inner.restore(state)
+        self.inner.load_state_dict(state)
 
     def forward(self, inputs: Sequence[Tensor], wanted: Sequence[bool]) -> Any:
         return self.inner.forward(inputs, wanted)
@@ -55,12 +55,12 @@ class JoinedFunction(WrappingFunction):
         self._joining = joining
         self._sizes: list[list[int]] = []  # by join, along its axis
 
-    def snapshot(self) -> dict[str, Any]:
-        return {"inner": self.inner.snapshot(), "sizes": self._sizes}
+    def state_dict(self) -> dict[str, Any]:
+        return {"inner": self.inner.state_dict(), "sizes": self._sizes}
 
-    def restore(self, state: Mapping[str, Any]) -> None:
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
         check_names("joined cell", state, ("inner", "sizes"))
-        self.inner.restore(state["inner"])
+        self.inner.load_state_dict(state["inner"])
         self._sizes = state["sizes"]
 
     def forward(self, inputs: Sequence[Tensor], wanted: Sequence[bool]) -> Any:

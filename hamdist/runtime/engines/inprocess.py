@@ -125,11 +125,7 @@ class InProcessEngine:
                 node.live.send = live.send
             live.look = lambda: {n.name: n.state() for n in nodes}
 
-        with (
-            torch_threads(plan.engine.threads),
-            ending,
-            snapshot_policy or nullcontext(),
-        ):
+        with torch_threads(plan.engine.threads), ending, snapshot_policy or nullcontext():
             try:
                 action = None if snapshot_policy is None else snapshot_policy.snapshot_writer
                 run_loop(

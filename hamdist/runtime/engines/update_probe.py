@@ -24,8 +24,7 @@ import torch
 from torch import Tensor
 
 from hamdist.dynamics.blocks.rule_block import AppliedRule
-from hamdist.dynamics.graph.graph import OUTPUT_KEY
-from hamdist.dynamics.graph.merged import MergedGraph
+from hamdist.dynamics.graph.merged import MergedGraph, name_in_merged_graph
 from hamdist.dynamics.schedule.hold import HoldSchedule
 from hamdist.dynamics.schedule.pulse import PulseSchedule
 from hamdist.dynamics.vjp.gradient import norm_of
@@ -171,8 +170,7 @@ class Alignments:
     def _cosines(self, probe: UpdateProbe) -> Iterator[tuple[str, float]]:
         model, theta, loss = MergedGraph(self._graph), dict[tuple[str, str], Tensor](), None
         for name, key in ((name, key) for name, own in probe.before.items() for key in own):
-            part = "output" if key.startswith(OUTPUT_KEY) else "module"
-            parameter = model.get_parameter(f"blocks.{name}.{part}.{key.removeprefix(OUTPUT_KEY)}")
+            parameter = model.get_parameter(name_in_merged_graph(name, key))
             parameter.data = probe.before[name][key].to(parameter.device)
             theta[name, key] = parameter.requires_grad_(True)
         for sample in probe.samples.values():

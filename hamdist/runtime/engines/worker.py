@@ -69,11 +69,7 @@ class Worker:
     """The blocks, channels and snapshots of one process; `stream` is given if it is drawn here."""
 
     def __init__(
-        self,
-        plan: Plan,
-        blocks: Sequence[str],
-        stream: Stream | None,
-        keys: Keys | None = None,
+        self, plan: Plan, blocks: Sequence[str], stream: Stream | None, keys: Keys | None = None
     ) -> None:
         self._plan = plan
         self.number = plan.run

@@ -14,7 +14,7 @@ from typing import Any, ClassVar, NamedTuple
 from torch import Tensor
 
 from hamdist.dynamics.finite import Scale
-from hamdist.dynamics.saved_state.remember import Remembers
+from hamdist.dynamics.saved_state.stateful import Stateful
 from hamdist.dynamics.schedule.events import Event
 from hamdist.runtime.signals.signal import Signal
 from hamdist.streams.sample import Emission, Emits
@@ -38,7 +38,7 @@ class HandedOver(NamedTuple):
     state: Any
 
 
-class LiveBlock(Remembers):
+class LiveBlock(Stateful):
     """The emissions that a block still works on; without patience a stream tells nothing of them.
 
     Args:
@@ -64,11 +64,11 @@ class LiveBlock(Remembers):
         self._asked: dict[int, Tensor | None] = {}  # predictions of unlabelled samples
         self._fed = 0  # samples
 
-    def restore(self, state: Mapping[str, Any] | None) -> None:
+    def load_state_dict(self, state: Mapping[str, Any] | None) -> None:
         """Continue from `state`; None in files of earlier formats."""
         if state is not None:
-            super().restore(state)
-            self._rates = [(r[0], r[1], r[2] if len(r) > 2 else 0) for r in self._rates]
+            super().load_state_dict(state)
+            self._rates = [(one[0], one[1], one[2] if len(one) > 2 else 0) for one in self._rates]
 
     def hear(
         self, pulse: int, clock: Callable[[], Signal | None], state: Callable[[], object]

@@ -19,7 +19,7 @@ from typing import Any, Protocol
 
 from torch import Tensor
 
-from hamdist.dynamics.saved_state.remember import check_names
+from hamdist.dynamics.saved_state.stateful import check_names
 from hamdist.dynamics.schedule.events import Stamp
 from hamdist.errors import SnapshotError, StampError
 from hamdist.runtime.results.digests import Digests
@@ -187,7 +187,7 @@ class Mailbox:
 
     # -- state ----------------------------------------------------------------------------------
 
-    def snapshot(self, channel: Channel) -> dict[str, Any]:
+    def state_dict(self, channel: Channel) -> dict[str, Any]:
         """Return how many signals were posted on `channel`, and the latest: all under way."""
         number = channel.number
         queue = self._queues.get(number, ())
@@ -198,7 +198,7 @@ class Mailbox:
             "posted": posted,
             "latest": list(queue) if log is None else log.behind(posted - channel.capacity),
             "bytes": self._sent.get(number, 0),
-            "encoder": None if encoder is None else encoder[1].snapshot(),
+            "encoder": None if encoder is None else encoder[1].state_dict(),
         }
 
     def received_count(self, channel: Channel) -> int:
@@ -211,7 +211,7 @@ class Mailbox:
         pairs = ((channel.key, None if end is None else end.received) for channel, end in ends)
         return {key: received for key, received in pairs if received is not None}
 
-    def restore(
+    def load_state_dict(
         self,
         channel: Channel,
         state: Mapping[str, Any] | None,
@@ -241,7 +241,7 @@ class Mailbox:
             self._sent[number], self._edges[number] = state["bytes"], channel.edge
         if state["encoder"] is not None and channel.codec is not None:
             encoder = Encoder(channel.codec)
-            encoder.restore(state["encoder"])
+            encoder.load_state_dict(state["encoder"])
             self._encoders[number] = channel, encoder
         if count is None:
             sent_log.log(channel).begin(posted, latest)

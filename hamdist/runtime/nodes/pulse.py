@@ -61,8 +61,10 @@ class PulseNode(BlockNode):
 
     STATE = ("block", "metrics", "seconds", "_end", "event", "tick", "live")
 
-    def restore(self, state: Mapping[str, Any]) -> None:
-        super().restore({name: v for name, v in state.items() if name != "_asked"})  # (of 0.1)
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        super().load_state_dict(
+            {name: one for name, one in state.items() if name != "_asked"}
+        )  # (of 0.1)
         self._events = events_from(self._schedule, self.name, self.event)
 
     def start(self) -> None:

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from hamdist.dynamics.graph.inputs import INPUT, by_parent, rows_of
-from hamdist.dynamics.saved_state.remember import check_names
+from hamdist.dynamics.saved_state.stateful import check_names
 from hamdist.dynamics.schedule.events import Event, Stamp, source_events
 from hamdist.dynamics.schedule.sequence import SequenceSchedule
 from hamdist.dynamics.updates.constants import TOLERANCE
@@ -130,7 +130,7 @@ class SourceNode:
                 break
         return itertools.islice(drawn, items, None)
 
-    def snapshot(self) -> dict[str, Any]:
+    def state_dict(self) -> dict[str, Any]:
         """Return the position in the stream, and the statistics of it so far."""
         ahead = self._next
         return {
@@ -142,11 +142,11 @@ class SourceNode:
             "next": None if ahead is None else _fields(ahead),
             "tau": self._tau,
             "time": self._check.last,
-            "smoothness": self.smoothness.snapshot(),
+            "smoothness": self.smoothness.state_dict(),
             "emission": None if self._emission is None else [float(n) for n in self._emission],
         }
 
-    def restore(self, state: Mapping[str, Any]) -> None:
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Continue from `state`, instead of `start`: the stream is drawn again up to there."""
         names = ("event", "tick", "samples", "drawn", "passed", "next", "tau", "time", "smoothness")
         emission = state.get("emission")
@@ -159,7 +159,7 @@ class SourceNode:
         self._emission = None if emission is None else emission_of(emission)
         self.event, self.tick, self._sent = state["event"], state["tick"], state["samples"]
         self._tau, self._check.last = state["tau"], state["time"]
-        self.smoothness.restore(state["smoothness"])
+        self.smoothness.load_state_dict(state["smoothness"])
         self._items = state["drawn"]
         self._next = None if state["next"] is None else _heard(state["next"])
         if not isinstance(self._plan.schedule, SequenceSchedule):

@@ -47,11 +47,7 @@ class HostInfo:
 
 
 def described(
-    node: str,
-    address: str,
-    name: str,
-    resources: Mapping[str, float],
-    labels: Mapping[str, str],
+    node: str, address: str, name: str, resources: Mapping[str, float], labels: Mapping[str, str]
 ) -> HostInfo:
     """Make a HostInfo of Ray's description, without Ray's internal resources and labels."""
     ray_own = ("node:", "memory", "object_store_memory", "accelerator_type:")
@@ -287,9 +283,7 @@ def _resources(room: Sequence[_Room]) -> str:
 
 
 def _check_sums(
-    requests: Sequence[ActorRequirements],
-    shares: Sequence[float],
-    hosts: Sequence[HostInfo],
+    requests: Sequence[ActorRequirements], shares: Sequence[float], hosts: Sequence[HostInfo]
 ) -> None:
     """Raise ClusterError if all actors together request more than there is."""
     cpus, total = sum(d.cpus for d in requests), sum(h.cpus for h in hosts)

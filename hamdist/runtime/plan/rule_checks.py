@@ -83,12 +83,7 @@ def ruled(graph: Graph) -> dict[str, Rule]:
 
 
 def check_rules(
-    graph: Graph,
-    knobs: Locality,
-    dynamics: Dynamics,
-    metrics: MetricsSettings,
-    *,
-    weighted: bool,
+    graph: Graph, knobs: Locality, dynamics: Dynamics, metrics: MetricsSettings, *, weighted: bool
 ) -> None:
     """Raise LevelError for rules that cannot run in this graph at this level.
 

@@ -22,7 +22,7 @@ from zlib import crc32
 import torch
 from torch import Tensor
 
-from hamdist.dynamics.saved_state.remember import registered
+from hamdist.dynamics.saved_state.stateful import registered
 from hamdist.runtime.signals.cast import to_host
 from hamdist.runtime.signals.signal import Channel, Signal
 
@@ -118,7 +118,7 @@ class Digests:
 
     # -- state ----------------------------------------------------------------------------------
 
-    def snapshot(self, name: str, out: Iterable[Channel], into: Iterable[Channel]) -> Any:
+    def state_dict(self, name: str, out: Iterable[Channel], into: Iterable[Channel]) -> Any:
         """Return the digests of node `name`'s channels and weights."""
         return {
             "sent": _of(self.sent, [c.key for c in out]),
@@ -126,7 +126,7 @@ class Digests:
             "weights": _of(self.weights, [name]),
         }
 
-    def restore(self, state: Mapping[str, DigestMap]) -> None:
+    def load_state_dict(self, state: Mapping[str, DigestMap]) -> None:
         """Continue from the digests of one node."""
         self._out.clear()
         self._in.clear()

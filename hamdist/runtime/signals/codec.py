@@ -41,7 +41,7 @@ from torch import Tensor, nn
 
 from hamdist.config import Compress
 from hamdist.dynamics.modules.subspace import Subspace, coefficients, lifted
-from hamdist.dynamics.saved_state.remember import Remembers
+from hamdist.dynamics.saved_state.stateful import Stateful
 from hamdist.runtime.signals.codes import (
     ByteCode,
     Code,
@@ -189,7 +189,7 @@ class Compressed:
     worst: float
 
 
-class Encoder(Remembers):
+class Encoder(Stateful):
     """The sending end of one direction of an edge.
 
     Attributes:

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from hamdist.dynamics.graph.graph import INPUT, Graph
-from hamdist.dynamics.saved_state.remember import registered
+from hamdist.dynamics.saved_state.stateful import registered
 from hamdist.dynamics.schedule.events import ALONE, Bundle, Kind, Schedule, Stamp
 from hamdist.dynamics.schedule.hold import HoldSchedule
 from hamdist.dynamics.schedule.pulse import PulseSchedule

@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from hamdist.dynamics.graph.graph import INPUT
-from hamdist.dynamics.saved_state.remember import Packing, check_names
+from hamdist.dynamics.saved_state.stateful import Packing, check_names
 from hamdist.errors import SnapshotError
 from hamdist.runtime.nodes.mailbox import Mailbox
 from hamdist.runtime.plan.plan import Plan
@@ -38,7 +38,7 @@ from hamdist.runtime.storage.snapshot_files import (
 from hamdist.runtime.storage.store import storage
 
 
-class Stateful(Protocol):
+class StatefulNode(Protocol):
     """Anything with a state to save: a node, or the stream."""
 
     name: str
@@ -47,9 +47,9 @@ class Stateful(Protocol):
     @property
     def device(self) -> torch.device: ...
 
-    def snapshot(self) -> dict[str, Any]: ...
+    def state_dict(self) -> dict[str, Any]: ...
 
-    def restore(self, state: Mapping[str, Any]) -> None: ...
+    def load_state_dict(self, state: Mapping[str, Any]) -> None: ...
 
 
 @dataclass(frozen=True, slots=True)
@@ -86,7 +86,7 @@ class ProcessSnapshots:
     def __init__(
         self,
         plan: Plan,
-        nodes: Sequence[Stateful],
+        nodes: Sequence[StatefulNode],
         mailbox: Mailbox,
         sent_log: SentLog,
         written: Callable[[WrittenFiles], None] | None = None,
@@ -186,15 +186,15 @@ class ProcessSnapshots:
                 passed = int(getattr(node, "passed", 0))
         self._writing = self._pool.submit(self._write, tick, files, samples, passed)
 
-    def _state(self, node: Stateful) -> dict[str, Any]:
+    def _state(self, node: StatefulNode) -> dict[str, Any]:
         out, into, digests = self._out[node.name], self._in[node.name], self._mailbox.digests
         received = self._mailbox.received(into)
         return {
-            "node": node.snapshot(),
-            "out": {c.key: self._mailbox.snapshot(c) for c in out},
+            "node": node.state_dict(),
+            "out": {c.key: self._mailbox.state_dict(c) for c in out},
             "in": {c.key: self._mailbox.received_count(c) for c in into},
             **({"received": received} if received else {}),
-            **({} if digests is None else {"digests": digests.snapshot(node.name, out, into)}),
+            **({} if digests is None else {"digests": digests.state_dict(node.name, out, into)}),
         }
 
     def _write(
@@ -253,7 +253,7 @@ class ProcessSnapshots:
             digests = state.pop("digests", None)
             received |= state.pop("received", {})
             if self._mailbox.digests is not None:
-                self._mailbox.digests.restore(digests)
+                self._mailbox.digests.load_state_dict(digests)
             check_names(f"node {node.name!r}", state, ("node", "out", "in"))
             states[node.name] = state
         for node in self._nodes:
@@ -262,7 +262,7 @@ class ProcessSnapshots:
             for way, channels in mine:
                 check_names(f"node {node.name!r}", state[way], [c.key for c in channels])
             try:
-                node.restore(state["node"])
+                node.load_state_dict(state["node"])
             except SnapshotError as error:
                 raise SnapshotError(f"{snapshot}: block {node.name!r}: {error}") from None
         for node in self._nodes:
@@ -270,11 +270,11 @@ class ProcessSnapshots:
                 there = states.get(channel.receiver)
                 arrived = None if there is None else there["in"][channel.key]
                 sent, base = states[node.name]["out"][channel.key], received.get(channel.key)
-                self._mailbox.restore(channel, sent, arrived, base)
+                self._mailbox.load_state_dict(channel, sent, arrived, base)
             for channel in self._in[node.name]:
                 if channel.sender not in states:
                     arrived, base = states[node.name]["in"][channel.key], received.get(channel.key)
-                    self._mailbox.restore(channel, None, arrived, base)
+                    self._mailbox.load_state_dict(channel, None, arrived, base)
         tick = snapshot.tick
         with self._lock:
             self.reached = tick

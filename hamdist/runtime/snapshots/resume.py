@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from hamdist.config import Decay, Settings
 from hamdist.dynamics.graph.graph import INPUT, OUTPUT_KEY, BlockSpec, Graph
 from hamdist.dynamics.graph.merged import merged_module
-from hamdist.dynamics.saved_state.remember import Packing
+from hamdist.dynamics.saved_state.stateful import Packing
 from hamdist.dynamics.updates.learning_rate import step_course
 from hamdist.dynamics.user_modules.copies import copied
 from hamdist.errors import GraphError, SnapshotError
@@ -211,13 +211,7 @@ def graph_with_weights(graph: Graph, snapshot: Snapshot) -> Graph:
             state = _weights(
                 snapshot.state(name), block, graph_copy.foreign_weights(name), averaged=False
             )
-            of_output = {k: t for k, t in state.items() if k.startswith(OUTPUT_KEY)}
-            rest = {k: t for k, t in state.items() if k not in of_output}
-            strict = not graph_copy.foreign_weights(name)
-            block.module.load_state_dict(rest, strict=strict)
-            if block.output is not None:
-                output_weights = {k.removeprefix(OUTPUT_KEY): t for k, t in of_output.items()}
-                block.output.load_state_dict(output_weights)
+            block.load_state_dict(state, strict=not graph_copy.foreign_weights(name))
     except RuntimeError as error:
         first = str(error).strip().splitlines()[-1].strip()
         raise SnapshotError(f"{snapshot}: it was taken of another graph: {first}") from None

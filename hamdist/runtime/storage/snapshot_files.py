@@ -33,14 +33,14 @@ from torch import Tensor
 
 from hamdist.config import Settings, describe
 from hamdist.dynamics.graph.graph import INPUT
-from hamdist.dynamics.saved_state.remember import unpacked
+from hamdist.dynamics.saved_state.stateful import unpacked
 from hamdist.errors import SnapshotError
 from hamdist.runtime.process.arithmetic import Arithmetic
 from hamdist.runtime.storage.store import Storage, storage
 
 FORMAT = 1
 # Formats whose states can be gone on from. Of others the weights and the place in the stream are
-# taken over. A state that gets another layout without defaults (remember.py) ends a format.
+# taken over. A state that gets another layout without defaults (stateful.py) ends a format.
 STATE_FORMATS = (1,)
 MANIFEST = "manifest.json"
 _PREFIX = "tick-"

@@ -302,10 +302,7 @@ class _Work:
 
 
 def plan_of(
-    model: nn.Module | Graph,
-    settings: Settings,
-    spec: SampleSpec,
-    snapshot: Snapshot | None = None,
+    model: nn.Module | Graph, settings: Settings, spec: SampleSpec, snapshot: Snapshot | None = None
 ) -> Plan:
     """Return the plan with which `train` would begin. Raises what `train` raises before that.
 

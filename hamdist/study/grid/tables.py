@@ -194,9 +194,7 @@ def _side(line: SummaryLine | GridCell) -> str:
     return line.side if isinstance(line, SummaryLine) else line.name
 
 
-def _styles(
-    curves: Mapping[str, SummaryLine | GridCell],
-) -> dict[str, tuple[int, int] | None]:
+def _styles(curves: Mapping[str, SummaryLine | GridCell]) -> dict[str, tuple[int, int] | None]:
     """Return the style by label. Baselines have none; of the others each side has a colour, and
     its curves differ in their dashes."""
     sides: dict[str, list[str]] = {}

@@ -170,10 +170,10 @@ class Replay(Digests):
                 self.state = node.state()
             self._now = {}
 
-    def restore(self, state: Mapping[str, DigestMap] | None) -> None:
+    def load_state_dict(self, state: Mapping[str, DigestMap] | None) -> None:
         """Continue from the digests of a snapshot, if it has some."""
         if state is not None:
-            super().restore(state)
+            super().load_state_dict(state)
 
     def check(self) -> None:
         """Raise SettingsError if the replay is not the run, to the bit."""

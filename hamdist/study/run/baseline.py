@@ -43,15 +43,7 @@ from hamdist.runtime.process.process_memory import peak_bytes, reset_peak
 from hamdist.runtime.process.threads import cores, torch_threads
 from hamdist.runtime.results.result import BlockProgress, Progress, RunResult
 from hamdist.runtime.train.prepare import in_dtype_of
-from hamdist.streams.sample import (
-    Emission,
-    Emits,
-    Sample,
-    SampleSpec,
-    Stream,
-    parted,
-    report_of,
-)
+from hamdist.streams.sample import Emission, Emits, Sample, SampleSpec, Stream, parted, report_of
 
 CENTRALISED = "centralised"
 FROZEN = "frozen"

@@ -24,11 +24,7 @@ from hamdist.runtime.plan.plan import Plan
 from hamdist.runtime.plan.replan import with_delays
 from hamdist.runtime.plan.signal_bytes import exact_bytes
 from hamdist.runtime.timing.cluster_model import ClusterModel
-from hamdist.runtime.timing.disturbances import (
-    COPY_BYTES_PER_SECOND,
-    Disturbances,
-    SnapshotModel,
-)
+from hamdist.runtime.timing.disturbances import COPY_BYTES_PER_SECOND, Disturbances, SnapshotModel
 from hamdist.runtime.timing.events import EventSimulation
 from hamdist.runtime.timing.model import TimingModel
 from hamdist.runtime.timing.recursion import Recursion

@@ -97,11 +97,7 @@ def track(data: GoldenData, graph: Graph, K: int) -> dict[str, Array]:
     samples = [(torch.zeros(1, 1, dtype=z.dtype), value.reshape(1, 1)) for value in [*z, z[-1]]]
     stream = from_iterable(samples)
     network = RecordedNodes(make_plan(graph, _settings(data), stream.spec))
-    x0, p0, P0 = (
-        torch.tensor(data["x0"]),
-        torch.tensor(entry(data, "p")[0]),
-        _costate(data),
-    )
+    x0, p0, P0 = (torch.tensor(data["x0"]), torch.tensor(entry(data, "p")[0]), _costate(data))
     at = 0
     for record in network.records.values():
         block = record.node.block

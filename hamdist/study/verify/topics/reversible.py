@@ -24,14 +24,7 @@ from hamdist.study.shared.exact_runs import float64_settings
 from hamdist.study.verify.oracles import golden
 from hamdist.study.verify.oracles.check import Check, Difference, absolute, largest
 from hamdist.study.verify.oracles.golden import ORACLE, RTOL, Array, GoldenData, entry, number
-from hamdist.study.verify.oracles.networks import (
-    CLASSES,
-    F64,
-    FEATURES,
-    Draws,
-    dense,
-    seeded,
-)
+from hamdist.study.verify.oracles.networks import CLASSES, F64, FEATURES, Draws, dense, seeded
 from hamdist.study.verify.topics.backpropagation import sgd
 
 BOUND = 1e-10

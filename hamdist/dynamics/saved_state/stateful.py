@@ -1,6 +1,6 @@
 """State as plain data: everything with which another process can continue a block.
 
-Classes name their changing attributes in STATE (`Remembers`). Their values are numbers, texts,
+Classes name their changing attributes in STATE (`Stateful`). Their values are numbers, texts,
 tensors, lists, tuples, mappings, queues, and the small data classes marked by `known`, nested in
 any way: `packed` turns that into JSON and a list of tensors, `unpacked` turns it back. Nothing
 else can be expressed, so nothing else can come out of a file.
@@ -47,32 +47,32 @@ def registered(tag: str) -> Callable[[_Class], _Class]:
     return mark
 
 
-class Remembers:
+class Stateful:
     """An object whose state is the values of the attributes that STATE names.
 
-    An attribute that is a `Remembers` itself contributes its state. ADDED: names in STATE that
+    An attribute that is a `Stateful` itself contributes its state. ADDED: names in STATE that
     files of earlier formats lack, with the values that they then get.
     """
 
     STATE: ClassVar[tuple[str, ...]] = ()
     ADDED: ClassVar[Mapping[str, Any]] = {}
 
-    def snapshot(self) -> dict[str, Any]:
+    def state_dict(self) -> dict[str, Any]:
         """Return the state, in tensors that later steps may overwrite: `packed` copies them."""
         state = {}
         for name in self.STATE:
             value = getattr(self, name)
-            state[name] = value.snapshot() if isinstance(value, Remembers) else value
+            state[name] = value.state_dict() if isinstance(value, Stateful) else value
         return state
 
-    def restore(self, state: Mapping[str, Any]) -> None:
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Continue from `state`; raise SnapshotError where it is that of another class."""
         state = {**{n: v for n, v in self.ADDED.items() if n not in state}, **state}
         check_names(type(self).__name__, state, self.STATE)
         for name in self.STATE:
             value = getattr(self, name)
-            if isinstance(value, Remembers):
-                value.restore(state[name])
+            if isinstance(value, Stateful):
+                value.load_state_dict(state[name])
             else:
                 setattr(self, name, state[name])
 
