@@ -9,7 +9,7 @@ from typing import Any, ClassVar
 from torch import Tensor
 
 from hamdist.dynamics.finite import Guard, Scale
-from hamdist.dynamics.saved_state.stateful import Stateful, taken
+from hamdist.dynamics.saved_state.stateful import Stateful, popped
 from hamdist.dynamics.updates.accumulate import GradientSum
 from hamdist.dynamics.updates.constants import Dynamics
 from hamdist.dynamics.updates.weights import Weights
@@ -84,12 +84,12 @@ class Block(Stateful):
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Continue from `state`; raise SnapshotError where it is that of another class."""
         if self._by_network:
-            self._waiting, state = taken(state, WAITING)
+            self._waiting, state = popped(state, WAITING)
         if self.buffers is not None:
-            before, state = taken(state, BUFFERS)
+            before, state = popped(state, BUFFERS)
             self.buffers.load_state_dict(before)
         if self._sum is not None:
-            sums, state = taken(state, SUM)
+            sums, state = popped(state, SUM)
             self._sum.load_state_dict(sums)
         super().load_state_dict(state)
 
@@ -248,7 +248,7 @@ class SavesPasses(Block):
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Continue from `state`; raise SnapshotError where it is that of another class."""
-        records, rest = taken(state, self.RECORDS)
+        records, rest = popped(state, self.RECORDS)
         super().load_state_dict(rest)
         self.rebuild(records)
         # Once more: rebuilding runs the module, which moves its buffers and random numbers.
