@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from hamdist.dynamics.finite import Guard, Scale
 from hamdist.dynamics.saved_state.block_memory import BlockMemory, bytes_of, storages_of
-from hamdist.dynamics.saved_state.stateful import Stateful, taken
+from hamdist.dynamics.saved_state.stateful import Stateful, popped
 from hamdist.dynamics.updates.accumulate import GradientSum
 from hamdist.dynamics.updates.constants import Dynamics
 from hamdist.dynamics.updates.weights import Weights
@@ -85,12 +85,12 @@ class Block(Stateful):
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Continue from `state`; raise SnapshotError where it is that of another class."""
         if self._by_network:
-            self._waiting, state = taken(state, WAITING)
+            self._waiting, state = popped(state, WAITING)
         if self.buffers is not None:
-            before, state = taken(state, BUFFERS)
+            before, state = popped(state, BUFFERS)
             self.buffers.load_state_dict(before)
         if self._sum is not None:
-            sums, state = taken(state, SUM)
+            sums, state = popped(state, SUM)
             self._sum.load_state_dict(sums)
         super().load_state_dict(state)
 
@@ -111,7 +111,7 @@ class Block(Stateful):
     def memory(self, modules: Sequence[nn.Module]) -> BlockMemory:
         """Return the bytes that the block has of its own. modules: those of its functions."""
         weights = [t for m in modules for t in (*m.parameters(), *m.buffers())]
-        state = bytes_of(Block.snapshot(self), apart=storages_of(weights))
+        state = bytes_of(Block.state_dict(self), apart=storages_of(weights))
         return BlockMemory(bytes_of(weights), state, 0)
 
     def at_once(self, sample: int, tau: float) -> AtOnce | None:
@@ -284,7 +284,7 @@ class SavesPasses(Block):
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Continue from `state`; raise SnapshotError where it is that of another class."""
-        records, rest = taken(state, self.RECORDS)
+        records, rest = popped(state, self.RECORDS)
         super().load_state_dict(rest)
         self.rebuild(records)
         # Once more: rebuilding runs the module, which moves its buffers and random numbers.

@@ -226,7 +226,7 @@ class PulseReadout(Block):
 
     def scored(self, prediction: Tensor, reading: Reading) -> Reading:
         """Return `reading` with an earlier prediction, compared with the target that was read."""
-        value, _ = self._loss.value(prediction, reading.given)
+        value, _ = self._loss.value(prediction, reading.weighted)
         return replace(reading, prediction=prediction, loss=value)
 
 

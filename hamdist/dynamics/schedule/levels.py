@@ -269,10 +269,10 @@ def _against_recipes(k: Locality) -> list[str]:
             "presentation 'hold', update 'tick' and moves 'all' (levels 'local', 'group')"
         )
     reasons += [
-        f"compensation {one.value!r} with presentation {k.presentation.value!r}: signals of one "
+        f"compensation {method.value!r} with presentation {k.presentation.value!r}: signals of one "
         "sample meet there anyway; use presentation 'hold' (level 'local')"
-        for one in (Compensation.PROSPECTIVE, Compensation.RETROSPECTIVE)
-        if one in k.compensation and not k.hold
+        for method in (Compensation.PROSPECTIVE, Compensation.RETROSPECTIVE)
+        if method in k.compensation and not k.hold
     ]
     if Compensation.RETROSPECTIVE in k.compensation and k.order is Order.SEQUENTIAL:
         reasons.append(
@@ -315,5 +315,5 @@ def _against_sequence(k: Locality) -> list[str]:
 def _word(value: object) -> object:
     """Return a knob's value as a user writes it."""
     if isinstance(value, tuple):
-        return ", ".join(str(_word(one)) for one in value) or "none"
+        return ", ".join(str(_word(entry)) for entry in value) or "none"
     return "off" if value is None else getattr(value, "value", value)

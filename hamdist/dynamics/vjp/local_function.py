@@ -43,10 +43,10 @@ class LocalFunction(Stateful, ABC):
     Attributes:
         module: computes f.
         names, theta: of the weights that learn and belong to the block, in one order.
-        borrowed: names of weights that belong to another block (graph/ties.py).
+        foreign: names of weights that belong to another block (graph/ties.py).
     """
 
-    borrowed: Collection[str] = ()
+    foreign: Collection[str] = ()
 
     def __init__(self, module: nn.Module, names: Sequence[str], theta: Sequence[Tensor]) -> None:
         self.module = module

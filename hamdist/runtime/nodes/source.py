@@ -47,7 +47,9 @@ class SourceNode:
         self._mailbox = mailbox
         parts = plan.knobs.microbatches
         self._parts = parts if isinstance(parts, int) else 1
-        self._cut = {name for name, u in plan.spec.parents.items() if u[0][0] == plan.spec.batch}
+        self._batched = {
+            name for name, u in plan.spec.parents.items() if u[0][0] == plan.spec.batch
+        }
         self._events = source_events(plan.schedule.c, parts=self._parts)
         self.event = next(self._events)
         if isinstance(plan.schedule, SequenceSchedule):
@@ -137,7 +139,7 @@ class SourceNode:
             "samples": self._sent,
             "drawn": self._items,
             "passed": self.passed,
-            "next": None if ahead is None else _told(ahead),
+            "next": None if ahead is None else _fields(ahead),
             "tau": self._tau,
             "time": self._check.last,
             "smoothness": self.smoothness.state_dict(),
@@ -148,7 +150,7 @@ class SourceNode:
         """Continue from `state`, instead of `start`: the stream is drawn again up to there."""
         names = ("event", "tick", "samples", "drawn", "passed", "next", "tau", "time", "smoothness")
         emission = state.get("emission")
-        check_names("stream", {n: one for n, one in state.items() if n != "emission"}, names)
+        check_names("stream", {n: value for n, value in state.items() if n != "emission"}, names)
         if self._plan.spec.patience and emission is None and state["drawn"]:
             raise SnapshotError(
                 "the state of a stream with late labels was saved by an earlier version of "
@@ -194,7 +196,7 @@ class SourceNode:
 
     def _part(self, name: str, u: Tensor, part: int) -> Tensor | None:
         """Return the part of an input to send; None if a batch has fewer rows than parts."""
-        if self._parts == 1 or name not in self._cut:
+        if self._parts == 1 or name not in self._batched:
             return ready(u)
         rows = rows_of(len(u), self._parts, part)
         return ready(u[rows.start : rows.stop]) if rows else None
@@ -304,8 +306,8 @@ def checker_of(plan: Plan) -> Checker:
     )
 
 
-def _told(sample: Sample) -> dict[str, Any]:
-    """A checked sample as plain data."""
+def _fields(sample: Sample) -> dict[str, Any]:
+    """Return a checked sample as plain data."""
     inputs = None if sample.inputs is None else dict(sample.inputs)
     y = dict(sample.y) if isinstance(sample.y, Mapping) else sample.y
     return {"u": sample.u, "y": y, "end": sample.end, "time": sample.time, "inputs": inputs}

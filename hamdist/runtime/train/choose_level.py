@@ -184,10 +184,10 @@ class _Again(Derived):
     def __init__(self, stream: Stream, first: list[Sample], rest: Iterator[Sample]) -> None:
         super().__init__(stream)
         self._begun = itertools.chain(first, rest)
-        self._asked = False
+        self._repeats = False
 
     def samples(self) -> Iterator[Sample]:
-        again, self._asked = self._asked, True
+        again, self._repeats = self._repeats, True
         return iter(self._stream.samples()) if again and self.replays else self._begun
 
     def samples_from(self, n: int) -> Iterator[Sample]:

@@ -256,8 +256,8 @@ def _choose(
 def score(records: Sequence[RunRecord]) -> float:
     """Return the mean accuracy over seeds, or minus the mean loss; -inf if a run failed."""
     values = [-r.loss if r.accuracy is None and r.loss is not None else r.accuracy for r in records]
-    known = [v for v in values if v is not None and math.isfinite(v)]
-    return statistics.fmean(known) if len(known) == len(values) else -math.inf
+    finite = [v for v in values if v is not None and math.isfinite(v)]
+    return statistics.fmean(finite) if len(finite) == len(values) else -math.inf
 
 
 def _at_edge(cell: GridCell, chosen: Candidate) -> tuple[str, ...]:

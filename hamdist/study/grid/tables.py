@@ -42,8 +42,8 @@ def study_tables(
     axes.sort(key=lambda axis: axis is not first)
     along = {}
     for axis in axes:
-        what = "Held-out loss" if real_valued else "Held-out accuracy, %,"
-        along[f"{what} {TITLES[axis]}"] = _along(axis, axes, lines, real_valued)
+        score = "Held-out loss" if real_valued else "Held-out accuracy, %,"
+        along[f"{score} {TITLES[axis]}"] = _along(axis, axes, lines, real_valued)
     whole = {"All sides": _all(axes, study, lines, real_valued)}
     table = block_table({line.label: line.blocks for line in lines})
     blocks = {} if table is None else {BLOCKS: _thinned(table)}
@@ -161,8 +161,8 @@ def _test(line: SummaryLine, real_valued: bool) -> list[str]:
     return [interval(line.gap_test, 1.0 if real_valued else 100.0), shown]
 
 
-def _published(one: PublishedSettings | None) -> str:
-    return MISSING if one is None else f"{one.accuracy:g}"
+def _published(published: PublishedSettings | None) -> str:
+    return MISSING if published is None else f"{published.accuracy:g}"
 
 
 def _until(reached: float | None, digits: int = 0) -> str:
@@ -233,9 +233,9 @@ def _styles(curves: Mapping[str, SummaryLine | GridCell]) -> dict[str, tuple[int
     """Return the style by label. Baselines have none; of the others each side has a colour, and
     its curves differ in their dashes."""
     sides: dict[str, list[str]] = {}
-    for name, one in curves.items():
-        if one.trains is not Trains.CENTRALISED:
-            sides.setdefault(_side(one), []).append(name)
+    for name, curve in curves.items():
+        if curve.trains is not Trains.CENTRALISED:
+            sides.setdefault(_side(curve), []).append(name)
     styles: dict[str, tuple[int, int] | None] = dict.fromkeys(curves)
     for i, names in enumerate(sides.values()):
         styles |= {name: (i, i + k) for k, name in enumerate(names)}
