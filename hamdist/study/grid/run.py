@@ -44,7 +44,7 @@ class RunRecord:
         prequential: accuracy over the whole run.
         rows: that it learned from.
         curve: prequential, per window (rows so far, seconds, accuracy, loss).
-        drifts: (item, accuracy before, lowest, samples until it was back).
+        drifts: (sample, accuracy before, lowest, samples until it was back).
         settings: in full.
     """
 
