@@ -45,13 +45,13 @@ class Pulses(NamedTuple):
         """Return the tick in which pulse n meets depth 0."""
         if self.parts == 1:
             return pulse * self.c
-        item, part = divmod(pulse, self.parts)
-        return item * self.c + part * self.spacing
+        sample, part = divmod(pulse, self.parts)
+        return sample * self.c + part * self.spacing
 
     def first(self, since: int) -> int:
         """Return the first pulse that meets depth 0 in tick `since` or later."""
-        item, left = divmod(max(0, since), self.c)
-        return item * self.parts + min(-(-left // self.spacing), self.parts)
+        sample, left = divmod(max(0, since), self.c)
+        return sample * self.parts + min(-(-left // self.spacing), self.parts)
 
     def most(self, ticks: int) -> int:
         """Return the most pulses that enter within so many ticks and one."""
