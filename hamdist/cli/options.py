@@ -43,7 +43,7 @@ class RunOptions:
         typer.Option(
             "--level",
             metavar="LEVEL",
-            help=f"Locality: {', '.join(one.value for one in Level)}; or your own, FILE.py:NAME.",
+            help=f"Locality: {', '.join(v.value for v in Level)}; or your own, FILE.py:NAME.",
         ),
     ] = None
     engine: Annotated[
@@ -82,7 +82,7 @@ class RunOptions:
 
     def changes(self) -> dict[str, Any]:
         """Return the changes of the settings by those options that were given."""
-        return given(
+        return without_none(
             {
                 **level_changes(self.level),
                 "engine": None if self.engine is None else {"kind": self.engine.value},
@@ -149,7 +149,7 @@ def level_names(text: str) -> list[Level | str]:
     return [name if ":" in name else Level(name) for name in levels]
 
 
-def given(options: dict[str, Any]) -> dict[str, Any]:
+def without_none(options: dict[str, Any]) -> dict[str, Any]:
     """Return those options, by name, that were given."""
     return {key: value for key, value in options.items() if value is not None}
 

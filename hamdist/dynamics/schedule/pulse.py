@@ -80,8 +80,8 @@ class PulseSchedule:
         self.double_buffered = knobs.double_buffered
         self._own = knobs.own is not None
         level = knobs.own or Travelling(self._ticks(graph, knobs, mute), self.parts)
-        self._emits, self._forward, self._backward = made = make_round(level, graph, mute)
-        self._lags = {block: made.lag(block) for block in graph.blocks}
+        self._emits, self._forward, self._backward = times = make_round(level, graph, mute)
+        self._lags = {block: times.lag(block) for block in graph.blocks}
         self.c = -(-self._emits.ticks // (len(self._emits.first) // self.parts))
         if self.double_buffered and self.staleness > self.group:
             raise LevelError(
@@ -95,8 +95,8 @@ class PulseSchedule:
             return knobs.speed
         if knobs.speed == "depth":
             return graph.depth + 1
-        made = make_round(Travelling(1, 1), graph, mute)
-        lags = {block: made.lag(block) for block in graph.blocks}
+        times = make_round(Travelling(1, 1), graph, mute)
+        lags = {block: times.lag(block) for block in graph.blocks}
         trip = 2 * graph.depth + 1 if self.one_way else 1 + max(lags.values())
         if self.stepping:
             trip = 3 + max(self._depths[b] + lags[b] for b in self.stepping)
@@ -201,7 +201,7 @@ class PulseSchedule:
         """Return what follows `event` in a stream of `end` pulses, if anything does."""
         rest = self.events(block, event.tick, end)
         if event.sample < end:
-            next(one for one in rest if one == event)
+            next(later for later in rest if later == event)
         return next(rest, None)
 
     def state(self, edge: Edge, event: Event) -> Stamp | None:

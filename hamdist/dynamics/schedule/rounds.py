@@ -70,12 +70,14 @@ class OwnLevel:
             graph: as of `ticks`.
             ticks: number of rows.
         """
-        made = make_round(self, graph)
+        times = make_round(self, graph)
         rows = [["tick", *graph.blocks]]
         for tick in range(ticks):
             cells = [str(tick)]
             for block in graph.blocks:
-                now = [[*one[block].at_tick(tick)] for one in (made.forward, made.backward)]
+                now = [
+                    [*by_block[block].at_tick(tick)] for by_block in (times.forward, times.backward)
+                ]
                 both = now[0] == now[1] and block in graph.readouts
                 named = zip(("FB",) if both else (FORWARD, BACKWARD), now, strict=False)
                 cells.append(" ".join(f"{phase}{n}" for phase, ns in named for n in ns))
@@ -133,77 +135,94 @@ def make_round(level: OwnLevel, graph: Graph, one_way: Collection[str] = ()) -> 
     Raises LevelError where the events cannot be: a block without a sample, or with it twice; a
     signal that is used before it has come; samples that pass each other.
     """
-    name = type(level).__name__
-    own = _Checked(f"level {name}")
-    ticks = level.ticks(graph)
-    own.check(isinstance(ticks, int) and ticks > 0, f"ticks() is {ticks!r}; return 1 or more")
-    found: dict[tuple[str, str], dict[int, int]] = {}
-    samples = 0
-    for event in level.events(graph):
-        whole = isinstance(event, tuple) and len(event) == 4
-        own.check(whole, f"events() yields {event!r}; yield (tick, block, 'F' or 'B', sample)")
-        tick, block, phase, n = event
-        own.check(block in graph.blocks, f"no block {block!r}; known: {', '.join(graph.blocks)}")
-        own.check(phase in (FORWARD, BACKWARD), f"an event of phase {phase!r}; give 'F' or 'B'")
-        whole = isinstance(tick, int) and isinstance(n, int) and n >= 0
-        own.check(whole, f"the event {event!r}: tick and sample are whole numbers, samples from 0")
-        times = found.setdefault((block, phase), {})
-        own.check(n not in times, f"{phase}{n} of block {block!r} is there twice")
-        times[n], samples = tick, max(samples, n + 1)
-    own.check(samples > 0, "events() yields none")
-    made: dict[str, dict[str, Times]] = {FORWARD: {}, BACKWARD: {}}
+    refuse = _Refusal(f"level {type(level).__name__}")
+    ticks, events = refuse.failures_of(level, graph)
+    by_block: dict[tuple[str, str], dict[int, int]] = {}
+    for event in events:
+        tick, block, phase, n = refuse.unless_event(event, graph)
+        times = by_block.setdefault((block, phase), {})
+        refuse.unless(n not in times, f"{phase}{n} of block {block!r} is there twice")
+        times[n] = tick
+    samples = range(1 + max((n for times in by_block.values() for n in times), default=0))
+    forward, backward = dict[str, Times](), dict[str, Times]()
     for block in graph.blocks:
-        for phase, by_block in made.items():
-            times = found.get((block, phase), {})
-            if phase == BACKWARD and (block in graph.readouts or block in one_way):
-                passes = made[FORWARD][block]
-                late = block in graph.readouts and times and [*times.values()] != [*passes.first]
-                own.check(not late, f"B of readout {block!r} is not in the tick of F; leave it out")
-                by_block[block] = passes
-                continue
-            lost = next((n for n in range(samples) if n not in times), None)
-            own.check(lost is None, f"block {block!r} has no {phase}{lost}")
-            by_block[block] = own.in_order(f"{phase} of block {block!r}", times, ticks)
-    forward, backward = made.values()
+        ways = [(FORWARD, forward), (BACKWARD, backward)]
+        if block in graph.readouts:
+            both = [by_block.get((block, phase), {}) for phase, _ in ways]
+            wrong = f"B of readout {block!r} is not in the tick of F; leave it out"
+            refuse.unless(not both[1] or both[0] == both[1], wrong)
+        for phase, way in ways[: 1 if block in graph.readouts or block in one_way else 2]:
+            times = by_block.get((block, phase), {})
+            lost = next((n for n in samples if n not in times), None)
+            refuse.unless(lost is None, f"block {block!r} has no {phase}{lost}")
+            way[block] = refuse.unless_in_order(f"{phase} of {block!r}", times, ticks)
+        backward.setdefault(block, forward[block])
     into = [edge for edge in graph.edges if edge.from_input]
-    emits = {i: min(forward[e.child].first[i] - e.delay for e in into) for i in range(samples)}
-    own.check(
-        emits[0] == -1,
-        f"sample 0 enters in tick {emits[0] + 1}; let it pass the first blocks from tick 0 on",
-    )
+    emits = {n: min(forward[e.child].first[n] - e.delay for e in into) for n in samples}
+    late = f"sample 0 enters in tick {emits[0] + 1}; let it pass the first blocks from tick 0 on"
+    refuse.unless(emits[0] == -1, late)
+    listening = {name for name, block in graph.blocks.items() if block.back == "message"}
+    listening -= {*one_way}
     for edge in graph.edges:
         if not edge.from_input:
-            own.after(edge.delay, f"F of {edge.child!r}", forward[edge.child],
-                      f"F of {edge.parent!r}", forward[edge.parent])  # fmt: skip
-            message = graph.blocks[edge.parent].back == "message" and edge.parent not in one_way
-            if message and edge.child not in one_way:
-                own.after(edge.delay, f"B of {edge.parent!r}", backward[edge.parent],
-                          f"B of {edge.child!r}", backward[edge.child])  # fmt: skip
+            refuse.unless_after(edge.delay, FORWARD, edge.child, edge.parent, forward)
+            if edge.parent in listening and edge.child in listening | {*graph.readouts}:
+                refuse.unless_after(edge.delay, BACKWARD, edge.parent, edge.child, backward)
+    readout = graph.readouts[0]
     for block, spec in graph.blocks.items():
         if spec.back == "error" and block not in one_way and spec.loss is None:
-            own.after(1, f"B of {block!r}", backward[block], f"the error of {graph.readouts[0]!r}",
-                      forward[graph.readouts[0]])  # fmt: skip
-    return Round(own.in_order("the stream", emits, ticks), forward, backward)
+            times_of_both = {block: backward[block], readout: forward[readout]}
+            refuse.unless_after(1, BACKWARD, block, readout, times_of_both)
+    return Round(refuse.unless_in_order("the stream", emits, ticks), forward, backward)
 
 
-class _Checked(NamedTuple):
+class _Refusal(NamedTuple):
     """Raises LevelErrors that name the level."""
 
     who: str
 
-    def check(self, good: object, wrong: str) -> None:
+    def unless(self, good: object, wrong: str) -> None:
         if not good:
             raise LevelError(f"{self.who}: {wrong}")
 
-    def in_order(self, what: str, times: Mapping[int, int], ticks: int) -> Times:
+    def failures_of(self, level: OwnLevel, graph: Graph) -> tuple[int, list[object]]:
+        """Return ticks and events of a user's level, whose code may raise anything."""
+        try:
+            ticks, events = level.ticks(graph), list[object](level.events(graph))
+        except Exception as error:
+            raise LevelError(f"{self.who}: {type(error).__name__}: {error}") from error
+        whole = isinstance(ticks, int) and ticks > 0
+        self.unless(whole, f"ticks() is {ticks!r}; return a whole number, 1 or more")
+        self.unless(events, "events() yields none")
+        return ticks, events
+
+    def unless_event(self, event: object, graph: Graph) -> tuple[int, str, str, int]:
+        form = f"events() yields {event!r}; yield (tick, block, 'F' or 'B', sample)"
+        whole = isinstance(event, tuple) and len(event) == 4
+        self.unless(whole, form)
+        tick, block, phase, n = event  # type: ignore[misc]  # (whole)
+        numbers = isinstance(tick, int) and isinstance(n, int) and n >= 0
+        self.unless(numbers, f"{form}, whole numbers, samples from 0")
+        known = isinstance(block, str) and block in graph.blocks
+        self.unless(known, f"{form}, one of {', '.join(graph.blocks)}")
+        self.unless(phase in (FORWARD, BACKWARD), form)
+        return tick, block, phase, n
+
+    def unless_in_order(self, what: str, times: Mapping[int, int], ticks: int) -> Times:
         """Return the times of samples that follow one another, also into the next round."""
         first = [times[n] for n in range(len(times))]
         for n, (tick, later) in enumerate(zip(first, [*first[1:], first[0] + ticks], strict=True)):
             wrong = f"{what}: sample {n + 1} comes in tick {later}, and sample {n} in tick {tick}"
-            self.check(tick < later, f"{wrong}; samples pass a block one by one and in their order")
+            rule = "; samples pass a block one by one and in their order"
+            self.unless(tick < later, wrong + rule)
         return Times(first, ticks)
 
-    def after(self, delay: int, what: str, times: Times, other: str, earlier: Times) -> None:
-        for n, (tick, sent) in enumerate(zip(times.first, earlier.first, strict=True)):
-            wrong = f"{what}, sample {n}, is in tick {tick}, and {other} in tick {sent}"
-            self.check(tick >= sent + delay, f"{wrong}; a signal takes {delay} tick(s)")
+    def unless_after(
+        self, delay: int, phase: str, block: str, other: str, times: Mapping[str, Times]
+    ) -> None:
+        for n, (tick, sent) in enumerate(zip(times[block].first, times[other].first, strict=True)):
+            wrong = (
+                f"{phase}{n} of {block!r} is in tick {tick}, but waits for a signal of {other!r}"
+            )
+            comes = f"that is sent in tick {sent} and takes {delay} tick(s)"
+            self.unless(tick >= sent + delay, f"{wrong} {comes}")

@@ -72,20 +72,19 @@ def chosen_topics(
         model, only, golden, rule, level, input_shape, classes, batch, blocks: as of `verify`.
     """
     of_model = {"input_shape": input_shape, "classes": classes, "batch": batch, "blocks": blocks}
-    extra = next((option(name) for name, one in of_model.items() if one is not None), None)
+    extra = next((option(name) for name, value in of_model.items() if value is not None), None)
     of_topics = {"golden": golden, "only": only or None}
-    chooses = next((option(name) for name, one in of_topics.items() if one is not None), None)
-    alone = [(one, name) for one, name in (("rule", rule), ("level", level)) if name is not None]
+    chooses = next((option(name) for name, value in of_topics.items() if value is not None), None)
+    alone = [(kind, name) for kind, name in (("rule", rule), ("level", level)) if name is not None]
     if alone and (model is not None or chooses or alone[1:]):
-        raise SettingsError(
-            f"{option(alone[0][0])} {alone[0][1]!r} is verified alone: leave the others out"
-        )
+        kind, name = alone[0]
+        raise SettingsError(f"{option(kind)} {name!r} is verified alone: leave the others out")
     if model is None and extra:
         raise SettingsError(f"{extra} belongs to {option('model')}: give both")
     if alone:
-        kind, own = alone[0]
-        verified = VerifiedRule(own) if kind == "rule" else VerifiedLevel(own)
-        return [Topic(kind, f"the {kind} {own}", lambda full: verified.checks(), answers=True)]  # noqa: ARG005
+        kind, name = alone[0]
+        verified = VerifiedRule(name) if kind == "rule" else VerifiedLevel(name)
+        return [Topic(kind, f"the {kind} {name}", lambda full: verified.checks(), answers=True)]  # noqa: ARG005
     if model is None:
         names = [name.strip() for text in only for name in text.split(",") if name.strip()]
         return topics(names, golden)

@@ -164,19 +164,31 @@ def events(*made, ticks=3):
     )()
 
 
+def failing(*_):
+    raise KeyError("depth")
+
+
 F0, F1, B0 = (0, "b0", "F", 0), (1, "b1", "F", 0), (2, "b0", "B", 0)
 REFUSED = {
     "no ticks": (events(F0, F1, B0, ticks=0), r"ticks\(\) is 0"),
+    "it raises": (type("Wrong", (hamdist.OwnLevel,), {"ticks": failing})(), "KeyError: 'depth'"),
+    "no events": (type("Wrong", (hamdist.OwnLevel,), {"ticks": lambda *_: 1})(), "NotImpl"),
     "none": (events(), "yields none"),
     "three values": (events((0, "b0", "F")), "yield .tick, block"),
-    "another block": (events((0, "b9", "F", 0)), "no block 'b9'; known: b0, b1"),
-    "another phase": (events((0, "b0", "G", 0)), "phase 'G'"),
+    "another block": (events((0, "b9", "F", 0)), "one of b0, b1"),
+    "another phase": (events((0, "b0", "G", 0)), "yields .0, 'b0', 'G', 0.; yield"),
     "half a tick": (events((0.5, "b0", "F", 0)), "whole numbers"),
     "twice": (events(F0, F0), "F0 of block 'b0' is there twice"),
     "a sample is missing": (events(F0, B0, F1, (3, "b0", "F", 2), ticks=9), "block 'b0' has no F1"),
     "no message": (events(F0, F1), "block 'b0' has no B0"),
-    "before the state": (events(F0, (0, "b1", "F", 0), B0), "F of 'b1', sample 0, is in tick 0"),
-    "before the message": (events(F0, F1, (1, "b0", "B", 0)), "B of 'b0', sample 0, is in tick 1"),
+    "before the state": (
+        events(F0, (0, "b1", "F", 0), B0),
+        "F0 of 'b1' is in tick 0, but waits for a signal of 'b0' that is sent in tick 0",
+    ),
+    "before the message": (
+        events(F0, F1, (1, "b0", "B", 0)),
+        "B0 of 'b0' is in tick 1, but waits for a signal of 'b1'",
+    ),
     "late entrance": (events((1, "b0", "F", 0), F1, B0), "enters in tick 1"),
     "a readout's message": (events(F0, F1, B0, (2, "b1", "B", 0)), "is not in the tick of F"),
     "passing": (
@@ -206,7 +218,9 @@ def test_what_it_does_not_fit():
         run(TwoAndWait)
     blocks = bare_chain(3).blocks.values()
     graph = Graph([replace(one, rule=None if one.loss else Direct()) for one in blocks])
-    with pytest.raises(LevelError, match="level Every: .*the error of 'b2' in tick 2"):
+    with pytest.raises(
+        LevelError, match="level Every: B0 of 'b0' is in tick 2, but waits for a signal of 'b2'"
+    ):
         schedule_of(Every(9, late=-2), graph)
 
 

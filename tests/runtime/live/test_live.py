@@ -467,7 +467,7 @@ def test_each_who_looks_gets_what_was_asked_for():
     asks = threading.Thread(target=lambda: found.append(stream.request("cut")))
     asks.start()
     for drawn in stream.samples():
-        if drawn.emission.cut:
+        if drawn.emission.snapshot:
             break
     stream.give("snapshot", "a place")
     for cut, block in ((0, "a"), (1, "a"), (0, "b"), (1, "b")):
