@@ -73,15 +73,13 @@ class OwnLevel:
         times = make_round(self, graph)
         rows = [["tick", *graph.blocks]]
         for tick in range(ticks):
-            cells = [str(tick)]
+            rows.append([str(tick)])
             for block in graph.blocks:
-                now = [
-                    [*by_block[block].at_tick(tick)] for by_block in (times.forward, times.backward)
-                ]
-                both = now[0] == now[1] and block in graph.readouts
-                named = zip(("FB",) if both else (FORWARD, BACKWARD), now, strict=False)
-                cells.append(" ".join(f"{phase}{n}" for phase, ns in named for n in ns))
-            rows.append(cells)
+                phases = {"FB": times.forward}
+                if block not in graph.readouts:
+                    phases = {FORWARD: times.forward, BACKWARD: times.backward}
+                events = [f"{p}{n}" for p, of in phases.items() for n in of[block].at_tick(tick)]
+                rows[-1].append(" ".join(events))
         widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
         padded = [[c.ljust(w) for c, w in zip(row, widths, strict=True)] for row in rows]
         return "\n".join(" | ".join(row).rstrip() for row in padded)
@@ -197,16 +195,12 @@ class _Refusal(NamedTuple):
         return ticks, events
 
     def unless_event(self, event: object, graph: Graph) -> tuple[int, str, str, int]:
-        form = f"events() yields {event!r}; yield (tick, block, 'F' or 'B', sample)"
-        whole = isinstance(event, tuple) and len(event) == 4
-        self.unless(whole, form)
-        tick, block, phase, n = event  # type: ignore[misc]  # (whole)
-        numbers = isinstance(tick, int) and isinstance(n, int) and n >= 0
-        self.unless(numbers, f"{form}, whole numbers, samples from 0")
-        known = isinstance(block, str) and block in graph.blocks
-        self.unless(known, f"{form}, one of {', '.join(graph.blocks)}")
-        self.unless(phase in (FORWARD, BACKWARD), form)
-        return tick, block, phase, n
+        match event:
+            case (int() as tick, str() as block, "F" | "B" as phase, int() as n) if n >= 0:
+                self.unless(block in graph.blocks, f"{event}: blocks are {', '.join(graph.blocks)}")
+                return tick, block, phase, n
+        form = "(tick, block, 'F' or 'B', sample), of whole numbers, samples from 0"
+        raise LevelError(f"{self.who}: events() yields {event!r}; yield {form}")
 
     def unless_in_order(self, what: str, times: Mapping[int, int], ticks: int) -> Times:
         """Return the times of samples that follow one another, also into the next round."""

@@ -27,7 +27,7 @@ from hamdist.runtime.timing.step_graph import step_graph
 from hamdist.runtime.train.prepare import level_fields
 from hamdist.runtime.train.train import plan_of
 from hamdist.streams import from_iterable
-from hamdist.study.verify.topics.level import VerifiedLevel, chain_of, difference_of_tables
+from hamdist.study.verify.topics.level import VerifiedLevel
 
 FILE = '''
 import hamdist
@@ -101,7 +101,6 @@ def test_the_table_by_hand():
     table = OWN["TABLE"].replace("block", "b")
     schedule = schedule_of(TwoAndWait(), bare_chain(3))
     assert check_drawn(schedule, table) == 8
-    assert difference_of_tables(TwoAndWait(), chain_of(3), OWN["TABLE"]) is None
     assert [e.tick for e in islice(schedule.emissions(), 5)] == [-1, 0, 5, 6, 11]
     # F2 of b0 and b1 meets the weights after both messages, F1 those before any; the readout steps
     # in between.
@@ -175,7 +174,7 @@ REFUSED = {
     "no events": (type("Wrong", (hamdist.OwnLevel,), {"ticks": lambda *_: 1})(), "NotImpl"),
     "none": (events(), "yields none"),
     "three values": (events((0, "b0", "F")), "yield .tick, block"),
-    "another block": (events((0, "b9", "F", 0)), "one of b0, b1"),
+    "another block": (events((0, "b9", "F", 0)), "blocks are b0, b1"),
     "another phase": (events((0, "b0", "G", 0)), "yields .0, 'b0', 'G', 0.; yield"),
     "half a tick": (events((0.5, "b0", "F", 0)), "whole numbers"),
     "twice": (events(F0, F0), "F0 of block 'b0' is there twice"),
@@ -270,15 +269,19 @@ def test_compared(file):
     assert "there is no file 'nowhere.py'" in wrong.output
 
 
-def test_tables_of_verify(file):
-    own = VerifiedLevel(f"{file}:WrongTable")
-    found = own._table(3, own._own.tables[3])
-    assert found.difference == 1
-    assert found.where == "7 | F3 | F2 | , by hand 7 |  | F2 | "
+def test_what_verify_says(file):
+    wrong = VerifiedLevel(f"{file}:WrongTable").table(3, OWN["WrongTable"].tables[3])
+    assert wrong.difference == 1
+    assert wrong.where == "7 | F3 | F2 | , by hand 7 |  | F2 | "
     fine = VerifiedLevel(f"{file}:TwoAndWait")
-    assert fine._table(3, fine._own.tables[3]).difference == 0
+    assert fine.table(3, OWN["TABLE"]).difference == 0
     assert fine._resumed().difference == 0
     assert fine._cosine().difference < 1e-9
+    names = [check.name for check, _ in zip(fine.checks(), range(2), strict=False)]
+    assert names == [
+        "its table of 3 block(s)",
+        "every signal comes before it is used, over skips and delays, too",
+    ]
 
 
 @pytest.mark.ray
