@@ -81,7 +81,7 @@ def train(
         optimizer: makes the optimiser of each block from the list of its parameters, at levels
             whose weights move when a message arrives:
             `lambda params: torch.optim.AdamW(params, lr=1e-3)`; or a list of optimisers.
-        scheduler: makes the scheduler of an optimiser, which is stepped once per item:
+        scheduler: makes the scheduler of an optimiser, which is stepped once per sample:
             `lambda opt: torch.optim.lr_scheduler.CosineAnnealingLR(opt, 1000)`.
         rules: how blocks learn, by name or pattern of the block: a `hamdist.Rule`, the name of a
             built-in one (`hamdist rules`), or a mapping with its name and arguments:

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import ast
+import collections
 import importlib
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -218,6 +220,19 @@ def test_a_public_class_name_is_defined_once():
             for name in (name for name in names if not name.startswith("_")):
                 homes.setdefault(name, []).append(path)
     assert not {name: paths for name, paths in homes.items() if len(paths) > 1}
+
+
+def test_nouns_of_class_names_are_in_the_glossary():
+    """One word for one thing: what three or more public classes are called is explained."""
+    nouns = collections.Counter()
+    for path in ROOT.rglob("*.py"):
+        for node in ast.parse(path.read_text()).body:
+            if isinstance(node, ast.ClassDef) and not node.name.startswith("_"):
+                nouns[re.findall(r"[A-Z]?[a-z0-9]+|[A-Z]+(?![a-z])", node.name)[-1].lower()] += 1
+    page = ROOT.parent / "docs" / "pages" / "concepts" / "glossary.md"
+    words = {*re.findall(r"\w+", page.read_text().lower())}
+    often = {noun for noun, many in nouns.items() if many >= 3}
+    assert not {noun for noun in often if not {noun, noun.removesuffix("s")} & words}
 
 
 def test_state_is_attributes_that_the_class_sets():

@@ -30,7 +30,7 @@ from hamdist.dynamics.graph.graph import Graph
 from hamdist.errors import ChoiceWarning
 from hamdist.streams.replay import samples_from
 from hamdist.streams.sample import Sample, Stream
-from hamdist.streams.smoothness import MOST_ITEMS, Smoothness
+from hamdist.streams.smoothness import MOST_SAMPLES, Smoothness
 from hamdist.streams.wrappers.chosen_targets import Derived
 
 ROUND_TRIPS = 2.5
@@ -89,7 +89,7 @@ def _level(settings: Settings, seen: LevelFacts) -> tuple[Level, str]:
     else:
         ticks = seen.frames * c
         smooth = ticks >= needed
-        over = "or more " if seen.frames >= MOST_ITEMS else ""
+        over = "or more " if seen.frames >= MOST_SAMPLES else ""
         measured = (
             f"the stream decorrelates over about {seen.frames:.3g} samples {over}of {c} tick(s), "
             f"{'not less' if smooth else 'less'} than {ROUND_TRIPS} round trips of {trip} ticks"
@@ -168,7 +168,7 @@ def resolved(
 def looked_at(stream: Stream) -> tuple[Stream, float | None, bool]:
     """Return the stream, first samples put back, their S, and True if one ends a sequence."""
     samples = stream.samples()
-    first = list(itertools.islice(samples, MOST_ITEMS))
+    first = list(itertools.islice(samples, MOST_SAMPLES))
     smoothness = Smoothness()
     for sample in first:
         smoothness.observe(sample.u)

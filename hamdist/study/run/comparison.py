@@ -139,17 +139,17 @@ def compare(
         plain: makes the module of the baseline, if it is another one than the levels'.
     """
     with ExitStack() as stack:
-        for item in planned:
-            callback = None if on_progress is None else on_progress(item)
-            run_settings = _with_own_snapshots(item.of(settings), item.name)
-            key = run_key(run_settings, item.name, made_of)
+        for each in planned:
+            callback = None if on_progress is None else on_progress(each)
+            run_settings = _with_own_snapshots(each.of(settings), each.name)
+            key = run_key(run_settings, each.name, made_of)
             stored = None if store is None else store.find(key)
             if stored is not None:
                 yield stored
                 continue
-            if item.level is not None and run_settings.engine.kind is EngineKind.RAY:
+            if each.level is not None and run_settings.engine.kind is EngineKind.RAY:
                 stack.enter_context(ray_session(run_settings.engine))
-            if item.level is None:
+            if each.level is None:
                 try:
                     run, _ = run_centralised(
                         run_settings, factory=factory, data=data, plain=plain, on_progress=callback
@@ -162,7 +162,7 @@ def compare(
                     ) from error
             else:
                 run, _ = run_level(run_settings, factory=factory, data=data, on_progress=callback)
-                run.level = item.name
+                run.level = each.name
             if store is not None and not run.interrupted:
                 store.keep(key, json.dumps({"key": key, **run.as_json()}))
             yield run
