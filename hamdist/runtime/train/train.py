@@ -133,7 +133,8 @@ def train(
             spec = _spec_with_example(stream)
             if settings.level is Level.AUTO:
                 build = partial(graph_in_blocks, model, spec, losses, policy)
-                settings, stream, why = resolved(settings, stream, build)
+                own_steps = any(one is not None for one in (optimizer, scheduler, rules))
+                settings, stream, why = resolved(settings, stream, build, own_steps=own_steps)
                 spec = replace(stream.spec, example=spec.example)
             known_by = identity(stream, spec.example)
             rule = OptimizerRule(function=optimizer, scheduler=scheduler)
