@@ -45,7 +45,7 @@ ELEMENTWISE = {
 
 @dataclass(frozen=True)
 class OptimizerRule:
-    """How the blocks of a run make their optimisers: by settings, or by functions of the user's.
+    """Maker of the optimisers of a run's blocks: by settings, or by functions of the user's.
 
     Attributes:
         lr: The step size of all blocks; lrs: of some, by pattern of their names.
