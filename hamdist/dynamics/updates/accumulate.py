@@ -39,7 +39,7 @@ class GradientSum(Stateful):
     def add(self, g: Sequence[Gradient]) -> None:
         """Add the gradients of one micro-batch, whose memory may be used again afterwards."""
         if isinstance(g, Gradients):
-            g.settle()
+            g.complete()
         copies: Copies = {}
         before = self._sums or [[] for _ in g]
         self._sums = [_added(total, g_i, copies) for total, g_i in zip(before, g, strict=True)]

@@ -192,7 +192,7 @@ class _Trainer:
         self._move()
         self.updates += 1
         if self.average is not None:
-            self.average.look()
+            self.average.update()
 
     def _move(self) -> None:
         factor = self.course(self.samples)
