@@ -12,7 +12,7 @@ with rate tau beta. Two recipes change the step, and nothing else of it:
     look-ahead  theta_{k+1} = theta_k - tau beta ( -s tau g_k + mu omega_{k+1} )
                 with mu = 1 - tau eta_omega
 
-Before all that the factor of the inputs of linear layers may be removed from their gradients
+Before all that the scale of the inputs of linear layers may be removed from their gradients
 (whitening.py). The second recipe is Nesterov's momentum as Sutskever et al. (2013) have it: the
 weights are where the momentum will have carried them. An average of the weights (average.py) is
 updated afterwards.
