@@ -184,8 +184,11 @@ def start(
         model, settings, loss, classes, names, **fields: as of `train`, all of whose other arguments
             but `stream` and `on_progress` are taken, too.
 
+    Returns:
+        The run; as a context it ends with the block.
+
     Raises:
-        HamdistError: as of `train`, before the run starts.
+        HamdistError: as of `train`, before the run starts (SettingsError: an argument is wrong).
     """
     functions = functions_of(model, settings, fields)
     if patience < 1 or (idle is not None and idle < 0):
@@ -237,7 +240,7 @@ def replay(
     settings: Settings | None = None,
     **fields: Any,
 ) -> RunResult:
-    """Repeat a live run from its journal, and return its result: equal to the bit, in any engine.
+    """Return the result of a live run, repeated from its journal: equal to the bit, in any engine.
 
     Args:
         out: the folder that `start` was given.

@@ -235,6 +235,28 @@ def test_nouns_of_class_names_are_in_the_glossary():
     assert not {noun for noun in often if not {noun, noun.removesuffix("s")} & words}
 
 
+def test_public_functions_classes_and_methods_have_docstrings():
+    """A method that overrides has its base's, or that of the interface (docs: develop/adding)."""
+    trees = [(path, ast.parse(path.read_text())) for path in ROOT.rglob("*.py")]
+    classes = [node for _, tree in trees for node in tree.body if isinstance(node, ast.ClassDef)]
+    documented = {m.name for node in classes for m in _methods(node) if ast.get_docstring(m)}
+    documented |= {"forward", "extra_repr", "emit"}  # of torch and logging
+    bare = []
+    for path, tree in trees:
+        for node in tree.body:
+            if isinstance(node, (ast.FunctionDef, ast.ClassDef)) and not node.name.startswith("_"):
+                bare += [] if ast.get_docstring(node) else [f"{path}: {node.name}"]
+                for m in _methods(node) if isinstance(node, ast.ClassDef) else []:
+                    if not ast.get_docstring(m) and m.name not in documented:
+                        bare.append(f"{path}: {node.name}.{m.name}")
+    assert not bare
+
+
+def _methods(node):
+    functions = [m for m in node.body if isinstance(m, ast.FunctionDef)]
+    return [m for m in functions if not m.name.startswith("_")]
+
+
 def test_state_is_attributes_that_the_class_sets():
     """Names in STATE are texts, in which mypy sees no typo."""
     classes, states = {}, {}

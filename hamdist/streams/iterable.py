@@ -118,7 +118,11 @@ class IterableStream:
         return replace(self._spec, patience=patience, live=True, emissions=None)
 
     def samples(self) -> Iterator[Sample]:
-        """Yield the samples from sample 0 on; StreamError for a second call on an iterator."""
+        """Yield the samples from sample 0 on.
+
+        Raises:
+            StreamError: the source is an iterator, and has been read.
+        """
         if self._peeked is not None:
             samples, self._peeked = self._peeked, None
         elif self._again:

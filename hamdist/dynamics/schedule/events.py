@@ -111,7 +111,8 @@ class Schedule(Protocol):
     def in_flight(self, edge: Edge, kind: Kind) -> int:
         """Return the most signals of `kind` that the schedule itself keeps waiting on an edge."""
 
-    def target_in_flight(self, readout: str) -> int: ...
+    def target_in_flight(self, readout: str) -> int:
+        """Return the most targets that the schedule itself keeps waiting for a readout."""
 
     def bundle(self, edge: Edge, kind: Kind) -> Bundle:
         """Return the most signals of `kind` that may leave together on an edge."""

@@ -39,6 +39,7 @@ class HoldSchedule:
         return block in self._late
 
     def events(self, block: str, since: int = 0) -> Iterator[Event]:  # noqa: ARG002
+        """Yield the events of a block: every tick."""
         for k in count(since):
             yield Event(k, Phase.TICK, k // self.c)
 
@@ -60,6 +61,7 @@ class HoldSchedule:
         return Stamp(tick, tick // self.c, max(0, self.updates_before(tick)))
 
     def updates_before(self, tick: int) -> int:
+        """Return the number of updates of the weights before `tick`."""
         return tick if self._knobs.update is Update.TICK else tick // self.c
 
     def updates(self, tick: int) -> bool:

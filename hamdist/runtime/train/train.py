@@ -76,7 +76,10 @@ OWN = "hamdist."  # streams of this package, which know what they give
 
 
 class Engine(Protocol):
-    def run(self, plan: Plan, stream: Stream, on_progress: OnProgress | None = None) -> Outcome: ...
+    """Moves the signals of a run between its blocks, in one process or several."""
+
+    def run(self, plan: Plan, stream: Stream, on_progress: OnProgress | None = None) -> Outcome:
+        """Run a plan to its end, and return what came of it."""
 
 
 def train(

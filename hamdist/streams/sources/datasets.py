@@ -76,6 +76,8 @@ def digits(batch: int, seed: int, dtype: torch.dtype, *, validation: bool = Fals
     are nearly always blank.
 
     Args:
+        batch, seed: rows of a sample; of the order of the samples.
+        dtype: of u.
         validation: hold out a sixth of the training part instead (`without_test`).
 
     Raises:
@@ -122,6 +124,8 @@ def mnist1d(batch: int, seed: int, dtype: torch.dtype, *, validation: bool = Fal
     linear model differ by much. The package draws them here; its pickled file is not used.
 
     Args:
+        batch, seed: rows of a sample; of the order of the samples.
+        dtype: of u.
         validation: hold out a sixth of the training part instead (`without_test`).
 
     Raises:

@@ -116,7 +116,7 @@ def verify(
     blocks: int | None = None,
     on_row: Callable[[VerifyRow], object] | None = None,
 ) -> Verification:
-    """Prove it: statements of the papers, or a model, against oracles of their own.
+    """Return the checks of the papers' statements, or of a model, against oracles of their own.
 
         assert hamdist.verify(model, input_shape=(3, 28, 28), classes=10).passed
 
