@@ -101,7 +101,7 @@ def train(
             process, and fed to a run of `start`.
         **fields: fields of `Settings` by name, which take precedence over `settings`. `partition`
             may be a function, too: from the places where a block can begin (`CutPlace`) to the
-            names of the modules that begin one.
+            names of the modules that begin one; `level` a `hamdist.OwnLevel`.
 
     Returns:
         The learned model with the figures, warnings and settings of the run.

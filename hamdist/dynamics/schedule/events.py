@@ -9,7 +9,6 @@ from typing import NamedTuple, Protocol
 
 from hamdist.dynamics.graph.graph import Edge
 from hamdist.dynamics.saved_state.stateful import registered
-from hamdist.dynamics.schedule.microbatches import Pulses
 
 
 @registered("Phase")
@@ -88,7 +87,7 @@ class Bundle(NamedTuple):
 
 
 class Schedule(Protocol):
-    """The common interface of all presentations. `c`: ticks between two samples.
+    """The common interface of all presentations. `c`: ticks between two samples (on average).
 
     A block and its edges are given by name and `Edge`; a method that names the signal of an edge
     for an event returns None where that event reads nothing from the edge.
@@ -126,19 +125,14 @@ class Schedule(Protocol):
         """Return the most samples by which a message is older than the state that it meets."""
 
 
-def source_events(c: int, first: int = 0, parts: int = 1) -> Iterator[Event]:
-    """Yield the events of the stream from sample `first` on: sample n leaves at tick n c - 1.
-
-    parts: of a sample, which leave as separate pulses (microbatches.py).
-    """
-    pulses = Pulses(c, parts)
-    for n in count(first):
-        yield Event(pulses.tick(n) - 1, Phase.EMIT, n)
+def source_events(c: int, first: int = 0) -> Iterator[Event]:
+    """Yield the events of the stream from sample `first` on: sample n leaves at tick n c - 1."""
+    return (Event(n * c - 1, Phase.EMIT, n) for n in count(first))
 
 
-def emitted(sample: int, c: int, parts: int = 1) -> Stamp:
+def emitted(sample: int, c: int) -> Stamp:
     """Return the stamp of sample n, as the stream sends it."""
-    return Stamp(Pulses(c, parts).tick(sample) - 1, sample, 0)
+    return Stamp(sample * c - 1, sample, 0)
 
 
 ALONE = Bundle(1, 1)

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from hamdist.dynamics.graph.inputs import INPUT, by_parent, rows_of
 from hamdist.dynamics.saved_state.stateful import check_names
-from hamdist.dynamics.schedule.events import Event, Stamp, source_events
+from hamdist.dynamics.schedule.events import Event, Stamp
 from hamdist.dynamics.schedule.sequence import SequenceSchedule
 from hamdist.dynamics.updates.constants import TOLERANCE
 from hamdist.errors import SnapshotError, StreamError
@@ -50,10 +50,12 @@ class SourceNode:
         self._batched = {
             name for name, u in plan.spec.parents.items() if u[0][0] == plan.spec.batch
         }
-        self._events = source_events(plan.schedule.c, parts=self._parts)
-        self.event = next(self._events)
+        self._events: Iterator[Event] = iter(())
         if isinstance(plan.schedule, SequenceSchedule):
             self.event = plan.schedule.emission(plan.schedule.opening(), 0)
+        else:
+            self._events = plan.schedule.emissions()
+            self.event = next(self._events)
         into = plan.graph.out_of[INPUT]
         self._inputs = [plan.channels.states[e.index] for e in into]
         self._names = [e.parent for e in into]
@@ -163,8 +165,7 @@ class SourceNode:
         self._count_drawn = state["drawn"]
         self._next = None if state["next"] is None else _heard(state["next"])
         if not isinstance(self._plan.schedule, SequenceSchedule):
-            first = self.event.sample + 1
-            self._events = source_events(self._plan.schedule.c, first, self._parts)
+            self._events = self._plan.schedule.emissions(self.event.sample + 1)
         if self.tick is not None:
             self._drawn = self._behind(self._count_drawn, state["passed"])
 
