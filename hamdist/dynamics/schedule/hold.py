@@ -38,16 +38,13 @@ class HoldSchedule:
         return sample * self.c
 
     def entered(self, tick: int) -> int:
-        """Return the sample that the input shows in `tick`."""
         return tick // self.c
 
     @property
     def round(self) -> tuple[int, int]:
-        """Return the ticks after which the events repeat, and the samples that enter meanwhile."""
         return self.c, 1
 
     def emissions(self, first: int = 0) -> Iterator[Event]:
-        """Yield the events of the stream from a sample on."""
         return (Event(self.enters(n) - 1, Phase.EMIT, n) for n in count(first))
 
     def late(self, block: str) -> bool:
