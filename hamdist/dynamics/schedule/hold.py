@@ -45,6 +45,7 @@ class HoldSchedule:
         return self.c, 1
 
     def emissions(self, first: int = 0) -> Iterator[Event]:
+        """Yield the events of the stream from a sample on."""
         return (Event(self.enters(n) - 1, Phase.EMIT, n) for n in count(first))
 
     def late(self, block: str) -> bool:

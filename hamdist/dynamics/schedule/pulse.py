@@ -120,6 +120,7 @@ class PulseSchedule:
         return -(-self._emits.before(tick) // self.parts) - 1
 
     def emissions(self, first: int = 0) -> Iterator[Event]:
+        """Yield the events of the stream from a pulse on."""
         return (Event(self._emits.of(n), Phase.EMIT, n) for n in count(first))
 
     def emitted(self, pulse: int) -> Stamp:
@@ -302,6 +303,7 @@ class PulseSchedule:
         return self._backward[edge.child].most(self._backward[edge.parent])
 
     def errors_in_flight(self, block: str) -> int:
+        """Return the most errors of the first readout that wait for `block`."""
         return self._forward[self._first_readout].most(self._backward[block])
 
     def target_in_flight(self, readout: str) -> int:
