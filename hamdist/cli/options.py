@@ -82,9 +82,14 @@ class RunOptions:
 
     def changes(self) -> dict[str, Any]:
         """Return the changes of the settings by those options that were given."""
+        level: dict[str, Any] = {"level": self.level}
+        if ":" in (self.level or ""):
+            from hamdist.runtime.train.prepare import level_fields
+
+            level = level_fields("--level", str(self.level))
         return without_none(
             {
-                **level_changes(self.level),
+                **level,
                 "engine": None if self.engine is None else {"kind": self.engine.value},
                 "seed": self.seed,
                 "steps": self.steps,
@@ -122,15 +127,6 @@ class RunOptions:
 def names(text: str | None) -> list[str]:
     """Return the names in a list `a,b`; none without a list."""
     return [name.strip() for name in (text or "").split(",") if name.strip()]
-
-
-def level_changes(name: str | None) -> dict[str, Any]:
-    """Return the settings by which a run is at the level that `--level` names."""
-    if name is None or ":" not in name:
-        return {"level": name}
-    from hamdist.runtime.train.prepare import level_fields
-
-    return level_fields("--level", name)
 
 
 def level_names(text: str) -> list[Level | str]:

@@ -74,6 +74,7 @@ from hamdist.config.sections.section import CourseSettings as CourseSettings
 from hamdist.config.sections.section import Positive as Positive
 from hamdist.config.sections.section import Rate as Rate
 from hamdist.config.sections.section import Section as Section
+from hamdist.config.sections.section import SignedCourseSettings as SignedCourseSettings
 from hamdist.config.sections.snapshots import SnapshotSettings as SnapshotSettings
 from hamdist.config.sections.stream import CanvasSettings as CanvasSettings
 from hamdist.config.sections.stream import CharacterSettings as CharacterSettings

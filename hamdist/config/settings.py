@@ -44,14 +44,13 @@ class Loss(str, Enum):
     MODEL = "model"
 
 
+OwnName = Annotated[str, Field(pattern=":")]
+
+
 class CompareSettings(Section):
     """Runs of `hamdist compare` beside centralised backpropagation."""
 
-    levels: tuple[Level | Annotated[str, Field(pattern=":")], ...] = (
-        Level.BACKPROP,
-        Level.TRACE,
-        Level.LOCAL,
-    )
+    levels: tuple[Level | OwnName, ...] = (Level.BACKPROP, Level.TRACE, Level.LOCAL)
     """The levels; those of your own as `FILE.py:NAME`."""
     rules: tuple[str, ...] = ()
     """Instead of the levels: names of levels, and of rules of learning for all blocks."""

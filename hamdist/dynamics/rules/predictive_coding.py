@@ -65,6 +65,9 @@ class EquilibriumPropagation(PredictiveCoding):
     def __init__(self, beta: float = 0.1, rate: float = 0.1) -> None:
         self.rate, self.beta = rate, beta
 
+    def nudges(self, ticks: int) -> list[float]:
+        return [-self.beta] * (ticks // 2) + [self.beta] * (ticks - ticks // 2)
+
     def relax(
         self, block: BlockView, inputs: Sequence[Tensor], message: Tensor
     ) -> tuple[Tensor, Messages, Updates]:

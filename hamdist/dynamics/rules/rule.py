@@ -139,6 +139,15 @@ class Rule:
         """
         raise NotImplementedError
 
+    def nudges(self, ticks: int) -> list[float]:  # noqa: ARG002
+        """Return the scale of the loss by tick of a held sample, where the rule needs another than
+        1: a run is refused whose `dynamics.phi` is not {values: these, cycle: true}.
+
+        Args:
+            ticks: of a sample.
+        """
+        return []
+
     def feedback(self, block: BlockView) -> Mapping[str, Tensor]:  # noqa: ARG002
         """Return the matrices that take the place of weights on the way back, by weight.
 

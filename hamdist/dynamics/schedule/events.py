@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from enum import Enum, IntEnum
-from itertools import count
 from typing import NamedTuple, Protocol
 
 from hamdist.dynamics.graph.graph import Edge
@@ -123,11 +121,6 @@ class Schedule(Protocol):
     @property
     def staleness(self) -> int:
         """Return the most samples by which a message is older than the state that it meets."""
-
-
-def source_events(c: int, first: int = 0) -> Iterator[Event]:
-    """Yield the events of the stream from sample `first` on: sample n leaves at tick n c - 1."""
-    return (Event(n * c - 1, Phase.EMIT, n) for n in count(first))
 
 
 def emitted(sample: int, c: int) -> Stamp:

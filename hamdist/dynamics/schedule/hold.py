@@ -7,16 +7,7 @@ from itertools import count
 
 from hamdist.config import Moves, Order, TargetOf, Update
 from hamdist.dynamics.graph.graph import Edge, Graph
-from hamdist.dynamics.schedule.events import (
-    ALONE,
-    Bundle,
-    Event,
-    Kind,
-    Phase,
-    Stamp,
-    emitted,
-    source_events,
-)
+from hamdist.dynamics.schedule.events import ALONE, Bundle, Event, Kind, Phase, Stamp, emitted
 from hamdist.dynamics.schedule.levels import Locality
 
 
@@ -47,17 +38,15 @@ class HoldSchedule:
         return sample * self.c
 
     def entered(self, tick: int) -> int:
-        """Return the sample that the input shows in `tick`."""
         return tick // self.c
 
     @property
     def round(self) -> tuple[int, int]:
-        """Return the ticks after which the events repeat, and the samples that enter meanwhile."""
         return self.c, 1
 
     def emissions(self, first: int = 0) -> Iterator[Event]:
         """Yield the events of the stream from a sample on."""
-        return source_events(self.c, first)
+        return (Event(self.enters(n) - 1, Phase.EMIT, n) for n in count(first))
 
     def late(self, block: str) -> bool:
         """Return True if a tick of `block` comes after those of all others with the same number."""

@@ -124,7 +124,6 @@ class PulseSchedule:
         return (Event(self._emits.of(n), Phase.EMIT, n) for n in count(first))
 
     def emitted(self, pulse: int) -> Stamp:
-        """Return the stamp of a pulse, as the stream sends it."""
         return Stamp(self._emits.of(pulse), pulse, 0)
 
     @property
@@ -139,12 +138,6 @@ class PulseSchedule:
     def lag(self, block: str) -> int:
         """Return the most ticks from a block's forward to its backward (2 (D - l)), if any."""
         return self._lags[block]
-
-    def _forward_tick(self, block: str, sample: int) -> int:
-        return self._forward[block].of(sample)
-
-    def _backward_tick(self, block: str, sample: int) -> int:
-        return self._backward[block].of(sample)
 
     def events(self, block: str, since: int = 0, end: int | None = None) -> Iterator[Event]:
         """Yield the events of a block in tick `since` and later, in a stream of `end` pulses."""
@@ -166,12 +159,12 @@ class PulseSchedule:
     def moved(self, block: str, pulse: int) -> int:
         """Return the tick in which a block moves by the messages up to that of a pulse."""
         if block not in self.stepping:
-            return self._backward_tick(block, pulse)
+            return self._backward[block].of(pulse)
         return (self.sample_of(pulse) + 1) * self.c - (2 if block == self.stepping[0] else 1)
 
     def square(self, block: str, event: Event) -> Stamp:
         """Return the stamp of the square that a block sends before the step of `event`."""
-        tick = self._backward_tick(block, event.sample)
+        tick = self._backward[block].of(event.sample)
         return Stamp(tick, event.sample, self._steps(event.sample))
 
     def norm(self, event: Event) -> Stamp:
@@ -185,17 +178,17 @@ class PulseSchedule:
         if block in self._readouts or not self.lag(block):
             phase = Phase.READ if block in self._readouts else Phase.FORWARD
             for n in entering:
-                yield Event(self._forward_tick(block, n), phase, n)
+                yield Event(self._forward[block].of(n), phase, n)
             return
         behind = max(0, self._backward[block].before(since))
         for n in entering:
-            forward = Event(self._forward_tick(block, n), Phase.FORWARD, n)
-            while self._backward_tick(block, behind) < forward.tick:
-                yield Event(self._backward_tick(block, behind), Phase.BACKWARD, behind)
+            forward = Event(self._forward[block].of(n), Phase.FORWARD, n)
+            while self._backward[block].of(behind) < forward.tick:
+                yield Event(self._backward[block].of(behind), Phase.BACKWARD, behind)
                 behind += 1
             yield forward
         for n in range(behind, end or 0):
-            yield Event(self._backward_tick(block, n), Phase.BACKWARD, n)
+            yield Event(self._backward[block].of(n), Phase.BACKWARD, n)
 
     def after_end(self, block: str, event: Event, end: int) -> Event | None:
         """Return what follows `event` in a stream of `end` pulses, if anything does."""
@@ -210,8 +203,8 @@ class PulseSchedule:
         if edge.from_input:
             return self.emitted(event.sample)
         if edge.parent in self._silent:
-            return Stamp(self._forward_tick(edge.parent, event.sample), event.sample, 0)
-        tick = self._forward_tick(edge.parent, event.sample)
+            return Stamp(self._forward[edge.parent].of(event.sample), event.sample, 0)
+        tick = self._forward[edge.parent].of(event.sample)
         # Messages m with B m < F n have come before the forward of n.
         come = max(0, self._backward[edge.parent].before(tick))
         version = self.sample_of(come) // self.group
@@ -226,8 +219,11 @@ class PulseSchedule:
             max(times.first[i] for times in self._backward.values()) + steps
             for i in range(last, len(self._emits.first), self.parts)
         ]
-        sent = Times(self._emits.first[:: self.parts], self._emits.ticks)
-        return sent.most(Times(ends, self._emits.ticks)) - 1
+        return self._of_samples(self._emits).most(Times(ends, self._emits.ticks)) - 1
+
+    def _of_samples(self, pulses: Times) -> Times:
+        """Return the times of the first pulses of samples."""
+        return Times(pulses.first[:: self.parts], pulses.ticks)
 
     def buffered(self, sample: int) -> int:
         """Return the steps in the weights that a sample meets with double buffering."""
@@ -240,14 +236,14 @@ class PulseSchedule:
     def message(self, edge: Edge, event: Event) -> Stamp | None:
         if event.phase is not Phase.BACKWARD:
             return None
-        tick = self._backward_tick(edge.child, event.sample)
+        tick = self._backward[edge.child].of(event.sample)
         return Stamp(tick, event.sample, self._steps(event.sample))
 
     def error(self, event: Event) -> Stamp | None:
         """Return the stamp of the first readout's error that a block reads in `event`."""
         if event.phase is not Phase.BACKWARD:
             return None
-        tick = self._forward_tick(self._first_readout, event.sample)
+        tick = self._forward[self._first_readout].of(event.sample)
         return Stamp(tick, event.sample, self._steps(event.sample))
 
     def target(self, readout: str, event: Event) -> Stamp | None:  # noqa: ARG002
@@ -261,7 +257,7 @@ class PulseSchedule:
 
         Where both have theirs in the same tick, the owner comes last.
         """
-        sent = self._backward_tick(tie.user, event.sample)
+        sent = self._backward[tie.user].of(event.sample)
         return Stamp(sent, event.sample, self.sample_of(event.sample))
 
     def weight(self, tie: Tie, event: Event) -> Stamp | None:
@@ -311,9 +307,7 @@ class PulseSchedule:
         return self._forward[self._first_readout].most(self._backward[block])
 
     def target_in_flight(self, readout: str) -> int:
-        sent = Times(self._emits.first[:: self.parts], self._emits.ticks)
-        taken = Times(self._forward[readout].first[:: self.parts], self._emits.ticks)
-        return sent.most(taken)
+        return self._of_samples(self._emits).most(self._of_samples(self._forward[readout]))
 
     def bundle(self, edge: Edge, kind: Kind) -> Bundle:  # noqa: ARG002
         spacing = self.c if self.parts == 1 else SPACING  # between two pulses

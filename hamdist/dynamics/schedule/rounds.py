@@ -22,16 +22,6 @@ FORWARD, BACKWARD = "F", "B"
 class OwnLevel:
     """When samples enter, and when they and their messages pass the blocks: a schedule of pulses.
 
-        class TwoAndWait(hamdist.OwnLevel):
-            def ticks(self, graph):
-                return 2 * graph.depth + 2
-
-            def events(self, graph):
-                for block, l in graph.depths.items():
-                    for n in range(2):
-                        yield n + l, block, "F", n
-                        yield n + 2 * graph.depth - l, block, "B", n
-
     What a block computes and keeps is that of the level `base`. `self` holds constants.
 
     Attributes:
@@ -78,7 +68,11 @@ class OwnLevel:
                 phases = {"FB": times.forward}
                 if block not in graph.readouts:
                     phases = {FORWARD: times.forward, BACKWARD: times.backward}
-                events = [f"{p}{n}" for p, of in phases.items() for n in of[block].at_tick(tick)]
+                now = {
+                    p: (of[block].before(tick), of[block].before(tick + 1))
+                    for p, of in phases.items()
+                }
+                events = [f"{p}{n}" for p, (n, after) in now.items() if 0 <= n < after]
                 rows[-1].append(" ".join(events))
         widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
         padded = [[c.ljust(w) for c, w in zip(row, widths, strict=True)] for row in rows]
@@ -100,10 +94,6 @@ class Times(NamedTuple):
         """Return the number of events before `tick`; below 0 for those that are missing then."""
         turn, rest = divmod(tick - self.first[0], self.ticks)
         return turn * len(self.first) + bisect_left(self.first, self.first[0] + rest)
-
-    def at_tick(self, tick: int) -> range:
-        """Return the events of a tick: one, or none."""
-        return range(max(0, self.before(tick)), self.before(tick + 1))
 
     def most(self, taken: Times) -> int:
         """Return the most events n, n + 1, ... of these up to the tick in which n is `taken`."""

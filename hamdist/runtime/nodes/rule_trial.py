@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from itertools import groupby
 
 import torch
 
@@ -48,6 +49,15 @@ def _try(plan: Plan, name: str, applied: AppliedRule) -> None:
         for s, t in map(shapes.__getitem__, spec.parents)
     ]
     if rule.presentation == "hold":
+        nudges = rule.nudges(plan.schedule.c)
+        if any(plan.dynamics.phi(k) != phi for k, phi in enumerate(nudges + nudges)):
+            counts = ", then ".join(
+                f"{len([*same])} times {phi:g}" for phi, same in groupby(nudges)
+            )
+            raise LevelError(
+                f"block {name!r} with rule {type(rule).__name__}: it needs the loss scaled by tick "
+                f"of a sample; set dynamics.phi to {{values: [...], cycle: true}} with {counts}"
+            )
         applied.view.in_tick(h, 0, plan.schedule.c, learns=True)
         applied.gradients(applied.call("relax", 0, len(h), inputs, h)[2], 0, 1.0)
         return

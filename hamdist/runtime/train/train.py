@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 from torch import nn
@@ -143,17 +143,9 @@ def train(
             rule = OptimizerRule(function=optimizer, scheduler=scheduler)
             named = {**(rules or {}), **settings.learning.rules, **(rules or {})}
             by_name = {p: make_rule(f"rules.{p}", r) for p, r in named.items()}
+            more: dict[str, Any] = {"rules": by_name, "level": level or _named_level(settings)}
             work = _Work(
-                model,
-                spec,
-                settings,
-                losses,
-                policy,
-                phi,
-                known_by,
-                optimizer=rule,
-                rules=by_name,
-                level=level or _named_level(settings),
+                model, spec, settings, losses, policy, phi, known_by, optimizer=rule, **more
             )
             notes: list[str] = []
             if resume is None:
@@ -232,14 +224,12 @@ class _Work:
             graph = self.graph()
             blocks = graph.unsliced.blocks
             check_apart({n: [m for m in (b.module, b.output) if m] for n, b in blocks.items()})
-            plan = make_plan(
-                graph,
-                self.settings,
-                self.spec,
-                phi=self.phi,
-                optimizer=self.optimizer,
-                level=self.level,
-            )
+            functions: dict[str, Any] = {
+                "phi": self.phi,
+                "optimizer": self.optimizer,
+                "level": self.level,
+            }
+            plan = make_plan(graph, self.settings, self.spec, **functions)
             try_rules(plan)
         if graph.state:
             graph.notes.append(

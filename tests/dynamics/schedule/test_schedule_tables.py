@@ -26,7 +26,6 @@ from hamdist.dynamics.schedule.events import (
     Phase,
     Stamp,
     emitted,
-    source_events,
 )
 from hamdist.dynamics.schedule.hold import HoldSchedule
 from hamdist.dynamics.schedule.make import make_schedule
@@ -290,7 +289,7 @@ def test_pulse_stamps_by_counting_in_the_table(graph, c, table):
                     assert schedule.state(into, e) is None
                 elif into.from_input:
                     sent = Event(e.sample * schedule.c - 1, Phase.EMIT, e.sample)
-                    assert sent in until(source_events(schedule.c), e.tick)
+                    assert sent in until(schedule.emissions(), e.tick)
                     assert schedule.state(into, e) == Stamp(sent.tick, e.sample, 0)
                 else:
                     expected = stamps[into.parent, Phase.FORWARD, e.sample]
@@ -772,7 +771,7 @@ def test_pulse_is_causal_on_any_dag(graph, c):
     messages = {e.index: Wire() for e in graph.edges if not e.from_input}
     targets = {r: Wire() for r in graph.readouts}
     updates = Counter()
-    timeline = [(e, "u") for e in until(source_events(schedule.c), last)]
+    timeline = [(e, "u") for e in until(schedule.emissions(), last)]
     timeline += [(e, b) for b in graph.blocks for e in until(schedule.events(b), last)]
     timeline.sort(key=lambda pair: pair[0].tick)  # stable: a block's own order within a tick
     for event, block in timeline:
@@ -822,7 +821,7 @@ def test_hold_is_causal_on_any_dag(graph, speed, update):
     states = {e.index: Wire() for e in graph.edges}
     messages = {e.index: Wire() for e in graph.edges if not e.from_input}
     targets = {r: Wire() for r in graph.readouts}
-    emits = {e.tick: e.sample for e in until(source_events(schedule.c), last)}
+    emits = {e.tick: e.sample for e in until(schedule.emissions(), last)}
     updates = 0
     for k in range(-max(e.delay for e in graph.edges), last):
         if k in emits:

@@ -106,6 +106,8 @@ def test_a_resumed_run(tmp_path, name):
     level = {"level": "trace"}
     if held:
         level = {"level": "local", "locality": {"speed": 9, "update": "last-tick"}}
+        if nudges := built_in(name)().nudges(9):
+            level["dynamics"] = {"phi": {"values": nudges, "cycle": True}}
     result = resumed(tmp_path, rules, **level)
     assert result.samples == ITEMS
     assert result.model.state_dict().keys() == net().state_dict().keys()

@@ -48,8 +48,13 @@ class VerifiedRule:
 
     def __init__(self, name: str) -> None:
         self._rule, self._named = make_rule("--rule", name), {"rules": {"*": name}}
-        held = {"level": "local", "locality": {"speed": TICKS, "update": "last-tick"}}
+        held: dict[str, Any] = {
+            "level": "local",
+            "locality": {"speed": TICKS, "update": "last-tick"},
+        }
         self._held = self._rule.presentation == "hold"
+        if nudges := self._rule.nudges(TICKS):
+            held["dynamics"] = {"phi": {"values": nudges, "cycle": True}}
         self._level: dict[str, Any] = held if self._held else {"level": "trace"}
         self._ticks = TICKS if self._held else 1
         self._model: Callable[[], nn.Module | Graph] = chain
