@@ -1,0 +1,109 @@
+"""Generated tasks in which a network has to remember, as a stream of tokens.
+
+B: batch, S: symbols, N: `length`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from itertools import count
+
+import torch
+from torch import Tensor
+
+from hamdist.config import IGNORE_INDEX, MemoryTask
+from hamdist.streams.sample import Sample, SampleSpec, generator
+
+CUES = 7
+MARKED = 1 / 6  # share of the tokens with a mark "store", and with a mark "recall"
+
+
+class MemoryStream:
+    """Sequences of a task, one after the other; portable, and endless unless `sequences` is given.
+
+    copy      N symbols of S, then N marks at which they are asked for in their order; u (B, S + 1)
+              has a symbol, or the mark as its last feature (Graves et al. 2014; Menick et al. 2021)
+    recall    N tokens, each a bit (2 features); at some there is a mark "store" as well (always at
+              the first), at others "recall", which asks for the bit that was stored last; u (B, 4)
+              (store-recall: Bellec et al. 2020)
+    evidence  a cue on one of two sides at every second one of 14 tokens, then a pause of N tokens;
+              at its last there is a mark that asks on which side there were more; u (B, 3)
+              (evidence accumulation: Bellec et al. 2020)
+
+    Sample: u float of `dtype`, y (B,) int64, None where no row is asked, IGNORE_INDEX in rows that
+    are not. The sequence of a number depends on (seed, number, part) alone.
+
+    Args:
+        symbols: S, of `copy`.
+        ends: mark the last token of each sequence.
+        part: of the data: sequences of different parts differ.
+        sequences: how many; None for no end.
+    """
+
+    portable: bool = True
+
+    def __init__(
+        self,
+        task: MemoryTask,
+        *,
+        length: int,
+        symbols: int,
+        ends: bool,
+        batch: int,
+        seed: int,
+        dtype: torch.dtype = torch.float32,
+        part: str = "train",
+        sequences: int | None = None,
+    ) -> None:
+        self._task, self._length, self._symbols, self._ends = task, length, symbols, ends
+        self._batch, self._seed, self._dtype = batch, seed, dtype
+        self._part, self._sequences = part, sequences
+
+    @property
+    def spec(self) -> SampleSpec:
+        """Return the shapes and types of the samples."""
+        features = {MemoryTask.COPY: self._symbols + 1, MemoryTask.RECALL: 4}.get(self._task, 3)
+        classes = self._symbols if self._task is MemoryTask.COPY else 2
+        rows = self._batch
+        return SampleSpec((rows, features), self._dtype, (rows,), torch.int64, classes)
+
+    def samples(self) -> Iterator[Sample]:
+        """Yield the tokens from the first one of the first sequence on."""
+        tasks = {MemoryTask.COPY: self._copy, MemoryTask.RECALL: self._recall}
+        make = tasks.get(self._task, self._evidence)
+        for n in count() if self._sequences is None else range(self._sequences):
+            inputs, targets = make(generator(f"memory {self._part}", self._seed, n))
+            last = len(inputs) - 1
+            for t, (u, y) in enumerate(zip(inputs, targets, strict=True)):
+                asked = y if bool((y != IGNORE_INDEX).any()) else None
+                yield Sample(u.to(self._dtype), asked, end=self._ends and t == last)
+
+    def _copy(self, random: torch.Generator) -> tuple[Tensor, Tensor]:
+        """Return u (T, B, features) and y (T, B) of one sequence."""
+        N, B = self._length, self._batch
+        symbols = torch.randint(self._symbols, (N, B), generator=random)
+        shown = torch.cat([symbols, torch.full((N, B), self._symbols)])
+        asked = torch.cat([torch.full((N, B), IGNORE_INDEX), symbols])
+        return torch.nn.functional.one_hot(shown, self._symbols + 1), asked
+
+    def _recall(self, random: torch.Generator) -> tuple[Tensor, Tensor]:
+        shape = (self._length, self._batch)
+        bits = torch.randint(2, shape, generator=random)
+        draw = torch.rand(shape, generator=random)
+        store, recall = draw < MARKED, (draw >= MARKED) & (draw < 2 * MARKED)
+        store[0], recall[0] = True, False
+        # the token at which the bit was stored last
+        places = torch.arange(self._length)[:, None].expand(shape)
+        latest = torch.where(store, places, 0).cummax(0).values
+        y = torch.where(recall, bits.gather(0, latest), IGNORE_INDEX)
+        return torch.stack([bits == 0, bits == 1, store, recall], 2), y
+
+    def _evidence(self, random: torch.Generator) -> tuple[Tensor, Tensor]:
+        B, T = self._batch, 2 * CUES + self._length
+        likely = torch.where(torch.rand(B, generator=random) < 0.5, 0.3, 0.7)
+        side = (torch.rand(CUES, B, generator=random) < likely).long()
+        u, y = torch.zeros(T, B, 3), torch.full((T, B), IGNORE_INDEX)
+        u[: 2 * CUES : 2, :, :2] = torch.nn.functional.one_hot(side, 2).float()
+        u[-1, :, 2] = 1
+        y[-1] = (2 * side.sum(0) > CUES).long()
+        return u, y
