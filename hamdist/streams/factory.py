@@ -170,15 +170,13 @@ def _frames(settings: StreamSettings) -> int:
 def held_out_tokens(
     settings: StreamSettings, *, seed: int, dtype: torch.dtype = torch.float32
 ) -> TokenStream | MemoryStream | None:
-    """Return a stream of the held-out sequences, once, one after the other, token by token.
+    """Return a stream of the held-out sequences, once, one after the other, token by token; None
+    where it is no stream of texts or tasks of memory that are read so.
 
     Args:
-        settings: of a stream of texts, or of a task of memory.
+        settings: of the stream.
         seed: of the sequences, where they are made up.
         dtype: of floating-point inputs.
-
-    Returns:
-        None for another stream.
     """
     if settings.source is Source.MEMORY:
         own, part = dict(settings.memory), settings.evaluate.value

@@ -181,8 +181,6 @@ class MemorySettings(Section):
     """Symbols to be repeated, a bit to be stored and recalled, cues on two sides to be counted."""
     length: Positive = 20
     """Of copy the symbols, of recall the tokens of a sequence, of evidence those of the pause."""
-    symbols: Annotated[int, Field(ge=2)] = 4
-    """Different symbols of copy."""
     ends: bool = True
     """Whether sequences end, and states begin anew; false: they go on for ever."""
 
@@ -202,6 +200,9 @@ class SignalSettings(Section):
     """Seconds between two samples."""
     dwell: Above0 = 5.0
     """Seconds of one patch."""
+    lead: Above0 | None = None
+    """Seconds by which the target is ahead of the signal, which then is the input; not given: there
+    is no input."""
 
 
 class PaceSettings(Section):

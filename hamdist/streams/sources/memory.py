@@ -1,6 +1,6 @@
 """Generated tasks in which a network has to remember, as a stream of tokens.
 
-B: batch, S: symbols, N: `length`.
+B: batch, N: `length`.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ from torch import Tensor
 from hamdist.config import IGNORE_INDEX, MemoryTask
 from hamdist.streams.sample import Sample, SampleSpec, generator
 
+SYMBOLS = 4
 CUES = 7
 MARKED = 1 / 6  # share of the tokens with a mark "store", and with a mark "recall"
 
@@ -21,8 +22,8 @@ MARKED = 1 / 6  # share of the tokens with a mark "store", and with a mark "reca
 class MemoryStream:
     """Sequences of a task, one after the other; portable, and endless unless `sequences` is given.
 
-    copy      N symbols of S, then N marks at which they are asked for in their order; u (B, S + 1)
-              has a symbol, or the mark as its last feature (Graves et al. 2014; Menick et al. 2021)
+    copy      N symbols of 4, then N marks at which they are asked for in their order; u (B, 5) has
+              a symbol, or the mark as its last feature (Graves et al. 2014; Menick et al. 2021)
     recall    N tokens, each a bit (2 features); at some there is a mark "store" as well (always at
               the first), at others "recall", which asks for the bit that was stored last; u (B, 4)
               (store-recall: Bellec et al. 2020)
@@ -34,7 +35,6 @@ class MemoryStream:
     are not. The sequence of a number depends on (seed, number, part) alone.
 
     Args:
-        symbols: S, of `copy`.
         ends: mark the last token of each sequence.
         part: of the data: sequences of different parts differ.
         sequences: how many; None for no end.
@@ -47,7 +47,6 @@ class MemoryStream:
         task: MemoryTask,
         *,
         length: int,
-        symbols: int,
         ends: bool,
         batch: int,
         seed: int,
@@ -55,17 +54,16 @@ class MemoryStream:
         part: str = "train",
         sequences: int | None = None,
     ) -> None:
-        self._task, self._length, self._symbols, self._ends = task, length, symbols, ends
-        self._batch, self._seed, self._dtype = batch, seed, dtype
-        self._part, self._sequences = part, sequences
+        self._task, self._length, self._batch, self._ends = task, length, batch, ends
+        self._seed, self._dtype, self._part, self._sequences = seed, dtype, part, sequences
 
     @property
     def spec(self) -> SampleSpec:
         """Return the shapes and types of the samples."""
-        features = {MemoryTask.COPY: self._symbols + 1, MemoryTask.RECALL: 4}.get(self._task, 3)
-        classes = self._symbols if self._task is MemoryTask.COPY else 2
-        rows = self._batch
-        return SampleSpec((rows, features), self._dtype, (rows,), torch.int64, classes)
+        sizes = {MemoryTask.COPY: (SYMBOLS + 1, SYMBOLS), MemoryTask.RECALL: (4, 2)}
+        features, classes = sizes.get(self._task, (3, 2))
+        B = self._batch
+        return SampleSpec((B, features), self._dtype, (B,), torch.int64, classes)
 
     def samples(self) -> Iterator[Sample]:
         """Yield the tokens from the first one of the first sequence on."""
@@ -81,10 +79,10 @@ class MemoryStream:
     def _copy(self, random: torch.Generator) -> tuple[Tensor, Tensor]:
         """Return u (T, B, features) and y (T, B) of one sequence."""
         N, B = self._length, self._batch
-        symbols = torch.randint(self._symbols, (N, B), generator=random)
-        shown = torch.cat([symbols, torch.full((N, B), self._symbols)])
-        asked = torch.cat([torch.full((N, B), IGNORE_INDEX), symbols])
-        return torch.nn.functional.one_hot(shown, self._symbols + 1), asked
+        symbols = torch.randint(SYMBOLS, (N, B), generator=random)
+        shown = torch.cat([symbols, torch.full((N, B), SYMBOLS)])
+        y = torch.cat([torch.full((N, B), IGNORE_INDEX), symbols])
+        return torch.nn.functional.one_hot(shown, SYMBOLS + 1), y
 
     def _recall(self, random: torch.Generator) -> tuple[Tensor, Tensor]:
         shape = (self._length, self._batch)
@@ -92,9 +90,8 @@ class MemoryStream:
         draw = torch.rand(shape, generator=random)
         store, recall = draw < MARKED, (draw >= MARKED) & (draw < 2 * MARKED)
         store[0], recall[0] = True, False
-        # the token at which the bit was stored last
         places = torch.arange(self._length)[:, None].expand(shape)
-        latest = torch.where(store, places, 0).cummax(0).values
+        latest = torch.where(store, places, 0).cummax(0).values  # token of the latest store
         y = torch.where(recall, bits.gather(0, latest), IGNORE_INDEX)
         return torch.stack([bits == 0, bits == 1, store, recall], 2), y
 
