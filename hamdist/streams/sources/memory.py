@@ -1,7 +1,4 @@
-"""Generated tasks in which a network has to remember, as a stream of tokens.
-
-B: batch, N: `length`.
-"""
+"""Generated tasks in which a network has to remember, as tokens. B: batch, N: `length`."""
 
 from __future__ import annotations
 
@@ -16,6 +13,8 @@ from hamdist.streams.sample import Sample, SampleSpec, generator
 
 SYMBOLS = 4
 CUES = 7
+# features and classes
+SIZES = {"copy": (SYMBOLS + 1, SYMBOLS), "recall": (4, 2), "evidence": (3, 2)}
 MARKED = 1 / 6  # share of the tokens with a mark "store", and with a mark "recall"
 
 
@@ -32,12 +31,8 @@ class MemoryStream:
               (evidence accumulation: Bellec et al. 2020)
 
     Sample: u float of `dtype`, y (B,) int64, None where no row is asked, IGNORE_INDEX in rows that
-    are not. The sequence of a number depends on (seed, number, part) alone.
-
-    Args:
-        ends: mark the last token of each sequence.
-        part: of the data: sequences of different parts differ.
-        sequences: how many; None for no end.
+    are not; with `ends` the last token of a sequence has `end`. The sequence of a number depends on
+    (seed, number, part) alone.
     """
 
     portable: bool = True
@@ -60,15 +55,12 @@ class MemoryStream:
     @property
     def spec(self) -> SampleSpec:
         """Return the shapes and types of the samples."""
-        sizes = {MemoryTask.COPY: (SYMBOLS + 1, SYMBOLS), MemoryTask.RECALL: (4, 2)}
-        features, classes = sizes.get(self._task, (3, 2))
-        B = self._batch
+        B, (features, classes) = self._batch, SIZES[self._task]
         return SampleSpec((B, features), self._dtype, (B,), torch.int64, classes)
 
     def samples(self) -> Iterator[Sample]:
         """Yield the tokens from the first one of the first sequence on."""
-        tasks = {MemoryTask.COPY: self._copy, MemoryTask.RECALL: self._recall}
-        make = tasks.get(self._task, self._evidence)
+        make = getattr(self, f"_{self._task.value}")
         for n in count() if self._sequences is None else range(self._sequences):
             inputs, targets = make(generator(f"memory {self._part}", self._seed, n))
             last = len(inputs) - 1

@@ -153,8 +153,8 @@ class _Trainer:
         emission = sample.emission or Emission(Emits.SAMPLE, 0, self.samples, waits=False)
         names = [ONLY] if self.targets is None else self.targets
         waits = emission.kind is Emits.SAMPLE and emission.waits
-        recurrent = isinstance(self.model, MergedSequence)
-        if recurrent or waits or any(sample.target(name) is not None for name in names):
+        shown = waits or isinstance(self.model, MergedSequence)
+        if shown or any(sample.target(name) is not None for name in names):
             try:
                 if waits:
                     self._predict(sample, emission.number)

@@ -47,8 +47,7 @@ from hamdist.study.verify.oracles.networks import F64
 
 Q, R, START, TAU = 4.0, 1.0, 1.5, 2e-3  # q, r, h_0, and seconds of a tick
 LAMBDA, P = math.sqrt(Q / R), math.sqrt(Q * R)
-NU = 1.0  # rad/s of the sinusoid
-SETTLED = 1500  # ticks
+NU, SETTLED = 1.0, 1500  # rad/s of the sinusoid, and ticks
 BOUND = 0.02  # of Euler's steps, lambda tau = 0.004
 
 
@@ -86,14 +85,10 @@ def follower(ticks: int, y: float | Stream = 0.0, **own: Any) -> Trajectory:
     """Return h (K,) of the neuron with s = -1, which follows y and begins with h = w = START (with
     y = 0, else 0); own: constants of `dynamics`, eta_omega if it is not 2 lambda."""
     block = _neuron(START if y == 0.0 else 0.0, loss=mse, state=True)
-    constants = {"tau": TAU, "phi": Q, "beta": 1 / R, "eta_z": 0.0, "eta_omega": 2 * LAMBDA}
-    settings = float64_settings(
-        "local",
-        steps=ticks,
-        dynamics={**constants, **own},
-        locality={"order": "simultaneous", "target": "current", "readout": "state"},
-        metrics={"record": "trajectory"},
-    )
+    constants = {"tau": TAU, "phi": Q, "beta": 1 / R, "eta_z": 0.0, "eta_omega": 2 * LAMBDA, **own}
+    locality = {"order": "simultaneous", "target": "current", "readout": "state"}
+    more: dict[str, Any] = {"locality": locality, "metrics": {"record": "trajectory"}}
+    settings = float64_settings("local", steps=ticks, dynamics=constants, **more)
     stream = _constant(ticks, y) if isinstance(y, float) else y
     (h,) = (r.h for r in train(Graph([block]), stream, settings).records.values())
     return np.zeros(0) if h is None else h.flatten().numpy()
@@ -102,8 +97,8 @@ def follower(ticks: int, y: float | Stream = 0.0, **own: Any) -> Trajectory:
 def riccati_follower(ticks: int) -> Trajectory:
     """Return h (K,) of the neuron with the rule `RiccatiCostate`, and y = 0."""
     readout = BlockSpec("y", nn.Identity(), ("x",), loss=mse)
-    learning, metrics = {"lr": TAU / R}, {"window": 1, "limit": ticks + 1}
-    settings = float64_settings("local", steps=ticks, learning=learning, metrics=metrics)
+    more: dict[str, Any] = {"learning": {"lr": TAU / R}, "metrics": {"window": 1, "limit": 1 << 16}}
+    settings = float64_settings("local", steps=ticks, **more)
     graph = Graph([_neuron(START, rule=RiccatiCostate()), readout])
     windows = train(graph, _constant(ticks, 0.0), settings).windows["y"]
     # Blocks with a rule record no trajectory: L = h^2 / 2, and h stays above 0.
@@ -154,8 +149,7 @@ def checks(full: bool) -> Iterator[Check]:
         yield Check(name, f"closed form, x = lambda t: {law}", BOUND, _apart(measured, expected))
     for a in (0.5, math.sqrt(0.5), 1.0):
         name = f"{sign}, eta = {2 * a:.3g} lambda: J / J*"
-        measure = partial(_cost_apart, ticks, a)
-        yield Check(name, "closed form: a + 1/(2a)", BOUND, measure)
+        yield Check(name, "closed form: a + 1/(2a)", BOUND, partial(_cost_apart, ticks, a))
 
 
 def _cost_apart(ticks: int, a: float) -> float:
