@@ -81,7 +81,7 @@ def train(
         optimizer: makes the optimiser of each block from the list of its parameters, at levels
             whose weights move when a message arrives:
             `lambda params: torch.optim.AdamW(params, lr=1e-3)`; or a list of optimisers.
-        scheduler: makes the scheduler of an optimiser, which is stepped once per item:
+        scheduler: makes the scheduler of an optimiser, which is stepped once per sample:
             `lambda opt: torch.optim.lr_scheduler.CosineAnnealingLR(opt, 1000)`.
         rules: how blocks learn, by name or pattern of the block: a `hamdist.Rule`, the name of a
             built-in one (`hamdist rules`), or a mapping with its name and arguments:
@@ -101,7 +101,7 @@ def train(
             process, and fed to a run of `start`.
         **fields: fields of `Settings` by name, which take precedence over `settings`. `partition`
             may be a function, too: from the places where a block can begin (`CutPlace`) to the
-            names of the modules that begin one.
+            names of the modules that begin one; `level` a `hamdist.OwnLevel`.
 
     Returns:
         The learned model with the figures, warnings and settings of the run.
@@ -114,9 +114,9 @@ def train(
     """
     functions = {"phi": phi, "optimizer": optimizer, "scheduler": scheduler}
     check_arguments(model, settings, functions, on_progress)
-    own, given = {**functions, "rules": rules}, dict[str, Any](fields)
-    given |= _named(trackers)
-    work, read = prepared(model, stream, settings, loss, classes, names, own, given)
+    code, changes = {**functions, "rules": rules}, dict[str, Any](fields)
+    changes |= _named(trackers)
+    work, read = prepared(model, stream, settings, loss, classes, names, code, changes)
     if not callbacks:
         own_settings, batch = work.keywords["settings"], read.spec.batch
         with (
@@ -184,8 +184,11 @@ def start(
         model, settings, loss, classes, names, **fields: as of `train`, all of whose other arguments
             but `stream` and `on_progress` are taken, too.
 
+    Returns:
+        The run; as a context it ends with the block.
+
     Raises:
-        HamdistError: as of `train`, before the run starts.
+        HamdistError: as of `train`, before the run starts (SettingsError: an argument is wrong).
     """
     functions = functions_of(model, settings, fields)
     if patience < 1 or (idle is not None and idle < 0):
@@ -206,8 +209,8 @@ def start(
         "resume": resume,
     }
     ends = [] if until is None else [EndsWhen(until)]
-    told: dict[str, Any] = {"callbacks": [*callbacks, *ends], "listeners": listeners}
-    return live_run(work, model, reader, **told, **begin)
+    hooks: dict[str, Any] = {"callbacks": [*callbacks, *ends], "listeners": listeners}
+    return live_run(work, model, reader, **hooks, **begin)
 
 
 def _called_back(
@@ -220,11 +223,11 @@ def _called_back(
     """Return the result of a live run that is fed all of the stream."""
     samples = iter(stream.samples())
     first, spec = next(samples), stream.spec
-    classes = {n: one.classes for n, one in (spec.targets or {}).items() if one.classes is not None}
+    classes = {n: t.classes for n, t in (spec.targets or {}).items() if t.classes is not None}
     reader = from_iterable([first], classes=classes or spec.classes)
     settings = work.keywords["settings"]
-    own: Any = {"callbacks": callbacks, "listeners": listeners_of(settings, trackers)}
-    with live_run(work, model, reader, patience=1, **own) as run:
+    hooks: Any = {"callbacks": callbacks, "listeners": listeners_of(settings, trackers)}
+    with live_run(work, model, reader, patience=1, **hooks) as run:
         for sample in islice(chain([first], samples), settings.steps):
             u = sample.u if sample.inputs is None else sample.inputs
             run.feed(u, sample.y, end=sample.end)
@@ -237,7 +240,7 @@ def replay(
     settings: Settings | None = None,
     **fields: Any,
 ) -> RunResult:
-    """Repeat a live run from its journal, and return its result: equal to the bit, in any engine.
+    """Return the result of a live run, repeated from its journal: equal to the bit, in any engine.
 
     Args:
         out: the folder that `start` was given.
@@ -254,7 +257,7 @@ def replay(
     functions = functions_of(model, settings, fields)
     loss, names = fields.pop("loss", None), fields.pop("names", None)
     stored = facts["settings"]
-    computes = {n: one for n, one in stored.pop("engine", {}).items() if n in COMPUTES}
+    computes = {n: v for n, v in stored.pop("engine", {}).items() if n in COMPUTES}
     began = lay_over({**stored, "engine": computes}, {"snapshots": {"path": None}})
     if settings is not None:
         began = lay_over(began, settings.model_dump(mode="json", exclude_unset=True))

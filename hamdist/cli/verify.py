@@ -44,6 +44,10 @@ def verify(
         str | None,
         typer.Option("--rule", metavar="FILE.py:NAME", help="Verify this rule, and nothing else."),
     ] = None,
+    level: Annotated[
+        str | None,
+        typer.Option("--level", metavar="FILE.py:NAME", help="Verify this level of your own."),
+    ] = None,
     input_shape: Annotated[
         str | None,
         typer.Option("--input-shape", metavar="3,28,28", help="Of --model, without the batch."),
@@ -67,6 +71,7 @@ def verify(
         only=only or (),
         golden=golden,
         rule=rule,
+        level=level,
         input_shape=input_shape,
         classes=classes,
         batch=batch,
@@ -118,10 +123,10 @@ def _print_row(out: Console, row: VerifyRow) -> None:
     table.add_column(ratio=2, style="dim")
     for width in (8, 10, 7):
         table.add_column(width=width, justify="right")
-    what = Text(row.name) if not row.note else Text(f"{row.name}\n→ {row.note}")
+    title = Text(row.name) if not row.note else Text(f"{row.name}\n→ {row.note}")
     table.add_row(
         Text("pass", style="green") if row.passed else Text("FAIL", style="bold red"),
-        what,
+        title,
         Text(row.oracle),
         f"{row.difference:.2g}",
         f"<= {row.bound:.2g}",

@@ -29,19 +29,19 @@ def describe(error: ValidationError) -> str:
     A field with several possible types has one line for each of them.
     """
     messages: dict[tuple[str, str], list[str]] = {}
-    for item in error.errors(include_url=False):
+    for fault in error.errors(include_url=False):
         # pydantic names the types of a union inside the path, as no field is named
-        path = [str(part) for part in item["loc"]]
+        path = [str(part) for part in fault["loc"]]
         where = ".".join(part for part in path if not _TYPE.match(part)) or "settings"
-        if item["type"] == "extra_forbidden":
+        if fault["type"] == "extra_forbidden":
             text = f"no such setting{_known_instead(error.title, path)}"
             messages.setdefault((where, ""), []).append(text)
             continue
-        value = item["input"]
+        value = fault["input"]
         received = "" if isinstance(value, Mapping) else f" (received {shown(value)})"
-        text = item["msg"].removeprefix("Value error, ")
-        if item["type"] == "enum" and isinstance(value, str):
-            text += did_you_mean(value, re.findall(r"'([^']+)'", item["ctx"]["expected"]))
+        text = fault["msg"].removeprefix("Value error, ")
+        if fault["type"] == "enum" and isinstance(value, str):
+            text += did_you_mean(value, re.findall(r"'([^']+)'", fault["ctx"]["expected"]))
         messages.setdefault((where, received), []).append(text)
     return "\n".join(
         f"{where}: {', or: '.join(dict.fromkeys(reasons))}{received}"
@@ -49,24 +49,26 @@ def describe(error: ValidationError) -> str:
     )
 
 
-def did_you_mean(word: str, known: Sequence[str]) -> str:
-    """Return the hint of an error about an unknown name: the nearest of `known`, if any."""
-    close = difflib.get_close_matches(word, known, n=1)
+def did_you_mean(word: str, words: Sequence[str]) -> str:
+    """Return the hint of an error about an unknown name: the nearest of `words`, if any."""
+    close = difflib.get_close_matches(word, words, n=1)
     return f"; did you mean {close[0]!r}?" if close else ""
 
 
 def _known_instead(root: str, path: Sequence[str]) -> str:
     """Return a hint for the last name of `path`; root: name of the section that was read."""
     *parents, wrong = path
-    sections = [one for one in _below(BaseModel) if one.__name__ == root]
+    sections = [section for section in _below(BaseModel) if section.__name__ == root]
     for name in parents:  # a name that no section has is a key of a mapping, or pydantic's own
-        inside = [one.model_fields[name] for one in sections if name in one.model_fields]
+        inside = [
+            section.model_fields[name] for section in sections if name in section.model_fields
+        ]
         sections = [s for f in inside for s in _named_in(f.annotation)] if inside else sections
-    fields = {name: field for one in sections for name, field in one.model_fields.items()}
+    fields = {name: field for section in sections for name, field in section.model_fields.items()}
     deeper = [
         f"{name}.{wrong}"
         for name, field in fields.items()
-        if any(wrong in one.model_fields for one in _named_in(field.annotation))
+        if any(wrong in section.model_fields for section in _named_in(field.annotation))
     ]
     names = list(fields)
     close = difflib.get_close_matches(wrong, names, n=1) or deeper[:1]
@@ -76,9 +78,9 @@ def _known_instead(root: str, path: Sequence[str]) -> str:
 
 
 def _below(section: type[BaseModel]) -> Iterator[type[BaseModel]]:
-    for one in section.__subclasses__():
-        yield one
-        yield from _below(one)
+    for subclass in section.__subclasses__():
+        yield subclass
+        yield from _below(subclass)
 
 
 def _named_in(annotation: object) -> Iterator[type[BaseModel]]:

@@ -38,7 +38,8 @@ def frame(columns: dict[str, list[Any]]) -> Any:
 def markdown(table: Table) -> str:
     """Return the table as Markdown."""
     lines = [table.titles, ["---"] * len(table.titles), *table.rows]
-    body = "".join(f"| {' | '.join(cells)} |\n" for cells in lines)
+    escaped = ([cell.replace("|", r"\|") for cell in cells] for cells in lines)
+    body = "".join(f"| {' | '.join(cells)} |\n" for cells in escaped)
     return body + "".join(f"\n{note[0].upper()}{note[1:]}.\n" for note in table.notes)
 
 
@@ -84,8 +85,8 @@ def html_notes(notes: Sequence[str]) -> str:
     """Return a box of notes; empty if there are none."""
     if not notes:
         return ""
-    items = "".join(f"<li>{escape(note)}</li>" for note in notes)
-    return f'<div class="notes"><b>Notes and warnings</b><ul>{items}</ul></div>'
+    entries = "".join(f"<li>{escape(note)}</li>" for note in notes)
+    return f'<div class="notes"><b>Notes and warnings</b><ul>{entries}</ul></div>'
 
 
 def percent(value: float | None, spread: float | None = None, *, digits: int = 1) -> str:

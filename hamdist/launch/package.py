@@ -79,7 +79,7 @@ def on_ray(settings: Settings) -> Settings:
 def packed(settings: Settings, order: JobSpec) -> Iterator[Path]:
     """Make the package in a temporary folder, which exists inside.
 
-    The modules of `order` have been imported; those of rules are now.
+    The modules of `order` have been imported; those of rules and of a level are now.
     """
     rules, files = {}, {}
     for pattern, rule in settings.learning.rules.items():
@@ -89,6 +89,12 @@ def packed(settings: Settings, order: JobSpec) -> Iterator[Path]:
             load_function(field, name)
             files[name] = field
         rules[pattern] = {**fields, "name": named_there(name)}
+    own = settings.locality.level
+    if own is not None:
+        load_function("locality.level", own)
+        files[own] = "locality.level"
+        locality = settings.locality.model_copy(update={"level": named_there(own)})
+        settings = settings.model_copy(update={"locality": locality})
     if rules:
         learning = settings.learning.model_copy(update={"rules": rules})
         settings = settings.model_copy(update={"learning": learning})
@@ -130,14 +136,14 @@ def own_code(name: str) -> Path | None:
     """
     top = named_there(name).partition(":")[0].partition(".")[0]
     module = sys.modules[top]
-    found = getattr(module, "__file__", None)
-    if found is None:  # a package without __init__.py
-        found = next(iter(getattr(module, "__path__", [])), None)
-        if found is None:
+    file = getattr(module, "__file__", None)
+    if file is None:  # a package without __init__.py
+        file = next(iter(getattr(module, "__path__", [])), None)
+        if file is None:
             return None
-        path = Path(found).resolve()
+        path = Path(file).resolve()
     else:
-        path = Path(found).resolve()
+        path = Path(file).resolve()
         path = path.parent if path.name == "__init__.py" else path
     installed = {Path(sysconfig.get_path(name)).resolve() for name in ("purelib", "stdlib")}
     return None if any(path.is_relative_to(place) for place in installed) else path

@@ -26,8 +26,8 @@ class Passing(Protocol):
         """Return the number of samples dropped up to the latest one yielded."""
         ...
 
-    def samples_behind(self, given: int, passed: int) -> Iterator[Sample]:
-        """Return the samples after `given` yielded and `passed` dropped ones."""
+    def samples_behind(self, drawn: int, passed: int) -> Iterator[Sample]:
+        """Return the samples after `drawn` yielded and `passed` dropped ones."""
         ...
 
 
@@ -63,10 +63,10 @@ def samples_from(stream: Stream, n: int, passed: int = 0) -> Iterator[Sample]:
     if isinstance(stream, Seekable):
         return stream.samples_from(n)
     drawn = iter(stream.samples())
-    for items in range(n):
+    for samples in range(n):
         if next(drawn, None) is None:
             raise StreamError(
-                f"the stream has {items} samples, but the snapshot was taken {n} samples behind "
+                f"the stream has {samples} samples, but the snapshot was taken {n} samples behind "
                 "its start: give the stream that the run had"
             )
     return drawn

@@ -126,7 +126,7 @@ def _listed(value: object) -> object:
     if isinstance(value, (str, Compensation)):
         value = [value]
     if isinstance(value, (list, tuple)):
-        return [one for one in value if one != Compensation.NONE.value]
+        return [method for method in value if method != Compensation.NONE.value]
     return value
 
 
@@ -136,6 +136,9 @@ Compensations = Annotated[tuple[Compensation, ...], BeforeValidator(_listed)]
 class LocalityOverrides(Section):
     """Knobs of locality; what is not given keeps the level's preset."""
 
+    level: str | None = None
+    """A level of your own: `FILE.py:NAME` of a `hamdist.OwnLevel`, whose code then runs. It says
+    when samples enter and pass the blocks, in place of `speed`."""
     grouping: Grouping | None = None
     """What one block holds where `partition` does not say it."""
     speed: Speed | None = None

@@ -18,14 +18,14 @@ import torch
 from torch import Tensor
 
 from hamdist.dynamics.blocks.readout_loss import Reading
-from hamdist.dynamics.saved_state.stateful import Stateful, known
+from hamdist.dynamics.saved_state.stateful import Stateful, registered
 
 LIMIT = 1 << 17
 LIMIT_BYTES = 1 << 28
 TRAJECTORIES = ("h", "z", "prediction", "target")
 
 
-@known("Energy")
+@registered("Energy")
 @dataclass(slots=True)
 class Energy:
     """Energies of one block in one tick.
@@ -61,7 +61,7 @@ class Records:
     target: Tensor | None = None
 
 
-@known("_Entry")
+@registered("_Entry")
 @dataclass(slots=True)
 class _Entry:
     tick: int

@@ -52,16 +52,17 @@ class PulseBlock(SavesPasses):
 
     def forward(self, sample: int, inputs: Sequence[Tensor]) -> Tensor:
         """Return h of `sample`, and keep its record until its message comes."""
-        if self._predicts is None:
-            record = self.run(sample, inputs)
-        else:
-            scale = self._scale(sample // self._parts)
-            at = self.weights.predicted(self._predicts, scale, self._tau)
-            record = self.cell.forward_at(at, inputs, self._wanted)
-        self.trace[sample] = record
+        record = self.trace[sample] = self.run(sample, inputs)
+        self.most = max(self.most, len(self.trace))
         self.h = plain(record.output)
         self._guard("h", self.h, inputs)
         return self.h
+
+    def _theta_of(self, sample: int) -> Sequence[Tensor] | None:
+        if self._predicts is None:
+            return super()._theta_of(sample)
+        scale = self._scale(sample // self._parts)
+        return self.weights.predicted(self._predicts, scale, self._tau)
 
     def learn(self, sample: int, label: Tensor | None) -> None:
         """Make a step by the block's head, after `forward`; without a label there is none."""
@@ -143,8 +144,8 @@ def with_state(message: Tensor, h: Tensor) -> Tensor:
 class PulseReadout(Block):
     """An output net that a pulse reaches: y = f^y(h_parents; theta), M_v = phi dL/dh_v.
 
-    hands_back: by parent, True if it is reversible and gets its state back. item: collects the
-    readings of micro-batches, where there are any.
+    hands_back: by parent, True if it is reversible and gets its state back. microbatches: collects
+    the readings of micro-batches, where there are any.
     """
 
     def __init__(
@@ -152,13 +153,13 @@ class PulseReadout(Block):
         parts: BlockParts,
         loss: ReadoutLoss,
         hands_back: Sequence[bool] = (),
-        item: MicrobatchReading | None = None,
+        microbatches: MicrobatchReading | None = None,
     ) -> None:
         super().__init__(parts)
         self._tau = constant_tau(parts.dynamics)
         self._loss = loss
         self._hands_back = list(hands_back) or [False] * len(self._wanted)
-        self._item = item
+        self._item = microbatches
         self.prediction: Tensor | None = None  # the latest
 
     def take_error(self) -> Tensor | None:
@@ -225,7 +226,7 @@ class PulseReadout(Block):
 
     def scored(self, prediction: Tensor, reading: Reading) -> Reading:
         """Return `reading` with an earlier prediction, compared with the target that was read."""
-        value, _ = self._loss.value(prediction, reading.given)
+        value, _ = self._loss.value(prediction, reading.weighted)
         return replace(reading, prediction=prediction, loss=value)
 
 
@@ -243,4 +244,5 @@ class KeepingReadout(SavesPasses, PulseReadout):
         record = self._forward(sample, inputs)
         if record is not None:
             self.trace[sample] = record
+            self.most = max(self.most, len(self.trace))
         return self._step(sample, None if target is None else self.trace.get(sample), target)

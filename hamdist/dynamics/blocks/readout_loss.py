@@ -30,14 +30,14 @@ from hamdist.dynamics.vjp.seeding import SeededLoss
 
 @dataclass(frozen=True, slots=True)
 class Reading:
-    """A readout's prediction (B, ...) of one sample, with target, loss (scalar) and phi; given: the
-    target with the weights of its rows, if it has some."""
+    """A readout's prediction (B, ...) of one sample, with target, loss (scalar) and phi;
+    weighted: the target with the weights of its rows, if it has some."""
 
     prediction: Tensor
     target: Tensor
     loss: Tensor
     phi: float
-    given: Tensor
+    weighted: Tensor
 
 
 def total(messages: Sequence[Tensor | None]) -> Tensor | None:

@@ -92,8 +92,8 @@ class AppliedRule(Stateful):
     def _messages(self, method: str, messages: Any) -> list[Tensor | None]:
         view, many = self.view, len(self.view.inputs)
         if not isinstance(messages, (list, tuple)) or len(messages) != many:
-            what = f"return a list with one for each of its {many} parents"
-            self._refuse(method, f"gives its messages as {_kind(messages)}; {what}")
+            expected = f"return a list with one for each of its {many} parents"
+            self._refuse(method, f"gives its messages as {_kind(messages)}; {expected}")
         for message, parent in zip(messages, view.inputs, strict=True):
             if message is not None and _shape(message) != (view.batch, *parent):
                 to = f"a parent whose state has shape {(view.batch, *parent)}"
@@ -108,8 +108,8 @@ class AppliedRule(Stateful):
         view, batch = self.view, len(inputs[0])
         view.begins = before is None
         if view.own is not None:
-            own = view.h.new_zeros(batch, *view.shape) if before is None else before
-            inputs = [*inputs[: view.own], own, *inputs[view.own :]]
+            state = view.h.new_zeros(batch, *view.shape) if before is None else before
+            inputs = [*inputs[: view.own], state, *inputs[view.own :]]
         return self.call("forward", sample, batch, inputs)  # type: ignore[no-any-return]
 
     def back(
@@ -135,16 +135,16 @@ class AppliedRule(Stateful):
         if not isinstance(updates, Mapping):
             self._refuse("rule", f"gives its updates as {_kind(updates)}, not a dict by weight")
         theta = self.view.theta
-        known = {**theta, **{MEMORY + name: t for name, t in self.learned.items()}}
+        weights = {**theta, **{MEMORY + name: t for name, t in self.learned.items()}}
         for name, g in updates.items():
-            if name not in known:
-                what = f"known: {', '.join(known)} (memory learns if `start` gives nn.Parameter)"
+            if name not in weights:
+                hint = f"known: {', '.join(weights)} (memory learns if `start` gives nn.Parameter)"
                 self._refuse(
-                    "rule", f"an update for {name!r}, which is no weight that learns; {what}"
+                    "rule", f"an update for {name!r}, which is no weight that learns; {hint}"
                 )
-            if _shape(g) != _shape(known[name]):
-                what = f"and the weight has shape {_shape(known[name])}"
-                self._refuse("rule", f"its update for {name!r} is {_kind(g)}, {what}")
+            if _shape(g) != _shape(weights[name]):
+                hint = f"and the weight has shape {_shape(weights[name])}"
+                self._refuse("rule", f"its update for {name!r} is {_kind(g)}, {hint}")
         if any(name.startswith(MEMORY) for name in updates):
             steps = _in_order(updates, self.learned, MEMORY)
             self.weights.move(steps, self._scale(sample), tau)
@@ -213,6 +213,8 @@ class RuleBlock(SavesPasses):
     def forward(self, sample: int, inputs: Sequence[Tensor]) -> Tensor:
         """Return h of `sample`, and keep what the rule keeps of it."""
         self.h, self.trace[sample] = self.rule.forward(sample, inputs, self.h)
+        self.count(self.trace[sample], [])
+        self.most = max(self.most, len(self.trace))
         self._guard("h", self.h, inputs)
         return self.h
 

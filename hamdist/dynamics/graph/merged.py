@@ -38,12 +38,12 @@ class MergedGraph(nn.Module):
         self.blocks = nn.ModuleDict({b.name: copied(_whole(b)) for b in graph.blocks.values()})
         for weight in graph.shared:
             (first, key), *others = weight.uses
-            one = self._whole(first).module.get_parameter(key)
+            parameter = self._whole(first).module.get_parameter(key)
             for name, other in others:
                 module = self._whole(name).module
-                for known in names_of(module, [other]):
-                    path, _, last = known.rpartition(".")
-                    setattr(module.get_submodule(path), last, one)
+                for full_name in names_of(module, [other]):
+                    path, _, last = full_name.rpartition(".")
+                    setattr(module.get_submodule(path), last, parameter)
 
     def _whole(self, name: str) -> _Whole:
         return cast(_Whole, self.blocks[name])
@@ -220,6 +220,6 @@ def _by_all_names(module: nn.Module, tensors: Mapping[str, Tensor]) -> dict[str,
         names.setdefault(id(weight), []).append(name)
     by_name = {}
     for same in names.values():
-        known = [name for name in same if name in tensors]
-        by_name.update({name: tensors[known[0]] for name in same if known})
+        present = [name for name in same if name in tensors]
+        by_name.update({name: tensors[present[0]] for name in same if present})
     return by_name

@@ -85,7 +85,7 @@ class Weights(Stateful):
         self._inputs = None if dynamics.inputs is None else InputWhitening(dynamics.inputs)
         self.average = None if dynamics.average is None else Average(self.theta, dynamics.average)
         self._squares: list[Tensor] = []  # v, of adaptive rates
-        self._known: tuple[float, float, AtOnce | None] | None = None  # the latest `at_once`
+        self._latest: tuple[float, float, AtOnce | None] | None = None  # the latest `at_once`
         self._fading = 1.0  # product of the shares of omega that were kept
 
     STATE: ClassVar[tuple[str, ...]] = (
@@ -126,7 +126,7 @@ class Weights(Stateful):
         """Return the weights' costates, never written to once they have been read here."""
         if self._factors is not None:
             g, gain = self._settled()
-            self._omega, self._factors = [dense(one) * gain for one in g], None
+            self._omega, self._factors = [dense(g_i) * gain for g_i in g], None
         if self._omega is None:
             self._omega = [torch.zeros_like(t) for t in self.theta]
         self._mine = False
@@ -137,8 +137,8 @@ class Weights(Stateful):
         self._omega, self._factors, self._mine = omega, None, False
         self._bound = math.inf  # not known
 
-    def scaled_by(self, scale: Scale, item_of: Callable[[int], int]) -> Scale:  # noqa: ARG002
-        """Return the factor of beta by sample. item_of: the sample's number, by its pulse's."""
+    def scaled_by(self, scale: Scale, sample_of: Callable[[int], int]) -> Scale:  # noqa: ARG002
+        """Return the factor of beta by sample. sample_of: the sample's number, by its pulse's."""
         return scale
 
     def at_once(self, scale: float, tau: float) -> AtOnce | None:
@@ -146,8 +146,8 @@ class Weights(Stateful):
 
         None where theta does not move by the present gradient alone.
         """
-        known = self._known
-        if known is None or known[0] != scale or known[1] != tau:
+        latest = self._latest
+        if latest is None or latest[0] != scale or latest[1] != tau:
             permission = None
             alone = self._adaptive is None and not self._cost and self._omega_first
             alone = alone and self._clip == math.inf and self._inputs is None
@@ -155,8 +155,8 @@ class Weights(Stateful):
                 gain = -self._sign * tau
                 rates = tuple(-(tau * scale) * beta * gain for beta in self._rates)
                 permission = AtOnce(rates, self._largest / abs(gain))
-            known = self._known = (scale, tau, permission)
-        return known[2]
+            latest = self._latest = (scale, tau, permission)
+        return latest[2]
 
     def move(self, g: Sequence[Gradient] | None, scale: float, tau: float) -> None:
         """Make one update with gradient g (None: zero). scale: of beta, in this tick."""
@@ -193,7 +193,7 @@ class Weights(Stateful):
             self._factors, self._omega = (g, -self._sign * tau), None
             self._bound = math.inf  # the cell has looked at every layer's
             return
-        in_tensors = g is None or all(isinstance(one, Tensor) for one in g)
+        in_tensors = g is None or all(isinstance(g_i, Tensor) for g_i in g)
         if g is not None and not in_tensors and not self._cost:
             self._move_fused(g, scale, tau, self._gain(g, tau))
             return
@@ -285,8 +285,8 @@ class Weights(Stateful):
         if self._omega is None or not self._mine:
             self._omega = [o.clone() for o in self.omega]
             self._mine = True
-        for omega, one in zip(self._omega, g, strict=True):
-            add_to(omega, one, gain, keeps)
+        for omega, g_i in zip(self._omega, g, strict=True):
+            add_to(omega, g_i, gain, keeps)
         if self._ahead:
             self._move_ahead(g, self._omega, scale, tau, gain)
             self._mine = True
@@ -299,11 +299,11 @@ class Weights(Stateful):
         A bound of omega's norm follows from the factors; the norm itself is computed only where the
         bound is too large.
         """
-        waiting = [one for one in g if not has_moved(one)]
+        waiting = [g_i for g_i in g if not has_moved(g_i)]
         most = abs(gain) * bound(waiting)
         most += abs(keeps) * self._bound if keeps else 0.0
         if not most <= self._largest:
-            omega: list[Tensor] = [dense(one) * gain for one in g]
+            omega: list[Tensor] = [dense(g_i) * gain for g_i in g]
             if keeps:
                 omega = list(torch._foreach_add(omega, self.omega, alpha=keeps))
             most = math.hypot(*(float(n) for n in torch._foreach_norm(omega)))
@@ -387,9 +387,9 @@ class Weights(Stateful):
         """Set theta -= step beta omega."""
         if self._factors is not None:
             g, gain = self._factors
-            for theta, one, beta in zip(self.theta, g, self._rates, strict=True):
-                if step * beta and not has_moved(one):
-                    add_to(theta, one, -step * beta * gain)
+            for theta, g_i, beta in zip(self.theta, g, self._rates, strict=True):
+                if step * beta and not has_moved(g_i):
+                    add_to(theta, g_i, -step * beta * gain)
         elif self._omega is not None:
             if min(self._rates) == max(self._rates):
                 rate = step * self._rates[0]

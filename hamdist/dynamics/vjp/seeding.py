@@ -27,16 +27,16 @@ class OwnGenerator(Stateful):
     """
 
     def __init__(self, seed: int, device: torch.device | None = None) -> None:
-        self._own = torch.Generator().manual_seed(seed).get_state()
-        self._outside = self._own
+        self._inside = torch.Generator().manual_seed(seed).get_state()
+        self._outside = self._inside
         self._gpu = device if device is not None and device.type == "cuda" else None
         if self._gpu is not None:
-            self._own_gpu = torch.Generator(self._gpu).manual_seed(seed).get_state()
-            self._outside_gpu = self._own_gpu
+            self._inside_gpu = torch.Generator(self._gpu).manual_seed(seed).get_state()
+            self._outside_gpu = self._inside_gpu
 
     def state_dict(self) -> dict[str, Any]:
         """Return the state of the generator; on a GPU that of its generator, too."""
-        return {"cpu": self._own, "gpu": None if self._gpu is None else self._own_gpu}
+        return {"cpu": self._inside, "gpu": None if self._gpu is None else self._inside_gpu}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         check_names(type(self).__name__, state, ("cpu", "gpu"))
@@ -44,22 +44,22 @@ class OwnGenerator(Stateful):
             torch.Generator().set_state(state["cpu"])
         except (RuntimeError, TypeError) as error:
             raise SnapshotError(f"the state of a random generator is none: {error}") from None
-        self._own = state["cpu"]
+        self._inside = state["cpu"]
         if self._gpu is not None and state["gpu"] is not None:
-            self._own_gpu = state["gpu"]
+            self._inside_gpu = state["gpu"]
 
     def __enter__(self) -> None:
         self._outside = torch.get_rng_state()
-        torch.set_rng_state(self._own)
+        torch.set_rng_state(self._inside)
         if self._gpu is not None:
             self._outside_gpu = torch.cuda.get_rng_state(self._gpu)
-            torch.cuda.set_rng_state(self._own_gpu, self._gpu)
+            torch.cuda.set_rng_state(self._inside_gpu, self._gpu)
 
     def __exit__(self, *_: object) -> None:
-        self._own = torch.get_rng_state()
+        self._inside = torch.get_rng_state()
         torch.set_rng_state(self._outside)
         if self._gpu is not None:
-            self._own_gpu = torch.cuda.get_rng_state(self._gpu)
+            self._inside_gpu = torch.cuda.get_rng_state(self._gpu)
             torch.cuda.set_rng_state(self._outside_gpu, self._gpu)
 
 
@@ -88,15 +88,16 @@ def block_seed(run_seed: int, name: str) -> int:
     return int.from_bytes(digest, "little") >> 1
 
 
-def foreign(module: nn.Module) -> bool:
+TORCHS = ("torch.nn.modules.",)
+
+
+def foreign(module: nn.Module, known: tuple[str, ...] = TORCHS) -> bool:
     """Return True if a part is not torch's own, so that it may do anything to its input.
 
-    An invertible map counts as known.
+    An invertible map counts as known. known: how the names of modules begin whose classes are.
     """
     return any(
-        m.hamdist_whole
-        if isinstance(m, TracedModule)
-        else not type(m).__module__.startswith("torch.nn.modules.")
+        m.hamdist_whole if isinstance(m, TracedModule) else not type(m).__module__.startswith(known)
         for m in module.modules()
     )
 

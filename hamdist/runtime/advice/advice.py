@@ -188,12 +188,12 @@ def open_endpoints(engine: EngineSettings) -> list[str]:
     ]
 
 
-def lending_notes(engine: EngineSettings, lent: int, refusals: Sequence[Refusal]) -> list[str]:
+def lending_notes(engine: EngineSettings, shared: int, refusals: Sequence[Refusal]) -> list[str]:
     """Warn, once for each reason, if signals between GPUs of one host go through host memory.
 
-    `lent` is the number of channels that were tested before the start.
+    `shared` is the number of channels that were tested before the start.
     """
-    if engine.device_signals is DeviceSignals.IPC and not lent:
+    if engine.device_signals is DeviceSignals.IPC and not shared:
         return [
             "engine.device_signals 'ipc' has no effect: no two actors of one host have CUDA blocks "
             "that exchange signals by shared memory"
@@ -309,11 +309,11 @@ def after(plan: Plan, outcome: Outcome) -> list[str]:
 
 def end_of_stream(plan: Plan, outcome: Outcome) -> list[str]:
     """Warn if the stream ended before the run had all its samples."""
-    items = plan.skip + outcome.samples
-    if plan.steps is None or outcome.interrupted or items >= plan.steps:
+    samples = plan.skip + outcome.samples
+    if plan.steps is None or outcome.interrupted or samples >= plan.steps:
         return []
     return [
-        f"the stream ended after {items:,} of {plan.steps:,} samples (steps): go through it more "
+        f"the stream ended after {samples:,} of {plan.steps:,} samples (steps): go through it more "
         "often (epochs=, of hamdist.streams.from_loader or from_iterable), or ask for fewer steps"
     ]
 

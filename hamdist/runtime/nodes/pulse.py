@@ -209,7 +209,7 @@ class PulseNode(BlockNode):
         if emission.kind is Emits.AGAIN:
             self.block.recall(number, emission.number)
             if not isinstance(self.block, KeepingReadout):
-                self.live.asked(emission)
+                self.live.earlier_prediction(emission)
         elif emission.waits and not isinstance(self.block, KeepingReadout):
             self.block.keep(number, emission.number, self.live.ask(emission, None))
 
@@ -271,7 +271,7 @@ class PulseNode(BlockNode):
             block.keep(
                 self.live.number(event.sample), emission.number if emission.waits else None, let_go
             )
-        earlier = self.live.asked(emission) if emission.kind is Emits.AGAIN else None
+        earlier = self.live.earlier_prediction(emission) if emission.kind is Emits.AGAIN else None
         self.live.forget(event.sample)
         if emission.kind is not Emits.AGAIN:
             return reading

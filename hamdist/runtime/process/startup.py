@@ -33,13 +33,13 @@ class Startup:
 
     def __init__(self, on_phase: Callable[[str], None] | None = None) -> None:
         self.seconds: dict[str, float] = {}
-        self._told = on_phase
+        self._on_phase = on_phase
 
     @contextmanager
     def phase(self, name: str) -> Iterator[None]:
         """Count the time inside for phase `name`, which may come more than once."""
-        if self._told is not None:
-            self._told(name)
+        if self._on_phase is not None:
+            self._on_phase(name)
         begin = time.perf_counter()
         try:
             yield
@@ -68,6 +68,6 @@ def phases_to(
 def startup_line(total_seconds: float, seconds: Mapping[str, float]) -> str:
     """Return '8.3 s: Ray 4.0, actors 2.9, plan 1.0': the longest first, short ones left out."""
     total = f"{total_seconds:.1f} s"
-    longest = sorted(seconds.items(), key=lambda item: -item[1])
+    longest = sorted(seconds.items(), key=lambda pair: -pair[1])
     parts = [f"{TITLES.get(name, name)} {spent:.1f}" for name, spent in longest if spent >= 0.05]
     return f"{total}: {', '.join(parts)}" if parts else total

@@ -133,8 +133,8 @@ class Codec:
         if not self.rank or x.dtype != self.dtype or x.shape[1:] != self.row:
             return x
         vectors = x.reshape(-1, self.row[-1]).to(self._real)
-        found = coefficients(vectors, self.rank, self.basis)
-        return found.to(self.dtype).view(len(x), *self.coded_row)
+        sizes = coefficients(vectors, self.rank, self.basis)
+        return sizes.to(self.dtype).view(len(x), *self.coded_row)
 
     def outer(self, x: Tensor) -> Tensor:
         """Return the signal, (B, *row), of what `inner` gives, or nearly gives."""

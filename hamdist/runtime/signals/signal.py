@@ -1,5 +1,7 @@
 """Signals and the channels they cross (their form on the wire: packing.py).
 
+The node that sends a signal stamps it (nodes/hold.py, pulse.py, sequence.py, source.py).
+
 A channel is one direction of an edge (or the path of the targets from the stream to a readout): it
 has one sender and one receiver, and its signals arrive in the order in which they were sent. A
 signal is paired with its use by its stamp, which the receiver checks; never by the order.
@@ -17,7 +19,7 @@ import torch
 from torch import Tensor
 
 from hamdist.dynamics.graph.graph import INPUT, Graph
-from hamdist.dynamics.saved_state.stateful import known
+from hamdist.dynamics.saved_state.stateful import registered
 from hamdist.dynamics.schedule.events import ALONE, Bundle, Kind, Schedule, Stamp
 from hamdist.dynamics.schedule.hold import HoldSchedule
 from hamdist.dynamics.schedule.pulse import PulseSchedule
@@ -204,7 +206,7 @@ def make_channels(
     return channels
 
 
-@known("Signal")
+@registered("Signal")
 @dataclass(slots=True)
 class Signal:
     """A value that crosses a channel.

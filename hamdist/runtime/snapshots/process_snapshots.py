@@ -45,11 +45,14 @@ class StatefulNode(Protocol):
     tick: int | None
 
     @property
-    def device(self) -> torch.device: ...
+    def device(self) -> torch.device:
+        """Return the device of the state."""
 
-    def state_dict(self) -> dict[str, Any]: ...
+    def state_dict(self) -> dict[str, Any]:
+        """Return the state."""
 
-    def load_state_dict(self, state: Mapping[str, Any]) -> None: ...
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Continue from a state."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -70,7 +73,7 @@ class WrittenFiles:
 
 @dataclass(slots=True)
 class _Done:
-    taken: list[WrittenFiles] = field(default_factory=list)
+    written: list[WrittenFiles] = field(default_factory=list)
     failure: str | None = None
 
 
@@ -108,7 +111,7 @@ class ProcessSnapshots:
             if channel.receiver in self._in:
                 self._in[channel.receiver].append(channel)
         self._every = self._policy.every
-        self._asked: float = inf
+        self._requested: float = inf
         self._then: Callable[[], None] | None = None
         self._lock = threading.RLock()  # (a signal may come while this thread has it)
         self._pool = ThreadPoolExecutor(1, "hamdist-snapshot")
@@ -128,14 +131,14 @@ class ProcessSnapshots:
         Returns True if the tick is still to come. `then` is called when the snapshot was taken.
         """
         with self._lock:
-            before = self._asked, self._then
-            self._asked, self._then = tick, then
+            before = self._requested, self._then
+            self._requested, self._then = tick, then
             self.due = min(self._next, tick)
             # The loop looks at `due` before each event. So if no node has come to `tick` now, with
             # `due` set, none will pass it before `reach` is called, which waits for the lock.
             if tick <= self.reached or tick <= self._now() or tick > self._end:
-                self._asked, self._then = before
-                self.due = min(self._next, self._asked)
+                self._requested, self._then = before
+                self.due = min(self._next, self._requested)
                 return False
             return True
 
@@ -163,11 +166,11 @@ class ProcessSnapshots:
                     return  # what was asked for came too late
                 due = int(self.due)
                 self.reached = due
-                if self._asked == due:
-                    self._asked, then, self._then = inf, self._then, None
+                if self._requested == due:
+                    self._requested, then, self._then = inf, self._then, None
                 if self._next == due:
                     self._next = self._following(due)
-                self.due = min(self._next, self._asked)
+                self.due = min(self._next, self._requested)
             self._take(due)
             if then is not None:
                 then()
@@ -192,7 +195,7 @@ class ProcessSnapshots:
         return {
             "node": node.state_dict(),
             "out": {c.key: self._mailbox.state_dict(c) for c in out},
-            "in": {c.key: self._mailbox.taken(c) for c in into},
+            "in": {c.key: self._mailbox.received_count(c) for c in into},
             **({"received": received} if received else {}),
             **({} if digests is None else {"digests": digests.state_dict(node.name, out, into)}),
         }
@@ -211,9 +214,9 @@ class ProcessSnapshots:
                     if not (error.full and make_room(self._store)):
                         raise
                     parts[name] = write_part(self._store, tick, file, written)
-            taken = WrittenFiles(tick, parts, samples, passed)
+            parts_written = WrittenFiles(tick, parts, samples, passed)
             if self._written is not None:
-                self._written(taken)
+                self._written(parts_written)
                 return
         except SnapshotError as error:
             for part in parts.values():
@@ -222,13 +225,13 @@ class ProcessSnapshots:
                 self._done.failure = str(error)
             return
         with self._lock:
-            self._done.taken.append(taken)
+            self._done.written.append(parts_written)
 
     def collected(self) -> tuple[list[WrittenFiles], str | None]:
         """Return the files written since the last call, and the failure since then, if any."""
         with self._lock:
             done, self._done = self._done, _Done()
-        return done.taken, done.failure
+        return done.written, done.failure
 
     def failure(self) -> str | None:
         """Return the failure since the last call, if any."""
@@ -268,16 +271,16 @@ class ProcessSnapshots:
         for node in self._nodes:
             for channel in self._out[node.name]:
                 there = states.get(channel.receiver)
-                taken = None if there is None else there["in"][channel.key]
+                arrived = None if there is None else there["in"][channel.key]
                 sent, base = states[node.name]["out"][channel.key], received.get(channel.key)
-                self._mailbox.load_state_dict(channel, sent, taken, base)
+                self._mailbox.load_state_dict(channel, sent, arrived, base)
             for channel in self._in[node.name]:
                 if channel.sender not in states:
-                    taken, base = states[node.name]["in"][channel.key], received.get(channel.key)
-                    self._mailbox.load_state_dict(channel, None, taken, base)
+                    arrived, base = states[node.name]["in"][channel.key], received.get(channel.key)
+                    self._mailbox.load_state_dict(channel, None, arrived, base)
         tick = snapshot.tick
         with self._lock:
             self.reached = tick
             self._next = self._following(tick)
-            self.due = min(self._next, self._asked)
+            self.due = min(self._next, self._requested)
         self._sent_log.mark(tick)

@@ -161,8 +161,8 @@ def from_bytes(data: bytes, name: str, gpu: torch.device | None = None) -> Any:
         MemoryError,
         OverflowError,
     ) as error:
-        what = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise SnapshotError(f"{name}: no file of a snapshot, or damaged ({what})") from None
+        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise SnapshotError(f"{name}: no file of a snapshot, or damaged ({reason})") from None
     try:
         return unpacked(values, numbered, gpu)
     except (SnapshotError, RecursionError) as error:

@@ -28,9 +28,11 @@ class Storage(Protocol):
 
     where: str
 
-    def write(self, name: str, data: bytes) -> None: ...
+    def write(self, name: str, data: bytes) -> None:
+        """Write a file as a whole, or not at all."""
 
-    def read(self, name: str) -> bytes: ...
+    def read(self, name: str) -> bytes:
+        """Return the contents of a file."""
 
     def folders(self) -> list[str]:
         """Return the names of the folders in it; none where it does not exist yet."""
@@ -140,11 +142,11 @@ class _Folder:
 
 
 @contextmanager
-def _failing(path: Path, what: str) -> Iterator[None]:
+def _failing(path: Path, action: str) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        failure = SnapshotError(f"{path}: cannot be {what}: {error.strerror or error}")
+        failure = SnapshotError(f"{path}: cannot be {action}: {error.strerror or error}")
         failure.full = error.errno in FULL
         raise failure from None
 
@@ -161,14 +163,14 @@ class _Remote:
             self._fs, self._root = fsspec.core.url_to_fs(url)
 
     @contextmanager
-    def _named(self, name: str, what: str) -> Iterator[None]:
+    def _named(self, name: str, action: str) -> Iterator[None]:
         """Turn every error of the store into a SnapshotError that names the file."""
         try:
             yield
         except Exception as error:  # noqa: BLE001 (no common root: botocore, gcsfs, azure, ...)
             place = f"{self.where}/{name}" if name else self.where
             text = str(error) or type(error).__name__
-            raise SnapshotError(f"{place}: {what}: {text}") from None
+            raise SnapshotError(f"{place}: {action}: {text}") from None
 
     def write(self, name: str, data: bytes) -> None:
         path = f"{self._root}/{name}"

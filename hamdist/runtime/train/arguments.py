@@ -10,14 +10,16 @@ from typing import Any, overload
 from torch import nn
 from torch.utils.data import DataLoader, IterableDataset
 
-from hamdist.config import Loss, Settings, settled
+from hamdist.config import Loss, Settings, lay_over, settled
 from hamdist.dynamics.graph.graph import Graph
 from hamdist.dynamics.graph.inputs import arguments_of
 from hamdist.dynamics.modules.prenorm import stabilised
 from hamdist.dynamics.objective.losses import LossFunction, make_loss, model_loss
+from hamdist.dynamics.schedule.rounds import OwnLevel
 from hamdist.errors import ChoiceWarning, SettingsError
 from hamdist.runtime.placement.step_costs import example_input, example_inputs
 from hamdist.runtime.results.result import RunResult
+from hamdist.runtime.train.prepare import level_fields
 from hamdist.runtime.train.train import train as train_settings
 from hamdist.streams import Stream, from_iterable, from_loader
 from hamdist.streams.batch_names import Names
@@ -45,11 +47,14 @@ def prepared(
     if isinstance(loss, str):
         fields["loss"], loss = loss, None
     policy = fields.pop("partition") if callable(fields.get("partition")) else None
+    level = fields.get("level")
+    if isinstance(level, (OwnLevel, type)) or (isinstance(level, str) and ":" in level):
+        fields = lay_over(fields, level_fields("level", level))  # type: ignore[arg-type]
     merged = settled(settings, fields)
     at_level = merged.for_level(merged.level)
     ignored = at_level.ignore_index
     losses = (
-        {name: _loss(one, ignored) for name, one in loss.items()}
+        {name: _loss(of_output, ignored) for name, of_output in loss.items()}
         if isinstance(loss, Mapping)
         else _loss(loss, ignored)
     )
@@ -61,13 +66,15 @@ def prepared(
     if at_level.model.stabilise:
         model = _stabilised(model, stream.spec)
     options = {"loss": losses, "policy": policy, **functions}
+    if isinstance(level, OwnLevel):
+        options["level"] = level
     return partial(train_settings, model, settings=at_level, **options), stream
 
 
 def _model_loss(losses: object) -> str | None:
     """Return the output whose loss the model computes itself, if `losses` (by output) has one."""
     by_output = losses if isinstance(losses, Mapping) else {}
-    return next((name for name, one in by_output.items() if one is model_loss), None)
+    return next((name for name, function in by_output.items() if function is model_loss), None)
 
 
 def _stabilised(model: nn.Module | Graph, spec: SampleSpec) -> nn.Module:
@@ -125,14 +132,14 @@ def _loss(loss: LossFunction | str | None, ignore_index: int) -> LossFunction | 
     """Return the loss function; raise SettingsError for an unknown name or type."""
     if loss is None or callable(loss):
         return loss
-    known = [name.value for name in Loss]
+    losses = [name.value for name in Loss]
     if not isinstance(loss, str):
         raise SettingsError(
             f"loss is {loss!r}; give a function (prediction, target) -> scalar, or one of "
-            f"{', '.join(known)}"
+            f"{', '.join(losses)}"
         )
-    if loss not in known:
-        raise SettingsError(f"loss {loss!r} is unknown; known: {', '.join(known)}")
+    if loss not in losses:
+        raise SettingsError(f"loss {loss!r} is unknown; known: {', '.join(losses)}")
     return make_loss(Loss(loss), ignore_index)
 
 

@@ -70,12 +70,14 @@ class DataSet:
 def digits(batch: int, seed: int, dtype: torch.dtype, *, validation: bool = False) -> DataSet:
     """Return scikit-learn's handwritten digits: 1797 images of 8 x 8, 10 classes, no download.
 
-    Items: u (B, 64) of `dtype`, y (B,) int64. Of each class every fifth image, counted from the
+    Samples: u (B, 64) of `dtype`, y (B,) int64. Of each class every fifth image, counted from the
     third, is held out (20 %, stratified). Pixels are standardised with the mean and the standard
     deviation of all pixels of the training part; per-pixel factors would blow up the pixels that
     are nearly always blank.
 
     Args:
+        batch, seed: rows of a sample; of the order of the samples.
+        dtype: of u.
         validation: hold out a sixth of the training part instead (`without_test`).
 
     Raises:
@@ -99,9 +101,9 @@ def _digits() -> tuple[Tensor, Tensor]:
     They are read from scikit-learn's own file: `import sklearn` takes a second.
     """
     need_package("sklearn", "scikit-learn", "stream.source digits, which reads its data set")
-    found = importlib.util.find_spec("sklearn")
-    if found is not None and found.origin is not None:
-        file = Path(found.origin).parent / "datasets" / "data" / "digits.csv.gz"
+    module_spec = importlib.util.find_spec("sklearn")
+    if module_spec is not None and module_spec.origin is not None:
+        file = Path(module_spec.origin).parent / "datasets" / "data" / "digits.csv.gz"
         if file.is_file():
             with gzip.open(file, "rt", encoding="ascii") as text:
                 table = np.loadtxt(text, delimiter=",")
@@ -116,12 +118,14 @@ def _digits() -> tuple[Tensor, Tensor]:
 def mnist1d(batch: int, seed: int, dtype: torch.dtype, *, validation: bool = False) -> DataSet:
     """Return MNIST-1D: 4,000 signals of 40 points, 10 classes; 1,000 held out.
 
-    Items: u (B, 40) of `dtype`, mean 0 and deviation 1 over all; y (B,) int64. The data are the
+    Samples: u (B, 40) of `dtype`, mean 0 and deviation 1 over all; y (B,) int64. The data are the
     authors' (Greydanus and Kobak, 2024; their seed 42): ten templates of 12 points, padded,
     stretched, scaled, shifted, with noise and a slope. Small, and yet an MLP, a convnet and a
     linear model differ by much. The package draws them here; its pickled file is not used.
 
     Args:
+        batch, seed: rows of a sample; of the order of the samples.
+        dtype: of u.
         validation: hold out a sixth of the training part instead (`without_test`).
 
     Raises:
@@ -151,9 +155,9 @@ def _signals() -> tuple[Tensor, Tensor, Tensor, Tensor]:
     python, numpy = random.getstate(), np.random.get_state()
     try:
         with torch.random.fork_rng(devices=[]):
-            made = make_dataset(get_dataset_args())
+            arrays = make_dataset(get_dataset_args())
     finally:
         random.setstate(python)
         np.random.set_state(numpy)
-    x, y, x_held, y_held = (torch.from_numpy(made[key]) for key in ("x", "y", "x_test", "y_test"))
+    x, y, x_held, y_held = (torch.from_numpy(arrays[key]) for key in ("x", "y", "x_test", "y_test"))
     return x, y.to(torch.int64), x_held, y_held.to(torch.int64)

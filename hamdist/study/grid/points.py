@@ -72,7 +72,12 @@ class GridCell:
     @property
     def label(self) -> str:
         """Return a label for messages: `trace, depth 5`."""
-        return ", ".join([self.name, *(f"{axis.value} {value}" for axis, value in self.point)])
+        return label_of(self.name, self.point)
+
+
+def label_of(side: str, point: Point) -> str:
+    """Return a label of a side at a point: `trace, depth 5`."""
+    return ", ".join([side, *(f"{axis.value} {value}" for axis, value in point)])
 
 
 def cells(study: StudySettings) -> list[GridCell]:
@@ -123,8 +128,8 @@ def tuning_jobs(study: StudySettings, cell: GridCell) -> list[tuple[Candidate, l
     rows = study.tune.rows or study.rows
     seeds = range(TUNING_SEEDS, TUNING_SEEDS + study.tune.seeds)
     return [
-        (one, [_job(study, cell, one, seed, Split.VALIDATION, rows) for seed in seeds])
-        for one in cell.side.candidates
+        (candidate, [_job(study, cell, candidate, seed, Split.VALIDATION, rows) for seed in seeds])
+        for candidate in cell.side.candidates
     ]
 
 

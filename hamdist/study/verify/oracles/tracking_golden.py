@@ -115,7 +115,7 @@ def track(data: GoldenData, graph: Graph, K: int) -> dict[str, Array]:
         "W": np.concatenate([_joined(module.theta, K) for module in modules], axis=1),
         "P": np.concatenate([_joined(module.omega, K) for module in modules], axis=1),
     }
-    recorded = {name: one.node.records() for name, one in network.records.items()}
+    recorded = {name: rec.node.records() for name, rec in network.records.items()}
     records = {name: r for name, r in recorded.items() if r is not None}
     for name, part in (("x", "h"), ("p", "z")):
         states = [getattr(r, part)[: K + 1, 0] for r in records.values()]

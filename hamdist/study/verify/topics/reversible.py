@@ -38,19 +38,19 @@ def checks(full: bool) -> Generator[Check, None, None]:
     """Yield the checks of gradients, of training, and of the midpoint rule."""
     for depth in (100, 1000) if full else (100,):
         for name, make in MODELS.items():
-            what = f"{name}, depth {depth}: gradients (relative to the largest)"
+            title = f"{name}, depth {depth}: gradients (relative to the largest)"
             measure = partial(_gradients, partial(make, depth), depth)
-            yield Check(what, "autograd with every activation stored", BOUND, measure)
-    depth, items = (100, 20) if full else (40, 10)
+            yield Check(title, "autograd with every activation stored", BOUND, measure)
+    depth, samples = (100, 20) if full else (40, 10)
     for blocks in (1, depth // 10, depth):
         yield Check(
             f"{depth} midpoint steps in {blocks} block{'s' if blocks > 1 else ''}: losses and "
-            f"weights of {items} samples",
+            f"weights of {samples} samples",
             "autograd on the whole network and torch.optim.SGD",
             BOUND,
-            partial(_trained, blocks, depth, items),
+            partial(_trained, blocks, depth, samples),
         )
-    yield from golden.made("leapfrog")
+    yield from golden.shipped_checks("leapfrog")
 
 
 # -- networks --------------------------------------------------------------------------------------
@@ -133,7 +133,7 @@ def _gradients(make: Callable[[], nn.Sequential], depth: int) -> Difference:
     )
 
 
-def _trained(blocks: int, depth: int, items: int) -> float:
+def _trained(blocks: int, depth: int, samples: int) -> float:
     """Return the largest difference of a loss, and of a weight at the end."""
     size = depth // blocks
     settings = _settings(
@@ -141,9 +141,9 @@ def _trained(blocks: int, depth: int, items: int) -> float:
         metrics={"window": 1},
         partition={"cuts": ["1", *map(str, range(1 + size, 2 + depth, size))]},
     )
-    result = train(seeded(lambda: midpoint_layers(depth)), Draws(items), settings)
+    result = train(seeded(lambda: midpoint_layers(depth)), Draws(samples), settings)
     plain = seeded(lambda: midpoint_layers(depth))
-    (curve,) = sgd(plain, Draws(items), settings.learning)
+    (curve,) = sgd(plain, Draws(samples), settings.learning)
     (windows,) = result.windows.values()
     pairs = [(torch.tensor([w.mean_loss for w in windows], dtype=F64), curve)]
     pairs += zip(result.model.parameters(), plain.parameters(), strict=True)
@@ -176,8 +176,8 @@ def checks_of(data: GoldenData, name: str) -> list[Check]:
         entry(data, key, shape)
     number(data, "tau")
     return [
-        Check(f"{name}: {what} (relative)", ORACLE, RTOL, partial(_leapfrog_apart, data, part))
-        for what, part in (
+        Check(f"{name}: {title} (relative)", ORACLE, RTOL, partial(_leapfrog_apart, data, part))
+        for title, part in (
             ("h forward, and recovered backwards", "states"),
             ("gradients by W, b and h_0", "gradients"),
         )
@@ -193,8 +193,8 @@ def _leapfrog_apart(data: GoldenData, part: str) -> Difference:
         keys |= {f"{key} (autograd)": f"torch_{key}" for key in keys if f"torch_{key}" in data}
     return golden.worst(
         {
-            what: (np.atleast_1d(run[what.removesuffix(" (autograd)")]), np.atleast_1d(data[key]))
-            for what, key in keys.items()
+            title: (np.atleast_1d(run[title.removesuffix(" (autograd)")]), np.atleast_1d(data[key]))
+            for title, key in keys.items()
         }
     )
 
@@ -213,8 +213,8 @@ def _run(data: GoldenData) -> dict[str, Array]:
             BlockSpec("end", end, ("chain",), loss=mse),
         ]
     )
-    item = torch.tensor(data["h0"])[None], torch.tensor(data["y"])[None]
-    result = train(graph, from_iterable([item]), _settings(learning={"lr": 0.0}))
+    sample = torch.tensor(data["h0"])[None], torch.tensor(data["y"])[None]
+    result = train(graph, from_iterable([sample]), _settings(learning={"lr": 0.0}))
     chain, start = result.blocks["chain"], result.blocks["start"].z
     if start is None:
         raise ValueError("the first block has no costate")
