@@ -208,7 +208,7 @@ class _Trainer:
         self._move()
         self.updates += 1
         if self.average is not None:
-            self.average.look()
+            self.average.update()
 
     def _closed(self, values: list[Tensor], *, end: bool) -> list[Tensor]:
         """Return the losses of this step; none where tokens of its sequence are still to come."""
@@ -373,7 +373,7 @@ CLEARLY = 1.1
 
 
 def fair_threads(engine: EngineSettings) -> int:
-    """Threads that all processes of a run with `engine` use together, at most the cores."""
+    """Return the threads that all processes of a run with `engine` use, at most the cores."""
     return min(engine.processes(cores()) * engine.threads, cores())
 
 
