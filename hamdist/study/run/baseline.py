@@ -218,9 +218,8 @@ class _Trainer:
         if not end and len(self._tokens) != self._truncation:
             return []
         values, self._tokens = [v for token in self._tokens for v in token], []
-        goes_on = self._carries or not end
         states = {n: h.detach() for n, h in (self._states or {}).items()}
-        self._states = states if goes_on else None
+        self._states = states if self._carries or not end else None
         return values
 
     def _move(self) -> None:
