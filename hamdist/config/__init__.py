@@ -81,6 +81,8 @@ from hamdist.config.sections.stream import CharacterSettings as CharacterSetting
 from hamdist.config.sections.stream import DriftSettings as DriftSettings
 from hamdist.config.sections.stream import LabelledTokens as LabelledTokens
 from hamdist.config.sections.stream import Late as Late
+from hamdist.config.sections.stream import MemorySettings as MemorySettings
+from hamdist.config.sections.stream import MemoryTask as MemoryTask
 from hamdist.config.sections.stream import Motion as Motion
 from hamdist.config.sections.stream import PaceSettings as PaceSettings
 from hamdist.config.sections.stream import SequenceSettings as SequenceSettings

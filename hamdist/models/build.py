@@ -12,9 +12,11 @@
                    blocks 2..    (h_k, h_{k+1}),  h_{k+1} = h_{k-1} + 2 tau f_k(h_k)
                    last block    y = LN(h_{N-1}, h_N) W + b
 
-    rnn, gru, lstm embedding     where u holds tokens: (B,) to (B, H)
-                   cell0 ...     nn.RNNCell (tanh), nn.GRUCell, nn.LSTMCell over one another
-                   readout       y = h W + b of the last cell's h
+    rnn, gru, lstm, leaky, spiking, diagonal (dynamics/modules/recurrent.py)
+                   embedding     where u holds tokens: (B,) to (B, H)
+                   cell0 ...     nn.RNNCell (tanh), nn.GRUCell, nn.LSTMCell, LeakyCell without and
+                                 with spikes, DiagonalCell, over one another
+                   readout       y = h W + b of what others read of the last cell's state
 
     resnet, convnet, vit, gpt, lstm-layers: networks.py
 
@@ -22,7 +24,7 @@
                    (models/tracker.py)
 
 LN is a layer norm without affine weights, eps = 1e-3. W ~ N(0, 2/fan_in), in the last layer
-N(0, 1/fan_in); b = 0. L (`depth`) counts the layers that have weights. Of rnn, gru and lstm it
+N(0, 1/fan_in); b = 0. L (`depth`) counts the layers that have weights. Of recurrent models it
 counts the cells, and the weights are drawn as torch does it.
 
 B: batch, I: inputs, H: width, O: outputs.
@@ -41,7 +43,7 @@ from torch import Tensor, nn
 from hamdist.config import Loss, ModelKind, ModelSettings, PartitionSettings, Settings
 from hamdist.dynamics.graph.graph import INPUT, BlockSpec, Combine, Graph
 from hamdist.dynamics.modules.prenorm import layer_norm
-from hamdist.dynamics.modules.recurrent import Reads, RecurrentCell
+from hamdist.dynamics.modules.recurrent import DiagonalCell, LeakyCell, Reads, RecurrentCell
 from hamdist.dynamics.modules.reversible import Coupling, MidpointStart
 from hamdist.dynamics.modules.subspace import in_subspace
 from hamdist.dynamics.objective.losses import LossFunction, make_loss
@@ -51,10 +53,15 @@ from hamdist.models.networks import NETWORKS, make_network
 from hamdist.models.tracker import tracker
 from hamdist.streams.sample import SampleSpec
 
-CELLS: dict[ModelKind, type[nn.RNNCell | nn.GRUCell | nn.LSTMCell]] = {
-    ModelKind.RNN: nn.RNNCell,
-    ModelKind.GRU: nn.GRUCell,
-    ModelKind.LSTM: nn.LSTMCell,
+Cell: TypeAlias = RecurrentCell | LeakyCell | DiagonalCell
+
+CELLS: dict[ModelKind, Callable[[int, int, ModelSettings], Cell]] = {
+    ModelKind.RNN: lambda i, n, _: RecurrentCell(nn.RNNCell(i, n, dtype=torch.float64)),
+    ModelKind.GRU: lambda i, n, _: RecurrentCell(nn.GRUCell(i, n, dtype=torch.float64)),
+    ModelKind.LSTM: lambda i, n, _: RecurrentCell(nn.LSTMCell(i, n, dtype=torch.float64)),
+    ModelKind.LEAKY: lambda i, n, s: LeakyCell(i, n, s.decay),
+    ModelKind.SPIKING: lambda i, n, s: LeakyCell(i, n, s.decay, s.threshold),
+    ModelKind.DIAGONAL: lambda i, n, _: DiagonalCell(i, n),
 }
 
 ModelFactory: TypeAlias = Callable[[], object]
@@ -170,7 +177,7 @@ def _check_depth(settings: ModelSettings) -> None:
 def make_recurrent(
     settings: ModelSettings, spec: SampleSpec, loss: LossFunction, *, seed: int, dtype: torch.dtype
 ) -> Graph:
-    """Return the graph of cells that `settings` names (rnn, gru, lstm).
+    """Return the graph of cells that `settings` names (rnn, gru, lstm, leaky, spiking, diagonal).
 
     It takes tokens (B,) or inputs (B, I) of `spec`; its readout predicts (B, O) at every token.
     `seed` alone decides the weights, as in `make_model`. Raises SettingsError where model and
@@ -186,14 +193,15 @@ def make_recurrent(
             blocks.append(BlockSpec("embedding", embedding, (INPUT,)))
             below, inputs = "embedding", width
         for i in range(settings.depth):
-            cell = RecurrentCell(CELLS[settings.kind](inputs, width, dtype=torch.float64))
-            module = cell if i == 0 else Reads(cell, cell.hidden, None)
+            cell = CELLS[settings.kind](inputs, width, settings)
+            part = getattr(cell, "hidden", None)
+            module = cell if i == 0 else Reads(cell, part, None)
             name, shape = f"cell{i}", (cell.size,)
             blocks.append(
                 BlockSpec(name, module, (below, name), combine=Combine.ARGUMENTS, shape=shape)
             )
-            below, inputs = name, width
-        readout = Reads(nn.Linear(width, outputs, dtype=torch.float64), cell.hidden)
+            below, inputs = name, width if part else cell.size
+        readout = Reads(nn.Linear(inputs, outputs, dtype=torch.float64), part)
         blocks.append(BlockSpec("readout", readout, (below,), loss=loss))
     for block in blocks:
         block.module.to(dtype)

@@ -16,6 +16,7 @@ from hamdist.streams.sources.characters import CharacterStream, character_parts,
 from hamdist.streams.sources.datasets import DataSet, digits, mnist1d, validation_split
 from hamdist.streams.sources.drift import DriftStream
 from hamdist.streams.sources.images import IMAGE_FILES, read_images
+from hamdist.streams.sources.memory import MemoryStream
 from hamdist.streams.sources.sequences import TokenStream
 from hamdist.streams.sources.signals import SignalStream
 from hamdist.streams.sources.text_files import CLASSES, Texts
@@ -24,6 +25,8 @@ from hamdist.streams.wrappers.canvas import Canvas, still
 from hamdist.streams.wrappers.late_targets import Delayed, LateLabels, Rejoin
 from hamdist.streams.wrappers.pace import Paced
 from hamdist.streams.wrappers.smooth import Smooth, Withhold, first_frame, nearest_sample
+
+HELD_OUT_BATCH = 256  # rows of the held-out sequences of a task of memory
 
 
 def make_stream(settings: StreamSettings, *, seed: int, dtype: torch.dtype) -> Stream:
@@ -68,6 +71,8 @@ def _source(settings: StreamSettings, seed: int, dtype: torch.dtype) -> Stream:
         return SignalStream(**dict(settings.signal), seed=seed, dtype=dtype)
     if settings.source is Source.SEQUENCES:
         return _sequences(settings, seed)
+    if settings.source is Source.MEMORY:
+        return MemoryStream(**dict(settings.memory), batch=settings.batch, seed=seed, dtype=dtype)
     if settings.source is Source.CHARACTERS:
         ids, _ = character_parts(settings.path)
         return CharacterStream(ids, settings.characters.length, settings.batch, seed)
@@ -115,13 +120,13 @@ def held_out(
         samples: number of samples the run has read, including dropped ones.
 
     Returns:
-        None for a signal, whose prequential loss says how well it is followed, for texts that are
-        read token by token (`held_out_tokens`), and for texts too few to hold some out.
+        None for a signal, whose prequential loss says how well it is followed, for texts and tasks
+        that are read token by token (`held_out_tokens`), and for texts too few to hold some out.
 
     Raises:
         StreamError: as for `make_stream`.
     """
-    if settings.source is Source.SIGNAL:
+    if settings.source in (Source.SIGNAL, Source.MEMORY):
         return None
     if settings.source is Source.SEQUENCES:
         if settings.sequences.view is View.TOKENS:
@@ -164,13 +169,23 @@ def _frames(settings: StreamSettings) -> int:
     return 1 if settings.smooth is None else settings.smooth.frames
 
 
-def held_out_tokens(settings: StreamSettings, *, seed: int) -> TokenStream:
-    """Return a stream of the held-out texts, once, one after the other, token by token.
+def held_out_tokens(
+    settings: StreamSettings, *, seed: int, dtype: torch.dtype = torch.float32
+) -> TokenStream | MemoryStream | None:
+    """Return a stream of the held-out sequences, once, one after the other, token by token; None
+    where it is no stream of texts or tasks of memory that are read so.
 
     Args:
-        settings: of a stream of texts.
-        seed: of the texts, where they are made up.
+        settings: of the stream.
+        seed: of the sequences, where they are made up.
+        dtype: of floating-point inputs.
     """
+    if settings.source is Source.MEMORY:
+        own, part = dict(settings.memory), settings.evaluate.value
+        many = HELD_OUT_BATCH
+        return MemoryStream(**own, batch=many, seed=seed, dtype=dtype, part=part, sequences=4)
+    if settings.source is not Source.SEQUENCES or settings.sequences.view is not View.TOKENS:
+        return None
     texts, vocabulary = _texts(settings, seed)
     ids = _last_tokens(texts.held_out, vocabulary, settings.sequences.length)
     labels = classes_of(texts.held_out)

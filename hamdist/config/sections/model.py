@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from enum import Enum
+from typing import Annotated
 
-from pydantic import model_validator
+from pydantic import Field, model_validator
 
 from hamdist.config.sections.section import Above0, Positive, Section
 
@@ -19,6 +20,9 @@ class ModelKind(str, Enum):
     RNN = "rnn"
     GRU = "gru"
     LSTM = "lstm"
+    LEAKY = "leaky"
+    SPIKING = "spiking"
+    DIAGONAL = "diagonal"
     TRACKER = "tracker"
     RESNET = "resnet"
     CONVNET = "convnet"
@@ -42,11 +46,15 @@ class ModelSettings(Section):
     """Of the hidden layers; of `resnet` and `convnet` the channels before they double; of `tracker`
     its neurons."""
     depth: Positive = 5
-    """Layers with weights (of rnn, gru, lstm: cells; of resnet, convnet, vit, gpt, lstm-layers:
+    """Layers with weights (of recurrent kinds: cells; of resnet, convnet, vit, gpt, lstm-layers:
     residual layers). A `lenet` has its own of both."""
     subspace: Positive | None = None
     """Rank of the fixed subspace of the last dimension in which every layer but the last ends, so
     that `engine.compress` sends fewer numbers."""
+    decay: Annotated[float, Field(ge=0, lt=1)] = 0.9
+    """Share of a state that `leaky` and `spiking` units keep from token to token."""
+    threshold: Above0 = 0.6
+    """Above which `spiking` units spike."""
     tau: Above0 = 0.1
     """Step of integration of `midpoint`."""
     bias: bool = True

@@ -25,6 +25,7 @@ class Source(str, Enum):
     SEQUENCES = "sequences"
     SIGNAL = "signal"
     CHARACTERS = "characters"
+    MEMORY = "memory"
 
 
 class Split(str, Enum):
@@ -48,6 +49,15 @@ class LabelledTokens(str, Enum):
 
     LAST = "last"
     EVERY = "every"
+
+
+class MemoryTask(str, Enum):
+    """Generated tasks of memory (streams/sources/memory.py): symbols to be repeated, a bit to be
+    stored and recalled, cues on two sides to be counted."""
+
+    COPY = "copy"
+    RECALL = "recall"
+    EVIDENCE = "evidence"
 
 
 class SignalKind(str, Enum):
@@ -164,6 +174,17 @@ class CharacterSettings(Section):
     """Characters of a window."""
 
 
+class MemorySettings(Section):
+    """Sequences of a generated task of memory."""
+
+    task: MemoryTask = MemoryTask.RECALL
+    """Symbols to be repeated, a bit to be stored and recalled, cues on two sides to be counted."""
+    length: Positive = 20
+    """Of copy the symbols, of recall the tokens of a sequence, of evidence those of the pause."""
+    ends: bool = True
+    """Whether sequences end, and states begin anew; false: they go on for ever."""
+
+
 class SignalSettings(Section):
     """A real-valued target over time."""
 
@@ -179,6 +200,9 @@ class SignalSettings(Section):
     """Seconds between two samples."""
     dwell: Above0 = 5.0
     """Seconds of one patch."""
+    lead: Above0 | None = None
+    """Seconds by which the target is ahead of the signal, which then is the input; not given: there
+    is no input."""
 
 
 class PaceSettings(Section):
@@ -215,6 +239,8 @@ class StreamSettings(Section):
     """Of source `signal`."""
     characters: CharacterSettings = CharacterSettings()
     """Of source `characters`."""
+    memory: MemorySettings = MemorySettings()
+    """Of source `memory`."""
     missing: Annotated[float, Field(ge=0, lt=1)] = 0.0
     """Share of samples whose target is withheld."""
     late_targets: Annotated[int, Field(ge=0)] = 0

@@ -130,21 +130,30 @@ class MergedSequence(nn.Module):
         """Return the predictions (T, B, ...) of u (T, B, ...), or a dict of them by readout."""
         if not len(u):
             raise GraphError("a sequence has at least one token; u has none (T = 0)")
-        last = {}
-        for name in self.carried:
-            zeros = self.get_buffer(f"before_{name}")
-            last[name] = zeros.expand(u.shape[1], *zeros.shape[1:])
         predictions: dict[str, list[Tensor]] = {name: [] for name in self.readouts}
+        h: dict[str, Tensor] | None = None
         for token in u:
-            h = {INPUT: token}
-            for name, parents in self.parents.items():
-                inputs = [(last if recurrent else h)[p] for p, recurrent in parents]
-                h[name] = self._module(name)(*combined(self.combines[name], inputs))
+            h = self.token(token, h)
             for name in self.readouts:
                 predictions[name].append(h[name])
-            last = h
         outputs = {name: torch.stack(tokens) for name, tokens in predictions.items()}
         return outputs[self.readouts[0]] if len(outputs) == 1 else outputs
+
+    def token(self, u: Tensor, before: Mapping[str, Tensor] | None = None) -> dict[str, Tensor]:
+        """Return the states (readouts: the predictions) of one token by block, each (B, ...).
+
+        Args:
+            u: the token, (B, ...).
+            before: the states of the token before; None at a sequence's first.
+        """
+        h = {INPUT: u}
+        if before is None:
+            zeros = {name: self.get_buffer(f"before_{name}") for name in self.carried}
+            before = {name: t.expand(len(u), *t.shape[1:]) for name, t in zeros.items()}
+        for name, parents in self.parents.items():
+            inputs = [(before if recurrent else h)[p] for p, recurrent in parents]
+            h[name] = self._module(name)(*combined(self.combines[name], inputs))
+        return h
 
     def _module(self, name: str) -> nn.Module:
         return cast(nn.Module, self.blocks[name].module)

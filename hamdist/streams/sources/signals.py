@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
-from itertools import count, islice
+from itertools import count, islice, repeat
 
 import torch
 from torch import Tensor
@@ -29,7 +29,7 @@ class SignalStream:
     """The values z(t) of a signal at t = 0, tau, 2 tau, ...; endless and portable.
 
     Sample n: u (1, 1) zero (a tracker has no input), y (1, 1) = z(n tau), of `dtype`, time stamp
-    n tau. With t in seconds:
+    n tau; with `lead` u = z(n tau), y = z(n tau + lead). With t in seconds:
 
         sinusoid, offset   z(t) = offset + A sin(2 pi t / P)
         constants          z(t) = offset + v_k             in patch k
@@ -47,10 +47,12 @@ class SignalStream:
         period: P, in seconds.
         tau: seconds between samples.
         dwell: seconds of a patch.
+        lead: seconds by which the target is ahead of the input, in whole samples; None for a
+            target without an input.
 
     Raises:
-        SettingsError: an amplitude, a period or tau that is not above 0, a dwell shorter than tau,
-            or a value that is not finite.
+        SettingsError: an amplitude, a period, tau or lead that is not above 0, a dwell or lead
+            shorter than tau, or a value that is not finite.
     """
 
     portable: bool = True
@@ -64,6 +66,7 @@ class SignalStream:
         period: float = 2.0 * math.pi,
         tau: float = 1e-3,
         dwell: float = 5.0,
+        lead: float | None = None,
         seed: int = 0,
         dtype: torch.dtype = torch.float32,
     ) -> None:
@@ -72,15 +75,18 @@ class SignalStream:
         self._amplitude = default_amplitude if amplitude is None else amplitude
         self._offset = default_offset if offset is None else offset
         positive = {"amplitude": self._amplitude, "period": period, "tau": tau, "dwell": dwell}
+        positive |= {} if lead is None else {"lead": lead}
         for name, value in positive.items():
             if not (value > 0 and math.isfinite(value)):
                 raise SettingsError(f"{name} is {value}; a signal's {name} is above 0, and finite")
         if not math.isfinite(self._offset):
             raise SettingsError(f"offset is {self._offset}; give a finite number")
-        if dwell < tau:
-            raise SettingsError(
-                f"dwell is {dwell} s and tau is {tau} s: a patch lasts at least one sample"
-            )
+        for name, value in {"dwell": dwell, "lead": dwell if lead is None else lead}.items():
+            if value < tau:
+                raise SettingsError(
+                    f"{name} is {value} s and tau is {tau} s: it lasts at least one sample"
+                )
+        self._ahead = None if lead is None else round(lead / tau)
         self._period = period
         self._tau = tau
         self._items_of_patch = round(dwell / tau)
@@ -94,9 +100,12 @@ class SignalStream:
 
     def samples(self) -> Iterator[Sample]:
         """Yield the samples from sample 0 on, without end."""
-        for n, z in enumerate(self._values()):
-            u = torch.zeros(1, 1, dtype=self._dtype)
-            yield Sample(u, torch.tensor([[z]], dtype=self._dtype), time=n * self._tau)
+        shown = repeat(0.0) if self._ahead is None else self._values()
+        for n, (x, z) in enumerate(
+            zip(shown, islice(self._values(), self._ahead, None), strict=False)
+        ):
+            u, y = (torch.tensor([[value]], dtype=self._dtype) for value in (x, z))
+            yield Sample(u, y, time=n * self._tau)
 
     def values(self, samples: int) -> Tensor:
         """Return z of the first samples, (samples,), float64: for plots and scales.

@@ -6,6 +6,10 @@ groups) and step size as the runs it is compared with, and the same moving avera
 (dynamics/updates/learning_rate.py). Samples without target are not learned from, but count. The
 prequential loss comes from the forward pass that the gradient belongs to.
 
+A recurrent network (a MergedSequence) takes one token after the other. It makes one step by the sum
+of the losses at a sequence's end, or after `locality.truncation` tokens; then states go on without
+their gradient (truncated backpropagation through time), also at ends if `dynamics.reset.h: never`.
+
 `frozen` trains the last layer alone, on the hidden blocks as they were drawn: what a level without
 memory has to beat before it can be said to learn anything in its hidden blocks.
 """
@@ -20,8 +24,9 @@ from functools import partial
 import torch
 from torch import Tensor, nn
 
-from hamdist.config import EngineSettings, FirstStep, LearningSettings, Settings
+from hamdist.config import EngineSettings, FirstStep, LearningSettings, Reset, Settings
 from hamdist.dynamics.graph.inputs import called
+from hamdist.dynamics.graph.merged import MergedSequence
 from hamdist.dynamics.objective.losses import (
     ONLY,
     Losses,
@@ -120,6 +125,10 @@ class _Trainer:
         learning = settings.learning
         self._spec = spec
         self._waiting: dict[int, dict[str, Tensor]] = {}  # predictions that wait for their labels
+        self._truncation = settings.locality.truncation
+        self._carries = settings.dynamics.reset.h is Reset.NEVER
+        self._states: dict[str, Tensor] | None = None  # of a recurrent network, of the token before
+        self._tokens: list[list[Tensor]] = []  # losses, since the latest step
         self.model = model
         self.loss = loss
         self.targets = spec.targets
@@ -144,7 +153,8 @@ class _Trainer:
         emission = sample.emission or Emission(Emits.SAMPLE, 0, self.samples, waits=False)
         names = [ONLY] if self.targets is None else self.targets
         waits = emission.kind is Emits.SAMPLE and emission.waits
-        if waits or any(sample.target(name) is not None for name in names):
+        shown = waits or isinstance(self.model, MergedSequence)
+        if shown or any(sample.target(name) is not None for name in names):
             try:
                 if waits:
                     self._predict(sample, emission.number)
@@ -158,6 +168,11 @@ class _Trainer:
         self.samples += emission.kind is Emits.SAMPLE
 
     def _predictions(self, sample: Sample) -> dict[str, Tensor]:
+        if isinstance(self.model, MergedSequence):
+            self._states = self.model.token(sample.u, self._states)
+            first, *more = self.model.readouts
+            states = self._states
+            return {n: states[n] for n in (first, *more)} if more else {ONLY: states[first]}
         return tensors(called(self.model, sample.u if sample.inputs is None else sample.inputs))
 
     def _predict(self, sample: Sample, number: int) -> None:
@@ -185,6 +200,7 @@ class _Trainer:
                     scored = earlier[name]
                     value = loss(scored, y)
                 self.metrics[name].record(emission.number, scored, plain, value)
+        values = self._closed(values, end=sample.end)
         if not values:
             return
         self.model.zero_grad()
@@ -193,6 +209,18 @@ class _Trainer:
         self.updates += 1
         if self.average is not None:
             self.average.update()
+
+    def _closed(self, values: list[Tensor], *, end: bool) -> list[Tensor]:
+        """Return the losses of this step; none where tokens of its sequence are still to come."""
+        if not isinstance(self.model, MergedSequence):
+            return values
+        self._tokens.append(values)
+        if not end and len(self._tokens) != self._truncation:
+            return []
+        values, self._tokens = [v for token in self._tokens for v in token], []
+        states = {n: h.detach() for n, h in (self._states or {}).items()}
+        self._states = states if self._carries or not end else None
+        return values
 
     def _move(self) -> None:
         factor = self.course(self.samples)
@@ -236,6 +264,10 @@ class _Trainer:
 
 def _freeze(model: nn.Module) -> None:
     """Freeze all weights but those of the last child that has some."""
+    if isinstance(model, MergedSequence):
+        for name in model.parents.keys() - set(model.readouts):
+            model.blocks[name].requires_grad_(False)
+        return
     children = [child for child in model.children() if any(True for _ in child.parameters())]
     if not isinstance(model, nn.Sequential) or len(children) < 2:
         raise SettingsError(

@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from torch import nn
 
-from hamdist.config import DType, Settings, Source, View
+from hamdist.config import DType, Settings
 from hamdist.dynamics.blocks.energy import Records
 from hamdist.dynamics.graph.graph import Graph
 from hamdist.dynamics.graph.merged import MergedSequence
@@ -280,11 +280,13 @@ def _trained(
 ) -> RunResult:
     if level not in (CENTRALISED, FROZEN):
         return train(model, stream, settings, on_progress=timeline, resume=resume)
+    if isinstance(model, Graph) and settings.model.kind in CELLS:
+        spec = stream.spec
+        model = MergedSequence(model, model.shapes(spec.u_shape, spec.u_dtype, spec.parents))
     if isinstance(model, Graph):
-        topic = "bptt" if settings.model.kind in CELLS else "tracking"
         raise SettingsError(
             f"model.kind: there is no centralised training of a {settings.model.kind.value} to "
-            f"compare with; use `hamdist run` (`hamdist verify --only {topic}` proves it)"
+            "compare with; use `hamdist run` (`hamdist verify --only tracking` proves it)"
         )
     frozen = level == FROZEN
     return train_centralised(model, stream, settings, frozen=frozen, on_progress=timeline)
@@ -315,7 +317,8 @@ def _score(
     ignored, losses = settings.ignore_index, make_losses(settings.loss, settings.ignore_index)
     held = None if own_data is None else own_data.held_out
     if own_data is None and isinstance(model, MergedSequence):
-        held = _held_out_tokens(settings)
+        dtype = torch_dtype(settings.dtype)
+        held = held_out_tokens(settings.stream, seed=settings.seed, dtype=dtype)
     elif own_data is None:
         dtype, samples = (
             torch_dtype(settings.dtype),
@@ -329,14 +332,6 @@ def _score(
         return evaluate_sequences(model, held, only_loss(settings), ignore_index=ignored)
     targets = own_data.train.spec.targets if own_data is not None else None
     return evaluate_samples(model, held.samples(), losses, targets, ignore_index=ignored)
-
-
-def _held_out_tokens(settings: Settings) -> Stream | None:
-    """Return the held-out texts of the settings' stream; None for a stream that has none."""
-    stream = settings.stream
-    if stream.source is not Source.SEQUENCES or stream.sequences.view is not View.TOKENS:
-        return None
-    return held_out_tokens(stream, seed=settings.seed)
 
 
 def _main_windows(result: RunResult, scores: Scores | None) -> list[Window]:

@@ -107,6 +107,15 @@ def test_from_settings() -> None:
     assert [item.y.item() for item in islice(stream.samples(), 9)] == pytest.approx(z)
 
 
+def test_the_target_leads_the_input() -> None:
+    """Of whole samples: 0.2 s are 2 of 0.1 s, across the patches."""
+    made = signal(SignalKind.PATCHED, tau=0.1, dwell=0.5, lead=0.2)
+    z = signal(SignalKind.PATCHED, tau=0.1, dwell=0.5).values(14).tolist()
+    samples = list(islice(made.samples(), 12))
+    assert [s.u.item() for s in samples] == z[:12]
+    assert [s.y.item() for s in samples] == z[2:14]
+
+
 def test_a_signal_has_one_row() -> None:
     with pytest.raises(ValueError, match="a signal has one row"):
         StreamSettings.model_validate({"source": "signal", "batch": 4})
@@ -119,7 +128,8 @@ def test_a_signal_has_one_row() -> None:
         ({"period": math.inf}, "period is inf"),
         ({"tau": -1.0}, "tau is -1.0"),
         ({"offset": math.nan}, "offset is nan"),
-        ({"tau": 0.5, "dwell": 0.4}, "a patch lasts at least one sample"),
+        ({"tau": 0.5, "dwell": 0.4}, "dwell is 0.4 s and tau is 0.5 s"),
+        ({"tau": 0.5, "lead": 0.4}, "lead is 0.4 s and tau is 0.5 s"),
     ],
 )
 def test_refused(options, words: str) -> None:

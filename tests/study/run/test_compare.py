@@ -188,7 +188,7 @@ def test_evaluation_in_pieces_leaves_the_modes_alone(monkeypatch: pytest.MonkeyP
 def test_every_recipe_is_valid_for_each_of_its_levels() -> None:
     images = ["digits", "fashion-mnist", "resnet", "smooth-digits", "vit"]
     to_compare = [*images, "gpt", "lstm"]
-    assert list(recipes()) == sorted([*to_compare, "sentences", "tracking"])
+    assert list(recipes()) == sorted([*to_compare, "ahead", "sentences", "tracking"])
     for name, description in recipes().items():
         settings = load_settings(name)
         assert settings.name == name

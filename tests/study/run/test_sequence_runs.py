@@ -11,8 +11,9 @@ from hamdist.config import Settings
 from hamdist.dynamics.graph.merged import MergedSequence
 from hamdist.dynamics.objective.losses import cross_entropy
 from hamdist.errors import SettingsError, StreamError
+from hamdist.models.build import make_recurrent
 from hamdist.runtime.results.scores import evaluate_sequences
-from hamdist.streams import Sample, from_iterable, held_out_tokens
+from hamdist.streams import Sample, from_iterable, held_out_tokens, make_stream
 from hamdist.study.report.table import run_facts
 from hamdist.study.run.run import run_centralised, run_level
 
@@ -94,5 +95,63 @@ def test_sequences_without_targets_cannot_be_scored():
 def test_what_a_recurrent_model_cannot_do():
     with pytest.raises(SettingsError, match="partition: a lstm has a block for each cell"):
         run_level(settings(partition={"blocks": 2}))
-    with pytest.raises(SettingsError, match="no centralised training of a lstm"):
-        run_centralised(settings())
+
+
+def test_centralised_is_the_level_bptt():
+    """Whose oracle is autograd through the unrolled network."""
+    learning = {"lr": 0.3, "momentum": 0.5}
+    whole = settings(dtype="float64", learning=learning)
+    (level, ours), (run, plain) = run_level(whole), run_centralised(whole)
+    for a, b in zip(ours.state_dict().values(), plain.state_dict().values(), strict=True):
+        assert torch.allclose(a, b, rtol=1e-12, atol=1e-12)
+    assert run.held_out.loss == pytest.approx(level.held_out.loss, rel=1e-12)
+    losses = [[w.mean_loss for w in r.windows] for r in (run, level)]
+    assert losses[0] == pytest.approx(losses[1], rel=1e-12)
+
+
+@pytest.mark.parametrize("frozen", [False, True])
+def test_an_endless_stream_is_cut_where_states_go_on(frozen):
+    """Oracle: the same by hand, with nn.GRUCell."""
+    stream = {"source": "memory", "batch": 3, "memory": {"task": "recall", "ends": False}}
+    own = settings(
+        stream=stream,
+        steps=14,
+        dtype="float64",
+        model={"kind": "gru", "width": 5, "depth": 1},
+        locality={"truncation": 4},
+        learning={"lr": 0.3},
+        metrics={"window": 1},
+    )
+    spec = make_stream(own.stream, seed=0, dtype=torch.float64)
+    model = make_recurrent(own.model, spec.spec, cross_entropy, seed=0, dtype=torch.float64)
+    cell, readout = (b.module for b in model.blocks.values())
+    moving = [*readout.parameters(), *([] if frozen else cell.parameters())]
+    h, chunk = torch.zeros(3, 5, dtype=torch.float64), []
+    for n, sample in zip(range(12), spec.samples(), strict=False):
+        h = cell(sample.u, h)
+        if sample.y is not None:
+            chunk.append(functional.cross_entropy(readout(h), sample.y))
+        if n % 4 == 3:
+            for p, g in zip(moving, torch.autograd.grad(sum(chunk), moving), strict=True):
+                p.data -= 0.3 * g
+            h, chunk = h.detach(), []
+    _, trained = run_centralised(own, frozen=frozen)
+    expected = [*cell.parameters(), *readout.parameters()]
+    for a, b in zip(trained.parameters(), expected, strict=True):
+        assert torch.allclose(a, b, rtol=1e-12)
+
+
+@pytest.mark.parametrize("kind", ["leaky", "spiking", "diagonal"])
+def test_cells_by_settings(kind):
+    """Over two cells, whose readout sees what other units read."""
+    stream = {"source": "memory", "batch": 3, "memory": {"task": "copy", "length": 3}}
+    model = {"kind": kind, "width": 5, "depth": 2, "decay": 0.7, "threshold": 0.4}
+    run, trained = run_level(settings(steps=24, stream=stream, model=model, learning={"lr": 0.01}))
+    cell = trained.blocks["cell1"].module.module
+    if kind != "diagonal":
+        assert (cell.decay, cell.threshold) == (0.7, 0.4 if kind == "spiking" else None)
+    assert run.held_out.accuracy is not None
+    rule = {"leaky": "e-prop", "spiking": "e-prop", "diagonal": "diagonal"}[kind]
+    fields = {"learning": {"lr": 0.01, "rules": {"*": rule}}, "level": "trace"}
+    online, _ = run_level(settings(steps=24, stream=stream, model=model, **fields))
+    assert online.held_out.accuracy is not None

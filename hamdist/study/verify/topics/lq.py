@@ -9,11 +9,9 @@ equation 0 = q - P^2/r:
 
     omega = P h,  P = sqrt(q r),    h = h_0 e^(-lambda t),  lambda = sqrt(q/r),    J* = P h_0^2 / 2
 
-Hamilton's costate has omega(T) = 0 at the end. Forward in time it diverges: d omega/dt = -q h,
-dh/dt = -omega/r, h = h_0 cosh(lambda t). There are two ways to turn its time.
-
-The sign, with dissipation (the levels of hamdist): d omega/dt = q h - eta omega, a damped
-oscillator. At eta = 2 lambda it has the optimum's rate twice, and omega / h comes to P:
+Hamilton's costate, d omega/dt = -q h with omega(T) = 0, diverges forward in time: h = h_0
+cosh(lambda t). Two ways to turn its time: its sign, with dissipation (the levels of hamdist), d
+omega/dt = q h - eta omega. At eta = 2 lambda it has the optimum's rate twice:
 
     h = h_0 (1 + lambda t) e^(-lambda t),        omega / h = P lambda t / (1 + lambda t)
     J / J* = a + 1/(2a),  a = eta / (2 lambda):  sqrt(2) at the best
@@ -49,8 +47,7 @@ from hamdist.study.verify.oracles.networks import F64
 
 Q, R, START, TAU = 4.0, 1.0, 1.5, 2e-3  # q, r, h_0, and seconds of a tick
 LAMBDA, P = math.sqrt(Q / R), math.sqrt(Q * R)
-NU = 1.0  # rad/s of the sinusoid
-SETTLED = 1500  # ticks
+NU, SETTLED = 1.0, 1500  # rad/s of the sinusoid, and ticks
 BOUND = 0.02  # of Euler's steps, lambda tau = 0.004
 
 
@@ -84,24 +81,14 @@ class RiccatiCostate(Rule):
         return block.f(inputs), [None] * len(inputs), {"w": (p * block.h).sum(0)}
 
 
-def follower(ticks: int, y: float | Stream = 0.0, start: float = START, **own: Any) -> Trajectory:
-    """Return h (K,) of the neuron with s = -1, which begins with h = w = `start`.
-
-    Args:
-        ticks: K.
-        y: the target, a constant or a stream.
-        start: h_0 and w_0.
-        own: constants of `dynamics`, eta_omega if it is not 2 lambda.
-    """
-    block = _neuron(start, loss=mse, state=True)
-    constants = {"tau": TAU, "phi": Q, "beta": 1 / R, "eta_z": 0.0, "eta_omega": 2 * LAMBDA}
-    settings = float64_settings(
-        "local",
-        steps=ticks,
-        dynamics={**constants, **own},
-        locality={"order": "simultaneous", "target": "current", "readout": "state"},
-        metrics={"record": "trajectory"},
-    )
+def follower(ticks: int, y: float | Stream = 0.0, **own: Any) -> Trajectory:
+    """Return h (K,) of the neuron with s = -1, which follows y and begins with h = w = START (with
+    y = 0, else 0); own: constants of `dynamics`, eta_omega if it is not 2 lambda."""
+    block = _neuron(START if y == 0.0 else 0.0, loss=mse, state=True)
+    constants = {"tau": TAU, "phi": Q, "beta": 1 / R, "eta_z": 0.0, "eta_omega": 2 * LAMBDA, **own}
+    locality = {"order": "simultaneous", "target": "current", "readout": "state"}
+    more: dict[str, Any] = {"locality": locality, "metrics": {"record": "trajectory"}}
+    settings = float64_settings("local", steps=ticks, dynamics=constants, **more)
     stream = _constant(ticks, y) if isinstance(y, float) else y
     (h,) = (r.h for r in train(Graph([block]), stream, settings).records.values())
     return np.zeros(0) if h is None else h.flatten().numpy()
@@ -110,8 +97,8 @@ def follower(ticks: int, y: float | Stream = 0.0, start: float = START, **own: A
 def riccati_follower(ticks: int) -> Trajectory:
     """Return h (K,) of the neuron with the rule `RiccatiCostate`, and y = 0."""
     readout = BlockSpec("y", nn.Identity(), ("x",), loss=mse)
-    learning, metrics = {"lr": TAU / R}, {"window": 1, "limit": ticks + 1}
-    settings = float64_settings("local", steps=ticks, learning=learning, metrics=metrics)
+    more: dict[str, Any] = {"learning": {"lr": TAU / R}, "metrics": {"window": 1, "limit": 1 << 16}}
+    settings = float64_settings("local", steps=ticks, **more)
     graph = Graph([_neuron(START, rule=RiccatiCostate()), readout])
     windows = train(graph, _constant(ticks, 0.0), settings).windows["y"]
     # Blocks with a rule record no trajectory: L = h^2 / 2, and h stays above 0.
@@ -141,36 +128,32 @@ def checks(full: bool) -> Iterator[Check]:
     time = TAU * np.arange(ticks)
     x = LAMBDA * time
     forward, riccati = cache(partial(follower, ticks)), cache(partial(riccati_follower, ticks))
+    signal = SignalStream(amplitude=1.0, period=2 * math.pi / NU, tau=TAU, dtype=F64)
+    sinusoid, end = partial(follower, ticks, signal), partial(follower, ticks, 1.0, weight_cost=1.0)
+    gain = LAMBDA**2 / (LAMBDA**2 - NU**2 + 2j * LAMBDA * NU)
+    followed = (gain * np.exp(1j * NU * time)).imag[SETTLED:]
 
     def ratio() -> Trajectory:
         h = forward()[: ticks // 2]
         return -R * np.diff(h) / TAU / h[:-1] / P
 
-    def sinusoid() -> Trajectory:
-        signal = SignalStream(amplitude=1.0, period=2 * math.pi / NU, tau=TAU, dtype=F64)
-        return follower(ticks, signal, 0.0)[SETTLED:]
-
     sign, riccatis = "LQ, sign of the costate turned", "LQ, Riccati's p forward"
-    gain = LAMBDA**2 / (LAMBDA**2 - NU**2 + 2j * LAMBDA * NU)
-    followed = (gain * np.exp(1j * NU * time)).imag[SETTLED:]
-    end = partial(follower, ticks, 1.0, 0.0, weight_cost=1.0)
     for name, law, measured, expected in (
         (f"{sign}: h / h_0", "(1 + x) e^-x", lambda: forward() / START, (1 + x) * np.exp(-x)),
         (f"{sign}: omega / (P h)", "x / (1 + x)", ratio, (x / (1 + x))[: ticks // 2 - 1]),
-        (f"{sign}, y = sin({NU:g} t): h", "frequency response", sinusoid, followed),
+        (f"{sign}, y = sin({NU:g} t): h", "gain", lambda: sinusoid()[SETTLED:], followed),
         (f"{sign}, y = r_w = 1: last h", "q / (q + r_w)", lambda: end()[-1], Q / (Q + 1)),
         (f"{riccatis}: h / h_0", "1 / cosh x", lambda: riccati() / START, 1 / np.cosh(x)),
-        (f"{riccatis}: J / J*", "4/3", _cost_of(riccati), 4 / 3),
+        (f"{riccatis}: J / J*", "4/3", lambda: cost(riccati()), 4 / 3),
     ):
         yield Check(name, f"closed form, x = lambda t: {law}", BOUND, _apart(measured, expected))
     for a in (0.5, math.sqrt(0.5), 1.0):
         name = f"{sign}, eta = {2 * a:.3g} lambda: J / J*"
-        run = partial(follower, ticks, eta_omega=2 * a * LAMBDA)
-        yield Check(name, "closed form: a + 1/(2a)", BOUND, _apart(_cost_of(run), a + 1 / (2 * a)))
+        yield Check(name, "closed form: a + 1/(2a)", BOUND, partial(_cost_apart, ticks, a))
 
 
-def _cost_of(run: Callable[[], Trajectory]) -> Callable[[], float]:
-    return lambda: cost(run())
+def _cost_apart(ticks: int, a: float) -> float:
+    return abs(cost(follower(ticks, eta_omega=2 * a * LAMBDA)) - a - 1 / (2 * a))
 
 
 def _apart(measured: Callable[[], Any], expected: Any) -> Callable[[], float]:
