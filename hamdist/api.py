@@ -114,9 +114,9 @@ def train(
     """
     functions = {"phi": phi, "optimizer": optimizer, "scheduler": scheduler}
     check_arguments(model, settings, functions, on_progress)
-    own, given = {**functions, "rules": rules}, dict[str, Any](fields)
-    given |= _named(trackers)
-    work, read = prepared(model, stream, settings, loss, classes, names, own, given)
+    code, changes = {**functions, "rules": rules}, dict[str, Any](fields)
+    changes |= _named(trackers)
+    work, read = prepared(model, stream, settings, loss, classes, names, code, changes)
     if not callbacks:
         own_settings, batch = work.keywords["settings"], read.spec.batch
         with (
@@ -130,7 +130,17 @@ def train(
 
 
 def _named(trackers: Sequence[str | EventListener]) -> dict[str, Any]:
-    """Return the names among trackers as the field of settings; nothing if there are none."""
+    """Return the names among trackers as the field of settings; nothing if there are none.
+
+    Raises SettingsError for what is neither a name nor a function.
+    """
+    if isinstance(trackers, str) or not isinstance(trackers, Sequence):
+        raise SettingsError(f"trackers: give a list of names and functions, not {trackers!r}")
+    for tracker in trackers:
+        if not (isinstance(tracker, str) or callable(tracker)):
+            raise SettingsError(
+                f"trackers: {tracker!r} is neither a name nor a function of an event"
+            )
     names = [one for one in trackers if isinstance(one, str)]
     return {"trackers": names} if names else {}
 
@@ -196,8 +206,8 @@ def start(
         "resume": resume,
     }
     ends = [] if until is None else [EndsWhen(until)]
-    told: dict[str, Any] = {"callbacks": [*callbacks, *ends], "listeners": listeners}
-    return live_run(work, model, reader, **told, **begin)
+    hooks: dict[str, Any] = {"callbacks": [*callbacks, *ends], "listeners": listeners}
+    return live_run(work, model, reader, **hooks, **begin)
 
 
 def _called_back(
@@ -210,11 +220,11 @@ def _called_back(
     """Return the result of a live run that is fed all of the stream."""
     samples = iter(stream.samples())
     first, spec = next(samples), stream.spec
-    classes = {n: one.classes for n, one in (spec.targets or {}).items() if one.classes is not None}
+    classes = {n: t.classes for n, t in (spec.targets or {}).items() if t.classes is not None}
     reader = from_iterable([first], classes=classes or spec.classes)
     settings = work.keywords["settings"]
-    own: Any = {"callbacks": callbacks, "listeners": listeners_of(settings, trackers)}
-    with live_run(work, model, reader, patience=1, **own) as run:
+    hooks: Any = {"callbacks": callbacks, "listeners": listeners_of(settings, trackers)}
+    with live_run(work, model, reader, patience=1, **hooks) as run:
         for sample in islice(chain([first], samples), settings.steps):
             u = sample.u if sample.inputs is None else sample.inputs
             run.feed(u, sample.y, end=sample.end)
@@ -244,7 +254,7 @@ def replay(
     functions = functions_of(model, settings, fields)
     loss, names = fields.pop("loss", None), fields.pop("names", None)
     stored = facts["settings"]
-    computes = {n: one for n, one in stored.pop("engine", {}).items() if n in COMPUTES}
+    computes = {n: v for n, v in stored.pop("engine", {}).items() if n in COMPUTES}
     began = lay_over({**stored, "engine": computes}, {"snapshots": {"path": None}})
     if settings is not None:
         began = lay_over(began, settings.model_dump(mode="json", exclude_unset=True))

@@ -72,7 +72,7 @@ def _launched(id_: str, cluster: str | None, timeout: float) -> AttachedRun:
         if jobs.find(id_).over:
             raise SettingsError(f"attach: run {id_} is over")
         events = (from_line(line)[1] for line in reversed(jobs.log(id_).splitlines()))
-        there = next((one for one in events if isinstance(one, Listening)), None)
+        there = next((event for event in events if isinstance(event, Listening)), None)
         try:
             if there is not None:
                 return AttachedRun(there.address, there.token, timeout)
@@ -100,7 +100,7 @@ class AttachedRun:
     def feed(self, u: Any, y: Any = None, *, end: bool = False, wait: bool = True) -> int:
         """Feed a sample; return its number."""
         tensors = {**named("u", u), **named("y", y)}
-        return int(self._told("learn", tensors, wait=wait, end=end or "")["number"])
+        return int(self._facts("learn", tensors, wait=wait, end=end or "")["number"])
 
     def predict(self, u: Any, *, end: bool = False, wait: bool = True) -> Answer:
         """Feed a sample without a label, and return its prediction."""
@@ -115,19 +115,19 @@ class AttachedRun:
 
     def set(self, *, learning: Mapping[str, float]) -> None:
         """Change the learning rate from the next sample on."""
-        self._told("set", json.dumps({"learning": dict(learning)}).encode())
+        self._facts("set", json.dumps({"learning": dict(learning)}).encode())
 
     def pause(self) -> None:
         """Hold the network."""
-        self._told("pause")
+        self._facts("pause")
 
     def go_on(self) -> None:
         """End a pause."""
-        self._told("go_on")
+        self._facts("go_on")
 
     def settle(self) -> None:
         """Emit idle ticks until all that is under way has come to its end."""
-        self._told("settle")
+        self._facts("settle")
 
     def weights(self) -> dict[str, Tensor]:
         """Return the `state_dict` of the run's model, of one emission."""
@@ -135,25 +135,25 @@ class AttachedRun:
 
     def evaluate(self, x: Any, y: Any) -> Scores:
         """Return the scores of the run's model on x (N, ...) with targets y; nothing is learned."""
-        facts = self._told("evaluate", {**named("u", x), **named("y", y)})
-        outputs = {name: Scores(**one) for name, one in facts.pop("outputs").items()}
+        facts = self._facts("evaluate", {**named("u", x), **named("y", y)})
+        outputs = {name: Scores(**scores) for name, scores in facts.pop("outputs").items()}
         return Scores(**facts, outputs=outputs)
 
     def snapshot(self) -> str:
         """Take a snapshot; return its place, there."""
-        return str(self._told("snapshot")["snapshot"])
+        return str(self._facts("snapshot")["snapshot"])
 
     def status(self) -> LiveStatus:
         """Return where the run stands, without the engine's report."""
-        facts = self._told("status", None)
+        facts = self._facts("status", None)
         fed, answered, waiting = (facts[name] for name in ("fed", "answered", "waiting"))
         return LiveStatus(fed, answered, waiting, bool(facts["paused"]), None)
 
     def stop(self) -> None:
         """Ask the server to end the run in order; it does so behind what was fed."""
-        self._told("stop")
+        self._facts("stop")
 
-    def _told(self, name: str, body: Any = b"", **query: Any) -> dict[str, Any]:
+    def _facts(self, name: str, body: Any = b"", **query: Any) -> dict[str, Any]:
         facts: dict[str, Any] = json.loads(self._say(name, body, **query))
         return facts
 
@@ -163,10 +163,10 @@ class AttachedRun:
         if isinstance(body, Mapping):
             headers["Content-Type"] = SAFETENSORS
             try:
-                given = {n: torch.as_tensor(t).cpu() for n, t in body.items() if t is not None}
+                tensors = {n: torch.as_tensor(t).cpu() for n, t in body.items() if t is not None}
             except (TypeError, ValueError, RuntimeError) as error:
                 raise StreamError(f"{name}: {', '.join(body)}: no tensor: {error}") from None
-            body = packed(given)
+            body = packed(tensors)
         url = f"{self.address}/{name}?{urlencode(query)}"
         while True:
             try:
@@ -196,4 +196,4 @@ def _refused(error: urllib.error.HTTPError) -> tuple[Exception, bool]:
     if error.code == 401:
         return SettingsError(f"{error.url}: {text}"), False
     kinds = (SettingsError, SnapshotError)
-    return next((one for one in kinds if one.__name__ == kind), StreamError)(text), False
+    return next((c for c in kinds if c.__name__ == kind), StreamError)(text), False

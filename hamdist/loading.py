@@ -43,23 +43,23 @@ def load_function(option: str, name: str) -> Callable[..., object]:
     return function  # type: ignore[no-any-return]  # callable() narrows to Callable[..., object]
 
 
-def check_call(option: str, name: str, function: Callable[..., object], *given: str) -> None:
-    """Raise SettingsError if `function` cannot be called with the keyword arguments `given`."""
+def check_call(option: str, name: str, function: Callable[..., object], *arguments: str) -> None:
+    """Raise SettingsError if `function` cannot be called with the keyword `arguments`."""
     try:
         signature = inspect.signature(function)
     except ValueError:  # some callables written in C have none
         return
     try:
-        signature.bind(**dict.fromkeys(given))
+        signature.bind(**dict.fromkeys(arguments))
     except TypeError as error:
-        how = f"with {', '.join(given)}" if given else "without arguments"
+        how = f"with {', '.join(arguments)}" if arguments else "without arguments"
         raise SettingsError(f"{option} {name!r}: it is called {how}, but {error}") from None
 
 
-def called(option: str, function: Callable[..., object], **given: Any) -> object:
+def called(option: str, function: Callable[..., object], **arguments: Any) -> object:
     """Call the user's function and return its result; raise SettingsError if it fails."""
     try:
-        return function(**given)
+        return function(**arguments)
     except (Exception, SystemExit) as error:
         raise SettingsError(f"{option}: {title(function)}() failed: {_short(error)}") from error
 

@@ -151,7 +151,7 @@ def make_app(run: LiveRun, token: str, stopped: threading.Event) -> Starlette:
     def metrics(_: object) -> str:
         return "".join(f"hamdist_{name} {value}\n" for name, value in _status(run).items())
 
-    asked = {
+    handlers = {
         "status": lambda _: _status(run),
         "metrics": metrics,
         "weights": lambda _: run.weights(),
@@ -168,7 +168,7 @@ def make_app(run: LiveRun, token: str, stopped: threading.Event) -> Starlette:
         "snapshot": lambda _: {"snapshot": run.snapshot()},
     }
     posts = [Route(f"/{n}", answered(work), methods=["POST"]) for n, work in said.items()]
-    return Starlette(routes=[*posts, *(Route(f"/{n}", answered(w)) for n, w in asked.items())])
+    return Starlette(routes=[*posts, *(Route(f"/{n}", answered(w)) for n, w in handlers.items())])
 
 
 async def _body(request: Request) -> dict[str, Any]:
@@ -180,7 +180,7 @@ async def _body(request: Request) -> dict[str, Any]:
     if request.headers.get("content-type") == SAFETENSORS:
         tensors = load(bytes(data))
         parts = {name: read_named(name, tensors) for name in ("u", "y")}
-        return {n: one for n, one in parts.items() if one is not None} | dict(request.query_params)
+        return {n: v for n, v in parts.items() if v is not None} | dict(request.query_params)
     body = json.loads(data or b"{}")
     if not isinstance(body, dict):
         raise TypeError("give an object of names and values")
@@ -195,23 +195,23 @@ def _replied(result: Any, request: Request) -> Response:
     if not isinstance(result, Answer):
         return JSONResponse(result or {})
     y = result.prediction
-    told: dict[str, Any] = {"number": result.number, "versions": result.versions}
+    reply: dict[str, Any] = {"number": result.number, "versions": result.versions}
     if request.headers.get("accept") == SAFETENSORS:
-        data = packed(named("y", y), {"answer": json.dumps(told)})
+        data = packed(named("y", y), {"answer": json.dumps(reply)})
         return Response(data, media_type=SAFETENSORS)
     values = {n: t.tolist() for n, t in y.items()} if isinstance(y, Mapping) else y.tolist()
-    return JSONResponse({**told, "prediction": values})
+    return JSONResponse({**reply, "prediction": values})
 
 
 def _input(run: LiveRun, u: Any) -> Any:
     if isinstance(u, dict) and run.spec.inputs is not None:
-        return {n: _tensor(u[n], one.dtype) for n, one in run.spec.inputs.items()}
+        return {n: _tensor(u[n], spec.dtype) for n, spec in run.spec.inputs.items()}
     return _tensor(u, run.spec.u_dtype)
 
 
 def _target(run: LiveRun, y: Any) -> Any:
     if isinstance(y, dict) and run.spec.targets is not None:
-        return {n: _tensor(one, run.spec.targets[n].dtype) for n, one in y.items()}
+        return {n: _tensor(label, run.spec.targets[n].dtype) for n, label in y.items()}
     return None if y is None else _tensor(y, run.spec.y_dtype)
 
 
@@ -223,14 +223,14 @@ def _tensor(values: Any, dtype: torch.dtype) -> torch.Tensor:
 
 def _status(run: LiveRun) -> dict[str, Any]:
     status = run.status()
-    told = {n: one for n, one in asdict(status).items() if isinstance(one, (int, float))}
+    facts = {n: v for n, v in asdict(status).items() if isinstance(v, (int, float))}
     windows = status.progress.windows if status.progress is not None else []
     if windows:
-        told |= {"loss": windows[-1].mean_loss, "seconds": status.progress.seconds}  # type: ignore[union-attr]
-        told |= {} if windows[-1].accuracy is None else {"accuracy": windows[-1].accuracy}
-    return {name: int(one) if isinstance(one, bool) else one for name, one in told.items()}
+        facts |= {"loss": windows[-1].mean_loss, "seconds": status.progress.seconds}  # type: ignore[union-attr]
+        facts |= {} if windows[-1].accuracy is None else {"accuracy": windows[-1].accuracy}
+    return {name: int(v) if isinstance(v, bool) else v for name, v in facts.items()}
 
 
 def _refusal(status: int, why: str, kind: str = "StreamError") -> JSONResponse:
-    told = {"error": why, "kind": kind}
-    return JSONResponse(told, status, {"Retry-After": "1"} if status == 429 else None)
+    reply = {"error": why, "kind": kind}
+    return JSONResponse(reply, status, {"Retry-After": "1"} if status == 429 else None)

@@ -99,7 +99,7 @@ class Tracker:
         if isinstance(event, BlocksMeasured) and event.histograms:
             parts = event.histograms.items()
             named = {
-                f"{block}/{kind}": one for block, by_kind in parts for kind, one in by_kind.items()
+                f"{block}/{kind}": x for block, by_kind in parts for kind, x in by_kind.items()
             }
             self.histograms(run, named, at)
         if isinstance(event, FolderEnded):
@@ -128,12 +128,12 @@ def _tensorboard(folder: Path, _: Settings) -> Tracker:
             writer.add_scalar(f"{run}/{name}", value, at)
 
     def histograms(run: str, named: Mapping[str, Histogram], at: int) -> None:
-        for name, one in named.items():
-            edges, total = one.edges, sum(one.counts)
+        for name, h in named.items():
+            edges, total = h.edges, sum(h.counts)
             middles = [(a + b) / 2 for a, b in pairwise(edges)]
-            sums = [sum(n * m**p for n, m in zip(one.counts, middles, strict=True)) for p in (1, 2)]
+            sums = [sum(n * m**p for n, m in zip(h.counts, middles, strict=True)) for p in (1, 2)]
             writer.add_histogram_raw(
-                f"{run}/{name}", one.low, one.high, total, *sums, edges[1:], list(one.counts), at
+                f"{run}/{name}", h.low, h.high, total, *sums, edges[1:], list(h.counts), at
             )
 
     return Tracker(
@@ -150,9 +150,9 @@ def _mlflow(folder: Path, settings: Settings) -> Tracker:
     from mlflow.entities import Metric
 
     client = MlflowClient(f"sqlite:///{(folder / 'mlflow.db').resolve()}")
-    known = client.get_experiment_by_name(settings.name)
+    there = client.get_experiment_by_name(settings.name)
     files = (folder / "mlflow").resolve().as_uri()
-    experiment = known.experiment_id if known else client.create_experiment(settings.name, files)
+    experiment = there.experiment_id if there else client.create_experiment(settings.name, files)
     runs: dict[str, str] = {}
 
     def begin(run: str, text: str) -> None:
@@ -165,10 +165,10 @@ def _mlflow(folder: Path, settings: Settings) -> Tracker:
         client.log_batch(runs[run], [Metric(name, v, now, at) for name, v in names.items()])
 
     def close() -> None:
-        for one in runs.values():
+        for run in runs.values():
             if (folder / REPORT).is_file():
-                client.log_artifact(one, str(folder / REPORT))
-            client.set_terminated(one)
+                client.log_artifact(run, str(folder / REPORT))
+            client.set_terminated(run)
 
     return Tracker(log, begin, close)
 
@@ -186,11 +186,11 @@ def _wandb(folder: Path, settings: Settings) -> Tracker:
     )
 
     def log(name: str, values: Mapping[str, Any], at: int) -> None:
-        run.log({**{f"{name}/{what}": value for what, value in values.items()}, "samples": at})
+        run.log({**{f"{name}/{key}": value for key, value in values.items()}, "samples": at})
 
     def histograms(name: str, named: Mapping[str, Histogram], at: int) -> None:
-        shown = {n: (list(one.counts), one.edges) for n, one in named.items()}
-        log(name, {n: wandb.Histogram(np_histogram=one) for n, one in shown.items()}, at)
+        shown = {n: (list(h.counts), h.edges) for n, h in named.items()}
+        log(name, {n: wandb.Histogram(np_histogram=h) for n, h in shown.items()}, at)
 
     def close() -> None:
         if (folder / REPORT).is_file():
@@ -274,8 +274,8 @@ class SpanTracker:
         """Return a new span from `begin` on, a child of the run's, if there is one."""
         trace: Any = import_module("opentelemetry.trace")
         parent = None if self._run is None else trace.set_span_in_context(self._run)
-        known = {f"hamdist.{n}": x for n, x in (about or {}).items() if x is not None}
-        return self._tracer.start_span(name, parent, attributes=known, start_time=_ns(begin))
+        attributes = {f"hamdist.{n}": x for n, x in (about or {}).items() if x is not None}
+        return self._tracer.start_span(name, parent, attributes=attributes, start_time=_ns(begin))
 
 
 def _ns(seconds: float) -> int:
@@ -320,7 +320,7 @@ def listeners_of(
 
     Their files lie in `folder`, or in results/NAME-TIME. Raises SettingsError.
     """
-    functions = [one for one in trackers if not isinstance(one, str)]
+    functions = [tracker for tracker in trackers if not isinstance(tracker, str)]
     if not settings.trackers:
         return functions
     where = folder or Path("results") / f"{settings.name}-{time.strftime('%Y%m%d-%H%M%S')}"

@@ -97,8 +97,8 @@ MUTANTS = (
     ),
     Mutant(
         "clip: the network's norm is that of the first block alone",
-        "norm = math.sqrt(sum((self._take(*one, event) for one in squares), square))",
-        "norm = math.sqrt(sum((0 * self._take(*one, event) for one in squares), square))",
+        "norm = math.sqrt(sum((self._take(*pair, event) for pair in squares), square))",
+        "norm = math.sqrt(sum((0 * self._take(*pair, event) for pair in squares), square))",
         "tests/dynamics/updates/test_network_clip.py",
     ),
     Mutant(
@@ -158,7 +158,7 @@ MUTANTS = (
     ),
     Mutant(
         "metrics: ignored classes count as rows",
-        "return int(((guess == target) & known).sum()), int(known.sum())",
+        "return int(((guess == target) & has_target).sum()), int(has_target.sum())",
         "return int(((guess == target) & known).sum()), known.numel()",
         "tests/samples/test_batches.py -k ignored_targets",
     ),

@@ -32,9 +32,24 @@ for name, value in RAY_SETTINGS.items():
 
 
 def pytest_collection_modifyitems(items):
-    """The files that start Ray come first: with what is left, two processes end together."""
+    """The files that start Ray come first: with what is left, all processes end together."""
     dear = {item.path for item in items if item.get_closest_marker("ray")}
     items.sort(key=lambda item: item.path not in dear)
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config, log):
+    """Two processes begin with the files that start Ray, where they wait more than they compute.
+    Others begin at the other end, with what needs the processor alone."""
+    from xdist.scheduler import LoadFileScheduling
+
+    class FromBothEnds(LoadFileScheduling):
+        def _assign_work_unit(self, node):
+            if node not in self.nodes[:2]:
+                self.workqueue.move_to_end(next(reversed(self.workqueue)), last=False)
+            super()._assign_work_unit(node)
+
+    return FromBothEnds(config, log) if config.getvalue("dist") == "loadfile" else None
 
 
 @pytest.fixture(autouse=True, scope="session")

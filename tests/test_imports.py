@@ -220,6 +220,35 @@ def test_a_public_class_name_is_defined_once():
     assert not {name: paths for name, paths in homes.items() if len(paths) > 1}
 
 
+def test_state_is_attributes_that_the_class_sets():
+    """Names in STATE are texts, in which mypy sees no typo."""
+    classes, states = {}, {}
+    for path in ROOT.rglob("*.py"):
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.ClassDef):
+                classes[node.name] = node
+                for n in node.body:
+                    of = getattr(n, "value", None)
+                    if "STATE" in names_set_by(n) and isinstance(of, ast.Tuple):
+                        names = (v.value for v in of.elts if isinstance(v, ast.Constant))
+                        states[node.name] = set(names)
+
+    def sets(name):
+        node = classes.get(name, ast.Module([], []))
+        names = {n.removeprefix("self.") for n in names_set_by(node)}
+        bases = (ast.unparse(base).partition("[")[0] for base in getattr(node, "bases", ()))
+        return names.union(*map(sets, bases))
+
+    assert len(states) > 25
+    assert not {name: wrong for name, of in states.items() if (wrong := of - sets(name))}
+
+
+def names_set_by(node):
+    """Returns the names that are assigned to anywhere in `node`, as they are written."""
+    targets = (n for n in ast.walk(node) if isinstance(n, (ast.Name, ast.Attribute)))
+    return {ast.unparse(n) for n in targets if isinstance(n.ctx, ast.Store)}
+
+
 def test_no_import_cycle():
     modules = {
         "hamdist." + ".".join(p.relative_to(ROOT).with_suffix("").parts): p

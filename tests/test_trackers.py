@@ -384,3 +384,11 @@ def test_a_misspelt_keyword_is_a_type_error(tmp_path):
     errors = [line for line in done.stdout.splitlines() if ": error:" in line]
     assert [line.split(":")[1] for line in errors] == ["4"], done.stdout
     assert 'Unexpected keyword argument "levl" for "train"; did you mean "level"?' in errors[0]
+
+
+@pytest.mark.parametrize("trackers", [3, "csv", [3], None])
+def test_what_is_no_tracker_is_named(trackers: Any) -> None:
+    with pytest.raises(
+        errors.SettingsError, match="trackers: .*" + re.escape(repr(trackers).strip("[]"))
+    ):
+        hamdist.train(nn.Linear(2, 2), [], trackers=trackers)

@@ -31,11 +31,11 @@ class RiverClassifier(base.Classifier):  # type: ignore[misc]
         self.features, self.classes, self.network = features, classes, network
         self.level, self.settings, self.seed = level, settings, seed
         self._places: dict[Any, int] = {}
-        self._known: list[Any] = []
+        self._labels: list[Any] = []
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
-            made = (network or small_network)(features, classes)
-        self._learner = Learner(made, classes, level, settings)
+            model = (network or small_network)(features, classes)
+        self._learner = Learner(model, classes, level, settings)
 
     @property
     def _multiclass(self) -> bool:
@@ -43,7 +43,7 @@ class RiverClassifier(base.Classifier):  # type: ignore[misc]
 
     def _row(self, x: dict[Any, Any], *, new: bool) -> torch.Tensor:
         u = torch.zeros(1, self.features)
-        for name, value in sorted(x.items(), key=lambda one: str(one[0])):
+        for name, value in sorted(x.items(), key=lambda pair: str(pair[0])):
             if new and name not in self._places and len(self._places) < self.features:
                 self._places[name] = len(self._places)
             if name in self._places:
@@ -52,13 +52,13 @@ class RiverClassifier(base.Classifier):  # type: ignore[misc]
 
     def learn_one(self, x: dict[Any, Any], y: Any) -> None:
         """Learn from a row. Raises ValueError for one class too many."""
-        if y not in self._known:
-            if len(self._known) == self.classes:
+        if y not in self._labels:
+            if len(self._labels) == self.classes:
                 raise ValueError(f"class {y!r} is one more than classes={self.classes}")
-            self._known.append(y)
-        self._learner.learn(self._row(x, new=True), torch.tensor([self._known.index(y)]))
+            self._labels.append(y)
+        self._learner.learn(self._row(x, new=True), torch.tensor([self._labels.index(y)]))
 
     def predict_proba_one(self, x: dict[Any, Any]) -> dict[Any, float]:
         """Return the probabilities of the classes that have come."""
-        p = self._learner.probabilities(self._row(x, new=False))[0, : len(self._known)]
-        return dict(zip(self._known, (p / p.sum()).tolist(), strict=True))
+        p = self._learner.probabilities(self._row(x, new=False))[0, : len(self._labels)]
+        return dict(zip(self._labels, (p / p.sum()).tolist(), strict=True))

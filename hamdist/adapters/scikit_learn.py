@@ -53,8 +53,8 @@ class Learner:
             self._run.settle()
             self.model, self._learned = self._run.model().eval(), False
         with torch.no_grad():
-            made: Tensor = self.model(u)
-        return made.double()
+            y: Tensor = self.model(u)
+        return y.double()
 
     def probabilities(self, u: Tensor) -> Tensor:
         """Return (B, classes)."""

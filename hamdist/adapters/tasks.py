@@ -80,10 +80,10 @@ def learn_tasks(run: LiveRun, tasks: Sequence[Task]) -> TaskScores:
 
 def _scores(run: LiveRun, tasks: Sequence[Task]) -> list[float]:
     scores = [run.evaluate(task.x, task.y).accuracy for task in tasks]
-    known = [one for one in scores if one is not None]
-    if len(known) < len(tasks):
+    finite = [score for score in scores if score is not None]
+    if len(finite) < len(tasks):
         raise SettingsError("learn_tasks: accuracy of targets that are no classes")
-    return known
+    return finite
 
 
 def from_benchmark(benchmark: Any, batch: int, seed: int = 0) -> Iterator[Task]:

@@ -34,8 +34,8 @@ OUTPUT_OPTIONS = {  # of every command
 
 _HINTS = get_type_hints(RunOptions, include_extras=True)
 RUN_OPTIONS = {
-    name: one.replace(annotation=_HINTS[name], kind=one.KEYWORD_ONLY)
-    for name, one in inspect.signature(RunOptions).parameters.items()
+    name: p.replace(annotation=_HINTS[name], kind=p.KEYWORD_ONLY)
+    for name, p in inspect.signature(RunOptions).parameters.items()
 }
 
 
@@ -46,17 +46,17 @@ def with_output(command: Callable[..., None]) -> Callable[..., None]:
     """
     hints = get_type_hints(command, include_extras=True)
     signature = inspect.signature(command)
-    taken = {
+    outputs = {
         name: hint.__metadata__[0].split()
         for name, hint in hints.items()
         if getattr(hint, "__origin__", None) is RunOptions
     }
     parameters = []
-    for name, one in signature.parameters.items():
-        if name in taken:
-            parameters += [RUN_OPTIONS[option] for option in taken[name]]
+    for name, p in signature.parameters.items():
+        if name in outputs:
+            parameters += [RUN_OPTIONS[option] for option in outputs[name]]
         else:
-            parameters.append(one.replace(annotation=hints[name], kind=one.KEYWORD_ONLY))
+            parameters.append(p.replace(annotation=hints[name], kind=p.KEYWORD_ONLY))
     parameters += [
         inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=False, annotation=option)
         for name, option in OUTPUT_OPTIONS.items()
@@ -66,14 +66,14 @@ def with_output(command: Callable[..., None]) -> Callable[..., None]:
     @functools.wraps(command)
     def printing(*, verbose: bool, quiet: bool, as_json: bool = False, **options: Any) -> None:
         level = logging.WARNING if quiet else logging.DEBUG if verbose else logging.INFO
-        for name, few in taken.items():
+        for name, few in outputs.items():
             options[name] = RunOptions(**{option: options.pop(option) for option in few})
         with output(as_json=as_json, level=level), exit_codes():
             command(**options)
 
     described = cast(Any, printing)  # as typer reads it
     described.__signature__ = signature.replace(parameters=parameters)
-    described.__annotations__ = {one.name: one.annotation for one in parameters}
+    described.__annotations__ = {p.name: p.annotation for p in parameters}
     return printing
 
 

@@ -17,9 +17,9 @@ from hamdist.cli.options import (
     code_of,
     command_line,
     factory_of,
-    given,
     level_names,
     names,
+    without_none,
 )
 from hamdist.errors import SettingsError
 from hamdist.study.shared.result_folder import results_of
@@ -75,7 +75,7 @@ def compare(
         "rules": None if rules is None else names(rules) or level_names(rules),
         "seeds": seeds,
     }
-    loaded = options.load(settings, **given({"compare": given(compared) or None}))
+    loaded = options.load(settings, **without_none({"compare": without_none(compared) or None}))
     factory, data = options.factory(), options.data(loaded)
     plain = factory_of(baseline_model, "--baseline-model")
 

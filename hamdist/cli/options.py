@@ -41,7 +41,7 @@ class RunOptions:
     level: Annotated[
         str | None,
         typer.Option(
-            "--level", metavar="LEVEL", help=f"Locality: {', '.join(one.value for one in Level)}."
+            "--level", metavar="LEVEL", help=f"Locality: {', '.join(v.value for v in Level)}."
         ),
     ] = None
     engine: Annotated[
@@ -80,7 +80,7 @@ class RunOptions:
 
     def changes(self) -> dict[str, Any]:
         """Return the changes of the settings by those options that were given."""
-        return given(
+        return without_none(
             {
                 "level": self.level,
                 "engine": None if self.engine is None else {"kind": self.engine.value},
@@ -135,7 +135,7 @@ def level_names(text: str) -> list[Level]:
     return [Level(name) for name in levels]
 
 
-def given(options: dict[str, Any]) -> dict[str, Any]:
+def without_none(options: dict[str, Any]) -> dict[str, Any]:
     """Return those options, by name, that were given."""
     return {key: value for key, value in options.items() if value is not None}
 

@@ -47,7 +47,7 @@ def diff(first: _Run, second: _Run) -> None:
     records = {name: list(map(asdict, partings)) for name, partings in results.items()}
     report(equal=not any(records.values()), runs=records)
     for name, partings in results.items():
-        lines = [str(one) for one in partings[:SHOWN]]
+        lines = [str(parting) for parting in partings[:SHOWN]]
         lines += [f"and {len(partings) - SHOWN} more"] if len(partings) > SHOWN else []
         head = f"{name}: " if len(results) > 1 else ""
         say(f"{head}equal" if not partings else head + "\n".join(lines))

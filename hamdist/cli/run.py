@@ -36,8 +36,7 @@ def run(
     ] = None,
     overwrite: OverwriteOption = False,
     snapshots: Annotated[
-        str | None,
-        typer.Option("--snapshots", metavar="DIR|URL", help="Where to keep snapshots."),
+        str | None, typer.Option("--snapshots", metavar="DIR|URL", help="Where to keep snapshots.")
     ] = None,
     resume: Annotated[
         str | None,

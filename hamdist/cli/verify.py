@@ -118,10 +118,10 @@ def _print_row(out: Console, row: VerifyRow) -> None:
     table.add_column(ratio=2, style="dim")
     for width in (8, 10, 7):
         table.add_column(width=width, justify="right")
-    what = Text(row.name) if not row.note else Text(f"{row.name}\n→ {row.note}")
+    title = Text(row.name) if not row.note else Text(f"{row.name}\n→ {row.note}")
     table.add_row(
         Text("pass", style="green") if row.passed else Text("FAIL", style="bold red"),
-        what,
+        title,
         Text(row.oracle),
         f"{row.difference:.2g}",
         f"<= {row.bound:.2g}",

@@ -121,8 +121,7 @@ def draw(
     *,
     options: Annotated[RunOptions, "level engine set_ model stream"],
     out: Annotated[
-        Path | None,
-        typer.Option("--out", help="File, .svg or .dot.", show_default="NAME.svg"),
+        Path | None, typer.Option("--out", help="File, .svg or .dot.", show_default="NAME.svg")
     ] = None,
 ) -> None:
     """Draw the network of a run: blocks, shapes, edges, delays, actors; colour: late messages."""

@@ -49,24 +49,26 @@ def describe(error: ValidationError) -> str:
     )
 
 
-def did_you_mean(word: str, known: Sequence[str]) -> str:
-    """Return the hint of an error about an unknown name: the nearest of `known`, if any."""
-    close = difflib.get_close_matches(word, known, n=1)
+def did_you_mean(word: str, words: Sequence[str]) -> str:
+    """Return the hint of an error about an unknown name: the nearest of `words`, if any."""
+    close = difflib.get_close_matches(word, words, n=1)
     return f"; did you mean {close[0]!r}?" if close else ""
 
 
 def _known_instead(root: str, path: Sequence[str]) -> str:
     """Return a hint for the last name of `path`; root: name of the section that was read."""
     *parents, wrong = path
-    sections = [one for one in _below(BaseModel) if one.__name__ == root]
+    sections = [section for section in _below(BaseModel) if section.__name__ == root]
     for name in parents:  # a name that no section has is a key of a mapping, or pydantic's own
-        inside = [one.model_fields[name] for one in sections if name in one.model_fields]
+        inside = [
+            section.model_fields[name] for section in sections if name in section.model_fields
+        ]
         sections = [s for f in inside for s in _named_in(f.annotation)] if inside else sections
-    fields = {name: field for one in sections for name, field in one.model_fields.items()}
+    fields = {name: field for section in sections for name, field in section.model_fields.items()}
     deeper = [
         f"{name}.{wrong}"
         for name, field in fields.items()
-        if any(wrong in one.model_fields for one in _named_in(field.annotation))
+        if any(wrong in section.model_fields for section in _named_in(field.annotation))
     ]
     names = list(fields)
     close = difflib.get_close_matches(wrong, names, n=1) or deeper[:1]
@@ -76,9 +78,9 @@ def _known_instead(root: str, path: Sequence[str]) -> str:
 
 
 def _below(section: type[BaseModel]) -> Iterator[type[BaseModel]]:
-    for one in section.__subclasses__():
-        yield one
-        yield from _below(one)
+    for subclass in section.__subclasses__():
+        yield subclass
+        yield from _below(subclass)
 
 
 def _named_in(annotation: object) -> Iterator[type[BaseModel]]:

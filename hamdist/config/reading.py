@@ -37,10 +37,10 @@ def read_settings(text: str, origin: str, overrides: Sequence[Mapping[str, Any]]
     return checked(Settings, raw, origin)
 
 
-def mapping(raw: object, origin: str, what: str = "settings") -> dict[str, Any]:
+def mapping(raw: object, origin: str, kind: str = "settings") -> dict[str, Any]:
     """Return `raw` if it is a mapping; raise SettingsError naming `origin` if not."""
     if not isinstance(raw, dict):
-        raise SettingsError(f"{origin}: {what} are a mapping of names to values, not {shown(raw)}")
+        raise SettingsError(f"{origin}: {kind} are a mapping of names to values, not {shown(raw)}")
     return raw
 
 

@@ -105,7 +105,7 @@ class Settings(Section):
         """Return the name of the output that is the model's own loss, if that is learned."""
         if not isinstance(self.loss, dict):
             return MODEL_LOSS if self.loss is Loss.MODEL else None
-        return next((name for name, one in self.loss.items() if one is Loss.MODEL), None)
+        return next((name for name, loss in self.loss.items() if loss is Loss.MODEL), None)
 
     @field_validator("dtype", mode="before")
     @classmethod
@@ -140,7 +140,7 @@ def settled(settings: Settings | None, fields: Mapping[str, Any]) -> Settings:
 def _merged(settings: Settings, level: Level) -> Settings:
     if level is Level.AUTO:  # which level's overrides hold shows later
         others = {
-            one: overrides for one, overrides in settings.levels.items() if one is not Level.AUTO
+            at: overrides for at, overrides in settings.levels.items() if at is not Level.AUTO
         }
         merged = _laid(settings, level)
         return merged.model_copy(update={"levels": others}) if others else merged

@@ -27,7 +27,7 @@ def json_schema() -> dict[str, Any]:
 
 def _standard(part: Any) -> Any:
     if isinstance(part, list):
-        return [_standard(one) for one in part]
+        return [_standard(entry) for entry in part]
     if not isinstance(part, dict):
         return part
     return {
@@ -82,8 +82,8 @@ def _types(kind: Mapping[str, Any], kinds: Mapping[str, Any]) -> Iterator[str]:
     if "$ref" in kind:
         kind = kinds[kind["$ref"].rpartition("/")[2]]
     if "anyOf" in kind:
-        for one in kind["anyOf"]:
-            yield from _types(one, kinds)
+        for choice in kind["anyOf"]:
+            yield from _types(choice, kinds)
     elif "enum" in kind:
         yield from map(str, kind["enum"])
     elif "const" in kind:

@@ -161,8 +161,8 @@ def _curve(curve: FigureCurve, points: str, number: int) -> Iterator[str]:
         colour, wide = COLOURS[curve.style[0] % len(COLOURS)], 2
         dash = DASHES[curve.style[1] % len(DASHES)]
     look = f'stroke="{colour}" stroke-width="{wide}" stroke-dasharray="{dash}" fill="none"'
-    one = "" if " " in points else ' stroke-linecap="round"'  # (a single point is seen, too)
-    yield f'<path d="M{points}{"" if not one else "h0.1"}" {look}{one}/>'
+    cap = "" if " " in points else ' stroke-linecap="round"'  # (a single point is seen, too)
+    yield f'<path d="M{points}{"" if not cap else "h0.1"}" {look}{cap}/>'
     left = LEFT + number % IN_A_LINE * (WIDTH - LEFT - RIGHT) // IN_A_LINE
     down = HEIGHT + number // IN_A_LINE * LEGEND_LINE
     yield f'<path d="M{left},{down - 4}h28" {look}/>' + _text(left + 34, down, curve.label, "start")

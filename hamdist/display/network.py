@@ -169,10 +169,7 @@ def _legend(latest: int, y: int) -> Iterator[str]:
 
 
 def _dot(
-    network: PlacedNetwork,
-    title: str,
-    texts: Mapping[str, Sequence[str]],
-    late: Mapping[str, str],
+    network: PlacedNetwork, title: str, texts: Mapping[str, Sequence[str]], late: Mapping[str, str]
 ) -> Iterator[str]:
     yield f"digraph {_quoted(title)} {{"
     yield f"  rankdir=LR; label={_quoted(title)}; node [shape=box, style=filled];"

@@ -43,11 +43,7 @@ class RunDisplay:
     """
 
     def __init__(
-        self,
-        console: Console,
-        *,
-        live: bool = True,
-        plain: Callable[[str], object] | None = None,
+        self, console: Console, *, live: bool = True, plain: Callable[[str], object] | None = None
     ) -> None:
         self._plain = plain
         self._live: Live | None = None
@@ -83,11 +79,11 @@ class RunDisplay:
         """Show the current activity, before a run can be watched."""
         self._show(Text(text, style="bold"))
 
-    def _show(self, what: Any) -> None:
+    def _show(self, renderable: Any) -> None:
         if self._live is not None:
-            self._live.update(what, refresh=True)
+            self._live.update(renderable, refresh=True)
         elif self._cell is not None:
-            self._cell.update(what)
+            self._cell.update(renderable)
 
     def watch(
         self,

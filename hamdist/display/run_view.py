@@ -107,8 +107,8 @@ class RunView:
         ticks = max((block.tick for block in last.blocks), default=0)
         of = f"/{last.steps}" if last.steps is not None else ""
         rate = self._samples_per_second()
-        known = self.batch is not None
-        speed = f"{rate * (self.batch or 1):,.0f} {'rows' if known else 'samples'}/s"
+        in_rows = self.batch is not None
+        speed = f"{rate * (self.batch or 1):,.0f} {'rows' if in_rows else 'samples'}/s"
         facts = [f"sample {last.samples}{of}", f"tick {ticks}", speed]
         facts += _metrics(last)
         if (

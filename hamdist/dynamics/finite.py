@@ -88,10 +88,10 @@ def is_masked(value: Tensor) -> bool:
     large = value[~(value.abs() <= LARGE)]
     if not large.numel() or not bool((large == large[0]).all()):
         return False
-    one = float(large[0])
+    mask = float(large[0])
     smallest = [torch.finfo(t).min for t in (torch.float64, torch.float32, torch.bfloat16)]
-    known = [-math.inf, *smallest, *(s / 2 for s in smallest)]
-    return one < 0 and (one in known or float(f"{one:.0e}") == one)
+    masks = [-math.inf, *smallest, *(s / 2 for s in smallest)]
+    return mask < 0 and (mask in masks or float(f"{mask:.0e}") == mask)
 
 
 LARGE = 1e8  # no state of a network that learns has such numbers; masks have (-1e9, -inf)

@@ -80,8 +80,8 @@ def main() -> int:
     return 0
 
 
-def examine(known: Sequence[HostInfo], storage: str | None = None) -> Findings:
-    """Examine the `known` hosts of the running Ray, the one of this process first.
+def examine(hosts: Sequence[HostInfo], storage: str | None = None) -> Findings:
+    """Examine the `hosts` of the running Ray, the one of this process first.
 
     `storage` is a folder that all hosts should see.
     """
@@ -93,7 +93,7 @@ def examine(known: Sequence[HostInfo], storage: str | None = None) -> Findings:
             (Path(storage) / mark).write_bytes(b"head")
         except OSError as error:
             tell(Warned(text=f"storage {storage!r} on the head: {error.strerror or error}"))
-    started = [(host, _start(host)) for host in known]
+    started = [(host, _start(host)) for host in hosts]
     try:
         return _findings(started, storage, mark)
     finally:

@@ -119,13 +119,13 @@ def judged(findings: Findings, here: Mapping[str, str] | None = None) -> list[Do
 def _versions(findings: Findings, here: Mapping[str, str] | None) -> list[DoctorCheck]:
     checks = []
     for package in SAME:
-        known: dict[str, list[str]] = {}
+        by_version: dict[str, list[str]] = {}
         for i, host in enumerate(findings.hosts):
-            known.setdefault(host.versions[package], []).append(findings.name(i))
+            by_version.setdefault(host.versions[package], []).append(findings.name(i))
         if here is not None and package == "hamdist":
-            known.setdefault(here[package], []).append("this terminal")
-        if len(known) > 1:
-            who = "; ".join(f"{v}: {', '.join(names)}" for v, names in sorted(known.items()))
+            by_version.setdefault(here[package], []).append("this terminal")
+        if len(by_version) > 1:
+            who = "; ".join(f"{v}: {', '.join(names)}" for v, names in sorted(by_version.items()))
             checks.append(DoctorCheck("FAIL", f"{package} differs ({who}): install one version"))
     if not checks and findings.hosts:
         versions = findings.hosts[0].versions

@@ -99,11 +99,7 @@ def _run(folder: Path, lost: str | None) -> Ended:
     with warnings.catch_warnings():
         warnings.showwarning = _warn
         run, model = run_level(
-            settings,
-            factory=factory,
-            data=data,
-            on_progress=_teller(settings),
-            resume=resume,
+            settings, factory=factory, data=data, on_progress=_teller(settings), resume=resume
         )
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # it has ended; what is left is to hand it over
     if run.chosen is not None:

@@ -119,7 +119,7 @@ def to_line(event: JobEvent) -> str:
     return PREFIX + json.dumps(values)
 
 
-_cut = False  # whether the last line was not written to its end
+_line_is_open = False  # whether the last line was not written to its end
 
 
 def tell(event: JobEvent) -> bool:
@@ -127,14 +127,14 @@ def tell(event: JobEvent) -> bool:
 
     False if it was not written: a log on a full disk ends no run.
     """
-    global _cut
-    data = ("\n" * _cut + to_line(event) + "\n").encode("ascii")
+    global _line_is_open
+    data = ("\n" * _line_is_open + to_line(event) + "\n").encode("ascii")
     with contextlib.suppress(OSError):
         sys.stdout.flush()
         while data:
             data = data[os.write(1, data) :]
-    _cut = bool(data)
-    return not _cut
+    _line_is_open = bool(data)
+    return not _line_is_open
 
 
 def from_line(line: str) -> tuple[str, JobEvent | None]:

@@ -30,14 +30,14 @@ class Results:
         self._got = 0
         self.written: list[str] = []
         self.left: list[File] = []
-        self.kept: FilesStay | None = None
+        self.files_stay: FilesStay | None = None
         if out is not None:
             prepare_folder(out)
 
     def take(self, event: File | FileChunk | FilesStay) -> None:
         """Take a part of a result. Raises ClusterError for a file that is damaged or unwritable."""
         if isinstance(event, FilesStay):
-            self.kept = event
+            self.files_stay = event
         elif isinstance(event, FileChunk):
             self._take_part(event)
         else:

@@ -43,7 +43,7 @@ class Guardian:
 
     def __init__(self, command: tuple[str, ...], keeps_snapshots: bool) -> None:
         self._command = command
-        self._kept = keeps_snapshots
+        self._keeps_snapshots = keeps_snapshots
         self._driver: subprocess.Popen[bytes] | None = None
         self._stopping = False
 
@@ -63,7 +63,7 @@ class Guardian:
             lost = signal.Signals(-code).name
             losses = 1 if time.monotonic() - began > WELL_SECONDS else losses + 1
             _new_line()
-            if not self._kept:
+            if not self._keeps_snapshots:
                 return _failed(
                     f"the driver was lost ({lost}), and the run keeps no snapshots to go on from: "
                     "give the cluster file a storage, or set snapshots.path"

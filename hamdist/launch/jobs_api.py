@@ -97,13 +97,13 @@ class Jobs:
         """Run `command` in a copy of `folder` on the cluster's head, and return the job's id."""
         env = {**self.cluster.env, "RAY_JOB_STOP_WAIT_TIME_S": str(self.cluster.stop_seconds)}
         with self._asking():
-            made: str = self._client.submit_job(
+            id_: str = self._client.submit_job(
                 entrypoint=command,
                 submission_id=name,
                 runtime_env={"working_dir": str(folder), "env_vars": env},
                 metadata={OURS: "1", **metadata},
             )
-        return made
+        return id_
 
     def find(self, name: str) -> RayJob:
         """Return a job. Raises ClusterError if the cluster has none such of hamdist."""
@@ -118,8 +118,8 @@ class Jobs:
     def all(self) -> list[RayJob]:
         """Return hamdist's jobs, the latest first."""
         with self._asking():
-            found = [_job(details) for details in self._client.list_jobs()]
-        mine = [job for job in found if job.id and OURS in job.metadata]
+            jobs = [_job(details) for details in self._client.list_jobs()]
+        mine = [job for job in jobs if job.id and OURS in job.metadata]
         return sorted(mine, key=lambda job: job.began or 0.0, reverse=True)
 
     def stop(self, name: str) -> bool:
@@ -138,7 +138,7 @@ class Jobs:
 
         A lost connection is opened again; ClusterError if that fails for PATIENCE_SECONDS.
         """
-        told = 0
+        printed = 0
         lost: float | None = None
         while True:
             read, rest = 0, ""
@@ -148,8 +148,8 @@ class Jobs:
                     *whole, rest = (rest + chunk).split("\n")
                     for line in whole:
                         read += 1
-                        if read > told:
-                            told = read
+                        if read > printed:
+                            printed = read
                             yield line
                 if self.find(name).over:
                     if rest:

@@ -106,15 +106,15 @@ def stop(folder: Path) -> bool:
     head = _read(folder)
     if head is None:
         return False
-    found = head.process()
-    if found is not None:
-        family = [found, *found.children(recursive=True)]
-        found.terminate()
+    process = head.process()
+    if process is not None:
+        family = [process, *process.children(recursive=True)]
+        process.terminate()
         outlast(family, END_SECONDS)
     shutil.rmtree(head.folder, ignore_errors=True)
     for name in (HEAD, FILE, TOKEN):
         (folder / name).unlink(missing_ok=True)
-    return found is not None
+    return process is not None
 
 
 def _read(folder: Path) -> LocalHead | None:

@@ -130,14 +130,14 @@ def own_code(name: str) -> Path | None:
     """
     top = named_there(name).partition(":")[0].partition(".")[0]
     module = sys.modules[top]
-    found = getattr(module, "__file__", None)
-    if found is None:  # a package without __init__.py
-        found = next(iter(getattr(module, "__path__", [])), None)
-        if found is None:
+    file = getattr(module, "__file__", None)
+    if file is None:  # a package without __init__.py
+        file = next(iter(getattr(module, "__path__", [])), None)
+        if file is None:
             return None
-        path = Path(found).resolve()
+        path = Path(file).resolve()
     else:
-        path = Path(found).resolve()
+        path = Path(file).resolve()
         path = path.parent if path.name == "__init__.py" else path
     installed = {Path(sysconfig.get_path(name)).resolve() for name in ("purelib", "stdlib")}
     return None if any(path.is_relative_to(place) for place in installed) else path

@@ -45,12 +45,12 @@ def submit_run(
             "stream": None if stream is None else named_there(stream),
         }
     )
-    known = {
+    metadata = {
         "kind": "run",
         "level": settings.level.value,
         "steps": "" if settings.steps is None else str(settings.steps),
     }
-    return _submit(jobs, settings, order, "hamdist.launch.guardian", known)
+    return _submit(jobs, settings, order, "hamdist.launch.guardian", metadata)
 
 
 def kept_at(settings: Settings, cluster: ClusterSettings, name: str) -> str | None:
@@ -104,8 +104,8 @@ def _order(jobs: Jobs, name: str, model: str | None) -> JobSpec:
 
 
 def _submit(
-    jobs: Jobs, settings: Settings, order: JobSpec, module: str, known: dict[str, str]
+    jobs: Jobs, settings: Settings, order: JobSpec, module: str, metadata: dict[str, str]
 ) -> str:
     command = f"exec {jobs.cluster.python} -m {module}"
     with packed(settings, order) as folder:
-        return jobs.submit(command, folder, name=order.id, metadata=known)
+        return jobs.submit(command, folder, name=order.id, metadata=metadata)

@@ -71,8 +71,8 @@ def default_names(
     targets = [key for key in item if key in TARGETS]
     others = [key for key in item if key not in targets]
     arrays = all(isinstance(item[key], (Tensor, np.ndarray)) for key in others)
-    known = arguments is None or all(key in arguments for key in others)
-    if arrays and others and len(targets) <= 1 and (known or len(others) == 1):
+    named = arguments is None or all(key in arguments for key in others)
+    if arrays and others and len(targets) <= 1 and (named or len(others) == 1):
         alone = len(others) == 1 and (arguments is None or others[0] not in arguments[1:])
         return dict.fromkeys(targets, "y") | {key: "u" if alone else key for key in others}
     guess = {str(key): "y" if key in targets[:1] else str(key) for key in item}

@@ -88,18 +88,18 @@ class Checker:
 
     def _several(self, n: int, sample: Sample) -> Sample:
         """Check a sample of a model that has several inputs."""
-        known, given = self._spec.inputs, sample.inputs
-        if known is None or given is None or known.keys() != given.keys():
-            has = "one input, u" if given is None else ", ".join(map(repr, given))
-            first = "one input, u" if known is None else ", ".join(map(repr, known))
+        specs, drawn = self._spec.inputs, sample.inputs
+        if specs is None or drawn is None or specs.keys() != drawn.keys():
+            has = "one input, u" if drawn is None else ", ".join(map(repr, drawn))
+            first = "one input, u" if specs is None else ", ".join(map(repr, specs))
             raise StreamError(
                 f"sample {n} has {has}, the first one had {first}: give all samples the same inputs"
             )
         inputs = {
-            name: self._input(n, f"u[{name!r}]", given[name], one) for name, one in known.items()
+            name: self._input(n, f"u[{name!r}]", drawn[name], spec) for name, spec in specs.items()
         }
         batch = self._spec.batch  # of the first item: what had other rows there is no batch
-        batches = {n: u.shape[0] for n, u in inputs.items() if known[n].shape[0] == batch}
+        batches = {n: u.shape[0] for n, u in inputs.items() if specs[n].shape[0] == batch}
         if len(set(batches.values())) > 1:
             rows = ", ".join(f"{name!r} {batch}" for name, batch in batches.items())
             raise StreamError(
@@ -147,34 +147,34 @@ class Checker:
                 "(drop_last=True), or write that line without regard to the number of rows"
             )
         _check_finite(n, field, u)
-        return _own(u)
+        return _aligned(u)
 
     def _targets(self, n: int, y: Target, batch: int) -> Target:
         """Return the target, or those of the readouts, unchanged where nothing had to be copied."""
-        known = self._spec.targets
+        specs = self._spec.targets
         if y is None:
             return None
         if isinstance(y, Tensor) or not isinstance(y, Mapping):
-            if known is not None:
+            if specs is not None:
                 raise StreamError(
                     f"sample {n}: y is one target, but this stream's targets are given by readout: "
-                    f"give a dict of {', '.join(map(repr, known))}"
+                    f"give a dict of {', '.join(map(repr, specs))}"
                 )
             return self._target(n, "y", y, self._one, batch)
-        if known is None:
+        if specs is None:
             raise StreamError(
                 f"sample {n}: y is a dict ({', '.join(map(repr, y))}), but this stream has one "
                 "target for every readout: give a tensor or None, or dicts from sample 0 on"
             )
-        strange = [name for name in y if name not in known]
+        strange = [name for name in y if name not in specs]
         if strange:
             raise StreamError(
                 f"sample {n}: y has a target for {strange[0]!r}, but this stream has targets for "
-                f"{', '.join(map(repr, known))}: every name is known from the first sample on"
+                f"{', '.join(map(repr, specs))}: every name is known from the first sample on"
             )
         checked = {
-            name: None if one is None else self._target(n, f"y[{name!r}]", one, known[name], batch)
-            for name, one in y.items()
+            name: None if t is None else self._target(n, f"y[{name!r}]", t, specs[name], batch)
+            for name, t in y.items()
         }
         return y if all(checked[name] is y[name] for name in y) else checked
 
@@ -188,7 +188,7 @@ class Checker:
 
     def _target(self, n: int, field: str, y: Tensor, spec: TargetSpec, batch: int) -> Tensor | None:
         """Return one checked target; None where all of its classes are ignored."""
-        given = y
+        target = y
         if self._spec.weighted:
             y, _ = parted(y, spec)
         _check_dtype(n, field, y, spec.dtype)
@@ -204,10 +204,10 @@ class Checker:
             )
         _check_finite(n, field, y)
         if spec.classes is None:
-            return _own(given)
+            return _aligned(target)
         possible = 0 <= self._ignore_index < spec.classes
         if not possible and _within(y, spec.classes):
-            return _own(given)
+            return _aligned(target)
         ignored = y == self._ignore_index
         strange = ((y < 0) | (y >= spec.classes)) & ~ignored
         if strange.any():
@@ -218,7 +218,7 @@ class Checker:
                 f"targets are 0 to {spec.classes - 1}: correct the labels, or the number of "
                 "classes, or say with ignore_index which number is no class"
             )
-        return None if ignored.all() else _own(given)
+        return None if ignored.all() else _aligned(target)
 
 
 def _within(y: Tensor, classes: int) -> bool:
@@ -259,7 +259,7 @@ def _check_finite(n: int, field: str, value: Tensor) -> None:
         )
 
 
-def _own(value: Tensor) -> Tensor:
+def _aligned(value: Tensor) -> Tensor:
     """Return the tensor if it is contiguous, aligned and alone in its storage, else a copy."""
     if (
         value.is_contiguous()

@@ -62,13 +62,13 @@ class EntryCourse:
             )
         return self.unlabelled[number]
 
-    def emission(self, entry: Entry, *, cut: int = 0) -> Sample | None:
+    def emission(self, entry: Entry, *, snapshot: int = 0) -> Sample | None:
         """Return what the stream emits for an entry; None where it emits nothing."""
         if entry.event == "set":
             self.rate = entry.rate
         if entry.event == "idle":
-            told = Emission(Emits.IDLE, self._shown, max(0, self.fed - 1), self.rate, cut)
-            return replace(self._latest, y=None, end=False, emission=told)
+            emission = Emission(Emits.IDLE, self._shown, max(0, self.fed - 1), self.rate, snapshot)
+            return replace(self._latest, y=None, end=False, emission=emission)
         sample = entry.sample
         if sample is None:
             return None
@@ -83,5 +83,7 @@ class EntryCourse:
             if len(self.unlabelled) > self._patience:
                 del self.unlabelled[next(iter(self.unlabelled))]
         self._shown += 1
-        told = Emission(kind, self._shown - 1, entry.number, self.rate, cut, sample.y is None)
-        return replace(sample, emission=told)
+        emission = Emission(
+            kind, self._shown - 1, entry.number, self.rate, snapshot, sample.y is None
+        )
+        return replace(sample, emission=emission)

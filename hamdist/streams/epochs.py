@@ -59,8 +59,8 @@ def is_ragged(source: Any) -> bool:
         shapes = iter(source)
         first = _shapes(next(shapes, None))
         return any(_shapes(item) != first for item in shapes)
-    own = getattr(source, "collate_fn", default_collate)
-    return own not in (default_collate, default_convert)
+    collate = getattr(source, "collate_fn", default_collate)
+    return collate not in (default_collate, default_convert)
 
 
 def _shapes(item: Any) -> list[tuple[int, ...]]:

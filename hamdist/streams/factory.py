@@ -170,14 +170,14 @@ def held_out_tokens(settings: StreamSettings, *, seed: int) -> TokenStream:
         seed: of the texts, where they are made up.
     """
     texts, vocabulary = _texts(settings, seed)
-    ids = _cut(texts.held_out, vocabulary, settings.sequences.length)
+    ids = _last_tokens(texts.held_out, vocabulary, settings.sequences.length)
     labels = classes_of(texts.held_out)
     return TokenStream(ids, labels, 1, seed, classes=len(CLASSES), shuffled=False, endless=False)
 
 
 def _texts(settings: StreamSettings, seed: int) -> tuple[Texts, Vocabulary]:
-    own = settings.sequences
-    texts, vocabulary = corpus(own.count, seed, settings.path, own.vocabulary)
+    sequences = settings.sequences
+    texts, vocabulary = corpus(sequences.count, seed, settings.path, sequences.vocabulary)
     if settings.evaluate is Split.VALIDATION:
         train, held = validation_split(list(texts.train))
         texts = replace(texts, train=train, held_out=held)
@@ -185,26 +185,20 @@ def _texts(settings: StreamSettings, seed: int) -> tuple[Texts, Vocabulary]:
 
 
 def _sequences(settings: StreamSettings, seed: int) -> Stream:
-    own = settings.sequences
+    sequences = settings.sequences
     texts, vocabulary = _texts(settings, seed)
-    if own.view is View.SEQUENCES:
-        x, y = _fixed(texts.train, vocabulary, own.length)
+    if sequences.view is View.SEQUENCES:
+        x, y = _fixed(texts.train, vocabulary, sequences.length)
         many = len(vocabulary)
         return ArrayStream(x, y, settings.batch, seed, classes=len(CLASSES), tokens=many)
-    ids, labels = _cut(texts.train, vocabulary, own.length), classes_of(texts.train)
-    every = own.targets is LabelledTokens.EVERY
+    ids, labels = _last_tokens(texts.train, vocabulary, sequences.length), classes_of(texts.train)
+    every = sequences.targets is LabelledTokens.EVERY
     return TokenStream(
-        ids,
-        labels,
-        settings.batch,
-        seed,
-        classes=len(CLASSES),
-        tokens=len(vocabulary),
-        every=every,
+        ids, labels, settings.batch, seed, classes=len(CLASSES), tokens=len(vocabulary), every=every
     )
 
 
-def _cut(
+def _last_tokens(
     texts: Sequence[tuple[Sequence[str], int]], vocabulary: Vocabulary, length: int
 ) -> list[Tensor]:
     """Return the last `length` tokens of each text."""
@@ -215,7 +209,7 @@ def _fixed(
     texts: Sequence[tuple[Sequence[str], int]], vocabulary: Vocabulary, length: int
 ) -> tuple[Tensor, Tensor]:
     """Return x (N, T) and y (N,) of texts."""
-    return padded(_cut(texts, vocabulary, length), length), classes_of(texts)
+    return padded(_last_tokens(texts, vocabulary, length), length), classes_of(texts)
 
 
 def _drift(settings: StreamSettings, seed: int, dtype: torch.dtype) -> DriftStream:

@@ -76,7 +76,7 @@ class IterableStream:
             raise StreamError(f"a {type(source).__name__} cannot be iterated: give an iterable")
         if epochs is not None and epochs < 1:
             raise SettingsError(f"epochs is {epochs}; at least 1 is needed, or None for no end")
-        kind, given = type(source).__name__, source
+        kind, iterator = type(source).__name__, source
         seeded = bool(epoch_setters(source))
         if epochs != 1 or not isinstance(source, Iterator):
             source = Epochs(source, epochs)
@@ -98,7 +98,7 @@ class IterableStream:
         first = next(items, nothing)
         if first is nothing:
             raise StreamError(f"the source ({kind}) yields no sample")
-        ragged = is_ragged(given) if ragged is None else ragged
+        ragged = is_ragged(iterator) if ragged is None else ragged
         learned = _learn(self.sample(0, first, weigh=False), classes, outputs)
         weighted = WEIGHT in (self._names or {}).values()
         self._spec = replace(learned, ragged=ragged, weighted=weighted)
@@ -217,13 +217,13 @@ class IterableStream:
     def _inputs(self, n: int, u: Any) -> dict[str, Tensor] | None:
         """Return several inputs by name, those of a tuple or list by number; None for one input."""
         arrays = (Tensor, np.ndarray)
-        if isinstance(u, (tuple, list)) and u and all(isinstance(one, arrays) for one in u):
-            u = {str(i): one for i, one in enumerate(u)}
+        if isinstance(u, (tuple, list)) and u and all(isinstance(part, arrays) for part in u):
+            u = {str(i): part for i, part in enumerate(u)}
         if not isinstance(u, Mapping):
             return None
         if not u:
             raise StreamError(f"sample {n}: u has no inputs; give at least one tensor")
-        return {str(name): self._tensor(n, f"u[{name!r}]", one) for name, one in u.items()}
+        return {str(name): self._tensor(n, f"u[{name!r}]", part) for name, part in u.items()}
 
     def _late(self, n: int, late: Any) -> dict[int | str, Target] | None:
         if late is None:
@@ -242,8 +242,8 @@ class IterableStream:
         if not isinstance(y, Mapping):
             return self._values(n, field, y, weights)
         return {
-            str(name): None if one is None else self._values(n, f"{field}[{name!r}]", one, weights)
-            for name, one in y.items()
+            str(name): None if t is None else self._values(n, f"{field}[{name!r}]", t, weights)
+            for name, t in y.items()
         }
 
     def _values(self, n: int, field: str, value: Any, weights: Any) -> Tensor:
@@ -253,13 +253,13 @@ class IterableStream:
         y = y.to(torch.int64) if integers else y
         if weights is None:
             return y
-        given = self._tensor(n, WEIGHT, weights).double()
-        if given.numel() != len(y) or not bool(((given >= 0) & given.isfinite()).all()):
+        values = self._tensor(n, WEIGHT, weights).double()
+        if values.numel() != len(y) or not bool(((values >= 0) & values.isfinite()).all()):
             raise StreamError(
-                f"sample {n}: the weights are {_short(given)}, of shape {tuple(given.shape)}: give "
-                f"a number from 0 on for each of its {len(y)} rows"
+                f"sample {n}: the weights are {_short(values)}, of shape {tuple(values.shape)}: "
+                f"give a number from 0 on for each of its {len(y)} rows"
             )
-        return with_weights(y, given)
+        return with_weights(y, values)
 
     def _tensor(self, n: int, field: str, value: Any) -> Tensor:
         if isinstance(value, Tensor) and value.is_meta:
@@ -317,14 +317,14 @@ def _size_of(sizes: Sizes, readout: str | None) -> int | None:
 def _learn(first: Sample, classes: Sizes, outputs: Sizes) -> SampleSpec:
     """Return the spec that the first sample and the user's arguments define."""
     u = first.u
-    for one in (first.inputs or {"": u}).values():
-        if one.dim() == 0:
+    for tensor in (first.inputs or {"": u}).values():
+        if tensor.dim() == 0:
             raise StreamError("sample 0: u has no dimension: samples are batches, (B, ...)")
-    made = with_example(_learn_targets(first, classes, outputs), first)
+    spec = with_example(_learn_targets(first, classes, outputs), first)
     if first.inputs is None:
-        return made
+        return spec
     return replace(
-        made, inputs={k: InputSpec(tuple(v.shape), v.dtype) for k, v in first.inputs.items()}
+        spec, inputs={k: InputSpec(tuple(v.shape), v.dtype) for k, v in first.inputs.items()}
     )
 
 
@@ -333,8 +333,8 @@ def _learn_targets(first: Sample, classes: Sizes, outputs: Sizes) -> SampleSpec:
     named = [part for part in (first.y, classes, outputs) if isinstance(part, Mapping)]
     if not named:
         y = first.target("")
-        one = _target_spec("y", u, y, _size_of(classes, None), _size_of(outputs, None))
-        return SampleSpec(tuple(u.shape), u.dtype, one.shape, one.dtype, one.classes)
+        target = _target_spec("y", u, y, _size_of(classes, None), _size_of(outputs, None))
+        return SampleSpec(tuple(u.shape), u.dtype, target.shape, target.dtype, target.classes)
     if isinstance(first.y, Tensor):
         raise StreamError(
             "sample 0: y is one target, but classes or outputs are given by readout: give y as a "

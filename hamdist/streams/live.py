@@ -82,9 +82,9 @@ class LiveStream:
         self._one_request = threading.Lock()
         self.wanted: str | None = None
         self._states: dict[str, Any] | None = None  # of the blocks, of the present cut
-        self._cuts = self._kept = 0  # of cuts; of samples before the latest snapshot
+        self._cuts = self._before_snapshot = 0  # of cuts; of samples before the latest snapshot
         self._stops_between = False  # sequences: a snapshot waits for the end of the present one
-        self._given: Any = None
+        self._answer: Any = None
 
     # -- callers -------------------------------------------------------------------------------
 
@@ -182,21 +182,21 @@ class LiveStream:
             self._check()
             if self.whole and self.accepted.open and not (self.look and kind == "cut"):
                 raise StreamError(f"{kind}: a sequence is under way: feed its end first")
-            self._given, self.wanted = None, kind
+            self._answer, self.wanted = None, kind
             try:
-                if not self.wait(lambda: self._given is not None, begin=True):
+                if not self.wait(lambda: self._answer is not None, begin=True):
                     raise StreamError(f"{kind}: the run has ended before")
             finally:
                 self.wanted = self._states = None
-            if isinstance(self._given, Exception):
-                raise self._given
-            return self._given
+            if isinstance(self._answer, Exception):
+                raise self._answer
+            return self._answer
 
     def give(self, kind: str, result: Any) -> None:
         """Answer the present request, if it is of this kind, with an error where it failed."""
         with self._changed:
             if self.wanted == kind:
-                self._given, self.wanted, self._states = result, None, None
+                self._answer, self.wanted, self._states = result, None, None
                 self._changed.notify_all()
 
     def begin_again(self) -> None:
@@ -212,20 +212,22 @@ class LiveStream:
         snapshot; else there is one only if samples came since the latest.
         """
         with self._changed:
-            self._stops_between = self.whole and (wanted or self._course.fed > self._kept)
+            self._stops_between = self.whole and (
+                wanted or self._course.fed > self._before_snapshot
+            )
             return not self.whole or (self._stops_between and not self._course.open)
 
     def idle_until(self, tick: int) -> None:
         """Emit idle ticks until the emission of `tick`, at which a snapshot is taken."""
         with self._changed:
-            self._stops_between, self._kept = False, self._course.fed
+            self._stops_between, self._before_snapshot = False, self._course.fed
             self._until_tick = max(self._until_tick, tick)
             self._changed.notify_all()
 
-    def handed(self, cut: int, block: str, state: Any) -> None:
-        """Note the state that a block has handed over for the present cut."""
+    def handed(self, snapshot: int, block: str, state: Any) -> None:
+        """Note the state that a block has handed over for the present snapshot."""
         with self._changed:
-            if self._states is not None and cut == self._cuts:
+            if self._states is not None and snapshot == self._cuts:
                 self._states[block] = state
                 if len(self._states) == self.blocks:
                     self.give("cut", self._states)
@@ -275,10 +277,10 @@ class LiveStream:
                 while (entry := self._due()) is not None:
                     self._drawn += 1
                     reaches = entry.sample is not None or entry.event == "idle"
-                    cut = reaches and self._cut_is_due()
-                    self._cuts += cut
-                    sample = self._course.emission(entry, cut=self._cuts if cut else 0)
-                    self._states = {} if cut else self._states
+                    snapshot = reaches and self._cut_is_due()
+                    self._cuts += snapshot
+                    sample = self._course.emission(entry, snapshot=self._cuts if snapshot else 0)
+                    self._states = {} if snapshot else self._states
                     if sample is not None:
                         self._note(sample)
                         self._changed.notify_all()
@@ -294,8 +296,8 @@ class LiveStream:
             self.serve()
 
     def _note(self, sample: Sample) -> None:
-        told = sample.emission
-        if told is not None and (told.kind is not Emits.IDLE or told.cut):
+        emission = sample.emission
+        if emission is not None and (emission.kind is not Emits.IDLE or emission.snapshot):
             self._under_way, self._latest = self.drain, time.monotonic()
         else:
             self._under_way = max(0, self._under_way - 1)

@@ -26,8 +26,8 @@ class Passing(Protocol):
         """Return the number of samples dropped up to the latest one yielded."""
         ...
 
-    def samples_behind(self, given: int, passed: int) -> Iterator[Sample]:
-        """Return the samples after `given` yielded and `passed` dropped ones."""
+    def samples_behind(self, drawn: int, passed: int) -> Iterator[Sample]:
+        """Return the samples after `drawn` yielded and `passed` dropped ones."""
         ...
 
 

@@ -42,7 +42,7 @@ class Emission(NamedTuple):
         shown: number of the emissions before that were not idle.
         number: of the sample, counted from 0; of an idle one, of the latest sample.
         rate: factor of the step size, from this emission on.
-        cut: number of the cut (from 1) for which every block is to hand over its state; else 0.
+        snapshot: the snapshot (from 1) for which every block is to hand over its state, or 0.
         waits: a sample's label may come in a later emission.
     """
 
@@ -50,7 +50,7 @@ class Emission(NamedTuple):
     shown: int
     number: int
     rate: float = 1.0
-    cut: int = 0
+    snapshot: int = 0
     waits: bool = True
 
 
@@ -167,7 +167,7 @@ class SampleSpec:
         """Return shapes and types of the inputs by the blocks' names for them: `u`, `u.NAME`."""
         if self.inputs is None:
             return {"u": (self.u_shape, self.u_dtype)}
-        return {f"u.{name}": (one.shape, one.dtype) for name, one in self.inputs.items()}
+        return {f"u.{name}": (u.shape, u.dtype) for name, u in self.inputs.items()}
 
     @property
     def batch(self) -> int:

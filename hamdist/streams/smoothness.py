@@ -38,11 +38,11 @@ class Smoothness:
         self._picked: Tensor | None = None
         self._items: list[Tensor] = []
 
-    def snapshot(self) -> dict[str, Any]:
+    def state_dict(self) -> dict[str, Any]:
         """Return the observations as plain data."""
         return {"shape": self._shape, "picked": self._picked, "items": self._items}
 
-    def restore(self, state: Mapping[str, Any]) -> None:
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Continue from the data of an earlier `snapshot`.
 
         Args:

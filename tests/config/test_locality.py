@@ -178,3 +178,9 @@ def test_a_pulse_is_one_hop_a_tick(given, name):
     dynamics("local", **given)
     for tau in (0.1, 0.3, 1 / 3, 49.0, 1e-3):
         dynamics("trace", tau=tau)
+
+
+@pytest.mark.parametrize("knob", ["blend", "lead"])
+def test_a_knob_that_stands_for_a_compensation_is_named(knob):
+    with pytest.raises(LevelError, match=rf"locality\.{knob} stands for compensation"):
+        knobs("trace", **{knob: 0.5})

@@ -186,4 +186,4 @@ def test_results_that_the_log_did_not_take_stay(written, tmp_path, monkeypatch):
 
 def test_random_bytes_are_no_generator():
     with pytest.raises(SnapshotError, match="random generator"):
-        OwnGenerator(0).restore({"cpu": torch.zeros(5, dtype=torch.uint8), "gpu": None})
+        OwnGenerator(0).load_state_dict({"cpu": torch.zeros(5, dtype=torch.uint8), "gpu": None})

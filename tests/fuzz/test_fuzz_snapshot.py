@@ -12,7 +12,7 @@ from fuzz.budget import fuzz
 from hypothesis import given
 from hypothesis import strategies as st
 
-from hamdist.dynamics.saved_state.remember import Packing, unpacked
+from hamdist.dynamics.saved_state.stateful import Packing, unpacked
 from hamdist.dynamics.schedule.events import Event, Phase, Stamp
 from hamdist.dynamics.vjp.gradient import Outer
 from hamdist.errors import SnapshotError

@@ -202,7 +202,7 @@ def test_files_arrive_as_they_were(result):
         "b.txt": b"",
     }
     assert results.written == ["a.bin", "b.txt"]
-    assert results.kept == FilesStay(host="h", folder="/f")
+    assert results.files_stay == FilesStay(host="h", folder="/f")
 
 
 def test_files_that_nobody_wants_pass(result):

@@ -266,7 +266,10 @@ def test_three_blocks_and_slices_are_sgd(kind):
 
 
 @pytest.mark.ray
-@pytest.mark.parametrize("kind", SMALL)
+@pytest.mark.parametrize(  # (all of them on Ray: test_any_network_engines.py)
+    "kind",
+    [pytest.param(k, marks=[pytest.mark.slow] * (k in ("convnet", "lenet", "vit"))) for k in SMALL],
+)
 def test_engines_are_equal_with_slices_under_trace(session, kind):
     sections = {
         "level": "trace",

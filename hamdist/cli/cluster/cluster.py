@@ -25,8 +25,7 @@ ClusterOption = Annotated[
     ),
 ]
 FolderOption = Annotated[
-    Path | None,
-    typer.Option("--folder", help="Where it lives.", show_default="~/.hamdist/cluster"),
+    Path | None, typer.Option("--folder", help="Where it lives.", show_default="~/.hamdist/cluster")
 ]
 
 

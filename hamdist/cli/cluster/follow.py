@@ -98,5 +98,5 @@ def _print_results(results: Results) -> None:
             f"{file.name} has {file.size / 2**20:.1f} MiB, more than fetch_mib of the cluster file "
             "lets through"
         )
-    if results.kept is not None:
-        complain(f"The files are on {results.kept.host}: {results.kept.folder}")
+    if results.files_stay is not None:
+        complain(f"The files are on {results.files_stay.host}: {results.files_stay.folder}")

@@ -138,21 +138,21 @@ def runs(cluster: ClusterOption = None) -> None:
 
 def _latest(jobs: Jobs) -> str:
     """Return the run that is under way, else the last one."""
-    known = [job for job in jobs.all() if job.metadata.get("kind") == "run"]
-    running = [job.id for job in known if not job.over]
+    runs = [job for job in jobs.all() if job.metadata.get("kind") == "run"]
+    running = [job.id for job in runs if not job.over]
     if len(running) > 1:
         raise SettingsError(f"several runs are under way: {', '.join(running)}; name one")
-    if not known:
+    if not runs:
         raise ClusterError(f"{jobs.cluster.jobs}: no run has been launched there")
-    return running[0] if running else known[0].id
+    return running[0] if running else runs[0].id
 
 
 def _cells(job: RayJob) -> list[str]:
     began = "" if job.began is None else time.strftime("%m-%d %H:%M", time.localtime(job.began))
     end = job.ended or time.time()
     took = "" if job.began is None else f"{end - job.began:.0f} s"
-    known = job.metadata
-    return [job.id, job.state, known.get("level", ""), known.get("steps", ""), began, took]
+    metadata = job.metadata
+    return [job.id, job.state, metadata.get("level", ""), metadata.get("steps", ""), began, took]
 
 
 def _print_plan(work: DryRun) -> None:

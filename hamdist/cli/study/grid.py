@@ -15,8 +15,7 @@ if TYPE_CHECKING:
     from hamdist.study.grid.run import RunRecord
 
 StudyArgument = Annotated[
-    str,
-    typer.Argument(metavar="SETTINGS", help="A study's YAML file, or a shipped one."),
+    str, typer.Argument(metavar="SETTINGS", help="A study's YAML file, or a shipped one.")
 ]
 StudySetOption = Annotated[
     list[str] | None,

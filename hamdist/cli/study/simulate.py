@@ -56,23 +56,23 @@ def simulate(
     from hamdist.study.simulate.simulate import learn as learn_it
     from hamdist.study.simulate.simulate import simulate as simulated
 
-    own = at_level(loaded, loaded.level)
+    laid = at_level(loaded, loaded.level)
     cluster, notes = read_host_plan(hosts)
     for text in notes:
         warn(text)
-    data = options.data(own)
+    data = options.data(laid)
     planner = Planner(cluster, factory, data)
-    folder = out or results_of(f"{own.name}-simulated")
+    folder = out or results_of(f"{laid.name}-simulated")
     if sweep:
-        one, result = _swept(planner, loaded, levels, folder)
+        placed, result = _swept(planner, loaded, levels, folder)
     else:
-        one = planner.best(own)
-        result = simulated(one, own.seed)
-    for text in one.too_full():
+        placed = planner.best(laid)
+        result = simulated(placed, laid.seed)
+    for text in placed.too_full():
         warn(f"memory: {text}")
     if learn:
         note("learning in one process with these delays ...")
-        _, learned = learn_it(one, result["samples_per_second"], factory, data)
+        _, learned = learn_it(placed, result["samples_per_second"], factory, data)
         result |= learned
     _print(result)
     report(**result)
@@ -81,7 +81,7 @@ def simulate(
 
 
 def _swept(
-    planner: Planner, own: Any, levels: str | None, folder: Path
+    planner: Planner, laid: Any, levels: str | None, folder: Path
 ) -> tuple[PlacedRun, dict[str, Any]]:
     """Return the winner of the sweep and its simulation; all settings are written."""
     from hamdist.study.simulate.simulate import simulate as simulated
@@ -89,21 +89,21 @@ def _swept(
 
     others = level_names(levels) if levels else []
     prepare_folder(folder)
-    pairs = [(one, simulated(one, own.seed)) for one in sweep(own, planner, others, note)]
+    pairs = [(p, simulated(p, laid.seed)) for p in sweep(laid, planner, others, note)]
     pairs.sort(key=lambda pair: -pair[1]["samples_per_second"])
-    files = write_sweep(folder, [one for one, _ in pairs])
+    files = write_sweep(folder, [placed for placed, _ in pairs])
     rows = [["samples/s", "level", "blocks", "actors", "codec", "largest delay", "settings"]]
     rows += [
         [
             f"{result['samples_per_second']:,.1f}",
-            one.settings.level.value,
-            str(len(one.model.plan.graph.blocks)),
-            str(len(one.placement)),
-            str(getattr(one.settings.engine.compress, "value", "by edge")),
-            str(max(one.delays.values(), default=1)),
+            placed.settings.level.value,
+            str(len(placed.model.plan.graph.blocks)),
+            str(len(placed.placement)),
+            str(getattr(placed.settings.engine.compress, "value", "by edge")),
+            str(max(placed.delays.values(), default=1)),
             str(file),
         ]
-        for (one, result), file in zip(pairs, files, strict=True)
+        for (placed, result), file in zip(pairs, files, strict=True)
     ]
     print_rows("Sweep", rows)
     return pairs[0]

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from hamdist.cli.console import note, print_table, say_written
-from hamdist.cli.options import OverwriteOption, RunOptions, command_line, given
+from hamdist.cli.options import OverwriteOption, RunOptions, command_line, without_none
 from hamdist.cli.study.grid import ChosenOption, StudySetOption, WorkersOption, run_grid
 from hamdist.display.progress import PLAIN_SECONDS
 from hamdist.errors import SettingsError
@@ -44,8 +44,7 @@ def speed(
         str | None, typer.Option("--streams", metavar="A,B", help="static, smooth, random.")
     ] = None,
     seeds: Annotated[
-        int | None,
-        typer.Option("--seeds", min=1, help="How many seeds.", show_default="2"),
+        int | None, typer.Option("--seeds", min=1, help="How many seeds.", show_default="2")
     ] = None,
     depth: Annotated[
         int | None,
@@ -70,11 +69,11 @@ def speed(
 ) -> None:
     """From local to backpropagation: local gradients against backpropagation's, by speed c; with
     SETTINGS the accuracy that is learned, against c."""
-    asked = given({"speeds": speeds, "steps-ratio": steps_ratio, "streams": streams})
+    sizes = without_none({"speeds": speeds, "steps-ratio": steps_ratio, "streams": streams})
     if settings is not None:
         others = {"depth": depth, "width": width, "model": options.model, "seeds": seeds}
         others["overwrite"] = overwrite or None
-        of_gradients = {**asked, **given({**others, "input-shape": input_shape})}
+        of_gradients = {**sizes, **without_none({**others, "input-shape": input_shape})}
         if of_gradients:
             raise SettingsError(
                 f"--{next(iter(of_gradients))} belongs to the study of gradients, without "
@@ -87,7 +86,7 @@ def speed(
             "--set, --chosen and --workers belong to a grid: name its SETTINGS, too"
         )
     out = Path("results/speed") if out is None else out
-    _speed(asked, seeds or SEEDS, (depth, width), options, input_shape, out, overwrite)
+    _speed(sizes, seeds or SEEDS, (depth, width), options, input_shape, out, overwrite)
 
 
 def _speed(

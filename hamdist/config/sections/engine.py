@@ -151,8 +151,8 @@ def _device(value: str) -> str:
 
 def _ports(value: str) -> str:
     first, dash, last = value.partition("-")
-    known = dash and first.strip().isdecimal() and last.strip().isdecimal()
-    if not known or not 1024 <= int(first) <= int(last) <= 65535:
+    is_range = dash and first.strip().isdecimal() and last.strip().isdecimal()
+    if not is_range or not 1024 <= int(first) <= int(last) <= 65535:
         raise ValueError(
             f"'ports' is {value!r}: give the first and the last one, of 1024 to 65535, such as "
             "'40000-40099'"

@@ -126,7 +126,7 @@ def _listed(value: object) -> object:
     if isinstance(value, (str, Compensation)):
         value = [value]
     if isinstance(value, (list, tuple)):
-        return [one for one in value if one != Compensation.NONE.value]
+        return [method for method in value if method != Compensation.NONE.value]
     return value
 
 

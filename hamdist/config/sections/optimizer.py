@@ -104,26 +104,26 @@ def known_optimizers() -> dict[str, type[Optimizer]]:
     """Return the classes of torch.optim that move weights by their gradients alone, by name."""
     from torch import optim
 
-    classes = {name.lower(): one for name, one in vars(optim).items() if inspect.isclass(one)}
+    classes = {name.lower(): c for name, c in vars(optim).items() if inspect.isclass(c)}
     return {
-        name: one
-        for name, one in sorted(classes.items())
-        if issubclass(one, optim.Optimizer) and name not in _NO_STEP_ALONE
+        name: c
+        for name, c in sorted(classes.items())
+        if issubclass(c, optim.Optimizer) and name not in _NO_STEP_ALONE
     }
 
 
 def optimizer_class(name: str) -> type[Optimizer]:
     """Return the class called `name`. Raises ValueError if this torch has none."""
-    known = known_optimizers()
-    if name not in known:
+    optimizers = known_optimizers()
+    if name not in optimizers:
         from torch import __version__
 
         since = "; torch has Muon from 2.9 on" if name == MUON else ""
         raise ValueError(
             f"torch {__version__} has no optimiser {name!r} that works here{since}; known: "
-            f"{', '.join(known)} (any other: train(..., optimizer=FUNCTION))"
+            f"{', '.join(optimizers)} (any other: train(..., optimizer=FUNCTION))"
         )
-    return known[name]
+    return optimizers[name]
 
 
 def arguments(name: str) -> list[str]:
@@ -132,11 +132,11 @@ def arguments(name: str) -> list[str]:
     return [argument for argument in parameters if argument not in _NOT_OURS]
 
 
-def _check_known(options: Mapping[str, Any], known: Collection[str], name: str, where: str) -> None:
+def _check_known(options: Mapping[str, Any], names: Collection[str], name: str, where: str) -> None:
     for argument in options:
-        if argument not in known:
+        if argument not in names:
             raise ValueError(
                 f"{where}{argument}: no such argument of torch.optim."
                 f"{optimizer_class(name).__name__} that settings can give; known: "
-                f"{', '.join(known)}"
+                f"{', '.join(names)}"
             )

@@ -9,7 +9,7 @@ from typing import Any, ClassVar
 from torch import Tensor
 
 from hamdist.dynamics.finite import Guard, Scale
-from hamdist.dynamics.saved_state.remember import Remembers, taken
+from hamdist.dynamics.saved_state.stateful import Stateful, popped
 from hamdist.dynamics.updates.accumulate import GradientSum
 from hamdist.dynamics.updates.constants import Dynamics
 from hamdist.dynamics.updates.weights import Weights
@@ -46,7 +46,7 @@ class BlockParts:
     by_network: bool = False
 
 
-class Block(Remembers):
+class Block(Stateful):
     """A block or an output net: its local function, weights, and the settings of their steps.
 
     With micro-batches a pass has the number of a pulse (schedule/microbatches.py), and the weights
@@ -72,26 +72,26 @@ class Block(Remembers):
         self._waiting: tuple[list[Gradient] | None, float, float] | None = None
         self.buffers = WeightBuffers(parts.weights, parts.group) if parts.double_buffered else None
 
-    def snapshot(self) -> dict[str, Any]:
+    def state_dict(self) -> dict[str, Any]:
         """Return the state, in tensors that later steps may overwrite: `packed` copies them."""
-        state = super().snapshot()
+        state = super().state_dict()
         if self._by_network:
             state[WAITING] = self._waiting
         if self.buffers is not None:
-            state[BUFFERS] = self.buffers.snapshot()
-        return state if self._sum is None else {**state, SUM: self._sum.snapshot()}
+            state[BUFFERS] = self.buffers.state_dict()
+        return state if self._sum is None else {**state, SUM: self._sum.state_dict()}
 
-    def restore(self, state: Mapping[str, Any]) -> None:
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Continue from `state`; raise SnapshotError where it is that of another class."""
         if self._by_network:
-            self._waiting, state = taken(state, WAITING)
+            self._waiting, state = popped(state, WAITING)
         if self.buffers is not None:
-            before, state = taken(state, BUFFERS)
-            self.buffers.restore(before)
+            before, state = popped(state, BUFFERS)
+            self.buffers.load_state_dict(before)
         if self._sum is not None:
-            sums, state = taken(state, SUM)
-            self._sum.restore(sums)
-        super().restore(state)
+            sums, state = popped(state, SUM)
+            self._sum.load_state_dict(sums)
+        super().load_state_dict(state)
 
     def run(self, sample: int, inputs: Sequence[Tensor]) -> ForwardRecord:
         """Return the record of a forward pass with the weights that a sample meets."""
@@ -163,7 +163,7 @@ class Block(Remembers):
             self.weights.move(g, scale, tau)
 
 
-class WeightBuffers(Remembers):
+class WeightBuffers(Stateful):
     """Two versions of a block's weights: the latest, and the one before (PipeDream-2BW, Narayanan
     et al. 2021). With group g = n div k of sample n
 
@@ -200,9 +200,9 @@ class WeightBuffers(Remembers):
         """Keep the weights before they move."""
         self._before = [t.clone() for t in self._weights.theta]
 
-    def restore(self, state: Mapping[str, Any]) -> None:
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Continue from `state`; raise SnapshotError where it is that of another class."""
-        super().restore(state)
+        super().load_state_dict(state)
         self._used = None
 
 
@@ -242,14 +242,14 @@ class SavesPasses(Block):
         """Set the records from the data of `held`, after everything else has been restored."""
         self.trace = {sample: self.cell.rebuilt(record) for sample, record in records.items()}
 
-    def snapshot(self) -> dict[str, Any]:
+    def state_dict(self) -> dict[str, Any]:
         """Return the state, in tensors that later steps may overwrite: `packed` copies them."""
-        return {**super().snapshot(), self.RECORDS: self.held()}
+        return {**super().state_dict(), self.RECORDS: self.held()}
 
-    def restore(self, state: Mapping[str, Any]) -> None:
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Continue from `state`; raise SnapshotError where it is that of another class."""
-        records, rest = taken(state, self.RECORDS)
-        super().restore(rest)
+        records, rest = popped(state, self.RECORDS)
+        super().load_state_dict(rest)
         self.rebuild(records)
         # Once more: rebuilding runs the module, which moves its buffers and random numbers.
-        self.cell.restore(rest["cell"])
+        self.cell.load_state_dict(rest["cell"])

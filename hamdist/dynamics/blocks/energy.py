@@ -18,14 +18,14 @@ import torch
 from torch import Tensor
 
 from hamdist.dynamics.blocks.readout_loss import Reading
-from hamdist.dynamics.saved_state.remember import Remembers, known
+from hamdist.dynamics.saved_state.stateful import Stateful, registered
 
 LIMIT = 1 << 17
 LIMIT_BYTES = 1 << 28
 TRAJECTORIES = ("h", "z", "prediction", "target")
 
 
-@known("Energy")
+@registered("Energy")
 @dataclass(slots=True)
 class Energy:
     """Energies of one block in one tick.
@@ -61,7 +61,7 @@ class Records:
     target: Tensor | None = None
 
 
-@known("_Entry")
+@registered("_Entry")
 @dataclass(slots=True)
 class _Entry:
     tick: int
@@ -72,7 +72,7 @@ class _Entry:
     target: Tensor | None
 
 
-class Recorder(Remembers):
+class Recorder(Stateful):
     """Keeps an entry every `every` ticks, in constant memory.
 
     With LIMIT entries, or LIMIT_BYTES of tensors, every second one is dropped and `every` doubles.

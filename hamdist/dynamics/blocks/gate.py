@@ -25,10 +25,10 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from hamdist.dynamics.saved_state.remember import Remembers
+from hamdist.dynamics.saved_state.stateful import Stateful
 
 
-class Gate(Remembers):
+class Gate(Stateful):
     """Counter of still ticks. ticks: d; tolerance: epsilon, of all inputs together."""
 
     def __init__(self, ticks: int, tolerance: float) -> None:
@@ -60,7 +60,7 @@ class Gate(Remembers):
         return apart <= self._tolerance**2 * size
 
 
-class RetrospectiveInput(Remembers):
+class RetrospectiveInput(Stateful):
     """Estimate of the input of d ticks ago.
 
     ticks: d; blend: a. Inputs that are no real numbers stay as they are.

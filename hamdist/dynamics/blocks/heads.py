@@ -26,7 +26,7 @@ from hamdist.dynamics.blocks.block import Block, BlockParts
 from hamdist.dynamics.blocks.readout_loss import ReadoutLoss, plain, scaled
 from hamdist.dynamics.finite import Scale
 from hamdist.dynamics.modules.prenorm import layer_norm
-from hamdist.dynamics.saved_state.remember import Remembers
+from hamdist.dynamics.saved_state.stateful import Stateful
 from hamdist.dynamics.updates.constants import Dynamics, constant_tau
 from hamdist.dynamics.updates.weights import Weights
 from hamdist.dynamics.vjp.local_function import ForwardRecord, LocalFunction
@@ -92,7 +92,7 @@ def make_head(
     return nn.Sequential(*parts, linear)
 
 
-class Head(Remembers):
+class Head(Stateful):
     """A readout of one block. weight: of the block's step by it; scale: of beta, by sample."""
 
     def __init__(
@@ -125,7 +125,7 @@ class Head(Remembers):
         return s
 
 
-class HeadUpdate(Remembers):
+class HeadUpdate(Stateful):
     """Steps of a block's weights by its head, with a separate omega beside that of messages."""
 
     def __init__(

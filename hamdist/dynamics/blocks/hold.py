@@ -16,13 +16,13 @@ from hamdist.dynamics.blocks.block import Block, BlockParts, SavesPasses
 from hamdist.dynamics.blocks.energy import Energy
 from hamdist.dynamics.blocks.gate import RetrospectiveInput
 from hamdist.dynamics.blocks.readout_loss import Reading, ReadoutLoss, plain, scaled, total
-from hamdist.dynamics.saved_state.remember import known
+from hamdist.dynamics.saved_state.stateful import registered
 from hamdist.dynamics.updates.weights import Weights
 from hamdist.dynamics.vjp.gradient import Gradient
 from hamdist.dynamics.vjp.local_function import ForwardRecord, LocalFunction
 
 
-@known("Tick")
+@registered("Tick")
 class Tick(NamedTuple):
     """The knobs of one tick of a held block.
 
@@ -41,7 +41,7 @@ class Tick(NamedTuple):
     answers: bool = False
 
 
-def _kept(h: Tensor) -> Tensor:
+def _unchanged(h: Tensor) -> Tensor:
     return h
 
 
@@ -149,7 +149,7 @@ class HoldBlock(SavesPasses):
         return [w for w in (self.weights, self.output_weights) if w is not None]
 
     def tick(
-        self, inputs: Sequence[Tensor], tick: Tick, send: Callable[[Tensor], Tensor] = _kept
+        self, inputs: Sequence[Tensor], tick: Tick, send: Callable[[Tensor], Tensor] = _unchanged
     ) -> tuple[list[Tensor | None], Reading | None]:
         """Run one tick, after `complete`; `h` is then the state of the next.
 
@@ -251,7 +251,7 @@ class HoldReadout(Block):
         self,
         inputs: Sequence[Tensor],
         tick: Tick,
-        send: Callable[[Tensor], Tensor] = _kept,  # noqa: ARG002  (it has no state)
+        send: Callable[[Tensor], Tensor] = _unchanged,  # noqa: ARG002  (it has no state)
     ) -> tuple[list[Tensor | None], Reading | None]:
         """Return the messages to the parents, and the reading."""
         self.energy = measured([self.weights]) if tick.measures else None

@@ -16,10 +16,10 @@ from torch import Tensor
 from hamdist.dynamics.blocks.readout_loss import Reading, ReadoutLoss
 from hamdist.dynamics.graph.inputs import rows_of
 from hamdist.dynamics.objective.losses import counts
-from hamdist.dynamics.saved_state.remember import Remembers
+from hamdist.dynamics.saved_state.stateful import Stateful
 
 
-class MicrobatchReading(Remembers):
+class MicrobatchReading(Stateful):
     """The target of the present sample, and what was read of its parts so far.
 
     loss: knows the target from the weights of its rows.

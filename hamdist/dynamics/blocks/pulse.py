@@ -188,11 +188,7 @@ class PulseReadout(Block):
         return messages, reading
 
     def _learn(
-        self,
-        sample: int,
-        inputs: Sequence[Tensor],
-        target: Tensor | None,
-        share: float = 1.0,
+        self, sample: int, inputs: Sequence[Tensor], target: Tensor | None, share: float = 1.0
     ) -> tuple[list[Tensor | None], Reading | None]:
         """Run one pass. inputs: none of an empty micro-batch. share: of the loss of its sample."""
         messages, reading = self._step(sample, self._forward(sample, inputs), target, share)
@@ -229,7 +225,7 @@ class PulseReadout(Block):
 
     def scored(self, prediction: Tensor, reading: Reading) -> Reading:
         """Return `reading` with an earlier prediction, compared with the target that was read."""
-        value, _ = self._loss.value(prediction, reading.given)
+        value, _ = self._loss.value(prediction, reading.weighted)
         return replace(reading, prediction=prediction, loss=value)
 
 

@@ -21,7 +21,7 @@ from torch import Tensor
 
 from hamdist.dynamics.finite import Guard, unguarded
 from hamdist.dynamics.objective.losses import LossFunction, Slope, Weighted, loss_and_slope
-from hamdist.dynamics.saved_state.remember import Remembers, check_names
+from hamdist.dynamics.saved_state.stateful import Stateful, check_names
 from hamdist.dynamics.updates.constants import Dynamics
 from hamdist.dynamics.vjp.gradient import AtOnce, Gradient
 from hamdist.dynamics.vjp.local_function import ForwardRecord, LocalFunction
@@ -30,14 +30,14 @@ from hamdist.dynamics.vjp.seeding import SeededLoss
 
 @dataclass(frozen=True, slots=True)
 class Reading:
-    """A readout's prediction (B, ...) of one sample, with target, loss (scalar) and phi; given: the
-    target with the weights of its rows, if it has some."""
+    """A readout's prediction (B, ...) of one sample, with target, loss (scalar) and phi;
+    weighted: the target with the weights of its rows, if it has some."""
 
     prediction: Tensor
     target: Tensor
     loss: Tensor
     phi: float
-    given: Tensor
+    weighted: Tensor
 
 
 def total(messages: Sequence[Tensor | None]) -> Tensor | None:
@@ -59,7 +59,7 @@ def scaled(tensor: Tensor, factor: float) -> Tensor:
     return tensor if factor == 1 else tensor * factor
 
 
-class ReadoutLoss(Remembers):
+class ReadoutLoss(Stateful):
     """The loss of one readout, and its scale phi. native: see `loss_and_slope`."""
 
     def __init__(
@@ -77,10 +77,10 @@ class ReadoutLoss(Remembers):
         self._guard = guard
         self.error: Tensor | None = None  # the latest phi dL/dprediction
 
-    def snapshot(self) -> dict[str, Any]:
+    def state_dict(self) -> dict[str, Any]:
         return {"first_phi": self._first_phi, "random": self.random}
 
-    def restore(self, state: Mapping[str, Any]) -> None:
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
         check_names("loss", state, ("first_phi", "random"))
         self._first_phi = state["first_phi"]
         self.random = state["random"]
@@ -89,12 +89,12 @@ class ReadoutLoss(Remembers):
     def random(self) -> dict[str, Any] | None:
         """Return the state of the random generator of a user's loss."""
         loss = self._loss
-        return loss.generator.snapshot() if isinstance(loss, SeededLoss) else None
+        return loss.generator.state_dict() if isinstance(loss, SeededLoss) else None
 
     @random.setter
     def random(self, state: Mapping[str, Any] | None) -> None:
         if isinstance(self._loss, SeededLoss) and state is not None:
-            self._loss.generator.restore(state)
+            self._loss.generator.load_state_dict(state)
 
     def take(
         self,

@@ -18,7 +18,7 @@ from hamdist.dynamics.blocks.pulse import PulseReadout
 from hamdist.dynamics.blocks.readout_loss import Reading, ReadoutLoss, plain, scaled, total
 from hamdist.dynamics.finite import Scale
 from hamdist.dynamics.rules.rule import MEMORY, BlockView, Rule, Updates
-from hamdist.dynamics.saved_state.remember import Packing, Remembers, check_names
+from hamdist.dynamics.saved_state.stateful import Packing, Stateful, check_names
 from hamdist.dynamics.updates.weights import Weights
 from hamdist.dynamics.vjp.gradient import norm_of
 from hamdist.errors import GraphError, SnapshotError
@@ -30,7 +30,7 @@ RETURNS = {
 }
 
 
-class AppliedRule(Remembers):
+class AppliedRule(Stateful):
     """A rule on one block: calls it, checks what it returns, and moves the memory that learns."""
 
     def __init__(self, rule: Rule, view: BlockView) -> None:
@@ -49,15 +49,15 @@ class AppliedRule(Remembers):
         """Take the steps of the memory that learns. scale: of beta, by sample."""
         self.weights, self._scale = weights, scale
 
-    def snapshot(self) -> dict[str, Any]:
-        return {"memory": self.view.memory, "weights": self.weights.snapshot()}
+    def state_dict(self) -> dict[str, Any]:
+        return {"memory": self.view.memory, "weights": self.weights.state_dict()}
 
-    def restore(self, state: Mapping[str, Any]) -> None:
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
         check_names("rule", state, ("memory", "weights"))
         for name, tensor in self.learned.items():
             tensor.copy_(state["memory"][name])
         self.view.memory = {**state["memory"], **self.learned}
-        self.weights.restore(state["weights"])
+        self.weights.load_state_dict(state["weights"])
 
     def check_plain(self, method: str, value: object) -> None:
         """Raise GraphError unless `value`, which `method` has left, is plain data."""
@@ -92,8 +92,8 @@ class AppliedRule(Remembers):
     def _messages(self, method: str, messages: Any) -> list[Tensor | None]:
         view, many = self.view, len(self.view.inputs)
         if not isinstance(messages, (list, tuple)) or len(messages) != many:
-            what = f"return a list with one for each of its {many} parents"
-            self._refuse(method, f"gives its messages as {_kind(messages)}; {what}")
+            expected = f"return a list with one for each of its {many} parents"
+            self._refuse(method, f"gives its messages as {_kind(messages)}; {expected}")
         for message, parent in zip(messages, view.inputs, strict=True):
             if message is not None and _shape(message) != (view.batch, *parent):
                 to = f"a parent whose state has shape {(view.batch, *parent)}"
@@ -108,8 +108,8 @@ class AppliedRule(Remembers):
         view, batch = self.view, len(inputs[0])
         view.begins = before is None
         if view.own is not None:
-            own = view.h.new_zeros(batch, *view.shape) if before is None else before
-            inputs = [*inputs[: view.own], own, *inputs[view.own :]]
+            state = view.h.new_zeros(batch, *view.shape) if before is None else before
+            inputs = [*inputs[: view.own], state, *inputs[view.own :]]
         return self.call("forward", sample, batch, inputs)  # type: ignore[no-any-return]
 
     def back(
@@ -135,16 +135,16 @@ class AppliedRule(Remembers):
         if not isinstance(updates, Mapping):
             self._refuse("rule", f"gives its updates as {_kind(updates)}, not a dict by weight")
         theta = self.view.theta
-        known = {**theta, **{MEMORY + name: t for name, t in self.learned.items()}}
+        weights = {**theta, **{MEMORY + name: t for name, t in self.learned.items()}}
         for name, g in updates.items():
-            if name not in known:
-                what = f"known: {', '.join(known)} (memory learns if `start` gives nn.Parameter)"
+            if name not in weights:
+                hint = f"known: {', '.join(weights)} (memory learns if `start` gives nn.Parameter)"
                 self._refuse(
-                    "rule", f"an update for {name!r}, which is no weight that learns; {what}"
+                    "rule", f"an update for {name!r}, which is no weight that learns; {hint}"
                 )
-            if _shape(g) != _shape(known[name]):
-                what = f"and the weight has shape {_shape(known[name])}"
-                self._refuse("rule", f"its update for {name!r} is {_kind(g)}, {what}")
+            if _shape(g) != _shape(weights[name]):
+                hint = f"and the weight has shape {_shape(weights[name])}"
+                self._refuse("rule", f"its update for {name!r} is {_kind(g)}, {hint}")
         if any(name.startswith(MEMORY) for name in updates):
             steps = _in_order(updates, self.learned, MEMORY)
             self.weights.move(steps, self._scale(sample), tau)

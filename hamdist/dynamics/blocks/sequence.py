@@ -26,13 +26,13 @@ from torch import Tensor
 from hamdist.dynamics.blocks.block import BlockParts, SavesPasses
 from hamdist.dynamics.blocks.readout_loss import Reading, ReadoutLoss, scaled, total
 from hamdist.dynamics.objective.losses import Slope
-from hamdist.dynamics.saved_state.remember import Remembers
+from hamdist.dynamics.saved_state.stateful import Stateful
 from hamdist.dynamics.updates.constants import constant_tau
 from hamdist.dynamics.vjp.gradient import Gradient
 from hamdist.dynamics.vjp.local_function import ForwardRecord
 
 
-class WayBack(Remembers):
+class WayBack(Stateful):
     """The weights of one block during the reverse pass of a sequence.
 
     Where no message came during the whole pass, theta and omega stay as they were.

@@ -32,9 +32,9 @@ def check_names(blocks: Mapping[str, BlockSpec]) -> None:
             )
         for parent in (*block.parents, *block.delays):
             if not is_input(parent) and parent not in blocks:
-                known = ", ".join((INPUT, *blocks))
+                names = ", ".join((INPUT, *blocks))
                 raise GraphError(
-                    f"block {block.name!r} has the unknown parent {parent!r}; known: {known}"
+                    f"block {block.name!r} has the unknown parent {parent!r}; known: {names}"
                 )
         for parent in block.delays:
             if parent not in block.parents:
@@ -121,10 +121,10 @@ def check_parameters(
             weight = isinstance(tensor, nn.Parameter)
             alone = why is not None and (frozen or tensor.requires_grad)
             if other[0] != name and (not weight or alone or output or other[2]):
-                what = "parameter" if weight else "buffer"
+                kind = "parameter" if weight else "buffer"
                 here = "" if why is None or not weight else f"with {why} "
                 raise GraphError(
-                    f"blocks {other[0]!r} and {name!r} share a {what} ({other[1]!r} and "
+                    f"blocks {other[0]!r} and {name!r} share a {kind} ({other[1]!r} and "
                     f"{key!r}); {here}a weight belongs to one block, so keep both in one block or "
                     "give each its own"
                 )

@@ -236,15 +236,14 @@ class Graph:
         """Return the names of the weights by block, those of an output module behind `output:`."""
         names = {}
         for name, block in self.blocks.items():
-            learning = [n for n, p in block.module.named_parameters() if p.requires_grad]
-            if block.output is not None:
-                outer = block.output.named_parameters()
-                learning += [OUTPUT_KEY + n for n, p in outer if p.requires_grad]
-            borrowed = self.borrowed(name)
-            names[name] = [n for n in learning if n not in borrowed]
+            weights = [
+                (p + n, w) for p, m in block.modules.items() for n, w in m.named_parameters()
+            ]
+            foreign = self.foreign_weights(name)
+            names[name] = [n for n, w in weights if w.requires_grad and n not in foreign]
         return names
 
-    def borrowed(self, block: str) -> set[str]:
+    def foreign_weights(self, block: str) -> set[str]:
         """Return the names of the weights of a block that belong to another block.
 
         Args:
@@ -321,26 +320,26 @@ class Graph:
                 input that the stream does not have.
         """
         batch = u_shape[0]
-        known: ShapeMap = dict(several or {INPUT: (tuple(u_shape), u_dtype)})
+        by_name: ShapeMap = dict(several or {INPUT: (tuple(u_shape), u_dtype)})
         for edge in self.out_of[INPUT]:
-            if edge.parent not in known:
+            if edge.parent not in by_name:
                 raise GraphError(
                     f"block {edge.child!r} reads the input {edge.parent!r}, but the stream has "
-                    f"{', '.join(map(repr, known))}; name one of these"
+                    f"{', '.join(map(repr, by_name))}; name one of these"
                 )
         cyclic = set(self.cycle())
         for name in cyclic:
             shape = self.blocks[name].shape
             if shape is not None:
-                known[name] = ((batch, *shape), declared_dtype(self.blocks[name].module, u_dtype))
+                by_name[name] = ((batch, *shape), declared_dtype(self.blocks[name].module, u_dtype))
         shapes: ShapeMap = {}
-        missing = {n: {*b.parents} - known.keys() for n, b in self.blocks.items()}
+        missing = {n: {*b.parents} - by_name.keys() for n, b in self.blocks.items()}
         ready = [name for name in self.blocks if not missing[name]]
         while ready:
             freed: set[str] = set()
             for name in ready:
-                shapes[name] = shape_of(self.blocks[name], known, self.example, self.state)
-                declared = known.setdefault(name, shapes[name])
+                shapes[name] = shape_of(self.blocks[name], by_name, self.example, self.state)
+                declared = by_name.setdefault(name, shapes[name])
                 if declared[0] != shapes[name][0]:
                     raise GraphError(
                         f"block {name!r} gives h of shape {shapes[name][0]}, but shape="

@@ -44,11 +44,11 @@ def arguments_of(model: object) -> list[str] | None:
     if not isinstance(model, nn.Module):
         return None
     try:
-        known = inspect.signature(model.forward).parameters.values()
+        parameters = inspect.signature(model.forward).parameters.values()
     except (TypeError, ValueError):  # some callables written in C have none
         return None
     variable = (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD)
-    return None if any(one.kind in variable for one in known) else [one.name for one in known]
+    return None if any(p.kind in variable for p in parameters) else [p.name for p in parameters]
 
 
 def called_by_parent(model: nn.Module, inputs: Mapping[str, Tensor]) -> Any:

@@ -11,10 +11,7 @@ from torch import Tensor, nn
 from hamdist.dynamics.graph.graph import INPUT, OUTPUT_KEY, Graph, ShapeMap
 from hamdist.dynamics.graph.inputs import NetworkInputs, by_parent
 from hamdist.dynamics.graph.shapes import declared_dtype
-from hamdist.dynamics.graph.spec import (
-    BlockSpec,
-    combined,
-)
+from hamdist.dynamics.graph.spec import BlockSpec, combined
 from hamdist.dynamics.graph.ties import names_of
 from hamdist.dynamics.user_modules.copies import copied
 from hamdist.errors import GraphError
@@ -41,12 +38,12 @@ class MergedGraph(nn.Module):
         self.blocks = nn.ModuleDict({b.name: copied(_whole(b)) for b in graph.blocks.values()})
         for weight in graph.shared:
             (first, key), *others = weight.uses
-            one = self._whole(first).module.get_parameter(key)
+            parameter = self._whole(first).module.get_parameter(key)
             for name, other in others:
                 module = self._whole(name).module
-                for known in names_of(module, [other]):
-                    path, _, last = known.rpartition(".")
-                    setattr(module.get_submodule(path), last, one)
+                for full_name in names_of(module, [other]):
+                    path, _, last = full_name.rpartition(".")
+                    setattr(module.get_submodule(path), last, parameter)
 
     def _whole(self, name: str) -> _Whole:
         return cast(_Whole, self.blocks[name])
@@ -198,8 +195,11 @@ def merged_module(
 
 def _merged_name(graph: Graph, block: str, key: str) -> str:
     """Return the name that `key` of a block has in the merged module."""
-    if graph.original is not None:
-        return key
+    return name_in_merged_graph(block, key) if graph.original is None else key
+
+
+def name_in_merged_graph(block: str, key: str) -> str:
+    """Return the name that `key` of a block has in a `MergedGraph`."""
     part = "output" if key.startswith(OUTPUT_KEY) else "module"
     return f"blocks.{block}.{part}.{key.removeprefix(OUTPUT_KEY)}"
 
@@ -211,6 +211,6 @@ def _by_all_names(module: nn.Module, tensors: Mapping[str, Tensor]) -> dict[str,
         names.setdefault(id(weight), []).append(name)
     by_name = {}
     for same in names.values():
-        known = [name for name in same if name in tensors]
-        by_name.update({name: tensors[known[0]] for name in same if known})
+        present = [name for name in same if name in tensors]
+        by_name.update({name: tensors[present[0]] for name in same if present})
     return by_name

@@ -23,21 +23,21 @@ SMALL_INPUT = 2**16
 
 
 def shape_of(
-    block: BlockSpec, known: ShapeMap, example: Mapping[str, Tensor], kept: set[str]
+    block: BlockSpec, parents: ShapeMap, example: Mapping[str, Tensor], moved: set[str]
 ) -> tuple[tuple[int, ...], torch.dtype]:
     """Return shape and dtype of a block's h (of an output net: its prediction).
 
-    They come from a dry run on a copy of its module (`_probes`). known: shapes of its parents,
-    batch in front; example: inputs by parent; kept: receives the names of Python state that the
+    They come from a dry run on a copy of its module (`_probes`). parents: shapes of its parents,
+    batch in front; example: inputs by parent; moved: receives the names of Python state that the
     module's forward changes. Raises GraphError where the module does not take the shapes, or
     returns no tensor with the batch in front.
     """
     name = block.name
-    shapes = [known[p] for p in block.parents]
+    shapes = [parents[p] for p in block.parents]
     received = ", ".join(f"{p} {tuple(s)}" for p, (s, _) in zip(block.parents, shapes, strict=True))
     real = [example.get(p) for p in block.parents]
     leaves = [not is_input(p) for p in block.parents]
-    h = _run_on(name, block.module, block.combine, shapes, received, leaves, real, kept)
+    h = _run_on(name, block.module, block.combine, shapes, received, leaves, real, moved)
     if not isinstance(h, Tensor):
         raise GraphError(
             f"block {name!r} returned {type(h).__name__}, not a tensor; return the one tensor "
@@ -83,7 +83,7 @@ def _run_on(
     received: str,
     leaves: Sequence[bool],
     real: Sequence[Tensor | None] = (),
-    kept: set[str] | None = None,
+    moved: set[str] | None = None,
 ) -> object:
     """Run `module` on tensors of `shapes`, on the first device that takes them.
 
@@ -104,8 +104,8 @@ def _run_on(
             with torch.set_grad_enabled(grad), torch.random.fork_rng(devices=[]):
                 output = probe(*combined(combine, [x.clone() for x in inputs]))
             _check_same(name, probe, weights)
-            if kept is not None:
-                kept.update(n for part, was in before for n in changed_in(part, was))
+            if moved is not None:
+                moved.update(n for part, was in before for n in changed_in(part, was))
             return output.detach() if isinstance(output, Tensor) else output
         except NotImplementedError:
             continue

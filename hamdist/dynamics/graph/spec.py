@@ -10,7 +10,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from enum import Enum
 from itertools import accumulate
-from typing import TypeAlias, TypeVar
+from typing import Any, TypeAlias, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -213,6 +213,30 @@ class BlockSpec:
         """
         at = len(inputs) if self.own is None else self.own
         return [*inputs[:at], *([] if self.own is None else [state]), *inputs[at:]]
+
+    @property
+    def modules(self) -> dict[str, nn.Module]:
+        """Return its modules by what the names of their weights begin with."""
+        return {"": self.module, **({} if self.output is None else {OUTPUT_KEY: self.output})}
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return the state of its modules; names of the output module's begin with `output:`."""
+        return {k: v for p, m in self.modules.items() for k, v in m.state_dict(prefix=p).items()}
+
+    def load_state_dict(self, state: Mapping[str, Any], *, strict: bool = True) -> None:
+        """Put the state of its modules in place.
+
+        Args:
+            state: as `state_dict` returns it.
+            strict: as torch's; of `module` alone.
+
+        Raises:
+            RuntimeError: its names or shapes are others.
+        """
+        outer = {k: v for k, v in state.items() if k.startswith(OUTPUT_KEY)}
+        self.module.load_state_dict({k: state[k] for k in state if k not in outer}, strict=strict)
+        if self.output is not None:
+            self.output.load_state_dict({k.removeprefix(OUTPUT_KEY): v for k, v in outer.items()})
 
     @property
     def back(self) -> str:

@@ -322,19 +322,19 @@ def _pull(
     return value.detach(), to_h, g
 
 
-def _finite(what: str, value: float) -> float:
+def _finite(name: str, value: float) -> float:
     if not math.isfinite(value):
-        raise SettingsError(f"{what} {value!r} is no finite number")
+        raise SettingsError(f"{name} {value!r} is no finite number")
     return value
 
 
-def _above_0(what: str, value: float) -> float:
+def _above_0(name: str, value: float) -> float:
     if not (math.isfinite(value) and value > 0):
-        raise SettingsError(f"{what} {value!r}: give a finite number above 0")
+        raise SettingsError(f"{name} {value!r}: give a finite number above 0")
     return value
 
 
-def _count(what: str, value: int) -> int:
+def _count(name: str, value: int) -> int:
     if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-        raise SettingsError(f"{what} {value!r}: give a whole number, at least 1")
+        raise SettingsError(f"{name} {value!r}: give a whole number, at least 1")
     return value

@@ -56,7 +56,7 @@ class Operation(NamedTuple):
     number: float = 0.0
     width: int = 0
 
-    def kept(self, rows: int, out: int) -> tuple[int, int]:
+    def saved_shape(self, rows: int, out: int) -> tuple[int, int]:
         """Return the shape of what is kept of z: the gradient, or a factor of it."""
         if self.w is None:
             return 0, out
@@ -86,7 +86,7 @@ class NativeChain:
         self._dtype = next(op.w.dtype for op in operations if op.w is not None)
         self._flags, self._gemm = rows.FLAGS[self._dtype], rows.gemm(self._dtype)
         self._outs = [(total // width, width) for total, width in sizes[1:]]
-        self._ds = [op.kept(*out) for op, out in zip(operations, self._outs, strict=True)]
+        self._ds = [op.saved_shape(*out) for op, out in zip(operations, self._outs, strict=True)]
         makes, keeps = ([_filled(r * o) for r, o in shapes] for shapes in (self._outs, self._ds))
         norms = [
             _filled(4 * rows) if op.kind is OperationKind.NORM else 0
@@ -174,7 +174,7 @@ class NativeChain:
         value = x if at == 0 else _part(inner, self._at[at - 1], self._outs[at - 1])
         return value.view(-1, width)
 
-    def kept(self, i: int, d: Tensor) -> Tensor:
+    def saved(self, i: int, d: Tensor) -> Tensor:
         """Return what `pull` kept of operation i: d, (R, O), or a norm's two gradients, (2, O)."""
         return _part(d, self._at_d[i], self._ds[i])
 

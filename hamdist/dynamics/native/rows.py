@@ -72,7 +72,7 @@ def cross_entropy(y: Tensor, classes: Tensor, ignored: int) -> tuple[Tensor, Ten
     if not classes.is_contiguous() or classes.shape != y.shape[:1]:
         return None
     loss, d = y.new_empty(()), y.new_empty(y.shape)
-    known = library.cross_entropy(
+    targets = library.cross_entropy(
         y.data_ptr(),
         classes.data_ptr(),
         loss.data_ptr(),
@@ -82,4 +82,4 @@ def cross_entropy(y: Tensor, classes: Tensor, ignored: int) -> tuple[Tensor, Ten
         -ignored,
         FLAGS[y.dtype],
     )
-    return (loss, d) if known else None
+    return (loss, d) if targets else None

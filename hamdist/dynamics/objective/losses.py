@@ -232,7 +232,7 @@ def named(output: Any, name: str = ONLY) -> list[tuple[str, Any]]:
 
 def tensors(output: Any) -> dict[str, Tensor]:
     """Return the parts that are tensors, by name."""
-    return {name: one for name, one in named(output) if isinstance(one, Tensor)}
+    return {name: tensor for name, tensor in named(output) if isinstance(tensor, Tensor)}
 
 
 def losses_of(
@@ -257,9 +257,9 @@ def losses_of(
         chosen = list(targets)
     for name in chosen:
         if name not in outputs:
-            what = "loss" if isinstance(loss, Mapping) else "the stream's targets"
-            known = ", ".join(map(repr, outputs))
-            raise GraphError(f"{what} name the output {name!r}; the model's outputs are {known}")
+            origin = "loss" if isinstance(loss, Mapping) else "the stream's targets"
+            names = ", ".join(map(repr, outputs))
+            raise GraphError(f"{origin} name the output {name!r}; the model's outputs are {names}")
     return {name: loss[name] if isinstance(loss, Mapping) else loss for name in chosen}
 
 

@@ -11,13 +11,13 @@ from torch import Tensor
 
 from hamdist.config import IGNORE_INDEX
 from hamdist.dynamics.objective.losses import class_axis
-from hamdist.dynamics.saved_state.remember import Remembers, known
+from hamdist.dynamics.saved_state.stateful import Stateful, registered
 
 AT_ONCE = 64  # samples that are counted together
 SMALL = 4096  # numbers of a prediction, up to which it is kept until then
 
 
-@known("Window")
+@registered("Window")
 @dataclass(frozen=True, slots=True)
 class Window:
     """Sums over the samples first..last of the stream that had a target (a batch is one sample).
@@ -79,11 +79,11 @@ def count_correct(
 
 
 def _right(guess: Tensor, target: Tensor, ignore_index: int) -> tuple[int, int]:
-    known = target != ignore_index
-    return int(((guess == target) & known).sum()), int(known.sum())
+    has_target = target != ignore_index
+    return int(((guess == target) & has_target).sum()), int(has_target.sum())
 
 
-@known("_Look")
+@registered("_Look")
 class _Look(NamedTuple):
     """One sample that is not counted yet: the prediction of class targets, or the classes
     (guess)."""
@@ -95,7 +95,7 @@ class _Look(NamedTuple):
     loss: Tensor
 
 
-class Prequential(Remembers):
+class Prequential(Stateful):
     """Collects a readout's losses into windows of `every` samples.
 
     With `limit` windows kept, neighbours are joined (`joined` times by now): an endless stream is
@@ -162,8 +162,8 @@ def _window(looks: Sequence[_Look], ignore_index: int) -> Window:
     losses: list[float] = torch.stack([look.loss for look in looks]).tolist()
     correct = rows = 0
     for guess, target in _guesses(looks):
-        right, known = _right(guess, target, ignore_index)
-        correct, rows = correct + right, rows + known
+        right, rated = _right(guess, target, ignore_index)
+        correct, rows = correct + right, rows + rated
     return Window(looks[0].sample, looks[-1].sample, len(looks), sum(losses), correct, rows)
 
 
@@ -174,7 +174,7 @@ def _guesses(looks: Sequence[_Look]) -> Iterator[tuple[Tensor, Tensor]]:
         predictions, targets = zip(*waiting, strict=True)
         with torch.no_grad():
             yield torch.cat(predictions).argmax(1), torch.cat(targets)
-    known = [(look.guess.reshape(-1), look.target) for look in looks if look.guess is not None]
-    if known:
-        guesses, targets = zip(*known, strict=True)
+    pairs = [(look.guess.reshape(-1), look.target) for look in looks if look.guess is not None]
+    if pairs:
+        guesses, targets = zip(*pairs, strict=True)
         yield torch.cat(guesses), torch.cat([target.reshape(-1) for target in targets])

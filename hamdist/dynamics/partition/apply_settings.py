@@ -60,13 +60,13 @@ def delayed(graph: Graph, delays: Mapping[str, int]) -> Graph:
     """
     if not delays:
         return graph
-    known = {e.name: _names(graph, e) for e in graph.edges}
+    named = {e.name: _names(graph, e) for e in graph.edges}
     for pattern in delays:
-        if not any(n == pattern or fnmatchcase(n, pattern) for ns in known.values() for n in ns):
-            raise GraphError(f"partition.delays.{pattern}: no such edge; known: {', '.join(known)}")
-    by_edge = {e.name: d for e in graph.edges for d in [_delay(known[e.name], delays)] if d}
+        if not any(n == pattern or fnmatchcase(n, pattern) for ns in named.values() for n in ns):
+            raise GraphError(f"partition.delays.{pattern}: no such edge; known: {', '.join(named)}")
+    by_edge = {e.name: d for e in graph.edges for d in [_delay(named[e.name], delays)] if d}
     for pattern in delays:
-        if all(_pattern(names, delays) != pattern for names in known.values()):
+        if all(_pattern(names, delays) != pattern for names in named.values()):
             raise GraphError(
                 f"partition.delays.{pattern}: every edge that it fits is taken by another pattern "
                 "before it; list it earlier"

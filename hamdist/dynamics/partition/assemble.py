@@ -50,15 +50,15 @@ def assembled(
                 leaving[home[value[0]]].append(value)
     blocks = []
     for run in runs:
-        made = BlockGraph(flow, model, run.name, home, leaving)
-        result = _result(made, flow, run, losses, leaving[run.name])
-        parents = made.finish(result, (*leaving, *inputs))
+        built = BlockGraph(flow, model, run.name, home, leaving)
+        result = _result(built, flow, run, losses, leaving[run.name])
+        parents = built.finish(result, (*leaving, *inputs))
         between = [p for p in parents if p in leaving]
         predicts = run.output is not None and readouts[run.output] == run.name
         blocks.append(
             BlockSpec(
                 name=run.name,
-                module=made.module(),
+                module=built.module(),
                 parents=tuple(parents),
                 combine=Combine.ARGUMENTS,
                 delays=dict.fromkeys(between, delay),
@@ -71,7 +71,7 @@ def assembled(
 
 def _outer(flow: Flow, run: OperationRun, home: Mapping[int, str]) -> list[Value]:
     """Return the values of other runs that a run reads, in order."""
-    found = [
+    outer = [
         value
         for i in run.ops
         for value in references(flow.ops[i])
@@ -80,12 +80,12 @@ def _outer(flow: Flow, run: OperationRun, home: Mapping[int, str]) -> list[Value
     if run.output is not None:
         value = flow.outputs[run.output]
         if home[value[0]] != run.name:
-            found.append(value)
-    return list(dict.fromkeys(found))
+            outer.append(value)
+    return list(dict.fromkeys(outer))
 
 
 def _result(
-    made: BlockGraph,
+    built: BlockGraph,
     flow: Flow,
     run: OperationRun,
     losses: Sequence[LossFunction],
@@ -93,17 +93,17 @@ def _result(
 ) -> fx.Node:
     """Return what a block sends or predicts; a model's own loss is repeated for each row."""
     for i in run.ops:
-        made.emit(i)
+        built.emit(i)
     if run.output is None:
         forms = [flow.form(value) for value in leaving]
         alone = len(forms) == 1 and forms[0].batch_first
-        return made.value(leaving[0]) if alone else made.packed(leaving)
+        return built.value(leaving[0]) if alone else built.packed(leaving)
     value = flow.outputs[run.output]
     if losses[run.output] is not model_loss:
-        return made.value(value)
+        return built.value(value)
     if flow.form(value).dims != ():
         raise GraphError(
             "loss 'model' learns one number that the model computes itself, and the output is "
             "more than that: give the stream's targets a loss, such as 'cross-entropy'"
         )
-    return made.packed([value])
+    return built.packed([value])

@@ -106,10 +106,10 @@ class Cuts:
                 )
             return f"no block can begin at {cut!r}: the model never calls it"
         near = get_close_matches(str(cut), self._begins, n=3)
-        known = list(self._begins)
-        more = f" and {len(known) - SHOWN} more" if len(known) > SHOWN else ""
+        modules = list(self._begins)
+        more = f" and {len(modules) - SHOWN} more" if len(modules) > SHOWN else ""
         hint = f"; did you mean {' or '.join(map(repr, near))}? Known" if near else "; known"
-        listed = f"{', '.join(known[:SHOWN])}{more}"
+        listed = f"{', '.join(modules[:SHOWN])}{more}"
         return f"cut {cut!r} is no module of the model{hint}: {listed}"
 
     # -- by rule --------------------------------------------------------------------------------
@@ -123,9 +123,9 @@ class Cuts:
                 named.setdefault(place, []).append(name)
         at = sorted(named)
         crossing = self._flow.crossing()
-        found = []
+        starts = []
         for place, end in zip(at, [*at[1:], len(self._flow.order)], strict=True):
-            found.append(
+            starts.append(
                 CutPlace(
                     tuple(named[place]),
                     int(self._cost(CutBalance.PARAMETERS, place, end)),
@@ -133,7 +133,7 @@ class Cuts:
                     crossing[place],
                 )
             )
-        chosen = policy(found)
+        chosen = policy(starts)
         if isinstance(chosen, str) or not isinstance(chosen, Iterable):
             raise GraphError(
                 f"the partition's function returned {chosen!r:.60}; return the names of the "
@@ -145,12 +145,12 @@ class Cuts:
         """Return the places where units begin."""
         starts, weighted = [0], False
         for place, i in enumerate(self._flow.order):
-            own = self._flow.ops[i].node.op == "call_module" and self._flow.learned(i) > 0
-            new = place in self.forced or (own and weighted and place in self._legal_set)
+            is_layer = self._flow.ops[i].node.op == "call_module" and self._flow.learned(i) > 0
+            new = place in self.forced or (is_layer and weighted and place in self._legal_set)
             if place and new:
                 starts.append(place)
                 weighted = False
-            weighted = weighted or own
+            weighted = weighted or is_layer
         return starts
 
     @property
@@ -207,8 +207,8 @@ class Cuts:
             counts[worst] += 1
         return [
             part[k]
-            for (part, own), count in zip(parts, counts, strict=True)
-            for k in balanced(own, count)
+            for (part, alone), count in zip(parts, counts, strict=True)
+            for k in balanced(alone, count)
         ]
 
     def _too_many(self, blocks: int, most: int) -> str:
@@ -229,7 +229,7 @@ class Cuts:
         flow = self._flow
         ops = flow.order[first:end]
         if balance is CutBalance.ACTIVATIONS:
-            return float(sum(flow.kept(i) for i in ops))
+            return float(sum(flow.real_numbers(i) for i in ops))
         return float(sum(flow.learned(i) for i in ops))
 
     # -- runs -----------------------------------------------------------------------------------
@@ -241,19 +241,19 @@ class Cuts:
         """
         flow = self._flow
         bounds = [*flow.segments, len(flow.order)]
-        made: list[OperationRun] = []
+        runs: list[OperationRun] = []
         for segment, (a, b) in enumerate(pairwise(bounds)):
-            own = [s for s in starts if a <= s < b]
-            ops = [tuple(flow.order[s:e]) for s, e in pairwise([*own, b])]
+            inside = [s for s in starts if a <= s < b]
+            ops = [tuple(flow.order[s:e]) for s, e in pairwise([*inside, b])]
             output = segment - 1 if len(bounds) > 2 else 0
             if output >= 0 and not ops:  # others go on from it
                 ops = [()]
             for k, run in enumerate(ops):
                 last = output >= 0 and k == len(ops) - 1
-                states = sum(r.output is None for r in made)
+                states = sum(r.output is None for r in runs)
                 name = names[output] if last and names[output] else f"block{states}"
-                made.append(OperationRun(name, run, output if last else None))
-        return made
+                runs.append(OperationRun(name, run, output if last else None))
+        return runs
 
 
 def _outer(name: str) -> list[str]:
@@ -269,13 +269,13 @@ def _largest(costs: Sequence[float], parts: int) -> float:
 
 def stays(whole: Mapping[str, Unfollowed], model: nn.Module) -> list[str]:
     """Return warnings about modules with several layers that could not be traced."""
-    told = []
+    reasons = []
     for name, why in whole.items():
         part = model.get_submodule(name) if name else model
-        own = [m for m in part.modules() if len(m._parameters)]
-        if len(own) > 1:
-            told.append(stays_whole(name, model, why))
-    return told
+        learned = [m for m in part.modules() if len(m._parameters)]
+        if len(learned) > 1:
+            reasons.append(stays_whole(name, model, why))
+    return reasons
 
 
 def balanced(costs: Sequence[float], parts: int) -> list[int]:

@@ -216,19 +216,19 @@ def drift_warnings(graph: Graph, reversible: Collection[str], u: Tensor) -> list
     if not reversible:
         return warnings
     for error in recoveries(graph, reversible, u):
-        what = (
+        drift = (
             f"memory 'reversible': {error} recover their states with a relative error of "
             f"{error.error:.1e} ({_short(error.dtype)}, at the weights of the start)"
         )
         if not error.error <= REFUSE_ABOVE:
             raise LevelError(
-                f"{what}, so their gradients would mean nothing. If F draws random numbers or "
+                f"{drift}, so their gradients would mean nothing. If F draws random numbers or "
                 "writes to its input, take that out; else use dtype float64, a smaller tau or "
                 "scale, or fewer steps; or level 'backprop'"
             )
         if error.error > WARN_ABOVE:
             warnings.append(
-                f"{what}; gradients will be off by about as much, and the error grows as the "
+                f"{drift}; gradients will be off by about as much, and the error grows as the "
                 "weights do. Use dtype float64, a smaller tau or scale, or fewer steps"
             )
     for block in graph.blocks.values():
@@ -243,5 +243,5 @@ def drift_warnings(graph: Graph, reversible: Collection[str], u: Tensor) -> list
 
 
 def _is_weighted_step(module: nn.Module) -> bool:
-    one = bool(pieces_of(module)) and not isinstance(module, nn.Sequential)
-    return one and next(module.parameters(), None) is not None
+    is_step = bool(pieces_of(module)) and not isinstance(module, nn.Sequential)
+    return is_step and next(module.parameters(), None) is not None

@@ -237,30 +237,31 @@ def split_module(
     """
     check_taken(model, example)
     inputs = by_parent(example)
-    asked = (partition.blocks or 1) > 1 or bool(partition.cuts) or policy is not None
+    divides = (partition.blocks or 1) > 1 or bool(partition.cuts) or policy is not None
     try:
         followed = trace(model, inputs, called_by_parent, ragged=ragged)
     except Unfollowed as why:
-        told = stays_whole(why.module, model, why)
-        if asked:
+        reason = stays_whole(why.module, model, why)
+        if divides:
             raise GraphError(
-                f"the model cannot be cut into blocks: {told}; change that line, put it into a "
+                f"the model cannot be cut into blocks: {reason}; change that line, put it into a "
                 "submodule (which then stays whole alone), or leave the partition out"
             ) from None
-        one = _one_step(model, inputs, why)
-        if callable(loss) and len(inputs) == 1 and (one is None or value_of(one.output) == (0, ())):
-            return _whole(model, loss, inputs, state_readout, why if one is None else one.whole[""])
-        if one is None:
-            raise GraphError(f"the model cannot be run: {told}") from None
-        followed = one
+        single = _one_step(model, inputs, why)
+        of_one_value = single is None or value_of(single.output) == (0, ())
+        if callable(loss) and len(inputs) == 1 and of_one_value:
+            return _whole(model, loss, inputs, state_readout, single.whole[""] if single else why)
+        if single is None:
+            raise GraphError(f"the model cannot be run: {reason}") from None
+        followed = single
     names, values, losses = _outputs(followed, loss, targets)
     flow = Flow(followed, model, values, together)
     cuts = Cuts(flow, model)
 
     def graph(
-        runs: Sequence[OperationRun], own: Sequence[LossFunction], *, delay: int, state: bool
+        runs: Sequence[OperationRun], losses: Sequence[LossFunction], *, delay: int, state: bool
     ) -> Graph:
-        return assembled(flow, model, runs, own, list(inputs), delay=delay, state_readout=state)
+        return assembled(flow, model, runs, losses, list(inputs), delay=delay, state_readout=state)
 
     def seconds(starts: list[int]) -> list[float]:
         runs = cuts.runs(starts, names)
@@ -276,10 +277,10 @@ def split_module(
         starts = cuts.balanced(partition.blocks, partition.balance, seconds, len(names))
     else:
         starts = cuts.grouped(grouping)
-    made = graph(cuts.runs(starts, names), losses, delay=partition.delay, state=state_readout)
-    made.notes += stays(followed.whole, model)
-    made.one_length, made.one_row = followed.one_length, followed.one_row
-    return made
+    built = graph(cuts.runs(starts, names), losses, delay=partition.delay, state=state_readout)
+    built.notes += stays(followed.whole, model)
+    built.one_length, built.one_row = followed.one_length, followed.one_row
+    return built
 
 
 def traced(model: nn.Module, example: NetworkInputs) -> fx.Graph:
@@ -315,9 +316,9 @@ def _whole(
 ) -> Graph:
     """Return one block with a whole model that takes one tensor and returns one."""
     block = BlockSpec("block0", model, tuple(inputs), loss=loss, state=state_readout)
-    made = Graph([block], original=model)
-    made.notes += stays({"": why}, model)
-    return made
+    built = Graph([block], original=model)
+    built.notes += stays({"": why}, model)
+    return built
 
 
 def _one_step(model: nn.Module, inputs: Mapping[str, Tensor], why: Unfollowed) -> Trace | None:
@@ -332,8 +333,8 @@ def _outputs(
     followed: Trace, loss: Losses, targets: Collection[str] | None
 ) -> tuple[list[str], list[Value], list[LossFunction]]:
     """Return names (of the only one: ''), values and losses of the outputs that have a loss."""
-    found = [(name, value_of(node)) for name, node in named(followed.output)]
-    refs = {name: value for name, value in found if value is not None}
+    outputs = [(name, value_of(node)) for name, node in named(followed.output)]
+    refs = {name: value for name, value in outputs if value is not None}
     if not refs:
         raise GraphError(
             "the model's output does not depend on its input and its weights; return the prediction"

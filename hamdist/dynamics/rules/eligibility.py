@@ -51,9 +51,9 @@ class SnAp1(Rule):
         for name, i in direct.items():
             within = torch.einsum("kn,bkgn...->bgn...", z, i)
             self._check_equal(block, to_theta[name], within, f"weights {name!r}")
-        own = ~self.read_by_others(block)
-        state = to_state.reshape(len(D), -1, n)[:, own]
-        self._check_equal(block, state, torch.einsum("an,bacn->bcn", z, D)[:, own], "states")
+        alone = ~self.read_by_others(block)
+        state = to_state.reshape(len(D), -1, n)[:, alone]
+        self._check_equal(block, state, torch.einsum("an,bacn->bcn", z, D)[:, alone], "states")
         if not self.in_pattern:
             return {}
         return {"pattern": {name: (i != 0).flatten(3).any(-1).any(0) for name, i in direct.items()}}
@@ -97,9 +97,9 @@ class SnAp1(Rule):
         updates = {name: t.reshape(block.theta[name].shape) for name, t in g.items()}
         return block.vjp(kept["x"], message)[0], updates
 
-    def _check_equal(self, block: BlockView, sums: Tensor, within: Tensor, what: str) -> None:
+    def _check_equal(self, block: BlockView, sums: Tensor, within: Tensor, name: str) -> None:
         if not torch.allclose(sums.flatten(), within.flatten(), rtol=1e-3, atol=1e-5):
-            self._refuse(block, f"units depend on {what} of other units (n = {_units(block)})")
+            self._refuse(block, f"units depend on {name} of other units (n = {_units(block)})")
 
     def _refuse(self, block: BlockView, text: str) -> None:
         who = f"block {block.name!r}: {type(self).__name__} has traces by unit"

@@ -51,9 +51,9 @@ class SignSymmetry(FeedbackAlignment):
     """
 
     def __init__(self, magnitude: str = "fixed") -> None:
-        known = ("uniform", "batchwise", "fixed")
-        if magnitude not in known:
-            raise SettingsError(f"sign-symmetry: magnitude {magnitude!r}; give one of {known}")
+        modes = ("uniform", "batchwise", "fixed")
+        if magnitude not in modes:
+            raise SettingsError(f"sign-symmetry: magnitude {magnitude!r}; give one of {modes}")
         self.magnitude = magnitude
 
     def start(self, block: BlockView) -> dict[str, Any]:

@@ -43,8 +43,8 @@ class Oja(Rule):
         ((name, W), *others) = block.matrices.items()
         if others or W.dim() != 2 or W.shape[1] != kept.shape[1]:
             shapes = {n: tuple(w.shape) for n, w in block.matrices.items()}
-            one = f"{type(self).__name__} is of one linear layer of {kept.shape[1]} inputs"
-            raise GraphError(f"block {block.name!r}: {one}; its weights are {shapes}")
+            reason = f"{type(self).__name__} is of one linear layer of {kept.shape[1]} inputs"
+            raise GraphError(f"block {block.name!r}: {reason}; its weights are {shapes}")
         return {name: self.step(W, kept, kept @ W.T) / -len(kept)}
 
     def step(self, W: Tensor, x: Tensor, u: Tensor) -> Tensor:

@@ -302,14 +302,14 @@ class BlockView:
             cotangents: K of them, (K, n).
             weights: False to leave the second out.
         """
-        own = self.own or 0
+        place = self.own or 0
 
         def pulled(*row: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
             def f(h: Tensor, by_name: Mapping[str, Tensor]) -> Tensor:
-                arguments = [*row[:own], h, *row[own + 1 :]]
+                arguments = [*row[:place], h, *row[place + 1 :]]
                 return self._run([x[None] for x in arguments], {**self.theta, **by_name})[0]
 
-            pull = torch.func.vjp(f, row[own], self.theta if weights else {})[1]
+            pull = torch.func.vjp(f, row[place], self.theta if weights else {})[1]
             result: tuple[Tensor, dict[str, Tensor]] = torch.func.vmap(pull)(cotangents)
             return result
 

@@ -8,11 +8,11 @@ from itertools import count
 from typing import NamedTuple, Protocol
 
 from hamdist.dynamics.graph.graph import Edge
-from hamdist.dynamics.saved_state.remember import known
+from hamdist.dynamics.saved_state.stateful import registered
 from hamdist.dynamics.schedule.microbatches import Pulses
 
 
-@known("Phase")
+@registered("Phase")
 class Phase(Enum):
     """Kinds of events."""
 
@@ -36,7 +36,7 @@ class Kind(IntEnum):
     NORM = 6
 
 
-@known("Span")
+@registered("Span")
 class Span(NamedTuple):
     """One sequence on its way (schedule/sequence.py).
 
@@ -51,7 +51,7 @@ class Span(NamedTuple):
     length: int | None = None
 
 
-@known("Event")
+@registered("Event")
 class Event(NamedTuple):
     """A step of a block. span: the sequence of the sample, in presentation 'sequence'."""
 
@@ -61,7 +61,7 @@ class Event(NamedTuple):
     span: Span | None = None
 
 
-@known("Stamp")
+@registered("Stamp")
 class Stamp(NamedTuple):
     """Identity of a signal on its edge.
 

@@ -132,9 +132,13 @@ def make_locality(level: Level, overrides: LocalityOverrides) -> Locality:
         overridden = {**fields, "credit": base.credit, **overridden}
         if base is _SEQUENCE:
             overridden = {"speed": base.speed, **overridden}
-    needed = tuple(made for knob, made in _ASKS.items() if knob in overridden)
+    needed = {knob: made for knob, made in _ASKS.items() if knob in overridden}
+    implied = ""
     if needed and "compensation" not in overridden:
-        overridden["compensation"] = needed
+        overridden["compensation"] = tuple(needed.values())
+        implied = "".join(
+            f"locality.{k} stands for compensation {c.value!r}; " for k, c in needed.items()
+        )
     if Compensation.WEIGHT_PREDICTION in overridden.get("compensation", ()):
         overridden.setdefault("memory", Memory.TRACE_WEIGHTS)
     if overridden.get("double_buffered"):
@@ -143,7 +147,7 @@ def make_locality(level: Level, overrides: LocalityOverrides) -> Locality:
         overridden["gate"] = STILL if overridden["gate"] else None
     knobs = replace(PRESETS[level], **overridden)
     for reason in _contradictions(knobs):
-        raise LevelError(f"level {level.value!r} cannot run with these knobs: {reason}")
+        raise LevelError(f"level {level.value!r} cannot run with these knobs: {implied}{reason}")
     return knobs
 
 
@@ -265,10 +269,10 @@ def _against_recipes(k: Locality) -> list[str]:
             "presentation 'hold', update 'tick' and moves 'all' (levels 'local', 'group')"
         )
     reasons += [
-        f"compensation {one.value!r} with presentation {k.presentation.value!r}: signals of one "
+        f"compensation {method.value!r} with presentation {k.presentation.value!r}: signals of one "
         "sample meet there anyway; use presentation 'hold' (level 'local')"
-        for one in (Compensation.PROSPECTIVE, Compensation.RETROSPECTIVE)
-        if one in k.compensation and not k.hold
+        for method in (Compensation.PROSPECTIVE, Compensation.RETROSPECTIVE)
+        if method in k.compensation and not k.hold
     ]
     if Compensation.RETROSPECTIVE in k.compensation and k.order is Order.SEQUENTIAL:
         reasons.append(
@@ -311,5 +315,5 @@ def _against_sequence(k: Locality) -> list[str]:
 def _word(value: object) -> object:
     """Return a knob's value as a user writes it."""
     if isinstance(value, tuple):
-        return ", ".join(str(_word(one)) for one in value) or "none"
+        return ", ".join(str(_word(entry)) for entry in value) or "none"
     return "off" if value is None else getattr(value, "value", value)

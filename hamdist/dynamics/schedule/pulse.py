@@ -160,7 +160,7 @@ class PulseSchedule:
         """Return what follows `event` in a stream of `end` pulses, if anything does."""
         rest = self.events(block, event.tick, end)
         if event.sample < end:
-            next(one for one in rest if one == event)
+            next(later for later in rest if later == event)
         return next(rest, None)
 
     def state(self, edge: Edge, event: Event) -> Stamp | None:

@@ -265,7 +265,7 @@ class Layouts(ShapeLayouts):
         splits = [s for s in layouts if isinstance(s, Shard)]
         if not splits:
             return None if inner else self._sums(node, name, tensors)
-        if any(isinstance(one, (Partial, TupleLayout)) for one in layouts):
+        if any(isinstance(entry, (Partial, TupleLayout)) for entry in layouts):
             return None
         out = self._shape(node)
         places = {  # of the split axis, counted from the last

@@ -9,10 +9,7 @@ from typing import Any, Protocol, TypeAlias
 
 from torch import fx, nn
 
-from hamdist.dynamics.slicing.sliced_layers import (
-    Share,
-    SlicePlaces,
-)
+from hamdist.dynamics.slicing.sliced_layers import Share, SlicePlaces
 
 
 @dataclass(frozen=True)

@@ -61,9 +61,9 @@ class ShapeLayouts:
         """Return `value` with numbers in place of nodes that do not depend on the batch."""
 
         def plain(node: fx.Node) -> Any:
-            known = self._values[0][node]
-            steady = isinstance(self._of(node), NumberLayout) and known == self._values[1][node]
-            return known if steady else node
+            value = self._values[0][node]
+            steady = isinstance(self._of(node), NumberLayout) and value == self._values[1][node]
+            return value if steady else node
 
         return fx.map_arg(value, plain)
 
@@ -95,12 +95,12 @@ class ShapeLayouts:
                 return None
             raise Regrain(layout.origins, size)
 
-        def own(piece: SliceBuilder) -> fx.Node:
+        def sliced(piece: SliceBuilder) -> fx.Node:
             shape = [lead, *first[1:]]
             shape[refolded] = piece.share(units).length(size)
             return shaped(piece, tuple(shape))
 
-        return OpLayout(replace(layout, axis=refolded), {x: Use.PIECE}, own)
+        return OpLayout(replace(layout, axis=refolded), {x: Use.PIECE}, sliced)
 
     def _permute(self, node: fx.Node, name: str) -> OpLayout | None:
         x, *dims = node.args

@@ -40,10 +40,7 @@ from hamdist.errors import GraphError
 
 
 def sliced(
-    graph: Graph,
-    u_shape: Sequence[int],
-    u_dtype: torch.dtype,
-    inputs: ShapeMap | None = None,
+    graph: Graph, u_shape: Sequence[int], u_dtype: torch.dtype, inputs: ShapeMap | None = None
 ) -> Graph:
     """Return `graph` with every block of `slices` m > 1 spread over m blocks.
 

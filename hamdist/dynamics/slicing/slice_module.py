@@ -44,14 +44,14 @@ class SliceModule:
         self.parts: list[TensorSlice] = []
         self._stages, self._stage, self._joined_here = stages, stage, joined_here
         self._inputs: dict[From, fx.Node] = {}
-        self._made: dict[object, fx.Node] = {}
+        self._nodes: dict[object, fx.Node] = {}
         self._held: dict[str, Any] = {}
         self._uses: Mapping[fx.Node, Use | Narrow] = {}
         self.sent = stages.sent(stage)
         for node, phase in stages.stage_of.items():
             if phase is stage:
-                self._made[node] = self._operation(node)
-        self.graph.output(self._made[self.sent])
+                self._nodes[node] = self._operation(node)
+        self.graph.output(self._nodes[self.sent])
         self.module = fx.GraphModule(self._held, self.graph, "Slice")
 
     def share(self, units: int, chunks: int = 1) -> Share:
@@ -103,13 +103,13 @@ class SliceModule:
         if use is Use.PIECE:
             phase = self._stages.stage_of[node]
             if phase is self._stage:
-                return self._made[node]
+                return self._nodes[node]
             return self._input(From(stage=phase.number, piece=self.i))
         return self._whole(node)
 
     def _narrowed(self, node: fx.Node, use: Narrow) -> fx.Node:
         key = (node, use)
-        if key not in self._made:
+        if key not in self._nodes:
             size = int(self._stages.values[0][node].shape[use.axis])
             share, whole = self.share(use.units, use.chunks), self._whole(node)
             part = size // use.chunks
@@ -120,35 +120,35 @@ class SliceModule:
                 )
                 for chunk in range(use.chunks)
             ]
-            self._made[key] = (
+            self._nodes[key] = (
                 pieces[0]
                 if len(pieces) == 1
                 else self.graph.call_function(torch.cat, (pieces, use.axis))
             )
-        return self._made[key]
+        return self._nodes[key]
 
     def _whole(self, node: fx.Node) -> fx.Node:
         """Return all of a value: as another block gives it, or computed again from other values."""
         phase = self._stages.stage_of.get(node)
         if phase is self._stage and not phase.many:
-            return self._made[node]
+            return self._nodes[node]
         if phase is not None:
             return self._joined(phase)
         key = (node, Use.WHOLE)
-        if key not in self._made:
+        if key not in self._nodes:
             if node.op == "placeholder":
                 names = [n for n in self._stages.traced.nodes if n.op == "placeholder"]
-                self._made[key] = self._input(From(parent=names.index(node)))
+                self._nodes[key] = self._input(From(parent=names.index(node)))
             elif node.op == "get_attr":
-                self._made[key] = self._attribute(node)
+                self._nodes[key] = self._attribute(node)
             elif node.op == "call_module":
                 path = inner_path(str(node.target)) or "layer"
                 self._held[path] = self._stages.modules[str(node.target)]
                 args = fx.map_arg((node.args, node.kwargs), self._whole)
-                self._made[key] = self.graph.call_module(path, *args)
+                self._nodes[key] = self.graph.call_module(path, *args)
             else:
-                self._made[key] = self._copied(node, self._whole)
-        return self._made[key]
+                self._nodes[key] = self._copied(node, self._whole)
+        return self._nodes[key]
 
     def _attribute(self, node: fx.Node) -> fx.Node:
         path = inner_path(str(node.target))
@@ -166,17 +166,17 @@ class SliceModule:
         if stage.number not in self._joined_here:
             return self._input(From(stage=stage.number))
         key = ("joined", stage.number)
-        if key not in self._made:
+        if key not in self._nodes:
             pieces = [self._input(From(stage=stage.number, piece=i)) for i in range(self._stages.m)]
             axis = self._stages.axis(stage)
             if axis is not None:
-                self._made[key] = self.graph.call_function(torch.cat, (pieces, axis))
+                self._nodes[key] = self.graph.call_function(torch.cat, (pieces, axis))
             else:
                 total = pieces[0]
                 for piece in pieces[1:]:
                     total = self.graph.call_function(torch.add, (total, piece))
-                self._made[key] = total
-        return self._made[key]
+                self._nodes[key] = total
+        return self._nodes[key]
 
     def _input(self, source: From) -> fx.Node:
         if source not in self._inputs:

@@ -60,7 +60,7 @@ class Share(NamedTuple):
         return torch.cat([indices + part * chunk for chunk in range(self.chunks)])
 
 
-def _cut(parameter: Tensor, axis: int, index: Tensor) -> nn.Parameter:
+def _rows_of(parameter: Tensor, axis: int, index: Tensor) -> nn.Parameter:
     piece = parameter.detach().index_select(axis, index).clone()
     return nn.Parameter(piece, requires_grad=parameter.requires_grad)
 
@@ -82,7 +82,7 @@ def outputs_of(module: Any, share: Share) -> tuple[nn.Module, SlicePlaces]:
     for key in ("weight", "bias"):
         parameter = getattr(module, key)
         if parameter is not None:
-            setattr(layer, key, _cut(parameter, 0, index))
+            setattr(layer, key, _rows_of(parameter, 0, index))
             places[key] = (0, index)
     _rename(layer, ("out_features", "out_channels"), len(index))
     return layer, places
@@ -95,7 +95,7 @@ def inputs_of(module: Any, share: Share) -> tuple[nn.Module, SlicePlaces]:
     """
     layer = _bare(module)
     index = share.places(int(module.weight.shape[1]))
-    layer.weight = _cut(module.weight, 1, index)
+    layer.weight = _rows_of(module.weight, 1, index)
     places: SlicePlaces = {"weight": (1, index)}
     layer.bias = None
     if module.bias is not None and share.i == 0:
@@ -117,7 +117,7 @@ def channels_of(module: Any, share: Share) -> tuple[nn.Module, SlicePlaces]:
             setattr(layer, key, tensor.clone())
             places[key] = None
         elif isinstance(tensor, nn.Parameter):
-            setattr(layer, key, _cut(tensor, 0, index))
+            setattr(layer, key, _rows_of(tensor, 0, index))
             places[key] = (0, index)
         else:
             setattr(layer, key, tensor.index_select(0, index).clone())
@@ -164,10 +164,10 @@ class AttentionHeads(nn.Module):
         self.heads = share.many
         self.dropout = module.dropout
         self.batch_first = module.batch_first
-        self.in_proj_weight = _cut(module.in_proj_weight, 0, rows)
+        self.in_proj_weight = _rows_of(module.in_proj_weight, 0, rows)
         self.in_proj_bias: nn.Parameter | None = None
         if module.in_proj_bias is not None:
-            self.in_proj_bias = _cut(module.in_proj_bias, 0, rows)
+            self.in_proj_bias = _rows_of(module.in_proj_bias, 0, rows)
         self.out_proj, _ = inputs_of(_as_linear(module.out_proj), share)
 
     def forward(

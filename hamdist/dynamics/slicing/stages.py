@@ -83,13 +83,13 @@ class SlicePhases:
 
     def _refuse_what_has_no_slices(self) -> None:
         b = self.spec
-        for what, applies in (
+        for kind, applies in (
             ("an output module", b.output is not None),
             ("an initial state", b.initial is not None),
             ("a Joining of its own", isinstance(b.combine, Joining)),
         ):
             if applies:
-                raise GraphError(f"block {b.name!r} with {what} cannot be sliced; set its slices=1")
+                raise GraphError(f"block {b.name!r} with {kind} cannot be sliced; set its slices=1")
 
     def _refuse_what_would_be_lost(self, shapes: ShapeMap) -> None:
         """Refuse hooks and moving buffers, which a slice would not have."""
@@ -118,7 +118,7 @@ class SlicePhases:
             if id(part) not in whole and (is_foreign(type(part)) or type(part) is nn.Module)
         ]
         before = [dict(part._buffers) for _, part in names]
-        versions = [[None if b is None else b._version for b in known.values()] for known in before]
+        versions = [[None if b is None else b._version for b in part.values()] for part in before]
         try:
             with torch.no_grad(), torch.random.fork_rng(devices=[]):
                 probe(*combined(self.spec.combine, inputs))
@@ -184,7 +184,7 @@ class SlicePhases:
             return root.m(*combined(spec.combine, list(h.values())))
 
         try:
-            steps = trace(self.root, inputs, call, own=("torch.",))
+            steps = trace(self.root, inputs, call, packages=("torch.",))
             whole = {inner_path(name): why for name, why in steps.whole.items()}
             self._refuse([stays_whole(name, spec.module, why) for name, why in whole.items()])
             return one_block(steps, self.root, list(inputs))
@@ -315,8 +315,8 @@ class SlicePhases:
             start = before[0]
 
     def _batch_first(self, node: fx.Node) -> bool:
-        one, more = (values[node] for values in self.values)
-        return isinstance(one, Tensor) and one.dim() > 0 and one.shape[0] + 1 == more.shape[0]
+        first, more = (values[node] for values in self.values)
+        return isinstance(first, Tensor) and first.dim() > 0 and first.shape[0] + 1 == more.shape[0]
 
     def _sent(self, stage: SlicePhase) -> list[fx.Node]:
         """Return the values of `stage` that others read, in order: in the end one."""
@@ -370,6 +370,6 @@ def inner_path(target: str) -> str:
     return target.removeprefix("m").removeprefix(".")
 
 
-def _zeros(known: tuple[tuple[int, ...], torch.dtype], more: int) -> Tensor:
-    shape, dtype = known
+def _zeros(like: tuple[tuple[int, ...], torch.dtype], more: int) -> Tensor:
+    shape, dtype = like
     return torch.zeros((shape[0] + more, *shape[1:]), dtype=dtype)

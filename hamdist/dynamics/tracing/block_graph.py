@@ -71,8 +71,8 @@ class BlockGraph:
     ) -> None:
         self._flow, self._model, self._name = flow, model, name
         self._home, self._leaving = home, leaving
-        own = [flow.ops[i] for i, block in home.items() if block == name]
-        self._written = {memory for op in own for memory in op.writes}
+        ops = [flow.ops[i] for i, block in home.items() if block == name]
+        self._written = {memory for op in ops for memory in op.writes}
         self._parts: dict[str, nn.Module] = {}  # of the model, by dotted name
         self._weights: dict[str, Tensor] = {}
         self._constants: dict[str, Tensor] = {}
@@ -208,8 +208,8 @@ class BlockGraph:
         """Return per * B + more + the sum of (a + b * B) * length."""
         batch = self._cached("", "call_method", "size", self._first, 0)
         terms: list[Any] = [self._product(batch, size.per)] if size.per else []
-        for one, a, b in size.lengths:
-            length = self._cached(one, "call_method", "size", self.input(one.name), one.axis)
+        for dim, a, b in size.lengths:
+            length = self._cached(dim, "call_method", "size", self.input(dim.name), dim.axis)
             terms += [self._product(length, a)] if a else []
             terms += [self._product(self._product(length, batch), b)] if b else []
         terms += [size.more] if size.more or not terms else []

@@ -45,11 +45,7 @@ class Flow:
     """
 
     def __init__(
-        self,
-        trace: Trace,
-        model: nn.Module,
-        outputs: Sequence[Value],
-        together: str | None = None,
+        self, trace: Trace, model: nn.Module, outputs: Sequence[Value], together: str | None = None
     ) -> None:
         self._together = together
         self.trace = trace
@@ -113,11 +109,11 @@ class Flow:
 
     def _weights(self, op: Op[ColumnForm]) -> dict[int, str]:
         """Return the weights, and the buffers that move, that an op uses: names by identity."""
-        found = self._of_module(op)
+        weights = self._of_module(op)
         named = [str(node.target) for node in op.node.all_input_nodes if is_weight(node)]
         for weight in (*named, *self._written_weights(op)):
-            found.setdefault(id(self._tensors[weight]), weight)
-        return {key: name for key, name in found.items() if key not in self._steady}
+            weights.setdefault(id(self._tensors[weight]), weight)
+        return {key: name for key, name in weights.items() if key not in self._steady}
 
     def _pure(self) -> set[int]:
         """Return the ops that any block can repeat with the same result.
@@ -146,21 +142,21 @@ class Flow:
         moved = op.random or op.writes or op.memory & self._written
         return not moved and bool(op.out) and all(f.free for f in op.out.values())
 
-    def _asked(self) -> set[int]:
+    def _needed(self) -> set[int]:
         """Return the ops of blocks: `live`, without those that only free values need."""
         waiting = [i for i, _ in self.outputs] + self._moving
         waiting += [i for i in self.live if self.ops[i].writes]
-        asked: set[int] = set()
+        needed: set[int] = set()
         while waiting:
             i = waiting.pop()
-            if i not in asked and i not in self.free:
-                asked.add(i)
+            if i not in needed and i not in self.free:
+                needed.add(i)
                 waiting += self.needs[i]
-        return asked
+        return needed
 
     def _ordered(self) -> tuple[list[int], list[int]]:
         alone = self._alone()
-        asked = sorted(self._asked())
+        places = sorted(self._needed())
         order: list[int] = []
         done: set[int] = set()
 
@@ -177,7 +173,7 @@ class Flow:
         for segment in range(len(self.outputs) + 1 if len(self.outputs) > 1 else 1):
             if segment:
                 segments.append(len(order))
-            for i in asked:
+            for i in places:
                 if alone[i] == segment and (i in ends or not self._late(i)):
                     put(i)
         return order, segments
@@ -209,7 +205,7 @@ class Flow:
             for key in self.weights[i]:
                 users.setdefault(key, set()).add(i)
         while True:
-            several = [own for own in users.values() if len({alone[i] for i in own}) > 1]
+            several = [places for places in users.values() if len({alone[i] for i in places}) > 1]
             shared = {i for i in set.union(set(), *several) if alone[i]}
             while shared:
                 i = shared.pop()
@@ -225,15 +221,15 @@ class Flow:
         for i in self.order:
             for key, name in self.weights[i].items():
                 users.setdefault(key, []).append((i, name))
-        for found in users.values():
-            at = [self.place[i] for i, _ in found]
-            tensor = self._tensors[found[0][1]]
-            whole = self._whole_user(i for i, _ in found)
+        for ops in users.values():
+            at = [self.place[i] for i, _ in ops]
+            tensor = self._tensors[ops[0][1]]
+            whole = self._whole_user(i for i, _ in ops)
             together = self._together if whole is None else f"{whole!r}, which stays whole,"
             alone = together is not None and (tensor.requires_grad or whole is not None)
             if max(at) > min(at) and (alone or not isinstance(tensor, nn.Parameter)):
-                first = min(found, key=lambda f: self.place[f[0]])
-                last = max(found, key=lambda f: self.place[f[0]])
+                first = min(ops, key=lambda f: self.place[f[0]])
+                last = max(ops, key=lambda f: self.place[f[0]])
                 names = dict.fromkeys(name for _, name in (first, last))
                 remedy = "give each user a weight of its own (untie them)"
                 if len(names) == 1:
@@ -267,13 +263,13 @@ class Flow:
                     continue
                 first = self.place.get(origin, 0) if isinstance(origin, int) else 0
                 for place in range(first + 1, self.place[i] + 1):
-                    known = [
+                    crossing = [
                         value
                         for value, end in last.items()
                         if self.place[value[0]] < place <= end
                         and memory in self.ops[value[0]].memory
                     ]
-                    handed_on = memory in self.ops[i].memory and len(known) == 1
+                    handed_on = memory in self.ops[i].memory and len(crossing) == 1
                     if not isinstance(origin, int) or not handed_on:
                         yield NoCut(
                             place - 1, place,
@@ -287,14 +283,14 @@ class Flow:
             form = self.form(value)
             if not form.sendable:
                 kind = str(form.dtype).removeprefix("torch.")
-                what = f"values of type {kind}"
+                values = f"values of type {kind}"
                 if form.dims is None:
-                    what = f"a changing number of {kind}"
+                    values = f"a changing number of {kind}"
                 if form.masked:
-                    what = "values with the -inf of a mask"
+                    values = "values with the -inf of a mask"
                 yield NoCut(
                     self.place[value[0]], last,
-                    f"{what} go from {self.title(value[0])} to "
+                    f"{values} go from {self.title(value[0])} to "
                     f"{self.title(self.order[last])}, and only real-valued batches travel",
                     "cut before the one or behind the other",
                 )  # fmt: skip
@@ -331,10 +327,10 @@ class Flow:
 
     def learned(self, i: int) -> int:
         """Return the number of elements that an op learns."""
-        own = [self._tensors[name] for name in self.weights[i].values()]
-        return sum(t.numel() for t in own if isinstance(t, nn.Parameter))
+        tensors = [self._tensors[name] for name in self.weights[i].values()]
+        return sum(t.numel() for t in tensors if isinstance(t, nn.Parameter))
 
-    def kept(self, i: int) -> int:
+    def real_numbers(self, i: int) -> int:
         """Return the real numbers per row that an op makes."""
         forms = self.ops[i].out.values()
         return sum(f.columns for f in forms if not f.free and f.dtype.is_floating_point)
@@ -349,8 +345,8 @@ class Flow:
     def names(self, i: int) -> tuple[str, ...]:
         """Return the modules that an op belongs to, outermost first."""
         op = self.ops[i]
-        own = (str(op.node.target),) if op.node.op == "call_module" else ()
-        return tuple(n for n in (*op.modules, *own) if n)
+        path = (str(op.node.target),) if op.node.op == "call_module" else ()
+        return tuple(n for n in (*op.modules, *path) if n)
 
 
 def _needs(op: Op[ColumnForm]) -> set[int]:

@@ -36,11 +36,11 @@ def points_of_runs(batches: Sequence[int], lengths: Sequence[Length]) -> list[Tr
 
     They show how numbers depend on the batch and on each length; one more run checks that.
     """
-    own, second, third, *_ = batches
+    first, second, third, *_ = batches
     points: list[TracePoint] = [(batch, {}) for batch in batches]
-    for one in lengths:
-        points += [(own, {one: other_length(one, 1)}), (second, {one: other_length(one, 2)})]
-    return [*points, (third, {one: other_length(one, 1) for one in lengths})] if lengths else points
+    for dim in lengths:
+        points += [(first, {dim: other_length(dim, 1)}), (second, {dim: other_length(dim, 2)})]
+    return [*points, (third, {dim: other_length(dim, 1) for dim in lengths})] if lengths else points
 
 
 def other_length(length: Length, by: int) -> int:
@@ -51,8 +51,8 @@ def other_length(length: Length, by: int) -> int:
 def batches_of_runs(inputs: Mapping[str, Tensor]) -> tuple[int, ...]:
     """Return three small batches; behind them that of the stream, where it is larger."""
     rows = next(iter(inputs.values())).shape[0]
-    own = min(rows, MOST_BATCH)
-    return (*(own, *(b for b in BATCHES if b != own))[:3], *([rows] if rows > own else []))
+    first = min(rows, MOST_BATCH)
+    return (*(first, *(b for b in BATCHES if b != first))[:3], *([rows] if rows > first else []))
 
 
 class _Apart(Exception):
@@ -72,15 +72,15 @@ def joined_runs(runs: Sequence[Recording], points: Sequence[TracePoint]) -> Join
     """Return what the runs have in common; raise Unfollowed where they take other steps."""
     join = _Join(runs, points)
     joined = JoinedRuns([], [], None)
-    for taken in zip(*(r.taken for r in runs), strict=False):
+    for ops in zip(*(r.ops for r in runs), strict=False):
         try:
-            joined.ops.append(join.op(taken))
-            joined.calls.append(join.call(taken))
+            joined.ops.append(join.op(ops))
+            joined.calls.append(join.call(ops))
         except _Apart as why:
-            raise Unfollowed(f"at another batch {why}", taken[0].where, taken[0].line) from None
-    lengths = {len(r.taken) for r in runs}
+            raise Unfollowed(f"at another batch {why}", ops[0].where, ops[0].line) from None
+    lengths = {len(r.ops) for r in runs}
     if len(lengths) > 1:
-        longest = max(runs, key=lambda r: len(r.taken)).taken[min(lengths)]
+        longest = max(runs, key=lambda r: len(r.ops)).ops[min(lengths)]
         raise Unfollowed("at another batch it takes more steps", longest.where, longest.line)
     try:
         joined.output = join.template([r.output for r in runs])
@@ -96,40 +96,40 @@ class _Join:
         self._lengths = list(points[-1][1])
         rows = []
         for batch, sizes in points:
-            own = [sizes.get(one, one.base) for one in self._lengths]
-            rows.append([1, batch, *own, *(batch * length for length in own)])
+            lengths = [sizes.get(dim, dim.base) for dim in self._lengths]
+            rows.append([1, batch, *lengths, *(batch * length for length in lengths)])
         self._basis = torch.tensor(rows, dtype=torch.float64)
         self._solves = torch.linalg.pinv(self._basis)
         self._sizes: dict[tuple[int, ...], SymbolicSize] = {}
 
-    def op(self, taken: Sequence[TakenOp]) -> Op[ColumnForm]:
-        one = taken[0]
-        calls = {(t.node.op, t.node.target, t.grad, t.where) for t in taken}
+    def op(self, ops: Sequence[TakenOp]) -> Op[ColumnForm]:
+        first = ops[0]
+        calls = {(t.node.op, t.node.target, t.grad, t.where) for t in ops}
         if len(calls) > 1:
             raise _Apart("it takes other steps")
-        if any(t.out.keys() != one.out.keys() for t in taken):
+        if any(t.out.keys() != first.out.keys() for t in ops):
             raise _Apart("it returns more or fewer tensors")
-        fills = any(name in str(one.node.target) for name in ("masked_fill", "where"))
-        mask = fills and not all(map(_ordinary, one.node.args))
-        forms = {path: self._form([t.out[path] for t in taken], mask) for path in one.out}
-        return replace(one, out=forms, random=any(t.random for t in taken))  # type: ignore[arg-type,return-value]
+        fills = any(name in str(first.node.target) for name in ("masked_fill", "where"))
+        mask = fills and not all(map(_ordinary, first.node.args))
+        forms = {path: self._form([t.out[path] for t in ops], mask) for path in first.out}
+        return replace(first, out=forms, random=any(t.random for t in ops))  # type: ignore[arg-type,return-value]
 
-    def call(self, taken: Sequence[TakenOp]) -> tuple[Any, Any]:
+    def call(self, ops: Sequence[TakenOp]) -> tuple[Any, Any]:
         """Return the arguments of a step."""
-        args, kwargs = ([t.node.args for t in taken], [t.node.kwargs for t in taken])
+        args, kwargs = ([t.node.args for t in ops], [t.node.kwargs for t in ops])
         return self.template(args), self.template(kwargs)
 
     def _form(self, tensors: Sequence[Tensor], mask: bool) -> ColumnForm:
-        one = tensors[0]
-        if any(t.dtype != one.dtype or t.dim() != one.dim() for t in tensors):
+        first = tensors[0]
+        if any(t.dtype != first.dtype or t.dim() != first.dim() for t in tensors):
             raise _Apart("a tensor has another type, or more dimensions")
         try:
             dims = tuple(
                 self._size(sizes) for sizes in zip(*(t.shape for t in tensors), strict=True)
             )
         except _Apart:
-            return ColumnForm(None, one.dtype)
-        return ColumnForm(dims, one.dtype, mask or not all(map(_ordinary, tensors)))
+            return ColumnForm(None, first.dtype)
+        return ColumnForm(dims, first.dtype, mask or not all(map(_ordinary, tensors)))
 
     def _size(self, values: tuple[int, ...]) -> SymbolicSize:
         """Return the number by batch and lengths, with which all runs have to agree."""
@@ -139,50 +139,51 @@ class _Join:
 
     def _solved(self, values: tuple[int, ...]) -> SymbolicSize:
         many = len(self._lengths)
-        given = torch.tensor(values, dtype=torch.float64)
-        found = (self._solves @ given).round()
-        if not torch.equal(self._basis @ found, given):
+        sizes = torch.tensor(values, dtype=torch.float64)
+        solution = (self._solves @ sizes).round()
+        if not torch.equal(self._basis @ solution, sizes):
             numbers = ", ".join(map(str, values))
             batches = ", ".join(str(batch) for batch, _ in self._points)
             raise _Apart(f"a number is {numbers} where the batch is {batches}")
-        more, per, *rest = map(int, found.tolist())
+        more, per, *rest = map(int, solution.tolist())
         parts = zip(self._lengths, rest[:many], rest[many:], strict=True)
-        return SymbolicSize(per, more, tuple((one, a, b) for one, a, b in parts if a or b))
+        return SymbolicSize(per, more, tuple((dim, a, b) for dim, a, b in parts if a or b))
 
     def template(self, values: Sequence[Any]) -> Any:
-        one = values[0]
-        kind = type(one)
+        first = values[0]
+        kind = type(first)
         if any(type(v) is not kind for v in values):
             raise _Apart("it calls with values of other types")
         if kind is int:
             size = self._size(tuple(values))
-            return size if size.batched or size.lengths else one
+            return size if size.batched or size.lengths else first
         if kind is fx.Node:
-            if is_constant(one):
+            if is_constant(first):
                 self._check_constant(values)
-            elif any(v.name != one.name for v in values):
+            elif any(v.name != first.name for v in values):
                 raise _Apart("it reads another tensor once, and not always")
-            return one
+            return first
         parts = [parts_of(v) or [] for v in values]
-        if parts_of(one) is not None:
-            if any([k for k, _ in own] != [k for k, _ in parts[0]] for own in parts):
+        if parts_of(first) is not None:
+            if any([k for k, _ in part] != [k for k, _ in parts[0]] for part in parts):
                 raise _Apart("it calls with more or fewer values")
             inner = zip(*([part for _, part in own] for own in parts), strict=True)
-            return filled(one, [self.template(own) for own in inner])
+            return filled(first, [self.template(part) for part in inner])
         if kind is slice:
             parts = [[v.start for v in values], [v.stop for v in values], [v.step for v in values]]
             return slice(*(self.template(p) for p in parts))
-        same = all(v is one or v == one or (v != v and one != one) for v in values)
+        same = all(v is first or v == first or (v != v and first != first) for v in values)
         if not same:
-            raise _Apart(f"it calls with {one!r:.40} once, and not always")
-        return one
+            raise _Apart(f"it calls with {first!r:.40} once, and not always")
+        return first
 
     def _check_constant(self, nodes: Sequence[fx.Node]) -> None:
         target = str(nodes[0].target)
         index = int(target.removeprefix(CONSTANT.format("")))
-        one, *others = (r.constants[index] for r in self._runs if index < len(r.constants))
+        first, *others = (r.constants[index] for r in self._runs if index < len(r.constants))
         if any(n.target != target for n in nodes) or any(
-            t.shape != one.shape or t.dtype != one.dtype or not torch.equal(t, one) for t in others
+            t.shape != first.shape or t.dtype != first.dtype or not torch.equal(t, first)
+            for t in others
         ):
             raise _Apart("it uses another tensor that no step of torch's has made")
 
@@ -229,7 +230,7 @@ def _fold(trace: Trace, run: Recording) -> None:
     """Put constants in place of values that are the same for every sample."""
     written = {m for op in trace.ops for m in op.writes}
     moving: set[int] = set()  # what depends on batch or lengths
-    for k, (op, taken) in enumerate(zip(trace.ops, run.taken, strict=True)):
+    for k, (op, again) in enumerate(zip(trace.ops, run.ops, strict=True)):
         steady = not (op.varies or op.writes or op.memory & written)
         fixed = all(f.free and not any(d.lengths for d in f.dims or ()) for f in op.out.values())
         values = filter(None, map(value_of, op.node.all_input_nodes))
@@ -238,7 +239,7 @@ def _fold(trace: Trace, run: Recording) -> None:
         if not fixed:
             moving.add(k)
         if steady and op.out and fixed:
-            for path, tensor in taken.out.items():
+            for path, tensor in again.out.items():
                 with trace.graph.inserting_after(op.nodes[path]):
                     constant = trace.graph.get_attr(CONSTANT.format(len(trace.constants)))
                 op.nodes[path].replace_all_uses_with(constant)
@@ -246,9 +247,9 @@ def _fold(trace: Trace, run: Recording) -> None:
 
 
 def _has_length(node: fx.Node) -> bool:
-    found = []
+    lengths = []
     fx.node.map_aggregate(
         (node.args, node.kwargs),
-        lambda v: found.append(v) if isinstance(v, SymbolicSize) and v.lengths else None,
+        lambda v: lengths.append(v) if isinstance(v, SymbolicSize) and v.lengths else None,
     )
-    return bool(found)
+    return bool(lengths)

@@ -40,8 +40,8 @@ class SymbolicSize:
     def by_row(self) -> int:
         """Return the number per row of the example, or the number if no batch is in it."""
         if self.batched:
-            return self.per + sum(b * one.base for one, _, b in self.lengths)
-        return self.more + sum(a * one.base for one, a, _ in self.lengths)
+            return self.per + sum(b * dim.base for dim, _, b in self.lengths)
+        return self.more + sum(a * dim.base for dim, a, _ in self.lengths)
 
 
 @dataclass(frozen=True, slots=True)
@@ -110,9 +110,9 @@ class TracedProgram:
 
 @dataclass(slots=True)
 class Recording(TracedProgram):
-    """One run. taken: its steps, in order."""
+    """One run. ops: its steps, in order."""
 
-    taken: list[TakenOp]
+    ops: list[TakenOp]
 
 
 def value_of(node: Any) -> Value | None:

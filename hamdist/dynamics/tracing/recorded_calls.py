@@ -76,12 +76,12 @@ def _said(func: Any, kwargs: dict[str, Any]) -> dict[str, Any]:
     """Return the keywords without those that torch adds with defaults (`inplace=False`)."""
     if not isinstance(func, FunctionType):
         return kwargs
-    known = inspect.signature(func).parameters
+    takes = inspect.signature(func).parameters
     plain = (bool, int, float, str, type(None))
     return {
         key: value
         for key, value in kwargs.items()
-        if key not in known or not isinstance(value, plain) or known[key].default is not value
+        if key not in takes or not isinstance(value, plain) or takes[key].default is not value
     }
 
 
@@ -162,13 +162,13 @@ def line_here() -> str:
 
 def line_of(error: BaseException) -> str:
     """Return the last line outside torch that the error passed."""
-    found, trace = "", error.__traceback__
+    line, trace = "", error.__traceback__
     while trace is not None:
         file = trace.tb_frame.f_code.co_filename
         if _is_users(file):
-            found = _line(file, trace.tb_lineno)
+            line = _line(file, trace.tb_lineno)
         trace = trace.tb_next
-    return found
+    return line
 
 
 @lru_cache
@@ -183,11 +183,11 @@ def _line(file: str, number: int) -> str:
 
 def stays_whole(name: str, model: nn.Module, why: Unfollowed) -> str:
     """Return the warning about a module that cannot be cut, with the line that prevents it."""
-    what = f"the model (a {type(model).__name__})"
+    module_name = f"the model (a {type(model).__name__})"
     if name:
-        what = f"{name!r} (a {type(model.get_submodule(name)).__name__})"
+        module_name = f"{name!r} (a {type(model.get_submodule(name)).__name__})"
     at = f", at {why.line}" if why.line else ""
-    return f"{what} stays whole, because {why.reason}{at}"
+    return f"{module_name} stays whole, because {why.reason}{at}"
 
 
 # Files of transformers that make attention masks. They ask whether a mask hides anything at all,
@@ -235,7 +235,7 @@ CONTAINERS = (
 OWN = ("torch.", "hamdist.")  # packages whose modules are one step
 
 
-def _watched(kind: type[nn.Module], own: tuple[str, ...]) -> type[nn.Module]:
+def _watched(kind: type[nn.Module], packages: tuple[str, ...]) -> type[nn.Module]:
     """Return a subclass of `kind` that reports its calls to a recorder. (Of `kind` alone, so that
     an object of it can become one, whatever other classes it has.)
     """
@@ -247,7 +247,7 @@ def _watched(kind: type[nn.Module], own: tuple[str, ...]) -> type[nn.Module]:
             return run(*args, **kwargs)
         return recorder.module(self, run, args, kwargs)
 
-    one_step = kind.__module__.startswith(own) and kind not in CONTAINERS
+    one_step = kind.__module__.startswith(packages) and kind not in CONTAINERS
     shown = {"__module__": __name__, "__call__": call, "_hamdist_one_step": one_step}
     seen = type("_Watched", (kind,), shown)
     return type(kind.__name__, (seen,), {"__module__": kind.__module__})
@@ -264,9 +264,9 @@ class _Shell(nn.Module):
         return self.inner(*args, **kwargs)
 
 
-def watch(model: nn.Module, own: tuple[str, ...] = OWN) -> dict[str, Unfollowed]:
+def watch(model: nn.Module, packages: tuple[str, ...] = OWN) -> dict[str, Unfollowed]:
     """Prepare a model, a copy without other users, for `record`; return the modules that have to
-    stay whole, because they are no Python classes (scripted ones). own: packages whose modules are
+    stay whole, because they are no Python classes (scripted ones). packages: whose modules are
     one step. Raises Unfollowed where the model itself is scripted.
     """
     compiled = "it is compiled (torch.jit)"
@@ -285,5 +285,5 @@ def watch(model: nn.Module, own: tuple[str, ...] = OWN) -> dict[str, Unfollowed]
         kind = type(part)
         if isinstance(part, torch.jit.ScriptModule):
             continue
-        part.__class__ = _watched(kind, own)
+        part.__class__ = _watched(kind, packages)
     return scripted

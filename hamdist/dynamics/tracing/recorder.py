@@ -112,8 +112,8 @@ class _Recorder(TorchFunctionMode):
         self.failure: Unfollowed | None = None
         self.inner_at_failure: str | None = None
         self._graph = fx.Graph()
-        self._taken: list[TakenOp] = []
-        self._known: dict[int, tuple[Tensor, fx.Node]] = {}
+        self._ops: list[TakenOp] = []
+        self._nodes: dict[int, tuple[Tensor, fx.Node]] = {}
         self._graded: dict[int, object] = {}  # `backward_of` it when it was made
         self._constants: list[Tensor] = []
         self._origin: dict[int, fx.Node | int] = {}
@@ -125,7 +125,7 @@ class _Recorder(TorchFunctionMode):
         placeholders = [self._graph.placeholder(name) for name in inputs]
         for name, tensor in (*model.named_parameters(), *model.named_buffers()):
             self._learn(tensor, self._graph.get_attr(name))
-        self._registered = set(self._known)
+        self._registered = set(self._nodes)
         for node, tensor in zip(placeholders, inputs.values(), strict=True):
             self._learn(tensor, node)
 
@@ -164,7 +164,7 @@ class _Recorder(TorchFunctionMode):
         if name in self._whole or (name and part._hamdist_one_step):
             self._check_weights(part)
             call = TorchCall("call_module", name, args, kwargs)
-            return self._take(call, args, kwargs, lambda: run(*args, **kwargs), name, own=part)
+            return self._take(call, args, kwargs, lambda: run(*args, **kwargs), name, part=part)
         self._check_backward((args, kwargs))
         self._stack.append(name)
         hook = hook_of(part)
@@ -203,7 +203,7 @@ class _Recorder(TorchFunctionMode):
         """Fail where an autograd.Function has made a tensor since the last step."""
         with self._a_step():
             for tensor in tensors_in(value):
-                if id(tensor) in self._known and backward_of(tensor) != self._graded[id(tensor)]:
+                if id(tensor) in self._nodes and backward_of(tensor) != self._graded[id(tensor)]:
                     raise self._fails(
                         "it uses an autograd.Function, whose backward is not followed"
                     )
@@ -226,57 +226,57 @@ class _Recorder(TorchFunctionMode):
         kwargs: dict[str, Any],
         run: Callable[[], Any],
         name: str,
-        own: nn.Module | None = None,
+        part: nn.Module | None = None,
     ) -> Any:
         with self._a_step():
-            given = list(tensors_in((args, kwargs)))
+            inputs = list(tensors_in((args, kwargs)))
             arguments = self._template(call.args), self._template(call.kwargs)
             node = self._graph.create_node(call.op, call.target, *arguments)
             if autocast_state() != self._autocast:
                 raise self._fails("it switches autocast on or off")
-            versions = [t._version for t in given]
+            versions = [t._version for t in inputs]
             chance = torch.get_rng_state()
             out = run()
             random = not torch.equal(torch.get_rng_state(), chance)
-            written = [t for t, v in zip(given, versions, strict=True) if t._version != v]
-            made = list(paths_of_tensors(out))
-            varies = random or self._varies(node) or (own is not None and is_stateful(own))
-            if not made and not written:
-                about = own is not None or not given or name in ABOUT
+            written = [t for t, v in zip(inputs, versions, strict=True) if t._version != v]
+            outputs = list(paths_of_tensors(out))
+            varies = random or self._varies(node) or (part is not None and is_stateful(part))
+            if not outputs and not written:
+                about = part is not None or not inputs or name in ABOUT
                 if not about and varies:
                     raise self._fails(f"what it does depends on values of a tensor ({name})")
-                if own is None and not random:
+                if part is None and not random:
                     self._graph.erase_node(node)
                     return out
-            if own is not None or given or made:
+            if part is not None or inputs or outputs:
                 for odd in other_objects(out):
                     raise self._fails(
                         f"{name} returns a {type(odd).__name__}, which is not followed"
                     )
-            self._note(node, given, written, made, random=random, varies=varies)
+            self._note(node, inputs, written, outputs, random=random, varies=varies)
             return out
 
     def _note(
         self,
         node: fx.Node,
-        given: list[Tensor],
+        inputs: list[Tensor],
         written: list[Tensor],
-        made: list[tuple[Path, Tensor]],
+        outputs: list[tuple[Path, Tensor]],
         *,
         random: bool,
         varies: bool,
     ) -> None:
-        k = len(self._taken)
-        taken: TakenOp = Op(
+        k = len(self._ops)
+        recorded: TakenOp = Op(
             node, torch.is_grad_enabled(), self._innermost, line_here(), tuple(self._stack),
-            dict(made), {}, random, varies, set(), set(), set(),
+            dict(outputs), {}, random, varies, set(), set(), set(),
         )  # fmt: skip
-        self._taken.append(taken)
-        for tensor in given:
+        self._ops.append(recorded)
+        for tensor in inputs:
             memory = address_of(tensor)
-            taken.reads |= self._writers.get(memory, set())
+            recorded.reads |= self._writers.get(memory, set())
             if memory in self._varying:
-                taken.varies = True
+                recorded.varies = True
             self._readers.setdefault(memory, set()).add(k)
         for tensor in written:
             memory = address_of(tensor)
@@ -285,34 +285,34 @@ class _Recorder(TorchFunctionMode):
                 raise self._fails("it writes to a tensor that outlives the call")
             if is_weight(origin) and origin.target in self._learned:
                 raise self._fails(f"it changes its weight {origin.target!r}")
-            taken.writes.add(memory)
-            taken.reads |= self._readers.get(memory, set()) - {k}
+            recorded.writes.add(memory)
+            recorded.reads |= self._readers.get(memory, set()) - {k}
             self._writers.setdefault(memory, set()).add(k)
             self._graded[id(tensor)] = backward_of(tensor)
-            if taken.varies:
+            if recorded.varies:
                 self._varying.add(memory)
-        for path, tensor in made:
+        for path, tensor in outputs:
             memory = address_of(tensor)
-            taken.memory.add(memory)
+            recorded.memory.add(memory)
             self._origin.setdefault(memory, k)
             result = node
             for key in path:
                 result = self._graph.call_function(getter(key), (result, key))
             result.meta["value"] = (k, path)
-            taken.nodes[path] = result
-            self._known[id(tensor)] = (tensor, result)
+            recorded.nodes[path] = result
+            self._nodes[id(tensor)] = (tensor, result)
             self._graded[id(tensor)] = backward_of(tensor)
 
     def _learn(self, tensor: Tensor, node: fx.Node) -> None:
-        self._known[id(tensor)] = (tensor, node)
+        self._nodes[id(tensor)] = (tensor, node)
         self._graded[id(tensor)] = backward_of(tensor)
         self._origin.setdefault(address_of(tensor), node)
 
     def _varies(self, node: fx.Node) -> bool:
-        values = [(one, value_of(one)) for one in node.all_input_nodes]
+        values = [(input_node, value_of(input_node)) for input_node in node.all_input_nodes]
         return any(
-            not is_constant(one) if value is None else self._taken[value[0]].varies
-            for one, value in values
+            not is_constant(input_node) if value is None else self._ops[value[0]].varies
+            for input_node, value in values
         )
 
     # -- templates ------------------------------------------------------------------------------
@@ -335,13 +335,13 @@ class _Recorder(TorchFunctionMode):
         return value
 
     def _tensor(self, tensor: Tensor) -> fx.Node:
-        found = self._known.get(id(tensor))
-        if found is not None:
+        entry = self._nodes.get(id(tensor))
+        if entry is not None:
             self._check_backward(tensor)
-            return found[1]
+            return entry[1]
         if tensor.requires_grad:
-            what = "a weight that is not registered" if tensor.is_leaf else "an operation unseen"
-            raise self._fails(f"it uses {what} (autograd.Function, compiled or foreign code)")
+            origin = "a weight that is not registered" if tensor.is_leaf else "an operation unseen"
+            raise self._fails(f"it uses {origin} (autograd.Function, compiled or foreign code)")
         if tensor.layout != torch.strided:
             raise self._fails("it uses a sparse tensor that it keeps beside its weights")
         node = self._graph.get_attr(CONSTANT.format(len(self._constants)))
@@ -360,4 +360,4 @@ class _Recorder(TorchFunctionMode):
                 "them", "", "",
             )  # fmt: skip
         self._graph.output(self._template(learnable))
-        return Recording(self._graph, self._constants, self._origin, self._taken)
+        return Recording(self._graph, self._constants, self._origin, self._ops)

@@ -49,16 +49,16 @@ def trace(
     call: Call,
     *,
     ragged: bool = False,
-    own: tuple[str, ...] = OWN,
+    packages: tuple[str, ...] = OWN,
 ) -> Trace:
     """Return the steps of `model` on `inputs` (examples, (B, ...), by name); it stays as it is.
 
     ragged: samples may have lengths of their own, which is tried; where the model does not take
-    them, or cannot be traced then, `Trace.one_length` has the reason. own: packages whose modules
+    them, or cannot be traced then, `Trace.one_length` has the reason. packages: those whose modules
     are one step. Raises Unfollowed where its own forward cannot be traced.
     """
     probe = copied(model)
-    whole = watch(probe, own)
+    whole = watch(probe, packages)
     why = None
     if ragged:
         try:
@@ -69,9 +69,9 @@ def trace(
             why = "no dimension behind the batch may have another size"
         except Unfollowed as failure:
             why = f"{failure.reason} {failure.line}".strip()
-    made = _followed(probe, inputs, call, whole, ())
-    made.one_length = why
-    return made
+    followed = _followed(probe, inputs, call, whole, ())
+    followed.one_length = why
+    return followed
 
 
 def _followed(
@@ -105,7 +105,7 @@ def traced_whole(
     with torch.random.fork_rng(devices=[]), torch.enable_grad():
         run = record(probe, {name: u.clone() for name, u in inputs.items()}, call, {""})
     batch = next(iter(inputs.values())).shape[0]
-    ops = [_of_one_run(op, batch) for op in run.taken]
+    ops = [_of_one_run(op, batch) for op in run.ops]
     if why.reason.startswith("it raised"):  # and now it did not
         reason = f"with other rows {why.reason}, so its rows are no batch"
         why = Unfollowed(reason, "", why.line)
@@ -139,7 +139,7 @@ def _traced(
         state = _state(probe, names)
         runs.append(record(probe, _rows(inputs, batch, run, sizes), call, names))
         _check_state(probe, state, _state(probe, names))
-    made = joined_runs(runs, points)
+    joined = joined_runs(runs, points)
     one_row = None
     if all(batch > 1 for batch, _ in points):
         try:
@@ -148,7 +148,7 @@ def _traced(
         except Unfollowed as why:  # (a model that fails with one row does so anywhere)
             if not why.reason.startswith("it raised"):
                 one_row = f"{why.reason} {why.line}".strip()
-    return trace_of(runs[0], made, whole, one_row)
+    return trace_of(runs[0], joined, whole, one_row)
 
 
 def _lengths(probe: nn.Module, inputs: Mapping[str, Tensor], call: Call) -> list[Length]:
@@ -156,37 +156,37 @@ def _lengths(probe: nn.Module, inputs: Mapping[str, Tensor], call: Call) -> list
 
     Inputs of one size along an axis change together.
     """
-    found: dict[tuple[int, int], Length] = {}
+    lengths: dict[tuple[int, int], Length] = {}
     for name, u in inputs.items():
         for axis in range(1, u.dim()):
-            found.setdefault((axis, u.shape[axis]), Length(name, axis, u.shape[axis]))
-    taken = []
-    for one in found.values():
+            lengths.setdefault((axis, u.shape[axis]), Length(name, axis, u.shape[axis]))
+    used = []
+    for dim in lengths.values():
         try:
             rows = _rows(
-                inputs, next(iter(inputs.values())).shape[0], 0, {one: other_length(one, 1)}
+                inputs, next(iter(inputs.values())).shape[0], 0, {dim: other_length(dim, 1)}
             )
             record(probe, rows, call, {""})
         except Unfollowed:
             continue
-        taken.append(one)
-    return taken
+        used.append(dim)
+    return used
 
 
 def _rows(
     inputs: Mapping[str, Tensor], batch: int, run: int, sizes: Mapping[Length, int] = NOTHING
 ) -> dict[str, Tensor]:
     """Return inputs with another batch, other lengths, and other values in every run."""
-    made = {}
+    inputs_of_run = {}
     for name, u in inputs.items():
         rows = u[torch.arange(batch) % u.shape[0]]
-        for one, size in sizes.items():
-            if one.axis < u.dim() and u.shape[one.axis] == one.base:
-                rows = rows.index_select(one.axis, torch.arange(size) % one.base)
+        for dim, size in sizes.items():
+            if dim.axis < u.dim() and u.shape[dim.axis] == dim.base:
+                rows = rows.index_select(dim.axis, torch.arange(size) % dim.base)
         if rows.is_floating_point():
             rows = (rows * (1 + run / 8)).requires_grad_().clone()
-        made[name] = rows
-    return made
+        inputs_of_run[name] = rows
+    return inputs_of_run
 
 
 # -- what the model keeps ------------------------------------------------------------------------
@@ -196,7 +196,7 @@ def _state(model: nn.Module, whole: set[str]) -> dict[str, tuple[Fingerprints, F
     """Return the Python state of a user's modules, without those that stay whole, and what they
     have registered.
     """
-    found = {}
+    states = {}
     for name, part in model.named_modules():
         inner = any(name == w or name.startswith(f"{w}.") for w in whole)
         if is_foreign(type(part)) and not inner:
@@ -204,8 +204,8 @@ def _state(model: nn.Module, whole: set[str]) -> dict[str, tuple[Fingerprints, F
             for key, value in vars(type(part)).items():  # the class that `watch` has made
                 if not key.startswith("__"):
                     state.add(key, value)
-            found[name] = state, _registered(part)
-    return found
+            states[name] = state, _registered(part)
+    return states
 
 
 def _registered(part: nn.Module) -> Fingerprints:
@@ -234,15 +234,15 @@ def _check_state(
     for name, (values, registered) in after.items():
         changed = before[name][0].differing(values)
         if not changed:
-            for what in before[name][1].differing(registered):
-                raise Unfollowed(f"its forward changes {what!r} of the module", name, "")
+            for part in before[name][1].differing(registered):
+                raise Unfollowed(f"its forward changes {part!r} of the module", name, "")
             continue
         attributes = vars(model.get_submodule(name))
         mutable = mutable_in(attributes[n] for n in changed if n in attributes)
         users = [name]
-        for other, (own, _) in after.items():
-            reads = names_in(model.get_submodule(other)) & {*changed} - own.marks.keys()
-            if other != name and (mutable & own.ids.keys() or reads):
+        for other, (held, _) in after.items():
+            reads = names_in(model.get_submodule(other)) & {*changed} - held.marks.keys()
+            if other != name and (mutable & held.ids.keys() or reads):
                 users.append(other)
         around = commonpath([user.replace(".", "/") for user in users]).replace("/", ".")
         reason = f"its forward changes {changed[0]!r}, which is Python state"

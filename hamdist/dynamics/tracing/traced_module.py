@@ -206,25 +206,25 @@ def appended(
 
     Returns their result. Calls that a `GraphModule` cannot write become modules of `module`.
     """
-    known: dict[fx.Node, Any] = {}
-    given = iter(arguments)
+    values: dict[fx.Node, Any] = {}
+    remaining = iter(arguments)
     grad = True
     for node in module.hamdist_graph.nodes:
-        args, kwargs = fx.map_arg((node.args, node.kwargs), known.__getitem__)
+        args, kwargs = fx.map_arg((node.args, node.kwargs), values.__getitem__)
         if node.op == "placeholder":
-            known[node] = next(given)
+            values[node] = next(remaining)
         elif node.op == "output":
             return args[0]
         elif node.target is SET_GRAD:
             grad = node.args[0] is not False
         elif node.target is torch.is_grad_enabled:
-            known[node] = None
+            values[node] = None
         elif node.op in ("call_module", "get_attr"):
-            known[node] = graph.create_node(node.op, f"{prefix}{node.target}", args, kwargs)
+            values[node] = graph.create_node(node.op, f"{prefix}{node.target}", args, kwargs)
         elif grad and not isinstance(node.target, Bound):
-            known[node] = graph.create_node(node.op, node.target, args, kwargs)
+            values[node] = graph.create_node(node.op, node.target, args, kwargs)
         else:
-            name = f"hamdist_step_{len(known)}"
+            name = f"hamdist_step_{len(values)}"
             module.add_module(name, Called(node.op, node.target, grad))
-            known[node] = graph.call_module(f"{prefix}{name}", args, kwargs)
+            values[node] = graph.call_module(f"{prefix}{name}", args, kwargs)
     return None

@@ -13,7 +13,7 @@ from typing import TypeAlias
 import torch
 from torch import Tensor
 
-from hamdist.dynamics.saved_state.remember import Remembers
+from hamdist.dynamics.saved_state.stateful import Stateful
 from hamdist.dynamics.vjp.gradient import (
     Column,
     Factors,
@@ -28,7 +28,7 @@ from hamdist.dynamics.vjp.gradient import (
 Copies: TypeAlias = dict[tuple[int, ...], Tensor]  # by the identities of what was copied
 
 
-class GradientSum(Remembers):
+class GradientSum(Stateful):
     """The sum of the gradients of a function's weights, in separate memory."""
 
     def __init__(self) -> None:
@@ -42,7 +42,7 @@ class GradientSum(Remembers):
             g.settle()
         copies: Copies = {}
         before = self._sums or [[] for _ in g]
-        self._sums = [_added(total, one, copies) for total, one in zip(before, g, strict=True)]
+        self._sums = [_added(total, g_i, copies) for total, g_i in zip(before, g, strict=True)]
 
     def take(self) -> list[Gradient] | None:
         """Returns the sum, and begins anew; None where nothing was added."""
@@ -50,27 +50,27 @@ class GradientSum(Remembers):
         copies: Copies = {}
         if sums is None:
             return None
-        return [one if isinstance(one, Tensor) else _joined(one, copies) for one in sums]
+        return [total if isinstance(total, Tensor) else _joined(total, copies) for total in sums]
 
 
-def _added(total: Tensor | list[Factors], one: Gradient, copies: Copies) -> Tensor | list[Factors]:
+def _added(total: Tensor | list[Factors], g_i: Gradient, copies: Copies) -> Tensor | list[Factors]:
     if isinstance(total, list):
-        if not isinstance(one, Tensor) and _stays(total, one, copies):
-            return [*total, _joined([one], copies)]
+        if not isinstance(g_i, Tensor) and _stays(total, g_i, copies):
+            return [*total, _joined([g_i], copies)]
         if not total:
-            return one.clone() if isinstance(one, Tensor) else one.dense()
+            return g_i.clone() if isinstance(g_i, Tensor) else g_i.dense()
         total = dense(_joined(total, {}))
-    add_to(total, one, 1.0)
+    add_to(total, g_i, 1.0)
     return total
 
 
-def _stays(total: Sequence[Factors], one: Factors, copies: Copies) -> bool:
+def _stays(total: Sequence[Factors], factors: Factors, copies: Copies) -> bool:
     """Return True if a sum stays in factors; for a bias, if that of its matrix does."""
-    if isinstance(one, Column):
-        return (id(one.z),) in copies
-    outputs = one.z.shape[1]
-    inputs, columns = (one.x.shape[1],) * 2 if isinstance(one, Outer) else (one.many, 1)
-    return sum(len(part.z) for part in (*total, one)) * (outputs + columns) <= outputs * inputs
+    if isinstance(factors, Column):
+        return (id(factors.z),) in copies
+    outputs = factors.z.shape[1]
+    inputs, columns = (factors.x.shape[1],) * 2 if isinstance(factors, Outer) else (factors.many, 1)
+    return sum(len(part.z) for part in (*total, factors)) * (outputs + columns) <= outputs * inputs
 
 
 def _joined(parts: Sequence[Factors], copies: Copies) -> Factors:

@@ -15,10 +15,10 @@ import torch
 from torch import Tensor
 
 from hamdist.config import AverageSettings
-from hamdist.dynamics.saved_state.remember import Remembers
+from hamdist.dynamics.saved_state.stateful import Stateful
 
 
-class Average(Remembers):
+class Average(Stateful):
     """The average. values: a_k, in the order of the weights; at first the weights."""
 
     def __init__(self, theta: Sequence[Tensor], settings: AverageSettings) -> None:

@@ -153,8 +153,8 @@ def _inputs(settings: InputsSettings | str) -> Whitening | None:
 
 
 def _clip(limit: float | ClipSettings | str) -> float:
-    own = limit.norm if isinstance(limit, ClipSettings) and limit.of == "block" else limit
-    return own if isinstance(own, float) else math.inf  # (of the network: Block.step)
+    clip = limit.norm if isinstance(limit, ClipSettings) and limit.of == "block" else limit
+    return clip if isinstance(clip, float) else math.inf  # (of the network: Block.step)
 
 
 def _first(*values: float | None) -> float:
@@ -230,7 +230,7 @@ def _unknown_tau(d: DynamicsSettings, phi: TickSchedule | None) -> float:
         "phi": d.phi is not None or phi is not None,
         "eta": d.eta is not None or d.eta_omega is not None,
     }
-    open_ = [name for name, known in names.items() if not known]
+    open_ = [name for name, is_known in names.items() if not is_known]
     if open_:
         raise LevelError(
             "dynamics.tau 'stamps': the step is known only when the stream runs, so nothing can "
@@ -313,7 +313,7 @@ def _check_recipes(d: Dynamics, tau: float | None, knobs: Locality) -> None:
             "leave one of them out"
         )
     each = [d, *(d._with(block) for block in d.blocks.values())]
-    if tau is not None and any(abs(1 - tau * one.eta_omega) <= TOLERANCE for one in each):
+    if tau is not None and any(abs(1 - tau * k.eta_omega) <= TOLERANCE for k in each):
         raise LevelError(
             "compensation 'look-ahead' without momentum: there is nothing that could carry the "
             "weights ahead; set learning.momentum (or dynamics.eta_omega below 1/tau)"
@@ -337,17 +337,17 @@ def _check_wave(d: Dynamics, tau: float | None, knobs: Locality) -> None:
         )
     each = [d, *(d._with(block) for block in d.blocks.values())]
     needs: list[tuple[str, list[float], float]] = [
-        ("c tau", [one.c * tau for one in each], 1.0),
+        ("c tau", [k.c * tau for k in each], 1.0),
         ("sign", [d.sign], -1.0),
     ]
     if knobs.pulse:
-        needs.append(("eta_z", [one.eta_z for one in each], 0.0))
-    for what, current, needed in needs:
+        needs.append(("eta_z", [k.eta_z for k in each], 0.0))
+    for constant, current, needed in needs:
         for value in current:
             if not math.isclose(value, needed, abs_tol=TOLERANCE):
                 raise LevelError(
-                    f"dynamics: {what} = {value:g} with presentation {name!r}: a {name} is the "
-                    f"travelling wave of {what} = {needed:g}; use presentation 'hold'"
+                    f"dynamics: {constant} = {value:g} with presentation {name!r}: a {name} is the "
+                    f"travelling wave of {constant} = {needed:g}; use presentation 'hold'"
                 )
 
 

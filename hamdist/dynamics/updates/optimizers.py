@@ -27,7 +27,7 @@ from torch.optim.lr_scheduler import LRScheduler, ReduceLROnPlateau
 from hamdist.config import MUON, VECTORS, OptimizerSettings, Order, optimizer_class
 from hamdist.dynamics.finite import OutOfRange, Scale
 from hamdist.dynamics.graph.patterns import fitting
-from hamdist.dynamics.saved_state.remember import Remembers, check_names
+from hamdist.dynamics.saved_state.stateful import Stateful, check_names
 from hamdist.dynamics.updates.constants import Dynamics
 from hamdist.dynamics.updates.weights import Weights
 from hamdist.dynamics.vjp.gradient import AtOnce, Gradient, dense
@@ -83,14 +83,14 @@ class OptimizerRule:
             raise TypeError("a rule has settings or a function")
         result = _called("optimizer", block, self.function, parameters)
         optimizers = list(result) if isinstance(result, (list, tuple)) else [result]
-        for one in optimizers:
-            if not isinstance(one, Optimizer):
+        for opt in optimizers:
+            if not isinstance(opt, Optimizer):
                 raise SettingsError(
-                    f"optimizer: the function returned {_kind(one)} for block {block!r}; return "
+                    f"optimizer: the function returned {_kind(opt)} for block {block!r}; return "
                     "a torch.optim.Optimizer of the parameters that it gets, or a list of some"
                 )
-            _check_optimizer(one, block, parameters)
-        seen = [id(p) for one in optimizers for group in one.param_groups for p in group["params"]]
+            _check_optimizer(opt, block, parameters)
+        seen = [id(p) for opt in optimizers for group in opt.param_groups for p in group["params"]]
         if len(seen) > len(set(seen)):
             raise SettingsError(
                 f"optimizer: two optimisers of block {block!r} have the same parameter; give each "
@@ -106,23 +106,23 @@ class OptimizerRule:
         """
         if self.scheduler is None:
             return []
-        schedulers = [_called("scheduler", block, self.scheduler, one) for one in optimizers]
-        for one in schedulers:
-            if isinstance(one, ReduceLROnPlateau) or not isinstance(one, LRScheduler):
+        schedulers = [_called("scheduler", block, self.scheduler, opt) for opt in optimizers]
+        for lr in schedulers:
+            if isinstance(lr, ReduceLROnPlateau) or not isinstance(lr, LRScheduler):
                 raise SettingsError(
-                    f"scheduler: the function returned {_kind(one)}; return a scheduler of "
+                    f"scheduler: the function returned {_kind(lr)}; return a scheduler of "
                     "torch.optim.lr_scheduler whose step() needs no measured loss: it is stepped "
                     "once per sample"
                 )
         return schedulers
 
 
-def _called(what: str, block: str, function: Callable[[Any], Any], argument: Any) -> Any:
+def _called(option: str, block: str, function: Callable[[Any], Any], argument: Any) -> Any:
     try:
         return function(argument)
     except Exception as error:
         raise SettingsError(
-            f"{what}: the function failed for block {block!r}: {type(error).__name__}: {error} "
+            f"{option}: the function failed for block {block!r}: {type(error).__name__}: {error} "
             "(it is called for each block alone: a list that it picks of them may be empty)"
         ) from error
 
@@ -131,16 +131,16 @@ def _kind(value: object) -> str:
     return f"a {type(value).__name__}"
 
 
-def _check_optimizer(one: Optimizer, block: str, parameters: Sequence[nn.Parameter]) -> None:
-    kind, known = type(one).__name__, {id(p) for p in parameters}
-    closure = inspect.signature(one.step).parameters.get("closure")
+def _check_optimizer(opt: Optimizer, block: str, parameters: Sequence[nn.Parameter]) -> None:
+    kind, owned = type(opt).__name__, {id(p) for p in parameters}
+    closure = inspect.signature(opt.step).parameters.get("closure")
     if closure is not None and closure.default is inspect.Parameter.empty:
         raise SettingsError(
             f"optimizer: {kind} asks for the loss again within a step (a closure), which a block "
             "does not have; use one that moves by the gradient alone"
         )
-    for group in one.param_groups:
-        if not all(id(p) in known for p in group["params"]):
+    for group in opt.param_groups:
+        if not all(id(p) in owned for p in group["params"]):
             raise SettingsError(
                 f"optimizer: {kind} of block {block!r} has parameters that are not the block's; "
                 "make it of those that the function gets"
@@ -187,7 +187,7 @@ def _fits(name: str, p: Tensor, pattern: str) -> bool:
     return p.ndim < 2 if pattern == VECTORS else fitting(name, [pattern]) is not None
 
 
-class BlockOptimizers(Remembers):
+class BlockOptimizers(Stateful):
     """The optimisers of one block, and their schedulers.
 
     Their state is what `state_dict` says, with weights by name instead of by number. A run that
@@ -202,21 +202,21 @@ class BlockOptimizers(Remembers):
         self._schedulers = rule.schedulers(block, self.optimizers)
         self._item = 0  # which the schedulers stand at
         self._began: Any = None  # the arguments that they were made with
-        state = self.snapshot()
+        state = self.state_dict()
         groups = [one["param_groups"] for one in state["optimizers"]]
         self._began = copy.deepcopy([groups, state["schedulers"]])
 
     def step(self, gradients: Sequence[Tensor], scale: float) -> None:
         """Move the weights by `gradients`, with `scale` times the step sizes of the groups."""
-        groups = [group for one in self.optimizers for group in one.param_groups]
+        groups = [group for opt in self.optimizers for group in opt.param_groups]
         rates = [group["lr"] for group in groups]
         for p, g in zip(self._parameters, gradients, strict=True):
             p.grad = g.clone()  # which some optimisers use up, as foreach with Nesterov's momentum
         if scale != 1:
             for group, rate in zip(groups, rates, strict=True):
                 group["lr"] = rate * scale
-        for one in self.optimizers:
-            one.step()
+        for opt in self.optimizers:
+            opt.step()
         if scale != 1:
             for group, rate in zip(groups, rates, strict=True):
                 group["lr"] = rate
@@ -234,48 +234,48 @@ class BlockOptimizers(Remembers):
             with warnings.catch_warnings():
                 if not self._item:  # (a sample without target has no step of the optimiser)
                     warnings.filterwarnings("ignore", r".*lr_scheduler\.step\(\)")
-                for one in self._schedulers:
-                    one.step()
+                for opt in self._schedulers:
+                    opt.step()
             self._item += 1
 
-    def snapshot(self) -> dict[str, Any]:
+    def state_dict(self) -> dict[str, Any]:
         """Return the state by the weights' names, in tensors that later steps overwrite."""
         return {
-            "kinds": [type(one).__name__ for one in self.optimizers],
-            "optimizers": [self._by_name(one) for one in self.optimizers],
-            "schedulers": [one.state_dict() for one in self._schedulers],
+            "kinds": [type(opt).__name__ for opt in self.optimizers],
+            "optimizers": [self._by_name(opt) for opt in self.optimizers],
+            "schedulers": [opt.state_dict() for opt in self._schedulers],
             "began": self._began,
             "item": self._item,
         }
 
-    def restore(self, state: Mapping[str, Any]) -> None:
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Continue from `state`; raise SnapshotError where it is of other weights."""
         check_names("optimiser", state, ("kinds", "optimizers", "schedulers", "began", "item"))
         alike = state["began"] == self._began
-        kinds = [type(one).__name__ for one in self.optimizers]
+        kinds = [type(opt).__name__ for opt in self.optimizers]
         check_names("block's optimisers", dict.fromkeys(state["kinds"]), kinds)
-        for one, saved in zip(self.optimizers, state["optimizers"], strict=True):
-            names = self._order(one)
+        for opt, saved in zip(self.optimizers, state["optimizers"], strict=True):
+            names = self._order(opt)
             then = [name for group in saved["param_groups"] for name in group["params"]]
             check_names("optimiser", dict.fromkeys(then), names)
-            groups = saved["param_groups"] if alike else self._by_name(one)["param_groups"]
+            groups = saved["param_groups"] if alike else self._by_name(opt)["param_groups"]
             place = {name: i for i, name in enumerate(names)}
             numbered = [{**g, "params": [place[n] for n in g["params"]]} for g in groups]
             state_by_place = {place.get(key, key): value for key, value in saved["state"].items()}
-            one.load_state_dict({**saved, "state": state_by_place, "param_groups": numbered})
+            opt.load_state_dict({**saved, "state": state_by_place, "param_groups": numbered})
             for p in self._parameters:  # (`load_state_dict` gives tensors the type of the weight)
                 if self._names[id(p)] in saved["state"]:
-                    one.state[p].update(saved["state"][self._names[id(p)]])
+                    opt.state[p].update(saved["state"][self._names[id(p)]])
         if alike:
             self._item = state["item"]
             for scheduler, saved in zip(self._schedulers, state["schedulers"], strict=True):
                 scheduler.load_state_dict(saved)
 
-    def _order(self, one: Optimizer) -> list[str]:
-        return [self._names[id(p)] for group in one.param_groups for p in group["params"]]
+    def _order(self, opt: Optimizer) -> list[str]:
+        return [self._names[id(p)] for group in opt.param_groups for p in group["params"]]
 
-    def _by_name(self, one: Optimizer) -> dict[str, Any]:
-        names, state = self._order(one), one.state_dict()
+    def _by_name(self, opt: Optimizer) -> dict[str, Any]:
+        names, state = self._order(opt), opt.state_dict()
         groups = [{**g, "params": [names[i] for i in g["params"]]} for g in state["param_groups"]]
         by_name = {names[k] if isinstance(k, int) else k: v for k, v in state["state"].items()}
         return {**state, "state": by_name, "param_groups": groups}
@@ -331,7 +331,7 @@ class OptimizerWeights(Weights):
             g = self._inputs.applied(g)
         gain = self._gain(g, tau)
         # Fresh tensors: omega outlives the memory of gradients.
-        gradients = [one.clone() if isinstance(one, Tensor) else dense(one) for one in g]
+        gradients = [g_i.clone() if isinstance(g_i, Tensor) else dense(g_i) for g_i in g]
         if gain != 1:
             torch._foreach_mul_(gradients, gain)
         norm = math.hypot(*(float(n) for n in torch._foreach_norm(gradients)))

@@ -31,7 +31,7 @@ from typing import TypeAlias
 import torch
 from torch import Tensor
 
-from hamdist.dynamics.saved_state.remember import Remembers
+from hamdist.dynamics.saved_state.stateful import Stateful
 
 Pair: TypeAlias = "list[Tensor | None]"  # of the costates (O, O) and the inputs (I, I)
 
@@ -43,18 +43,18 @@ def eigenvectors(factors: Pair) -> Pair:
     LAPACK does not come to an end on factors of tiny numbers: they are scaled, which leaves Q.
     """
     torch.get_num_threads()  # (a new thread computes with as many as the others from here on)
-    found: Pair = []
+    bases: Pair = []
     for f in factors:
         largest = 0.0 if f is None else float(f.abs().max())
         if f is None or not math.isfinite(largest):
-            found.append(None)
+            bases.append(None)
         else:
             scaled = f.double() / largest if largest else f.double()
-            found.append(torch.linalg.eigh(scaled)[1].to(f.dtype))
-    return found
+            bases.append(torch.linalg.eigh(scaled)[1].to(f.dtype))
+    return bases
 
 
-class Rotation(Remembers):
+class Rotation(Stateful):
     """The axes of one layer: `bases` (Q_B, Q_A), and the `factors` that the next will be of."""
 
     STATE = ("bases", "factors")
@@ -75,9 +75,9 @@ class Rotation(Remembers):
         """Use the axes that `refresh` has asked for (computed now if a snapshot was between)."""
         if self.factors is None:
             return
-        found = self._computed.result() if self._computed else eigenvectors(self.factors)
+        bases = self._computed.result() if self._computed else eigenvectors(self.factors)
         self.factors, self._computed, before = None, None, self.bases
-        self.bases = [b if q is None else q for q, b in zip(found, before, strict=True)]
+        self.bases = [b if q is None else q for q, b in zip(bases, before, strict=True)]
         self._turn = [
             None if q is None else (q.t() if old is None else q.t() @ old).square()
             for q, old in zip(self.bases, before, strict=True)
@@ -119,11 +119,11 @@ class Axes:
         return self._each(tensors, Rotation.into)
 
     def _each(
-        self, tensors: Sequence[Tensor], made: Callable[[Rotation, Tensor], Tensor]
+        self, tensors: Sequence[Tensor], rotate: Callable[[Rotation, Tensor], Tensor]
     ) -> list[Tensor]:
         result = list(tensors)
         for weight, _, _, rotation in self._layers:
-            result[weight] = made(rotation, result[weight])
+            result[weight] = rotate(rotation, result[weight])
         return result
 
     def move(

@@ -29,7 +29,7 @@ from torch import Tensor
 
 from hamdist.config import AdaptiveSettings, Order
 from hamdist.dynamics.finite import OutOfRange, Scale
-from hamdist.dynamics.saved_state.remember import Remembers
+from hamdist.dynamics.saved_state.stateful import Stateful
 from hamdist.dynamics.updates.average import Average
 from hamdist.dynamics.updates.constants import Dynamics
 from hamdist.dynamics.updates.rotation import NO_AXES
@@ -48,7 +48,7 @@ from hamdist.dynamics.vjp.gradient import (
 )
 
 
-class Weights(Remembers):
+class Weights(Stateful):
     """theta (moved in place) and omega, as lists in the order of the function's parameters.
 
     names: of the parameters, where their rates beta differ. average: of the weights, or None.
@@ -85,7 +85,7 @@ class Weights(Remembers):
         self._inputs = None if dynamics.inputs is None else InputWhitening(dynamics.inputs)
         self.average = None if dynamics.average is None else Average(self.theta, dynamics.average)
         self._squares: list[Tensor] = []  # v, of adaptive rates
-        self._known: tuple[float, float, AtOnce | None] | None = None  # the latest `at_once`
+        self._latest: tuple[float, float, AtOnce | None] | None = None  # the latest `at_once`
         self._fading = 1.0  # product of the shares of omega that were kept
 
     STATE: ClassVar[tuple[str, ...]] = (
@@ -94,13 +94,13 @@ class Weights(Remembers):
     )
     ADDED: ClassVar[Mapping[str, Any]] = {"_first_cost": None}
 
-    def snapshot(self) -> dict[str, Any]:
+    def state_dict(self) -> dict[str, Any]:
         """Return all but theta, which is in the state of the local function.
 
         omega stays in factors where it is: the order 'simultaneous' moves theta by them in the next
         tick.
         """
-        state = super().snapshot()
+        state = super().state_dict()
         if self._factors is not None:
             state["_factors"] = self._settled()
         return state
@@ -117,8 +117,8 @@ class Weights(Remembers):
         g, gain = self._settled()
         return abs(gain) * norm_of(g) if g else norm_of(self._omega or ())
 
-    def restore(self, state: Mapping[str, Any]) -> None:
-        super().restore(state)
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        super().load_state_dict(state)
         self._mine = False
 
     @property
@@ -126,7 +126,7 @@ class Weights(Remembers):
         """Return the weights' costates, never written to once they have been read here."""
         if self._factors is not None:
             g, gain = self._settled()
-            self._omega, self._factors = [dense(one) * gain for one in g], None
+            self._omega, self._factors = [dense(g_i) * gain for g_i in g], None
         if self._omega is None:
             self._omega = [torch.zeros_like(t) for t in self.theta]
         self._mine = False
@@ -146,8 +146,8 @@ class Weights(Remembers):
 
         None where theta does not move by the present gradient alone.
         """
-        known = self._known
-        if known is None or known[0] != scale or known[1] != tau:
+        latest = self._latest
+        if latest is None or latest[0] != scale or latest[1] != tau:
             permission = None
             alone = self._adaptive is None and not self._cost and self._omega_first
             alone = alone and self._clip == math.inf and self._inputs is None
@@ -155,8 +155,8 @@ class Weights(Remembers):
                 gain = -self._sign * tau
                 rates = tuple(-(tau * scale) * beta * gain for beta in self._rates)
                 permission = AtOnce(rates, self._largest / abs(gain))
-            known = self._known = (scale, tau, permission)
-        return known[2]
+            latest = self._latest = (scale, tau, permission)
+        return latest[2]
 
     def move(self, g: Sequence[Gradient] | None, scale: float, tau: float) -> None:
         """Make one update with gradient g (None: zero). scale: of beta, in this tick."""
@@ -193,7 +193,7 @@ class Weights(Remembers):
             self._factors, self._omega = (g, -self._sign * tau), None
             self._bound = math.inf  # the cell has looked at every layer's
             return
-        in_tensors = g is None or all(isinstance(one, Tensor) for one in g)
+        in_tensors = g is None or all(isinstance(g_i, Tensor) for g_i in g)
         if g is not None and not in_tensors and not self._cost:
             self._move_fused(g, scale, tau, self._gain(g, tau))
             return
@@ -285,8 +285,8 @@ class Weights(Remembers):
         if self._omega is None or not self._mine:
             self._omega = [o.clone() for o in self.omega]
             self._mine = True
-        for omega, one in zip(self._omega, g, strict=True):
-            add_to(omega, one, gain, keeps)
+        for omega, g_i in zip(self._omega, g, strict=True):
+            add_to(omega, g_i, gain, keeps)
         if self._ahead:
             self._move_ahead(g, self._omega, scale, tau, gain)
             self._mine = True
@@ -299,11 +299,11 @@ class Weights(Remembers):
         A bound of omega's norm follows from the factors; the norm itself is computed only where the
         bound is too large.
         """
-        waiting = [one for one in g if not has_moved(one)]
+        waiting = [g_i for g_i in g if not has_moved(g_i)]
         most = abs(gain) * bound(waiting)
         most += abs(keeps) * self._bound if keeps else 0.0
         if not most <= self._largest:
-            omega: list[Tensor] = [dense(one) * gain for one in g]
+            omega: list[Tensor] = [dense(g_i) * gain for g_i in g]
             if keeps:
                 omega = list(torch._foreach_add(omega, self.omega, alpha=keeps))
             most = math.hypot(*(float(n) for n in torch._foreach_norm(omega)))
@@ -387,9 +387,9 @@ class Weights(Remembers):
         """Set theta -= step beta omega."""
         if self._factors is not None:
             g, gain = self._factors
-            for theta, one, beta in zip(self.theta, g, self._rates, strict=True):
-                if step * beta and not has_moved(one):
-                    add_to(theta, one, -step * beta * gain)
+            for theta, g_i, beta in zip(self.theta, g, self._rates, strict=True):
+                if step * beta and not has_moved(g_i):
+                    add_to(theta, g_i, -step * beta * gain)
         elif self._omega is not None:
             if min(self._rates) == max(self._rates):
                 rate = step * self._rates[0]

@@ -28,7 +28,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from hamdist.dynamics.saved_state.remember import Remembers, taken
+from hamdist.dynamics.saved_state.stateful import Stateful, popped
 from hamdist.dynamics.updates.rotation import Axes, Rotation
 from hamdist.dynamics.vjp.gradient import Column, Gradient, Outer, dense
 from hamdist.dynamics.vjp.layer_inputs import GradientsWithInputs, costate_rows, rows_of
@@ -50,7 +50,7 @@ class Whitening:
     costates: bool = False
 
 
-class InputStatistics(Remembers):
+class InputStatistics(Stateful):
     """mu (I,), A (I, I), P (I, I) of the inputs of one layer, after so many `updates`.
 
     B (O, O): `outer`, of its costates. bias: place of the layer's.
@@ -70,7 +70,7 @@ class InputStatistics(Remembers):
     ADDED: ClassVar[Mapping[str, Any]] = {
         "outer": None,
         "bias": -1,
-        "rotation": Rotation().snapshot(),
+        "rotation": Rotation().state_dict(),
     }
 
     def see(self, x: Tensor, z: Tensor | None = None) -> None:
@@ -118,7 +118,7 @@ class InputStatistics(Remembers):
         return Outer(g.z, x), Column(g.z * (1 - torch.mv(x, self.mean)).unsqueeze(1))
 
 
-class InputWhitening(Remembers):
+class InputWhitening(Stateful):
     """Whitening of all linear layers of a local function.
 
     That is of layers whose gradients come as factors, or with the inputs of the layer
@@ -130,14 +130,14 @@ class InputWhitening(Remembers):
         self.rule = rule
         self.layers: dict[int, InputStatistics] = {}  # by the place of the weight
 
-    def snapshot(self) -> dict[str, Any]:
-        return {"layers": {i: layer.snapshot() for i, layer in self.layers.items()}}
+    def state_dict(self) -> dict[str, Any]:
+        return {"layers": {i: layer.state_dict() for i, layer in self.layers.items()}}
 
-    def restore(self, state: Mapping[str, Any]) -> None:
-        layers, _ = taken(state, "layers")
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        layers, _ = popped(state, "layers")
         self.layers = {i: InputStatistics(self.rule) for i in layers}
         for i, layer in self.layers.items():
-            layer.restore(layers[i])
+            layer.load_state_dict(layers[i])
 
     def applied(self, g: Sequence[Gradient]) -> list[Gradient]:
         """Return the gradients of one update as they are used, in the order of the weights.
@@ -147,15 +147,15 @@ class InputWhitening(Remembers):
         if isinstance(g, GradientsWithInputs):
             return self._watched(g)
         gradients = list(g)
-        for i, one in enumerate(g):
-            if not isinstance(one, Outer):
+        for i, g_i in enumerate(g):
+            if not isinstance(g_i, Outer):
                 continue
-            bias = _bias(g, one)
+            bias = _bias(g, g_i)
             if bias is None:
                 continue
             layer = self._layer(i, bias)
-            layer.see(one.x, one.z)
-            gradients[i], gradients[bias] = layer.factors(one)
+            layer.see(g_i.x, g_i.z)
+            gradients[i], gradients[bias] = layer.factors(g_i)
         return gradients
 
     @property
@@ -173,17 +173,17 @@ class InputWhitening(Remembers):
         gradients = list(g)
         for (layer, read), costates in zip(g.read, g.costates, strict=True):
             weight, bias = dense(g[layer.weight]), dense(g[layer.bias])
-            known = self._layer(layer.weight, layer.bias)
+            whitening = self._layer(layer.weight, layer.bias)
             z = costate_rows(layer.module, costates).to(weight.dtype)
-            known.see(rows_of(layer.module, read).to(weight.dtype), z)
-            flat, gradients[layer.bias] = whitened(weight.flatten(1), bias, known)
+            whitening.see(rows_of(layer.module, read).to(weight.dtype), z)
+            flat, gradients[layer.bias] = whitened(weight.flatten(1), bias, whitening)
             gradients[layer.weight] = flat.view_as(weight)
         return gradients
 
 
 def _bias(g: Sequence[Gradient], of: Outer) -> int | None:
     """Return the place of the bias whose gradient has the same rows."""
-    places = (j for j, one in enumerate(g) if isinstance(one, Column) and one.z is of.z)
+    places = (j for j, g_i in enumerate(g) if isinstance(g_i, Column) and g_i.z is of.z)
     return next(places, None)
 
 

@@ -26,7 +26,7 @@ def copied(thing: T, memo: dict[int, Any] | None = None) -> T:
     memo = {} if memo is None else memo
     modules = thing if isinstance(thing, tuple) else (thing,)
     for part in (p for m in modules if isinstance(m, nn.Module) for p in m.modules()):
-        for tensor in _kept(vars(part)):
+        for tensor in _tensors(vars(part)):
             if not tensor.is_leaf:
                 memo[id(tensor)] = tensor.detach()
         for buffer in part._buffers.values():
@@ -61,12 +61,12 @@ def _uncopied(modules: tuple[Any, ...], memo: dict[int, Any], error: TypeError) 
     )
 
 
-def _kept(value: Any) -> Iterator[Tensor]:
+def _tensors(value: Any) -> Iterator[Tensor]:
     """Yield the tensors in an attribute, a list or dict of them."""
     if isinstance(value, Tensor):
         yield value
     for _, part in parts_of(value) or ():
-        yield from _kept(part)
+        yield from _tensors(part)
 
 
 def overlaps(tensor: Tensor) -> bool:

@@ -15,14 +15,7 @@ from collections import deque
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from functools import cached_property, partial
-from types import (
-    BuiltinMethodType,
-    CodeType,
-    FunctionType,
-    MethodType,
-    ModuleType,
-    SimpleNamespace,
-)
+from types import BuiltinMethodType, CodeType, FunctionType, MethodType, ModuleType, SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -174,10 +167,10 @@ def modules_of(function: Any) -> list[nn.Module]:
     """List the modules that a loss is, is a method of, or refers to."""
     held = Fingerprints()
     held.add("", function)
-    for one in _functions(function):
-        read = {n: one.__globals__.get(n) for n in _names(one.__code__)}
-        cells = inspect.getclosurevars(one).nonlocals
-        held.add("names", (read, dict(cells), one.__defaults__))
+    for used in _functions(function):
+        read = {n: used.__globals__.get(n) for n in _names(used.__code__)}
+        cells = inspect.getclosurevars(used).nonlocals
+        held.add("names", (read, dict(cells), used.__defaults__))
     return [value for value in held.ids.values() if isinstance(value, nn.Module)]
 
 
@@ -202,7 +195,7 @@ class Outside(Fingerprints):
         super().__init__()
         parts = [part for module in modules for part in module.modules()]
         inside = (t for part in parts for t in (part, *part._parameters.values()))
-        self._own = {id(t) for t in inside if t is not None}
+        self._inside = {id(t) for t in inside if t is not None}
         self._read: set[int] = set()
         self._names = {"forward", "backward", "setup_context"}
         self.classes: list[type] = []
@@ -210,9 +203,9 @@ class Outside(Fingerprints):
         for part in parts:
             for value in (type(part), *hooks_of(part), *vars(part).values()):
                 self._code_of(value)
-        known = -1
-        while known != len(self._read):  # until no further names come up
-            known = len(self._read)
+        count_before = -1
+        while count_before != len(self._read):  # until no further names come up
+            count_before = len(self._read)
             for name, _, value in list(self._members()):
                 if name in self._names or name.startswith("__"):
                     self._code_of(value)
@@ -266,7 +259,7 @@ class Outside(Fingerprints):
             if value.__name__.partition(".")[0] not in _LIBRARIES and not _is_installed(value):
                 for name in names & vars(value).keys():
                     self._value(f"{name!r} of {value.__name__}", vars(value)[name], set(), False)
-        elif id(value) in self._own:
+        elif id(value) in self._inside:
             self.captured.append(label)
         else:
             self._code_of(value)

@@ -62,11 +62,11 @@ def filled(value: Any, parts: Sequence[Any]) -> Any:
     """Return a template like `value`, with other parts."""
     if type(value) is tuple:
         return tuple(parts)
-    made = hasattr(value, "_fields") or dataclasses.is_dataclass(value)
-    if not made and not isinstance(value, dict):  # (a torch.Size becomes a tuple)
+    by_fields = hasattr(value, "_fields") or dataclasses.is_dataclass(value)
+    if not by_fields and not isinstance(value, dict):  # (a torch.Size becomes a tuple)
         return list(parts) if isinstance(value, list) else tuple(parts)
     by_key = tuple(zip([key for key, _ in parts_of(value) or ()], parts, strict=True))
-    if not made:
+    if not by_fields:
         return dict(by_key)
     return Built(value.kind if isinstance(value, Built) else type(value), by_key)
 

@@ -21,7 +21,7 @@ import torch
 from torch import Tensor, nn
 
 from hamdist.dynamics.graph.graph import Combine
-from hamdist.dynamics.saved_state.remember import check_names
+from hamdist.dynamics.saved_state.stateful import check_names
 from hamdist.dynamics.user_modules.copies import copied
 from hamdist.dynamics.vjp.autograd import AutogradFunction
 from hamdist.dynamics.vjp.seeding import OwnGenerator
@@ -54,13 +54,13 @@ class AutocastFunction(AutogradFunction):
         self._calls = 0
         self._measured: list[float] = []
 
-    def snapshot(self) -> dict[str, Any]:
+    def state_dict(self) -> dict[str, Any]:
         counts = {"calls": self._calls, "measured": self._measured}
-        return {"cell": super().snapshot(), **counts}
+        return {"cell": super().state_dict(), **counts}
 
-    def restore(self, state: Mapping[str, Any]) -> None:
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
         check_names("cell under autocast", state, ("cell", "calls", "measured"))
-        super().restore(state["cell"])
+        super().load_state_dict(state["cell"])
         self._calls, self._measured = state["calls"], list(state["measured"])
 
     @property

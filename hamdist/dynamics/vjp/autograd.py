@@ -19,11 +19,7 @@ from torch import Tensor, nn
 from torch.func import functional_call
 
 from hamdist.dynamics.graph.graph import Combine, combined
-from hamdist.dynamics.saved_state.remember import (
-    Slot,
-    graph_slots,
-    nested_slots,
-)
+from hamdist.dynamics.saved_state.stateful import Slot, graph_slots, nested_slots
 from hamdist.dynamics.tracing.traced_module import TracedModule
 from hamdist.dynamics.user_modules.python_state import SETS_REQUIRES_GRAD
 from hamdist.dynamics.vjp.gradient import AtOnce, Gradient

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from hamdist.dynamics.graph.graph import Combine, combined
-from hamdist.dynamics.saved_state.remember import Slot, check_names, fill, nested_slots
+from hamdist.dynamics.saved_state.stateful import Slot, check_names, fill, nested_slots
 from hamdist.dynamics.vjp.gradient import AtOnce, Gradient, Gradients
 from hamdist.dynamics.vjp.kernels import KeptTensors
 from hamdist.dynamics.vjp.local_function import ModuleFunction
@@ -29,7 +29,7 @@ from hamdist.errors import SnapshotError
 class Steps:
     """The record of a forward pass. kept: by step; inputs: by parent, and which are wanted."""
 
-    kept: list[KeptTensors]
+    saved: list[KeptTensors]
     inputs: list[Tensor]
     wanted: tuple[bool, ...]
     output: Tensor
@@ -61,14 +61,14 @@ class ClosedFunction(ModuleFunction):
         if only is not None and len(inputs) == 1:
             x = inputs[0]
             x = x.detach() if x.requires_grad else x
-            before = None if old is None or only.lasting else old.kept[0]
+            before = None if old is None or only.lasting else old.saved[0]
             output = only.kernel.forward(before, x)
             return Steps([output], [x], (wanted[0] and x.is_floating_point(),), output[0])
         states = [t.detach() if t.requires_grad else t for t in inputs]
         wants = tuple(w and t.is_floating_point() for w, t in zip(wanted, states, strict=True))
-        before = None if old is None else old.kept
-        kept = run_steps(self._steps, combined(self._combine, states), before)
-        return Steps(kept, states, wants, kept[-1][0])
+        before = None if old is None else old.saved
+        saved = run_steps(self._steps, combined(self._combine, states), before)
+        return Steps(saved, states, wants, saved[-1][0])
 
     def pull(
         self,
@@ -120,9 +120,9 @@ class ClosedFunction(ModuleFunction):
             iter([Slot(name, slot.value, slot.set) for name, slot in slots]),
             _by_kernel(state["kept"]),
         )
-        for step, kept in zip(self._steps, record.kept, strict=True):
+        for step, saved in zip(self._steps, record.saved, strict=True):
             if isinstance(step.kernel, Chain):
-                kept[0] = kept[1][-1][0]  # the chain's output is that of its last kernel
+                saved[0] = saved[1][-1][0]  # the chain's output is that of its last kernel
         record.output.data.copy_(state["output"])
         return record
 
@@ -130,7 +130,7 @@ class ClosedFunction(ModuleFunction):
         return list(record.wanted)
 
     def _slots(self, record: Any) -> Iterator[Slot]:
-        return nested_slots(record.kept)
+        return nested_slots(record.saved)
 
     def _pulled_through(
         self, record: Steps, cotangent: Tensor, wanted: tuple[bool, ...], g: Gradients | None
@@ -139,11 +139,11 @@ class ClosedFunction(ModuleFunction):
         needs = self._wanted(wanted, weights=g is not None)
         only = self._only
         if only is not None and len(wanted) == 1 and needs[-1][0]:
-            (m,) = only.kernel.pull(record.kept[0], cotangent, wanted, g)
+            (m,) = only.kernel.pull(record.saved[0], cotangent, wanted, g)
             if not wanted[0]:
                 return [None]
             return [torch.zeros_like(record.inputs[0]) if m is None else m]
-        about = pull_steps(self._steps, record.kept, cotangent, needs, g)
+        about = pull_steps(self._steps, record.saved, cotangent, needs, g)
         return self._apart(record, wanted, about)
 
     def _wanted(
@@ -151,12 +151,12 @@ class ClosedFunction(ModuleFunction):
     ) -> list[tuple[bool, tuple[bool, ...]]]:
         """Return `needed` for messages to these parents."""
         key = (*wanted, weights)
-        known = self._needs.get(key)
-        if known is None:
+        needs = self._needs.get(key)
+        if needs is None:
             places = _combined_places(self._combine, len(wanted))
             asks = [any(wanted[p] for p in place) for place in places]
-            known = self._needs[key] = needed(self._steps, asks, weights=weights)
-        return known
+            needs = self._needs[key] = needed(self._steps, asks, weights=weights)
+        return needs
 
     def _apart(
         self, record: Steps, wanted: tuple[bool, ...], about: Sequence[Tensor | None]
@@ -195,12 +195,12 @@ def closed_cell(
     return None if program is None else ClosedFunction(module, combine, seed, program)
 
 
-def _by_kernel(kept: Sequence[Sequence[Any]]) -> list[tuple[str, Any]]:
+def _by_kernel(saved: Sequence[Sequence[Any]]) -> list[tuple[str, Any]]:
     """Return what each kernel keeps, named by its place there alone, however chains join them.
 
-    kept: by name, `kept.STEP.i`; in a chain that was not one call of C `kept.STEP.1.KERNEL.i`, and
+    saved: by name, `kept.STEP.i`; in a chain that was not one call of C `kept.STEP.1.KERNEL.i`, and
     `kept.STEP.0` is its last kernel's output once more.
     """
-    joined = {name.rsplit(".", 2)[0] for name, _ in kept if name.count(".") > 2}
+    joined = {name.rsplit(".", 2)[0] for name, _ in saved if name.count(".") > 2}
     repeated = {f"{step.removesuffix('.1')}.0" for step in joined}
-    return [(name.rsplit(".", 1)[1], value) for name, value in kept if name not in repeated]
+    return [(name.rsplit(".", 1)[1], value) for name, value in saved if name not in repeated]

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from hamdist.dynamics.native import rows
-from hamdist.dynamics.saved_state.remember import known
+from hamdist.dynamics.saved_state.stateful import registered
 
 # A product of two vectors that is added to a matrix of this size or more is faster as `addr_` than
 # as `addmm_` (1024 x 1024 on a core of an EPYC 9004: 100 against 150 us; 256 x 256: 11 against 8).
@@ -60,7 +60,7 @@ class Gradients(list["Gradient | None"]):
             make(self)
 
 
-@known("Outer")
+@registered("Outer")
 @dataclass(slots=True)
 class Outer:
     """g = z^T x, of a matrix (O, I). z: (R, O), x: (R, I). moved: the weight has moved by it."""
@@ -80,7 +80,7 @@ class Outer:
             tensor.addmm_(self.z.t(), self.x, beta=beta, alpha=alpha)
 
 
-@known("Column")
+@registered("Column")
 @dataclass(slots=True)
 class Column:
     """g = sum of the rows of z, of a bias (O,). z: (R, O). moved: as in `Outer`."""
@@ -100,7 +100,7 @@ class Column:
             tensor.addmv_(self.z.t(), self.z.new_ones(rows), beta=beta, alpha=alpha)
 
 
-@known("Rows")
+@registered("Rows")
 @dataclass(slots=True)
 class TableRows:
     """g_i = sum of the rows z_r with index_r = i, of a table (N, O). index: (R,), z: (R, O)."""
@@ -142,7 +142,7 @@ def all_moved(g: Sequence[Gradient] | None) -> bool:
 
 def all_dense(g: Sequence[Gradient]) -> list[Tensor]:
     """Return the gradients as tensors like their weights."""
-    return [dense(one) for one in g]
+    return [dense(g_i) for g_i in g]
 
 
 def add_to(tensor: Tensor, g: Gradient, alpha: float, beta: float = 1.0) -> None:
@@ -169,14 +169,14 @@ def norm_of(g: Sequence[Gradient]) -> float:
     I of the product itself; the cheaper one is taken.
     """
     squares = 0.0
-    for one in g:
-        if isinstance(one, Outer):
-            rows_, out, into = *one.z.shape, one.x.shape[1]
+    for g_i in g:
+        if isinstance(g_i, Outer):
+            rows_, out, into = *g_i.z.shape, g_i.x.shape[1]
             if rows_ * (out + into) < out * into:
-                together = (one.z @ one.z.t()).mul_(one.x @ one.x.t())
+                together = (g_i.z @ g_i.z.t()).mul_(g_i.x @ g_i.x.t())
                 squares += max(0.0, float(together.sum()))
                 continue
-        squares += float(torch.linalg.vector_norm(dense(one))) ** 2
+        squares += float(torch.linalg.vector_norm(dense(g_i))) ** 2
     return math.sqrt(squares)
 
 
@@ -189,20 +189,20 @@ def bound(g: Sequence[Gradient]) -> float:
     looked: list[Tensor] = []
     shares: list[tuple[float, int, int]] = []  # a factor, and one or two of the norms
     last: Tensor | None = None  # a layer's matrix and bias have one z
-    for one in g:
-        if isinstance(one, Outer):
+    for g_i in g:
+        if isinstance(g_i, Outer):
             shares.append((1.0, len(looked), len(looked) + 1))
-            last = one.z
-            looked += (last, one.x)
-        elif isinstance(one, Tensor):
+            last = g_i.z
+            looked += (last, g_i.x)
+        elif isinstance(g_i, Tensor):
             shares.append((1.0, len(looked), -1))
-            looked.append(one)
+            looked.append(g_i)
             last = None
         else:
-            if one.z is not last:  # its norm stands one before the last
-                last = one.z
+            if g_i.z is not last:  # its norm stands one before the last
+                last = g_i.z
                 looked += (last, last)
-            shares.append((math.sqrt(one.z.shape[0]), len(looked) - 2, -1))
+            shares.append((math.sqrt(g_i.z.shape[0]), len(looked) - 2, -1))
     norms = _norms(looked)
     squares = 0.0
     for factor, a, b in shares:

@@ -48,7 +48,7 @@ class Kernel(ABC):
 
     @abstractmethod
     def pull(
-        self, kept: KeptTensors, z: Tensor, wanted: tuple[bool, ...], g: Gradients | None
+        self, saved: KeptTensors, z: Tensor, wanted: tuple[bool, ...], g: Gradients | None
     ) -> tuple[Tensor | None, ...]:
         """Return z^T df/dx per input (None where not wanted); put z^T df/dtheta into `g`."""
 
@@ -101,9 +101,9 @@ class Linear(Kernel):
         return [out, flat, y]
 
     def pull(
-        self, kept: KeptTensors, z: Tensor, wanted: tuple[bool, ...], g: Gradients | None
+        self, saved: KeptTensors, z: Tensor, wanted: tuple[bool, ...], g: Gradients | None
     ) -> tuple[Tensor | None, ...]:
-        _, x, y = kept
+        _, x, y = saved
         d = z if z.dim() == 2 else z.reshape(y.shape)
         if self.relu:
             d = aten.threshold_backward(d, y, 0)
@@ -131,11 +131,11 @@ class Embedding(Kernel):
         return [nn.functional.embedding(x, self._table), x]
 
     def pull(
-        self, kept: KeptTensors, z: Tensor, wanted: tuple[bool, ...], g: Gradients | None
+        self, saved: KeptTensors, z: Tensor, wanted: tuple[bool, ...], g: Gradients | None
     ) -> tuple[Tensor | None, ...]:
         (w,) = self.weights
         if g is not None and w is not None:
-            index, z_rows = kept[1].reshape(-1), z.reshape(-1, z.shape[-1])
+            index, z_rows = saved[1].reshape(-1), z.reshape(-1, z.shape[-1])
             if self._padding is not None:
                 z_rows = z_rows * (index != self._padding).unsqueeze(1).to(z_rows.dtype)
             g[w] = TableRows(index, z_rows, self._table.shape[0])
@@ -145,18 +145,18 @@ class Embedding(Kernel):
 class Unary(Kernel):
     """An operation without weights on one input."""
 
-    def product(self, kept: KeptTensors, z: Tensor) -> Tensor:
+    def product(self, saved: KeptTensors, z: Tensor) -> Tensor:
         """Return z^T df/dx."""
         raise NotImplementedError
 
     def pull(
         self,
-        kept: KeptTensors,
+        saved: KeptTensors,
         z: Tensor,
         wanted: tuple[bool, ...],
         g: Gradients | None,  # noqa: ARG002
     ) -> tuple[Tensor | None, ...]:
-        return (self.product(kept, z) if wanted[0] else None,)
+        return (self.product(saved, z) if wanted[0] else None,)
 
 
 class FromResult(Unary):
@@ -187,17 +187,15 @@ class FromResult(Unary):
     def forward(self, old: KeptTensors | None, x: Tensor) -> KeptTensors:  # noqa: ARG002
         return [self._run(x)]
 
-    def product(self, kept: KeptTensors, z: Tensor) -> Tensor:
-        return self._back(z, kept[0])
+    def product(self, saved: KeptTensors, z: Tensor) -> Tensor:
+        return self._back(z, saved[0])
 
 
 class FromInput(Unary):
     """An elementwise operation whose derivative follows from its input: df/dx z = back(z, x)."""
 
     def __init__(
-        self,
-        run: Callable[[Tensor], Tensor],
-        back: Callable[[Tensor, Tensor], Tensor],
+        self, run: Callable[[Tensor], Tensor], back: Callable[[Tensor, Tensor], Tensor]
     ) -> None:
         self._run = run
         self._back = back
@@ -205,8 +203,8 @@ class FromInput(Unary):
     def forward(self, old: KeptTensors | None, x: Tensor) -> KeptTensors:  # noqa: ARG002
         return [self._run(x), x]
 
-    def product(self, kept: KeptTensors, z: Tensor) -> Tensor:
-        return self._back(z, kept[1])
+    def product(self, saved: KeptTensors, z: Tensor) -> Tensor:
+        return self._back(z, saved[1])
 
 
 class Reshape(Unary):
@@ -220,8 +218,8 @@ class Reshape(Unary):
     def forward(self, old: KeptTensors | None, x: Tensor) -> KeptTensors:  # noqa: ARG002
         return [self._run(x), x.shape]
 
-    def product(self, kept: KeptTensors, z: Tensor) -> Tensor:
-        return z.reshape(kept[1])
+    def product(self, saved: KeptTensors, z: Tensor) -> Tensor:
+        return z.reshape(saved[1])
 
 
 class ScaleKernel(Unary):
@@ -236,7 +234,7 @@ class ScaleKernel(Unary):
     def forward(self, old: KeptTensors | None, x: Tensor) -> KeptTensors:  # noqa: ARG002
         return [x * self._factor]
 
-    def product(self, kept: KeptTensors, z: Tensor) -> Tensor:  # noqa: ARG002
+    def product(self, saved: KeptTensors, z: Tensor) -> Tensor:  # noqa: ARG002
         return z * self._factor
 
 
@@ -255,7 +253,7 @@ class Add(Kernel):
 
     def pull(
         self,
-        kept: KeptTensors,
+        saved: KeptTensors,
         z: Tensor,
         wanted: tuple[bool, ...],
         g: Gradients | None,  # noqa: ARG002
@@ -263,8 +261,8 @@ class Add(Kernel):
         a, b = wanted
         second = z if self._sign == 1 else z * self._sign
         return (
-            (z if z.shape == kept[1] else z.sum_to_size(kept[1])) if a else None,
-            (second if z.shape == kept[2] else second.sum_to_size(kept[2])) if b else None,
+            (z if z.shape == saved[1] else z.sum_to_size(saved[1])) if a else None,
+            (second if z.shape == saved[2] else second.sum_to_size(saved[2])) if b else None,
         )
 
 
@@ -289,9 +287,9 @@ class LayerNorm(Kernel):
         return [y, x, mean, rstd]
 
     def pull(
-        self, kept: KeptTensors, z: Tensor, wanted: tuple[bool, ...], g: Gradients | None
+        self, saved: KeptTensors, z: Tensor, wanted: tuple[bool, ...], g: Gradients | None
     ) -> tuple[Tensor | None, ...]:
-        _, x, mean, rstd = kept
+        _, x, mean, rstd = saved
         mask = [wanted[0], *(g is not None and w is not None for w in self.weights)]
         to, g_w, g_b = aten.native_layer_norm_backward(
             z.contiguous(), x, self._shape, mean, rstd, self._w, self._b, mask
@@ -319,13 +317,13 @@ class Conv2d(Kernel):
         return [y, x]
 
     def pull(
-        self, kept: KeptTensors, z: Tensor, wanted: tuple[bool, ...], g: Gradients | None
+        self, saved: KeptTensors, z: Tensor, wanted: tuple[bool, ...], g: Gradients | None
     ) -> tuple[Tensor | None, ...]:
-        stride, padding, dilation = self._how
+        (_, x), (stride, padding, dilation) = saved, self._how
         mask = [wanted[0], *(g is not None and w is not None for w in self.weights)]
         sizes = None if self._b is None else list(self._b.shape)
         to, g_w, g_b = aten.convolution_backward(
-            z, kept[1], self._w, sizes, stride, padding, dilation, False, [0, 0], self._groups, mask
+            z, x, self._w, sizes, stride, padding, dilation, False, [0, 0], self._groups, mask
         )
         if g is not None:
             g.put(self.weights, (g_w, g_b))

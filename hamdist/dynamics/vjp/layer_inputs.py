@@ -39,11 +39,11 @@ class GradientsWithInputs(list[Gradient]):
 
     def __init__(
         self,
-        found: Sequence[Gradient],
+        gradients: Sequence[Gradient],
         read: Sequence[tuple[InputLayer, Sequence[Tensor]]],
         costates: Sequence[Sequence[Tensor]],
     ) -> None:
-        super().__init__(found)
+        super().__init__(gradients)
         self.read = read
         self.costates = costates
 
@@ -58,8 +58,8 @@ class LayerInputs:
             for m in module.modules()
             if is_watched(m) and id(m.weight) in places and id(m.bias) in places
         ]
-        many = Counter(place for one in layers for place in (one.weight, one.bias))
-        self.layers = [one for one in layers if many[one.weight] == many[one.bias] == 1]
+        many = Counter(place for layer in layers for place in (layer.weight, layer.bias))
+        self.layers = [layer for layer in layers if many[layer.weight] == many[layer.bias] == 1]
         self._costates: list[list[Tensor]] = [[] for _ in self.layers]  # of the latest pull
 
     @contextmanager
@@ -86,9 +86,9 @@ class LayerInputs:
         """Return gradients with the inputs of their forward pass, and its costates."""
         costates = [list(z) for z in self._costates]
         self.forget()
-        known = [*zip(self.layers, read, costates, strict=True)]
+        passes = [*zip(self.layers, read, costates, strict=True)]
         return GradientsWithInputs(
-            g, [(layer, x) for layer, x, _ in known if x], [z for _, x, z in known if x]
+            g, [(layer, x) for layer, x, _ in passes if x], [z for _, x, z in passes if x]
         )
 
     def forget(self) -> None:

@@ -15,7 +15,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from hamdist.dynamics.graph.graph import EXTRA, Combine
-from hamdist.dynamics.saved_state.remember import Remembers, Slot, check_names, fill, held
+from hamdist.dynamics.saved_state.stateful import Slot, Stateful, check_names, fill, held
 from hamdist.dynamics.vjp.gradient import AtOnce, Gradient
 from hamdist.dynamics.vjp.seeding import OwnGenerator
 from hamdist.errors import SnapshotError
@@ -37,16 +37,16 @@ class ForwardRecord:
     read: list[list[Tensor]] = field(default_factory=list)
 
 
-class LocalFunction(Remembers, ABC):
+class LocalFunction(Stateful, ABC):
     """f(h_parents; theta), and z^T df/dh_parent, z^T df/dtheta.
 
     Attributes:
         module: computes f.
         names, theta: of the weights that learn and belong to the block, in one order.
-        borrowed: names of weights that belong to another block (graph/ties.py).
+        foreign: names of weights that belong to another block (graph/ties.py).
     """
 
-    borrowed: Collection[str] = ()
+    foreign: Collection[str] = ()
 
     def __init__(self, module: nn.Module, names: Sequence[str], theta: Sequence[Tensor]) -> None:
         self.module = module
@@ -119,17 +119,17 @@ class ModuleFunction(LocalFunction):
     def _slots(self, record: Any) -> Iterator[Slot]:
         """Yield the tensors that a record keeps, in an order that the module alone gives."""
 
-    def snapshot(self) -> dict[str, Any]:
+    def state_dict(self) -> dict[str, Any]:
         """Return weights and buffers of the module, its extra state, and that of its generator."""
         state = self.module.state_dict()
         return {
             "parameters": dict(self.module.named_parameters()),
             "buffers": dict(self.module.named_buffers()),
             "extra": {k: v for k, v in state.items() if k.endswith(EXTRA)},
-            "random": self._random.snapshot() if isinstance(self._random, OwnGenerator) else None,
+            "random": self._random.state_dict() if isinstance(self._random, OwnGenerator) else None,
         }
 
-    def restore(self, state: Mapping[str, Any]) -> None:
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Restore in place: all aliases of a weight's memory stay valid."""
         check_names("cell", state, ("parameters", "buffers", "extra", "random"))
         _write(dict(self.module.named_parameters()), state["parameters"])
@@ -137,7 +137,7 @@ class ModuleFunction(LocalFunction):
         for key, extra in state["extra"].items():
             self.module.get_submodule(key[: -len(EXTRA)].rstrip(".")).set_extra_state(extra)
         if isinstance(self._random, OwnGenerator) and state["random"] is not None:
-            self._random.restore(state["random"])
+            self._random.load_state_dict(state["random"])
 
     def held(self, record: Any) -> dict[str, Any]:
         """Return a record as plain data (saved_state/)."""

@@ -12,12 +12,7 @@ from collections.abc import Sequence
 import torch
 from torch import Size, Tensor, int64
 
-from hamdist.dynamics.native.chain import (
-    MOST,
-    NativeChain,
-    Operation,
-    OperationKind,
-)
+from hamdist.dynamics.native.chain import MOST, NativeChain, Operation, OperationKind
 from hamdist.dynamics.native.rows import reads as is_readable
 from hamdist.dynamics.vjp.gradient import AtOnce, Column, Gradient, Gradients, Outer, TableRows
 from hamdist.dynamics.vjp.kernels import KeptTensors, Kernel, Reshape, like
@@ -66,7 +61,7 @@ class Chain(Kernel):
 
     def forward(self, old: KeptTensors | None, x: Tensor) -> KeptTensors:
         shape = self._shapes.get(x.shape)
-        native, made = shape or self._sizes_of(x)
+        native, out_shape = shape or self._sizes_of(x)
         if native is None or self.apart or x.dtype is not self._dtype or not x.is_cpu:
             return self._one_by_one(old, x)
         x = x.contiguous()
@@ -74,7 +69,7 @@ class Chain(Kernel):
         inner = like(old, 2, (native.inner,), self._w)
         if old is None or inner is not old[2]:
             inner.zero_()  # what fills the outputs up is part of the record
-        y = like(None if self.lasting else old, 3, made, self._w)
+        y = like(None if self.lasting else old, 3, out_shape, self._w)
         if not native.forward(x, inner, y):
             return self._one_by_one(old, x)  # which says what is wrong
         return [y, x, inner, y]
@@ -84,7 +79,7 @@ class Chain(Kernel):
 
         All kernels run once, by torch: they know the shapes of what they make.
         """
-        shapes = [x.shape, *(made[0].shape for made in run_steps(self._steps, [x], None))]
+        shapes = [x.shape, *(saved[0].shape for saved in run_steps(self._steps, [x], None))]
         adds = [s.reads for s in self._steps if len(s.reads) == 2]
         native = None
         if x.numel() and all(shapes[a] == shapes[b] for a, b in adds):
@@ -95,23 +90,23 @@ class Chain(Kernel):
             native = NativeChain(self._operations, sizes)
         if len(self._shapes) >= SHAPES:
             self._shapes.clear()
-        known = native if native is not None and native.runs else None
-        self._shapes[x.shape] = known, shapes[-1]
+        runnable = native if native is not None and native.runs else None
+        self._shapes[x.shape] = runnable, shapes[-1]
         return self._shapes[x.shape]
 
     def _one_by_one(self, old: KeptTensors | None, x: Tensor) -> KeptTensors:
         """Return the output, and the tensors that each kernel keeps."""
         before = old[1] if old is not None and len(old) == 2 and not self.lasting else None
-        kept = run_steps(self._steps, [x], before)
-        return [kept[-1][0], kept]
+        saved = run_steps(self._steps, [x], before)
+        return [saved[-1][0], saved]
 
     def pull(
-        self, kept: KeptTensors, z: Tensor, wanted: tuple[bool, ...], g: Gradients | None
+        self, saved: KeptTensors, z: Tensor, wanted: tuple[bool, ...], g: Gradients | None
     ) -> tuple[Tensor | None, ...]:
-        if len(kept) == 2:
+        if len(saved) == 2:
             needs = needed(self._steps, wanted, weights=g is not None)
-            return tuple(pull_steps(self._steps, kept[1], z, needs, g))
-        _, x, inner, y = kept
+            return tuple(pull_steps(self._steps, saved[1], z, needs, g))
+        _, x, inner, y = saved
         native, _ = self._shapes.get(x.shape) or self._sizes_of(x)
         if native is None:
             raise RuntimeError("a record of the C code, which cannot step its input")
@@ -150,16 +145,16 @@ class Chain(Kernel):
         for i, (op, places) in enumerate(zip(self._operations, self._places, strict=True)):
             if not places:
                 continue
-            done, of_z = bool(moved >> i & 1), native.kept(i, d)
-            found: tuple[Gradient, ...]
+            done, of_z = bool(moved >> i & 1), native.saved(i, d)
+            parts: tuple[Gradient, ...]
             if op.kind is OperationKind.LINEAR:
-                found = Outer(of_z, native.read_by(i, x, inner), done), Column(of_z, done)
+                parts = Outer(of_z, native.read_by(i, x, inner), done), Column(of_z, done)
             elif op.kind is OperationKind.NORM:
-                found = Column(of_z[:1], done), Column(of_z[1:], done)
+                parts = Column(of_z[:1], done), Column(of_z[1:], done)
             else:
                 rows = 0 if op.w is None else op.w.shape[0]
-                found = (TableRows(x.view(-1), of_z, rows, done),)
-            g.put(places, found)
+                parts = (TableRows(x.view(-1), of_z, rows, done),)
+            g.put(places, parts)
 
 
 def chain_of(kernels: Sequence[Kernel], reads: Sequence[tuple[int, ...]]) -> Chain | None:

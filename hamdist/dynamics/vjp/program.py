@@ -62,7 +62,7 @@ class _Program:
             id(p): i for i, p in enumerate(p for p in module.parameters() if p.requires_grad)
         }
         self._used: set[int] = set()
-        self._made: list[tuple[Kernel, tuple[int, ...]]] = []
+        self._kernels: list[tuple[Kernel, tuple[int, ...]]] = []
         self._owns: set[int] = set()  # places whose memory an activation may work in
 
     def read(self) -> list[ProgramStep]:
@@ -78,41 +78,41 @@ class _Program:
             last = self._chain(self._module, 0, alone=True)
         else:
             last = self._traced()
-        if last != self._arguments + len(self._made) - 1 or not self._made:
+        if last != self._arguments + len(self._kernels) - 1 or not self._kernels:
             raise _Unknown  # the output is not the last value: nothing to gain
         if len(self._used) < len(self._trained):
             raise _Unknown  # weights outside the program
         if self._native:
             self._join()
-        return self._steps(self._arguments + len(self._made) - 1)
+        return self._steps(self._arguments + len(self._kernels) - 1)
 
     def _join(self) -> None:
         """Replace kernels by chains, each of as many as follow each other and are in C.
 
         Of what a chain makes, nobody else reads more than its last value, and it reads one value.
         """
-        last_reader = {p: i for i, (_, reads) in enumerate(self._made) for p in reads}
+        last_reader = {p: i for i, (_, reads) in enumerate(self._kernels) for p in reads}
         joined: list[tuple[Kernel, tuple[int, ...]]] = []
         now_at = {place: place for place in range(self._arguments)}  # of a value, by its place
         i = 0
-        while i < len(self._made):
+        while i < len(self._kernels):
             chain, end = self._longest(i, last_reader)
-            kernel, reads = self._made[i]
+            kernel, reads = self._kernels[i]
             reads = tuple(now_at[p] for p in (reads if chain is None else reads[:1]))
             joined.append((kernel if chain is None else chain, reads))
             i = end
             now_at[self._arguments + i - 1] = self._arguments + len(joined) - 1
-        self._made = joined
+        self._kernels = joined
 
     def _longest(self, i: int, last_reader: dict[int, int]) -> tuple[Chain | None, int]:
         """Return the longest chain from kernel i on, and the kernel behind it."""
-        source, *_ = self._made[i][1]
+        source, *_ = self._kernels[i][1]
         kernels: list[Kernel] = []
         local: dict[int, int] = {source: 0}
         reads: list[tuple[int, ...]] = []
         best: tuple[Chain | None, int] = None, i + 1
-        for k in range(i, len(self._made)):
-            kernel, places = self._made[k]
+        for k in range(i, len(self._kernels)):
+            kernel, places = self._kernels[k]
             if any(p not in local for p in places):
                 break
             kernels.append(kernel)
@@ -120,7 +120,7 @@ class _Program:
             place = self._arguments + k
             local[place] = len(kernels)
             inside = (p for p in local if p not in (source, place))
-            if any(last_reader.get(p, len(self._made)) > k for p in inside):
+            if any(last_reader.get(p, len(self._kernels)) > k for p in inside):
                 continue
             chain = chain_of(kernels, reads)
             if chain is not None:
@@ -133,12 +133,12 @@ class _Program:
         That is the output, and every value that shares memory with it.
         """
         leaving = {last}
-        for i in range(len(self._made) - 1, -1, -1):
-            kernel, reads = self._made[i]
+        for i in range(len(self._kernels) - 1, -1, -1):
+            kernel, reads = self._kernels[i]
             if self._arguments + i in leaving and (kernel.in_place or isinstance(kernel, Reshape)):
                 leaving.update(reads)
         steps = []
-        for i, (kernel, reads) in enumerate(self._made):
+        for i, (kernel, reads) in enumerate(self._kernels):
             leaves = self._arguments + i in leaving
             if isinstance(kernel, Chain):  # the rest of it stays
                 kernel.lasting = leaves
@@ -151,8 +151,8 @@ class _Program:
                 if w in self._used:
                     raise _Unknown  # a weight that is used twice
                 self._used.add(w)
-        self._made.append((kernel, reads))
-        place = self._arguments + len(self._made) - 1
+        self._kernels.append((kernel, reads))
+        place = self._arguments + len(self._kernels) - 1
         if kernel.owns:
             self._owns.add(place)
         return place
@@ -169,22 +169,22 @@ class _Program:
     def _layer(self, m: Any, place: int, *, alone: bool) -> int:
         """Add the kernel of a layer. alone: it is the only reader of the value at `place`."""
 
-        def own(*names: str) -> tuple[int | None, ...]:
+        def indices(*names: str) -> tuple[int | None, ...]:
             return tuple(self._index(m, name) for name in names)
 
         kind = type(m)
         if kind is nn.Linear:
-            return self._add(Linear(m, own("weight", "bias")), place)
+            return self._add(Linear(m, indices("weight", "bias")), place)
         if kind is nn.LayerNorm:
-            return self._add(LayerNorm(m, own("weight", "bias")), place)
+            return self._add(LayerNorm(m, indices("weight", "bias")), place)
         if kind is nn.Conv2d:
             if m.padding_mode != "zeros" or isinstance(m.padding, str):
                 raise _Unknown
-            return self._add(Conv2d(m, own("weight", "bias")), place)
+            return self._add(Conv2d(m, indices("weight", "bias")), place)
         if kind is nn.Embedding:
             if m.max_norm is not None or m.scale_grad_by_freq or m.sparse:
                 raise _Unknown
-            return self._add(Embedding(m, own("weight")), place)
+            return self._add(Embedding(m, indices("weight")), place)
         if kind is nn.Identity or (kind is nn.Dropout and m.p == 0):
             if not alone:
                 raise _Unknown  # one value under two names
@@ -209,7 +209,7 @@ class _Program:
         if from_result is not None:
             run, in_place, back, act = from_result
             works = alone and place in self._owns
-            maker = self._made[place - self._arguments][0] if works else None
+            maker = self._kernels[place - self._arguments][0] if works else None
             if kind is nn.ReLU and isinstance(maker, Linear):
                 maker.relu = True
                 self._owns.discard(place)
@@ -230,7 +230,7 @@ class _Program:
         last = -1
         for node in graph.nodes:
             if node.op == "placeholder":
-                if node.args or str(node.target).startswith("*") or self._made:
+                if node.args or str(node.target).startswith("*") or self._kernels:
                     raise _Unknown
                 places[node] = len(places)
             elif node.op == "output":

@@ -39,9 +39,9 @@ def is_pure(module: nn.Module) -> bool:
 
     Torch's own layers count as proved.
     """
-    known: dict[int, bool] = {}
+    verdicts: dict[int, bool] = {}
     return all(
-        type(part).__module__.startswith(OWN) or _pure_part(part, module, known)
+        type(part).__module__.startswith(OWN) or _pure_part(part, module, verdicts)
         for part in module.modules()
     )
 
@@ -53,17 +53,17 @@ def is_constant(value: Any) -> bool:
     return value is None or isinstance(value, (bool, int, float, str, torch.dtype))
 
 
-def _pure_part(part: nn.Module, root: nn.Module, known: dict[int, bool]) -> bool:
+def _pure_part(part: nn.Module, root: nn.Module, verdicts: dict[int, bool]) -> bool:
     kind = type(part)
     bases = [base for base in kind.__mro__[:-1] if not base.__module__.startswith(OWN)]
     special = {n for base in bases for n in vars(base) if n.startswith("__")} - _HARMLESS
-    return not special and _pure_function(kind.forward, root, known)
+    return not special and _pure_function(kind.forward, root, verdicts)
 
 
-def _pure_function(function: Any, root: nn.Module, known: dict[int, bool]) -> bool:
-    if id(function) in known:
-        return known[id(function)]
-    known[id(function)] = True  # (of a recursion)
+def _pure_function(function: Any, root: nn.Module, verdicts: dict[int, bool]) -> bool:
+    if id(function) in verdicts:
+        return verdicts[id(function)]
+    verdicts[id(function)] = True  # (of a recursion)
     code = getattr(function, "__code__", None)
     pure = type(function) is FunctionType and code is not None and not code.co_freevars
     if pure:
@@ -75,8 +75,8 @@ def _pure_function(function: Any, root: nn.Module, known: dict[int, bool]) -> bo
         elif step.opname == "LOAD_GLOBAL":
             pure = pure and _pure_global(step.argval, function.__globals__)
         elif step.opname.startswith(("LOAD_ATTR", "LOAD_METHOD")):
-            pure = pure and _pure_attribute(step.argval, root, known)
-    known[id(function)] = pure
+            pure = pure and _pure_attribute(step.argval, root, verdicts)
+    verdicts[id(function)] = pure
     return pure
 
 
@@ -89,7 +89,7 @@ def _pure_global(name: str, names: dict[str, Any]) -> bool:
     return isinstance(value, (FunctionType, BuiltinFunctionType)) and value in FUNCTIONS
 
 
-def _pure_attribute(name: str, root: nn.Module, known: dict[int, bool]) -> bool:
+def _pure_attribute(name: str, root: nn.Module, verdicts: dict[int, bool]) -> bool:
     """Return True if everything that `name` may refer to is proved, whichever object has it."""
     means = name in _TORCH
     for part in root.modules():
@@ -99,7 +99,7 @@ def _pure_attribute(name: str, root: nn.Module, known: dict[int, bool]) -> bool:
         if not hasattr(part, name):
             continue
         attribute = vars(part).get(name, getattr(type(part), name, part))
-        if not is_constant(attribute) and not _pure_function(attribute, root, known):
+        if not is_constant(attribute) and not _pure_function(attribute, root, verdicts):
             return False
         means = True
     return means

@@ -12,14 +12,14 @@ from torch import Tensor, nn
 from torch.nn.modules.dropout import _DropoutNd
 
 from hamdist.dynamics.objective.losses import CrossEntropy, LossFunction, mse
-from hamdist.dynamics.saved_state.remember import Remembers, check_names
+from hamdist.dynamics.saved_state.stateful import Stateful, check_names
 from hamdist.dynamics.tracing.traced_module import TracedModule
 from hamdist.errors import SnapshotError
 
 _RANDOM = (_DropoutNd, nn.RReLU, nn.FractionalMaxPool2d, nn.FractionalMaxPool3d)
 
 
-class OwnGenerator(Remembers):
+class OwnGenerator(Stateful):
     """Context in which torch's random numbers come from a separate generator.
 
     It continues where it stopped, and leaves the generators outside unchanged. device: of the
@@ -27,39 +27,39 @@ class OwnGenerator(Remembers):
     """
 
     def __init__(self, seed: int, device: torch.device | None = None) -> None:
-        self._own = torch.Generator().manual_seed(seed).get_state()
-        self._outside = self._own
+        self._inside = torch.Generator().manual_seed(seed).get_state()
+        self._outside = self._inside
         self._gpu = device if device is not None and device.type == "cuda" else None
         if self._gpu is not None:
-            self._own_gpu = torch.Generator(self._gpu).manual_seed(seed).get_state()
-            self._outside_gpu = self._own_gpu
+            self._inside_gpu = torch.Generator(self._gpu).manual_seed(seed).get_state()
+            self._outside_gpu = self._inside_gpu
 
-    def snapshot(self) -> dict[str, Any]:
+    def state_dict(self) -> dict[str, Any]:
         """Return the state of the generator; on a GPU that of its generator, too."""
-        return {"cpu": self._own, "gpu": None if self._gpu is None else self._own_gpu}
+        return {"cpu": self._inside, "gpu": None if self._gpu is None else self._inside_gpu}
 
-    def restore(self, state: Mapping[str, Any]) -> None:
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
         check_names(type(self).__name__, state, ("cpu", "gpu"))
         try:
             torch.Generator().set_state(state["cpu"])
         except (RuntimeError, TypeError) as error:
             raise SnapshotError(f"the state of a random generator is none: {error}") from None
-        self._own = state["cpu"]
+        self._inside = state["cpu"]
         if self._gpu is not None and state["gpu"] is not None:
-            self._own_gpu = state["gpu"]
+            self._inside_gpu = state["gpu"]
 
     def __enter__(self) -> None:
         self._outside = torch.get_rng_state()
-        torch.set_rng_state(self._own)
+        torch.set_rng_state(self._inside)
         if self._gpu is not None:
             self._outside_gpu = torch.cuda.get_rng_state(self._gpu)
-            torch.cuda.set_rng_state(self._own_gpu, self._gpu)
+            torch.cuda.set_rng_state(self._inside_gpu, self._gpu)
 
     def __exit__(self, *_: object) -> None:
-        self._own = torch.get_rng_state()
+        self._inside = torch.get_rng_state()
         torch.set_rng_state(self._outside)
         if self._gpu is not None:
-            self._own_gpu = torch.cuda.get_rng_state(self._gpu)
+            self._inside_gpu = torch.cuda.get_rng_state(self._gpu)
             torch.cuda.set_rng_state(self._outside_gpu, self._gpu)
 
 

@@ -32,17 +32,17 @@ def run_steps(
 ) -> list[KeptTensors]:
     """Return what each step keeps, its output first. old: of an earlier call, to be overwritten."""
     values: list[Any] = list(arguments)
-    kept = []
+    saved = []
     for i, step in enumerate(steps):
         before = None if old is None or step.lasting else old[i]
-        kept.append(step.kernel.forward(before, *[values[r] for r in step.reads]))
-        values.append(kept[-1][0])
-    return kept
+        saved.append(step.kernel.forward(before, *[values[r] for r in step.reads]))
+        values.append(saved[-1][0])
+    return saved
 
 
 def pull_steps(
     steps: Sequence[ProgramStep],
-    kept: Sequence[KeptTensors],
+    saved: Sequence[KeptTensors],
     z: Tensor,
     needs: Sequence[tuple[bool, tuple[bool, ...]]],
     g: Gradients | None,
@@ -56,7 +56,7 @@ def pull_steps(
         has_work, reads = needs[many + i]
         if message is None or not has_work:
             continue
-        products = step.kernel.pull(kept[i], message, reads, g)
+        products = step.kernel.pull(saved[i], message, reads, g)
         for place, product in zip(step.reads, products, strict=True):
             if product is not None:
                 before = about[place]

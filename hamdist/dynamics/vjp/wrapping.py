@@ -17,7 +17,7 @@ from torch import Tensor
 
 from hamdist.dynamics.graph.graph import Joining
 from hamdist.dynamics.graph.ties import names_of
-from hamdist.dynamics.saved_state.remember import check_names
+from hamdist.dynamics.saved_state.stateful import check_names
 from hamdist.dynamics.vjp.gradient import AtOnce, Gradient, Gradients, dense
 from hamdist.dynamics.vjp.local_function import LocalFunction
 
@@ -29,13 +29,13 @@ class WrappingFunction(LocalFunction):
         super().__init__(inner.module, names, theta)
         self.inner = inner
 
-    def snapshot(self) -> dict[str, Any]:
+    def state_dict(self) -> dict[str, Any]:
         """Return the state of `inner`."""
-        return self.inner.snapshot()
+        return self.inner.state_dict()
 
-    def restore(self, state: Mapping[str, Any]) -> None:
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Continue from `state`."""
-        self.inner.restore(state)
+        self.inner.load_state_dict(state)
 
     def forward(self, inputs: Sequence[Tensor], wanted: Sequence[bool]) -> Any:
         return self.inner.forward(inputs, wanted)
@@ -55,12 +55,12 @@ class JoinedFunction(WrappingFunction):
         self._joining = joining
         self._sizes: list[list[int]] = []  # by join, along its axis
 
-    def snapshot(self) -> dict[str, Any]:
-        return {"inner": self.inner.snapshot(), "sizes": self._sizes}
+    def state_dict(self) -> dict[str, Any]:
+        return {"inner": self.inner.state_dict(), "sizes": self._sizes}
 
-    def restore(self, state: Mapping[str, Any]) -> None:
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
         check_names("joined cell", state, ("inner", "sizes"))
-        self.inner.restore(state["inner"])
+        self.inner.load_state_dict(state["inner"])
         self._sizes = state["sizes"]
 
     def forward(self, inputs: Sequence[Tensor], wanted: Sequence[bool]) -> Any:
@@ -115,23 +115,23 @@ def parted(numbers: Tensor, like: Sequence[Tensor]) -> list[Tensor]:
 
 
 class TiedFunction(WrappingFunction):
-    """`inner` with weights that belong to other blocks (borrowed: their names) or are used by them.
+    """`inner` with weights that belong to other blocks (foreign: their names) or are used by them.
 
     `names`, `theta` and the gradients that `pull` returns are those of the weights that belong to
     the block. Within one event: `add` the gradients of users, `pull`, `take` those for the owners.
     """
 
-    def __init__(self, inner: LocalFunction, borrowed: Iterable[str]) -> None:
-        keys = set(borrowed)
-        own = [i for i, name in enumerate(inner.names) if name not in keys]
-        super().__init__(inner, [inner.names[i] for i in own], [inner.theta[i] for i in own])
-        self.borrowed = names_of(inner.module, keys)
+    def __init__(self, inner: LocalFunction, shared: Iterable[str]) -> None:
+        keys = set(shared)
+        keep = [i for i, name in enumerate(inner.names) if name not in keys]
+        super().__init__(inner, [inner.names[i] for i in keep], [inner.theta[i] for i in keep])
+        self.foreign = names_of(inner.module, keys)
         self._all = dict(zip(inner.names, inner.theta, strict=True))
         self._added: dict[str, Tensor] = {}
         self._for_owners: dict[str, Tensor] | None = None
 
     def weights(self, names: Iterable[str]) -> list[Tensor]:
-        """Return weights by name, borrowed ones included."""
+        """Return weights by name, foreign ones included."""
         return [self._all[name] for name in names]
 
     def pull(
@@ -153,7 +153,7 @@ class TiedFunction(WrappingFunction):
         if isinstance(g, Gradients):
             g.settle()
         by_name = dict(zip(self.inner.names, g, strict=True))
-        self._for_owners = {n: dense(by_name[n]) for n in self.inner.names if n in self.borrowed}
+        self._for_owners = {n: dense(by_name[n]) for n in self.inner.names if n in self.foreign}
         return to_parents, self._with_added([by_name[name] for name in self.names])
 
     def unmessaged(self) -> list[Gradient] | None:
@@ -163,7 +163,7 @@ class TiedFunction(WrappingFunction):
     def _with_added(self, g: Sequence[Gradient]) -> list[Gradient]:
         added, self._added = self._added, {}
         pairs = zip(self.names, g, strict=True)
-        return [dense(one) + added[n] if n in added else one for n, one in pairs]
+        return [dense(g_i) + added[n] if n in added else g_i for n, g_i in pairs]
 
     def add(self, names: Sequence[str], numbers: Tensor) -> None:
         """Add a user's gradients of shared weights to those of the next pull."""
@@ -171,12 +171,12 @@ class TiedFunction(WrappingFunction):
             self._added[name] = self._added[name] + g if name in self._added else g
 
     def take(self) -> dict[str, Tensor] | None:
-        """Return the gradients of borrowed weights from the latest pull; None without one."""
+        """Return the gradients of foreign weights from the latest pull; None without one."""
         gradients, self._for_owners = self._for_owners, None
         return gradients
 
     def overwrite(self, names: Sequence[str], numbers: Tensor) -> None:
-        """Overwrite borrowed weights with the values of their owner."""
+        """Overwrite foreign weights with the values of their owner."""
         for weight, new in zip(
             self.weights(names), parted(numbers, self.weights(names)), strict=True
         ):

@@ -188,12 +188,12 @@ def open_endpoints(engine: EngineSettings) -> list[str]:
     ]
 
 
-def lending_notes(engine: EngineSettings, lent: int, refusals: Sequence[Refusal]) -> list[str]:
+def lending_notes(engine: EngineSettings, shared: int, refusals: Sequence[Refusal]) -> list[str]:
     """Warn, once for each reason, if signals between GPUs of one host go through host memory.
 
-    `lent` is the number of channels that were tested before the start.
+    `shared` is the number of channels that were tested before the start.
     """
-    if engine.device_signals is DeviceSignals.IPC and not lent:
+    if engine.device_signals is DeviceSignals.IPC and not shared:
         return [
             "engine.device_signals 'ipc' has no effect: no two actors of one host have CUDA blocks "
             "that exchange signals by shared memory"

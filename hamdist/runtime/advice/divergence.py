@@ -30,7 +30,10 @@ def _cause(error: DivergedError, plan: Plan) -> str:
             "a norm at 0; keep its argument away from there (an epsilon)"
         )
     if error.tick <= plan.graph.depths[error.block] or not (d.beta or d.betas):
-        return "the weights have not moved, so look at the input's scale and the initial weights"
+        return (
+            "the weights have not moved, so look at the input's scale, the initial weights and "
+            f"dynamics.limit ({d.limit:g})"
+        )
     if plan.knobs.hold and error.block in plan.graph.cycle():
         too_little = dissipation_warnings(plan.graph, plan.dynamics)
         if too_little:

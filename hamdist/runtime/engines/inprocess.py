@@ -125,17 +125,13 @@ class InProcessEngine:
                 node.live.send = live.send
             live.look = lambda: {n.name: n.state() for n in nodes}
 
-        with (
-            torch_threads(plan.engine.threads),
-            ending,
-            snapshot_policy or nullcontext(),
-        ):
+        with torch_threads(plan.engine.threads), ending, snapshot_policy or nullcontext():
             try:
-                cut = None if snapshot_policy is None else snapshot_policy.snapshot_writer
+                action = None if snapshot_policy is None else snapshot_policy.snapshot_writer
                 run_loop(
                     [source, *nodes],
                     between,
-                    cut,
+                    action,
                     started=snapshot_policy is not None and snapshot_policy.on,
                     after_step=None if digests is None else digests.after_step,
                     order=order_of(plan, plan.graph.blocks),

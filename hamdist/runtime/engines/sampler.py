@@ -111,11 +111,11 @@ class Sampler:
 
     def sample(self) -> ProcessSample:
         """Return all measurements; in any thread."""
-        posted, taken = (dict(counts) for counts in self._mailbox.counts)
+        posted, received = (dict(counts) for counts in self._mailbox.counts)
         waits: Mapping[int, float] = {} if self._transport is None else dict(self._transport.waits)
         edges: dict[str, EdgeCounts] = {}
-        for number in {*posted, *taken}:
-            queued = posted.get(number, 0) - taken.get(number, 0)
+        for number in {*posted, *received}:
+            queued = posted.get(number, 0) - received.get(number, 0)
             edge = self._edges[number]
             more = EdgeCounts(0, queued, waits.get(number, 0.0))
             edges[edge] = edges.get(edge, EdgeCounts()) + more
@@ -124,7 +124,7 @@ class Sampler:
         stream = {} if self._source is None else dict(self._source.counts)
         spent, memory = self.seconds, resident_bytes()
         steps = dict(self._updates)
-        norms = {n: one._replace(update=steps.get(n)) for n, one in self._norms.items()}
+        norms = {n: norm._replace(update=steps.get(n)) for n, norm in self._norms.items()}
         late = {n.name: dict(n.staleness) for n in self._nodes if getattr(n, "staleness", None)}
         measured = norms, self._steps, edges, stream, self._histograms, late
         return ProcessSample(spent, memory, *measured, self._fetched())

@@ -24,8 +24,7 @@ import torch
 from torch import Tensor
 
 from hamdist.dynamics.blocks.rule_block import AppliedRule
-from hamdist.dynamics.graph.graph import OUTPUT_KEY
-from hamdist.dynamics.graph.merged import MergedGraph
+from hamdist.dynamics.graph.merged import MergedGraph, name_in_merged_graph
 from hamdist.dynamics.schedule.hold import HoldSchedule
 from hamdist.dynamics.schedule.pulse import PulseSchedule
 from hamdist.dynamics.vjp.gradient import norm_of
@@ -102,7 +101,7 @@ def update_probes(
         group, under_way = schedule.group, schedule.trip // c
     every = math.lcm(plan.metrics.alignment or 1, group)
     every *= -(-(under_way + 2 + group) // every)
-    begun = max(one.tick or 0 for one in (*nodes, *filter(None, [source])))
+    begun = max(n.tick or 0 for n in (*nodes, *filter(None, [source])))
     for sample in count((begun // c // every + 1) * every, every):
         update = sample // group  # the number of updates before the (last) one by the sample
         if isinstance(schedule, HoldSchedule):
@@ -112,7 +111,7 @@ def update_probes(
         watched += [_note(node, update, probe, node.name in plan.silent) for node in nodes]
         watched += [] if source is None else [_catch(source, sample, group, probe)]
         while watched:
-            watched = [one for one in watched if next(one, probe) is None]
+            watched = [n for n in watched if next(n, probe) is None]
             yield
         probes.append(probe)
 
@@ -149,9 +148,9 @@ class Alignments:
 
     def of(self, processes: Mapping[str, ProcessSample]) -> Alignment | None:
         """Return the latest alignment, with what the processes have brought meanwhile."""
-        known = -1 if self._latest is None else self._latest.sample
-        for part in [one for process in processes.values() for one in process.probes]:
-            if part.sample > known:
+        latest = -1 if self._latest is None else self._latest.sample
+        for part in [probe for process in processes.values() for probe in process.probes]:
+            if part.sample > latest:
                 whole = self._parts.setdefault(
                     part.sample, UpdateProbe(part.sample, {}, {}, {}, {})
                 )
@@ -161,9 +160,9 @@ class Alignments:
                 whole.feedback.update(part.feedback)
         for number, whole in sorted(self._parts.items()):
             if whole.moved.keys() == self._graph.blocks.keys() and whole.samples:
-                known, cosines = number, dict(self._cosines(whole))
+                latest, cosines = number, dict(self._cosines(whole))
                 self._latest = Alignment(number, cosines, whole.feedback)
-        waiting = [number for number in sorted(self._parts) if number > known][-PENDING:]
+        waiting = [number for number in sorted(self._parts) if number > latest][-PENDING:]
         self._parts = {number: self._parts[number] for number in waiting}
         return self._latest
 
@@ -171,8 +170,7 @@ class Alignments:
     def _cosines(self, probe: UpdateProbe) -> Iterator[tuple[str, float]]:
         model, theta, loss = MergedGraph(self._graph), dict[tuple[str, str], Tensor](), None
         for name, key in ((name, key) for name, own in probe.before.items() for key in own):
-            part = "output" if key.startswith(OUTPUT_KEY) else "module"
-            parameter = model.get_parameter(f"blocks.{name}.{part}.{key.removeprefix(OUTPUT_KEY)}")
+            parameter = model.get_parameter(name_in_merged_graph(name, key))
             parameter.data = probe.before[name][key].to(parameter.device)
             theta[name, key] = parameter.requires_grad_(True)
         for sample in probe.samples.values():

@@ -69,11 +69,7 @@ class Worker:
     """The blocks, channels and snapshots of one process; `stream` is given if it is drawn here."""
 
     def __init__(
-        self,
-        plan: Plan,
-        blocks: Sequence[str],
-        stream: Stream | None,
-        keys: Keys | None = None,
+        self, plan: Plan, blocks: Sequence[str], stream: Stream | None, keys: Keys | None = None
     ) -> None:
         self._plan = plan
         self.number = plan.run
@@ -128,7 +124,7 @@ class Worker:
             limit = message_bytes(self._plan, channel)
             memory = self._memory(channel, channel.receiver)
             address = self._transport.bind(channel, way, limit, memory)
-            opened[i] = ReceivingEnd(address, self._mailbox.taken(channel) + 1)
+            opened[i] = ReceivingEnd(address, self._mailbox.received_count(channel) + 1)
         return opened
 
     def connect(self, ends: ReceivingEnds) -> int:
@@ -253,7 +249,7 @@ class Worker:
         self._requests.end()
         if self._snapshot_writer is not None:
             self._snapshot_writer.close()
-            report.kept = self._kept()
+            report.snapshot_news = self._snapshot_news()
         report.seconds = time.perf_counter() - started
         report.take(self._nodes, self._source, self._mailbox, self._sampler)
         report.refusals = self._refusals()
@@ -288,14 +284,14 @@ class Worker:
             others=others,
             sample=self._sampler.sample(),
             wait=self._wait(),
-            kept=self._kept(),
+            snapshot_news=self._snapshot_news(),
         )
 
-    def _kept(self) -> SnapshotNews | None:
+    def _snapshot_news(self) -> SnapshotNews | None:
         if self._snapshot_writer is None or self._sent_log is None:
             return None
-        taken, failure = self._snapshot_writer.collected()
-        return SnapshotNews(taken, failure, self._sent_log.nbytes, self._sent_log.forgot)
+        written, failure = self._snapshot_writer.collected()
+        return SnapshotNews(written, failure, self._sent_log.nbytes, self._sent_log.forgot)
 
     def _wait(self) -> BlockedChannel | None:
         waiting = self._transport.waiting
@@ -305,11 +301,11 @@ class Worker:
         stamp = f"tick {waiting.stamp.tick}, sample {waiting.stamp.sample}"
         if waiting.sending:
             waiter, awaited = channel.sender, channel.receiver
-            what = f"room for the {channel}, {stamp}"
+            reason = f"room for the {channel}, {stamp}"
         else:
             waiter, awaited = channel.receiver, channel.sender
-            what = f"the {channel}, {stamp}"
-        return BlockedChannel(waiter, awaited, what, time.monotonic() - waiting.since)
+            reason = f"the {channel}, {stamp}"
+        return BlockedChannel(waiter, awaited, reason, time.monotonic() - waiting.since)
 
     def news(self, seconds: float) -> list[Any]:
         """Return what the blocks have for the driver; waits so long for something."""

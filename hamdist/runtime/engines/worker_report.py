@@ -46,7 +46,7 @@ class WorkerReport:
     sample: ProcessSample = field(default_factory=ProcessSample)
     trace: list[TraceSpan] = field(default_factory=list)
     digests: Mapping[str, DigestMap] = field(default_factory=dict)
-    kept: SnapshotNews | None = None
+    snapshot_news: SnapshotNews | None = None
     refusals: list[Refusal] = field(default_factory=list)
     error: HamdistError | None = None
     aborted: bool = False
@@ -113,7 +113,7 @@ class BlockedChannel:
 
     waiter: str
     awaited: str
-    what: str
+    waits_for: str
     seconds: float
 
 
@@ -124,7 +124,7 @@ class SnapshotNews:
     `forgot` says that signals were dropped: no process can restart from the latest snapshot.
     """
 
-    taken: list[WrittenFiles]
+    written: list[WrittenFiles]
     failure: str | None
     nbytes: int
     forgot: bool = False
@@ -147,4 +147,4 @@ class WorkerStatus:
     others: Mapping[str, list[Window]]
     sample: ProcessSample
     wait: BlockedChannel | None
-    kept: SnapshotNews | None = None
+    snapshot_news: SnapshotNews | None = None

@@ -84,12 +84,12 @@ def live_run(
             done: RunResult = work(stream=stream, on_progress=on_progress, resume=resume)
             return done
 
-        told = [*listeners]
+        hooks = [*listeners]
         if journal is not None and not repeats:
-            told.append(EventFile(journal.folder, warnings.warn, "a"))
-            told[-1](FolderStarted(process=os.getpid(), goes_on=not journal.new))
+            hooks.append(EventFile(journal.folder, warnings.warn, "a"))
+            hooks[-1](FolderStarted(process=os.getpid(), goes_on=not journal.new))
         loss = work.keywords["loss"]
-        return LiveRun(run, stream, reader, settings, loss, journal, callbacks, told)
+        return LiveRun(run, stream, reader, settings, loss, journal, callbacks, hooks)
     except BaseException:
         if journal is not None:
             journal.close()
@@ -105,7 +105,7 @@ def _begun(
     resume: str | Path | None,
 ) -> str | Path | None:
     """Write the beginning of a new run; return the snapshot from which an earlier one goes on."""
-    where, kept = str(journal.folder), settings.snapshots.path
+    where, snapshots = str(journal.folder), settings.snapshots.path
     if (resume is None) != journal.new:
         raise SettingsError(
             f"out {where!r} holds no journal to go on with: leave resume out"
@@ -114,8 +114,8 @@ def _begun(
             "with it; or give another folder"
         )
     if resume is not None:
-        found = kept is not None and latest_complete(storage(kept)) is not None
-        return resume if Path(resume) != journal.folder else kept if found else None
+        resumes = snapshots is not None and latest_complete(storage(snapshots)) is not None
+        return resume if Path(resume) != journal.folder else snapshots if resumes else None
     u = example.u if example.inputs is None else example.inputs
     tensors = {**named("u", u), **named("y", example.y), **named("weights", _weights(model))}
     journal.write({"event": "begin", **facts}, tensors)
@@ -133,17 +133,17 @@ def read_beginning(out: str | Path) -> tuple[dict[str, Any], Any, Any]:
 
 def with_first_weights(model: nn.Module | Graph, weights: Mapping[str, Tensor]) -> Any:
     """Return a copy of `model` with the weights that a run began with. Raises SettingsError."""
-    own = model.copy() if isinstance(model, Graph) else copied(model)
-    mine = _weights(own)
+    copy = model.copy() if isinstance(model, Graph) else copied(model)
+    mine = _weights(copy)
     for name in sorted({*mine, *weights}):
-        kinds = [_kind(one.get(name)) for one in (mine, weights)]
+        kinds = [_kind(ours.get(name)) for ours in (mine, weights)]
         if kinds[0] != kinds[1]:
-            told = f"{name!r} is {kinds[0]} in this one, and {kinds[1]} there"
-            raise SettingsError(f"the run was one of another model: {told}")
-    for prefix, module in _modules(own).items():
+            difference = f"{name!r} is {kinds[0]} in this one, and {kinds[1]} there"
+            raise SettingsError(f"the run was one of another model: {difference}")
+    for prefix, module in _modules(copy).items():
         state = {n[len(prefix) :]: t for n, t in weights.items() if n.startswith(prefix)}
         module.load_state_dict(state, strict=False)
-    return own
+    return copy
 
 
 def _kind(value: Tensor | None) -> str:

@@ -135,8 +135,8 @@ class Journal:
 
 def packed(tensors: Mapping[str, Any], facts: dict[str, str] | None = None) -> bytes:
     """Return tensors by name, those that are None left out, in the safetensors format."""
-    kept = {n: t.detach().clone().contiguous() for n, t in tensors.items() if t is not None}
-    return save(kept, facts)
+    copies = {n: t.detach().clone().contiguous() for n, t in tensors.items() if t is not None}
+    return save(copies, facts)
 
 
 def named(name: str, value: Any) -> dict[str, Tensor | None]:
@@ -144,7 +144,7 @@ def named(name: str, value: Any) -> dict[str, Tensor | None]:
     if isinstance(value, tuple):
         value = dict(enumerate(value))
     if isinstance(value, Mapping):
-        return {f"{name}.{key}": one for key, one in value.items()}
+        return {f"{name}.{key}": tensor for key, tensor in value.items()}
     return {name: value}
 
 

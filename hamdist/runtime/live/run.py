@@ -73,7 +73,7 @@ class LiveRun:
         self._answers: dict[int, Answer] = {}
         self._parts: dict[int, dict[str, Tensor]] = {}  # answers that some readouts lack
         self._from: dict[str, int] = {}  # by readout: the first number that is not there
-        self._asked: set[int] = set()  # by predict, which takes its answer itself
+        self._predicting: set[int] = set()  # by predict, which takes its answer itself
         self._progress: Progress | None = None
         self._callbacks, self._calling = list(callbacks), False
         self._events = RunEvents(settings, listeners, reader.spec.batch)
@@ -124,17 +124,17 @@ class LiveRun:
     def _call(self) -> None:
         """Tell the callbacks what has happened; within a callback nothing more is told."""
         while self._callbacks and self._happened and not self._calling:
-            one, self._calling = self._happened.popleft(), True
+            event, self._calling = self._happened.popleft(), True
             try:
                 for callback in self._callbacks:
-                    if isinstance(one, Answer):
-                        callback.on_sample(self, one)
-                    elif isinstance(one, WindowFull):
-                        callback.on_window(self, one)
-                    elif isinstance(one, SnapshotComplete):
-                        callback.on_snapshot(self, one)
-                    elif isinstance(one, ActorReplaced):
-                        callback.on_loss_of_actor(self, one)
+                    if isinstance(event, Answer):
+                        callback.on_sample(self, event)
+                    elif isinstance(event, WindowFull):
+                        callback.on_window(self, event)
+                    elif isinstance(event, SnapshotComplete):
+                        callback.on_snapshot(self, event)
+                    elif isinstance(event, ActorReplaced):
+                        callback.on_loss_of_actor(self, event)
             finally:
                 self._calling = False
 
@@ -162,7 +162,7 @@ class LiveRun:
         if self._callbacks:
             self._happened.append(answer)
         for number in list(self._answers)[: -self._stream.spec.patience]:
-            if number not in self._asked:
+            if number not in self._predicting:
                 self._answers.pop(number, None)
         self._stream.answered(news.number)
 
@@ -195,13 +195,13 @@ class LiveRun:
         if self._stream.paused:
             raise StreamError("the run is paused, so no answer comes: go_on() first")
         entry = Entry("feed", sample=self._sample(self._stream.accepted.fed, u, None, end))
-        number = self._say(entry, asks=self._asked, wait=wait)
+        number = self._say(entry, asks=self._predicting, wait=wait)
         try:
             if not self._stream.wait(lambda: number in self._answers):
                 raise StreamError(f"the run ended before the answer to sample {number}")
             return self._answers.pop(number)
         finally:
-            self._asked.discard(number)
+            self._predicting.discard(number)
 
     def teach(self, number: int, y: Any, *, wait: bool = True) -> None:
         """Give the label of an earlier sample, which passes the network once more to be learned.
@@ -226,10 +226,10 @@ class LiveRun:
 
         Blocks with a rate of their own keep its ratio to the others'.
         """
-        known, lr = self.settings.learning.lr, learning.get("lr")
+        lr_before, lr = self.settings.learning.lr, learning.get("lr")
         if set(learning) != {"lr"} or not isinstance(lr, (int, float)) or not lr >= 0:
             raise SettingsError(f"set: learning is {dict(learning)}; give {{'lr': a number >= 0}}")
-        if not self._plan.follows_lr or not known:
+        if not self._plan.follows_lr or not lr_before:
             raise SettingsError(
                 "set: the step size does not come from learning.lr (dynamics.beta is given, or lr "
                 "is 0); start the run with learning={'lr': ...}"
@@ -240,9 +240,9 @@ class LiveRun:
                 "set: optimizer= is a function of yours, whose step sizes it knows alone; give "
                 "scheduler= as well, or the optimiser by learning={'optimizer': ...}"
             )
-        self._stream.say(Entry("set", rate=lr / known))
-        told: dict[str, Any] = {"sample": self._stream.accepted.fed, **self._events.head}
-        self._events.emit(SettingsChanged(changed={"learning.lr": lr}, **told))
+        self._stream.say(Entry("set", rate=lr / lr_before))
+        change: dict[str, Any] = {"sample": self._stream.accepted.fed, **self._events.head}
+        self._events.emit(SettingsChanged(changed={"learning.lr": lr}, **change))
 
     def pause(self) -> None:
         """Hold the network: what is fed waits until `go_on`."""
@@ -268,18 +268,20 @@ class LiveRun:
 
     def _following(self, number: int, follow: bool) -> tuple[int, Answer] | None:
         """Return the first answer from `number` on that nobody has taken, when it is there."""
-        taken: list[int] = []
+        numbers: list[int] = []
 
         def there() -> bool:
             last, readouts = self._stream.accepted.fed - 1, self._plan.graph.readouts
             missing = any(last >= max(number, self._from.get(name, 0)) for name in readouts)
             if missing and not self._stream.paused:
                 self._stream.awaited.add(last)
-            taken.extend(n for n in sorted(self._answers) if n >= number and n not in self._asked)
-            return bool(taken) or not (follow or missing)
+            numbers.extend(
+                n for n in sorted(self._answers) if n >= number and n not in self._predicting
+            )
+            return bool(numbers) or not (follow or missing)
 
         self._stream.wait(there)
-        return (taken[0], self._answers.pop(taken[0])) if taken else None
+        return (numbers[0], self._answers.pop(numbers[0])) if numbers else None
 
     def model(self) -> nn.Module:
         """Return a plain module with the weights (or their averages) as they are now.
@@ -377,17 +379,17 @@ class Predictions:
         return self
 
     def __next__(self) -> tuple[int, Answer]:
-        found = self._run._following(self._number, self._follow)
-        if found is None:
+        answers = self._run._following(self._number, self._follow)
+        if answers is None:
             raise StopIteration
-        self._number = found[0] + 1
-        return found
+        self._number = answers[0] + 1
+        return answers
 
     def __aiter__(self) -> AsyncIterator[tuple[int, Answer]]:
         return self
 
     async def __anext__(self) -> tuple[int, Answer]:
-        found = await asyncio.to_thread(next, self, None)
-        if found is None:
+        answers = await asyncio.to_thread(next, self, None)
+        if answers is None:
             raise StopAsyncIteration
-        return found
+        return answers

@@ -53,7 +53,7 @@ class NormPorts:
         else:
             sent = (self._schedule.square(other, event) for other in self._squares)
             squares = zip(self._squares.values(), sent, strict=True)
-            norm = math.sqrt(sum((self._take(*one, event) for one in squares), square))
+            norm = math.sqrt(sum((self._take(*pair, event) for pair in squares), square))
             for channel in self._norms.values():
                 self._post(channel, stamp, norm)
         # (Without a finite norm no number of the network is right: every block says so.)

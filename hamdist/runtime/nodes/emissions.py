@@ -14,7 +14,7 @@ from typing import Any, ClassVar, NamedTuple
 from torch import Tensor
 
 from hamdist.dynamics.finite import Scale
-from hamdist.dynamics.saved_state.remember import Remembers
+from hamdist.dynamics.saved_state.stateful import Stateful
 from hamdist.dynamics.schedule.events import Event
 from hamdist.runtime.signals.signal import Signal
 from hamdist.streams.sample import Emission, Emits
@@ -31,14 +31,14 @@ class Answered(NamedTuple):
 
 
 class HandedOver(NamedTuple):
-    """The state of a block (`BlockState`) at the emission of a cut, by its number."""
+    """The state of a block (`BlockState`) at the emission of a snapshot, by its number."""
 
-    cut: int
+    snapshot: int
     block: str
     state: Any
 
 
-class LiveBlock(Remembers):
+class LiveBlock(Stateful):
     """The emissions that a block still works on; without patience a stream tells nothing of them.
 
     Args:
@@ -64,10 +64,10 @@ class LiveBlock(Remembers):
         self._asked: dict[int, Tensor | None] = {}  # predictions of unlabelled samples
         self._fed = 0  # samples
 
-    def restore(self, state: Mapping[str, Any] | None) -> None:
+    def load_state_dict(self, state: Mapping[str, Any] | None) -> None:
         """Continue from `state`; None in files of earlier formats."""
         if state is not None:
-            super().restore(state)
+            super().load_state_dict(state)
             self._rates = [(one[0], one[1], one[2] if len(one) > 2 else 0) for one in self._rates]
 
     def hear(
@@ -91,8 +91,8 @@ class LiveBlock(Remembers):
             self._fed += emission.kind is Emits.SAMPLE
         if (emission.rate, apart) != (rate, self._rates[-1][2]):
             self._rates.append((emission.shown, emission.rate, apart))
-        if emission.cut:
-            self.send(HandedOver(emission.cut, self._name, state()))
+        if emission.snapshot:
+            self.send(HandedOver(emission.snapshot, self._name, state()))
         return emission
 
     def of(self, pulse: int) -> Emission | None:
@@ -119,8 +119,8 @@ class LiveBlock(Remembers):
         """Let go of the emissions whose last pulse was not after this one."""
         if self.patience:
             last = (pulse + 1) // self._parts - 1
-            self._heard = {slot: one for slot, one in self._heard.items() if slot > last}
-            first = min((one[1] for one in self._heard.values()), default=self._latest[1])
+            self._heard = {slot: entry for slot, entry in self._heard.items() if slot > last}
+            first = min((entry[1] for entry in self._heard.values()), default=self._latest[1])
             while len(self._rates) > 1 and self._rates[1][0] <= first:
                 self._rates.pop(0)
 
@@ -128,7 +128,7 @@ class LiveBlock(Remembers):
         """Return the factor of beta by sample: `scale`, times the rate that was set for it."""
 
         def factor(number: int) -> float:
-            rates = (one for one in reversed(self._rates) if one[0] <= number)
+            rates = (r for r in reversed(self._rates) if r[0] <= number)
             _, rate, apart = next(rates, self._rates[0])
             return scale(number - apart) * rate
 
@@ -147,12 +147,12 @@ class LiveBlock(Remembers):
         del self._asked[oldest]
         return oldest
 
-    def asked(self, emission: Emission) -> Tensor | None:
+    def earlier_prediction(self, emission: Emission) -> Tensor | None:
         """Return the prediction that was made when a sample came whose label has come now."""
         return self._asked.pop(emission.number, None)
 
 
 def emission_of(numbers: Sequence[float]) -> Emission:
     """Return an emission from its fields as numbers."""
-    kind, shown, number, rate, cut, *waits = numbers  # (files of earlier formats say no `waits`)
-    return Emission(Emits(int(kind)), int(shown), int(number), rate, int(cut), *map(bool, waits))
+    kind, shown, number, rate, snap, *waits = numbers  # (earlier formats say no `waits`)
+    return Emission(Emits(int(kind)), int(shown), int(number), rate, int(snap), *map(bool, waits))

@@ -95,8 +95,8 @@ class _Parts(BlockParts):
         self.cell = self.make_cell(self.spec.module, name)
         ties = [tie for tie in plan.graph.ties if name in (tie.owner, tie.user)]
         if ties:
-            borrowed = [key for tie in ties if tie.user == name for key in tie.theirs]
-            self.cell = TiedFunction(self.cell, borrowed)
+            shared = [key for tie in ties if tie.user == name for key in tie.theirs]
+            self.cell = TiedFunction(self.cell, shared)
         self.weights = self.make_weights(self.cell)
         parts = plan.knobs.microbatches
         self.microbatches = parts if isinstance(parts, int) else 1
@@ -173,18 +173,18 @@ class _Parts(BlockParts):
     def make_rule(self, rule: Rule) -> AppliedRule:
         """Make the block's rule, with weights for what it learns beside theta."""
         plan, spec, name = self._plan, self.spec, self.name
-        shapes, h = {**plan.spec.parents, **plan.shapes}, self.border.own(plan.start(name))
+        shapes, h = {**plan.spec.parents, **plan.shapes}, self.border.moved(plan.start(name))
         stochastic = draws(spec.module)
 
-        def seed(what: str) -> int:
-            return block_seed(plan.seed, f"{name}/rule/{what}")
+        def seed(use: str) -> int:
+            return block_seed(plan.seed, f"{name}/rule/{use}")
 
         view = BlockView(
             name=name,
             module=spec.module,
             theta=dict(zip(self.cell.names, self.cell.theta, strict=True)),
             shape=tuple(h.shape[1:]),
-            inputs=spec.with_own([shapes[one][0][1:] for one in spec.parents], tuple(h.shape[1:])),
+            inputs=spec.with_own([shapes[p][0][1:] for p in spec.parents], tuple(h.shape[1:])),
             outputs=shapes[plan.graph.readouts[0]][0][1:],
             depth=plan.graph.depths[name],
             readout=spec.loss is not None,
@@ -192,7 +192,7 @@ class _Parts(BlockParts):
             own=spec.own,
             join=partial(combined, spec.combine),
             seed=seed,
-            random=lambda what: OwnGenerator(seed(what), h.device) if stochastic else nullcontext(),
+            random=lambda use: OwnGenerator(seed(use), h.device) if stochastic else nullcontext(),
             h=h,
         )
         applied = AppliedRule(rule, view)
@@ -258,14 +258,14 @@ def _sequence_block(plan: Plan, p: _Parts) -> SequenceBlock | SequenceReadout:
     if p.loss is not None:
         return SequenceReadout(p, p.loss, plan.knobs.truncation)
     shape, dtype = plan.shapes[p.name]
-    h = p.border.own(torch.zeros(shape, dtype=dtype))
+    h = p.border.moved(torch.zeros(shape, dtype=dtype))
     return SequenceBlock(p, h, 0 if p.name in plan.silent else plan.knobs.truncation)
 
 
 def _hold_block(plan: Plan, p: _Parts) -> HoldBlock | HoldReadout:
     if p.loss is not None and not p.spec.state:
         return HoldReadout(p, p.loss)
-    h, knobs = p.border.own(plan.start(p.name)), plan.knobs
+    h, knobs = p.border.moved(plan.start(p.name)), plan.knobs
     if p.spec.rule is not None:
         return RelaxingBlock(p, h, p.make_rule(p.spec.rule), plan.schedule.c)
     output = output_weights = None

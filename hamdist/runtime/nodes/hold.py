@@ -16,7 +16,7 @@ from hamdist.dynamics.blocks.energy import Records
 from hamdist.dynamics.blocks.gate import Gate
 from hamdist.dynamics.blocks.hold import HoldBlock, HoldReadout, Tick
 from hamdist.dynamics.graph.graph import OUTPUT_KEY, BlockSpec, Edge
-from hamdist.dynamics.saved_state.remember import Remembers
+from hamdist.dynamics.saved_state.stateful import Stateful
 from hamdist.dynamics.schedule.events import Event, Stamp
 from hamdist.dynamics.schedule.hold import HoldSchedule
 from hamdist.dynamics.updates.constants import TickSchedule
@@ -76,8 +76,8 @@ class HoldNode(BlockNode):
         *("_target", "_no_more_targets", "_gate", "live", "shown", "event", "tick", "ended"),
     )
 
-    def restore(self, state: Mapping[str, Any]) -> None:
-        super().restore(state)
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        super().load_state_dict(state)
         self._events = events_from(self._schedule, self.name, self.event)
 
     def start(self) -> None:
@@ -234,7 +234,7 @@ class HoldNode(BlockNode):
         return BlockContents(parts, block.h, block.z)
 
 
-class _Clock(Remembers):
+class _Clock(Stateful):
     """The step of integration tau of each tick, and the ticks at which states are cleared.
 
     Attributes:

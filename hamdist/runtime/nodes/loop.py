@@ -19,7 +19,7 @@ from hamdist.runtime.signals.signal import Aborted
 StepOrder: TypeAlias = Callable[[Node], "tuple[int, ...]"]
 
 
-class Cut(Protocol):
+class TickAction(Protocol):
     """An action at a tick that all nodes of a process have reached.
 
     Attributes:
@@ -35,7 +35,7 @@ class Cut(Protocol):
 def run_loop(
     nodes: Sequence[Node],
     between: Callable[[], None] | None = None,
-    cut: Cut | None = None,
+    action: TickAction | None = None,
     *,
     started: bool = False,
     after_step: Callable[[Node, int], None] | None = None,
@@ -51,7 +51,7 @@ def run_loop(
     Args:
         nodes: the nodes of one process.
         between: called after every event.
-        cut: acts whenever all nodes have reached its tick.
+        action: acts whenever all nodes have reached its tick.
         started: True if the nodes continue from a snapshot and must not be started.
         after_step: called before `between`, with the node and the tick of the event.
         order: of the nodes, other than by tick (`order_of`). Every event waits for events that are
@@ -66,10 +66,10 @@ def run_loop(
     deferred: list[tuple[PulseNode, int]] = []
 
     def settle() -> None:
-        for one, tick in deferred:
-            _guarded(one, one.settle, tick)
+        for node, tick in deferred:
+            _guarded(node, node.settle, tick)
             if after_step is not None:
-                after_step(one, tick)
+                after_step(node, tick)
         deferred.clear()
 
     key = order or _by_tick
@@ -79,16 +79,16 @@ def run_loop(
         place, i = heap[0]
         if deferred and not _lag(nodes[i]):
             settle()
-        if cut is not None and (nodes[i].tick or 0) >= cut.due:
-            behind = [one for one in heap if (nodes[one[1]].tick or 0) < cut.due]
-            if behind:  # (by tokens only) before others pass the cut
+        if action is not None and (nodes[i].tick or 0) >= action.due:
+            behind = [entry for entry in heap if (nodes[entry[1]].tick or 0) < action.due]
+            if behind:  # (by tokens only) before others pass the action
                 place, i = min(behind)
                 heap.remove((place, i))
                 heap.insert(0, ((-1, *place[1:]), i))
                 heapq.heapify(heap)
             else:
                 settle()
-                cut.reach(min(node.tick for node in nodes if node.tick is not None))
+                action.reach(min(node.tick for node in nodes if node.tick is not None))
         node, tick = nodes[i], nodes[i].tick or 0
         _guarded(node, node.step)
         if isinstance(node, PulseNode) and node.deferred:

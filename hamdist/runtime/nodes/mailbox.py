@@ -19,7 +19,7 @@ from typing import Any, Protocol
 
 from torch import Tensor
 
-from hamdist.dynamics.saved_state.remember import check_names
+from hamdist.dynamics.saved_state.stateful import check_names
 from hamdist.dynamics.schedule.events import Stamp
 from hamdist.errors import SnapshotError, StampError
 from hamdist.runtime.results.digests import Digests
@@ -67,7 +67,7 @@ class Mailbox:
         self._due = inf  # the first tick at whose end a bundle has to leave
         self._sent: dict[int, int] = {}
         self._posted: dict[int, int] = {}  # signals by channel, where no log counts them
-        self._taken: dict[int, int] = {}
+        self._received: dict[int, int] = {}
         self._edges: dict[int, str] = {}
         self._encoders: dict[int, tuple[Channel, Encoder]] = {}
         self._decoders: dict[int, Decoder] = {}
@@ -85,7 +85,7 @@ class Mailbox:
     def counts(self) -> tuple[Mapping[int, int], Mapping[int, int]]:
         """Return how many signals were posted and taken here, by number of the channel."""
         log = self._sent_log
-        return (self._posted, self._taken) if log is None else (log.posted, log.taken)
+        return (self._posted, self._received) if log is None else (log.posted, log.received)
 
     @property
     def compression(self) -> CompressionMap:
@@ -133,7 +133,7 @@ class Mailbox:
                 f"on {channel} the schedule names {_words(stamp)}, but {received} was there",
             )
         if self._sent_log is None:
-            self._taken[channel.number] = self._taken.get(channel.number, 0) + 1
+            self._received[channel.number] = self._received.get(channel.number, 0) + 1
         else:
             self._sent_log.take(channel)
         if self.digests is not None:
@@ -183,11 +183,11 @@ class Mailbox:
                 if self._bundles.pop(channel.number, None) is None:
                     continue
                 self._remote(channel).send(channel, *bundle)
-        self._due = min((_due(kept) for kept in self._bundles.values()), default=inf)
+        self._due = min((_due(bundle) for bundle in self._bundles.values()), default=inf)
 
     # -- state ----------------------------------------------------------------------------------
 
-    def snapshot(self, channel: Channel) -> dict[str, Any]:
+    def state_dict(self, channel: Channel) -> dict[str, Any]:
         """Return how many signals were posted on `channel`, and the latest: all under way."""
         number = channel.number
         queue = self._queues.get(number, ())
@@ -198,38 +198,38 @@ class Mailbox:
             "posted": posted,
             "latest": list(queue) if log is None else log.behind(posted - channel.capacity),
             "bytes": self._sent.get(number, 0),
-            "encoder": None if encoder is None else encoder[1].snapshot(),
+            "encoder": None if encoder is None else encoder[1].state_dict(),
         }
 
-    def taken(self, channel: Channel) -> int:
+    def received_count(self, channel: Channel) -> int:
         """Return how many signals of `channel` were taken here."""
-        return 0 if self._sent_log is None else self._sent_log.taken.get(channel.number, 0)
+        return 0 if self._sent_log is None else self._sent_log.received.get(channel.number, 0)
 
     def received(self, channels: Collection[Channel]) -> dict[str, Tensor]:
         """Return what delta coding adds to, at the receiving ends of `channels`."""
         ends = ((channel, self._decoders.get(channel.number)) for channel in channels)
-        known = ((channel.key, None if end is None else end.received) for channel, end in ends)
-        return {key: received for key, received in known if received is not None}
+        pairs = ((channel.key, None if end is None else end.received) for channel, end in ends)
+        return {key: received for key, received in pairs if received is not None}
 
-    def restore(
+    def load_state_dict(
         self,
         channel: Channel,
         state: Mapping[str, Any] | None,
-        taken: int | None,
+        count: int | None,
         received: Tensor | None = None,
     ) -> None:
         """Continue `channel` from a snapshot. Raises SnapshotError if its ends' states do not fit.
 
         Args:
             state: of the sending end; None if the sender is in another process.
-            taken: signals that the receiver had taken; None if it is in another process.
+            count: signals that the receiver had taken; None if it is in another process.
             received: what delta coding adds to, at the receiving end.
         """
         sent_log, number = self._sent_log, channel.number
         if sent_log is None:
             raise ValueError("a mailbox without a log of sent signals cannot go on")
-        if taken is not None:
-            sent_log.taken[number] = taken
+        if count is not None:
+            sent_log.received[number] = count
         if received is not None and channel.codec is not None:
             self._decoders[number] = Decoder(channel.codec, received)
         if state is None:
@@ -241,17 +241,17 @@ class Mailbox:
             self._sent[number], self._edges[number] = state["bytes"], channel.edge
         if state["encoder"] is not None and channel.codec is not None:
             encoder = Encoder(channel.codec)
-            encoder.restore(state["encoder"])
+            encoder.load_state_dict(state["encoder"])
             self._encoders[number] = channel, encoder
-        if taken is None:
+        if count is None:
             sent_log.log(channel).begin(posted, latest)
             return
-        if not posted - len(latest) <= taken <= posted:
+        if not posted - len(latest) <= count <= posted:
             raise SnapshotError(
-                f"{channel}: {posted} signals were sent and {taken} taken, but the snapshot holds "
+                f"{channel}: {posted} signals were sent and {count} taken, but the snapshot holds "
                 f"{len(latest)}: its parts do not belong together"
             )
-        self._queues[number] = deque(latest[len(latest) - (posted - taken) :])
+        self._queues[number] = deque(latest[len(latest) - (posted - count) :])
 
     def resume_at(self, channel: Channel, number: int) -> None:
         """Send only signals from `number` on: the receiver has the others, or gets them from the

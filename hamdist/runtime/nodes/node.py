@@ -10,7 +10,7 @@ import torch
 
 from hamdist.dynamics.blocks.energy import Records
 from hamdist.dynamics.graph.graph import BlockSpec
-from hamdist.dynamics.saved_state.remember import Remembers
+from hamdist.dynamics.saved_state.stateful import Stateful
 from hamdist.runtime.nodes.emissions import LiveBlock
 from hamdist.runtime.nodes.mailbox import Mailbox
 from hamdist.runtime.nodes.ports import BlockContents, Ports, block_state, make_metrics
@@ -37,7 +37,7 @@ class Node(Protocol):
         """Do the next event."""
 
 
-class BlockNode(Remembers, ABC):
+class BlockNode(Stateful, ABC):
     """The node of a block.
 
     Attributes:

@@ -28,7 +28,7 @@ from hamdist.runtime.nodes.mailbox import Mailbox
 from hamdist.runtime.plan.plan import Plan
 from hamdist.runtime.results.measured import Histogram, Norms
 from hamdist.runtime.results.result import BlockState
-from hamdist.runtime.signals.cast import CastBorder, kept
+from hamdist.runtime.signals.cast import CastBorder, host_copy
 from hamdist.runtime.signals.signal import Channel, Signal, ready
 
 
@@ -178,10 +178,10 @@ class Ports:
 def events_from(schedule: PulseSchedule | HoldSchedule, name: str, event: Event) -> Iterator[Event]:
     """Return the events of a block after `event`. Raises SnapshotError if it is none of them."""
     events = schedule.events(name, event.tick)
-    for one in events:
-        if one == event:
+    for earlier in events:
+        if earlier == event:
             break
-        if one.tick > event.tick:
+        if earlier.tick > event.tick:
             raise SnapshotError(f"block {name!r} has no event {tuple(event[:3])} in this schedule")
     return events
 
@@ -265,16 +265,16 @@ def block_state(contents: BlockContents, stored: int = 0) -> BlockState:
     for prefix, cell, weights in parts:
         moving = [] if weights is None else weights.omega
         for name, costate in zip(cell.names, moving, strict=False):
-            omega[prefix + name] = kept(costate)
+            omega[prefix + name] = host_copy(costate)
         if weights is not None and weights.average is not None:
             for name, value in zip(cell.names, weights.average.values, strict=True):
-                average[prefix + name] = kept(value)
+                average[prefix + name] = host_copy(value)
         parameters = dict(cell.module.named_parameters())
         state = {**dict(cell.module.named_buffers()), **cell.module.state_dict()}
         for name, value in state.items():
-            if name in cell.borrowed:
+            if name in cell.foreign:
                 continue
-            copied = kept(value) if isinstance(value, Tensor) else copy.deepcopy(value)
+            copied = host_copy(value) if isinstance(value, Tensor) else copy.deepcopy(value)
             (theta if name in parameters else buffers)[prefix + name] = copied
     first = parts[0][2]
     return BlockState(
@@ -282,8 +282,8 @@ def block_state(contents: BlockContents, stored: int = 0) -> BlockState:
         omega=omega,
         average=average,
         buffers=buffers,
-        h=None if h is None else kept(h),
-        z=None if z is None else kept(z),
+        h=None if h is None else host_copy(h),
+        z=None if z is None else host_copy(z),
         updates=0 if first is None else first.updates,
         stored=stored,
         rounding=next((r for _, cell, _ in parts if (r := _rounding(cell)) is not None), None),

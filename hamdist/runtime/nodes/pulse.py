@@ -61,8 +61,10 @@ class PulseNode(BlockNode):
 
     STATE = ("block", "metrics", "seconds", "_end", "event", "tick", "live")
 
-    def restore(self, state: Mapping[str, Any]) -> None:
-        super().restore({name: one for name, one in state.items() if name != "_asked"})  # (of 0.1)
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        super().load_state_dict(
+            {name: one for name, one in state.items() if name != "_asked"}
+        )  # (of 0.1)
         self._events = events_from(self._schedule, self.name, self.event)
 
     def start(self) -> None:
@@ -207,7 +209,7 @@ class PulseNode(BlockNode):
         if emission.kind is Emits.AGAIN:
             self.block.recall(number, emission.number)
             if not isinstance(self.block, KeepingReadout):
-                self.live.asked(emission)
+                self.live.earlier_prediction(emission)
         elif emission.waits and not isinstance(self.block, KeepingReadout):
             self.block.keep(number, emission.number, self.live.ask(emission, None))
 
@@ -269,7 +271,7 @@ class PulseNode(BlockNode):
             block.keep(
                 self.live.number(event.sample), emission.number if emission.waits else None, let_go
             )
-        earlier = self.live.asked(emission) if emission.kind is Emits.AGAIN else None
+        earlier = self.live.earlier_prediction(emission) if emission.kind is Emits.AGAIN else None
         self.live.forget(event.sample)
         if emission.kind is not Emits.AGAIN:
             return reading

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from hamdist.dynamics.graph.inputs import INPUT, by_parent, rows_of
-from hamdist.dynamics.saved_state.remember import check_names
+from hamdist.dynamics.saved_state.stateful import check_names
 from hamdist.dynamics.schedule.events import Event, Stamp, source_events
 from hamdist.dynamics.schedule.sequence import SequenceSchedule
 from hamdist.dynamics.updates.constants import TOLERANCE
@@ -47,7 +47,9 @@ class SourceNode:
         self._mailbox = mailbox
         parts = plan.knobs.microbatches
         self._parts = parts if isinstance(parts, int) else 1
-        self._cut = {name for name, u in plan.spec.parents.items() if u[0][0] == plan.spec.batch}
+        self._batched = {
+            name for name, u in plan.spec.parents.items() if u[0][0] == plan.spec.batch
+        }
         self._events = source_events(plan.schedule.c, parts=self._parts)
         self.event = next(self._events)
         if isinstance(plan.schedule, SequenceSchedule):
@@ -128,7 +130,7 @@ class SourceNode:
                 break
         return itertools.islice(drawn, items, None)
 
-    def snapshot(self) -> dict[str, Any]:
+    def state_dict(self) -> dict[str, Any]:
         """Return the position in the stream, and the statistics of it so far."""
         ahead = self._next
         return {
@@ -137,18 +139,18 @@ class SourceNode:
             "samples": self._sent,
             "drawn": self._items,
             "passed": self.passed,
-            "next": None if ahead is None else _told(ahead),
+            "next": None if ahead is None else _fields(ahead),
             "tau": self._tau,
             "time": self._check.last,
-            "smoothness": self.smoothness.snapshot(),
+            "smoothness": self.smoothness.state_dict(),
             "emission": None if self._emission is None else [float(n) for n in self._emission],
         }
 
-    def restore(self, state: Mapping[str, Any]) -> None:
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Continue from `state`, instead of `start`: the stream is drawn again up to there."""
         names = ("event", "tick", "samples", "drawn", "passed", "next", "tau", "time", "smoothness")
         emission = state.get("emission")
-        check_names("stream", {n: one for n, one in state.items() if n != "emission"}, names)
+        check_names("stream", {n: value for n, value in state.items() if n != "emission"}, names)
         if self._plan.spec.patience and emission is None and state["drawn"]:
             raise SnapshotError(
                 "the state of a stream with late labels was saved by an earlier version of "
@@ -157,7 +159,7 @@ class SourceNode:
         self._emission = None if emission is None else emission_of(emission)
         self.event, self.tick, self._sent = state["event"], state["tick"], state["samples"]
         self._tau, self._check.last = state["tau"], state["time"]
-        self.smoothness.restore(state["smoothness"])
+        self.smoothness.load_state_dict(state["smoothness"])
         self._items = state["drawn"]
         self._next = None if state["next"] is None else _heard(state["next"])
         if not isinstance(self._plan.schedule, SequenceSchedule):
@@ -194,7 +196,7 @@ class SourceNode:
 
     def _part(self, name: str, u: Tensor, part: int) -> Tensor | None:
         """Return the part of an input to send; None if a batch has fewer rows than parts."""
-        if self._parts == 1 or name not in self._cut:
+        if self._parts == 1 or name not in self._batched:
             return ready(u)
         rows = rows_of(len(u), self._parts, part)
         return ready(u[rows.start : rows.stop]) if rows else None
@@ -304,8 +306,8 @@ def checker_of(plan: Plan) -> Checker:
     )
 
 
-def _told(sample: Sample) -> dict[str, Any]:
-    """A checked sample as plain data."""
+def _fields(sample: Sample) -> dict[str, Any]:
+    """Return a checked sample as plain data."""
     inputs = None if sample.inputs is None else dict(sample.inputs)
     y = dict(sample.y) if isinstance(sample.y, Mapping) else sample.y
     return {"u": sample.u, "y": y, "end": sample.end, "time": sample.time, "inputs": inputs}

@@ -116,7 +116,9 @@ class _Ways:
         self._busy = _busy(costs.joined(self._firsts) if self._fewer else costs)
         finite = np.unique(self._busy)
         self._bounds = [float(t) for t in finite[np.isfinite(finite)]]
-        self._known: dict[float, list[float]] = {}  # by bound: the least latency, by number of runs
+        self._latencies: dict[
+            float, list[float]
+        ] = {}  # by bound: the least latency, by number of runs
 
     def _rows(self, bound: float, parts: int) -> Iterator[tuple[Floats, ActorIndices]]:
         """Yield for 1 ... `parts` runs, by end, the least latency and the last run's start."""
@@ -131,10 +133,10 @@ class _Ways:
             yield latency, starts
 
     def _latency(self, parts: int, bound: float) -> float:
-        if bound not in self._known:
+        if bound not in self._latencies:
             rows = self._rows(bound, self._most)
-            self._known[bound] = [float(latency[-1]) for latency, _ in rows]
-        return self._known[bound][parts - 1]
+            self._latencies[bound] = [float(latency[-1]) for latency, _ in rows]
+        return self._latencies[bound][parts - 1]
 
     def _starts(self, parts: int, bound: float) -> list[int]:
         starts, end = [], len(self._firsts)

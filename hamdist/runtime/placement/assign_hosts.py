@@ -39,19 +39,15 @@ class HostInfo:
         A host is named by its address, name or id, or by one of its custom resources or label
         values.
         """
-        known = {self.id, self.address, self.name, *self.resources, *self.labels.values()}
-        return word in known
+        names = {self.id, self.address, self.name, *self.resources, *self.labels.values()}
+        return word in names
 
     def __str__(self) -> str:
         return self.address if self.name in ("", self.address) else f"{self.name} ({self.address})"
 
 
 def described(
-    node: str,
-    address: str,
-    name: str,
-    resources: Mapping[str, float],
-    labels: Mapping[str, str],
+    node: str, address: str, name: str, resources: Mapping[str, float], labels: Mapping[str, str]
 ) -> HostInfo:
     """Make a HostInfo of Ray's description, without Ray's internal resources and labels."""
     ray_own = ("node:", "memory", "object_store_memory", "accelerator_type:")
@@ -122,21 +118,21 @@ def options_of_actors(
     free = [i for i, d in enumerate(requests) if d.host is None]
     for i in bound:
         fit = [r for r in room if r.host.is_called(requests[i].host or "")]
-        rooms[i] = _taken(requests[i], shares[i], fit, room)
+        rooms[i] = _room_for(requests[i], shares[i], fit, room)
     if spread is Spread.PROFILE and speeds is not None:
         ranks = _ranks(speeds)
         for i in sorted(free, key=lambda i: -busy[i]):
             ordered = sorted(room, key=lambda r: ranks[r.host.id])
-            rooms[i] = _taken(requests[i], shares[i], ordered, room)
+            rooms[i] = _room_for(requests[i], shares[i], ordered, room)
     elif spread is Spread.SPREAD:
         for n, i in enumerate(free):
             first = n * len(room) // len(free)
             others = sorted((r for r in room if r is not room[first]), key=lambda r: r.actors)
-            rooms[i] = _taken(requests[i], shares[i], [room[first], *others], room)
+            rooms[i] = _room_for(requests[i], shares[i], [room[first], *others], room)
     elif spread is not Spread.AUTO:
         last = 0
         for i in free:
-            rooms[i] = _taken(requests[i], shares[i], [*room[last:], *room[:last]], room)
+            rooms[i] = _room_for(requests[i], shares[i], [*room[last:], *room[:last]], room)
             last = room.index(rooms[i])
     return [
         ActorOptions(
@@ -153,7 +149,7 @@ def reseated(
     actor_options: ActorOptions,
     was: str,
     hosts: Sequence[HostInfo],
-    taken: Sequence[tuple[str, ActorOptions]],
+    reserved: Sequence[tuple[str, ActorOptions]],
 ) -> ActorOptions:
     """Return the options of the replacement of a lost actor.
 
@@ -164,12 +160,12 @@ def reseated(
         actor_options: of the lost actor.
         was: its host.
         hosts: that are there now.
-        taken: the others' hosts and options.
+        reserved: the others' hosts and options.
     """
     if was in {host.id for host in hosts}:
         return actor_options
     room = {host.id: _Room(host) for host in hosts}
-    for node, other in taken:
+    for node, other in reserved:
         if node in room and room[node].has(_as_requirements(other), other.gpus):
             room[node].take(_as_requirements(other), other.gpus)
     mine = _as_requirements(actor_options)
@@ -214,7 +210,7 @@ class _Room:
             self.gpus[i] -= min(gpus, 1.0)
 
 
-def _taken(
+def _room_for(
     requirements: ActorRequirements,
     gpus: float,
     order: Sequence[_Room],
@@ -228,7 +224,7 @@ def _taken(
     full = ", ".join(str(r.host) for r in order)
     others = sum(r.actors for r in everywhere)
     raise ClusterError(
-        f"no room for {_who(requirements)}, which asks for {_asked(requirements, gpus)}: {full} "
+        f"no room for {_who(requirements)}, which asks for {_request(requirements, gpus)}: {full} "
         f"{'is' if len(order) == 1 else 'are'} full with the other {others} actor(s); ask for "
         "less, use fewer actors, or add hosts"
     )
@@ -277,7 +273,7 @@ def _check(requirements: ActorRequirements, gpus: float, room: Sequence[_Room]) 
         where = f"host {requirements.host!r}" if requirements.host is not None else "any host"
         largest = "; ".join(_offer(r.host) for r in called)
         raise ClusterError(
-            f"{_who(requirements)} asks for {_asked(requirements, gpus)}, more than {where} has "
+            f"{_who(requirements)} asks for {_request(requirements, gpus)}, more than {where} has "
             f"({largest}); ask for less"
         )
 
@@ -287,9 +283,7 @@ def _resources(room: Sequence[_Room]) -> str:
 
 
 def _check_sums(
-    requests: Sequence[ActorRequirements],
-    shares: Sequence[float],
-    hosts: Sequence[HostInfo],
+    requests: Sequence[ActorRequirements], shares: Sequence[float], hosts: Sequence[HostInfo]
 ) -> None:
     """Raise ClusterError if all actors together request more than there is."""
     cpus, total = sum(d.cpus for d in requests), sum(h.cpus for h in hosts)
@@ -319,7 +313,7 @@ def _who(requirements: ActorRequirements) -> str:
     return f"the actor of {noun} {', '.join(requirements.blocks)}"
 
 
-def _asked(requirements: ActorRequirements, gpus: float) -> str:
+def _request(requirements: ActorRequirements, gpus: float) -> str:
     parts = [f"{requirements.cpus:g} CPU(s)"]
     parts += [f"{gpus:g} GPU(s)"] if gpus else []
     parts += [f"{value:g} {name}" for name, value in requirements.resources.items()]

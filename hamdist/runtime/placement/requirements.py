@@ -42,9 +42,9 @@ class ActorRequirements:
 def contradiction(a: BlockEngineSettings, b: BlockEngineSettings) -> str | None:
     """Return the setting in which two blocks of one actor contradict, with both values."""
     for name in ("host", "cpus", "gpus"):
-        one, other = getattr(a, name), getattr(b, name)
-        if one is not None and other is not None and one != other:
-            return f"{name} {_shown(one)} and {_shown(other)}"
+        first, other = getattr(a, name), getattr(b, name)
+        if first is not None and other is not None and first != other:
+            return f"{name} {_shown(first)} and {_shown(other)}"
     for name in a.resources.keys() & b.resources.keys():
         if a.resources[name] != b.resources[name]:
             return f"resources.{name} {a.resources[name]:g} and {b.resources[name]:g}"
@@ -59,8 +59,8 @@ def apart(block_settings: Mapping[str, BlockEngineSettings]) -> tuple[tuple[int,
     """Return the pairs of blocks, by number, that cannot share an actor."""
     alike: dict[int, list[int]] = defaultdict(list)
     settings = list(block_settings.values())
-    for i, one in enumerate(settings):
-        alike[id(one)].append(i)
+    for i, setting in enumerate(settings):
+        alike[id(setting)].append(i)
     pairs = [
         (max(i, j), min(i, j))
         for group, other in combinations(alike.values(), 2)
@@ -82,10 +82,10 @@ def requirements(
         block_setting = block_settings[name]
         earlier.setdefault(id(block_setting), name)
         for other in earlier.values():
-            what = contradiction(block_settings[other], block_setting)
-            if what is not None:
+            clash = contradiction(block_settings[other], block_setting)
+            if clash is not None:
                 raise SettingsError(
-                    f"engine.blocks: {other!r} and {name!r} share an actor, but ask for {what}; "
+                    f"engine.blocks: {other!r} and {name!r} share an actor, but ask for {clash}; "
                     "give them different actors (engine.placement), or ask for the same"
                 )
         host = host if block_setting.host is None else block_setting.host
@@ -99,9 +99,9 @@ def requirements(
     return ActorRequirements(host, cpus, gpus, resources, tuple(blocks))
 
 
-def idle_block_settings(asked: Iterable[BlockEngineSettings]) -> list[str]:
+def idle_block_settings(asking: Iterable[BlockEngineSettings]) -> list[str]:
     """Return the settings without effect in a single process, as they were given."""
-    settings = list(asked)
+    settings = list(asking)
     names = ("host", "cpus", "gpus", "resources")
     return [
         n

@@ -73,7 +73,7 @@ def wants_costs(plan: Plan) -> bool:
 def predicts(plan: Plan) -> bool:
     """Return True if a run on Ray says beforehand how fast it will be: on processors (what a block
     takes on a GPU is not known before), by samples that come when they are drawn."""
-    devices = {plan.engine.device, *(one.device for one in plan.cast_plans.values())}
+    devices = {plan.engine.device, *(cast_plan.device for cast_plan in plan.cast_plans.values())}
     return plan.engine.balance is Balance.TIME and devices == {"cpu"} and not plan.spec.live
 
 
@@ -236,7 +236,7 @@ class _Trial:
 
         run_loop(timed, between)
         # What the loop does around a step (heap, requests, measurements) counts as part of it.
-        steps = [one for node in timed for _, one in node.spent]
+        steps = [s for node in timed for _, s in node.spent]
         around = max(0.0, self._clock() - first - sum(steps)) / len(steps)
         seconds: dict[str, dict[str, float]] = {}
         c, steady = plan.schedule.c, range(self._full, source.samples)
@@ -287,10 +287,10 @@ class _Examples:
         self._number = number
 
     def samples(self) -> Iterator[Sample]:
-        one = example_sample(self.spec)
+        sample = example_sample(self.spec)
         for n in range(self._number):
             end = n % SEQUENCE == SEQUENCE - 1
-            yield dataclasses.replace(one, end=end, time=n * STAMP_SECONDS)
+            yield dataclasses.replace(sample, end=end, time=n * STAMP_SECONDS)
 
 
 def example_sample(spec: SampleSpec) -> Sample:
@@ -312,8 +312,8 @@ def example_input(spec: SampleSpec) -> Tensor:
 def example_inputs(spec: SampleSpec) -> dict[str, Tensor]:
     """Return several inputs, by name."""
     return {
-        name: _example(spec, f"{INPUT}.{name}", one.shape, one.dtype)
-        for name, one in (spec.inputs or {}).items()
+        name: _example(spec, f"{INPUT}.{name}", u.shape, u.dtype)
+        for name, u in (spec.inputs or {}).items()
     }
 
 

@@ -88,7 +88,7 @@ def check_resets(graph: Graph, schedule: Schedule, dynamics: Dynamics, knobs: Lo
 def with_classes(spec: SampleSpec, graph: Graph, shapes: ShapeMap) -> SampleSpec:
     """Set the number of classes to that of the model, if the stream does not give it."""
 
-    def known(target: TargetSpec | None, readouts: Iterable[str]) -> int | None:
+    def classes_of(target: TargetSpec | None, readouts: Iterable[str]) -> int | None:
         if target is None or target.classes is not None or target.dtype.is_floating_point:
             return None if target is None else target.classes
         predicted = [
@@ -98,14 +98,16 @@ def with_classes(spec: SampleSpec, graph: Graph, shapes: ShapeMap) -> SampleSpec
             and len(shapes[name][0]) == len(target.shape) + 1
         ]
         try:
-            return min((one[class_axis(one, target.shape)] for one in predicted), default=None)
+            return min(
+                (sizes[class_axis(sizes, target.shape)] for sizes in predicted), default=None
+            )
         except ValueError:  # (`check_predictions` says it)
             return None
 
     if spec.targets is None:
-        return dataclasses.replace(spec, classes=known(spec.target(""), graph.readouts))
+        return dataclasses.replace(spec, classes=classes_of(spec.target(""), graph.readouts))
     targets = {
-        name: dataclasses.replace(one, classes=known(one, {name} & set(graph.readouts)))
+        name: dataclasses.replace(one, classes=classes_of(one, {name} & set(graph.readouts)))
         for name, one in spec.targets.items()
     }
     first = next(iter(targets.values()))

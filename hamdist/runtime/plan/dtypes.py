@@ -95,7 +95,7 @@ def with_cast_plans(
     return probed, with_inputs, cast_plans
 
 
-def taken(cast_plans: Mapping[str, CastPlan]) -> dict[int, torch.dtype]:
+def received_dtypes(cast_plans: Mapping[str, CastPlan]) -> dict[int, torch.dtype]:
     """Return the type in which each edge's child takes it and sends messages, by edge."""
     return {
         edge: dtype for cast_plan in cast_plans.values() for edge, dtype in cast_plan.inputs.items()
@@ -112,7 +112,7 @@ def _check_autocast(name: str, block_setting: BlockEngineSettings, dtype: torch.
 
 def _tried(block: BlockSpec, before: ShapeMap, dtype: torch.dtype) -> torch.dtype:
     """Return the type of the block's output for inputs of `dtype`."""
-    examples = block.with_own([before[one] for one in block.parents], before[block.name])
+    examples = block.with_own([before[parent] for parent in block.parents], before[block.name])
     inputs = [
         torch.zeros(shape, dtype=dtype if was.is_floating_point else was) for shape, was in examples
     ]

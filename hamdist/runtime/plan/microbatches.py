@@ -98,8 +98,8 @@ def _network_clip(knobs: Locality, graph: Graph, learning: LearningSettings) -> 
     reasons += [f"a rule (block {block!r}), whose step is its own" for block in ruled(graph)]
     reasons += [
         f"learning.blocks.{block}.clip, another one"
-        for block, own in learning.blocks.items()
-        if own.clip is not None
+        for block, settings in learning.blocks.items()
+        if settings.clip is not None
     ]
     for reason in reasons:
         raise LevelError(f"{name} with {reason}; leave one of them out")
@@ -172,7 +172,7 @@ def _mixing(graph: Graph, inputs: Mapping[str, Tensor], batch: int) -> list[str]
             parents = [whole[parent] for parent in block.parents]
             half = [h[: batch // 2] if len(h) == batch else h for h in parents]
             with torch.no_grad(), torch.random.fork_rng(devices=[]):
-                h = module(*combined(block.combine, [one.clone() for one in parents]))
+                h = module(*combined(block.combine, [h_p.clone() for h_p in parents]))
                 try:
                     part = module(*combined(block.combine, half))
                 except RuntimeError:  # (in a run it is the block's error)

@@ -64,7 +64,7 @@ def plan_optimizers(
         patterns = [p for p in learning.optimizer.groups if p != VECTORS]
         check_patterns("learning.optimizer.groups", patterns, full, "weight")
     by_block = {b: BlockOptimizers(rule, b, named) for b, named in trained.items() if named}
-    kinds = {b: [type(one).__name__ for one in group.optimizers] for b, group in by_block.items()}
+    kinds = {b: [type(opt).__name__ for opt in group.optimizers] for b, group in by_block.items()}
     rule = dataclasses.replace(rule, kinds=kinds)
     if settings.partition.slices:
         _check_slices(name, rule)
@@ -73,9 +73,9 @@ def plan_optimizers(
 
 def _trained(graph: Graph, block: str) -> dict[str, nn.Parameter]:
     """The weights that a block moves, as parameters that share their memory."""
-    borrowed = graph.borrowed(block)
+    shared = graph.foreign_weights(block)
     named = graph.blocks[block].module.named_parameters()
-    return {n: nn.Parameter(p.data) for n, p in named if p.requires_grad and n not in borrowed}
+    return {n: nn.Parameter(p.data) for n, p in named if p.requires_grad and n not in shared}
 
 
 def _check_once(learning: LearningSettings, functions: OptimizerRule) -> None:
@@ -119,11 +119,11 @@ def _contradictions(
                 f"dynamics.{constant} beside {name}, whose steps do not depend on it: leave one of "
                 "them out"
             )
-    for one in (Compensation.WEIGHT_PREDICTION, Compensation.LOOK_AHEAD):
-        if one in knobs.compensation:
+    for knob in (Compensation.WEIGHT_PREDICTION, Compensation.LOOK_AHEAD):
+        if knob in knobs.compensation:
             yield (
-                f"compensation {one.value!r} beside {name}, whose steps are not along omega: leave "
-                "one of them out (Nesterov's momentum: optimizer: {name: sgd, momentum: 0.9, "
+                f"compensation {knob.value!r} beside {name}, whose steps are not along omega: "
+                "leave one of them out (Nesterov's momentum: optimizer: {name: sgd, momentum: 0.9, "
                 "nesterov: true})"
             )
     if knobs.credit is Credit.MESSAGES and learning.any_heads:

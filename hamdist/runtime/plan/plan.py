@@ -43,7 +43,7 @@ from hamdist.runtime.plan.checks import (
     why_one_length,
     with_classes,
 )
-from hamdist.runtime.plan.dtypes import taken, with_cast_plans
+from hamdist.runtime.plan.dtypes import received_dtypes, with_cast_plans
 from hamdist.runtime.plan.heads import Heads, plan_heads
 from hamdist.runtime.plan.microbatches import cut_batches
 from hamdist.runtime.plan.optimizers import plan_optimizers
@@ -167,8 +167,8 @@ class Plan:
 
     def delay(self, block: str) -> int:
         """Return the most steps of a block between its two passes of a sample, where known."""
-        known = self.spec.kept and self.spec.emissions is not None
-        return self.schedule.delay(block) + (self.spec.patience if known else 0)
+        traced = self.spec.kept and self.spec.emissions is not None
+        return self.schedule.delay(block) + (self.spec.patience if traced else 0)
 
     @property
     def staleness(self) -> int:
@@ -329,7 +329,7 @@ def make_plan(
             signals,
             settings.engine,
             reversible,
-            taken(cast_plans),
+            received_dtypes(cast_plans),
             settings.seed,
         ),
         shapes=shapes,

@@ -37,10 +37,10 @@ def with_delays(plan: Plan, delays: Mapping[str, int]) -> Plan:
         messages=knobs.credit is Credit.MESSAGES,
         silent=plan.silent,
     )
-    codecs = {(one.kind, one.edge): one.codec for one in old.all()}
+    codecs = {(c.kind, c.edge): c.codec for c in old.all()}
     kinds: tuple[dict[Any, Channel], ...] = channels
     for kind in kinds:
-        kind |= {key: one._replace(codec=codecs[one.kind, one.edge]) for key, one in kind.items()}
+        kind |= {key: c._replace(codec=codecs[c.kind, c.edge]) for key, c in kind.items()}
     return dataclasses.replace(plan, graph=graph, schedule=schedule, channels=channels)
 
 

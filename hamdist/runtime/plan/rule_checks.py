@@ -48,8 +48,8 @@ def with_rules(graph: Graph, rules: Mapping[str, Rule]) -> Graph:
 def _no_place(block: BlockSpec, rule: Rule) -> str | None:
     """Return why the block cannot have the rule, if so."""
     if block.loss is not None and not rule.on_readout:
-        own = "leave it out there, and it learns by its own error"
-        return f"a readout (on_readout is False): {own}"
+        remedy = "leave it out there, and it learns by its own error"
+        return f"a readout (on_readout is False): {remedy}"
     if rule.presentation == "sequence" and block.name not in block.parents:
         return "a block that does not read itself: give the block its own name as a parent"
     return None
@@ -66,8 +66,8 @@ def own_states(graph: Graph, knobs: Locality) -> Graph:
             if reason := _no_place(blocks[name], rule):
                 raise LevelError(f"block {name!r}: {type(rule).__name__} is no rule of {reason}")
             others = tuple(parent for parent in blocks[name].parents if parent != name)
-            own = blocks[name].parents.index(name)
-            blocks[name] = replace(blocks[name], parents=others, own=own)
+            place = blocks[name].parents.index(name)
+            blocks[name] = replace(blocks[name], parents=others, own=place)
     changed = any(block is not graph.blocks[name] for name, block in blocks.items())
     return graph.over(blocks.values()) if changed else graph
 
@@ -83,12 +83,7 @@ def ruled(graph: Graph) -> dict[str, Rule]:
 
 
 def check_rules(
-    graph: Graph,
-    knobs: Locality,
-    dynamics: Dynamics,
-    metrics: MetricsSettings,
-    *,
-    weighted: bool,
+    graph: Graph, knobs: Locality, dynamics: Dynamics, metrics: MetricsSettings, *, weighted: bool
 ) -> None:
     """Raise LevelError for rules that cannot run in this graph at this level.
 
@@ -121,12 +116,12 @@ def _against_class(rule: Rule) -> Iterator[tuple[object, str]]:
     """Yield (it is wrong, what is wrong) for each way in which a rule contradicts itself."""
     back, label, overrides = rule.signals.back, rule.signals.label, rule.overrides
     presentation, held = rule.presentation, rule.presentation == "hold"
-    known = PRESENTED, ("message", "error", "none")
-    wrong = f"presentation {presentation!r}: give one of {', '.join(known[0])}"
-    yield presentation not in known[0], wrong
+    allowed = PRESENTED, ("message", "error", "none")
+    wrong = f"presentation {presentation!r}: give one of {', '.join(allowed[0])}"
+    yield presentation not in allowed[0], wrong
     carried = presentation == "sequence" and rule.on_readout
     yield carried, "on_readout: a rule of sequences is of blocks with a state"
-    yield back not in known[1], f"signals.back {back!r}: give one of {', '.join(known[1])}"
+    yield back not in allowed[1], f"signals.back {back!r}: give one of {', '.join(allowed[1])}"
     asks = f"presentation {presentation!r}, signals.back {back!r}, label {label}: needs a method"
     yield held and not overrides("relax"), f"{asks} relax(block, inputs, message)"
     only = "presentation 'hold' knows messages alone: no label, no error, no rule on a readout"
@@ -170,7 +165,7 @@ def _against(
     yield knobs.accumulate != 1, "locality.accumulate sums gradients of messages; leave it out"
     orders = knobs.order is not Order.OMEGA_FIRST or knobs.moves is not Moves.ALL
     yield knobs.hold and orders, "a held rule needs order 'omega-first' and moves 'all'"
-    others = [one.value for one in knobs.compensation if one is not Compensation.DELAY_SCALED]
+    others = [c.value for c in knobs.compensation if c is not Compensation.DELAY_SCALED]
     yield others, f"compensation {others[:1]} changes the level's own rule; leave it out"
     energy = knobs.hold and metrics.record is not None
     yield energy, "metrics.record: its energy is not that of Hamilton's equations; leave it out"

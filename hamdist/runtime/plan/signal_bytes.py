@@ -25,10 +25,10 @@ def exact_bytes(plan: Plan, channel: Channel) -> int:
         target = plan.spec.target(channel.receiver)
         return 0 if target is None else math.prod(target.shape) * target.dtype.itemsize
     if channel.sender == INPUT:
-        known = list(plan.spec.parents.values())
+        parts = list(plan.spec.parents.values())
     else:
-        known = [plan.shapes[_parent(channel)]]
-    return max(math.prod(shape) * dtype.itemsize for shape, dtype in known)
+        parts = [plan.shapes[_parent(channel)]]
+    return max(math.prod(shape) * dtype.itemsize for shape, dtype in parts)
 
 
 def sent_bytes(plan: Plan, channel: Channel) -> int:
@@ -40,8 +40,10 @@ def sent_bytes(plan: Plan, channel: Channel) -> int:
         if channel.sender != INPUT:
             shape = plan.shapes[_parent(channel)][0]
         whole = channel.codec.nbytes(shape[0])
-    cut = channel.kind in (Kind.STATE, Kind.MESSAGE) and isinstance(plan.knobs.microbatches, int)
-    return -(-whole // int(plan.knobs.microbatches)) if cut else whole
+    parts = plan.knobs.microbatches
+    if channel.kind in (Kind.STATE, Kind.MESSAGE) and isinstance(parts, int):
+        return -(-whole // parts)
+    return whole
 
 
 def _parent(channel: Channel) -> str:
@@ -61,10 +63,10 @@ def message_bytes(plan: Plan, channel: Channel) -> int:
     That is B signals in a bundle, each a header and TIMES the bytes that the plan states; or
     RAGGED, where samples have lengths of their own.
     """
-    one = TIMES * exact_bytes(plan, channel)
+    payload = TIMES * exact_bytes(plan, channel)
     if plan.one_length is None:
-        one = max(one, RAGGED)
-    return channel.bundle * (MAX_HEADER + one) + REST
+        payload = max(payload, RAGGED)
+    return channel.bundle * (MAX_HEADER + payload) + REST
 
 
 def slot_bytes(plan: Plan, channel: Channel) -> int:

@@ -252,8 +252,8 @@ def _in_c(dtype: torch.dtype) -> Iterator[Tensor]:
     y = torch.zeros(1, 70, dtype=dtype)
     chain.forward(x, y.new_empty(chain.inner), y)
     yield y
-    known = rows.cross_entropy(4 * _numbers(dtype, 4, 10), torch.tensor([1, 2, 3, 4]), -100)
-    yield from known or ()
+    numbers = rows.cross_entropy(4 * _numbers(dtype, 4, 10), torch.tensor([1, 2, 3, 4]), -100)
+    yield from numbers or ()
 
 
 _KINDS = {

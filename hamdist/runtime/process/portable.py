@@ -53,14 +53,14 @@ def is_pinned() -> bool:
     return _pinned
 
 
-def other_bits(what: str, bits: Bits, error: type[HamdistError]) -> str:
-    """Return the warning that other bits are computed; `what` says where, and how they differ.
+def other_bits(field: str, bits: Bits, error: type[HamdistError]) -> str:
+    """Return the warning that other bits are computed; `field` says where, and how they differ.
 
     Raises `error` with it where `bits` asks for equal ones.
     """
     if bits is Bits.WARN:
         return (
-            f"{what}; numbers will differ in their last bits: use hosts of one kind and the same "
+            f"{field}; numbers will differ in their last bits: use hosts of one kind and the same "
             "switches of torch, or engine.bits 'portable'; 'exact' refuses such a run"
         )
     remedy = "use hosts of one kind and the same switches of torch, or engine.bits 'portable'"
@@ -71,4 +71,4 @@ def other_bits(what: str, bits: Bits, error: type[HamdistError]) -> str:
             "read when torch is imported; where this was done, these processors do not agree even "
             "so: use hosts of one kind"
         )
-    raise error(f"engine.bits {bits.value!r}: {what}; {remedy}")
+    raise error(f"engine.bits {bits.value!r}: {field}; {remedy}")

@@ -33,13 +33,13 @@ class Startup:
 
     def __init__(self, on_phase: Callable[[str], None] | None = None) -> None:
         self.seconds: dict[str, float] = {}
-        self._told = on_phase
+        self._on_phase = on_phase
 
     @contextmanager
     def phase(self, name: str) -> Iterator[None]:
         """Count the time inside for phase `name`, which may come more than once."""
-        if self._told is not None:
-            self._told(name)
+        if self._on_phase is not None:
+            self._on_phase(name)
         begin = time.perf_counter()
         try:
             yield

@@ -26,7 +26,7 @@ REMEDY = (
 
 
 @lru_cache(maxsize=1)
-def _own() -> str:
+def _local_token() -> str:
     """Return the token of all local Rays of this process, which Ray reads once."""
     return secrets.token_hex(32)
 
@@ -42,7 +42,7 @@ def own_token(folder: str) -> Iterator[None]:
         return
     path = os.path.join(folder, "token")
     with os.fdopen(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "w") as file:
-        file.write(_own())
+        file.write(_local_token())
     os.environ[FILE] = path
     try:
         yield
@@ -86,12 +86,12 @@ def is_refusal(error: BaseException | None) -> bool:
 def refused(address: str) -> ClusterError:
     """Return the error for a cluster that requires another token than this process has."""
     if not asked_for():
-        what = f"none is shown ({MODE} is {os.environ.get(MODE, 'not set')})"
+        reason = f"none is shown ({MODE} is {os.environ.get(MODE, 'not set')})"
     else:
         source = TOKEN if TOKEN in os.environ else str(_path())
-        what = f"the one of {source} is not the cluster's"
+        reason = f"the one of {source} is not the cluster's"
     return ClusterError(
-        f"engine.address {address!r}: this Ray cluster asks for a token, and {what}; {REMEDY}"
+        f"engine.address {address!r}: this Ray cluster asks for a token, and {reason}; {REMEDY}"
     )
 
 

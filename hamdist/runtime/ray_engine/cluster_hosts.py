@@ -45,13 +45,13 @@ class HeadWatch:
     """Detects the loss of a joined cluster's head, before Ray ends this process for it."""
 
     def __init__(self) -> None:
-        self._asked = self._answered = time.monotonic()
+        self._sent = self._answered = time.monotonic()
 
     def lost(self, address: str, now: float) -> bool:
         """Test at intervals whether the head's address accepts connections: True if it has not for
         HEAD_SECONDS. now: as of `time.monotonic`."""
-        if now - self._asked >= HEAD_SECONDS / 5:
-            self._asked = now
+        if now - self._sent >= HEAD_SECONDS / 5:
+            self._sent = now
             if answers(address):
                 self._answered = now
         return now - self._answered >= HEAD_SECONDS
@@ -82,9 +82,9 @@ def reachable_hosts() -> list[HostInfo]:
     def reached(host: HostInfo) -> bool:
         return host.id in raylets and answers(raylets[host.id])
 
-    known = hosts()
+    listed = hosts()
     with ThreadPoolExecutor(KNOCKS) as pool:
-        return [host for host, up in zip(known, pool.map(reached, known), strict=True) if up]
+        return [host for host, up in zip(listed, pool.map(reached, listed), strict=True) if up]
 
 
 def _host(node: dict[str, Any]) -> HostInfo:
@@ -92,7 +92,7 @@ def _host(node: dict[str, Any]) -> HostInfo:
     return described(node["NodeID"], address, name, node["Resources"], node.get("Labels", {}))
 
 
-def host_seconds(known: Sequence[HostInfo]) -> dict[str, float]:
+def host_seconds(hosts: Sequence[HostInfo]) -> dict[str, float]:
     """Return, by host, the seconds for a fixed calculation in one thread of a process of its own.
 
     Raises ClusterError for a host on which no processor is free for it.
@@ -102,7 +102,7 @@ def host_seconds(known: Sequence[HostInfo]) -> dict[str, float]:
 
     from hamdist.runtime.ray_engine.worker_actor import timed_on
 
-    calls = {host.id: timed_on(host.id) for host in known}
+    calls = {host.id: timed_on(host.id) for host in hosts}
     try:
         return dict(zip(calls, ray.get(list(calls.values()), timeout=PROFILE_SECONDS), strict=True))
     except (RayError, TimeoutError) as error:

@@ -77,7 +77,7 @@ class RayEngine:
             notes += token_notes(plan.engine)
             outcome = _Watch(plan, worker_group, on_progress).to_the_end()
             refusals = [refusal for report in worker_group.reports() for refusal in report.refusals]
-            notes += lending_notes(plan.engine, worker_group.lent, refusals)
+            notes += lending_notes(plan.engine, worker_group.gpu_channels, refusals)
             outcome.startup = startup.seconds
             if measured is not None and measured.model is not None and predicts(plan):
                 outcome.predicted = worker_group.predicted(replace(measured.model, plan=plan))
@@ -203,7 +203,7 @@ class _Watch:
         """Return True if an actor was lost while the run ends. A replacement would start behind the
         signals its neighbours wait for, and could not finish."""
         lost = [] if self._policy is None else self._policy.lost
-        self._warnings += [f"{one} while the run was ending" for one in lost]
+        self._warnings += [f"{actor} while the run was ending" for actor in lost]
         return bool(lost)
 
     def _mended(self, stop: threading.Event) -> bool:
@@ -254,14 +254,16 @@ class _Watch:
                         block=block,
                         tick=status.ticks.get(block, 0) if status is not None else 0,
                         updates=status.updates.get(block, 0) if status is not None else 0,
-                        waiting=wait.what if wait is not None and wait.waiter == block else None,
+                        waiting=wait.waits_for
+                        if wait is not None and wait.waiter == block
+                        else None,
                     )
                 )
         # An actor that is replaced begins behind where it was: what was reached stays reached.
         self._samples = max(self._samples, self._worker_group.samples())
         for name, windows in self._worker_group.windows().items():
-            known = self._windows.get(name)
-            if windows and (not known or windows[-1].last >= known[-1].last):
+            shown = self._windows.get(name)
+            if windows and (not shown or windows[-1].last >= shown[-1].last):
                 self._windows[name] = windows
         readout = self._plan.graph.readouts[0]
         actors = self._worker_group.samples_of_processes()

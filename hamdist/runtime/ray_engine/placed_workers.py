@@ -75,7 +75,7 @@ class PlacedWorkers:
         self.arithmetic = [plan.arithmetic]  # of all kinds of processes that the run has had
         self.notes: list[str] = []  # what there is to say of the actors before the first tick
         self.local_forgot = False  # as WorkerHandle.forgot, of a stream in this process
-        self.lent = 0  # channels between GPUs of one host, at the start
+        self.gpu_channels = 0  # channels between GPUs of one host, at the start
         self.links: dict[tuple[int, int], Link] = {}  # by pair of actors, if they were measured
         # Told of an actor that died, or ended with an error; answers whether it is replaced.
         self.on_lost: Callable[[WorkerHandle, HamdistError | None, HamdistError], bool] | None = (
@@ -166,14 +166,14 @@ class PlacedWorkers:
         """Return each actor's options. Raises ClusterError if the cluster lacks any."""
         plan = self._plan
         by_block = block_settings(plan.graph, plan.engine)
-        known = hosts()
+        listed = hosts()
         names = list(plan.graph.blocks)
         work = by_parameters(plan.graph) if costs is None else costs.seconds
         busy = [sum(work[names.index(name)] for name in group) for group in groups]
-        spread = plan.engine.spread if len(known) > 1 else Spread.AUTO
-        speeds = host_seconds(known) if spread is Spread.PROFILE else None
+        spread = plan.engine.spread if len(listed) > 1 else Spread.AUTO
+        speeds = host_seconds(listed) if spread is Spread.PROFILE else None
         requests = [requirements(group, by_block, plan.engine) for group in groups]
-        options = options_of_actors(requests, known, spread, busy, speeds)
+        options = options_of_actors(requests, listed, spread, busy, speeds)
         if plan.engine.bits is not Bits.PORTABLE:
             return options
         return [actor_options.pinned(portable_environment()) for actor_options in options]
@@ -346,9 +346,9 @@ class WorkerHandle:
     def note(self, status: WorkerStatus) -> None:
         """Keep what a worker reports of itself."""
         self.status = status
-        if status.kept is not None:
-            self.snapshot_news.append(status.kept)
-            self.kept_bytes, self.forgot = status.kept.nbytes, status.kept.forgot
+        if status.snapshot_news is not None:
+            self.snapshot_news.append(status.snapshot_news)
+            self.kept_bytes, self.forgot = status.snapshot_news.nbytes, status.snapshot_news.forgot
         self.windows = [*self.windows[: status.first], *status.windows]
         self.joined = status.joined
 

@@ -334,15 +334,15 @@ class Attempts:
     """
 
     def __init__(self) -> None:
-        self._known: dict[str, tuple[int, int]] = {}  # by actor: how far it came, losses since
+        self._progress: dict[str, tuple[int, int]] = {}  # by actor: how far it came, losses since
 
     def lost(self, actor: str, tick: int | None, saved: int) -> int:
         """Return how often in a row `actor`, now at `tick`, was lost without progress.
 
         saved: the tick of the latest snapshot.
         """
-        furthest, times = self._known.get(actor, (-1, 0))
+        furthest, times = self._progress.get(actor, (-1, 0))
         came = max(saved, -1 if tick is None else tick)
         times = 1 if came > furthest else times + 1
-        self._known[actor] = max(came, furthest), times
+        self._progress[actor] = max(came, furthest), times
         return times

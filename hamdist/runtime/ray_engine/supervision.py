@@ -46,7 +46,7 @@ class SnapshotSupervision:
         self._seconds = snapshot_policy.seconds or inf
         self._end = plan.last_tick
         self._due: float | None = None
-        self._asked: tuple[int, float] | None = None  # the tick of the latest, and when
+        self._requested: tuple[int, float] | None = None  # the tick of the latest, and when
         self._for_user: int | None = None  # the tick of one that the user of a live run waits for
         self._pace: tuple[float, int] | None = None  # when, and where the first block was
         self._rate = 0.0
@@ -98,8 +98,8 @@ class SnapshotSupervision:
         """Replace lost actors, and request snapshots. Raises what cannot be recovered from."""
         self._collect()
         self._look_for_forgotten()
-        if self._asked is not None and self._worker_group.too_late():
-            self._asked = self._last = self._for_user = None
+        if self._requested is not None and self._worker_group.too_late():
+            self._requested = self._last = self._for_user = None
             self._due = now  # again, further ahead
         self._give_up_the_silent(now)
         if self._losses and self._recovery is not None:
@@ -107,7 +107,7 @@ class SnapshotSupervision:
             before = len(self._recovery.replaced)
             self._recovery.replace(losses)
             # (not all actors have heard of the snapshot that was asked for: ask again, later)
-            self._asked = self._last = self._last_by = self._pace = self._for_user = None
+            self._requested = self._last = self._last_by = self._pace = self._for_user = None
             if self._live is not None:
                 self._live.begin_again()
             unlike, self._recovery.unlike = self._recovery.unlike, []
@@ -155,21 +155,21 @@ class SnapshotSupervision:
     def _give_up_the_silent(self, now: float) -> None:
         if self._recovery is None:
             return
-        known = {id(loss.actor) for loss in self._losses}
+        reported = {id(loss.actor) for loss in self._losses}
         for actor in self._worker_group.silent(now, self._policy.silence):
-            if actor.report is None and id(actor) not in known:
+            if actor.report is None and id(actor) not in reported:
                 error = ClusterError(f"{actor} has not answered for {self._policy.silence:g} s")
                 self._losses.append(ActorLoss(actor, actor.tick, error))
 
     # -- snapshots ------------------------------------------------------------------------------
 
     def _collect(self) -> None:
-        for news in self._worker_group.kept():
+        for news in self._worker_group.new_snapshot_news():
             if news.failure is not None:
                 self._failures.add(news.failure)
                 self._tries_failed = True
                 self._give(SnapshotError(news.failure))
-            for files in news.taken:
+            for files in news.written:
                 try:
                     complete = self._catalogue.put(files)
                 except SnapshotError as error:
@@ -190,8 +190,8 @@ class SnapshotSupervision:
 
     def _asked_for_is_there(self, tick: int) -> None:
         """Drop the signals before the complete snapshot of `tick`, and allow the next one."""
-        if self._asked is not None and tick >= self._asked[0]:
-            self._asked = None
+        if self._requested is not None and tick >= self._requested[0]:
+            self._requested = None
         for actor in self._worker_group.actors:
             actor.kept_bytes = 0  # (the next look tells how many are left)
 
@@ -202,7 +202,7 @@ class SnapshotSupervision:
         self._pace = (now, front)
         if self._due is None:
             self._due = now + self._seconds
-        pending = self._asked is not None and now - self._asked[1] < PATIENCE_SECONDS
+        pending = self._requested is not None and now - self._requested[1] < PATIENCE_SECONDS
         if self._live is not None and self._live.wanted == "snapshot":
             if self._for_user is None or not pending:
                 self._for_user = self._ask(now, front, wanted=True)
@@ -237,7 +237,7 @@ class SnapshotSupervision:
         if self._tries_failed:
             self._tries_failed = False
             self._catalogue.forget_tries(tick)
-        self._asked = (tick, now)
+        self._requested = (tick, now)
         self._worker_group.keep(tick)
         if live is not None and (wanted or between):
             self._worker_group.heard(AHEAD_SECONDS)

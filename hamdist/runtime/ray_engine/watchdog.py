@@ -50,9 +50,9 @@ def explain(
     roots = [w for w in waits if w.awaited not in waiting] or list(waits)
     parts = [
         f"the stream has not yielded the next sample for {w.seconds:.0f} s (block {w.waiter!r} "
-        f"waits for {w.what}); a stream that pauses longer needs a larger engine.stall_limit"
+        f"waits for {w.waits_for}); a stream that pauses longer needs a larger engine.stall_limit"
         if w.awaited == INPUT
-        else f"block {w.waiter!r} has waited {w.seconds:.0f} s for {w.what}; {w.awaited!r} "
+        else f"block {w.waiter!r} has waited {w.seconds:.0f} s for {w.waits_for}; {w.awaited!r} "
         f"is at tick {ticks.get(w.awaited, 'unknown')}"
         for w in roots
     ]

@@ -120,7 +120,7 @@ class WiredWorkers(PlacedWorkers):
         """Have actors test if signals can stay on GPUs. Raises ClusterError where they must."""
         self._all("call", lambda _: ("answer_offers",))
         answers = self._all("call", lambda _: ("hear_answers",))
-        self.lent = sum(offered for offered, _ in answers)
+        self.gpu_channels = sum(offered for offered, _ in answers)
         refusals = [refusal for _, those in answers for refusal in those]
         if refusals and self._plan.engine.device_signals is DeviceSignals.IPC:
             channel, reason = refusals[0]

@@ -77,11 +77,7 @@ class WorkerActor:
         return arithmetic(threads, native=native), refused
 
     def prepare(
-        self,
-        plan: Plan,
-        blocks: Sequence[str],
-        stream: Stream | None,
-        binds: Mapping[int, str],
+        self, plan: Plan, blocks: Sequence[str], stream: Stream | None, binds: Mapping[int, str]
     ) -> ReceivingEnds:
         """Build the blocks, open the receiving ends, and return their addresses."""
         self._serves = worker = Worker(plan, blocks, stream, self._keys)

@@ -81,15 +81,15 @@ class WorkerGroup(WiredWorkers):
         if self._local is not None:
             self._local.complete(tick)
 
-    def kept(self) -> list[SnapshotNews]:
+    def new_snapshot_news(self) -> list[SnapshotNews]:
         """Return the snapshot news of all actors since the last call."""
         all_news = [news for actor in self.actors for news in actor.snapshot_news]
         for actor in self.actors:
             actor.snapshot_news.clear()
         if self._local is not None:
             status = self._local.status(0, None)
-            all_news += [] if status.kept is None else [status.kept]
-            self.local_forgot = status.kept is not None and status.kept.forgot
+            all_news += [] if status.snapshot_news is None else [status.snapshot_news]
+            self.local_forgot = status.snapshot_news is not None and status.snapshot_news.forgot
         return all_news
 
     def start(self) -> None:
@@ -149,8 +149,8 @@ class WorkerGroup(WiredWorkers):
                 f"{actor} ended before its time: it was called off by nobody"
             )
         if report is None or report.error is None:
-            if report is not None and report.kept is not None:
-                actor.snapshot_news.append(report.kept)
+            if report is not None and report.snapshot_news is not None:
+                actor.snapshot_news.append(report.snapshot_news)
             return
         if self.on_lost is not None and self.on_lost(actor, report.error, report.error):
             actor.report = actor.running = None
@@ -180,8 +180,8 @@ class WorkerGroup(WiredWorkers):
         """Return the number of samples that have entered the network."""
         if self._local is not None:
             return self._local.status(0, None).samples
-        known = [a.report or a.status for a in self.actors]
-        return max((k.samples for k in known if k is not None), default=0)
+        reports = [a.report or a.status for a in self.actors]
+        return max((k.samples for k in reports if k is not None), default=0)
 
     def windows(self) -> dict[str, list[Window]]:
         """Return the windows of all readouts, as far as they are known here."""
@@ -197,8 +197,8 @@ class WorkerGroup(WiredWorkers):
 
     def samples_of_processes(self) -> dict[str, ProcessSample]:
         """Return the latest measurements by process."""
-        known = {a.name: a.report or a.status for a in self.actors}
-        samples = {name: one.sample for name, one in known.items() if one is not None}
+        reports = {a.name: a.report or a.status for a in self.actors}
+        samples = {name: report.sample for name, report in reports.items() if report is not None}
         if self._local is not None:
             samples["driver"] = self._local.status(0, None).sample
         return samples
@@ -219,8 +219,8 @@ class WorkerGroup(WiredWorkers):
                 seconds = 0 if last else NEWS_SECONDS
                 call = self.actors[index].ask("news", seconds, run=self.plan.run)
                 try:
-                    for one in ray.get(call) or ():
-                        live.send(one)
+                    for message in ray.get(call) or ():
+                        live.send(message)
                 except RayError:  # it is replaced, or the run ends
                     over.wait(PAUSE_SECONDS)
 

@@ -22,7 +22,7 @@ from zlib import crc32
 import torch
 from torch import Tensor
 
-from hamdist.dynamics.saved_state.remember import known
+from hamdist.dynamics.saved_state.stateful import registered
 from hamdist.runtime.signals.cast import to_host
 from hamdist.runtime.signals.signal import Channel, Signal
 
@@ -31,7 +31,7 @@ DIGEST_BYTES = 8
 _HEAD = struct.Struct("<qqqBB")
 
 
-@known("DigestTrack")
+@registered("DigestTrack")
 @dataclass(slots=True)
 class DigestTrack:
     """The digests of one channel's signals, or of one block's weights, as hexadecimal text.
@@ -77,7 +77,7 @@ class Digests:
         self._out: dict[int, DigestTrack] = {}  # by number of the channel, which is quicker
         self._in: dict[int, DigestTrack] = {}
         self.sent: DigestMap = {}
-        self.taken: DigestMap = {}
+        self.received: DigestMap = {}
         self.weights: DigestMap = {}
 
     def post(self, channel: Channel, signal: Signal) -> None:
@@ -86,13 +86,13 @@ class Digests:
 
     def take(self, channel: Channel, signal: Signal) -> None:
         """Note a signal that has arrived, before it is decoded."""
-        (self._in.get(channel.number) or self._track(self.taken, self._in, channel)).add(signal)
+        (self._in.get(channel.number) or self._track(self.received, self._in, channel)).add(signal)
 
     def _track(
-        self, tracks: DigestMap, known: dict[int, DigestTrack], channel: Channel
+        self, tracks: DigestMap, by_channel: dict[int, DigestTrack], channel: Channel
     ) -> DigestTrack:
         track = tracks.setdefault(channel.key, DigestTrack(every=self._of, of=self._of))
-        known[channel.number] = track
+        by_channel[channel.number] = track
         return track
 
     def after_step(self, node: Any, tick: int) -> None:
@@ -114,24 +114,24 @@ class Digests:
         for name, state in blocks.items():
             track = self.weights.setdefault(name, DigestTrack())
             track.count, track.last = state.updates, weights_digest(state)
-        return {"sent": self.sent, "taken": self.taken, "weights": self.weights}
+        return {"sent": self.sent, "taken": self.received, "weights": self.weights}
 
     # -- state ----------------------------------------------------------------------------------
 
-    def snapshot(self, name: str, out: Iterable[Channel], into: Iterable[Channel]) -> Any:
+    def state_dict(self, name: str, out: Iterable[Channel], into: Iterable[Channel]) -> Any:
         """Return the digests of node `name`'s channels and weights."""
         return {
             "sent": _of(self.sent, [c.key for c in out]),
-            "taken": _of(self.taken, [c.key for c in into]),
+            "taken": _of(self.received, [c.key for c in into]),
             "weights": _of(self.weights, [name]),
         }
 
-    def restore(self, state: Mapping[str, DigestMap]) -> None:
+    def load_state_dict(self, state: Mapping[str, DigestMap]) -> None:
         """Continue from the digests of one node."""
         self._out.clear()
         self._in.clear()
         self.sent |= state["sent"]
-        self.taken |= state["taken"]
+        self.received |= state["taken"]
         self.weights |= state["weights"]
 
 

@@ -244,7 +244,7 @@ class RunFinished(RunEvent, name="finished"):
     @classmethod
     def of(cls, facts: RunFacts, failure: str | None, **head: Any) -> RunFinished:
         """Return the event of a run's end with these facts."""
-        names = {one.name for one in dataclasses.fields(cls)} - {"time", "level", "seed", "failure"}
+        names = {f.name for f in dataclasses.fields(cls)} - {"time", "level", "seed", "failure"}
         return cls(**{name: getattr(facts, name) for name in names}, failure=failure, **head)
 
 
@@ -294,9 +294,9 @@ def plain(value: Any) -> Any:
     if hasattr(value, "_asdict"):  # a NamedTuple
         return plain(value._asdict())
     if dataclasses.is_dataclass(value):
-        return {one.name: plain(getattr(value, one.name)) for one in dataclasses.fields(value)}
+        return {part.name: plain(getattr(value, part.name)) for part in dataclasses.fields(value)}
     if isinstance(value, Mapping):
-        return {str(key): plain(one) for key, one in value.items()}
+        return {str(key): plain(part) for key, part in value.items()}
     if isinstance(value, (list, tuple)):
-        return [plain(one) for one in value]
+        return [plain(part) for part in value]
     return value

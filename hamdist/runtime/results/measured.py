@@ -131,4 +131,4 @@ def summed(samples: Sequence[ProcessSample]) -> dict[str, EdgeCounts]:
     for sample in samples:
         for name, counts in sample.edges.items():
             edges[name] = edges.get(name, EdgeCounts()) + counts
-    return {name: replace(one, queued=max(0, one.queued)) for name, one in edges.items()}
+    return {name: replace(edge, queued=max(0, edge.queued)) for name, edge in edges.items()}

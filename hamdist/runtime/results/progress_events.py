@@ -75,7 +75,7 @@ class ProgressEvents:
             self._actors = net.actors
             events.append(NetworkPlaced(**_fields(net), **head))
         lost, self._lost = progress.replaced[self._lost :], len(progress.replaced)
-        events += [ActorReplaced(**_fields(one), **head) for one in lost]
+        events += [ActorReplaced(**_fields(loss), **head) for loss in lost]
         events += [Warned(text=text, **head) for text in self._new(progress.warnings)]
         events += [SnapshotComplete(path=path, **head) for path in self._new(progress.snapshots)]
         events += self._windows(progress)
@@ -136,4 +136,4 @@ class ProgressEvents:
 
 
 def _fields(of: PlacedNetwork | Replaced) -> dict[str, Any]:
-    return {one.name: getattr(of, one.name) for one in dataclasses.fields(of)}
+    return {field.name: getattr(of, field.name) for field in dataclasses.fields(of)}

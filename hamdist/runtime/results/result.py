@@ -190,11 +190,11 @@ class RunFacts:
 
     def shared(self) -> dict[str, Any]:
         """Return the fields that every layer has, by name."""
-        return {one.name: getattr(self, one.name) for one in fields(RunFacts)}
+        return {field.name: getattr(self, field.name) for field in fields(RunFacts)}
 
     def as_json(self) -> dict[str, Any]:
         """Return the facts as plain values, without tensors and modules; inf and nan stay."""
-        apart = {one.name for one in fields(self) if one.metadata == APART}
+        apart = {field.name for field in fields(self) if field.metadata == APART}
         values: dict[str, Any] = TypeAdapter(type(self)).dump_python(
             self, mode="json", exclude=apart, warnings=False
         )

@@ -76,9 +76,9 @@ def line_of(event: RunEvent) -> str | None:
         right = "" if event.accuracy is None else f", accuracy {100 * event.accuracy:.2f} %"
         return f"held out, after {event.samples} samples: loss {event.loss:.4g}{right}"
     if isinstance(event, ActorReplaced):
-        what = "lost" if event.lost else "set back"
+        event_text = "lost" if event.lost else "set back"
         back = f"is back from tick {event.since} after {event.seconds:.1f} s"
-        return f"{event.actor} was {what}, and {back}"
+        return f"{event.actor} was {event_text}, and {back}"
     if isinstance(event, RunFinished):
         how = "interrupted" if event.interrupted else "stopped" if event.stopped else "finished"
         return f"{event.failure or how}: {event.samples} samples in {event.seconds:.1f} s"

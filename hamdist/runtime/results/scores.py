@@ -90,7 +90,7 @@ def evaluate_samples(
                 predictions = tensors(called(model, u))
             if tallies is None:
                 losses = losses_of(list(predictions), loss, targets)
-                tallies = {name: _Tally(one, ignore_index) for name, one in losses.items()}
+                tallies = {name: _Tally(part, ignore_index) for name, part in losses.items()}
             for name, tally in tallies.items():
                 target = sample.target(name)
                 if target is not None:
@@ -100,12 +100,12 @@ def evaluate_samples(
         raise StreamError("nothing is held out: the part to evaluate on has no sample")
     for name, tally in tallies.items():
         if not tally.rows:
-            what = "" if name == ONLY else f" for {name!r}"
-            raise StreamError(f"no held-out sample has a target{what}")
+            of_output = "" if name == ONLY else f" for {name!r}"
+            raise StreamError(f"no held-out sample has a target{of_output}")
     if list(tallies) == [ONLY]:
         return tallies[ONLY].scores()
     scores = {name: tally.scores() for name, tally in tallies.items()}
-    main = main_output({name: one.accuracy for name, one in scores.items()})
+    main = main_output({name: part.accuracy for name, part in scores.items()})
     return Scores(scores[main].loss, scores[main].accuracy, scores, main)
 
 
@@ -113,7 +113,7 @@ def _chunks(x: NetworkInputs, y: Targets) -> Iterator[Sample]:
     u = next(iter(x.values())) if isinstance(x, Mapping) else x
     for first in range(0, len(u), CHUNK):
         rows = slice(first, first + CHUNK)
-        inputs = {name: one[rows] for name, one in x.items()} if isinstance(x, Mapping) else None
+        inputs = {name: part[rows] for name, part in x.items()} if isinstance(x, Mapping) else None
         target = {n: t[rows] for n, t in y.items()} if isinstance(y, Mapping) else y[rows]
         yield Sample(u[rows], target, inputs=inputs)
 

@@ -57,6 +57,6 @@ def _events(span: TraceSpan, place: Mapping[str, int], flows: set[str]) -> Itera
     if span.flow[1:] in flows:
         left = {"ph": "s", "ts": begin}  # (it may be taken before the sender's call returns)
         # (within the span that waits: at its end it is closed, and an arrow would have no target)
-        taken = {"ph": "f", "bp": "e", "ts": begin + max(0.0, duration - 0.01)}
-        arrow = left if span.flow[0] == ">" else taken
+        flow = {"ph": "f", "bp": "e", "ts": begin + max(0.0, duration - 0.01)}
+        arrow = left if span.flow[0] == ">" else flow
         yield {**arrow, "name": "signal", "cat": "signal", "id": span.flow[1:], **place}

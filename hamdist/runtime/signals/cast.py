@@ -79,7 +79,7 @@ class CastBorder:
     def target(self, y: Tensor) -> Tensor:
         return y if self._cast_plan is None else entered(y, self.device, self._cast_plan.targets)
 
-    def own(self, tensor: Tensor) -> Tensor:
+    def moved(self, tensor: Tensor) -> Tensor:
         """Move a tensor of the block itself to its device."""
         return tensor.to(self.device)
 
@@ -109,6 +109,6 @@ def to_host(tensor: Tensor) -> Tensor:
     return host
 
 
-def kept(tensor: Tensor) -> Tensor:
+def host_copy(tensor: Tensor) -> Tensor:
     """Copy a tensor of a block to host memory, for readers without a GPU."""
     return tensor.detach().clone() if tensor.is_cpu else tensor.detach().cpu()

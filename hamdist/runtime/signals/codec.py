@@ -41,7 +41,7 @@ from torch import Tensor, nn
 
 from hamdist.config import Compress
 from hamdist.dynamics.modules.subspace import Subspace, coefficients, lifted
-from hamdist.dynamics.saved_state.remember import Remembers
+from hamdist.dynamics.saved_state.stateful import Stateful
 from hamdist.runtime.signals.codes import (
     ByteCode,
     Code,
@@ -133,8 +133,8 @@ class Codec:
         if not self.rank or x.dtype != self.dtype or x.shape[1:] != self.row:
             return x
         vectors = x.reshape(-1, self.row[-1]).to(self._real)
-        found = coefficients(vectors, self.rank, self.basis)
-        return found.to(self.dtype).view(len(x), *self.coded_row)
+        sizes = coefficients(vectors, self.rank, self.basis)
+        return sizes.to(self.dtype).view(len(x), *self.coded_row)
 
     def outer(self, x: Tensor) -> Tensor:
         """Return the signal, (B, *row), of what `inner` gives, or nearly gives."""
@@ -189,7 +189,7 @@ class Compressed:
     worst: float
 
 
-class Encoder(Remembers):
+class Encoder(Stateful):
     """The sending end of one direction of an edge.
 
     Attributes:

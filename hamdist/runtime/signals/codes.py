@@ -88,8 +88,8 @@ class ByteCode(Code):
         return n + self.real.itemsize
 
     def encode(self, x: Tensor) -> Tensor | None:
-        found = quantised(x, self.levels, self.real)
-        return None if found is None else torch.cat([found[0], found[1].view(torch.int8)], 1)
+        coded = quantised(x, self.levels, self.real)
+        return None if coded is None else torch.cat([coded[0], coded[1].view(torch.int8)], 1)
 
     def decode(self, sent: Tensor, n: int, real: torch.dtype) -> Tensor:
         return sent[:, :n].to(real) * _numbers(sent[:, n:], self.real)
@@ -106,11 +106,11 @@ class NibbleCode(Code):
         return (n + 1) // 2 + SCALE.itemsize
 
     def encode(self, x: Tensor) -> Tensor | None:
-        found = quantised(rotated(x, self.seed), self.levels, SCALE)
-        if found is None:
+        coded = quantised(rotated(x, self.seed), self.levels, SCALE)
+        if coded is None:
             return None
-        q = torch.nn.functional.pad(found[0] + (self.levels + 1), (0, x.shape[1] % 2)).to(BYTE)
-        return torch.cat([q[:, ::2] | q[:, 1::2] << 4, found[1].view(BYTE)], 1)
+        q = torch.nn.functional.pad(coded[0] + (self.levels + 1), (0, x.shape[1] % 2)).to(BYTE)
+        return torch.cat([q[:, ::2] | q[:, 1::2] << 4, coded[1].view(BYTE)], 1)
 
     def decode(self, sent: Tensor, n: int, real: torch.dtype) -> Tensor:
         pairs = sent[:, : -SCALE.itemsize]

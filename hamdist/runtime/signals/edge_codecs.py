@@ -27,7 +27,7 @@ def compressed(
     signals: ShapeMap,
     engine: EngineSettings,
     reversible: Collection[str] = (),
-    taken: Mapping[int, torch.dtype] | None = None,
+    received: Mapping[int, torch.dtype] | None = None,
     seed: int = 0,
 ) -> Channels:
     """Return `channels` with the codecs that the settings give to the edges.
@@ -40,7 +40,7 @@ def compressed(
         signals: shape and type of each block's state; the stream's input is `u`.
         engine: the settings.
         reversible: blocks whose child hands their state back, which has to be exact.
-        taken: by edge, the type in which its child takes it and answers, where it is another one.
+        received: by edge, the type in which its child takes it and answers, where another one.
         seed: of the run.
 
     Raises:
@@ -56,8 +56,8 @@ def compressed(
         if word is Compress.NONE:
             return channel
         shape, dtype = signals[edge.parent]
-        if channel.kind is Kind.MESSAGE and taken is not None:
-            dtype = taken.get(edge.index, dtype)
+        if channel.kind is Kind.MESSAGE and received is not None:
+            dtype = received.get(edge.index, dtype)
         fed_back = _feeds_back(engine.feedback, word, channel.kind)
         codec = Codec(word, dtype, shape[1:], fed_back, seed, engine.topk_share)
         subspace = None if edge.from_input else subspace_of(graph.blocks[edge.parent].module)

@@ -105,7 +105,7 @@ class Packer:
     def __init__(self, run: int, channel: Channel) -> None:
         self._run = run
         self._channel = channel
-        self._made: dict[tuple[Any, ...], tuple[bytes, bytes]] = {}
+        self._templates: dict[tuple[Any, ...], tuple[bytes, bytes]] = {}
         self._forms: dict[tuple[Any, ...], WireForm] = {}
         self._seen: dict[bytes, tuple[int, WireForm | None]] = {}
 
@@ -134,14 +134,14 @@ class Packer:
             | (0 if index is None else APART)
         )
         key = (flags, form)
-        template = self._made.get(key)
+        template = self._templates.get(key)
         if template is None:
             shape = () if form is None else form.shape
             code = 0 if form is None else _CODES[form.dtype]
             number, kind = self._channel.number, self._channel.kind
             fixed = (MAGIC, FORMAT, kind, flags, code, len(shape), self._run, number)
             template = _FIXED.pack(*fixed), struct.pack(f"<{len(shape)}q", *shape)
-            _remember(self._made, key, template)
+            _remember(self._templates, key, template)
         return template[0] + _VARYING.pack(index or 0, *signal.stamp) + template[1]
 
     def read(self, message: bytes, at: int) -> Packed:
@@ -150,11 +150,11 @@ class Packer:
             raise WireError(f"{self._channel}: a header of {len(message) - at} bytes")
         start = at + HEADER.size + 8 * message[at + _DIMS_AT]
         key = message[at : at + _FIXED.size] + message[at + HEADER.size : start]
-        known = self._seen.get(key)
-        if known is None:
-            known = self._checked(message, at)
-            _remember(self._seen, key, known)
-        flags, form = known
+        layout = self._seen.get(key)
+        if layout is None:
+            layout = self._checked(message, at)
+            _remember(self._seen, key, layout)
+        flags, form = layout
         index, *stamp = _VARYING.unpack_from(message, at + _FIXED.size)
         if flags & APART or form is None:
             return Packed(
@@ -219,8 +219,8 @@ def _form(shape: tuple[int, ...], dtype: torch.dtype) -> WireForm:
     return WireForm(shape, dtype, nbytes, ctypes.c_char * nbytes, bytes(-nbytes % 8))
 
 
-def _remember(known: dict[Any, Any], key: Any, value: Any) -> None:
+def _remember(cache: dict[Any, Any], key: Any, value: Any) -> None:
     """Cache a value, within a bounded number of entries."""
-    if len(known) >= _REMEMBERED:
-        known.clear()
-    known[key] = value
+    if len(cache) >= _REMEMBERED:
+        cache.clear()
+    cache[key] = value

@@ -35,32 +35,32 @@ class ChannelLog:
         nbytes: bytes of memory that the signals take.
     """
 
-    __slots__ = ("_kept", "capacity", "nbytes")
+    __slots__ = ("_logged", "capacity", "nbytes")
 
     def __init__(self, capacity: int) -> None:
         self.capacity = capacity
         self.nbytes = 0
-        self._kept: tuple[int, list[Signal]] = (1, [])
+        self._logged: tuple[int, list[Signal]] = (1, [])
 
     @property
     def first(self) -> int:
         """Return the number of the oldest signal that is kept."""
-        return self._kept[0]
+        return self._logged[0]
 
     @property
     def posted(self) -> int:
         """Return the number of the latest signal."""
-        first, signals = self._kept
+        first, signals = self._logged
         return first + len(signals) - 1
 
     def add(self, signal: Signal) -> None:
         """Keep a signal that was posted."""
-        self._kept[1].append(signal)
+        self._logged[1].append(signal)
         self.nbytes += _nbytes(signal)
 
     def at(self, number: int) -> Signal:
         """Return a signal by its number, to any thread. Raises SnapshotError if it was dropped."""
-        first, signals = self._kept
+        first, signals = self._logged
         if not first <= number < first + len(signals):
             raise SnapshotError(
                 f"signal {number} of a channel that keeps {first} to {first + len(signals) - 1}"
@@ -69,20 +69,20 @@ class ChannelLog:
 
     def behind(self, number: int) -> list[Signal]:
         """Return the signals after `number`."""
-        first, signals = self._kept
+        first, signals = self._logged
         return signals[max(0, number + 1 - first) :]
 
     def let_go(self, before: int) -> None:
         """Drop the signals with smaller numbers."""
-        first, signals = self._kept
+        first, signals = self._logged
         many = min(max(0, before - first), len(signals))
         if many:
-            self._kept = (first + many, signals[many:])
+            self._logged = (first + many, signals[many:])
             self.nbytes -= sum(map(_nbytes, signals[:many]))
 
     def begin(self, posted: int, signals: list[Signal]) -> None:
         """Start from the latest `signals` of a snapshot, the last one numbered `posted`."""
-        self._kept = (posted - len(signals) + 1, list(signals))
+        self._logged = (posted - len(signals) + 1, list(signals))
         self.nbytes = sum(map(_nbytes, signals))
 
 
@@ -108,7 +108,7 @@ class SentLog:
         self._unweighed = 0  # signals since the last look at what all of them take
         self.forgot = False
         self.posted: dict[int, int] = {}
-        self.taken: dict[int, int] = {}
+        self.received: dict[int, int] = {}
         self.logs: dict[int, ChannelLog] = {}
         self._marks: dict[int, dict[int, int]] = {}  # by tick of a snapshot: `posted` of that time
 
@@ -131,7 +131,7 @@ class SentLog:
 
     def take(self, channel: Channel) -> None:
         """Count a signal that was taken from a channel."""
-        self.taken[channel.number] = self.taken.get(channel.number, 0) + 1
+        self.received[channel.number] = self.received.get(channel.number, 0) + 1
 
     def log(self, channel: Channel) -> ChannelLog:
         """Return the log of a channel, made when it is first asked for."""

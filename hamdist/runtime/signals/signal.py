@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from hamdist.dynamics.graph.graph import INPUT, Graph
-from hamdist.dynamics.saved_state.remember import known
+from hamdist.dynamics.saved_state.stateful import registered
 from hamdist.dynamics.schedule.events import ALONE, Bundle, Kind, Schedule, Stamp
 from hamdist.dynamics.schedule.hold import HoldSchedule
 from hamdist.dynamics.schedule.pulse import PulseSchedule
@@ -204,7 +204,7 @@ def make_channels(
     return channels
 
 
-@known("Signal")
+@registered("Signal")
 @dataclass(slots=True)
 class Signal:
     """A value that crosses a channel.

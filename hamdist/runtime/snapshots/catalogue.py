@@ -43,14 +43,14 @@ class SnapshotCatalogue:
         self._network = fingerprint(plan, Settings.model_validate(plan.snapshot_policy.settings))
         self._delays = {e.name: e.delay for e in plan.graph.edges if not e.from_input}
         self._run = f"{plan.run:016x}"
-        self._taken: dict[
+        self._partial: dict[
             int, list[WrittenFiles]
         ] = {}  # by tick, of snapshots that are not complete
         self._skip = plan.skip
         self._arithmetic = arithmetic or [plan.arithmetic]
         self._switches = plan.switches
         self.latest: Snapshot | None = plan.snapshot_policy.snapshot
-        self._kept: list[Snapshot] = []
+        self._complete: list[Snapshot] = []
         self._resumed = self.latest  # what the run began with
         self._damaged: set[str] = set()  # folders of snapshots that the run went back behind
 
@@ -59,12 +59,12 @@ class SnapshotCatalogue:
         """Return the snapshots that this run took and still has, the latest last."""
         with suppress(SnapshotError):  # (where they cannot be listed they may be there)
             there = set(self._store.folders())
-            self._kept = [snapshot for snapshot in self._kept if snapshot.folder in there]
-        return [str(snapshot) for snapshot in self._kept]
+            self._complete = [snapshot for snapshot in self._complete if snapshot.folder in there]
+        return [str(snapshot) for snapshot in self._complete]
 
     def forget_tries(self, before: int) -> None:
         """Remove the files of unfinished snapshots of ticks before `before`."""
-        self._taken = {tick: one for tick, one in self._taken.items() if tick >= before}
+        self._partial = {tick: parts for tick, parts in self._partial.items() if tick >= before}
         with suppress(SnapshotError):
             remove_unfinished(self._store, before)
 
@@ -94,18 +94,20 @@ class SnapshotCatalogue:
                     f"from one before it, if there is one (--resume {self.latest.where})"
                 )
             self._damaged.add(self.latest.folder)  # (it may be whole again: nothing is removed now)
-            self._taken.clear()
-            self._kept = [one for one in self._kept if one.tick < self.latest.tick]
-            self.latest = self._kept[-1] if self._kept else self._resumed
+            self._partial.clear()
+            self._complete = [
+                snapshot for snapshot in self._complete if snapshot.tick < self.latest.tick
+            ]
+            self.latest = self._complete[-1] if self._complete else self._resumed
         return faults
 
     def put(self, files: WrittenFiles) -> Snapshot | None:
         """Note the files of one process; return the snapshot, if they complete it."""
         if self.latest is not None and files.tick <= self.latest.tick:
             return None
-        those = self._taken.setdefault(files.tick, [])
+        those = self._partial.setdefault(files.tick, [])
         those.append(files)
-        parts = {name: part for one in those for name, part in one.parts.items()}
+        parts = {name: part for written in those for name, part in written.parts.items()}
         if set(parts) != self._nodes:
             return None
         manifest = Manifest(
@@ -119,16 +121,18 @@ class SnapshotCatalogue:
             versions=versions(),
             arithmetic=list(self._arithmetic),
             switches=dict(self._switches),
-            samples=max(one.samples for one in those) + self._skip,
-            passed=max(one.passed for one in those),
+            samples=max(written.samples for written in those) + self._skip,
+            passed=max(written.passed for written in those),
             skip=self._skip,
             time=now(),
             stream=dict(self._policy.stream),
         )
         self._damaged.discard(folder_of(files.tick))
         self.latest = conclude(self._store, manifest, self._policy.keep, self._damaged)
-        self._kept = [*self._kept, self.latest][-self._policy.keep :]
-        self._taken = {tick: one for tick, one in self._taken.items() if tick > files.tick}
+        self._complete = [*self._complete, self.latest][-self._policy.keep :]
+        self._partial = {
+            tick: written for tick, written in self._partial.items() if tick > files.tick
+        }
         return self.latest
 
 

@@ -11,7 +11,7 @@ from hamdist.runtime.nodes.mailbox import Mailbox
 from hamdist.runtime.plan.plan import Plan
 from hamdist.runtime.signals.sent_log import SentLog
 from hamdist.runtime.snapshots.catalogue import SnapshotCatalogue, SnapshotFailures
-from hamdist.runtime.snapshots.process_snapshots import ProcessSnapshots, Stateful, WrittenFiles
+from hamdist.runtime.snapshots.process_snapshots import ProcessSnapshots, StatefulNode, WrittenFiles
 from hamdist.streams.live import LiveStream
 
 
@@ -24,7 +24,7 @@ class InProcessSnapshots:
     def __init__(
         self,
         plan: Plan,
-        nodes: Sequence[Stateful],
+        nodes: Sequence[StatefulNode],
         mailbox: Mailbox,
         sent_log: SentLog,
         live: LiveStream | None = None,

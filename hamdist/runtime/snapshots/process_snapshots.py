@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from hamdist.dynamics.graph.graph import INPUT
-from hamdist.dynamics.saved_state.remember import Packing, check_names
+from hamdist.dynamics.saved_state.stateful import Packing, check_names
 from hamdist.errors import SnapshotError
 from hamdist.runtime.nodes.mailbox import Mailbox
 from hamdist.runtime.plan.plan import Plan
@@ -38,7 +38,7 @@ from hamdist.runtime.storage.snapshot_files import (
 from hamdist.runtime.storage.store import storage
 
 
-class Stateful(Protocol):
+class StatefulNode(Protocol):
     """Anything with a state to save: a node, or the stream."""
 
     name: str
@@ -47,9 +47,9 @@ class Stateful(Protocol):
     @property
     def device(self) -> torch.device: ...
 
-    def snapshot(self) -> dict[str, Any]: ...
+    def state_dict(self) -> dict[str, Any]: ...
 
-    def restore(self, state: Mapping[str, Any]) -> None: ...
+    def load_state_dict(self, state: Mapping[str, Any]) -> None: ...
 
 
 @dataclass(frozen=True, slots=True)
@@ -70,7 +70,7 @@ class WrittenFiles:
 
 @dataclass(slots=True)
 class _Done:
-    taken: list[WrittenFiles] = field(default_factory=list)
+    written: list[WrittenFiles] = field(default_factory=list)
     failure: str | None = None
 
 
@@ -86,7 +86,7 @@ class ProcessSnapshots:
     def __init__(
         self,
         plan: Plan,
-        nodes: Sequence[Stateful],
+        nodes: Sequence[StatefulNode],
         mailbox: Mailbox,
         sent_log: SentLog,
         written: Callable[[WrittenFiles], None] | None = None,
@@ -108,7 +108,7 @@ class ProcessSnapshots:
             if channel.receiver in self._in:
                 self._in[channel.receiver].append(channel)
         self._every = self._policy.every
-        self._asked: float = inf
+        self._requested: float = inf
         self._then: Callable[[], None] | None = None
         self._lock = threading.RLock()  # (a signal may come while this thread has it)
         self._pool = ThreadPoolExecutor(1, "hamdist-snapshot")
@@ -128,14 +128,14 @@ class ProcessSnapshots:
         Returns True if the tick is still to come. `then` is called when the snapshot was taken.
         """
         with self._lock:
-            before = self._asked, self._then
-            self._asked, self._then = tick, then
+            before = self._requested, self._then
+            self._requested, self._then = tick, then
             self.due = min(self._next, tick)
             # The loop looks at `due` before each event. So if no node has come to `tick` now, with
             # `due` set, none will pass it before `reach` is called, which waits for the lock.
             if tick <= self.reached or tick <= self._now() or tick > self._end:
-                self._asked, self._then = before
-                self.due = min(self._next, self._asked)
+                self._requested, self._then = before
+                self.due = min(self._next, self._requested)
                 return False
             return True
 
@@ -163,11 +163,11 @@ class ProcessSnapshots:
                     return  # what was asked for came too late
                 due = int(self.due)
                 self.reached = due
-                if self._asked == due:
-                    self._asked, then, self._then = inf, self._then, None
+                if self._requested == due:
+                    self._requested, then, self._then = inf, self._then, None
                 if self._next == due:
                     self._next = self._following(due)
-                self.due = min(self._next, self._asked)
+                self.due = min(self._next, self._requested)
             self._take(due)
             if then is not None:
                 then()
@@ -186,15 +186,15 @@ class ProcessSnapshots:
                 passed = int(getattr(node, "passed", 0))
         self._writing = self._pool.submit(self._write, tick, files, samples, passed)
 
-    def _state(self, node: Stateful) -> dict[str, Any]:
+    def _state(self, node: StatefulNode) -> dict[str, Any]:
         out, into, digests = self._out[node.name], self._in[node.name], self._mailbox.digests
         received = self._mailbox.received(into)
         return {
-            "node": node.snapshot(),
-            "out": {c.key: self._mailbox.snapshot(c) for c in out},
-            "in": {c.key: self._mailbox.taken(c) for c in into},
+            "node": node.state_dict(),
+            "out": {c.key: self._mailbox.state_dict(c) for c in out},
+            "in": {c.key: self._mailbox.received_count(c) for c in into},
             **({"received": received} if received else {}),
-            **({} if digests is None else {"digests": digests.snapshot(node.name, out, into)}),
+            **({} if digests is None else {"digests": digests.state_dict(node.name, out, into)}),
         }
 
     def _write(
@@ -211,9 +211,9 @@ class ProcessSnapshots:
                     if not (error.full and make_room(self._store)):
                         raise
                     parts[name] = write_part(self._store, tick, file, written)
-            taken = WrittenFiles(tick, parts, samples, passed)
+            parts_written = WrittenFiles(tick, parts, samples, passed)
             if self._written is not None:
-                self._written(taken)
+                self._written(parts_written)
                 return
         except SnapshotError as error:
             for part in parts.values():
@@ -222,13 +222,13 @@ class ProcessSnapshots:
                 self._done.failure = str(error)
             return
         with self._lock:
-            self._done.taken.append(taken)
+            self._done.written.append(parts_written)
 
     def collected(self) -> tuple[list[WrittenFiles], str | None]:
         """Return the files written since the last call, and the failure since then, if any."""
         with self._lock:
             done, self._done = self._done, _Done()
-        return done.taken, done.failure
+        return done.written, done.failure
 
     def failure(self) -> str | None:
         """Return the failure since the last call, if any."""
@@ -253,7 +253,7 @@ class ProcessSnapshots:
             digests = state.pop("digests", None)
             received |= state.pop("received", {})
             if self._mailbox.digests is not None:
-                self._mailbox.digests.restore(digests)
+                self._mailbox.digests.load_state_dict(digests)
             check_names(f"node {node.name!r}", state, ("node", "out", "in"))
             states[node.name] = state
         for node in self._nodes:
@@ -262,22 +262,22 @@ class ProcessSnapshots:
             for way, channels in mine:
                 check_names(f"node {node.name!r}", state[way], [c.key for c in channels])
             try:
-                node.restore(state["node"])
+                node.load_state_dict(state["node"])
             except SnapshotError as error:
                 raise SnapshotError(f"{snapshot}: block {node.name!r}: {error}") from None
         for node in self._nodes:
             for channel in self._out[node.name]:
                 there = states.get(channel.receiver)
-                taken = None if there is None else there["in"][channel.key]
+                arrived = None if there is None else there["in"][channel.key]
                 sent, base = states[node.name]["out"][channel.key], received.get(channel.key)
-                self._mailbox.restore(channel, sent, taken, base)
+                self._mailbox.load_state_dict(channel, sent, arrived, base)
             for channel in self._in[node.name]:
                 if channel.sender not in states:
-                    taken, base = states[node.name]["in"][channel.key], received.get(channel.key)
-                    self._mailbox.restore(channel, None, taken, base)
+                    arrived, base = states[node.name]["in"][channel.key], received.get(channel.key)
+                    self._mailbox.load_state_dict(channel, None, arrived, base)
         tick = snapshot.tick
         with self._lock:
             self.reached = tick
             self._next = self._following(tick)
-            self.due = min(self._next, self._asked)
+            self.due = min(self._next, self._requested)
         self._sent_log.mark(tick)

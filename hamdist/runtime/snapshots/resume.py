@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from hamdist.config import Decay, Settings
 from hamdist.dynamics.graph.graph import INPUT, OUTPUT_KEY, BlockSpec, Graph
 from hamdist.dynamics.graph.merged import merged_module
-from hamdist.dynamics.saved_state.remember import Packing
+from hamdist.dynamics.saved_state.stateful import Packing
 from hamdist.dynamics.updates.learning_rate import step_course
 from hamdist.dynamics.user_modules.copies import copied
 from hamdist.errors import GraphError, SnapshotError
@@ -35,17 +35,17 @@ def differences(snapshot: Snapshot, plan: Plan, settings: Settings) -> list[str]
 
     The list is empty if the snapshot is of the same network at the same level.
     """
-    now, before = _given(fingerprint(plan, settings)), _given(snapshot.manifest.network)
+    now, before = _set_knobs(fingerprint(plan, settings)), _set_knobs(snapshot.manifest.network)
     if snapshot.manifest.format not in STATE_FORMATS:
         return ["the format of states"]
     return sorted(name for name in {*now, *before} if now.get(name) != before.get(name))
 
 
-def _given(network: Mapping[str, Any]) -> dict[str, Any]:
+def _set_knobs(network: Mapping[str, Any]) -> dict[str, Any]:
     """Return a fingerprint without knobs left to the level, of which later versions have more, and
     with those settings of metrics alone that are in the state.
     """
-    knobs = {name: one for name, one in network.get("locality", {}).items() if one is not None}
+    knobs = {name: v for name, v in network.get("locality", {}).items() if v is not None}
     metrics = {name: network.get("metrics", {}).get(name) for name in _OF_METRICS}
     return {**network, "locality": knobs, "metrics": metrics}
 
@@ -78,20 +78,20 @@ def identity(stream: Stream, example: Mapping[str, Tensor] | None) -> dict[str, 
     example: the first sample's inputs by name, where they are known (train.py).
     """
     spec = stream.spec
-    known = {
+    facts = {
         "class": f"{type(stream).__module__}.{type(stream).__qualname__}",
         "inputs": f"{spec.u_dtype} {tuple(spec.u_shape)}",
     }
     if isinstance(stream, Sized):
-        known["length"] = str(len(stream))
+        facts["length"] = str(len(stream))
     if example is not None:
         data, packing = hashlib.sha256(), Packing()
         text = json.dumps(packing.packed({n: u.contiguous() for n, u in example.items()}))
         data.update(text.encode())
         for tensor in packing.tensors:
             data.update(tensor.reshape(-1).view(torch.uint8).numpy().tobytes())
-        known["first sample"] = data.hexdigest()[:16]
-    return known
+        facts["first sample"] = data.hexdigest()[:16]
+    return facts
 
 
 def other_stream(snapshot: Snapshot, now: Mapping[str, str]) -> list[str]:
@@ -141,7 +141,7 @@ def weights_of(snapshot: Snapshot, graph: Graph, *, averaged: bool = False) -> n
     fit.
     """
     states = {
-        name: _weights(snapshot.state(name), block, graph.borrowed(name), averaged=averaged)
+        name: _weights(snapshot.state(name), block, graph.foreign_weights(name), averaged=averaged)
         for name, block in graph.blocks.items()
     }
     try:
@@ -151,14 +151,14 @@ def weights_of(snapshot: Snapshot, graph: Graph, *, averaged: bool = False) -> n
 
 
 def _weights(
-    state: Mapping[str, Any], spec: BlockSpec, borrowed: set[str], *, averaged: bool
+    state: Mapping[str, Any], spec: BlockSpec, shared: set[str], *, averaged: bool
 ) -> dict[str, Tensor]:
-    """Return the weights of a block by name; those in `borrowed` belong to another block."""
+    """Return the weights of a block by name; those in `shared` belong to another block."""
     try:
         block = state["node"]["block"]
-        tensors = {k: t for k, t in _of_cell(block["cell"]).items() if k not in borrowed}
+        tensors = {k: t for k, t in _of_cell(block["cell"]).items() if k not in shared}
         if averaged:
-            tensors |= _averages(block["weights"], spec.module, borrowed)
+            tensors |= _averages(block["weights"], spec.module, shared)
         if block.get("output") is not None and spec.output is not None:
             output_tensors = _of_cell(block["output"])
             if averaged:
@@ -171,14 +171,12 @@ def _weights(
     return tensors
 
 
-def _averages(
-    weights: Mapping[str, Any], module: nn.Module, borrowed: set[str]
-) -> dict[str, Tensor]:
+def _averages(weights: Mapping[str, Any], module: nn.Module, shared: set[str]) -> dict[str, Tensor]:
     """Return the averages of a block's weights that have some, by the parameter's name."""
     average = weights["average"]
     if average is None:
         return {}
-    named = [(n, p) for n, p in module.named_parameters() if n not in borrowed]
+    named = [(n, p) for n, p in module.named_parameters() if n not in shared]
     trained = [(name, p.dtype) for name, p in named if p.requires_grad]
     return {
         name: value.to(dtype) for (name, dtype), value in zip(trained, average["_sum"], strict=True)
@@ -210,14 +208,10 @@ def graph_with_weights(graph: Graph, snapshot: Snapshot) -> Graph:
     graph_copy = graph.copy()
     try:
         for name, block in graph_copy.blocks.items():
-            state = _weights(snapshot.state(name), block, graph_copy.borrowed(name), averaged=False)
-            of_output = {k: t for k, t in state.items() if k.startswith(OUTPUT_KEY)}
-            rest = {k: t for k, t in state.items() if k not in of_output}
-            strict = not graph_copy.borrowed(name)
-            block.module.load_state_dict(rest, strict=strict)
-            if block.output is not None:
-                cut = {k.removeprefix(OUTPUT_KEY): t for k, t in of_output.items()}
-                block.output.load_state_dict(cut)
+            state = _weights(
+                snapshot.state(name), block, graph_copy.foreign_weights(name), averaged=False
+            )
+            block.load_state_dict(state, strict=not graph_copy.foreign_weights(name))
     except RuntimeError as error:
         first = str(error).strip().splitlines()[-1].strip()
         raise SnapshotError(f"{snapshot}: it was taken of another graph: {first}") from None

@@ -33,14 +33,14 @@ from torch import Tensor
 
 from hamdist.config import Settings, describe
 from hamdist.dynamics.graph.graph import INPUT
-from hamdist.dynamics.saved_state.remember import unpacked
+from hamdist.dynamics.saved_state.stateful import unpacked
 from hamdist.errors import SnapshotError
 from hamdist.runtime.process.arithmetic import Arithmetic
 from hamdist.runtime.storage.store import Storage, storage
 
 FORMAT = 1
 # Formats whose states can be gone on from. Of others the weights and the place in the stream are
-# taken over. A state that gets another layout without defaults (remember.py) ends a format.
+# taken over. A state that gets another layout without defaults (stateful.py) ends a format.
 STATE_FORMATS = (1,)
 MANIFEST = "manifest.json"
 _PREFIX = "tick-"
@@ -161,8 +161,8 @@ def from_bytes(data: bytes, name: str, gpu: torch.device | None = None) -> Any:
         MemoryError,
         OverflowError,
     ) as error:
-        what = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise SnapshotError(f"{name}: no file of a snapshot, or damaged ({what})") from None
+        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise SnapshotError(f"{name}: no file of a snapshot, or damaged ({reason})") from None
     try:
         return unpacked(values, numbered, gpu)
     except (SnapshotError, RecursionError) as error:

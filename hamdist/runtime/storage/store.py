@@ -140,11 +140,11 @@ class _Folder:
 
 
 @contextmanager
-def _failing(path: Path, what: str) -> Iterator[None]:
+def _failing(path: Path, action: str) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        failure = SnapshotError(f"{path}: cannot be {what}: {error.strerror or error}")
+        failure = SnapshotError(f"{path}: cannot be {action}: {error.strerror or error}")
         failure.full = error.errno in FULL
         raise failure from None
 
@@ -161,14 +161,14 @@ class _Remote:
             self._fs, self._root = fsspec.core.url_to_fs(url)
 
     @contextmanager
-    def _named(self, name: str, what: str) -> Iterator[None]:
+    def _named(self, name: str, action: str) -> Iterator[None]:
         """Turn every error of the store into a SnapshotError that names the file."""
         try:
             yield
         except Exception as error:  # noqa: BLE001 (no common root: botocore, gcsfs, azure, ...)
             place = f"{self.where}/{name}" if name else self.where
             text = str(error) or type(error).__name__
-            raise SnapshotError(f"{place}: {what}: {text}") from None
+            raise SnapshotError(f"{place}: {action}: {text}") from None
 
     def write(self, name: str, data: bytes) -> None:
         path = f"{self._root}/{name}"

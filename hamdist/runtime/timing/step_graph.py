@@ -111,7 +111,7 @@ class _Unrolled:
             for i, node in enumerate(self._nodes)
             for event in self._events(node)
         ]
-        events.sort(key=lambda one: one[:4])
+        events.sort(key=lambda entry: entry[:4])
         self._rows = [(self._nodes[i], event) for *_, i, event in events]
         self._ticks: dict[tuple[str, bool], list[int]] = {}
         self._places: dict[tuple[str, bool], list[int]] = {}

@@ -140,7 +140,7 @@ class TimedGraph:
     def period(self) -> Period:
         """Return the steady period, and what limits it."""
         cycles = self._critical()
-        return max([cycles, *self._loads()], key=lambda one: one.seconds)
+        return max([cycles, *self._loads()], key=lambda period: period.seconds)
 
     def _critical(self) -> Period:
         order = [
@@ -162,8 +162,8 @@ class TimedGraph:
                 arc = self.arcs[i - len(order)]
                 parts[arc.edge, "wire"] += arc.seconds
                 signals[arc.edge] += 1
-        most_first = sorted(((s, what) for what, s in parts.items() if s), reverse=True)
-        return Period(ratio, {what: s for s, what in most_first}, signals)
+        most_first = sorted(((s, part) for part, s in parts.items() if s), reverse=True)
+        return Period(ratio, {part: s for s, part in most_first}, signals)
 
     def _loads(self) -> list[Period]:
         """Return the periods that cores and links need that activities share."""
@@ -177,13 +177,13 @@ class TimedGraph:
                 )
                 by_link.append(Period(work / hosts[host].cores, {(name, "work"): work}))
         loads: dict[str, float] = defaultdict(float)
-        for one in self.transfers.values():
-            a, b = hosts[one.sender], hosts[one.receiver]
-            link = self.cluster.link(one.sender, one.receiver)
-            loads[f"link {a.name}->{b.name}"] += one.nbytes / link.bytes_per_second
-            if one.sender != one.receiver:
-                loads[f"link up of {a.name}"] += one.nbytes / a.up
-                loads[f"link down of {b.name}"] += one.nbytes / b.down
+        for transfer in self.transfers.values():
+            a, b = hosts[transfer.sender], hosts[transfer.receiver]
+            link = self.cluster.link(transfer.sender, transfer.receiver)
+            loads[f"link {a.name}->{b.name}"] += transfer.nbytes / link.bytes_per_second
+            if transfer.sender != transfer.receiver:
+                loads[f"link up of {a.name}"] += transfer.nbytes / a.up
+                loads[f"link down of {b.name}"] += transfer.nbytes / b.down
         return by_link + [Period(load, {(name, "wire"): load}) for name, load in loads.items()]
 
 
@@ -207,9 +207,9 @@ class Period:
         total = sum(self.parts.values()) or 1.0
         wire = sum(s for (_, kind), s in self.parts.items() if kind == "wire") / total
         kind, share = ("wire", wire) if wire >= 0.5 else ("work", 1 - wire)
-        of_kind = [what for what, its_kind in self.parts if its_kind == kind]
-        what = ", ".join(of_kind[:3]) + (f" and {len(of_kind) - 3} more" if of_kind[3:] else "")
-        return f"limited by {what}: {100 * share:.0f} % {kind}"
+        of_kind = [part for part, its_kind in self.parts if its_kind == kind]
+        longest = ", ".join(of_kind[:3]) + (f" and {len(of_kind) - 3} more" if of_kind[3:] else "")
+        return f"limited by {longest}: {100 * share:.0f} % {kind}"
 
 
 def timed_graph(
@@ -269,7 +269,7 @@ class _Timed:
             self._senders[self._ends(arc.channel)].add(actor)
         self._links: dict[tuple[int, int], int] = {}
         by_channel: dict[Channel, list[tuple[int, int, int]]] = defaultdict(list)
-        for arc in sorted(crossing, key=lambda one: one.source):
+        for arc in sorted(crossing, key=lambda a: a.source):
             self._cross(arc.source, arc.target, arc.periods, arc.channel)
             by_channel[arc.channel].append((arc.source, arc.target, arc.periods))
         ways = {(channel.edge, channel.kind) for channel in by_channel}

@@ -49,7 +49,7 @@ def prepared(
     at_level = merged.for_level(merged.level)
     ignored = at_level.ignore_index
     losses = (
-        {name: _loss(one, ignored) for name, one in loss.items()}
+        {name: _loss(of_output, ignored) for name, of_output in loss.items()}
         if isinstance(loss, Mapping)
         else _loss(loss, ignored)
     )
@@ -67,7 +67,7 @@ def prepared(
 def _model_loss(losses: object) -> str | None:
     """Return the output whose loss the model computes itself, if `losses` (by output) has one."""
     by_output = losses if isinstance(losses, Mapping) else {}
-    return next((name for name, one in by_output.items() if one is model_loss), None)
+    return next((name for name, function in by_output.items() if function is model_loss), None)
 
 
 def _stabilised(model: nn.Module | Graph, spec: SampleSpec) -> nn.Module:
@@ -125,14 +125,14 @@ def _loss(loss: LossFunction | str | None, ignore_index: int) -> LossFunction | 
     """Return the loss function; raise SettingsError for an unknown name or type."""
     if loss is None or callable(loss):
         return loss
-    known = [name.value for name in Loss]
+    losses = [name.value for name in Loss]
     if not isinstance(loss, str):
         raise SettingsError(
             f"loss is {loss!r}; give a function (prediction, target) -> scalar, or one of "
-            f"{', '.join(known)}"
+            f"{', '.join(losses)}"
         )
-    if loss not in known:
-        raise SettingsError(f"loss {loss!r} is unknown; known: {', '.join(known)}")
+    if loss not in losses:
+        raise SettingsError(f"loss {loss!r} is unknown; known: {', '.join(losses)}")
     return make_loss(Loss(loss), ignore_index)
 
 

@@ -60,10 +60,7 @@ def chosen(settings: Settings, seen: LevelFacts) -> tuple[Settings, list[str]]:
     why = [f"level {level.value!r}: {reason}"]
     at_level = settings.for_level(level)
     over: dict[str, Any] = {}
-    for fields, reasons in (
-        _scaling(at_level, level, seen),
-        _averaging(at_level, seen),
-    ):
+    for fields, reasons in (_scaling(at_level, level, seen), _averaging(at_level, seen)):
         over = merge(over, fields)
         why += reasons
     raw = at_level.model_dump(mode="json", exclude_unset=True)
@@ -187,10 +184,10 @@ class _Again(Derived):
     def __init__(self, stream: Stream, first: list[Sample], rest: Iterator[Sample]) -> None:
         super().__init__(stream)
         self._begun = itertools.chain(first, rest)
-        self._asked = False
+        self._repeats = False
 
     def samples(self) -> Iterator[Sample]:
-        again, self._asked = self._asked, True
+        again, self._repeats = self._repeats, True
         return iter(self._stream.samples()) if again and self.replays else self._begun
 
     def samples_from(self, n: int) -> Iterator[Sample]:

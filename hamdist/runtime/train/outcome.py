@@ -8,7 +8,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from hamdist.config import Settings
-from hamdist.dynamics.graph.graph import OUTPUT_KEY, Graph
+from hamdist.dynamics.graph.graph import Graph
 from hamdist.dynamics.graph.merged import MergedSequence, merged_module
 from hamdist.runtime.advice.advice import after
 from hamdist.runtime.nodes.ties import weight_lags
@@ -20,12 +20,7 @@ from hamdist.runtime.signals.edge_codecs import in_edge_order
 
 
 def make_result(
-    graph: Graph,
-    plan: Plan,
-    outcome: Outcome,
-    startup: Startup,
-    settings: Settings,
-    why: list[str],
+    graph: Graph, plan: Plan, outcome: Outcome, startup: Startup, settings: Settings, why: list[str]
 ) -> RunResult:
     """Return the result of a run from what its engine returned."""
     startup.add(outcome.startup)
@@ -37,11 +32,7 @@ def make_result(
         )
     weights = {name: {**b.theta, **b.buffers} for name, b in outcome.blocks.items()}
     for name in lost:
-        weights[name] = dict(graph.blocks[name].module.state_dict())
-        output = graph.blocks[name].output
-        if output is not None:
-            state = output.state_dict()
-            weights[name] |= {OUTPUT_KEY + key: tensor for key, tensor in state.items()}
+        weights[name] = graph.blocks[name].state_dict()
     averages = {name: b.average for name, b in outcome.blocks.items() if b.average}
     facts = {
         **outcome.shared(),

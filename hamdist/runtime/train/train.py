@@ -128,13 +128,13 @@ def train(
             why: list[str] = []
             spec = _spec_with_example(stream)
             if settings.level is Level.AUTO:
-                cut = partial(graph_in_blocks, model, spec, losses, policy)
-                settings, stream, why = resolved(settings, stream, cut)
+                build = partial(graph_in_blocks, model, spec, losses, policy)
+                settings, stream, why = resolved(settings, stream, build)
                 spec = replace(stream.spec, example=spec.example)
             known_by = identity(stream, spec.example)
             rule = OptimizerRule(function=optimizer, scheduler=scheduler)
             named = {**(rules or {}), **settings.learning.rules, **(rules or {})}
-            by_name = {p: make_rule(f"rules.{p}", one) for p, one in named.items()}
+            by_name = {p: make_rule(f"rules.{p}", r) for p, r in named.items()}
             work = _Work(
                 model, spec, settings, losses, policy, phi, known_by, optimizer=rule, rules=by_name
             )
@@ -302,17 +302,14 @@ class _Work:
 
 
 def plan_of(
-    model: nn.Module | Graph,
-    settings: Settings,
-    spec: SampleSpec,
-    snapshot: Snapshot | None = None,
+    model: nn.Module | Graph, settings: Settings, spec: SampleSpec, snapshot: Snapshot | None = None
 ) -> Plan:
     """Return the plan with which `train` would begin. Raises what `train` raises before that.
 
     With a snapshot it is that of the same run, which goes on from there and takes no further ones;
     raises SnapshotError if the snapshot is of another one.
     """
-    rules = {p: make_rule(f"rules.{p}", one) for p, one in settings.learning.rules.items()}
+    rules = {p: make_rule(f"rules.{p}", rule) for p, rule in settings.learning.rules.items()}
     work = _Work(model, spec, settings, None, None, None, rules=rules)
     if snapshot is None:
         return work.planned()[1]

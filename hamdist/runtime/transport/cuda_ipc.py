@@ -70,12 +70,12 @@ def cuda_memory(device: torch.device) -> GpuMemory | None:
 
 
 @contextmanager
-def _unlent(what: str) -> Iterator[None]:
+def _unlent(step: str) -> Iterator[None]:
     """Turn errors of CUDA, a torch without sharing, and wrong handles into GpuMemoryError."""
     try:
         yield
     except (RuntimeError, AttributeError, TypeError, ValueError) as error:
         first = (str(error).strip() or "no reason given").split("\n")[0]
         raise GpuMemoryError(
-            f"memory of a GPU cannot be {what}: {type(error).__name__}: {first}"
+            f"memory of a GPU cannot be {step}: {type(error).__name__}: {first}"
         ) from None

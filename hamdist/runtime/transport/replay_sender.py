@@ -32,8 +32,8 @@ class ReplaySender:
         self._log = log
         self._next = first
         self._closing = threading.Event()
-        self._own = EndpointContext(line.run, self._closing)
-        self._end = make(self._own)
+        self._context = EndpointContext(line.run, self._closing)
+        self._end = make(self._context)
         self._news = threading.Condition()
         self._failure: HamdistError | None = None
         self._thread: threading.Thread | None = threading.Thread(

@@ -273,8 +273,8 @@ class SharedSender:
             self._ring = ring
             self._free = list(reversed(range(slots)))
             channel = self._channel
-            lent = (s if s is not None and s >= channel.capacity else None for s in self._under_way)
-            self._under_way = deque(lent)
+            fits = (s if s is not None and s >= channel.capacity else None for s in self._under_way)
+            self._under_way = deque(fits)
             head = (RING_MAGIC, RING_FORMAT, 0, channel.number, self._line.run, slots, slot_bytes)
             self._packet(RING_HEADER.pack(*head), stamp)
             self._packet(RING_MAGIC, stamp, fd)

@@ -49,7 +49,7 @@ class SharedReceiver:
         self._group = max(1, channel.slack // 2)
         self._most = PACKET_BYTES if channel.bundle > 1 else MAX_HEADER + INLINE_BYTES + 8
         self._came: deque[Signal] = deque()
-        self._taken = 0
+        self._received = 0
         self._ring: Ring | None = None
         self._gpu_receiver = None if memory is None else GpuRingReceiver(memory, channel, line.run)
         self._sender = 0  # its process
@@ -70,8 +70,8 @@ class SharedReceiver:
         if not self._came:
             self._receive(stamp)
         signal = self._came.popleft()
-        self._taken += 1
-        if self._taken >= self._group:
+        self._received += 1
+        if self._received >= self._group:
             self._give_back()
         return signal
 
@@ -155,12 +155,12 @@ class SharedReceiver:
         if self._socket is None:
             return
         try:
-            self._socket.send(CREDIT.pack(self._taken), socket.MSG_DONTWAIT)
+            self._socket.send(CREDIT.pack(self._received), socket.MSG_DONTWAIT)
         except BlockingIOError:
             return  # the number goes with the next one (4)
         except (BrokenPipeError, ConnectionResetError):
             pass  # nobody is left to need it
-        self._taken = 0
+        self._received = 0
 
     def _take_ring(self, data: bytes, stamp: Stamp) -> None:
         """Map the memory whose descriptor comes in the next packet."""

@@ -21,7 +21,7 @@ class ThreadCalls:
     def __init__(self) -> None:
         self.waiting = False
         self._lock = threading.RLock()
-        self._asked: deque[tuple[Callable[[], object], Future[object]]] = deque()
+        self._queue: deque[tuple[Callable[[], object], Future[object]]] = deque()
         self._looping = False
 
     def ask(self, act: Callable[[], T], seconds: float) -> T:
@@ -33,7 +33,7 @@ class ThreadCalls:
         with self._lock:
             if not self._looping:
                 return act()
-            self._asked.append((act, future))
+            self._queue.append((act, future))
             self.waiting = True
         return future.result(seconds)  # type: ignore[return-value]
 
@@ -41,10 +41,10 @@ class ThreadCalls:
         """Make the waiting calls; only for the loop's thread."""
         while True:
             with self._lock:
-                if not self._asked:
+                if not self._queue:
                     self.waiting = False
                     return
-                act, future = self._asked.popleft()
+                act, future = self._queue.popleft()
             if not future.set_running_or_notify_cancel():
                 continue
             try:

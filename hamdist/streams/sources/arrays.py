@@ -79,8 +79,8 @@ class ArrayStream:
     @property
     def spec(self) -> SampleSpec:
         """Return the shapes of a full batch (of the only one, if an epoch is shorter)."""
-        cut = self._uneven or not self._endless
-        batch = min(self._batch, len(self._x)) if cut else self._batch
+        varies = self._uneven or not self._endless
+        batch = min(self._batch, len(self._x)) if varies else self._batch
         return SampleSpec(
             (batch, *self._x.shape[1:]),
             self._x.dtype,

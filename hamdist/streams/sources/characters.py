@@ -71,8 +71,8 @@ def character_parts(path: Path | str | None = None) -> tuple[Tensor, Tensor]:
     """
     text = language_reference() if path is None else read_text(Path(path).expanduser())
     ids = torch.tensor([_NUMBERS.get(character, 0) for character in text], dtype=torch.int64)
-    kept = len(ids) - len(ids) // HELD_OUT_SHARE
-    return ids[:kept], ids[kept:]
+    first_held_out = len(ids) - len(ids) // HELD_OUT_SHARE
+    return ids[:first_held_out], ids[first_held_out:]
 
 
 def held_out_windows(ids: Tensor, length: int) -> tuple[Tensor, Tensor]:

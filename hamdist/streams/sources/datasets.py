@@ -99,9 +99,9 @@ def _digits() -> tuple[Tensor, Tensor]:
     They are read from scikit-learn's own file: `import sklearn` takes a second.
     """
     need_package("sklearn", "scikit-learn", "stream.source digits, which reads its data set")
-    found = importlib.util.find_spec("sklearn")
-    if found is not None and found.origin is not None:
-        file = Path(found.origin).parent / "datasets" / "data" / "digits.csv.gz"
+    module_spec = importlib.util.find_spec("sklearn")
+    if module_spec is not None and module_spec.origin is not None:
+        file = Path(module_spec.origin).parent / "datasets" / "data" / "digits.csv.gz"
         if file.is_file():
             with gzip.open(file, "rt", encoding="ascii") as text:
                 table = np.loadtxt(text, delimiter=",")
@@ -151,9 +151,9 @@ def _signals() -> tuple[Tensor, Tensor, Tensor, Tensor]:
     python, numpy = random.getstate(), np.random.get_state()
     try:
         with torch.random.fork_rng(devices=[]):
-            made = make_dataset(get_dataset_args())
+            arrays = make_dataset(get_dataset_args())
     finally:
         random.setstate(python)
         np.random.set_state(numpy)
-    x, y, x_held, y_held = (torch.from_numpy(made[key]) for key in ("x", "y", "x_test", "y_test"))
+    x, y, x_held, y_held = (torch.from_numpy(arrays[key]) for key in ("x", "y", "x_test", "y_test"))
     return x, y.to(torch.int64), x_held, y_held.to(torch.int64)

@@ -37,8 +37,8 @@ def read_json(text: bytes) -> Item:
         StreamError: it is anything else.
     """
     try:
-        found = json.loads(text)
-        item = {name: found[name] for name in ("u", "y", "end") if found.get(name) is not None}
+        value = json.loads(text)
+        item = {name: value[name] for name in ("u", "y", "end") if value.get(name) is not None}
         return {n: v if n == "end" else _tensor(v) for n, v in item.items() if n != "u"} | {
             "u": _tensor(item["u"])
         }
@@ -49,8 +49,8 @@ def read_json(text: bytes) -> Item:
 
 
 def _tensor(value: Any) -> torch.Tensor:
-    made = torch.from_numpy(np.asarray(value))
-    return made.float() if made.is_floating_point() else made
+    array = torch.from_numpy(np.asarray(value))
+    return array.float() if array.is_floating_point() else array
 
 
 def socket(
@@ -182,7 +182,7 @@ def mqtt(
     )
     if username is not None:
         line.username_pw_set(username, password)
-    line.on_connect = lambda one, *_: one.subscribe(topic, qos=1)
+    line.on_connect = lambda c, *_: c.subscribe(topic, qos=1)
     line.on_message = lambda _, __, message: came.put(message)
     line.reconnect_delay_set(1, 5)
     lost: float | None = time.monotonic()

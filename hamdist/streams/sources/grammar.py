@@ -81,12 +81,12 @@ def sentences(count: int, seed: int, *, part: str = "train") -> list[tuple[str, 
     """
     if count < 1:
         raise SettingsError(f"count is {count}; there is at least 1 sentence")
-    made = []
+    pairs = []
     for n in range(count):
         flip = _Dice("text classes", seed, part, n // 2).below(2)
         label = (n % 2) ^ flip
-        made.append((_sentence(label, _Dice("text", seed, part, n)), label))
-    return made
+        pairs.append((_sentence(label, _Dice("text", seed, part, n)), label))
+    return pairs
 
 
 class _Dice:

@@ -17,33 +17,33 @@ from hamdist.errors import StreamError
 REMEMBERED = 16  # files
 
 
-def file_bytes(path: Path, what: str | int) -> Tensor:
+def file_bytes(path: Path, name: str | int) -> Tensor:
     """Return the bytes of a file, read once per process while the file does not change.
 
     A run reads it for its stream and again to be scored, and a study makes many runs.
-    what: 'images' or 'labels' of an IDX file, or the bytes of a record.
+    name: 'images' or 'labels' of an IDX file, or the bytes of a record.
     """
     if not path.is_file():
-        return _contents(path, what)
-    found = path.stat()
-    return _read_once(path, what, found.st_mtime_ns, found.st_size)
+        return _contents(path, name)
+    status = path.stat()
+    return _read_once(path, name, status.st_mtime_ns, status.st_size)
 
 
 @lru_cache(maxsize=REMEMBERED)
-def _read_once(path: Path, what: str | int, changed: int, size: int) -> Tensor:  # noqa: ARG001
-    return _contents(path, what)
+def _read_once(path: Path, name: str | int, changed: int, size: int) -> Tensor:  # noqa: ARG001
+    return _contents(path, name)
 
 
-def _contents(path: Path, what: str | int) -> Tensor:
-    if isinstance(what, str):
-        return read_idx(path, 3 if what == "images" else 1)
+def _contents(path: Path, name: str | int) -> Tensor:
+    if isinstance(name, str):
+        return read_idx(path, 3 if name == "images" else 1)
     raw = _read(path)
-    if not raw or len(raw) % what:
+    if not raw or len(raw) % name:
         raise StreamError(
-            f"{path}: {len(raw)} bytes are no multiple of {what}, a label and an image: is it "
+            f"{path}: {len(raw)} bytes are no multiple of {name}, a label and an image: is it "
             "another file (not the binary version), or cut off? Get it again"
         )
-    return torch.from_numpy(np.frombuffer(raw, np.uint8).reshape(-1, what).copy())
+    return torch.from_numpy(np.frombuffer(raw, np.uint8).reshape(-1, name).copy())
 
 
 def read_idx(path: Path, dimensions: int) -> Tensor:

@@ -259,8 +259,8 @@ def find_images(files: ImageFiles, path: Path | str | None = None) -> Path:
         if not absent:
             return folder
         every = len(absent) == len(files.names)
-        what = f"all {len(absent)} files" if every else ", ".join(absent)
-        missing.append(f"{folder} ({what} missing)")
+        absent_names = f"all {len(absent)} files" if every else ", ".join(absent)
+        missing.append(f"{folder} ({absent_names} missing)")
     raise StreamError(
         f"no {files.title} in {'; '.join(missing)}: {files.how}; stream.path may be any folder "
         f"that holds {', '.join(files.names)} (with or without .gz)"
@@ -337,13 +337,13 @@ def _file(folder: Path, name: str) -> Path | None:
 
 def _part(files: ImageFiles, folder: Path, part: str) -> tuple[Tensor, Tensor]:
     """Return images (N, C, S, S) and labels (N,), both uint8, of one part of the data set."""
-    found = [_file(folder, name) or folder / name for name in files.files[part]]
+    paths = [_file(folder, name) or folder / name for name in files.files[part]]
     if files.files is _CIFAR:
-        records = torch.cat([file_bytes(path, math.prod(files.shape) + 1) for path in found])
-        images, labels, labels_file = records[:, 1:].reshape(-1, *files.shape), records[:, 0], found
+        records = torch.cat([file_bytes(path, math.prod(files.shape) + 1) for path in paths])
+        images, labels, labels_file = records[:, 1:].reshape(-1, *files.shape), records[:, 0], paths
     else:
-        images, labels = file_bytes(found[0], "images"), file_bytes(found[1], "labels")
-        images, labels_file = _of_one_channel(files, images, labels, found), found[1:]
+        images, labels = file_bytes(paths[0], "images"), file_bytes(paths[1], "labels")
+        images, labels_file = _of_one_channel(files, images, labels, paths), paths[1:]
     if int(labels.max()) >= CLASSES:
         at = int((labels >= CLASSES).nonzero()[0])
         raise StreamError(
@@ -354,16 +354,16 @@ def _part(files: ImageFiles, folder: Path, part: str) -> tuple[Tensor, Tensor]:
 
 
 def _of_one_channel(
-    files: ImageFiles, images: Tensor, labels: Tensor, found: Sequence[Path]
+    files: ImageFiles, images: Tensor, labels: Tensor, paths: Sequence[Path]
 ) -> Tensor:
     """Return images (N, S, S) as (N, 1, S, S), where they belong to the labels."""
     if images.shape[1:] != files.shape[1:]:
         raise StreamError(
-            f"{found[0]}: images of {by(images.shape[1:])} pixels, expected {by(files.shape[1:])}"
+            f"{paths[0]}: images of {by(images.shape[1:])} pixels, expected {by(files.shape[1:])}"
         )
     if len(images) != len(labels):
         raise StreamError(
-            f"{found[0]} has {len(images)} images and {found[1]} has {len(labels)} labels: "
+            f"{paths[0]} has {len(images)} images and {paths[1]} has {len(labels)} labels: "
             "they do not belong together"
         )
     return images.unsqueeze(1)

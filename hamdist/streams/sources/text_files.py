@@ -82,10 +82,10 @@ def _tokens(text: str | Path) -> list[str]:
     """Return the tokens of a line, or of a file."""
     if isinstance(text, str):
         return tokenise(text)
-    found = tokenise(read_text(text))
-    if not found:
+    tokens = tokenise(read_text(text))
+    if not tokens:
         raise StreamError(f"{text}: holds no word: remove it")
-    return found
+    return tokens
 
 
 _ByClass = tuple[Sequence[str | Path], Sequence[str | Path]]
@@ -98,7 +98,7 @@ def _files(folder: Path) -> _ByClass:
 
 def _read_lines(path: Path) -> _ByClass:
     labels = {**{str(i): i for i in range(len(CLASSES))}, **{n: i for i, n in enumerate(CLASSES)}}
-    found: tuple[list[str], list[str]] = ([], [])
+    lines: tuple[list[str], list[str]] = ([], [])
     for number, line in enumerate(read_text(path).splitlines(), start=1):
         if not line.strip():
             continue
@@ -108,8 +108,8 @@ def _read_lines(path: Path) -> _ByClass:
                 f"{path}, line {number}: {line[:40]!r} is no label<TAB>text, with a label 0 or 1, "
                 "neg or pos, and at least one word"
             )
-        found[labels[label.strip()]].append(text)
-    return found
+        lines[labels[label.strip()]].append(text)
+    return lines
 
 
 def _split(entries: _ByClass) -> tuple[_ByClass, _ByClass]:

@@ -109,8 +109,8 @@ def padded(sequences: Sequence[Tensor], length: int) -> Tensor:
     """Return the last `length` numbers of each sequence, (N, length), padded with 0 in front."""
     out = torch.zeros(len(sequences), length, dtype=torch.int64)
     for row, ids in zip(out, sequences, strict=True):
-        kept = ids[-length:]
-        row[length - len(kept) :] = kept
+        last = ids[-length:]
+        row[length - len(last) :] = last
     return out
 
 
@@ -141,7 +141,7 @@ def load_glove(
     """
     place = Path(path).expanduser()
     wanted = {word: number for number, word in enumerate(vocabulary.words)}
-    found: dict[int, list[float]] = {}
+    by_word: dict[int, list[float]] = {}
     size = 0
     try:
         with place.open(encoding="utf-8-sig") as lines:
@@ -156,17 +156,17 @@ def load_glove(
                     )
                 word = " ".join(fields[:-size])
                 if word in wanted:
-                    found[wanted[word]] = _numbers(fields[-size:], place, number)
+                    by_word[wanted[word]] = _numbers(fields[-size:], place, number)
     except (OSError, UnicodeDecodeError) as error:
         raise StreamError(f"{place}: cannot be read as UTF-8 text: {error}") from error
-    if not found:
+    if not by_word:
         raise StreamError(f"{place}: has a vector for none of the {len(vocabulary)} words")
-    vectors = torch.tensor(list(found.values()), dtype=torch.float64)
+    vectors = torch.tensor(list(by_word.values()), dtype=torch.float64)
     spread = float(vectors.std(correction=0))
     shape = (len(vocabulary), size)
     random = generator("glove", seed)
     embedding = spread * torch.randn(shape, generator=random, dtype=torch.float64)
-    embedding[list(found)] = vectors
+    embedding[list(by_word)] = vectors
     embedding[0] = 0.0
     return embedding.to(dtype)
 

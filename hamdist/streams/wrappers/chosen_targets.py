@@ -19,8 +19,8 @@ def with_targets_of(stream: Stream, readouts: Collection[str]) -> Stream:
     It is returned unchanged where it has no others, or where it lacks one of `readouts` (an error
     that later checks report).
     """
-    known = stream.spec.targets
-    if known is None or known.keys() <= set(readouts) or not set(readouts) <= known.keys():
+    specs = stream.spec.targets
+    if specs is None or specs.keys() <= set(readouts) or not set(readouts) <= specs.keys():
         return stream
     return Chosen(stream, readouts)
 
@@ -58,11 +58,11 @@ class Chosen(Derived):
     @property
     def spec(self) -> SampleSpec:
         """Return the spec of the wrapped stream, without the targets of those readouts."""
-        own = self._stream.spec
-        kept = {n: one for n, one in (own.targets or {}).items() if n in self._readouts}
-        some = SampleSpec.several(own.u_shape, own.u_dtype, kept)
+        spec = self._stream.spec
+        targets = {n: target for n, target in (spec.targets or {}).items() if n in self._readouts}
+        some = SampleSpec.several(spec.u_shape, spec.u_dtype, targets)
         of_target = {n: getattr(some, n) for n in ("y_shape", "y_dtype", "classes", "targets")}
-        return replace(own, **of_target)
+        return replace(spec, **of_target)
 
     def samples(self) -> Iterator[Sample]:
         """Return the samples from sample 0 on."""
@@ -72,15 +72,15 @@ class Chosen(Derived):
         """Return the number of samples that the wrapped stream has dropped."""
         return passed_over(self._stream)
 
-    def samples_behind(self, given: int, passed: int) -> Iterator[Sample]:
-        """Return the samples of the wrapped stream behind `given` and `passed` ones."""
-        return self.chosen(samples_from(self._stream, given, passed))
+    def samples_behind(self, drawn: int, passed: int) -> Iterator[Sample]:
+        """Return the samples of the wrapped stream behind `drawn` and `passed` ones."""
+        return self.chosen(samples_from(self._stream, drawn, passed))
 
     def chosen(self, samples: Iterator[Sample]) -> Iterator[Sample]:
         """Yield `samples` as this stream gives them."""
         for sample in samples:
             if isinstance(sample.y, Mapping):
-                y = {n: one for n, one in sample.y.items() if n in self._readouts}
+                y = {n: target for n, target in sample.y.items() if n in self._readouts}
                 yield replace(sample, y=y)
             else:
                 yield sample
@@ -102,17 +102,17 @@ class Cast(Chosen):
     @property
     def spec(self) -> SampleSpec:
         """Return the spec of the wrapped stream, in this type."""
-        own = self._stream.spec
-        several = {n: replace(i, dtype=self._type(i.dtype)) for n, i in (own.inputs or {}).items()}
-        targets = {n: replace(t, dtype=self._type(t.dtype)) for n, t in (own.targets or {}).items()}
-        example = {name: self._cast(u) for name, u in (own.example or {}).items()}
+        old = self._stream.spec
+        several = {n: replace(i, dtype=self._type(i.dtype)) for n, i in (old.inputs or {}).items()}
+        targets = {n: replace(t, dtype=self._type(t.dtype)) for n, t in (old.targets or {}).items()}
+        example = {name: self._cast(u) for name, u in (old.example or {}).items()}
         return replace(
-            own,
-            u_dtype=self._type(own.u_dtype),
-            y_dtype=self._type(own.y_dtype),
-            inputs=several or own.inputs,
-            targets=targets or own.targets,
-            example=example or own.example,
+            old,
+            u_dtype=self._type(old.u_dtype),
+            y_dtype=self._type(old.y_dtype),
+            inputs=several or old.inputs,
+            targets=targets or old.targets,
+            example=example or old.example,
         )
 
     def _type(self, dtype: torch.dtype) -> torch.dtype:

@@ -81,9 +81,9 @@ class _Waiting:
         y = list(self.y.values()) if isinstance(self.y, Mapping) else [self.y]
         return self.settled and any(t is not None for t in y)
 
-    def emitted(self, y: Target, told: Emission | None = None) -> Sample:
+    def emitted(self, y: Target, emission: Emission | None = None) -> Sample:
         """Return the sample with its target, as the stream emits it."""
-        return replace(self.sample, y=y, late=None, emission=told)
+        return replace(self.sample, y=y, late=None, emission=emission)
 
 
 class _WaitingSamples:
@@ -106,8 +106,8 @@ class _WaitingSamples:
             )
         self._keyed = self._keyed or current.key is not None
         self._numbers[key] = n
-        own = None if self._delay is not None else current.y
-        self.entries[n] = _Waiting(current, own, self._complete(own))
+        target = None if self._delay is not None else current.y
+        self.entries[n] = _Waiting(current, target, self._complete(target))
         came = []
         for tag, y in self._arrivals(n, current).items():
             number = self._numbers.get(tag)
@@ -155,9 +155,9 @@ class _WaitingSamples:
     def _settle(self, n: int, number: int, y: Target) -> None:
         entry = self.entries[number]
         if isinstance(y, Mapping):
-            known = entry.y if isinstance(entry.y, Mapping) else {}
-            twice = sorted(known.keys() & y.keys())
-            entry.y = {**known, **y}
+            settled = entry.y if isinstance(entry.y, Mapping) else {}
+            twice = sorted(settled.keys() & y.keys())
+            entry.y = {**settled, **y}
         else:
             twice = ["y"] if entry.settled else []
             entry.y = y
@@ -241,7 +241,7 @@ class LateLabels(_LateTargets):
         self, stream: Stream, delay: int | None = None, *, patience: int = 64, kept: bool = False
     ) -> None:
         super().__init__(stream, delay, patience if delay is None else max(1, delay))
-        self._kept = kept
+        self._keeps_traces = kept
 
     @property
     def spec(self) -> SampleSpec:
@@ -249,8 +249,8 @@ class LateLabels(_LateTargets):
         # With a delay there is an emission for each target, idle where it is missing, so that
         # their number is known.
         emissions = None if self._delay is None else 2
-        own, most = self._stream.spec, self._patience
-        return replace(own, patience=most, kept=self._kept, emissions=emissions)
+        spec, most = self._stream.spec, self._patience
+        return replace(spec, patience=most, kept=self._keeps_traces, emissions=emissions)
 
     def samples(self) -> Iterator[Sample]:
         """Yield the emissions from the first one on: samples, and earlier ones with targets."""

@@ -83,17 +83,17 @@ class Paced(Derived):
         """Return the number of dropped samples."""
         return self._counts.get("dropped", 0)
 
-    def samples_behind(self, given: int, passed: int) -> Iterator[Sample]:
+    def samples_behind(self, drawn: int, passed: int) -> Iterator[Sample]:
         """Return the samples after those that came before; the next one arrives at once.
 
         Args:
-            given: samples that were given to the network.
+            drawn: samples that were given to the network.
             passed: samples that were dropped.
         """
         self._counts = self._no_counts()
         if passed:
             self._counts["dropped"] = passed
-        return self._samples(given + passed)
+        return self._samples(drawn + passed)
 
     def _samples(self, n: int) -> Iterator[Sample]:
         arrivals = self._arrivals(n)
@@ -131,25 +131,25 @@ class Paced(Derived):
         begun: float,
     ) -> tuple[float, Sample] | None:
         """Move the samples that have arrived by now to `arrived`; return the first that has not."""
-        asked = self._clock()
+        since = self._clock()
         earliest = None if coming is None else coming[0]
-        taken = 0
-        while coming is not None and begun + coming[0] <= asked:
+        drawn = 0
+        while coming is not None and begun + coming[0] <= since:
             self._arrive(coming[1], arrived)
-            taken += 1
-            if taken >= LOOK_AT and earliest is not None:
-                self._check_source(taken, self._clock() - asked, coming[0] - earliest)
+            drawn += 1
+            if drawn >= LOOK_AT and earliest is not None:
+                self._check_source(drawn, self._clock() - since, coming[0] - earliest)
             coming = next(arrivals, None)
         return coming
 
-    def _check_source(self, taken: int, making: float, arriving: float) -> None:
+    def _check_source(self, drawn: int, making: float, arriving: float) -> None:
         """Raise StreamError where samples arrive faster than the source makes them.
 
         Each request would then take longer than the one before.
         """
         if making > arriving:
             raise StreamError(
-                f"the source took {making:.3g} s to make {taken} samples that arrive within "
+                f"the source took {making:.3g} s to make {drawn} samples that arrive within "
                 f"{arriving:.3g} s: it cannot keep up with its own pace; use a longer "
                 "stream.pace.period, or a source that is faster"
             )

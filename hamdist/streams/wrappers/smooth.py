@@ -147,8 +147,8 @@ class Withhold(Derived):
         """Yield the samples from sample 0 on, y None where it is withheld or was missing before."""
         random = generator("withhold", self._seed)
         for sample in self._stream.samples():
-            kept = torch.rand((), generator=random, dtype=torch.float64).item() >= self._share
-            yield sample if kept else replace(sample, y=None)
+            labelled = torch.rand((), generator=random, dtype=torch.float64).item() >= self._share
+            yield sample if labelled else replace(sample, y=None)
 
 
 def nearest_sample(frame: int, frames: int) -> int:

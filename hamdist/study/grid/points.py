@@ -123,8 +123,8 @@ def tuning_jobs(study: StudySettings, cell: GridCell) -> list[tuple[Candidate, l
     rows = study.tune.rows or study.rows
     seeds = range(TUNING_SEEDS, TUNING_SEEDS + study.tune.seeds)
     return [
-        (one, [_job(study, cell, one, seed, Split.VALIDATION, rows) for seed in seeds])
-        for one in cell.side.candidates
+        (candidate, [_job(study, cell, candidate, seed, Split.VALIDATION, rows) for seed in seeds])
+        for candidate in cell.side.candidates
     ]
 
 

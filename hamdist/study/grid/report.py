@@ -40,8 +40,8 @@ def save_study(
     published = {name: s.published for name, s in study.sides.items() if s.published}
     rows = [record(line) for line in lines]
     for row in rows if published else ():
-        one = published.get(row["side"])
-        row["published"] = None if one is None else one.accuracy
+        entry = published.get(row["side"])
+        row["published"] = None if entry is None else entry.accuracy
     write_file(folder / "study.json", to_json({"command": command, "rows": rows}, indent=2))
     write_file(folder / "study.csv", _csv(rows))
     write_file(folder / "study.md", _markdown(study, tables, command))

@@ -24,14 +24,7 @@ from hamdist.dynamics.objective.prequential import merge_windows
 from hamdist.errors import ClusterError, DivergedError, SettingsError
 from hamdist.runtime.process.threads import cores, torch_threads
 from hamdist.runtime.ray_engine.session import ray_tasks
-from hamdist.study.grid.points import (
-    Candidate,
-    GridCell,
-    GridJob,
-    cells,
-    final_jobs,
-    tuning_jobs,
-)
+from hamdist.study.grid.points import Candidate, GridCell, GridJob, cells, final_jobs, tuning_jobs
 from hamdist.study.grid.settings import StudySettings, Trains
 from hamdist.study.report.files import to_json
 from hamdist.study.run.run import Run, run_centralised, run_level
@@ -168,11 +161,7 @@ def check(study: StudySettings, *, chosen: bool) -> list[GridCell]:
 
 
 def run_study(
-    study: StudySettings,
-    folder: Path,
-    *,
-    chosen: bool = False,
-    on_record: OnRecord | None = None,
+    study: StudySettings, folder: Path, *, chosen: bool = False, on_record: OnRecord | None = None
 ) -> list[StudyOutcome]:
     """Run a study, and return all outcomes, cell by cell.
 
@@ -242,8 +231,8 @@ def _choose(
 def score(records: Sequence[RunRecord]) -> float:
     """Return the mean accuracy over seeds, or minus the mean loss; -inf if a run failed."""
     values = [-r.loss if r.accuracy is None and r.loss is not None else r.accuracy for r in records]
-    known = [v for v in values if v is not None and math.isfinite(v)]
-    return statistics.fmean(known) if len(known) == len(values) else -math.inf
+    finite = [v for v in values if v is not None and math.isfinite(v)]
+    return statistics.fmean(finite) if len(finite) == len(values) else -math.inf
 
 
 def _at_edge(cell: GridCell, chosen: Candidate) -> tuple[str, ...]:

@@ -178,11 +178,11 @@ def trains_of(name: str, side: SideSettings) -> tuple[Trains, Level | None]:
 
 def _known_side(name: str, side: SideSettings) -> None:
     """Raise ValueError if a side's level is unknown."""
-    known = [level.value for level in Level] + ["centralised", "frozen"]
-    if side.level is None and name not in known:
+    levels = [level.value for level in Level] + ["centralised", "frozen"]
+    if side.level is None and name not in levels:
         raise ValueError(
             f"'sides.{name}': the name is no level, so say which one it is "
-            f"('level: trace'); levels: {', '.join(known)}"
+            f"('level: trace'); levels: {', '.join(levels)}"
         )
 
 

@@ -32,8 +32,8 @@ def study_tables(
     axes.sort(key=lambda axis: axis is not first)
     along = {}
     for axis in axes:
-        what = "Held-out loss" if real_valued else "Held-out accuracy, %,"
-        along[f"{what} {TITLES[axis]}"] = _along(axis, axes, lines, real_valued)
+        score = "Held-out loss" if real_valued else "Held-out accuracy, %,"
+        along[f"{score} {TITLES[axis]}"] = _along(axis, axes, lines, real_valued)
     whole = {"All sides": _all(axes, study, lines, real_valued)}
     return {**whole, **along} if first is None else {**along, **whole}
 
@@ -131,8 +131,8 @@ def _test(line: SummaryLine, real_valued: bool) -> list[str]:
     return [interval(line.gap_test, 1.0 if real_valued else 100.0), shown]
 
 
-def _published(one: PublishedSettings | None) -> str:
-    return MISSING if one is None else f"{one.accuracy:g}"
+def _published(published: PublishedSettings | None) -> str:
+    return MISSING if published is None else f"{published.accuracy:g}"
 
 
 def _rows(rows: float | None) -> str:
@@ -194,15 +194,13 @@ def _side(line: SummaryLine | GridCell) -> str:
     return line.side if isinstance(line, SummaryLine) else line.name
 
 
-def _styles(
-    curves: Mapping[str, SummaryLine | GridCell],
-) -> dict[str, tuple[int, int] | None]:
+def _styles(curves: Mapping[str, SummaryLine | GridCell]) -> dict[str, tuple[int, int] | None]:
     """Return the style by label. Baselines have none; of the others each side has a colour, and
     its curves differ in their dashes."""
     sides: dict[str, list[str]] = {}
-    for name, one in curves.items():
-        if one.trains is not Trains.CENTRALISED:
-            sides.setdefault(_side(one), []).append(name)
+    for name, curve in curves.items():
+        if curve.trains is not Trains.CENTRALISED:
+            sides.setdefault(_side(curve), []).append(name)
     styles: dict[str, tuple[int, int] | None] = dict.fromkeys(curves)
     for i, names in enumerate(sides.values()):
         styles |= {name: (i, i + k) for k, name in enumerate(names)}

@@ -244,9 +244,9 @@ def compare(
     if levels and rules:
         raise SettingsError("levels and rules: give one; rules names levels, too")
     compared = {"levels": list(levels), "rules": list(rules), "seeds": seeds}
-    changed: dict[str, Any] = {**fields, "compare": {n: one for n, one in compared.items() if one}}
+    changed: dict[str, Any] = {**fields, "compare": {n: v for n, v in compared.items() if v}}
     changed |= {} if loss is None else {"loss": loss}
-    chosen = [one for one in trackers if isinstance(one, str)]
+    chosen = [v for v in trackers if isinstance(v, str)]
     whole = settled(settings, changed | ({"trackers": chosen} if chosen else {}))
     comparison = Comparison(settings=whole)
     if stream is None and held_out is not None:
@@ -274,7 +274,7 @@ def compare(
                 out=None if out is None else Path(out),
                 overwrite=overwrite,
                 command=f"hamdist.compare(..., out={str(out)!r})",
-                listeners=[one for one in trackers if not isinstance(one, str)],
+                listeners=[v for v in trackers if not isinstance(v, str)],
             )
     except HamdistError as error:
         error.result = comparison  # type: ignore[attr-defined]

@@ -67,10 +67,10 @@ def study(
     Raises:
         HamdistError: of the settings, before anything runs; of a run.
     """
-    over = [changes] if isinstance(changes, Mapping) else [parse_override(one) for one in changes]
+    over = [changes] if isinstance(changes, Mapping) else [*map(parse_override, changes)]
     plan = load_study(str(settings), [*over, *([] if workers is None else [{"workers": workers}])])
-    if axis is not None and axis not in [one.value for one in Axis]:
-        raise SettingsError(f"axis {axis!r}: give {', '.join(one.value for one in Axis)}, or None")
+    if axis is not None and axis not in [a.value for a in Axis]:
+        raise SettingsError(f"axis {axis!r}: give {', '.join(a.value for a in Axis)}, or None")
     along = None if axis is None else Axis(axis)
     if along is not None and len(plan.axes.of(along)) < 2:
         raise SettingsError(

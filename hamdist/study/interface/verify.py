@@ -70,9 +70,9 @@ def chosen_topics(
         model, only, golden, rule, input_shape, classes, batch, blocks: as of `verify`.
     """
     of_model = {"input_shape": input_shape, "classes": classes, "batch": batch, "blocks": blocks}
-    extra = next((option(name) for name, one in of_model.items() if one is not None), None)
+    extra = next((option(name) for name, value in of_model.items() if value is not None), None)
     of_topics = {"golden": golden, "only": only or None}
-    chooses = next((option(name) for name, one in of_topics.items() if one is not None), None)
+    chooses = next((option(name) for name, value in of_topics.items() if value is not None), None)
     if rule is not None and (model is not None or chooses):
         raise SettingsError(f"{option('rule')} {rule!r} is verified alone: leave the others out")
     if model is None and extra:

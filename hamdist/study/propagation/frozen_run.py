@@ -118,16 +118,13 @@ class Backprop:
     """Backpropagation's gradient of the loss of `graph` (of the sum of its readouts' losses)."""
 
     def __init__(self, graph: Graph) -> None:
-        states = {}
-        for name, spec in graph.blocks.items():
-            output = {} if spec.output is None else spec.output.state_dict(prefix="output:")
-            states[name] = {**spec.module.state_dict(), **output}
+        states = {name: spec.state_dict() for name, spec in graph.blocks.items()}
         self._module = merged_module(graph, states).double().eval()
         self._losses = {n: b.loss for n, b in graph.blocks.items() if b.loss is not None}
-        known = dict(self._module.named_parameters())
+        params = dict(self._module.named_parameters())
         whole = isinstance(self._module, MergedGraph)
         self._theta: dict[str, list[Tensor]] = {
-            name: [known[key] for key in _keys(graph, name, whole=whole)] for name in graph.blocks
+            name: [params[key] for key in _keys(graph, name, whole=whole)] for name in graph.blocks
         }
 
     @property

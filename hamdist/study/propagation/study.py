@@ -88,11 +88,11 @@ def _numbers(name: str, text: str) -> tuple[float, ...]:
 
 def _streams(text: str) -> tuple[StreamKind, ...]:
     names = [part.strip() for part in text.split(",")]
-    known = [kind.value for kind in StreamKind]
-    wrong = [name for name in names if name not in known]
+    kinds = [kind.value for kind in StreamKind]
+    wrong = [name for name in names if name not in kinds]
     if wrong:
         raise SettingsError(
-            f"--streams {text!r}: {wrong[0]!r} is no stream; streams: {', '.join(known)}"
+            f"--streams {text!r}: {wrong[0]!r} is no stream; streams: {', '.join(kinds)}"
         )
     return tuple(StreamKind(name) for name in names)
 

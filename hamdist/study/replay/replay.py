@@ -170,10 +170,10 @@ class Replay(Digests):
                 self.state = node.state()
             self._now = {}
 
-    def restore(self, state: Mapping[str, DigestMap] | None) -> None:
+    def load_state_dict(self, state: Mapping[str, DigestMap] | None) -> None:
         """Continue from the digests of a snapshot, if it has some."""
         if state is not None:
-            super().restore(state)
+            super().load_state_dict(state)
 
     def check(self) -> None:
         """Raise SettingsError if the replay is not the run, to the bit."""
@@ -203,8 +203,8 @@ def replay(run: RecordedRun, first: float, last: float, block: str | None = None
         run = dataclasses.replace(run, digests={})  # (the digests would begin in its midst)
     plan, stream = planned(settings, run.factory, run.data, snapshot)
     if block is not None and block not in plan.graph.blocks:
-        known = ", ".join(plan.graph.blocks)
-        raise SettingsError(f"--block {block!r}: no block of the run; there are {known}")
+        blocks = ", ".join(plan.graph.blocks)
+        raise SettingsError(f"--block {block!r}: no block of the run; there are {blocks}")
     seen = Replay(run, snapshot, last, first if block is None else inf, block)
     with suppress(_Reached):
         InProcessEngine(seen).run(plan, stream)
@@ -228,7 +228,7 @@ def tensors_of(seen: Replay) -> dict[str, Tensor]:
     """Return the tensors of a rewind by name: its signals, and 'theta NAME' ... of its block."""
     named = {key: signal.payload for key, signal in seen.signals.items()}
     if seen.state is not None:
-        named |= {f"theta {key}": one for key, one in seen.state.theta.items()}
+        named |= {f"theta {key}": tensor for key, tensor in seen.state.theta.items()}
         named |= {"h": seen.state.h, "z": seen.state.z}
     return {key: t.detach().clone().contiguous() for key, t in named.items() if t is not None}
 
@@ -259,18 +259,18 @@ def bisect(first: RecordedRun, second: RecordedRun) -> FirstParting | None:
     Raises SettingsError where the runs have no digests in common.
     """
     (partings,) = compared(first.folder, second.folder).values()
-    sent = [one for one in partings if one.kind == "sent"]
+    sent = [p for p in partings if p.kind == "sent"]
     if not sent:
         return _not_sent(partings)
-    equal = min(-1 if one.equal is None else one.equal for one in sent)
+    equal = min(-1 if p.equal is None else p.equal for p in sent)
     earliest = sent[0]
     last = inf if earliest.tick is None else earliest.tick
     replays = [replay(run, equal, last) for run in (first, second)]
     cause = next((_other(seen) for seen in replays if seen.missed is not None), None)
     if cause is None:
-        for one, other in zip(*(seen.course for seen in replays), strict=False):
-            if one != other:
-                return FirstParting(one.tick, one.block, one.channel, one.tick - 1, 2)
+        for step, other in zip(*(seen.course for seen in replays), strict=False):
+            if step != other:
+                return FirstParting(step.tick, step.block, step.channel, step.tick - 1, 2)
         cause = "the replays of both runs are equal: one of them differs from what it was set to do"
     kind, edge = earliest.name.split(" ", 1)
     block = edge.split("->")[-1 if kind in ("message", "gradient") else 0]

@@ -41,7 +41,7 @@ def block_table(events: Iterable[RunEvent], levels: Iterable[str]) -> Table | No
         for (of, _), run in by_run.items():
             if of == level:
                 _add(blocks, run)
-        rows += [[level, name, *_cells(one)] for name, one in blocks.items()]
+        rows += [[level, name, *_cells(facts)] for name, facts in blocks.items()]
     return Table(TITLES, rows, []) if rows else None
 
 
@@ -50,21 +50,21 @@ def _add(blocks: dict[str, _BlockEvents], run: Sequence[RunEvent]) -> None:
     probes = [e.cosines for e in run if isinstance(e, UpdatesAligned)]
     quarter = -(-len(probes) // 4)
     for name in measured[-1].updates if measured else ():
-        one = blocks.setdefault(name, _BlockEvents())
-        one.late.update(measured[-1].staleness.get(name, {}))
-        one.norms += [e.norms[name] for e in measured[-1:] if name in e.norms]
-        one.first += [p[name] for p in probes[:quarter] if name in p]
-        one.last += [p[name] for p in probes[len(probes) - quarter :] if name in p]
+        events = blocks.setdefault(name, _BlockEvents())
+        events.late.update(measured[-1].staleness.get(name, {}))
+        events.norms += [e.norms[name] for e in measured[-1:] if name in e.norms]
+        events.first += [p[name] for p in probes[:quarter] if name in p]
+        events.last += [p[name] for p in probes[len(probes) - quarter :] if name in p]
 
 
-def _cells(one: _BlockEvents) -> list[str]:
-    late = sorted(one.late.elements())
+def _cells(events: _BlockEvents) -> list[str]:
+    late = sorted(events.late.elements())
     count = len(late)
     places = (count // 2, (95 * count - 1) // 100, -1) if count else ()
     return [
         *([str(late[i]) for i in places] or [MISSING] * 3),
-        *(number(mean_of(cosines)) for cosines in (one.first, one.last)),
-        number(mean_of([n.theta for n in one.norms])),
-        number(mean_of([n.update for n in one.norms if n.update is not None])),
-        percent(mean_of([n.dead for n in one.norms if n.dead is not None])),
+        *(number(mean_of(cosines)) for cosines in (events.first, events.last)),
+        number(mean_of([n.theta for n in events.norms])),
+        number(mean_of([n.update for n in events.norms if n.update is not None])),
+        percent(mean_of([n.dead for n in events.norms if n.dead is not None])),
     ]

@@ -37,13 +37,13 @@ class Parting:
     tick: int | None
 
     def __str__(self) -> str:
-        what = f"weights of block {self.name}"
+        text = f"weights of block {self.name}"
         if self.kind != "weights":
             direction, edge = self.name.split(" ", 1)
-            what = f"{direction} on edge {edge}, as {self.kind}"
+            text = f"{direction} on edge {edge}, as {self.kind}"
         where = "in the end" if self.tick is None else f"at tick {self.tick}"
         last = "" if self.equal is None else f" (equal at tick {self.equal})"
-        return f"{what}: differ {where}{last}"
+        return f"{text}: differ {where}{last}"
 
 
 def partings(a: RunDigests, b: RunDigests) -> list[Parting]:
@@ -65,10 +65,10 @@ def partings(a: RunDigests, b: RunDigests) -> list[Parting]:
                 f"{of[1]} (engine.digests)"
             )
     differences = [
-        one
+        parting
         for kind in KINDS
         for name, track in a.get(kind, {}).items()
-        for one in _parting(kind, name, track, b[kind][name])
+        for parting in _parting(kind, name, track, b[kind][name])
     ]
     return sorted(differences, key=lambda p: inf if p.tick is None else p.tick)
 

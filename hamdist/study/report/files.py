@@ -67,7 +67,7 @@ def _scores(scores: Scores) -> dict[str, Any]:
     record: dict[str, Any] = {"loss": scores.loss, "accuracy": scores.accuracy}
     if scores.outputs:
         record["main"] = scores.main
-        record["outputs"] = {name: _scores(one) for name, one in scores.outputs.items()}
+        record["outputs"] = {name: _scores(output) for name, output in scores.outputs.items()}
     return record
 
 

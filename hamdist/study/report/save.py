@@ -94,12 +94,7 @@ def as_it_was(settings: Settings, run: Run) -> Settings:
 
 
 def save_comparison(
-    folder: Path,
-    runs: Sequence[Run],
-    settings: Settings,
-    *,
-    command: str,
-    interrupted: bool,
+    folder: Path, runs: Sequence[Run], settings: Settings, *, command: str, interrupted: bool
 ) -> None:
     """Write runs.jsonl, results.csv, results.tex, summary.json, settings.yaml and report.html, of
     a folder with the events of the runs blocks.csv and blocks.tex; with `engine.digests` also

@@ -74,8 +74,8 @@ def outputs_notes(group: Sequence[Run]) -> list[str]:
     parts = []
     for name in scored[0].outputs:
         of_output = [scores.outputs[name] for scores in scored]
-        right = [one.accuracy for one in of_output if one.accuracy is not None]
-        loss = statistics.fmean(one.loss for one in of_output)
+        right = [score.accuracy for score in of_output if score.accuracy is not None]
+        loss = statistics.fmean(score.loss for score in of_output)
         parts.append(f"{name} {_score_words(loss, statistics.fmean(right) if right else None)}")
     return [f"held-out by output: {'; '.join(parts)} (the table has {scored[0].main!r})"]
 

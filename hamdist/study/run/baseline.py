@@ -43,15 +43,7 @@ from hamdist.runtime.process.process_memory import peak_bytes, reset_peak
 from hamdist.runtime.process.threads import cores, torch_threads
 from hamdist.runtime.results.result import BlockProgress, Progress, RunResult
 from hamdist.runtime.train.prepare import in_dtype_of
-from hamdist.streams.sample import (
-    Emission,
-    Emits,
-    Sample,
-    SampleSpec,
-    Stream,
-    parted,
-    report_of,
-)
+from hamdist.streams.sample import Emission, Emits, Sample, SampleSpec, Stream, parted, report_of
 
 CENTRALISED = "centralised"
 FROZEN = "frozen"
@@ -105,7 +97,7 @@ def train_centralised(
         model=averaged or trainer.model,
         plain=None if averaged is None else trainer.model,
         blocks={},
-        windows={name or CENTRALISED: one.windows for name, one in trainer.metrics.items()},
+        windows={name or CENTRALISED: metric.windows for name, metric in trainer.metrics.items()},
         samples=trainer.samples,
         ticks=trainer.samples,
         seconds=seconds,
@@ -137,7 +129,7 @@ class _Trainer:
         self.course = step_course(learning, settings.steps)
         self.optimisers = _optimisers(model, learning)
         self._clip = learning.network_clip
-        groups = [group for one in self.optimisers for group in one.param_groups]
+        groups = [group for optimizer in self.optimisers for group in optimizer.param_groups]
         self._rates = [group["lr"] for group in groups]
         self.metrics: dict[str, Prequential] = {}
         average = learning.average
@@ -204,13 +196,13 @@ class _Trainer:
 
     def _move(self) -> None:
         factor = self.course(self.samples)
-        groups = [group for one in self.optimisers for group in one.param_groups]
+        groups = [group for optimizer in self.optimisers for group in optimizer.param_groups]
         for group, rate in zip(groups, self._rates, strict=True):
             group["lr"] = rate * factor
         if self._clip is not None:
             torch.nn.utils.clip_grad_norm_(self.model.parameters(), self._clip)
-        for one in self.optimisers:
-            one.step()
+        for optimizer in self.optimisers:
+            optimizer.step()
 
     def averaged(self) -> nn.Module | None:
         """Return the model with the average of its weights, if there is one."""
@@ -239,7 +231,7 @@ class _Trainer:
 
     def windows(self) -> list[Window]:
         """Return those of the first output, as engines under way do."""
-        return next((one.windows for one in self.metrics.values()), [])
+        return next((metric.windows for metric in self.metrics.values()), [])
 
 
 def _freeze(model: nn.Module) -> None:

@@ -78,7 +78,7 @@ def plan(settings: Settings) -> list[PlannedRun]:
             "steps: a comparison needs the number of samples of each run; set it in the settings "
             "or with --steps"
         )
-    levels: list[tuple[Level, str | None]] = [(one, None) for one in settings.compare.levels]
+    levels: list[tuple[Level, str | None]] = [(chosen, None) for chosen in settings.compare.levels]
     if settings.compare.rules:
         levels = [_of_rule(name, settings.level) for name in settings.compare.rules]
     levels = list(dict.fromkeys(levels))

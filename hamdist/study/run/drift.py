@@ -70,9 +70,9 @@ def drift_fact(drifts: Sequence[DriftRecovery]) -> str:
     """Return the recoveries in words; empty if there was no drift."""
     if not drifts:
         return ""
-    back = [one.samples for one in drifts if one.samples is not None]
+    back = [drift.samples for drift in drifts if drift.samples is not None]
     text = f"recovered from {len(back)} of {len(drifts)}"
     if back:
         text += f" within {statistics.fmean(back):.0f} samples (at most {max(back)})"
-    fall = statistics.fmean(one.before - one.lowest for one in drifts)
+    fall = statistics.fmean(drift.before - drift.lowest for drift in drifts)
     return f"{text}; accuracy fell by {100 * fall:.1f} points on average"

@@ -112,11 +112,11 @@ def _maker(
             parts = list(result) if isinstance(result, tuple) and len(result) == 2 else [result]
             name = f"{option}: {title(function)}()"
             train = _as_stream(parts[0], classes, read, name, "what to learn from")
-            known = _classes(train.spec)
+            counted = _classes(train.spec)
             held_out = [[part] if _single(part) else part for part in parts[1:]]
             return OwnData(
                 train,
-                *(_as_stream(part, known, scored, name, "what is held out") for part in held_out),
+                *(_as_stream(part, counted, scored, name, "what is held out") for part in held_out),
             )
 
     return make
@@ -133,7 +133,7 @@ def _classes(spec: SampleSpec) -> Classes:
     """Return the facts about classes that the held-out part shares."""
     if spec.targets is None:
         return spec.classes
-    return {n: one.classes for n, one in spec.targets.items() if one.classes is not None} or None
+    return {n: t.classes for n, t in spec.targets.items() if t.classes is not None} or None
 
 
 def _pair(result: object) -> bool:
@@ -184,10 +184,10 @@ def check_held_out(model: nn.Module, data: OwnData) -> None:
     if data.held_out is None or _rows(data.held_out.spec) == _rows(data.train.spec):
         return
     spec = data.held_out.spec
-    one = example_input(spec) if spec.inputs is None else example_inputs(spec)
+    example = example_input(spec) if spec.inputs is None else example_inputs(spec)
     try:
         with torch.no_grad():
-            called_with(copied(model).eval(), one)
+            called_with(copied(model).eval(), example)
     except Exception as error:  # a user's forward may raise anything
         raise SettingsError(
             f"{STREAM_OPTION}: the model does not take what is held out, {_shown(spec)}, which is "

@@ -198,10 +198,10 @@ class ResultFolder:
         told again.
         """
         if isinstance(event, Warned):
-            known = (event.level, event.seed, event.text)
-            if known in self._warned_of:
+            warning = (event.level, event.seed, event.text)
+            if warning in self._warned_of:
                 return
-            self._warned_of.add(known)
+            self._warned_of.add(warning)
         if self._events is not None:
             self._events(event)
         for listener in self._listeners:

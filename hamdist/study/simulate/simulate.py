@@ -24,11 +24,7 @@ from hamdist.runtime.plan.plan import Plan
 from hamdist.runtime.plan.replan import with_delays
 from hamdist.runtime.plan.signal_bytes import exact_bytes
 from hamdist.runtime.timing.cluster_model import ClusterModel
-from hamdist.runtime.timing.disturbances import (
-    COPY_BYTES_PER_SECOND,
-    Disturbances,
-    SnapshotModel,
-)
+from hamdist.runtime.timing.disturbances import COPY_BYTES_PER_SECOND, Disturbances, SnapshotModel
 from hamdist.runtime.timing.events import EventSimulation
 from hamdist.runtime.timing.model import TimingModel
 from hamdist.runtime.timing.recursion import Recursion
@@ -219,24 +215,26 @@ class Planner:
         period = model.timed(group, hosts, self.cluster).period()
         return PlacedRun(settings, self.cluster, model, group, hosts, period)
 
-    def with_least_delays(self, one: PlacedRun) -> PlacedRun:
+    def with_least_delays(self, placed: PlacedRun) -> PlacedRun:
         """Return the candidate with the fewest delays that keep every actor busy."""
-        engine = one.settings.engine
+        engine = placed.settings.engine
         if engine.bundle == "auto":  # (a bundle would use the delays up, as in a run)
             engine = engine.model_copy(update={"bundle": "off"})
-        plan = dataclasses.replace(one.model.plan, engine=engine)
-        model = dataclasses.replace(one.model, plan=plan)
-        delays = least_delays(model, one.placement, one.hosts, self.cluster)
+        plan = dataclasses.replace(placed.model.plan, engine=engine)
+        model = dataclasses.replace(placed.model, plan=plan)
+        delays = least_delays(model, placed.placement, placed.hosts, self.cluster)
         model = dataclasses.replace(model, plan=with_delays(plan, delays))
-        settings = one.settings.model_copy(update={"engine": engine})
-        return self._candidate(settings, model, [*map(list, one.placement)], [*one.hosts])
+        settings = placed.settings.model_copy(update={"engine": engine})
+        return self._candidate(settings, model, [*map(list, placed.placement)], [*placed.hosts])
 
     def best(self, settings: Settings) -> PlacedRun:
         """Return the fastest way to run settings, by the model, that the hosts have memory for."""
-        by_rate = sorted(self.candidates(settings, self.model(settings)), key=lambda one: -one.rate)
+        by_rate = sorted(
+            self.candidates(settings, self.model(settings)), key=lambda placed: -placed.rate
+        )
         if settings.partition.delays == "auto":
-            by_rate = sorted(map(self.with_least_delays, by_rate), key=lambda one: -one.rate)
-        return next((one for one in by_rate if not one.too_full()), by_rate[0])
+            by_rate = sorted(map(self.with_least_delays, by_rate), key=lambda placed: -placed.rate)
+        return next((placed for placed in by_rate if not placed.too_full()), by_rate[0])
 
 
 def at_level(settings: Settings, level: Level) -> Settings:
@@ -246,13 +244,13 @@ def at_level(settings: Settings, level: Level) -> Settings:
     return settings.for_level(level)
 
 
-def simulate(one: PlacedRun, seed: int = 0) -> dict[str, Any]:
+def simulate(placed: PlacedRun, seed: int = 0) -> dict[str, Any]:
     """Simulate a candidate, with what disturbs it, and return the figures as plain values."""
-    timed = one.timed()
+    timed = placed.timed()
     each = len(timed.owner)
     most = (EVENTS if timed.shared else STEPS) // each
     periods = max(LEAST_PERIODS, min(MOST_PERIODS, most))
-    disturbances = Disturbances(timed, seed, _snapshots(one, timed))
+    disturbances = Disturbances(timed, seed, _snapshots(placed, timed))
     kind = EventSimulation if timed.shared else Recursion
     ends = kind(timed, disturbances).run(periods).max(axis=1)
     steady = ends[periods // 5 :]  # (the network has filled)
@@ -261,16 +259,16 @@ def simulate(one: PlacedRun, seed: int = 0) -> dict[str, Any]:
     marks = steady[np.linspace(0, len(steady) - 1, WINDOWS + 1).astype(int)]
     counts = np.diff(np.linspace(0, len(steady) - 1, WINDOWS + 1).astype(int)) * timed.samples
     rates = counts / np.maximum(np.diff(marks), 1e-12)
-    hosts = one.cluster.hosts
+    hosts = placed.cluster.hosts
     return {
         "samples_per_second": timed.samples / period,
         "percentiles": dict(
             zip(("p5", "p50", "p95"), map(float, np.percentile(rates, [5, 50, 95])), strict=True)
         ),
-        "undisturbed": one.rate,
-        "critical": one.period.words,
-        "delays": one.delays,
-        "staleness": one.model.plan.staleness,
+        "undisturbed": placed.rate,
+        "critical": placed.period.words,
+        "delays": placed.delays,
+        "staleness": placed.model.plan.staleness,
         "actors": [
             {
                 "blocks": list(blocks),
@@ -278,17 +276,17 @@ def simulate(one: PlacedRun, seed: int = 0) -> dict[str, Any]:
                 "busy": min(1.0, timed.busy[i] / period),
                 "waiting": max(0.0, 1 - timed.busy[i] / period),
             }
-            for i, (blocks, host) in enumerate(zip(one.placement, one.hosts, strict=True))
+            for i, (blocks, host) in enumerate(zip(placed.placement, placed.hosts, strict=True))
         ],
         "links": {
             f"{hosts[a].name}->{hosts[b].name}": {
                 "bytes_per_sample": n / timed.samples,
                 "bytes_per_second": n / period,
-                "share": n / period / one.cluster.rate(a, b),
+                "share": n / period / placed.cluster.rate(a, b),
             }
             for (a, b), n in timed.nbytes.items()
         },
-        "memory": one.memory(),
+        "memory": placed.memory(),
         "lost_seconds_per_hour": {
             cause: 3600 * lost / float(ends[-1])
             for cause, lost in disturbances.lost_seconds.items()
@@ -298,33 +296,33 @@ def simulate(one: PlacedRun, seed: int = 0) -> dict[str, Any]:
     }
 
 
-def _snapshots(one: PlacedRun, timed: TimedGraph) -> SnapshotModel | None:
+def _snapshots(placed: PlacedRun, timed: TimedGraph) -> SnapshotModel | None:
     """Return the snapshots that the settings ask for."""
-    snapshots = one.settings.snapshots
+    snapshots = placed.settings.snapshots
     if snapshots.path is None:
         return None
     every = math.inf if snapshots.every is None else snapshots.every / timed.ticks
     if snapshots.seconds is not None or snapshots.every is None:
-        every = min(every, (snapshots.seconds or 30.0) / one.period.seconds)
-    blocks = one.model.plan.graph.blocks
+        every = min(every, (snapshots.seconds or 30.0) / placed.period.seconds)
+    blocks = placed.model.plan.graph.blocks
     sizes = [
         sum(2 * p.numel() * p.element_size() for b in names for p in blocks[b].module.parameters())
-        for names in one.placement
+        for names in placed.placement
     ]
     sizes += [0] * (len(timed.resources) - len(sizes))
     return SnapshotModel(max(1, round(every)), [size / COPY_BYTES_PER_SECOND for size in sizes])
 
 
 def learn(
-    one: PlacedRun, rate: float, factory: ModelFactory | None, data: DataFactory | None
+    placed: PlacedRun, rate: float, factory: ModelFactory | None, data: DataFactory | None
 ) -> tuple[Run, dict[str, Any]]:
     """Learn in one process what the candidate will, and return the run and its figures.
 
     The digest is that of all weights; seconds are those of the cluster, at `rate` samples a second.
     """
-    chosen = one.chosen()
+    chosen = placed.chosen()
     update: dict[str, Any] = {"kind": EngineKind.INPROCESS, "placement": None, "digests": True}
-    update["blocks"] = one.settings.engine.blocks
+    update["blocks"] = placed.settings.engine.blocks
     settings = chosen.model_copy(update={"engine": chosen.engine.model_copy(update=update)})
     run, _ = run_level(settings, factory=factory, data=data)
     curve = [

@@ -41,15 +41,17 @@ def sweep(
         except (ClusterError, GraphError, LevelError, SettingsError) as error:
             fault = error
             continue
-        here.sort(key=lambda one: -one.rate)
-        later = [planner.with_least_delays(one) for one in here[: 2 * KEPT]]
+        here.sort(key=lambda placed: -placed.rate)
+        later = [planner.with_least_delays(placed) for placed in here[: 2 * KEPT]]
         here = later if variant.partition.delays == "auto" else [*here, *later]
-        full += [text for one in here for text in one.too_full()]
-        here = sorted((one for one in here if not one.too_full()), key=lambda one: -one.rate)
+        full += [text for placed in here for text in placed.too_full()]
+        here = sorted(
+            (placed for placed in here if not placed.too_full()), key=lambda placed: -placed.rate
+        )
         if here:
             say(f"{_name(variant)}: {here[0].rate:,.0f} samples/s, {here[0].period.words}")
         runs += here[:KEPT]
-    runs.sort(key=lambda one: -one.rate)
+    runs.sort(key=lambda placed: -placed.rate)
     if not runs:
         why = full[0] if full else str(fault)
         raise SettingsError(f"--sweep: no way to run these settings on these hosts: {why}")
@@ -70,34 +72,34 @@ def _variants(settings: Settings, levels: Sequence[Level]) -> Iterator[Settings]
     if part.cuts is None and not part.slices:
         cuts += [part.model_copy(update={"blocks": n}) for n in BLOCKS if n != part.blocks]
     codecs = [engine.compress, *(codec for codec in CODECS if codec != engine.compress)]
-    for level, cut, codec in itertools.product(
+    for level, blocks, codec in itertools.product(
         dict.fromkeys([settings.level, *levels]), cuts, codecs
     ):
         compress = engine.model_copy(update={"compress": codec})
-        varied = settings.model_copy(update={"partition": cut, "engine": compress})
+        varied = settings.model_copy(update={"partition": blocks, "engine": compress})
         yield at_level(varied, level)
 
 
 def _apart(runs: Sequence[PlacedRun]) -> list[PlacedRun]:
     """Return the first candidates that are not nearly alike."""
     apart: list[PlacedRun] = []
-    for one in runs:
+    for placed in runs:
         alike = (
-            one.settings.engine.compress == other.settings.engine.compress
-            and one.settings.partition.blocks == other.settings.partition.blocks
-            and one.settings.level == other.settings.level
-            and one.rate > (1 - LIKE) * other.rate
+            placed.settings.engine.compress == other.settings.engine.compress
+            and placed.settings.partition.blocks == other.settings.partition.blocks
+            and placed.settings.level == other.settings.level
+            and placed.rate > (1 - LIKE) * other.rate
             for other in apart
         )
         if not any(alike):
-            apart.append(one)
+            apart.append(placed)
     return apart[:KEPT]
 
 
 def write_sweep(folder: Path, runs: Sequence[PlacedRun]) -> list[Path]:
     """Write the settings of the winner, and of the runners-up; return the files."""
     files = []
-    for i, one in enumerate(runs):
+    for i, placed in enumerate(runs):
         files.append(folder / ("settings.yaml" if not i else f"runner-up-{i}.yaml"))
-        write_file(files[-1], to_yaml(one.chosen()))
+        write_file(files[-1], to_yaml(placed.chosen()))
     return files

@@ -34,6 +34,7 @@ TOPICS = {
     "reversible": "the reversible midpoint rule",
     "digraphs": "graphs with cycles",
     "tracking": "the tracker of NILP",
+    "lq": "the time reversal of the costate (NILP)",
     "late-labels": "labels that come late",
     "speed": "from local to backpropagation",
     "engines": "one process and Ray",

@@ -50,9 +50,9 @@ def _sentences(events: list[RunEvent]) -> Iterator[str]:
     end, measured = _latest(events, RunFinished), _latest(events, ActorsMeasured)
     times = end.time_use if end is not None else {} if measured is None else measured.seconds
     shares = {
-        name: {kind: spent / own["total"] for kind, spent in own.items()}
-        for name, own in times.items()
-        if own.get("total", 0.0) > SHORT
+        name: {kind: spent / seconds["total"] for kind, spent in seconds.items()}
+        for name, seconds in times.items()
+        if seconds.get("total", 0.0) > SHORT
     }
     if not shares:
         yield "no measurements yet: they come once a second, after the first tick"
@@ -72,25 +72,25 @@ def _sentences(events: list[RunEvent]) -> Iterator[str]:
         )
     lost = [e.seconds for e in events if isinstance(e, ActorReplaced) and e.lost]
     if lost:
-        what = "1 actor was" if len(lost) == 1 else f"{len(lost)} actors were"
-        yield f"{what} lost and replaced, which took {sum(lost):.1f} s"
+        subject = "1 actor was" if len(lost) == 1 else f"{len(lost)} actors were"
+        yield f"{subject} lost and replaced, which took {sum(lost):.1f} s"
 
 
 def _most(shares: Shares, kind: str) -> list[tuple[str, float]]:
     """Return the process that spends the most on `kind`, if that is much."""
-    name = max(shares, key=lambda one: shares[one].get(kind, 0.0))
+    name = max(shares, key=lambda process: shares[process].get(kind, 0.0))
     share = shares[name].get(kind, 0.0)
     return [(name, share)] if share > MUCH else []
 
 
 def _one_process(events: list[RunEvent], shares: Shares) -> Iterator[str]:
-    [(name, own)] = shares.items()
-    yield f"one process ({name}): {own['step']:.0%} of its time in the steps of its blocks"
+    [(name, spent)] = shares.items()
+    yield f"one process ({name}): {spent['step']:.0%} of its time in the steps of its blocks"
     block, share = _heaviest(events, name)
     if block is not None:
         remedy = "; on several cores, cut or slice it, and use engine.kind 'ray'"
         yield f"{block} takes {share:.0%} of all steps{remedy if share > 0.5 else ''}"
-    if own["step"] < 0.5:
+    if spent["step"] < 0.5:
         yield (
             "the rest is Python around the steps (schedules, queues, metrics): larger batches, or "
             "fewer blocks (partition.blocks), make it smaller"
@@ -115,16 +115,16 @@ def _processes(events: list[RunEvent], shares: Shares) -> Iterator[str]:
             + ("" if alone else ", or give it an actor alone (engine.placement)")
         )
     if waits > MUCH:
-        counts, own = _latest(events, EdgesMeasured), _blocks_of(network, idlest)
+        counts, blocks = _latest(events, EdgesMeasured), _blocks_of(network, idlest)
         ends = {e.name: {e.parent, e.child} for e in (() if network is None else network.edges)}
         edges = {} if counts is None else counts.edges
-        edges = {name: one for name, one in edges.items() if ends.get(name, set()) & own}
+        edges = {name: counted for name, counted in edges.items() if ends.get(name, set()) & blocks}
         edge = max(edges, key=lambda name: edges[name].waited, default=None)
         most = "" if edge is None else f", most of all for {edge} ({edges[edge].waited:.1f} s)"
         yield f"{idlest} waits {waits:.0%} of its time{most}"
     if (
         not sets_pace
-        and min(own.get("waiting", 0.0) for own in shares.values()) > MUCH
+        and min(blocks.get("waiting", 0.0) for blocks in shares.values()) > MUCH
         and step < PLENTY
     ):
         yield (
@@ -153,4 +153,4 @@ def _heaviest(events: list[RunEvent], actor: str) -> tuple[str | None, float]:
 
 def _blocks_of(network: NetworkPlaced | None, actor: str) -> set[str]:
     actors = () if network is None else network.actors
-    return {block for one in actors if one.name == actor for block in one.blocks}
+    return {block for worker in actors if worker.name == actor for block in worker.blocks}

@@ -112,15 +112,15 @@ class PageServer:
     def _reply(self, request: BaseHTTPRequestHandler, path: str, query: dict[str, str]) -> Reply:
         # (another Host: a page of another site whose name was bent to this address)
         token = query.get("token", "") if path == "/" else request.headers.get("X-Token", "")
-        known = secrets.compare_digest(token.encode(), self.token.encode())
-        if request.headers.get("Host", "") not in self._hosts or not known:
+        has_token = secrets.compare_digest(token.encode(), self.token.encode())
+        if request.headers.get("Host", "") not in self._hosts or not has_token:
             text = "not allowed: open the address that hamdist has printed, with its token"
             return Reply(text, HTTPStatus.FORBIDDEN, "text/plain")
         if path == "/":
             return Reply(live_page(), kind="text/html")
         if path == "/folders":
-            told = [{"path": str(folder), "alive": is_alive(folder)} for folder in self.folders]
-            return Reply(json.dumps(told))
+            folders = [{"path": str(folder), "alive": is_alive(folder)} for folder in self.folders]
+            return Reply(json.dumps(folders))
         number = query.get("folder", "")
         if not number.isdecimal() or int(number) >= len(self.folders):
             return Reply(f"no folder {number!r}", HTTPStatus.NOT_FOUND, "text/plain")

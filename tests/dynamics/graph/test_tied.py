@@ -550,4 +550,4 @@ def test_a_plan_needs_copies():
     with pytest.raises(GraphError, match="share a parameter"):
         make_plan(graph, chosen, spec)
     plan = make_plan(as_graph(graph, chosen, spec, mse), chosen, spec)
-    assert plan.graph.borrowed("y") == {"weight", "bias"}
+    assert plan.graph.foreign_weights("y") == {"weight", "bias"}

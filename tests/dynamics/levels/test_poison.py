@@ -189,8 +189,8 @@ def _output(node):
 
 def _nan_record(record: ForwardRecord | Steps) -> ForwardRecord | Steps:
     if isinstance(record, Steps):
-        kept = [[nan(k) if _is_real(k) else k for k in one] for one in record.kept]
-        return replace(record, kept=kept, output=nan(record.output))
+        kept = [[nan(k) if _is_real(k) else k for k in one] for one in record.saved]
+        return replace(record, saved=kept, output=nan(record.output))
     leaves = [None if leaf is None else nan(leaf) for leaf in record.leaves]
     return ForwardRecord(leaves, [nan(t) for t in record.theta], nan(record.output), record.inputs)
 
@@ -201,7 +201,7 @@ def _is_real(value: object) -> bool:
 
 def _held(record: ForwardRecord | Steps) -> list[Tensor]:
     if isinstance(record, Steps):
-        return [record.output, *(k for one in record.kept for k in one if _is_real(k))]
+        return [record.output, *(k for one in record.saved for k in one if _is_real(k))]
     return [record.output, *record.theta]
 
 

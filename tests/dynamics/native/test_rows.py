@@ -84,7 +84,7 @@ def test_two_layers(dtype, out, into, relu, wanted, bias):
     to = torch.full((into,), math.nan, dtype=dtype) if wanted else None
     rates = array("d", [-0.1, -0.2, -0.3, -0.4])
     assert chain.pull(x, inner, y, z, d, m, to, rates, 1e12) == 0b11
-    for a, b in zip([chain.kept(i, d) for i in range(2)], ds, strict=True):
+    for a, b in zip([chain.saved(i, d) for i in range(2)], ds, strict=True):
         torch.testing.assert_close(a[0].double(), b, **LOOSE[dtype])
     if to is not None:
         torch.testing.assert_close(to.double(), message, **LOOSE[dtype])
@@ -377,7 +377,7 @@ def test_several_rows_are_stepped_as_by_torch_to_the_bit(dtype, batch, stay):
     moved = chain.pull(x, inner, y, z, d, m, to, rates, limit)
     assert moved == sum(1 << i for i in moving)
     assert all(map(torch.equal, [*(chain.read_by(i, x, inner) for i in (1, 2)), y], outputs))
-    assert all(torch.equal(chain.kept(i, d), slopes[i]) for i in range(3))
+    assert all(torch.equal(chain.saved(i, d), slopes[i]) for i in range(3))
     assert torch.equal(to, message)
     for (w, b, _), (plain_w, plain_b) in zip(layers, expected, strict=True):
         assert torch.equal(w, plain_w)

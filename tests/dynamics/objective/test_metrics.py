@@ -84,5 +84,5 @@ def test_an_endless_stream_is_recorded_in_few_windows(rolls):
     latest = [w.samples for w in windows[-3:]]
     assert latest == [2, 2, 2] if rolls else min(w.samples for w in windows[:-1]) > 200
     again = Prequential(2, limit=8, rolls=rolls)
-    again.restore(metrics.snapshot())
+    again.load_state_dict(metrics.state_dict())
     assert (again.windows, again.joined) == (windows, metrics.joined)

@@ -148,7 +148,7 @@ def test_memory_is_used_again():
     seen: set[int] = set()
     for n in range(6):
         record = ours.forward([noise(n, 4, 6)], [True])
-        first = record.kept[0][2].data_ptr()
+        first = record.saved[0][2].data_ptr()
         if n >= 2:
             assert first in seen
         seen.add(first)

@@ -105,6 +105,11 @@ def test_the_weights_are_those_from_before():
     assert sum(w.samples for w in left.windows["block0"]) == 6
 
 
+def test_a_limit_below_the_first_state_is_named():
+    with pytest.raises(DivergedError, match=r"dynamics\.limit \(0\.001\)"):
+        train(chain(), stream(3), settings(dynamics={"limit": 1e-3}))
+
+
 def test_learning_that_runs_away():
     with pytest.raises(DivergedError, match="use a smaller learning.lr") as caught:
         train(chain(), stream(300), settings(learning={"lr": 1e9}))

@@ -95,7 +95,7 @@ def test_a_slow_block_holds_the_stream_back(leaves_no_socket):
     room = max(c.capacity for c in plan.channels.all()) + 1  # and the one that it is about to send
     assert 6 <= drawn <= 6 + room
     assert wait.waiter == "u"
-    assert "room for" in wait.what
+    assert "room for" in wait.waits_for
     slow = made["block1"].status(0, None).wait
     assert slow is not None
     assert slow.awaited in {"block0", "u"}

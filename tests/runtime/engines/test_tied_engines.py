@@ -112,7 +112,7 @@ def test_two_engines(session, leaves_no_socket, name, engine):
 @pytest.mark.ray
 @pytest.mark.parametrize(
     ("level", "where"),
-    [("trace", 0), pytest.param("trace", 4, marks=pytest.mark.slow), ("backprop", 2)],
+    [*(pytest.param("trace", k, marks=pytest.mark.slow) for k in (0, 4)), ("backprop", 2)],
 )
 def test_a_killed_actor(session, driver, leaves_no_socket, tmp_path, level, where):  # noqa: F811
     """The owner's, a user's, and that of one between them."""

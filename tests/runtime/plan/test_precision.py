@@ -18,7 +18,7 @@ from hamdist.dynamics.graph.graph import Combine
 from hamdist.dynamics.objective.losses import cross_entropy
 from hamdist.dynamics.vjp.autocast import AutocastFunction
 from hamdist.errors import GraphError, LevelError, SettingsError
-from hamdist.runtime.signals.cast import CPU, CastPlan, entered, kept, to_host
+from hamdist.runtime.signals.cast import CPU, CastPlan, entered, host_copy, to_host
 from hamdist.runtime.train.train import train
 from hamdist.streams import from_iterable
 
@@ -253,7 +253,7 @@ def test_what_comes_in_is_cast_once():
     assert entered(x, CPU, BF16).tolist() == [1.0]
     assert entered(x.to(BF16), CPU, F64).tolist() == [1.0]
     assert to_host(x) is x
-    assert kept(x) is not x
+    assert host_copy(x) is not x
 
 
 def test_auto_takes_what_is_there():

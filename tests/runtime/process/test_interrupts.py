@@ -17,9 +17,10 @@ from hamdist.runtime.storage.snapshot_files import latest
 from hamdist.runtime.train.train import train
 
 pytestmark = pytest.mark.timeout(90)
+RAY = {"kind": "ray", "actors": 2}
 ENGINES = [
     {"kind": "inprocess"},
-    pytest.param({"kind": "ray", "actors": 2}, marks=pytest.mark.ray),
+    pytest.param(RAY, marks=pytest.mark.ray),
 ]
 
 
@@ -87,18 +88,22 @@ def check(result, folder):
     assert result.snapshots
 
 
+LOOKS = [
+    (returned, "stopped"),
+    (interrupted, "interrupted"),
+    (signalled(signal.SIGINT), "interrupted"),
+    (returned_an_instance, "stopped"),
+    (raised, "stopped"),
+    (signalled(signal.SIGTERM), "interrupted"),
+]
+ON_RAY = [pytest.mark.ray], [pytest.mark.ray, pytest.mark.slow]
+
+
 @pytest.mark.usefixtures("session")
-@pytest.mark.parametrize("engine", ENGINES)
-@pytest.mark.parametrize(
-    ("look", "word"),
-    [
-        (returned, "stopped"),
-        (returned_an_instance, "stopped"),
-        (raised, "stopped"),
-        (interrupted, "interrupted"),
-        (signalled(signal.SIGINT), "interrupted"),
-        (signalled(signal.SIGTERM), "interrupted"),
-    ],
+@pytest.mark.parametrize(  # (the last three are the first three before an engine sees them)
+    ("engine", "look", "word"),
+    [(ENGINES[0], *look) for look in LOOKS]
+    + [pytest.param(RAY, *look, marks=ON_RAY[n > 2]) for n, look in enumerate(LOOKS)],
 )
 def test_a_run_that_is_called_off_has_a_result(engine, look, word, tmp_path):
     before = [signal.getsignal(n) for n in (signal.SIGINT, signal.SIGTERM)]

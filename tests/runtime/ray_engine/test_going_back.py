@@ -87,7 +87,7 @@ def damaged(monkeypatch):
     [
         ("trace", 2, "file"),
         pytest.param("local", 0, "file", marks=pytest.mark.slow),
-        ("trace", 0, "folder"),
+        pytest.param("trace", 0, "folder", marks=pytest.mark.slow),  # ("all" has none either)
         ("trace", 4, "all"),
         ("local", 2, "late"),
     ],

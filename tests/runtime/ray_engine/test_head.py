@@ -19,13 +19,13 @@ def head():
 
 def test_a_head_that_answers_is_not_lost(head):
     watch, (_, address) = HeadWatch(), head
-    began = watch._asked
+    began = watch._sent
     assert not any(watch.lost(address, began + seconds) for seconds in range(100))
 
 
 def test_a_head_is_lost_when_it_has_not_answered_for_a_while(head):
     watch, (server, address) = HeadWatch(), head
-    began = watch._asked
+    began = watch._sent
     assert not watch.lost(address, began + 20)
     server.close()
     silent = [watch.lost(address, began + 20 + seconds) for seconds in range(20)]
@@ -34,7 +34,7 @@ def test_a_head_is_lost_when_it_has_not_answered_for_a_while(head):
 
 def test_a_head_that_comes_back_is_not_lost(head):
     watch, (server, address) = HeadWatch(), head
-    began = watch._asked
+    began = watch._sent
     server.close()
     assert not watch.lost(address, began + HEAD_SECONDS - 1)
     host, port = address.split(":")

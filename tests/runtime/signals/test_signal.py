@@ -177,7 +177,7 @@ def test_many_shapes_on_one_channel():
         data = packer.header(Signal(STAMP, tensor), form) + bytes(form.bytes_of(tensor)) + form.fill
         (back,) = packer.unpack(data, nothing_apart)
         assert torch.equal(back.payload, tensor)
-    assert max(len(packer._forms), len(packer._seen), len(packer._made)) <= 64
+    assert max(len(packer._forms), len(packer._seen), len(packer._templates)) <= 64
 
 
 @given(st.binary(max_size=160))

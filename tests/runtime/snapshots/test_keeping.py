@@ -98,7 +98,7 @@ class FakeCrew:
     def complete(self, tick):
         self.completed.append(tick)
 
-    def kept(self):
+    def new_snapshot_news(self):
         told, self.told = self.told, []
         return told
 
@@ -424,4 +424,4 @@ def test_two_snapshots_under_way(tmp_path):
         assert (manifest.tick, manifest.samples, manifest.passed) == (tick, samples, samples // 2)
         assert set(manifest.parts) == {INPUT, *blocks}
     assert put(10, others) is None  # what comes late is let go
-    assert not catalogue._taken
+    assert not catalogue._partial

@@ -73,7 +73,9 @@ def few(depth, name):
     return min(ITEMS, samples_for(name, depth))
 
 
-@pytest.mark.parametrize("name", LEVELS)
+@pytest.mark.parametrize(  # (test_skips has the others)
+    "name", [pytest.param(n, marks=[pytest.mark.slow] * (n != "local, sequential")) for n in LEVELS]
+)
 def test_chain(name, tmp_path):
     whole = goes_on(run_of(chain, PortableStream, few(4, name), **LEVELS[name]), tmp_path, 11)
     assert learned(whole, chain)

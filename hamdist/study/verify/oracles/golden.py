@@ -89,7 +89,7 @@ def files(folder: Path) -> list[Path]:
     return paths
 
 
-def made(kind: str) -> Iterator[Check]:
+def shipped_checks(kind: str) -> Iterator[Check]:
     """Yield the checks of the shipped files of a kind that tests/study/verify/oracles.py made."""
     for path in files(shipped() / "autograd"):
         if kind_of(read(path)) == kind:
@@ -165,11 +165,11 @@ def number(data: GoldenData, key: str) -> float:
     return float(entry(data, key, ()))
 
 
-def choice(data: GoldenData, key: str, known: Sequence[str]) -> str:
-    """Return an entry that is one of the `known` words. Raises SettingsError for another."""
+def choice(data: GoldenData, key: str, names: Sequence[str]) -> str:
+    """Return an entry that is one of `names`. Raises SettingsError for another."""
     value = str(entry(data, key, ()))
-    if value not in known:
-        raise SettingsError(f"entry {key!r} is {value!r}; known: {', '.join(known)}")
+    if value not in names:
+        raise SettingsError(f"entry {key!r} is {value!r}; known: {', '.join(names)}")
     return value
 
 
@@ -180,8 +180,8 @@ def read_layers(layers: Iterable[tuple[int, str]], where: str) -> tuple[tuple[in
     """Return dense layers. Raises SettingsError, which names `where`, for an unknown activation."""
     for _, activation in layers:
         if activation not in ACTIVATIONS:
-            known = ", ".join(ACTIVATIONS)
-            raise SettingsError(f"{where} has the activation {activation!r}; known: {known}")
+            names = ", ".join(ACTIVATIONS)
+            raise SettingsError(f"{where} has the activation {activation!r}; known: {names}")
     return tuple((int(outputs), activation) for outputs, activation in layers)
 
 

@@ -273,7 +273,7 @@ def run_ticks(ticks: Ticks) -> dict[str, Array]:
     for node, module in modules:
         module.weights.omega = [torch.tensor(ticks.data[f"om.{key}"][0]) for key in node.keys]
     network.run(stream)
-    entries = recorded(ticks, {b: one.node.records() for b, one in network.records.items()})
+    entries = recorded(ticks, {b: r.node.records() for b, r in network.records.items()})
     for node, module in modules:
         for i, key in enumerate(node.keys):
             entries[f"om.{key}"] = _first(ticks.K + 1, (o[i] for o in module.omega))
@@ -321,18 +321,18 @@ def compared(ours: Mapping[str, Array], expected: Mapping[str, Array]) -> Differ
 
 def checks(full: bool) -> Iterator[Check]:  # noqa: ARG001
     """Yield the checks of the files that autograd of H' made: every term, in every order."""
-    return golden.made("tick")
+    return golden.shipped_checks("tick")
 
 
 def checks_of(data: GoldenData, name: str) -> list[Check]:
     """Return the checks of a tick file."""
     ticks = read_ticks(data)
-    what, oracle = f"{name}: every tick (relative)", f"{ORACLE}: h, z, ω, θ, y, L, H'"
-    checks = [Check(what, oracle, RTOL, lambda: compared(run_ticks(ticks), expected(ticks)))]
+    title, oracle = f"{name}: every tick (relative)", f"{ORACLE}: h, z, ω, θ, y, L, H'"
+    checks = [Check(title, oracle, RTOL, lambda: compared(run_ticks(ticks), expected(ticks)))]
     if any(key.startswith("bp_") for key in data):
-        what = f"{name}: states, costates, gradients (relative)"
+        title = f"{name}: states, costates, gradients (relative)"
         oracle = "golden file: those of backpropagation"
-        checks.append(Check(what, oracle, RTOL, lambda: _static(ticks, run_ticks(ticks))))
+        checks.append(Check(title, oracle, RTOL, lambda: _static(ticks, run_ticks(ticks))))
     return checks
 
 

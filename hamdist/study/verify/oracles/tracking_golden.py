@@ -97,11 +97,7 @@ def track(data: GoldenData, graph: Graph, K: int) -> dict[str, Array]:
     samples = [(torch.zeros(1, 1, dtype=z.dtype), value.reshape(1, 1)) for value in [*z, z[-1]]]
     stream = from_iterable(samples)
     network = RecordedNodes(make_plan(graph, _settings(data), stream.spec))
-    x0, p0, P0 = (
-        torch.tensor(data["x0"]),
-        torch.tensor(entry(data, "p")[0]),
-        _costate(data),
-    )
+    x0, p0, P0 = (torch.tensor(data["x0"]), torch.tensor(entry(data, "p")[0]), _costate(data))
     at = 0
     for record in network.records.values():
         block = record.node.block
@@ -119,7 +115,7 @@ def track(data: GoldenData, graph: Graph, K: int) -> dict[str, Array]:
         "W": np.concatenate([_joined(module.theta, K) for module in modules], axis=1),
         "P": np.concatenate([_joined(module.omega, K) for module in modules], axis=1),
     }
-    recorded = {name: one.node.records() for name, one in network.records.items()}
+    recorded = {name: rec.node.records() for name, rec in network.records.items()}
     records = {name: r for name, r in recorded.items() if r is not None}
     for name, part in (("x", "h"), ("p", "z")):
         states = [getattr(r, part)[: K + 1, 0] for r in records.values()]

@@ -66,25 +66,25 @@ def checks(full: bool) -> Iterator[Check]:
     ):
         yield _check(f"a chain of 5, {name}", chain, items, learning, tau, partition)
     for name, learning, tau in (("plain", PLAIN, 1.0), ("momentum, tau = 0.25", MOMENTUM, 0.25)):
-        what = f"two skips, two readouts, {name}"
-        yield _check(what, lambda: seeded(Skips), items, learning, tau, {})
-        what = f"tied weights, a layer in two blocks, {name}"
-        yield _check(what, tied, items, learning, tau, {})
+        title = f"two skips, two readouts, {name}"
+        yield _check(title, lambda: seeded(Skips), items, learning, tau, {})
+        title = f"tied weights, a layer in two blocks, {name}"
+        yield _check(title, tied, items, learning, tau, {})
     yield _check("three frozen blocks of five", lambda: tied(2), items, MOMENTUM, 1.0, {})
-    for what, build in (
+    for title, build in (
         ("hooks on a layer", hooked),
         ("an autograd.Function", lambda: with_activation(Reversing())),
         ("Python state", lambda: with_activation(Switching())),
         ("masks of -inf, used in two blocks", lambda: seeded(Masked)),
     ):
-        yield _check(what, build, items, PLAIN, 1.0, {})
+        yield _check(title, build, items, PLAIN, 1.0, {})
     for kind, options in OPTIMISERS.items():
         if hasattr(torch.optim, kind):
             named: dict[str, Any] = {"name": kind.lower(), **options}
             learning_by = {"lr": 0.01, "optimizer": named}
             yield _check(f"a chain of 5, {kind}", chain, items, learning_by, 1.0, {})
-    what = "a chain of 5, clipped by the norm of all gradients"
-    yield _check(what, chain, items, CLIPPED, 1.0, {})
+    title = "a chain of 5, clipped by the norm of all gradients"
+    yield _check(title, chain, items, CLIPPED, 1.0, {})
     yield from _in_parts(items)
     yield from _in_groups(items)
 
@@ -101,9 +101,9 @@ def _in_parts(items: int) -> Iterator[Check]:
         ("tied weights, clipped by the norm of all gradients", tied, CLIPPED, {}),
     ]
     for name, build, learning, partition in cases:
-        what = f"{PARTS} micro-batches of {BATCH} rows, {name}"
+        title = f"{PARTS} micro-batches of {BATCH} rows, {name}"
         in_parts = {"microbatches": PARTS}
-        yield _check(what, build, items, learning, 1.0, partition, in_parts, "pipeline")
+        yield _check(title, build, items, learning, 1.0, partition, in_parts, "pipeline")
 
 
 def _in_groups(items: int) -> Iterator[Check]:
@@ -134,8 +134,8 @@ def _check(
         partition=partition,
         metrics={"window": 1},
     )
-    what = f"{name}: losses and weights of {items} steps"
-    return Check(what, ORACLE, BOUND, lambda: _apart(build, items, settings))
+    title = f"{name}: losses and weights of {items} steps"
+    return Check(title, ORACLE, BOUND, lambda: _apart(build, items, settings))
 
 
 def _apart(build: Callable[[], nn.Module], items: int, settings: Settings) -> float:
@@ -160,7 +160,7 @@ def _torchs(weights: list[nn.Parameter], learning: LearningSettings) -> list[Any
     """Return the optimisers that `learning` asks for, on the whole network."""
     if learning.optimizer is None:
         return [torch.optim.SGD(weights, learning.lr, learning.momentum, learning.dampening)]
-    kind = next(one for one in OPTIMISERS if one.lower() == learning.optimizer.name)
+    kind = next(k for k in OPTIMISERS if k.lower() == learning.optimizer.name)
     matrices = [w for w in weights if w.ndim == 2 or kind != "Muon"]
     others = [w for w in weights if w.ndim != 2 and kind == "Muon"]
     optimisers = [getattr(torch.optim, kind)(matrices, lr=learning.lr, **OPTIMISERS[kind])]

@@ -216,14 +216,14 @@ def checks(full: bool) -> Iterator[Check]:
     for kind in CELLS:
         for truncation in (None, 3):
             case = SequenceCase(kind, truncation, **sizes)
-            what = f"gradient of one sequence ({case})"
-            yield Check(what, AUTOGRAD, BOUND, partial(_gradient, case))
-            what = f"weights after {len(case.lengths)} sequences, momentum and dampening ({case})"
-            yield Check(what, SGD, BOUND, partial(_weights, case))
+            title = f"gradient of one sequence ({case})"
+            yield Check(title, AUTOGRAD, BOUND, partial(_gradient, case))
+            title = f"weights after {len(case.lengths)} sequences, momentum and dampening ({case})"
+            yield Check(title, SGD, BOUND, partial(_weights, case))
     for truncation in (None, 3):
         case = SequenceCase("LSTM", truncation, **sizes)
-        what, oracle = f"stored states per block ({case})", "min(n, r) of the longest sequence"
-        yield Check(what, oracle, 0.0, partial(_stored, case))
+        title, oracle = f"stored states per block ({case})", "min(n, r) of the longest sequence"
+        yield Check(title, oracle, 0.0, partial(_stored, case))
 
 
 # -- golden files ----------------------------------------------------------------------------------
@@ -327,10 +327,10 @@ def checks_of(data: GoldenData, name: str) -> list[Check]:
             f"entry 'th.Wx' has shape {data['th.Wx'].shape}, u has {inputs} features"
         )
     _golden_graph(data)
-    what = f"{name}: h, and z, omega per reversed token (relative)"
-    checks = [Check(what, ORACLE, RTOL, partial(_trajectory, data))]
+    title = f"{name}: h, and z, omega per reversed token (relative)"
+    checks = [Check(title, ORACLE, RTOL, partial(_trajectory, data))]
     if all(f"torch_grad.{key}" in data for key in WEIGHTS):
-        what = f"{name}: the last omega at eta = 0 is the gradient (relative)"
+        title = f"{name}: the last omega at eta = 0 is the gradient (relative)"
         measure = partial(_torch_gradient, data)
-        checks.append(Check(what, "autograd (golden file)", RTOL, measure))
+        checks.append(Check(title, "autograd (golden file)", RTOL, measure))
     return checks

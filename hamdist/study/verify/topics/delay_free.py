@@ -20,11 +20,7 @@ from hamdist.study.verify.oracles import golden
 from hamdist.study.verify.oracles.check import Check, absolute
 from hamdist.study.verify.oracles.golden import RTOL, Array
 from hamdist.study.verify.oracles.networks import Draws, chain
-from hamdist.study.verify.oracles.tick_golden import (
-    Ticks,
-    read_ticks,
-    run_ticks,
-)
+from hamdist.study.verify.oracles.tick_golden import Ticks, read_ticks, run_ticks
 
 FORMS = {
     "literal": "delayfree_eq10_literal.npz",

@@ -44,8 +44,8 @@ def loops_graph() -> Graph:
 def checks(full: bool) -> Iterator[Check]:  # noqa: ARG001
     """Yield the checks of the fixed point."""
     for c_tau, ticks in ((1.0, 100), (0.3, 350)):
-        what = f"cycles, self-edges and a skip, static input, c tau = {c_tau:g}"
-        name = f"{what}: h, c z and omega after {ticks} ticks"
+        title = f"cycles, self-edges and a skip, static input, c tau = {c_tau:g}"
+        name = f"{title}: h, c z and omega after {ticks} ticks"
         oracle = "autograd and a linear solve at the fixed point"
         yield Check(name, oracle, 1e-10, partial(_fixed_point, c_tau, ticks))
 
@@ -75,10 +75,10 @@ def _fixed_point(c_tau: float, ticks: int) -> Difference:
     g[-2:] = h[-2:] - y[0]
     z = torch.linalg.solve(torch.eye(len(h), dtype=F64) - J.T, g)
     theta = {name: list(spec.module.parameters()) for name, spec in graph.blocks.items()}
-    exact = iter(torch.autograd.grad(f(h), [t for own in theta.values() for t in own], z))
+    exact = iter(torch.autograd.grad(f(h), [t for weights in theta.values() for t in weights], z))
     pairs = {}
     for name, h_v, z_v in zip(theta, torch.split(h, SIZES), torch.split(z, SIZES), strict=True):
         gradient = flat(next(exact) for _ in theta[name])
-        for what, a, b in zip(("h", "c z", "omega"), ours[name], (h_v, z_v, gradient), strict=True):
-            pairs[f"{what} of {name}"] = absolute(a, b)
+        for part, a, b in zip(("h", "c z", "omega"), ours[name], (h_v, z_v, gradient), strict=True):
+            pairs[f"{part} of {name}"] = absolute(a, b)
     return largest(pairs.items())

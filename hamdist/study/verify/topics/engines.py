@@ -90,8 +90,8 @@ def checks(full: bool) -> Generator[Check, None, None]:
     items = 400 if full else 40
     with ray_session(EngineSettings(kind=EngineKind.RAY, actors=ACTORS)):
         for name, model, fields in RUNS:
-            what = f"{name}: {items} samples on {ACTORS} Ray actors"
-            yield Check(what, IN_PROCESS, 0.0, partial(_apart, model, items, fields))
+            title = f"{name}: {items} samples on {ACTORS} Ray actors"
+            yield Check(title, IN_PROCESS, 0.0, partial(_apart, model, items, fields))
 
 
 def _apart(model: Model, items: int, fields: Mapping[str, Any]) -> Difference:

@@ -87,10 +87,10 @@ def checks_of(data: GoldenData, name: str) -> list[Check]:
     The network runs as output net, as one state block, and cut before its last layer.
     """
     case = _read(data)
-    whole, what = len(case.layers) == 1, "L, omega, theta, final weights (relative)"
+    whole, title = len(case.layers) == 1, "L, omega, theta, final weights (relative)"
     return [
         Check(
-            f"{name}, {placement.value}: {what}", ORACLE, RTOL, partial(_compared, case, placement)
+            f"{name}, {placement.value}: {title}", ORACLE, RTOL, partial(_compared, case, placement)
         )
         for placement in Placement
         if not (whole and placement is Placement.SPLIT)

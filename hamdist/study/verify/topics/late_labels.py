@@ -78,8 +78,8 @@ def _check(
     keeps: bool = False,
     weighed: bool = False,
 ) -> Check:
-    what = f"late labels, {name}: losses, hits and weights of {items} samples"
-    return Check(what, ORACLE, BOUND, lambda: _apart(items, stream(), comes, keeps, weighed))
+    title = f"late labels, {name}: losses, hits and weights of {items} samples"
+    return Check(title, ORACLE, BOUND, lambda: _apart(items, stream(), comes, keeps, weighed))
 
 
 def _apart(

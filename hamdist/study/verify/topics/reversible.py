@@ -24,14 +24,7 @@ from hamdist.study.shared.exact_runs import float64_settings
 from hamdist.study.verify.oracles import golden
 from hamdist.study.verify.oracles.check import Check, Difference, absolute, largest
 from hamdist.study.verify.oracles.golden import ORACLE, RTOL, Array, GoldenData, entry, number
-from hamdist.study.verify.oracles.networks import (
-    CLASSES,
-    F64,
-    FEATURES,
-    Draws,
-    dense,
-    seeded,
-)
+from hamdist.study.verify.oracles.networks import CLASSES, F64, FEATURES, Draws, dense, seeded
 from hamdist.study.verify.topics.backpropagation import sgd
 
 BOUND = 1e-10
@@ -45,9 +38,9 @@ def checks(full: bool) -> Generator[Check, None, None]:
     """Yield the checks of gradients, of training, and of the midpoint rule."""
     for depth in (100, 1000) if full else (100,):
         for name, make in MODELS.items():
-            what = f"{name}, depth {depth}: gradients (relative to the largest)"
+            title = f"{name}, depth {depth}: gradients (relative to the largest)"
             measure = partial(_gradients, partial(make, depth), depth)
-            yield Check(what, "autograd with every activation stored", BOUND, measure)
+            yield Check(title, "autograd with every activation stored", BOUND, measure)
     depth, items = (100, 20) if full else (40, 10)
     for blocks in (1, depth // 10, depth):
         yield Check(
@@ -57,7 +50,7 @@ def checks(full: bool) -> Generator[Check, None, None]:
             BOUND,
             partial(_trained, blocks, depth, items),
         )
-    yield from golden.made("leapfrog")
+    yield from golden.shipped_checks("leapfrog")
 
 
 # -- networks --------------------------------------------------------------------------------------
@@ -183,8 +176,8 @@ def checks_of(data: GoldenData, name: str) -> list[Check]:
         entry(data, key, shape)
     number(data, "tau")
     return [
-        Check(f"{name}: {what} (relative)", ORACLE, RTOL, partial(_leapfrog_apart, data, part))
-        for what, part in (
+        Check(f"{name}: {title} (relative)", ORACLE, RTOL, partial(_leapfrog_apart, data, part))
+        for title, part in (
             ("h forward, and recovered backwards", "states"),
             ("gradients by W, b and h_0", "gradients"),
         )
@@ -200,8 +193,8 @@ def _leapfrog_apart(data: GoldenData, part: str) -> Difference:
         keys |= {f"{key} (autograd)": f"torch_{key}" for key in keys if f"torch_{key}" in data}
     return golden.worst(
         {
-            what: (np.atleast_1d(run[what.removesuffix(" (autograd)")]), np.atleast_1d(data[key]))
-            for what, key in keys.items()
+            title: (np.atleast_1d(run[title.removesuffix(" (autograd)")]), np.atleast_1d(data[key]))
+            for title, key in keys.items()
         }
     )
 

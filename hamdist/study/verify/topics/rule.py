@@ -69,8 +69,8 @@ class VerifiedRule:
             yield Check(f"on {ACTORS} Ray actors", IN_PROCESS, 0.0, self._apart)
             yield Check("there, an actor is killed", IN_PROCESS, 0.0, self._killed)
         yield Check("a run goes on from a snapshot", IN_PROCESS, 0.0, self._resumed)
-        what = "weights and memory of all other blocks are NaN whenever the rule is called"
-        yield Check(what, IN_PROCESS, 0.0, self._poisoned)
+        title = "weights and memory of all other blocks are NaN whenever the rule is called"
+        yield Check(title, IN_PROCESS, 0.0, self._poisoned)
         yield Check("1 - cosine of its updates, at most 2", "backpropagation", 2.0, self._cosine)
 
     def _settings(self, lr: float = 0.05, **fields: Any) -> Settings:
@@ -131,7 +131,7 @@ class VerifiedRule:
             y = model(samples[-1].u)
         else:  # of the last token, through all of its sequence
             tokens = samples[(len(samples) - 1) // self._length * self._length :]
-            y = model(torch.stack([one.u for one in tokens]))[-1]
+            y = model(torch.stack([token.u for token in tokens]))[-1]
         loss = cross_entropy(y, samples[-1].target(""))  # type: ignore[arg-type]
         weights = dict(model.named_parameters())
         exact = dict(zip(weights, torch.autograd.grad(loss, [*weights.values()]), strict=True))

@@ -42,10 +42,10 @@ def checks(full: bool) -> Iterator[Check]:
 def _smooth(full: bool) -> Iterator[Check]:
     for a in (1.0, 0.5, 0.1) if full else (1.0,):
         for seed in range(3 if full else 1):
-            what = f"smooth input, 3 layers, c tau = {a:g}, seed {seed}"
-            name = f"{what}: |exponent + 1| of the gradient's relative error, by c"
+            title = f"smooth input, 3 layers, c tau = {a:g}, seed {seed}"
+            name = f"{title}: |exponent + 1| of the gradient's relative error, by c"
             yield Check(name, AUTOGRAD, 0.02, partial(_from_order, -1, relative_error, a, seed))
-            name = f"{what}: |exponent + 2| of 1 - cos, by c"
+            name = f"{title}: |exponent + 2| of 1 - cos, by c"
             yield Check(name, AUTOGRAD, 0.05, partial(_from_order, -2, one_minus_cos, a, seed))
     yield Check(
         "smooth input, 3 layers: |exponent + 2| of the error of 2 G_2c - G_c, by c",
@@ -76,17 +76,17 @@ def _from_order(
 
 def _static(full: bool) -> Iterator[Check]:
     for depth in (2, 3, 5) if full else (3,):
-        what = f"static input, {depth} layers"
+        title = f"static input, {depth} layers"
         for order in (Order.SIMULTANEOUS, Order.SEQUENTIAL):
             yield Check(
-                f"{what}, c tau = 1, {order.value}: first exact tick of h_l, z_l, omega's step",
+                f"{title}, c tau = 1, {order.value}: first exact tick of h_l, z_l, omega's step",
                 "l; 2 nu + 1 - l or 2 nu - l; 2 nu or 2 nu - 2",
                 0.0,
                 partial(_exact_ticks, depth, order),
             )
         for a in (0.5, 0.1) if full else (0.5,):
             yield Check(
-                f"{what}, c tau = {a:g}: ticks until an error of 1e-3 and 1e-6 (relative)",
+                f"{title}, c tau = {a:g}: ticks until an error of 1e-3 and 1e-6 (relative)",
                 "the smallest k with P[Binomial(k, c tau) <= 2 nu - 1] <= error",
                 0.12,
                 partial(_decay_ticks, depth, a),

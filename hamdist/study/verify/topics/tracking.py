@@ -97,8 +97,8 @@ def _with_jumps(kind: str, ticks: int, **signal: Any) -> Iterator[Check]:
 
     name = "signal of cosines and constants" if kind == "patched" else f"signal of {kind}"
     yield Check(_title(name, ticks), STATED, 0.27, lambda: tracking().share)
-    what = f"{_title(name, ticks)}, outside 0.3 s after each jump"
-    yield Check(what, STATED, 0.09, lambda: tracking().settled or 0.0)
+    title = f"{_title(name, ticks)}, outside 0.3 s after each jump"
+    yield Check(title, STATED, 0.09, lambda: tracking().settled or 0.0)
 
 
 def _title(target: str, ticks: int) -> str:

@@ -1,6 +1,6 @@
 """State as plain data: everything with which another process can continue a block.
 
-Classes name their changing attributes in STATE (`Remembers`). Their values are numbers, texts,
+Classes name their changing attributes in STATE (`Stateful`). Their values are numbers, texts,
 tensors, lists, tuples, mappings, queues, and the small data classes marked by `known`, nested in
 any way: `packed` turns that into JSON and a list of tensors, `unpacked` turns it back. Nothing
 else can be expressed, so nothing else can come out of a file.
@@ -27,11 +27,11 @@ from torch import Tensor
 from hamdist.errors import SnapshotError
 
 _Class = TypeVar("_Class", bound=type)
-_known: dict[str, type] = {}
+_classes: dict[str, type] = {}
 _tags: dict[type, str] = {}
 
 
-def known(tag: str) -> Callable[[_Class], _Class]:
+def registered(tag: str) -> Callable[[_Class], _Class]:
     """Mark a data class, a named tuple or an enum as one that state may hold.
 
     New fields need a default, and come last: files of earlier formats lack them.
@@ -41,38 +41,38 @@ def known(tag: str) -> Callable[[_Class], _Class]:
     """
 
     def mark(cls: _Class) -> _Class:
-        _known[tag], _tags[cls] = cls, tag
+        _classes[tag], _tags[cls] = cls, tag
         return cls
 
     return mark
 
 
-class Remembers:
+class Stateful:
     """An object whose state is the values of the attributes that STATE names.
 
-    An attribute that is a `Remembers` itself contributes its state. ADDED: names in STATE that
+    An attribute that is a `Stateful` itself contributes its state. ADDED: names in STATE that
     files of earlier formats lack, with the values that they then get.
     """
 
     STATE: ClassVar[tuple[str, ...]] = ()
     ADDED: ClassVar[Mapping[str, Any]] = {}
 
-    def snapshot(self) -> dict[str, Any]:
+    def state_dict(self) -> dict[str, Any]:
         """Return the state, in tensors that later steps may overwrite: `packed` copies them."""
         state = {}
         for name in self.STATE:
             value = getattr(self, name)
-            state[name] = value.snapshot() if isinstance(value, Remembers) else value
+            state[name] = value.state_dict() if isinstance(value, Stateful) else value
         return state
 
-    def restore(self, state: Mapping[str, Any]) -> None:
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Continue from `state`; raise SnapshotError where it is that of another class."""
         state = {**{n: v for n, v in self.ADDED.items() if n not in state}, **state}
         check_names(type(self).__name__, state, self.STATE)
         for name in self.STATE:
             value = getattr(self, name)
-            if isinstance(value, Remembers):
-                value.restore(state[name])
+            if isinstance(value, Stateful):
+                value.load_state_dict(state[name])
             else:
                 setattr(self, name, state[name])
 
@@ -80,14 +80,14 @@ class Remembers:
 def check_names(whose: str, state: object, names: Collection[str]) -> None:
     """Raise SnapshotError unless `state` has exactly these entries."""
     if not isinstance(state, Mapping) or set(state) != set(names):
-        found = sorted(map(str, state)) if isinstance(state, Mapping) else type(state).__name__
+        keys = sorted(map(str, state)) if isinstance(state, Mapping) else type(state).__name__
         raise SnapshotError(
-            f"the state of a {whose} has {sorted(names)}, not {found}: it was saved by another "
+            f"the state of a {whose} has {sorted(names)}, not {keys}: it was saved by another "
             "version of hamdist, or belongs to another network"
         )
 
 
-def taken(state: Mapping[str, Any], name: str) -> tuple[Any, dict[str, Any]]:
+def popped(state: Mapping[str, Any], name: str) -> tuple[Any, dict[str, Any]]:
     """Return the entry `name` of `state`, and the others; raise SnapshotError where it has none."""
     if name not in state:
         check_names("block", state, (name,))
@@ -155,8 +155,8 @@ class Packing:
             place = self._places[key] = len(self.tensors)
             self.tensors.append(self._copy(plain))
             self._alive.append(tensor)
-        found = {"tensor": place, "shape": list(tensor.shape), "strides": strides}
-        return found if tensor.is_cpu else {**found, "gpu": True}
+        entry = {"tensor": place, "shape": list(tensor.shape), "strides": strides}
+        return entry if tensor.is_cpu else {**entry, "gpu": True}
 
 
 def _copied(tensor: Tensor) -> Tensor:
@@ -168,7 +168,7 @@ def _name(value: object) -> str:
     tag = _tags.get(type(value))
     if tag is None:
         raise SnapshotError(
-            f"a {type(value).__name__} cannot be saved: it is not one of {sorted(_known)}"
+            f"a {type(value).__name__} cannot be saved: it is not one of {sorted(_classes)}"
         )
     return tag
 
@@ -179,7 +179,7 @@ def unpacked(data: Any, tensors: Sequence[Tensor], gpu: torch.device | None = No
     gpu: device of tensors that were on a GPU.
     """
     try:
-        return _Unpacking(tensors, gpu).made(data)
+        return _Unpacking(tensors, gpu).unpacked(data)
     except (KeyError, TypeError, ValueError, IndexError, RuntimeError, AttributeError) as error:
         raise SnapshotError(
             f"this is no state of hamdist's ({type(error).__name__}: {error})"
@@ -190,13 +190,13 @@ class _Unpacking:
     def __init__(self, tensors: Sequence[Tensor], gpu: torch.device | None) -> None:
         self._tensors = tensors
         self._gpu = gpu or torch.device("cpu")
-        self._made: dict[str, Tensor] = {}
+        self._unpacked: dict[str, Tensor] = {}
 
-    def made(self, data: Any) -> Any:
+    def unpacked(self, data: Any) -> Any:
         if data is None or isinstance(data, (bool, int, float, str)):
             return data
         if isinstance(data, list):
-            return [self.made(v) for v in data]
+            return [self.unpacked(v) for v in data]
         form = next((f for f in _FORMS if f in data), None)
         if form is None:
             raise ValueError(f"unknown form {sorted(data)}")
@@ -204,28 +204,28 @@ class _Unpacking:
 
     def _tensor(self, data: Any) -> Tensor:
         key = repr(data)
-        if key not in self._made:
+        if key not in self._unpacked:
             flat = self._tensors[_index(data["tensor"])]
-            made = _laid_out(flat, data["shape"], data["strides"])
-            self._made[key] = made.to(self._gpu) if "gpu" in data else made
-        return self._made[key]
+            tensor = _laid_out(flat, data["shape"], data["strides"])
+            self._unpacked[key] = tensor.to(self._gpu) if "gpu" in data else tensor
+        return self._unpacked[key]
 
     def _dtype(self, data: Any) -> torch.dtype:
-        found = getattr(torch, data["dtype"])
-        if not isinstance(found, torch.dtype):
+        dtype = getattr(torch, data["dtype"])
+        if not isinstance(dtype, torch.dtype):
             raise ValueError(f"{data['dtype']!r} is no type of tensors")
-        return found
+        return dtype
 
 
 _FLOATS = {"inf": math.inf, "-inf": -math.inf, "nan": math.nan}
 _FORMS: dict[str, Callable[[_Unpacking, Any], Any]] = {  # by the key that tells a form
     "tensor": _Unpacking._tensor,
-    "is": lambda it, data: _known[data["is"]](*map(it.made, data["of"])),
-    "map": lambda it, data: {it.made(k): it.made(v) for k, v in data["map"]},
-    "queue": lambda it, data: deque(map(it.made, data["queue"]), data["most"]),
-    "tuple": lambda it, data: tuple(map(it.made, data["tuple"])),
-    "set": lambda it, data: set(map(it.made, data["set"])),
-    "enum": lambda _, data: _known[data["enum"]][data["name"]],  # type: ignore[index]
+    "is": lambda it, data: _classes[data["is"]](*map(it.unpacked, data["of"])),
+    "map": lambda it, data: {it.unpacked(k): it.unpacked(v) for k, v in data["map"]},
+    "queue": lambda it, data: deque(map(it.unpacked, data["queue"]), data["most"]),
+    "tuple": lambda it, data: tuple(map(it.unpacked, data["tuple"])),
+    "set": lambda it, data: set(map(it.unpacked, data["set"])),
+    "enum": lambda _, data: _classes[data["enum"]][data["name"]],  # type: ignore[index]
     "size": lambda _, data: torch.Size(data["size"]),
     "dtype": _Unpacking._dtype,
     "float": lambda _, data: _FLOATS[data["float"]],
@@ -243,10 +243,10 @@ def _laid_out(tensor: Tensor, shape: list[int], strides: list[int]) -> Tensor:
     small = [1 if stride == 0 and n > 1 else n for n, stride in zip(shape, strides, strict=True)]
     if list(tensor.shape) != small:
         raise ValueError(f"a tensor of shape {list(tensor.shape)} stands for one of {shape}")
-    own = _strides(small, strides)
+    packed = _strides(small, strides)
     copy = (
-        torch.empty_strided(small, own, dtype=tensor.dtype)
-        if own
+        torch.empty_strided(small, packed, dtype=tensor.dtype)
+        if packed
         else torch.empty(small, dtype=tensor.dtype)
     )
     copy.copy_(tensor)
@@ -256,12 +256,12 @@ def _laid_out(tensor: Tensor, shape: list[int], strides: list[int]) -> Tensor:
 def _strides(shape: Sequence[int], strides: Sequence[int]) -> list[int] | None:
     """Return dense strides in the order of `strides`; None for those of a contiguous tensor."""
     order = sorted(range(len(shape)), key=lambda axis: (-strides[axis], axis))
-    made = [0] * len(shape)
+    result = [0] * len(shape)
     step = 1
     for axis in reversed(order):
-        made[axis] = step
+        result[axis] = step
         step *= max(shape[axis], 1)
-    return None if order == sorted(order) else made
+    return None if order == sorted(order) else result
 
 
 # -- what autograd's graphs keep ------------------------------------------------------------------
@@ -301,9 +301,9 @@ def _node_slots(node: Any) -> Iterator[Slot]:
         values = getattr(node, seen) if hasattr(node, seen) else node.saved_tensors
         many = isinstance(raw, (tuple, list))
         pairs = zip(raw, values, strict=True) if many else [(raw, values)]
-        for i, (one, value) in enumerate(pairs):
+        for i, (variable, value) in enumerate(pairs):
             if value is not None:
-                yield Slot(f"{kind}{seen}.{i}", value, _replacing(one))
+                yield Slot(f"{kind}{seen}.{i}", value, _replacing(variable))
     # A user's autograd function may keep more, as attributes of its context.
     for name, value in sorted(getattr(node, "__dict__", {}).items()):
         if isinstance(value, Tensor):
@@ -312,16 +312,16 @@ def _node_slots(node: Any) -> Iterator[Slot]:
 
 def _replacing(raw: Any) -> Callable[[Tensor], None]:
     def put(value: Tensor) -> None:
-        raw.register_hooks(lambda kept: kept, lambda _: value)
+        raw.register_hooks(lambda saved: saved, lambda _: value)
 
     return put
 
 
-def nested_slots(kept: Any, name: str = "kept") -> Iterator[Slot]:
+def nested_slots(saved: Any, name: str = "kept") -> Iterator[Slot]:
     """Yield the tensors in nested lists."""
-    for i, value in enumerate(kept):
+    for i, value in enumerate(saved):
         if isinstance(value, Tensor):
-            yield Slot(f"{name}.{i}", value, lambda t, i=i: kept.__setitem__(i, t))  # type: ignore[misc]
+            yield Slot(f"{name}.{i}", value, lambda t, i=i: saved.__setitem__(i, t))  # type: ignore[misc]
         elif isinstance(value, list):
             yield from nested_slots(value, f"{name}.{i}")
 
@@ -339,12 +339,12 @@ def fill(slots: Iterator[Slot], values: Sequence[Sequence[Any]]) -> None:
 
     Raises SnapshotError where the form is another one.
     """
-    found = list(slots)
-    if [slot.name for slot in found] != [name for name, _ in values]:
+    all_slots = list(slots)
+    if [slot.name for slot in all_slots] != [name for name, _ in values]:
         raise SnapshotError(
             "a block computes in another way than the one that was saved: its module, torch or "
             "hamdist has changed"
         )
-    for slot, (_, value) in zip(found, values, strict=True):
+    for slot, (_, value) in zip(all_slots, values, strict=True):
         if value is not None:
             slot.set(value.to(slot.value.device))

@@ -1,0 +1,177 @@
+"""Learning as a linear quadratic problem of control (NILP), with its costate forward in time.
+
+One neuron without an input, whose one weight is its bias w, follows y; the control is dw/dt:
+
+    dh/dt = c ( -h + w ),        J = integral of  q/2 (h - y)^2 + r_w/2 w^2 + r/2 (dw/dt)^2
+
+With c tau = 1, h is w one tick ago. For y = 0, r_w = 0 optimal control is that of the Riccati
+equation 0 = q - P^2/r:
+
+    omega = P h,  P = sqrt(q r),    h = h_0 e^(-lambda t),  lambda = sqrt(q/r),    J* = P h_0^2 / 2
+
+Hamilton's costate has omega(T) = 0 at the end. Forward in time it diverges: d omega/dt = -q h,
+dh/dt = -omega/r, h = h_0 cosh(lambda t). There are two ways to turn its time.
+
+The sign, with dissipation (the levels of hamdist): d omega/dt = q h - eta omega, a damped
+oscillator. At eta = 2 lambda it has the optimum's rate twice, and omega / h comes to P:
+
+    h = h_0 (1 + lambda t) e^(-lambda t),        omega / h = P lambda t / (1 + lambda t)
+    J / J* = a + 1/(2a),  a = eta / (2 lambda):  sqrt(2) at the best
+    y = sin(nu t):  h = Im[ lambda^2 / (lambda^2 - nu^2 + i eta nu) e^(i nu t) ]
+
+The Riccati equation in omega = p h (a rule, `RiccatiCostate`): dp/dt = q - p^2/r from p = 0 on,
+
+    p = P tanh(lambda t),    h = h_0 / cosh(lambda t),    J / J* = 4/3
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator, Sequence
+from functools import cache, partial
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from hamdist.dynamics.graph.graph import BlockSpec, Graph
+from hamdist.dynamics.objective.losses import mse
+from hamdist.dynamics.rules.rule import BlockView, Messages, Rule, Updates
+from hamdist.runtime.train.train import train
+from hamdist.streams.adapters import from_iterable
+from hamdist.streams.sample import Sample, Stream
+from hamdist.streams.sources.signals import SignalStream
+from hamdist.study.run.tracking import Trajectory
+from hamdist.study.shared.exact_runs import float64_settings
+from hamdist.study.verify.oracles.check import Check
+from hamdist.study.verify.oracles.networks import F64
+
+Q, R, START, TAU = 4.0, 1.0, 1.5, 2e-3  # q, r, h_0, and seconds of a tick
+LAMBDA, P = math.sqrt(Q / R), math.sqrt(Q * R)
+NU = 1.0  # rad/s of the sinusoid
+SETTLED = 1500  # ticks
+BOUND = 0.02  # of Euler's steps, lambda tau = 0.004
+
+
+class BiasNeuron(nn.Module):
+    """f(h) = w, (B, 1): the neuron does not depend on its input."""
+
+    def __init__(self, w: float) -> None:
+        super().__init__()
+        self.w = nn.Parameter(torch.tensor([w], dtype=F64))
+
+    def forward(self, h: Tensor) -> Tensor:
+        return self.w + 0 * h
+
+
+class RiccatiCostate(Rule):
+    """The costate omega = p h of a `BiasNeuron`, with the Riccati equation of p forward in time."""
+
+    presentation = "hold"
+
+    def start(self, block: BlockView) -> dict[str, Any]:  # noqa: ARG002
+        return {"p": 0.0}
+
+    def relax(
+        self,
+        block: BlockView,
+        inputs: Sequence[Tensor],
+        message: Tensor,  # noqa: ARG002
+    ) -> tuple[Tensor, Messages, Updates]:
+        p = block.memory["p"]
+        block.memory["p"] = p + TAU * (Q - p**2 / R)
+        return block.f(inputs), [None] * len(inputs), {"w": (p * block.h).sum(0)}
+
+
+def follower(ticks: int, y: float | Stream = 0.0, start: float = START, **own: Any) -> Trajectory:
+    """Return h (K,) of the neuron with s = -1, which begins with h = w = `start`.
+
+    Args:
+        ticks: K.
+        y: the target, a constant or a stream.
+        start: h_0 and w_0.
+        own: constants of `dynamics`, eta_omega if it is not 2 lambda.
+    """
+    block = _neuron(start, loss=mse, state=True)
+    constants = {"tau": TAU, "phi": Q, "beta": 1 / R, "eta_z": 0.0, "eta_omega": 2 * LAMBDA}
+    settings = float64_settings(
+        "local",
+        steps=ticks,
+        dynamics={**constants, **own},
+        locality={"order": "simultaneous", "target": "current", "readout": "state"},
+        metrics={"record": "trajectory"},
+    )
+    stream = _constant(ticks, y) if isinstance(y, float) else y
+    (h,) = (r.h for r in train(Graph([block]), stream, settings).records.values())
+    return np.zeros(0) if h is None else h.flatten().numpy()
+
+
+def riccati_follower(ticks: int) -> Trajectory:
+    """Return h (K,) of the neuron with the rule `RiccatiCostate`, and y = 0."""
+    readout = BlockSpec("y", nn.Identity(), ("x",), loss=mse)
+    learning, metrics = {"lr": TAU / R}, {"window": 1, "limit": ticks + 1}
+    settings = float64_settings("local", steps=ticks, learning=learning, metrics=metrics)
+    graph = Graph([_neuron(START, rule=RiccatiCostate()), readout])
+    windows = train(graph, _constant(ticks, 0.0), settings).windows["y"]
+    # Blocks with a rule record no trajectory: L = h^2 / 2, and h stays above 0.
+    h: Trajectory = np.sqrt(2 * np.array([w.mean_loss for w in windows]))
+    return h
+
+
+def _neuron(start: float, **more: Any) -> BlockSpec:
+    h_0 = torch.tensor([start], dtype=F64)
+    return BlockSpec("x", BiasNeuron(start), ("x",), shape=(1,), initial=h_0, **more)
+
+
+def _constant(ticks: int, y: float) -> Stream:
+    sample = Sample(torch.zeros(1, 1, dtype=F64), torch.full((1, 1), y, dtype=F64))
+    return from_iterable([sample] * ticks)
+
+
+def cost(h: Trajectory) -> float:
+    """Return J / J* of h (K,), which begins at START, with y = 0."""
+    J = TAU * ((Q * h**2).sum() + R * (np.diff(h) ** 2).sum() / TAU**2) / 2
+    return float(J / (P * START**2 / 2))
+
+
+def checks(full: bool) -> Iterator[Check]:
+    """Yield the checks of both ways to turn the costate's time."""
+    ticks = 4000 if full else 2000
+    time = TAU * np.arange(ticks)
+    x = LAMBDA * time
+    forward, riccati = cache(partial(follower, ticks)), cache(partial(riccati_follower, ticks))
+
+    def ratio() -> Trajectory:
+        h = forward()[: ticks // 2]
+        return -R * np.diff(h) / TAU / h[:-1] / P
+
+    def sinusoid() -> Trajectory:
+        signal = SignalStream(amplitude=1.0, period=2 * math.pi / NU, tau=TAU, dtype=F64)
+        return follower(ticks, signal, 0.0)[SETTLED:]
+
+    sign, riccatis = "LQ, sign of the costate turned", "LQ, Riccati's p forward"
+    gain = LAMBDA**2 / (LAMBDA**2 - NU**2 + 2j * LAMBDA * NU)
+    followed = (gain * np.exp(1j * NU * time)).imag[SETTLED:]
+    end = partial(follower, ticks, 1.0, 0.0, weight_cost=1.0)
+    for name, law, measured, expected in (
+        (f"{sign}: h / h_0", "(1 + x) e^-x", lambda: forward() / START, (1 + x) * np.exp(-x)),
+        (f"{sign}: omega / (P h)", "x / (1 + x)", ratio, (x / (1 + x))[: ticks // 2 - 1]),
+        (f"{sign}, y = sin({NU:g} t): h", "frequency response", sinusoid, followed),
+        (f"{sign}, y = r_w = 1: last h", "q / (q + r_w)", lambda: end()[-1], Q / (Q + 1)),
+        (f"{riccatis}: h / h_0", "1 / cosh x", lambda: riccati() / START, 1 / np.cosh(x)),
+        (f"{riccatis}: J / J*", "4/3", _cost_of(riccati), 4 / 3),
+    ):
+        yield Check(name, f"closed form, x = lambda t: {law}", BOUND, _apart(measured, expected))
+    for a in (0.5, math.sqrt(0.5), 1.0):
+        name = f"{sign}, eta = {2 * a:.3g} lambda: J / J*"
+        run = partial(follower, ticks, eta_omega=2 * a * LAMBDA)
+        yield Check(name, "closed form: a + 1/(2a)", BOUND, _apart(_cost_of(run), a + 1 / (2 * a)))
+
+
+def _cost_of(run: Callable[[], Trajectory]) -> Callable[[], float]:
+    return lambda: cost(run())
+
+
+def _apart(measured: Callable[[], Any], expected: Any) -> Callable[[], float]:
+    return lambda: float(np.abs(measured() - expected).max())
