@@ -38,7 +38,8 @@ def frame(columns: dict[str, list[Any]]) -> Any:
 def markdown(table: Table) -> str:
     """Return the table as Markdown."""
     lines = [table.titles, ["---"] * len(table.titles), *table.rows]
-    body = "".join(f"| {' | '.join(cells)} |\n" for cells in lines)
+    escaped = ([cell.replace("|", r"\|") for cell in cells] for cells in lines)
+    body = "".join(f"| {' | '.join(cells)} |\n" for cells in escaped)
     return body + "".join(f"\n{note[0].upper()}{note[1:]}.\n" for note in table.notes)
 
 

@@ -6,9 +6,10 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
-from torch import Tensor
+from torch import Tensor, nn
 
 from hamdist.dynamics.finite import Guard, Scale
+from hamdist.dynamics.saved_state.block_memory import BlockMemory, bytes_of, storages_of
 from hamdist.dynamics.saved_state.stateful import Stateful, popped
 from hamdist.dynamics.updates.accumulate import GradientSum
 from hamdist.dynamics.updates.constants import Dynamics
@@ -96,11 +97,22 @@ class Block(Stateful):
     def run(self, sample: int, inputs: Sequence[Tensor]) -> ForwardRecord:
         """Return the record of a forward pass with the weights that a sample meets."""
         record: ForwardRecord
-        if self.buffers is None:
+        at = self._theta_of(sample)
+        if at is None:
             record = self.cell.forward(inputs, self._wanted)
         else:
-            record = self.cell.forward_at(self.buffers.theta(sample), inputs, self._wanted)
+            record = self.cell.forward_at(at, inputs, self._wanted)
         return record
+
+    def _theta_of(self, sample: int) -> Sequence[Tensor] | None:
+        """Return the weights that a sample meets; None for the latest."""
+        return None if self.buffers is None else self.buffers.theta(sample)
+
+    def memory(self, modules: Sequence[nn.Module]) -> BlockMemory:
+        """Return the bytes that the block has of its own. modules: those of its functions."""
+        weights = [t for m in modules for t in (*m.parameters(), *m.buffers())]
+        state = bytes_of(Block.state_dict(self), apart=storages_of(weights))
+        return BlockMemory(bytes_of(weights), state, 0)
 
     def at_once(self, sample: int, tau: float) -> AtOnce | None:
         """Return the permission to move weights by the gradients of a pass before `learn_from`.
@@ -217,6 +229,30 @@ class SavesPasses(Block):
     def __init__(self, parts: BlockParts) -> None:
         super().__init__(parts)
         self.trace: dict[int, ForwardRecord] = {}
+        self.most = 0  # records at once
+        self.record_bytes: int | None = None  # of the first record; none if they are not known
+        self._counted = False
+
+    def run(self, sample: int, inputs: Sequence[Tensor]) -> ForwardRecord:
+        if self._counted:
+            return super().run(sample, inputs)
+        with self.cell.saved_tensors() as saved:
+            record = super().run(sample, inputs)
+        self.count(record, saved)
+        return record
+
+    def count(self, record: Any, saved: list[Tensor] | None = None) -> None:
+        """Count the bytes of a record, if it is the first. saved: what autograd has of it."""
+        if not self._counted and saved is not None:
+            module = self.cell.module
+            apart = storages_of([*module.parameters(), *module.buffers()])
+            self.record_bytes = bytes_of([record, saved], apart)
+        self._counted = True
+
+    def memory(self, modules: Sequence[nn.Module]) -> BlockMemory:
+        most, of_one = self.most, self.record_bytes
+        samples = 0 if not most else None if of_one is None else most * of_one
+        return super().memory(modules)._replace(samples=samples)
 
     def keep(self, pass_: int, sample: int | None, let_go: int | None) -> None:
         """Keep the record of a pass for a sample's label, or drop it; let go of another sample's.

@@ -52,16 +52,17 @@ class PulseBlock(SavesPasses):
 
     def forward(self, sample: int, inputs: Sequence[Tensor]) -> Tensor:
         """Return h of `sample`, and keep its record until its message comes."""
-        if self._predicts is None:
-            record = self.run(sample, inputs)
-        else:
-            scale = self._scale(sample // self._parts)
-            at = self.weights.predicted(self._predicts, scale, self._tau)
-            record = self.cell.forward_at(at, inputs, self._wanted)
-        self.trace[sample] = record
+        record = self.trace[sample] = self.run(sample, inputs)
+        self.most = max(self.most, len(self.trace))
         self.h = plain(record.output)
         self._guard("h", self.h, inputs)
         return self.h
+
+    def _theta_of(self, sample: int) -> Sequence[Tensor] | None:
+        if self._predicts is None:
+            return super()._theta_of(sample)
+        scale = self._scale(sample // self._parts)
+        return self.weights.predicted(self._predicts, scale, self._tau)
 
     def learn(self, sample: int, label: Tensor | None) -> None:
         """Make a step by the block's head, after `forward`; without a label there is none."""
@@ -243,4 +244,5 @@ class KeepingReadout(SavesPasses, PulseReadout):
         record = self._forward(sample, inputs)
         if record is not None:
             self.trace[sample] = record
+            self.most = max(self.most, len(self.trace))
         return self._step(sample, None if target is None else self.trace.get(sample), target)

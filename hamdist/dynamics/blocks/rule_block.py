@@ -213,6 +213,8 @@ class RuleBlock(SavesPasses):
     def forward(self, sample: int, inputs: Sequence[Tensor]) -> Tensor:
         """Return h of `sample`, and keep what the rule keeps of it."""
         self.h, self.trace[sample] = self.rule.forward(sample, inputs, self.h)
+        self.count(self.trace[sample], [])
+        self.most = max(self.most, len(self.trace))
         self._guard("h", self.h, inputs)
         return self.h
 

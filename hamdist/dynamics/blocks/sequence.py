@@ -97,9 +97,9 @@ class SequenceBlock(SavesPasses):
 
     def forward(self, inputs: Sequence[Tensor]) -> Tensor:
         """Return h_{m+1}, and keep its record for the reverse pass."""
-        record = self.cell.forward(inputs, self._wanted)
+        record = self.run(0, inputs)
         self._trace.append(record)
-        self.stored = max(self.stored, len(self._trace))
+        self.stored = self.most = max(self.stored, len(self._trace))
         self.h = record.output.detach()
         self._guard("h", self.h, inputs)
         return self.h
@@ -180,12 +180,12 @@ class SequenceReadout(SavesPasses):
         self, sample: int, inputs: Sequence[Tensor], target: Tensor | None
     ) -> Reading | None:
         """Return the reading (None without a target)."""
-        record = self.cell.forward(inputs, self._wanted)
+        record = self.run(sample, inputs)
         prediction = self.prediction = record.output.detach()
         random = self._loss.random
         loss = None if target is None else self._loss.value(prediction, target)
         self._trace.append(_Read(record, None if loss is None else loss[1], target, random))
-        self.stored = max(self.stored, len(self._trace))
+        self.stored = self.most = max(self.stored, len(self._trace))
         if target is None or loss is None:
             return None
         y, phi = self._loss.target(target), self._loss.phi(sample)

@@ -11,7 +11,7 @@ weights that it used (`trace+weights`).
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
 import torch
@@ -163,6 +163,21 @@ class AutogradFunction(ModuleFunction):
         if self._watch is not None and weights:
             g = self._watch.watched(g, record.read)
         return per_parent, g
+
+    @contextmanager
+    def saved_tensors(self) -> Iterator[list[Tensor] | None]:
+        """Collect what autograd saves, by its hooks, which torch.func in a user's code forbids."""
+        saved: list[Tensor] = []
+
+        def note(tensor: Tensor) -> Tensor:
+            saved.append(tensor)
+            return tensor
+
+        if self._foreign:
+            yield None
+        else:
+            with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
+                yield saved
 
     def _wants(self, record: Any) -> list[bool]:
         return [leaf is not None for leaf in record.leaves]

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Collection, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -85,6 +85,13 @@ class LocalFunction(Stateful, ABC):
         keep: the record will be pulled again. at_once: permission to move weights as soon as their
         gradient is computed; such a gradient is marked as one whose weight has moved.
         """
+
+    def saved_tensors(self) -> AbstractContextManager[list[Tensor] | None]:
+        """Return a context whose list gets the tensors that a forward pass leaves in no record.
+
+        None instead of a list where they cannot be told.
+        """
+        return nullcontext([])
 
     def unmessaged(self) -> list[Gradient] | None:
         """Return the gradients of a sample without a message; None if nothing moves."""

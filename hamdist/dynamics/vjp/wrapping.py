@@ -10,6 +10,7 @@ Both are exact, so a closed form stays one. (Shared weights: graph/ties.py.)
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
+from contextlib import AbstractContextManager
 from typing import Any
 
 import torch
@@ -39,6 +40,9 @@ class WrappingFunction(LocalFunction):
 
     def forward(self, inputs: Sequence[Tensor], wanted: Sequence[bool]) -> Any:
         return self.inner.forward(inputs, wanted)
+
+    def saved_tensors(self) -> AbstractContextManager[list[Tensor] | None]:
+        return self.inner.saved_tensors()
 
     def held(self, record: Any) -> dict[str, Any]:
         return self.inner.held(record)

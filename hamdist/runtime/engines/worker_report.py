@@ -8,6 +8,7 @@ from typing import Any
 
 from hamdist.dynamics.blocks.energy import Records
 from hamdist.dynamics.objective.prequential import Window
+from hamdist.dynamics.saved_state.block_memory import BlockMemory
 from hamdist.errors import HamdistError
 from hamdist.runtime.engines.sampler import Sampler
 from hamdist.runtime.nodes.factory import ticks_of
@@ -40,6 +41,7 @@ class WorkerReport:
     compression: CompressionMap = field(default_factory=dict)
     peak_memory: int = 0
     own_memory: int = 0
+    block_memory: dict[str, BlockMemory] = field(default_factory=dict)
     smoothness: float | None = None
     stream: dict[str, int] = field(default_factory=dict)
     records: dict[str, Records] = field(default_factory=dict)
@@ -59,6 +61,9 @@ class WorkerReport:
         self.sample, self.trace = sampler.sample(), sampler.trace()
         self.peak_memory = peak_bytes()  # before the states are copied
         self.own_memory = own_bytes()
+        for node in nodes:
+            modules = [function.module for _, function, _ in node.contents().parts]
+            self.block_memory[node.name] = node.block.memory(modules)
         self.blocks = {node.name: node.state() for node in nodes}
         self.records = {n.name: r for n in nodes for r in [n.records()] if r is not None}
         for node in nodes:
@@ -101,6 +106,7 @@ def merged(
         "compression": compression,
         "digests": joined(report.digests for report in every),
         "peak_memory": {name: r.peak_memory for name, r in reports.items()},
+        "block_memory": {name: one for r in every for name, one in r.block_memory.items()},
         "own_memory": {name: r.own_memory for name, r in reports.items()},
         "time_use": {name: dict(r.sample.seconds) for name, r in reports.items()},
         "trace": {name: r.trace for name, r in reports.items()},

@@ -115,24 +115,27 @@ class ProgressEvents:
         )
         if not samples:
             return
-        yield BlocksMeasured(
-            tick={b.block: b.tick for b in blocks},
-            updates={b.block: b.updates for b in blocks},
-            norms={name: norms for s in samples.values() for name, norms in s.norms.items()},
-            seconds={name: spent for s in samples.values() for name, spent in s.steps.items()},
-            staleness={name: late for s in samples.values() for name, late in s.staleness.items()},
-            histograms={
-                name: by_kind for s in samples.values() for name, by_kind in s.histograms.items()
-            },
-            waiting={b.block: b.waiting for b in blocks if b.waiting is not None},
-            **head,
-        )
+        yield self.blocks(progress)
         yield ActorsMeasured(
             seconds={name: s.seconds for name, s in samples.items()},
             memory={name: s.memory for name, s in samples.items()},
             **head,
         )
         yield EdgesMeasured(edges=summed(list(samples.values())), **head)
+
+    def blocks(self, progress: Progress) -> BlocksMeasured:
+        """Return the measurements of all blocks as an event, whether it is due or not."""
+        blocks, samples = progress.blocks, list(progress.actors.values())
+        return BlocksMeasured(
+            tick={b.block: b.tick for b in blocks},
+            updates={b.block: b.updates for b in blocks},
+            norms={name: norms for s in samples for name, norms in s.norms.items()},
+            seconds={name: spent for s in samples for name, spent in s.steps.items()},
+            staleness={name: late for s in samples for name, late in s.staleness.items()},
+            histograms={name: by_kind for s in samples for name, by_kind in s.histograms.items()},
+            waiting={b.block: b.waiting for b in blocks if b.waiting is not None},
+            **self.head,
+        )
 
 
 def _fields(of: PlacedNetwork | Replaced) -> dict[str, Any]:

@@ -16,6 +16,7 @@ from hamdist.display.table import Table, frame, html_table
 from hamdist.display.windows import columns, windows_figure
 from hamdist.dynamics.blocks.energy import Records
 from hamdist.dynamics.objective.prequential import Window
+from hamdist.dynamics.saved_state.block_memory import BlockMemory
 from hamdist.dynamics.vjp.autocast import Rounding
 from hamdist.runtime.results.digests import DigestMap
 from hamdist.runtime.results.measured import Alignment, ProcessSample, Replaced
@@ -129,6 +130,7 @@ class RunFacts:
         rounding: by block under autocast, the distance of its results from float32.
         peak_memory: peak resident bytes by process ('driver', 'actor 0', ...).
         own_memory: at the end, without the code of libraries and Ray's object store.
+        block_memory: by block, bytes of its own tensors.
         staleness: the most samples that lie between the activations a block's message was made with
             and the weights or activations that it meets.
         delays: ticks by edge between blocks; can be given as `partition.delays`.
@@ -168,6 +170,7 @@ class RunFacts:
     stream: dict[str, int] = field(default_factory=dict)
     stored: dict[str, int] = field(default_factory=dict)
     own_memory: dict[str, int] = field(default_factory=dict)
+    block_memory: dict[str, BlockMemory] = field(default_factory=dict)
     snapshots: list[str] = field(default_factory=list)
     replaced: list[Replaced] = field(default_factory=list)
     chosen: Settings | None = None

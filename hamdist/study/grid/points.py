@@ -72,7 +72,12 @@ class GridCell:
     @property
     def label(self) -> str:
         """Return a label for messages: `trace, depth 5`."""
-        return ", ".join([self.name, *(f"{axis.value} {value}" for axis, value in self.point)])
+        return label_of(self.name, self.point)
+
+
+def label_of(side: str, point: Point) -> str:
+    """Return a label of a side at a point: `trace, depth 5`."""
+    return ", ".join([side, *(f"{axis.value} {value}" for axis, value in point)])
 
 
 def cells(study: StudySettings) -> list[GridCell]:

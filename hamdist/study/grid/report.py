@@ -15,8 +15,10 @@ from hamdist.study.grid.run import StudyOutcome
 from hamdist.study.grid.settings import Axis, StudySettings, study_yaml
 from hamdist.study.grid.summary import SummaryLine, summary
 from hamdist.study.grid.tables import curve_name, study_figures, study_tables
+from hamdist.study.report.blocks import block_table
 from hamdist.study.report.files import flat_tests, to_json
 from hamdist.study.report.html import facts
+from hamdist.study.report.save import save_blocks
 from hamdist.study.shared.result_folder import write_file
 from hamdist.study.view.page import FIGURES, baked, page, sections
 
@@ -29,13 +31,17 @@ def save_study(
     command: str,
     first: Axis | None = None,
 ) -> dict[str, Table]:
-    """Write study.yaml, .json, .csv, .md, .tex and .html; return the tables.
+    """Write study.yaml, .json, .csv, .md, .tex and .html, and where blocks were measured blocks.csv
+    and blocks.tex; return the tables.
 
     Raises SettingsError if a file cannot be written.
     """
     lines = summary(outcomes, study.goal)
     tables = study_tables(study, lines, first)
     figures = study_figures(study, outcomes)
+    blocks = block_table({line.label: line.blocks for line in lines})
+    if blocks is not None:
+        save_blocks(folder, blocks)
     write_file(folder / "study.yaml", study_yaml(study))
     published = {name: s.published for name, s in study.sides.items() if s.published}
     rows = [record(line) for line in lines]
@@ -52,7 +58,8 @@ def save_study(
 
 def record(line: SummaryLine) -> dict[str, Any]:
     """Return a line as plain values, with a name for each part of the point and of the choice."""
-    raw = dataclasses.asdict(line)
+    raw = dataclasses.asdict(dataclasses.replace(line, blocks=()))
+    del raw["blocks"]  # (in the records of its runs)
     point = {axis.value: value for axis, value in line.point}
     return {**raw, "trains": line.trains.value, "point": point, "notes": list(line.notes)}
 

@@ -14,24 +14,30 @@ import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import as_completed
 from concurrent.futures.process import BrokenProcessPool
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from hamdist.config import EngineKind, EngineSettings
+from hamdist.config import EngineKind, EngineSettings, Split
 from hamdist.display.windows import joined
 from hamdist.dynamics.objective.prequential import merge_windows
 from hamdist.errors import ClusterError, DivergedError, SettingsError
 from hamdist.runtime.process.threads import cores, torch_threads
 from hamdist.runtime.ray_engine.session import ray_tasks
+from hamdist.runtime.results.events import RunEvent, UpdatesAligned
+from hamdist.runtime.results.progress_events import ProgressEvents
+from hamdist.runtime.results.result import Progress
 from hamdist.study.grid.points import Candidate, GridCell, GridJob, cells, final_jobs, tuning_jobs
 from hamdist.study.grid.settings import StudySettings, Trains
+from hamdist.study.report.blocks import BlockFacts, block_facts
 from hamdist.study.report.files import to_json
+from hamdist.study.run.comparison import with_alignment
 from hamdist.study.run.run import Run, run_centralised, run_level
 from hamdist.study.shared.processes import Processes
 from hamdist.study.shared.result_folder import RUNS, Store
 
 POINTS = 60  # of a curve
+PROBES = 20  # of the alignment in a final run
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,6 +52,8 @@ class RunRecord:
         curve: prequential, per window (rows so far, seconds, accuracy, loss).
         drifts: (item, accuracy before, lowest, samples until it was back).
         settings: in full.
+        cpu_seconds, joules: as of a `Run`; joules of runs that were made alone.
+        blocks: by block the fields of `BlockFacts`; of tuning runs nothing.
     """
 
     key: str
@@ -63,6 +71,9 @@ class RunRecord:
     warnings: Sequence[str] = ()
     curve: Sequence[Sequence[float | None]] = ()
     drifts: Sequence[Sequence[Any]] = ()
+    cpu_seconds: float | None = None
+    joules: float | None = None
+    blocks: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
 
 
 def work(job: GridJob) -> RunRecord:
@@ -74,21 +85,32 @@ def work(job: GridJob) -> RunRecord:
     with torch_threads(1), warnings.catch_warnings():
         warnings.simplefilter("ignore")  # the run keeps them
         try:
-            run = _run(job)
+            run, facts = _run(job)
         except DivergedError as error:
             return RunRecord(**_head(job), failure=str(error))
     if run.interrupted:
         raise KeyboardInterrupt
-    return _record(job, run)
+    return _record(job, run, facts)
 
 
-def _run(job: GridJob) -> Run:
-    if job.trains is Trains.LEVEL:
-        return run_level(job.settings)[0]
-    return run_centralised(job.settings, frozen=job.trains is Trains.FROZEN)[0]
+def _run(job: GridJob) -> tuple[Run, dict[str, BlockFacts]]:
+    """Run a job; of a final run of a level its blocks are measured as well."""
+    if job.trains is not Trains.LEVEL:
+        return run_centralised(job.settings, frozen=job.trains is Trains.FROZEN)[0], {}
+    if job.settings.stream.evaluate is not Split.TEST:
+        return run_level(job.settings)[0], {}
+    events, seen = ProgressEvents(), list[RunEvent]()
+
+    def note(progress: Progress) -> None:
+        new = [event for event in events(progress) if isinstance(event, UpdatesAligned)]
+        blocks = [] if progress.phase is not None else [events.blocks(progress)]
+        seen[:] = [*(e for e in seen if isinstance(e, UpdatesAligned)), *new, *blocks]
+
+    run, _ = run_level(with_alignment(job.settings, PROBES), on_progress=note)
+    return run, block_facts(seen, run.block_memory)
 
 
-def _record(job: GridJob, run: Run) -> RunRecord:
+def _record(job: GridJob, run: Run, facts: Mapping[str, BlockFacts]) -> RunRecord:
     at = {w.last: s for w, s in zip(run.windows, run.window_seconds, strict=True)}
     curve = [
         ((w.last + 1) * run.batch, at[w.last], w.accuracy, w.mean_loss)
@@ -107,6 +129,9 @@ def _record(job: GridJob, run: Run) -> RunRecord:
         warnings=tuple(run.warnings),
         curve=curve,
         drifts=[dataclasses.astuple(recovery) for recovery in run.drifts],
+        cpu_seconds=run.cpu_seconds,
+        joules=run.joules,
+        blocks={name: dataclasses.asdict(one) for name, one in facts.items()},
     )
 
 
@@ -244,6 +269,11 @@ def _at_edge(cell: GridCell, chosen: Candidate) -> tuple[str, ...]:
     return tuple(edge)
 
 
+def _beside_others(record: RunRecord) -> RunRecord:
+    """Return the record without joules: the machine's are not those of one of several runs."""
+    return dataclasses.replace(record, joules=None)
+
+
 class _Runs:
     """Makes runs, in parallel, and stores them; as a context it ends its processes."""
 
@@ -280,7 +310,7 @@ class _Runs:
         if self._study.parallel == "ray":
             address, actors = self._study.address, self._study.workers
             engine = EngineSettings(kind=EngineKind.RAY, address=address, actors=actors or "auto")
-            yield from ray_tasks(engine, work, jobs)
+            yield from map(_beside_others, ray_tasks(engine, work, jobs))
             return
         number = self._study.workers or cores()
         if number == 1 or (len(jobs) == 1 and self._processes is None):
@@ -291,7 +321,7 @@ class _Runs:
         pool = self._processes
         try:
             for future in as_completed([pool.submit(work, job) for job in jobs]):
-                yield future.result()
+                yield _beside_others(future.result())
         except BrokenProcessPool:
             raise ClusterError(
                 "a process of the study ended by itself (was it killed, for want of memory?); the "

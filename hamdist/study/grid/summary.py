@@ -7,10 +7,11 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from hamdist.study.grid.points import Point
+from hamdist.study.grid.points import Point, label_of
 from hamdist.study.grid.run import RunRecord, StudyOutcome
 from hamdist.study.grid.settings import Trains
 from hamdist.study.report.aggregate import mean_of, spread_of
+from hamdist.study.report.blocks import BlockFacts
 from hamdist.study.report.paired_test import PairedTest, paired_test
 from hamdist.study.run.drift import DriftRecovery, drift_fact
 
@@ -27,8 +28,10 @@ class SummaryLine:
         gap_test: how sure the gap is.
         seconds: of a run.
         chosen: result of the tuning; tuned: its validation accuracy.
-        rows_to_goal: rows until a point of the curve is at the study's goal, mean over the seeds;
-            None where a run never is.
+        rows_to_goal, seconds_to_goal: until a point of the curve is at the study's goal, means over
+            the seeds; None where a run never is.
+        cpu_seconds, joules: of a run, means over the seeds; None where nothing counts them.
+        blocks: by seed and block the measurements of a level's blocks.
     """
 
     side: str
@@ -49,6 +52,15 @@ class SummaryLine:
     notes: tuple[str, ...] = field(default_factory=tuple)
     gap_test: PairedTest | None = None
     rows_to_goal: float | None = None
+    seconds_to_goal: float | None = None
+    cpu_seconds: float | None = None
+    joules: float | None = None
+    blocks: tuple[dict[str, BlockFacts], ...] = ()
+
+    @property
+    def label(self) -> str:
+        """Return a label, as `GridCell.label`."""
+        return label_of(self.side, self.point)
 
 
 def summary(outcomes: Sequence[StudyOutcome], goal: float | None = None) -> list[SummaryLine]:
@@ -62,6 +74,7 @@ def _line(outcome: StudyOutcome, baseline: StudyOutcome, goal: float | None) -> 
     accuracies = [r.accuracy for r in records if r.accuracy is not None]
     losses = [math.nan if r.loss is None else r.loss for r in records]
     gaps = _gaps(records, baseline.records)
+    rows_to_goal, seconds_to_goal = _until(goal, records)
     return SummaryLine(
         side=cell.name,
         trains=cell.trains,
@@ -80,17 +93,28 @@ def _line(outcome: StudyOutcome, baseline: StudyOutcome, goal: float | None) -> 
         tuned=outcome.choice.score,
         notes=tuple(_notes(outcome)),
         gap_test=paired_test(gaps),
-        rows_to_goal=_rows_to(goal, records),
+        rows_to_goal=rows_to_goal,
+        seconds_to_goal=seconds_to_goal,
+        cpu_seconds=_mean_of_all([r.cpu_seconds for r in records]),
+        joules=_mean_of_all([r.joules for r in records]),
+        blocks=tuple({n: BlockFacts(**f) for n, f in r.blocks.items()} for r in records),
     )
 
 
-def _rows_to(goal: float | None, records: Sequence[RunRecord]) -> float | None:
-    """Return the rows until the first point of the curves with an accuracy of `goal`."""
+def _until(goal: float | None, records: Sequence[RunRecord]) -> tuple[float | None, float | None]:
+    """Return rows and seconds to the first point of the curves with an accuracy of `goal`."""
+    none: Sequence[float | None] = (None, None)
     reached = [
-        next((p[0] for p in r.curve if goal is not None and (p[2] or 0.0) >= goal), None)
+        next((p for p in r.curve if goal is not None and (p[2] or 0.0) >= goal), none)
         for r in records
     ]
-    return mean_of([rows for rows in reached if rows is not None]) if all(reached) else None
+    return _mean_of_all([p[0] for p in reached]), _mean_of_all([p[1] for p in reached])
+
+
+def _mean_of_all(values: Sequence[float | None]) -> float | None:
+    """Return the mean; None where one is missing."""
+    known = [value for value in values if value is not None]
+    return mean_of(known) if len(known) == len(values) else None
 
 
 def _gaps(records: Sequence[RunRecord], baseline: Sequence[RunRecord]) -> list[float]:

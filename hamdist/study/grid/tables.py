@@ -11,8 +11,18 @@ from hamdist.study.grid.points import GridCell, Point
 from hamdist.study.grid.run import StudyOutcome
 from hamdist.study.grid.settings import Axis, PublishedSettings, StudySettings, Trains
 from hamdist.study.grid.summary import SummaryLine, summary
+from hamdist.study.report.blocks import block_table
+from hamdist.study.report.paired_test import in_words
 from hamdist.study.report.table import interval, points
 
+BLOCKS = "Blocks"
+MOST_BLOCKS = 12  # of a side
+BLOCK_NOTES = (
+    "staleness over all samples of all seeds; alignment: the cosine of a block's update with "
+    "backpropagation's gradient at the weights of the tick in which the sample entered, at some 20 "
+    "samples of a run; own memory: weights, what lies in the block at the end, and what it keeps "
+    "of samples under way, at the most",
+)
 LOGARITHMIC = (Axis.BATCH, Axis.SMOOTHNESS)
 WORDS = {Axis.DEPTH: "L", Axis.SPEED: "c", Axis.SMOOTHNESS: "S", Axis.BATCH: "batch"}
 TITLES = {
@@ -35,7 +45,21 @@ def study_tables(
         score = "Held-out loss" if real_valued else "Held-out accuracy, %,"
         along[f"{score} {TITLES[axis]}"] = _along(axis, axes, lines, real_valued)
     whole = {"All sides": _all(axes, study, lines, real_valued)}
-    return {**whole, **along} if first is None else {**along, **whole}
+    table = block_table({line.label: line.blocks for line in lines})
+    blocks = {} if table is None else {BLOCKS: _thinned(table)}
+    return {**whole, **along, **blocks} if first is None else {**along, **whole, **blocks}
+
+
+def _thinned(table: Table) -> Table:
+    """Return a table of blocks with MOST_BLOCKS rows of each side at most, first and last kept."""
+    rows, notes = [], [*BLOCK_NOTES]
+    for side in dict.fromkeys(row[0] for row in table.rows):
+        own = [row for row in table.rows if row[0] == side]
+        last, shown = len(own) - 1, min(len(own), MOST_BLOCKS)
+        rows += [own[round(i * last / max(1, shown - 1))] for i in range(shown)]
+        if shown < len(own) and len(notes) == len(BLOCK_NOTES):
+            notes.append(f"{MOST_BLOCKS} blocks of each side; all of them are in blocks.csv")
+    return Table(table.titles, rows, notes)
 
 
 def varied(study: StudySettings) -> list[Axis]:
@@ -49,6 +73,8 @@ def _all(
     tested = any(line.gap_test is not None for line in lines)
     published = {name: s.published for name, s in study.sides.items() if s.published}
     goal = study.goal
+    processor = any(line.cpu_seconds is not None for line in lines)
+    joules = any(line.joules is not None for line in lines)
     titles = [
         "side",
         *(WORDS[axis] for axis in axes),
@@ -57,8 +83,10 @@ def _all(
         "loss gap" if real_valued else "gap, points",
         *(["95 %", "p"] if tested else []),
         *([] if real_valued else ["prequential, %"]),
-        *([] if goal is None else [f"rows to {100 * goal:g} %"]),
+        *([] if goal is None else [f"rows to {100 * goal:g} %", f"s to {100 * goal:g} %"]),
         "s a run",
+        *(["CPU s"] if processor else []),
+        *(["J, whole machine"] if joules else []),
         "chosen on validation",
     ]
     rows = [
@@ -70,8 +98,10 @@ def _all(
             gap(line, real_valued),
             *(_test(line, real_valued) if tested else []),
             *([] if real_valued else [percent(line.prequential)]),
-            *([] if goal is None else [_rows(line.rows_to_goal)]),
+            *([] if goal is None else [_until(line.rows_to_goal), _until(line.seconds_to_goal, 1)]),
             f"{line.seconds:.1f}",
+            *([number(line.cpu_seconds)] if processor else []),
+            *([number(line.joules)] if joules else []),
             chosen(line.chosen),
         ]
         for line in lines
@@ -135,8 +165,8 @@ def _published(published: PublishedSettings | None) -> str:
     return MISSING if published is None else f"{published.accuracy:g}"
 
 
-def _rows(rows: float | None) -> str:
-    return "not reached" if rows is None else f"{rows:,.0f}"
+def _until(reached: float | None, digits: int = 0) -> str:
+    return "not reached" if reached is None else f"{reached:,.{digits}f}"
 
 
 def chosen(values: dict[str, Any]) -> str:
@@ -169,6 +199,11 @@ def _notes(study: StudySettings, lines: Sequence[SummaryLine]) -> list[str]:
         f"published, {name}: {side.published.source}"
         for name, side in study.sides.items()
         if side.published
+    ]
+    notes += [
+        f"{line.label}: {in_words(line.gap_test, line.seeds)}"
+        for line in lines
+        if line.gap_test is not None and line.trains is not Trains.CENTRALISED
     ]
     return [*notes, *(note for line in lines for note in line.notes)]
 

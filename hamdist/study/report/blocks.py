@@ -1,70 +1,111 @@
-"""What the events of a comparison say of each block: staleness, alignment, norms, dead units."""
+"""What is measured of each block of a run: staleness, alignment, norms, dead units, own memory."""
 
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
 
 from hamdist.display.table import MISSING, Table, number, percent
+from hamdist.dynamics.saved_state.block_memory import BlockMemory
 from hamdist.runtime.results.events import BlocksMeasured, RunEvent, UpdatesAligned
-from hamdist.runtime.results.measured import Norms
 from hamdist.study.report.aggregate import mean_of
+from hamdist.study.run.run import Run
 
 TITLES = [
     *("level", "block", "updates late, median", "95 %", "most"),
     *("alignment, first quarter", "last quarter", "|theta|", "|update|", "dead units, %"),
+    "own memory, KiB",
 ]
+KIB = 2**10
 
 
-@dataclass
-class _BlockEvents:
-    late: Counter[int] = field(default_factory=Counter)
-    first: list[float] = field(default_factory=list)
-    last: list[float] = field(default_factory=list)
-    norms: list[Norms] = field(default_factory=list)
+@dataclass(frozen=True, slots=True)
+class BlockFacts:
+    """Measurements of one block in one run, as plain values.
 
-
-def block_table(events: Iterable[RunEvent], levels: Iterable[str]) -> Table | None:
-    """Return a row for each block of each level, over all seeds; None without measurements.
-
-    Of the norms and dead units the latest of each run count; of the staleness all samples, of the
-    alignment (`metrics.alignment`) the means over the first and the last quarter of its probes.
+    Attributes:
+        late: (updates, samples that came back after so many of them).
+        first, last: the mean alignment over the first and the last quarter of the probes.
+        theta, update, dead: as `Norms`, of the latest measurement.
+        memory: bytes of its own (`BlockMemory.total`).
     """
-    by_run: dict[tuple[str, int | None], list[RunEvent]] = {}
+
+    late: Sequence[tuple[int, int]] = ()
+    first: float | None = None
+    last: float | None = None
+    theta: float | None = None
+    update: float | None = None
+    dead: float | None = None
+    memory: int | None = None
+
+
+def block_facts(
+    events: Sequence[RunEvent], memory: Mapping[str, BlockMemory]
+) -> dict[str, BlockFacts]:
+    """Return what the events of one run say of its blocks, and their memory."""
+    seen = [e for e in events if isinstance(e, BlocksMeasured)]
+    all_late, all_norms = (seen[-1].staleness, seen[-1].norms) if seen else ({}, {})
+    probes = [e.cosines for e in events if isinstance(e, UpdatesAligned)]
+    quarter = -(-len(probes) // 4)
+    first, last = probes[:quarter], probes[len(probes) - quarter :]
+    facts = {}
+    for name in dict.fromkeys([*(seen[-1].updates if seen else ()), *memory]):
+        norms, own = all_norms.get(name), memory.get(name)
+        facts[name] = BlockFacts(
+            late=sorted(all_late.get(name, {}).items()),
+            first=mean_of([p[name] for p in first if name in p]),
+            last=mean_of([p[name] for p in last if name in p]),
+            theta=None if norms is None else norms.theta,
+            update=None if norms is None else norms.update,
+            dead=None if norms is None else norms.dead,
+            memory=None if own is None else own.total,
+        )
+    return facts
+
+
+def facts_of(
+    runs: Sequence[Run], events: Iterable[RunEvent]
+) -> dict[str, list[dict[str, BlockFacts]]]:
+    """Return the facts of the blocks of each run, by level, from the events of them all."""
+    by_run: dict[tuple[str | None, int | None], list[RunEvent]] = {}
     for event in events:
-        if event.level is not None and isinstance(event, (BlocksMeasured, UpdatesAligned)):
-            by_run.setdefault((event.level, event.seed), []).append(event)
-    rows = []
-    for level in dict.fromkeys(levels):
-        blocks: dict[str, _BlockEvents] = {}
-        for (of, _), run in by_run.items():
-            if of == level:
-                _add(blocks, run)
-        rows += [[level, name, *_cells(facts)] for name, facts in blocks.items()]
+        by_run.setdefault((event.level, event.seed), []).append(event)
+    facts: dict[str, list[dict[str, BlockFacts]]] = {}
+    for run in runs:
+        of_run = block_facts(by_run.get((run.level, run.seed), []), run.block_memory)
+        facts.setdefault(run.level, []).append(of_run)
+    return facts
+
+
+def block_table(runs: Mapping[str, Sequence[Mapping[str, BlockFacts]]]) -> Table | None:
+    """Return a row for each block of each level, over its runs (one a seed); None without facts.
+
+    Of the staleness all samples count, of the memory the largest, of all else the mean.
+    """
+    rows = [
+        [level, name, *_cells([run[name] for run in of_level if name in run])]
+        for level, of_level in runs.items()
+        for name in dict.fromkeys(name for run in of_level for name in run)
+    ]
     return Table(TITLES, rows, []) if rows else None
 
 
-def _add(blocks: dict[str, _BlockEvents], run: Sequence[RunEvent]) -> None:
-    measured = [e for e in run if isinstance(e, BlocksMeasured)]
-    probes = [e.cosines for e in run if isinstance(e, UpdatesAligned)]
-    quarter = -(-len(probes) // 4)
-    for name in measured[-1].updates if measured else ():
-        events = blocks.setdefault(name, _BlockEvents())
-        events.late.update(measured[-1].staleness.get(name, {}))
-        events.norms += [e.norms[name] for e in measured[-1:] if name in e.norms]
-        events.first += [p[name] for p in probes[:quarter] if name in p]
-        events.last += [p[name] for p in probes[len(probes) - quarter :] if name in p]
+def _cells(facts: Sequence[BlockFacts]) -> list[str]:
+    counts: Counter[int] = Counter()
+    for one in facts:
+        counts.update(dict(one.late))
+    late = sorted(counts.elements())
+    places = (len(late) // 2, (95 * len(late) - 1) // 100, -1) if late else ()
+    memory = [one.memory for one in facts if one.memory is not None]
 
+    def mean(name: str) -> float | None:
+        values = [getattr(one, name) for one in facts]
+        return mean_of([value for value in values if value is not None])
 
-def _cells(events: _BlockEvents) -> list[str]:
-    late = sorted(events.late.elements())
-    count = len(late)
-    places = (count // 2, (95 * count - 1) // 100, -1) if count else ()
     return [
         *([str(late[i]) for i in places] or [MISSING] * 3),
-        *(number(mean_of(cosines)) for cosines in (events.first, events.last)),
-        number(mean_of([n.theta for n in events.norms])),
-        number(mean_of([n.update for n in events.norms if n.update is not None])),
-        percent(mean_of([n.dead for n in events.norms if n.dead is not None])),
+        *(number(mean(name)) for name in ("first", "last", "theta", "update")),
+        percent(mean("dead")),
+        f"{max(memory) / KIB:,.1f}" if memory else MISSING,
     ]

@@ -10,9 +10,9 @@ from safetensors.torch import save
 from torch import Tensor, nn
 
 from hamdist.config import Settings, to_yaml
-from hamdist.display.table import csv_text, latex
+from hamdist.display.table import Table, csv_text, latex
 from hamdist.study.report.aggregate import aggregate
-from hamdist.study.report.blocks import block_table
+from hamdist.study.report.blocks import block_table, facts_of
 from hamdist.study.report.digests_diff import digests_json
 from hamdist.study.report.figures import alignment_figures, gap_figures, record_figures
 from hamdist.study.report.files import (
@@ -93,6 +93,13 @@ def as_it_was(settings: Settings, run: Run) -> Settings:
     return settings.model_copy(update={"partition": partition, "engine": engine})
 
 
+def save_blocks(folder: Path, table: Table) -> None:
+    """Write blocks.csv and blocks.tex. Raises SettingsError where a file cannot be written."""
+    records = [dict(zip(table.titles, row, strict=True)) for row in table.rows]
+    write_file(folder / "blocks.csv", csv_text(records))
+    write_file(folder / "blocks.tex", latex(table))
+
+
 def save_comparison(
     folder: Path, runs: Sequence[Run], settings: Settings, *, command: str, interrupted: bool
 ) -> None:
@@ -115,12 +122,10 @@ def save_comparison(
             name = f"digests-{run.level}-{run.seed}.json"
             write_file(folder / name, digests_json(run.digests))
     events, seen = report_events(runs, folder), recorded(folder)
-    blocks = block_table(seen, (run.level for run in runs))
+    blocks = block_table(facts_of(runs, seen))
     figures = gap_figures(runs) + alignment_figures(seen, {(run.level, run.seed) for run in runs})
     if blocks is not None:
-        records = [dict(zip(blocks.titles, row, strict=True)) for row in blocks.rows]
-        write_file(folder / "blocks.csv", csv_text(records))
-        write_file(folder / "blocks.tex", latex(blocks))
+        save_blocks(folder, blocks)
     page = render(
         settings, table, figures, command, interrupted=interrupted, events=events, blocks=blocks
     )

@@ -52,19 +52,29 @@ class PlannedRun:
         """
         shows, kind = bool(settings.compare.rules), None
         settings = settings.for_level(self.level or Level.BACKPROP)
-        learning, locality, metrics = settings.learning, settings.locality, settings.metrics
+        learning, locality = settings.learning, settings.locality
         if self.rule is not None:
             kind = make_rule("compare.rules", self.rule).presentation
             learning = learning.model_copy(update={"rules": {"*": self.rule}})
         if kind == "hold" and locality.speed is None and locality.update is None:
             locality = locality.model_copy(update={"speed": HELD, "update": Update.LAST})
-        # At other levels no update is of one sample.
-        whole = self.level in (None, Level.AUTO, Level.BPTT, Level.PIPELINE) or kind == "sequence"
-        if shows and not whole and locality.microbatches in (None, 1) and metrics.alignment is None:
-            every = max(1, (settings.steps or 0) // ALIGNMENTS)
-            metrics = metrics.model_copy(update={"alignment": every})
-        sections = {"learning": learning, "locality": locality, "metrics": metrics}
-        return settings.model_copy(update={"seed": self.seed, **sections})
+        sections = {"learning": learning, "locality": locality}
+        settings = settings.model_copy(update={"seed": self.seed, **sections})
+        shows = shows and self.level is not None and kind != "sequence"
+        return with_alignment(settings, ALIGNMENTS) if shows else settings
+
+
+def with_alignment(settings: Settings, probes: int) -> Settings:
+    """Return the settings with `metrics.alignment` for about so many probes of a run.
+
+    As they are where they say it themselves, and where no update is of one sample.
+    """
+    metrics, parts = settings.metrics, settings.locality.microbatches
+    whole = settings.level in (Level.AUTO, Level.BPTT, Level.PIPELINE) or parts not in (None, 1)
+    if whole or metrics.alignment is not None:
+        return settings
+    every = max(1, (settings.steps or 0) // probes)
+    return settings.model_copy(update={"metrics": metrics.model_copy(update={"alignment": every})})
 
 
 def plan(settings: Settings) -> list[PlannedRun]:

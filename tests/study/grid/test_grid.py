@@ -355,7 +355,15 @@ def killed(job: GridJob) -> RunRecord:
 def plain(found: RunRecord) -> RunRecord:
     """Without what a clock says."""
     curve = [(row[0], *row[2:]) for row in found.curve]
-    return dataclasses.replace(found, seconds=0.0, curve=curve, warnings=tuple(found.warnings))
+    return dataclasses.replace(
+        found,
+        seconds=0.0,
+        cpu_seconds=0.0,
+        joules=None,
+        curve=curve,
+        warnings=tuple(found.warnings),
+        blocks={},
+    )
 
 
 class TestWhole:
@@ -384,6 +392,12 @@ class TestWhole:
             assert found.curve[-1][0] == 64
         accuracies = {name: o.records[0].accuracy for name, o in by_name.items()}
         assert len(set(accuracies.values())) > 1
+        # Each final run of a level has its blocks: at depth D - l messages are 2 (D - l) late.
+        (traced,) = by_name["trace"].records
+        late = [dict(block["late"]) for block in traced.blocks.values()]
+        assert [max(one, default=0) for one in late] == [4, 2, 0]
+        assert all(block["last"] is not None for block in traced.blocks.values())
+        assert not by_name["frozen"].records[0].blocks
 
     def test_a_run_that_diverges_is_a_record(self) -> None:
         raw = {
@@ -484,10 +498,41 @@ class TestReport:
         shown = [dict(zip(table.titles, row, strict=True)) for row in table.rows]
         assert [row["published, %"] for row in shown] == [MISSING, "91.5"]
         assert [row["rows to 50 %"] for row in shown] == ["64", "64"]
+        assert [row["s to 50 %"] for row in shown] == ["1.0", "1.0"]
         assert "published, trace: somebody, 2021" in table.notes
         rows = json.loads((tmp_path / "study.json").read_text())["rows"]
         assert [(row["published"], row["rows_to_goal"]) for row in rows] == [(None, 64), (91.5, 64)]
         assert [line.rows_to_goal for line in summary(found, 0.6)] == [None, None]
+
+    def test_what_a_reviewer_asks_of_each_side(self, tmp_path: Path) -> None:
+        """Of 40 blocks 12 rows are shown, the first and the last among them; all are in the CSV.
+        Joules of runs that were not alone are missing, so their column is."""
+        study = tiny()
+        central, trace = outcomes(study, [0.8, 0.9], [0.79, 0.87])
+        blocks = {f"b{i}": {"late": [[i, 3]], "memory": 1024 * (i + 1)} for i in range(40)}
+        seen = [dataclasses.replace(r, cpu_seconds=2.0, blocks=blocks) for r in trace.records]
+        found = [central, dataclasses.replace(trace, records=seen)]
+        tables = save_study(tmp_path, study, found, command="x")
+        whole = tables["All sides"]
+        assert [row[whole.titles.index("CPU s")] for row in whole.rows] == [MISSING, "2"]
+        assert not any("whole machine" in title for title in whole.titles)
+        assert any(note.startswith("trace: not told apart from the base") for note in whole.notes)
+        rows = tables["Blocks"].rows
+        assert len(rows) == 12
+        assert [rows[0][1], rows[-1][1]] == ["b0", "b39"]
+        assert (rows[-1][4], rows[-1][-1]) == ("39", "40.0")
+        assert len(list(csv.DictReader((tmp_path / "blocks.csv").open()))) == 40
+        assert r"\begin{tabular}" in (tmp_path / "blocks.tex").read_text()
+        assert r"\|theta\|" in (tmp_path / "study.md").read_text()
+
+    def test_joules_belong_to_runs_that_were_alone(
+        self, made: Made, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        alone = record(final_jobs(tiny(), cells(tiny())[0], {})[0], 0.5, joules=3.0)
+        assert grid_run._beside_others(alone).joules is None
+        monkeypatch.setattr(grid_run, "work", lambda job: record(job, 0.5, joules=3.0))
+        found = run_study(tiny(), tmp_path)
+        assert summary(found)[1].joules == 3.0
 
     def test_drifts_are_told(self) -> None:
         study = tiny()

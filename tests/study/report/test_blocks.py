@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+from hamdist.dynamics.saved_state.block_memory import BlockMemory
 from hamdist.runtime.process import energy
 from hamdist.runtime.results.events import BlocksMeasured, UpdatesAligned
 from hamdist.runtime.results.measured import Norms
-from hamdist.study.report.blocks import block_table
+from hamdist.study.report.blocks import block_facts, block_table
 
 
 def measured(seed, late, norms):
@@ -16,23 +17,29 @@ def measured(seed, late, norms):
 
 def test_a_row_for_each_block_over_all_seeds():
     """20 samples come back after 1 to 20 updates in each run: the 20th and 38th of 40 are 10, 19
-    (median: the one behind the middle, 11). Four probes: the first and the last stand alone."""
+    (median: the one behind the middle, 11). Four probes: the first and the last stand alone. Of
+    the memory the largest counts: 2,560 bytes are 2.5 KiB."""
     late = {"a": dict.fromkeys(range(1, 21), 1)}
-    events = [measured(0, {}, Norms(1.0, 1.0, 1.0, 9.0, 9.0, 0.9))]
+    runs = []
     for seed, theta, dead in ((0, 2.0, 0.25), (1, 4.0, 0.75)):
         cosines = enumerate((0.8, 0.5, 0.1, 0.2) if seed else (1.0, 0.5, 0.1, 0.4))
+        events = [measured(seed, {}, Norms(1.0, 1.0, 1.0, 9.0, 9.0, 0.9))]
         events += [
             UpdatesAligned(level="trace", seed=seed, sample=n, cosines={"a": x}) for n, x in cosines
         ]
         events.append(measured(seed, late, Norms(1.0, 1.0, 1.0, theta, theta / 10, dead)))
-    table = block_table(events, ["centralised", "trace"])
-    assert table.rows == [["trace", "a", "11", "19", "20", "0.9", "0.3", "3", "0.3", "50.0"]]
-    assert block_table(events, ["local"]) is None
+        runs.append(block_facts(events, {"a": BlockMemory(512, 1024, 512 if seed else 1024)}))
+    table = block_table({"centralised": [{}, {}], "trace": runs})
+    expected = ["trace", "a", "11", "19", "20", "0.9", "0.3", "3", "0.3", "50.0", "2.5"]
+    assert table.rows == [expected]
+    assert block_table({"centralised": [{}]}) is None
 
 
 def test_a_block_without_messages_has_no_staleness():
-    (row,) = block_table([measured(0, {}, Norms(None, None, 1.0, 2.0))], ["trace"]).rows
+    facts = block_facts([measured(0, {}, Norms(None, None, 1.0, 2.0))], {})
+    (row,) = block_table({"trace": [facts]}).rows
     assert row[2:7] == ["–"] * 5
+    assert row[-1] == "–"
 
 
 def test_joules_of_all_packages(tmp_path, monkeypatch):
