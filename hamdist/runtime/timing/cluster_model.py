@@ -135,12 +135,14 @@ class ClusterModel:
 
     Attributes:
         pace: samples a second at which the stream gives them; inf: as fast as they are taken.
+        changes: seconds from the start of a run, in order, and all links from then on.
     """
 
     hosts: Sequence[HostModel] = (HostModel(),)
     links: Mapping[tuple[int, int], Link] = field(default_factory=dict)
     failures: FailureModel = FailureModel()
     pace: float = math.inf
+    changes: Sequence[tuple[float, Mapping[tuple[int, int], Link]]] = ()
 
     def link(self, sender: int, receiver: int) -> Link:
         """Return the link between two hosts; within one it takes no time."""
