@@ -41,6 +41,7 @@ if TYPE_CHECKING:
     from hamdist.dynamics.rules.rule import BlockView as BlockView
     from hamdist.dynamics.rules.rule import Rule as Rule
     from hamdist.dynamics.rules.rule import Signals as Signals
+    from hamdist.dynamics.schedule.rounds import OwnLevel as OwnLevel
     from hamdist.errors import HamdistError as HamdistError
     from hamdist.errors import Stop as Stop
     from hamdist.errors import TakeSnapshot as TakeSnapshot
@@ -69,6 +70,7 @@ _HOMES = {  # the names of `__all__` by module; above, for type checkers, once m
     "hamdist.dynamics.modules.prenorm": "Normed PreNorm stabilised",
     "hamdist.dynamics.modules.subspace": "Subspace",
     "hamdist.dynamics.rules.rule": "BlockView Rule Signals",
+    "hamdist.dynamics.schedule.rounds": "OwnLevel",
     "hamdist.errors": "HamdistError Stop TakeSnapshot",
     "hamdist.runtime.live.callbacks": "BestWeights Callback EarlyStopping Evaluation",
     "hamdist.runtime.ray_engine.session": "session",

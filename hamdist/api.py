@@ -81,7 +81,7 @@ def train(
         optimizer: makes the optimiser of each block from the list of its parameters, at levels
             whose weights move when a message arrives:
             `lambda params: torch.optim.AdamW(params, lr=1e-3)`; or a list of optimisers.
-        scheduler: makes the scheduler of an optimiser, which is stepped once per item:
+        scheduler: makes the scheduler of an optimiser, which is stepped once per sample:
             `lambda opt: torch.optim.lr_scheduler.CosineAnnealingLR(opt, 1000)`.
         rules: how blocks learn, by name or pattern of the block: a `hamdist.Rule`, the name of a
             built-in one (`hamdist rules`), or a mapping with its name and arguments:
@@ -101,7 +101,7 @@ def train(
             process, and fed to a run of `start`.
         **fields: fields of `Settings` by name, which take precedence over `settings`. `partition`
             may be a function, too: from the places where a block can begin (`CutPlace`) to the
-            names of the modules that begin one.
+            names of the modules that begin one; `level` a `hamdist.OwnLevel`.
 
     Returns:
         The learned model with the figures, warnings and settings of the run.
@@ -184,8 +184,11 @@ def start(
         model, settings, loss, classes, names, **fields: as of `train`, all of whose other arguments
             but `stream` and `on_progress` are taken, too.
 
+    Returns:
+        The run; as a context it ends with the block.
+
     Raises:
-        HamdistError: as of `train`, before the run starts.
+        HamdistError: as of `train`, before the run starts (SettingsError: an argument is wrong).
     """
     functions = functions_of(model, settings, fields)
     if patience < 1 or (idle is not None and idle < 0):
@@ -237,7 +240,7 @@ def replay(
     settings: Settings | None = None,
     **fields: Any,
 ) -> RunResult:
-    """Repeat a live run from its journal, and return its result: equal to the bit, in any engine.
+    """Return the result of a live run, repeated from its journal: equal to the bit, in any engine.
 
     Args:
         out: the folder that `start` was given.

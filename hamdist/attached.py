@@ -41,6 +41,9 @@ def attach(
         cluster: of a launched run: see `hamdist attach`.
         timeout: seconds in which a launched run has to begin, and a call to be answered.
 
+    Returns:
+        The run, with the methods of `start`'s.
+
     Raises:
         SettingsError: no run is served there, or the token is another one.
         ClusterError: nobody answers.

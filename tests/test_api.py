@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import re
 
 import pytest
 import torch
@@ -74,6 +75,14 @@ def test_public_names_say_what_they_take():
         if not inspect.isclass(found) and callable(found) and not inspect.ismodule(found):
             takes = [p for p in inspect.signature(found).parameters if p not in ("self", "cls")]
             assert not takes or "Args:" in text, f"{name} takes {takes}, its docstring has no Args"
+            source = inspect.getsource(found)
+            gives = inspect.signature(found).return_annotation not in ("None", None, inspect._empty)
+            said = re.search(r"^(Return|Yield|Keep)|Returns:|Yields:", text, re.MULTILINE)
+            assert not gives or said, f"{name}: its docstring does not say what it returns"
+            for error in re.findall(r"raise (\w+Error)\(", source) if "Raises:" in text else ():
+                raises = text.partition("Raises:")[2]
+                assert {error, "HamdistError"} & {*re.findall(r"\w+", raises)}, f"{name}: {error}"
+            assert "Raises:" in text or not re.search(r"raise (?!Not)\w+Error\(", source), name
     assert names > 190
 
 

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import ast
+import collections
 import importlib
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -218,6 +220,41 @@ def test_a_public_class_name_is_defined_once():
             for name in (name for name in names if not name.startswith("_")):
                 homes.setdefault(name, []).append(path)
     assert not {name: paths for name, paths in homes.items() if len(paths) > 1}
+
+
+def test_nouns_of_class_names_are_in_the_glossary():
+    """One word for one thing: what three or more public classes are called is explained."""
+    nouns = collections.Counter()
+    for path in ROOT.rglob("*.py"):
+        for node in ast.parse(path.read_text()).body:
+            if isinstance(node, ast.ClassDef) and not node.name.startswith("_"):
+                nouns[re.findall(r"[A-Z]?[a-z0-9]+|[A-Z]+(?![a-z])", node.name)[-1].lower()] += 1
+    page = ROOT.parent / "docs" / "pages" / "concepts" / "glossary.md"
+    words = {*re.findall(r"\w+", page.read_text().lower())}
+    often = {noun for noun, many in nouns.items() if many >= 3}
+    assert not {noun for noun in often if not {noun, noun.removesuffix("s")} & words}
+
+
+def test_public_functions_classes_and_methods_have_docstrings():
+    """A method that overrides has its base's, or that of the interface (docs: develop/adding)."""
+    trees = [(path, ast.parse(path.read_text())) for path in ROOT.rglob("*.py")]
+    classes = [node for _, tree in trees for node in tree.body if isinstance(node, ast.ClassDef)]
+    documented = {m.name for node in classes for m in _methods(node) if ast.get_docstring(m)}
+    documented |= {"forward", "extra_repr", "emit"}  # of torch and logging
+    bare = []
+    for path, tree in trees:
+        for node in tree.body:
+            if isinstance(node, (ast.FunctionDef, ast.ClassDef)) and not node.name.startswith("_"):
+                bare += [] if ast.get_docstring(node) else [f"{path}: {node.name}"]
+                for m in _methods(node) if isinstance(node, ast.ClassDef) else []:
+                    if not ast.get_docstring(m) and m.name not in documented:
+                        bare.append(f"{path}: {node.name}.{m.name}")
+    assert not bare
+
+
+def _methods(node):
+    functions = [m for m in node.body if isinstance(m, ast.FunctionDef)]
+    return [m for m in functions if not m.name.startswith("_")]
 
 
 def test_state_is_attributes_that_the_class_sets():

@@ -41,7 +41,9 @@ class RunOptions:
     level: Annotated[
         str | None,
         typer.Option(
-            "--level", metavar="LEVEL", help=f"Locality: {', '.join(v.value for v in Level)}."
+            "--level",
+            metavar="LEVEL",
+            help=f"Locality: {', '.join(v.value for v in Level)}; or your own, FILE.py:NAME.",
         ),
     ] = None
     engine: Annotated[
@@ -82,7 +84,7 @@ class RunOptions:
         """Return the changes of the settings by those options that were given."""
         return without_none(
             {
-                "level": self.level,
+                **level_changes(self.level),
                 "engine": None if self.engine is None else {"kind": self.engine.value},
                 "seed": self.seed,
                 "steps": self.steps,
@@ -122,17 +124,29 @@ def names(text: str | None) -> list[str]:
     return [name.strip() for name in (text or "").split(",") if name.strip()]
 
 
-def level_names(text: str) -> list[Level]:
-    """Return the levels in a list `a,b`. Raises SettingsError for an unknown one, or none."""
+def level_changes(name: str | None) -> dict[str, Any]:
+    """Return the settings by which a run is at the level that `--level` names."""
+    if name is None or ":" not in name:
+        return {"level": name}
+    from hamdist.runtime.train.prepare import level_fields
+
+    return level_fields("--level", name)
+
+
+def level_names(text: str) -> list[Level | str]:
+    """Return the levels in a list `a,b`, those of one's own as they are named.
+
+    Raises SettingsError for an unknown one, or none.
+    """
     known = [level.value for level in Level]
     levels = names(text)
-    wrong = [name for name in levels if name not in known]
+    wrong = [name for name in levels if name not in known and ":" not in name]
     if wrong or not levels:
         raise SettingsError(
             f"--levels {text!r}: {', '.join(wrong) or 'nothing'} is no level; "
             f"levels: {', '.join(known)}{did_you_mean(wrong[0], known) if wrong else ''}"
         )
-    return [Level(name) for name in levels]
+    return [name if ":" in name else Level(name) for name in levels]
 
 
 def without_none(options: dict[str, Any]) -> dict[str, Any]:

@@ -44,6 +44,10 @@ def verify(
         str | None,
         typer.Option("--rule", metavar="FILE.py:NAME", help="Verify this rule, and nothing else."),
     ] = None,
+    level: Annotated[
+        str | None,
+        typer.Option("--level", metavar="FILE.py:NAME", help="Verify this level of your own."),
+    ] = None,
     input_shape: Annotated[
         str | None,
         typer.Option("--input-shape", metavar="3,28,28", help="Of --model, without the batch."),
@@ -67,6 +71,7 @@ def verify(
         only=only or (),
         golden=golden,
         rule=rule,
+        level=level,
         input_shape=input_shape,
         classes=classes,
         batch=batch,

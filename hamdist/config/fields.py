@@ -15,7 +15,7 @@ class RunFields(TypedDict, total=False):
     seed: int
     dtype: Any
     steps: int | None
-    level: str
+    level: Any
     ignore_index: int
     partition: Values | Callable[..., Any]
     locality: Values

@@ -29,19 +29,19 @@ def describe(error: ValidationError) -> str:
     A field with several possible types has one line for each of them.
     """
     messages: dict[tuple[str, str], list[str]] = {}
-    for item in error.errors(include_url=False):
+    for fault in error.errors(include_url=False):
         # pydantic names the types of a union inside the path, as no field is named
-        path = [str(part) for part in item["loc"]]
+        path = [str(part) for part in fault["loc"]]
         where = ".".join(part for part in path if not _TYPE.match(part)) or "settings"
-        if item["type"] == "extra_forbidden":
+        if fault["type"] == "extra_forbidden":
             text = f"no such setting{_known_instead(error.title, path)}"
             messages.setdefault((where, ""), []).append(text)
             continue
-        value = item["input"]
+        value = fault["input"]
         received = "" if isinstance(value, Mapping) else f" (received {shown(value)})"
-        text = item["msg"].removeprefix("Value error, ")
-        if item["type"] == "enum" and isinstance(value, str):
-            text += did_you_mean(value, re.findall(r"'([^']+)'", item["ctx"]["expected"]))
+        text = fault["msg"].removeprefix("Value error, ")
+        if fault["type"] == "enum" and isinstance(value, str):
+            text += did_you_mean(value, re.findall(r"'([^']+)'", fault["ctx"]["expected"]))
         messages.setdefault((where, received), []).append(text)
     return "\n".join(
         f"{where}: {', or: '.join(dict.fromkeys(reasons))}{received}"

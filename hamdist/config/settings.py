@@ -47,8 +47,12 @@ class Loss(str, Enum):
 class CompareSettings(Section):
     """Runs of `hamdist compare` beside centralised backpropagation."""
 
-    levels: tuple[Level, ...] = (Level.BACKPROP, Level.TRACE, Level.LOCAL)
-    """The levels."""
+    levels: tuple[Level | Annotated[str, Field(pattern=":")], ...] = (
+        Level.BACKPROP,
+        Level.TRACE,
+        Level.LOCAL,
+    )
+    """The levels; those of your own as `FILE.py:NAME`."""
     rules: tuple[str, ...] = ()
     """Instead of the levels: names of levels, and of rules of learning for all blocks."""
     seeds: Positive = 1

@@ -85,8 +85,8 @@ def html_notes(notes: Sequence[str]) -> str:
     """Return a box of notes; empty if there are none."""
     if not notes:
         return ""
-    items = "".join(f"<li>{escape(note)}</li>" for note in notes)
-    return f'<div class="notes"><b>Notes and warnings</b><ul>{items}</ul></div>'
+    entries = "".join(f"<li>{escape(note)}</li>" for note in notes)
+    return f'<div class="notes"><b>Notes and warnings</b><ul>{entries}</ul></div>'
 
 
 def percent(value: float | None, spread: float | None = None, *, digits: int = 1) -> str:

@@ -71,6 +71,8 @@ class File(_Event):
 
 
 class FileChunk(_Event):
+    """A part of the packed files of the result, in base64."""
+
     event: Literal["part"] = "part"
     data: str
 

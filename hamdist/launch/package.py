@@ -79,7 +79,7 @@ def on_ray(settings: Settings) -> Settings:
 def packed(settings: Settings, order: JobSpec) -> Iterator[Path]:
     """Make the package in a temporary folder, which exists inside.
 
-    The modules of `order` have been imported; those of rules are now.
+    The modules of `order` have been imported; those of rules and of a level are now.
     """
     rules, files = {}, {}
     for pattern, rule in settings.learning.rules.items():
@@ -89,6 +89,12 @@ def packed(settings: Settings, order: JobSpec) -> Iterator[Path]:
             load_function(field, name)
             files[name] = field
         rules[pattern] = {**fields, "name": named_there(name)}
+    own = settings.locality.level
+    if own is not None:
+        load_function("locality.level", own)
+        files[own] = "locality.level"
+        locality = settings.locality.model_copy(update={"level": named_there(own)})
+        settings = settings.model_copy(update={"locality": locality})
     if rules:
         learning = settings.learning.model_copy(update={"rules": rules})
         settings = settings.model_copy(update={"learning": learning})

@@ -37,8 +37,9 @@ def from_loader(
     them into fresh batches already.
 
     Args:
-        loader: yields Samples, (u, y), u alone, or dicts (see `from_iterable`, also for the other
-            arguments); u: (B, ...), y: (B,) classes or (B, O) values.
+        loader: yields Samples, (u, y), u alone, or dicts; u: (B, ...), y: (B,) classes or (B, O)
+            values.
+        classes, outputs, names, arguments, model_loss, ragged: as of `from_iterable`.
         epochs: number of passes over the loader (None: until the run has its steps).
 
     Raises:

@@ -27,23 +27,25 @@ TUPLES = (
 )
 
 
-def named_parts(n: int, item: Mapping[Any, Any], names: Mapping[str, str]) -> tuple[Any, Any, Any]:
+def named_parts(
+    n: int, sample: Mapping[Any, Any], names: Mapping[str, str]
+) -> tuple[Any, Any, Any]:
     """Return u, y and the weights of the rows of sample n, picked by the names of its keys.
 
     u is the only input or a dict of them by argument; y the target, a dict of them by output, or
     None; weights None where no key has that name. Raises StreamError for a missing key, and for
     names that contradict each other.
     """
-    missing = [key for key in names if key not in item]
+    missing = [key for key in names if key not in sample]
     if missing:
         raise StreamError(
             f"sample {n} has no {missing[0]!r}, which names= speaks of; it has "
-            f"{', '.join(map(repr, item))}"
+            f"{', '.join(map(repr, sample))}"
         )
-    weights = [item[key] for key, name in names.items() if name == WEIGHT]
-    targets = {name: item[key] for key, name in names.items() if _is_target(name)}
+    weights = [sample[key] for key, name in names.items() if name == WEIGHT]
+    targets = {name: sample[key] for key, name in names.items() if _is_target(name)}
     inputs = {
-        name if name == "u" else name.removeprefix("u."): item[key]
+        name if name == "u" else name.removeprefix("u."): sample[key]
         for key, name in names.items()
         if name not in targets and name != WEIGHT
     }
@@ -61,24 +63,24 @@ def named_parts(n: int, item: Mapping[Any, Any], names: Mapping[str, str]) -> tu
 
 
 def default_names(
-    n: int, item: Mapping[Any, Any], arguments: Sequence[str] | None
+    n: int, sample: Mapping[Any, Any], arguments: Sequence[str] | None
 ) -> dict[str, str]:
     """Return names for the keys of sample n: the target by its usual key, the others as inputs.
 
     A single other key is the input, several are arguments of the model (`arguments`, where they are
     known). Raises StreamError, with the mapping to write, where a key may mean something else.
     """
-    targets = [key for key in item if key in TARGETS]
-    others = [key for key in item if key not in targets]
-    arrays = all(isinstance(item[key], (Tensor, np.ndarray)) for key in others)
+    targets = [key for key in sample if key in TARGETS]
+    others = [key for key in sample if key not in targets]
+    arrays = all(isinstance(sample[key], (Tensor, np.ndarray)) for key in others)
     named = arguments is None or all(key in arguments for key in others)
     if arrays and others and len(targets) <= 1 and (named or len(others) == 1):
         alone = len(others) == 1 and (arguments is None or others[0] not in arguments[1:])
         return dict.fromkeys(targets, "y") | {key: "u" if alone else key for key in others}
-    guess = {str(key): "y" if key in targets[:1] else str(key) for key in item}
+    guess = {str(key): "y" if key in targets[:1] else str(key) for key in sample}
     takes = "" if arguments is None else f" ({', '.join(arguments)})"
     raise StreamError(
-        f"sample {n} is a dict of {', '.join(map(repr, item)) or 'nothing'}; which of them are "
+        f"sample {n} is a dict of {', '.join(map(repr, sample)) or 'nothing'}; which of them are "
         f"inputs is open: say it with names={guess} (in settings: stream.names), naming the only "
         f"input 'u', or each as an argument of the model{takes}, and the target 'y'; what is not "
         "named is left out"

@@ -98,7 +98,7 @@ class Checker:
         inputs = {
             name: self._input(n, f"u[{name!r}]", drawn[name], spec) for name, spec in specs.items()
         }
-        batch = self._spec.batch  # of the first item: what had other rows there is no batch
+        batch = self._spec.batch  # of the first sample: what had other rows there is no batch
         batches = {n: u.shape[0] for n, u in inputs.items() if specs[n].shape[0] == batch}
         if len(set(batches.values())) > 1:
             rows = ", ".join(f"{name!r} {batch}" for name, batch in batches.items())

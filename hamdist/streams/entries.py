@@ -29,11 +29,13 @@ class Entry(NamedTuple):
 
 
 class EntryLog(Protocol):
-    """A journal (runtime/live/journal.py): `append` writes an entry before it returns."""
+    """A journal (runtime/live/journal.py)."""
 
-    def append(self, entry: Entry) -> None: ...
+    def append(self, entry: Entry) -> None:
+        """Write an entry; it is written when this returns."""
 
-    def entries(self) -> Iterator[Entry]: ...
+    def entries(self) -> Iterator[Entry]:
+        """Yield the entries from the first one on."""
 
 
 class EntryCourse:

@@ -33,9 +33,9 @@ class Epochs:
             for set_epoch in epoch_setters(self._source):
                 set_epoch(epoch)
             empty = True
-            for item in self._source:
+            for sample in self._source:
                 empty = False
-                yield item
+                yield sample
             if empty:
                 return  # what is empty now would be so without end
 
@@ -58,19 +58,19 @@ def is_ragged(source: Any) -> bool:
     if isinstance(source, (list, tuple)):
         shapes = iter(source)
         first = _shapes(next(shapes, None))
-        return any(_shapes(item) != first for item in shapes)
+        return any(_shapes(sample) != first for sample in shapes)
     collate = getattr(source, "collate_fn", default_collate)
     return collate not in (default_collate, default_convert)
 
 
-def _shapes(item: Any) -> list[tuple[int, ...]]:
+def _shapes(sample: Any) -> list[tuple[int, ...]]:
     """Return the shapes behind the batch of the tensors in a sample, missing ones left out."""
-    if isinstance(item, (Tensor, np.ndarray)):
-        return [tuple(item.shape[1:])]
-    if isinstance(item, Sample):
-        item = (item.u if item.inputs is None else item.inputs,)
-    if isinstance(item, Mapping):
-        item = list(item.values())
-    if isinstance(item, (tuple, list)):
-        return [shape for part in item[:1] for shape in _shapes(part)]
+    if isinstance(sample, (Tensor, np.ndarray)):
+        return [tuple(sample.shape[1:])]
+    if isinstance(sample, Sample):
+        sample = (sample.u if sample.inputs is None else sample.inputs,)
+    if isinstance(sample, Mapping):
+        sample = list(sample.values())
+    if isinstance(sample, (tuple, list)):
+        return [shape for part in sample[:1] for shape in _shapes(part)]
     return []

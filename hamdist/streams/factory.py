@@ -110,6 +110,8 @@ def held_out(
     images are.
 
     Args:
+        settings, seed: of the stream.
+        dtype: of x, where it is real.
         samples: number of samples the run has read, including dropped ones.
 
     Returns:

@@ -45,14 +45,14 @@ class IterableStream:
     """Stream of a user's iterable or loader, as `from_iterable` makes it; it stays in its process.
 
     Args:
-        source: yields the items.
+        source: yields the samples.
         classes: number of classes of integer targets, by readout where there are several.
         outputs: numbers of an output's features, likewise.
-        copied: True: tensors of an item are copied, since the source writes to them again.
+        copied: True: tensors of a sample are copied, since the source writes to them again.
         epochs: how often the source is read; None: without an end.
         names: what the keys of mappings mean.
         arguments: names of the model's arguments.
-        ragged: True: items may have other shapes than the first one; None: where the model allows.
+        ragged: True: samples may have other shapes than the first; None: where the model allows.
         model_loss: name of the output that is the model's own loss.
     """
 
@@ -89,20 +89,20 @@ class IterableStream:
         self._model_loss = model_loss
         # The iterator that is peeked into is the one that the first `samples()` goes on with: a
         # loader that shuffles by a global generator draws from it once, as without hamdist.
-        items = iter(source)
-        self._again = items is not source
+        samples = iter(source)
+        self._again = samples is not source
         # A loader may shuffle, and its workers draw numbers: it is not sure to give the same again,
         # unless its order follows from the epoch.
         self.replays = self._again and (copied or seeded)
         nothing = object()
-        first = next(items, nothing)
+        first = next(samples, nothing)
         if first is nothing:
             raise StreamError(f"the source ({kind}) yields no sample")
         ragged = is_ragged(iterator) if ragged is None else ragged
         learned = _learn(self.sample(0, first, weigh=False), classes, outputs)
         weighted = WEIGHT in (self._names or {}).values()
         self._spec = replace(learned, ragged=ragged, weighted=weighted)
-        self._peeked: Iterator[Any] | None = chain([first], items)
+        self._peeked: Iterator[Any] | None = chain([first], samples)
 
     @property
     def spec(self) -> SampleSpec:
@@ -110,7 +110,7 @@ class IterableStream:
         return self._spec
 
     def live_spec(self, patience: int) -> SampleSpec:
-        """Return the spec of a live run whose samples are like the first item.
+        """Return the spec of a live run whose samples are like the first sample.
 
         Args:
             patience: samples that may wait for their labels.
@@ -118,30 +118,34 @@ class IterableStream:
         return replace(self._spec, patience=patience, live=True, emissions=None)
 
     def samples(self) -> Iterator[Sample]:
-        """Yield the samples from sample 0 on; StreamError for a second call on an iterator."""
+        """Yield the samples from sample 0 on.
+
+        Raises:
+            StreamError: the source is an iterator, and has been read.
+        """
         if self._peeked is not None:
-            items, self._peeked = self._peeked, None
+            samples, self._peeked = self._peeked, None
         elif self._again:
-            items = iter(self._source)
+            samples = iter(self._source)
         else:
             raise StreamError(
                 f"this stream was made from an iterator ({self._kind}), which can be read once and "
                 f"has been: make a new stream, or give {AGAIN}"
             )
-        return (self.sample(n, item) for n, item in enumerate(items))
+        return (self.sample(n, sample) for n, sample in enumerate(samples))
 
-    def sample(self, n: int, item: Any, *, weigh: bool = True) -> Sample:
-        """Return an item, in any of the accepted forms, as a sample.
+    def sample(self, n: int, sample: Any, *, weigh: bool = True) -> Sample:
+        """Return a sample, in any of the accepted forms, as a sample.
 
         Args:
             n: its number, for messages.
-            item: what the source yielded.
+            sample: what the source yielded.
             weigh: False: weights of rows are left out.
 
         Raises:
-            StreamError: it has another form, or not that of the first item.
+            StreamError: it has another form, or not that of the first sample.
         """
-        u, y, end, time, late, key, weights = self._fields(n, item)
+        u, y, end, time, late, key, weights = self._fields(n, sample)
         if key is not None and not _is_key(key):
             raise StreamError(f"sample {n}: key is {_short(key)}; give a whole number or a text")
         inputs = self._inputs(n, u)
@@ -168,47 +172,47 @@ class IterableStream:
             key=key,
         )
 
-    def _fields(self, n: int, item: Any) -> tuple[Any, Any, Any, Any, Any, Any, Any]:
+    def _fields(self, n: int, sample: Any) -> tuple[Any, Any, Any, Any, Any, Any, Any]:
         """Return (u, y, end, time, late, key, weights) of a sample in any of the accepted forms."""
-        if isinstance(item, Sample):
-            u = item.u if item.inputs is None else item.inputs
-            return u, item.y, item.end, item.time, item.late, item.key, None
-        if isinstance(item, (tuple, list)) and self._names is not None:
-            item = {str(place): value for place, value in enumerate(item)}
-        if isinstance(item, Mapping) and (self._names is not None or "u" not in item):
-            names = self._names or self._default_names(n, item)
-            u, y, weights = named_parts(n, item, names)
+        if isinstance(sample, Sample):
+            u = sample.u if sample.inputs is None else sample.inputs
+            return u, sample.y, sample.end, sample.time, sample.late, sample.key, None
+        if isinstance(sample, (tuple, list)) and self._names is not None:
+            sample = {str(place): value for place, value in enumerate(sample)}
+        if isinstance(sample, Mapping) and (self._names is not None or "u" not in sample):
+            names = self._names or self._default_names(n, sample)
+            u, y, weights = named_parts(n, sample, names)
             return u, y, False, None, None, None, weights
-        if isinstance(item, Mapping):
-            strange = [str(key) for key in item if key not in _KEYS]
+        if isinstance(sample, Mapping):
+            strange = [str(key) for key in sample if key not in _KEYS]
             if strange:
                 raise StreamError(
                     f"sample {n} is a dict with the unknown {', '.join(strange)}; "
                     f"a sample is {_FORMS}"
                 )
             return (
-                item["u"],
-                item.get("y"),
-                item.get("end", False),
-                item.get("time"),
-                item.get("late"),
-                item.get("key"),
+                sample["u"],
+                sample.get("y"),
+                sample.get("end", False),
+                sample.get("time"),
+                sample.get("late"),
+                sample.get("key"),
                 None,
             )
-        if isinstance(item, (Tensor, np.ndarray)):
-            return item, None, False, None, None, None, None
-        if isinstance(item, (tuple, list)) and len(item) in (1, 2):
-            return item[0], item[1] if len(item) == 2 else None, False, None, None, None, None
-        length = f" of length {len(item)}" if isinstance(item, (tuple, list)) else ""
-        hint = TUPLES if length and len(item) > 2 else ""
+        if isinstance(sample, (Tensor, np.ndarray)):
+            return sample, None, False, None, None, None, None
+        if isinstance(sample, (tuple, list)) and len(sample) in (1, 2):
+            return sample[0], sample[1] if len(sample) == 2 else None, False, None, None, None, None
+        length = f" of length {len(sample)}" if isinstance(sample, (tuple, list)) else ""
+        hint = TUPLES if length and len(sample) > 2 else ""
         raise StreamError(
-            f"sample {n} is a {type(item).__name__}{length}; a sample is {_FORMS}{hint}"
+            f"sample {n} is a {type(sample).__name__}{length}; a sample is {_FORMS}{hint}"
         )
 
-    def _default_names(self, n: int, item: Mapping[Any, Any]) -> Mapping[str, str]:
+    def _default_names(self, n: int, sample: Mapping[Any, Any]) -> Mapping[str, str]:
         if self._model_loss is not None:
-            return {str(key): str(key) for key in item}
-        names = default_names(n, item, self._arguments)
+            return {str(key): str(key) for key in sample}
+        names = default_names(n, sample, self._arguments)
         for key in names if n == 0 else ():
             if names[key] == "y" and key in (self._arguments or ()):
                 warnings.warn(TAKEN.format(key=key, names=names), HamdistWarning, stacklevel=2)

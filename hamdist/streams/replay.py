@@ -63,10 +63,10 @@ def samples_from(stream: Stream, n: int, passed: int = 0) -> Iterator[Sample]:
     if isinstance(stream, Seekable):
         return stream.samples_from(n)
     drawn = iter(stream.samples())
-    for items in range(n):
+    for samples in range(n):
         if next(drawn, None) is None:
             raise StreamError(
-                f"the stream has {items} samples, but the snapshot was taken {n} samples behind "
+                f"the stream has {samples} samples, but the snapshot was taken {n} samples behind "
                 "its start: give the stream that the run had"
             )
     return drawn

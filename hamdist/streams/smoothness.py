@@ -14,7 +14,7 @@ from torch import Tensor
 
 from hamdist.streams.sample import generator
 
-MOST_ITEMS = 64
+MOST_SAMPLES = 64
 FEWEST_ITEMS = 16
 MOST_VALUES = 4096
 
@@ -24,7 +24,7 @@ class Smoothness:
 
     About 1 for independent samples, about S for samples that fade into each other over S samples
     (`Smooth`), a quarter more than S for samples that are held for S samples; at most 64, which
-    means "64 or more". The estimate compares two distances between items: the mean one between
+    means "64 or more". The estimate compares two distances between samples: the mean one between
     neighbours, and the mean one between samples at least half the observation apart. Their ratio
     is 1 for independent samples and grows with S; which S it belongs to follows from the
     covariance of a cross-fade with a random start (`_ratios`).
@@ -57,7 +57,7 @@ class Smoothness:
         Args:
             u: the input, (B, ...).
         """
-        if len(self._items) >= MOST_ITEMS:
+        if len(self._items) >= MOST_SAMPLES:
             return
         if self._shape is None:
             self._shape = u.shape
@@ -82,7 +82,7 @@ class Smoothness:
         step = apart.diagonal(1).mean().item()
         far = torch.cat([apart.diagonal(lag) for lag in range(_far(many), many)]).mean().item()
         if step == 0.0:  # nothing moved
-            return float(MOST_ITEMS)
+            return float(MOST_SAMPLES)
         return _invert(far / step, _ratios(many))
 
 
@@ -91,7 +91,7 @@ def _far(many: int) -> int:
     return (many + 1) // 2
 
 
-@lru_cache(maxsize=MOST_ITEMS)
+@lru_cache(maxsize=MOST_SAMPLES)
 def _ratios(many: int) -> tuple[float, ...]:
     """Return far/step for S = 1 ... 64, root mean squares, of a cross-fade seen for `many` samples.
 
@@ -105,7 +105,7 @@ def _ratios(many: int) -> tuple[float, ...]:
     lags = torch.arange(many, dtype=torch.float64)
     pairs = many - lags[_far(many) :]
     ratios = []
-    for frames in range(1, MOST_ITEMS + 1):
+    for frames in range(1, MOST_SAMPLES + 1):
         t = torch.arange(-frames, frames + 1, dtype=torch.float64)
         hat = (1.0 - t.abs() / frames).clamp(min=0.0)
         shifted = (1.0 - (t + lags[:, None]).abs() / frames).clamp(min=0.0)

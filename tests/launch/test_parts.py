@@ -455,17 +455,23 @@ def test_installed_code_does_not_travel():
     assert own_code("json:loads") is None
 
 
-def test_files_of_rules_travel(tmp_path, monkeypatch):
+def test_files_of_rules_and_levels_travel(tmp_path, monkeypatch):
     """The settings of the job name them as modules, which lie beside them."""
     file = tmp_path / "shipped_rules.py"
     file.write_text("import hamdist\nclass Mine(hamdist.Rule):\n    pass\n")
     monkeypatch.syspath_prepend(tmp_path)
     mine = f"{file}:Mine"
     rules = {"a": mine, "b": {"name": mine, "gain": 2}, "c": "kolen-pollack"}
-    settings = Settings.model_validate({"learning": {"rules": rules}})
+    level = tmp_path / "shipped_levels.py"
+    level.write_text("import hamdist\nclass Own(hamdist.OwnLevel):\n    pass\n")
+    own = {"learning": {"rules": rules}, "locality": {"level": f"{level}:Own"}}
+    settings = Settings.model_validate(own)
     with packed(settings, JobSpec(id="x", model=None, storage=None, most=1)) as folder:
-        there = load_settings(str(folder / "settings.yaml"), []).learning.rules
+        loaded = load_settings(str(folder / "settings.yaml"), [])
+        there = loaded.learning.rules
         assert (folder / file.name).read_text() == file.read_text()
+        assert (folder / level.name).read_text() == level.read_text()
+        assert loaded.locality.level == "shipped_levels:Own"
     renamed = "shipped_rules:Mine"
     assert there["a"] == {"name": renamed}
     assert there["b"] == {"name": renamed, "gain": 2}

@@ -136,6 +136,9 @@ Compensations = Annotated[tuple[Compensation, ...], BeforeValidator(_listed)]
 class LocalityOverrides(Section):
     """Knobs of locality; what is not given keeps the level's preset."""
 
+    level: str | None = None
+    """A level of your own: `FILE.py:NAME` of a `hamdist.OwnLevel`, whose code then runs. It says
+    when samples enter and pass the blocks, in place of `speed`."""
     grouping: Grouping | None = None
     """What one block holds where `partition` does not say it."""
     speed: Speed | None = None

@@ -144,8 +144,8 @@ def with_state(message: Tensor, h: Tensor) -> Tensor:
 class PulseReadout(Block):
     """An output net that a pulse reaches: y = f^y(h_parents; theta), M_v = phi dL/dh_v.
 
-    hands_back: by parent, True if it is reversible and gets its state back. item: collects the
-    readings of micro-batches, where there are any.
+    hands_back: by parent, True if it is reversible and gets its state back. microbatches: collects
+    the readings of micro-batches, where there are any.
     """
 
     def __init__(
@@ -153,13 +153,13 @@ class PulseReadout(Block):
         parts: BlockParts,
         loss: ReadoutLoss,
         hands_back: Sequence[bool] = (),
-        item: MicrobatchReading | None = None,
+        microbatches: MicrobatchReading | None = None,
     ) -> None:
         super().__init__(parts)
         self._tau = constant_tau(parts.dynamics)
         self._loss = loss
         self._hands_back = list(hands_back) or [False] * len(self._wanted)
-        self._item = item
+        self._item = microbatches
         self.prediction: Tensor | None = None  # the latest
 
     def take_error(self) -> Tensor | None:

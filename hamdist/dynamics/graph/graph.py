@@ -312,7 +312,7 @@ class Graph:
         They come from a dry run on a copy of each module (graph/shapes.py).
 
         Args:
-            u_shape: shape of the input, with the batch in front.
+            u_shape, u_dtype: shape of the input, with the batch in front, and its type.
             several: shapes and dtypes of the inputs by parent (`u.NAME`), if there are several.
 
         Raises:

@@ -284,7 +284,7 @@ def split_module(
 
 
 def traced(model: nn.Module, example: NetworkInputs) -> fx.Graph:
-    """Write down what a model does, as the graph of which hamdist makes blocks.
+    """Return what a model does, as the graph of which hamdist makes blocks.
 
     Modules of torch are one node each, weights have their dotted names. `print(graph)` and
     `graph.print_tabular()` show it, `graph.python_code("self").src` as Python code.

@@ -11,6 +11,7 @@ B has the shape of W; layer norms, biases and activations between are passed exa
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from typing import Any
 
@@ -83,14 +84,17 @@ class KolenPollack(FeedbackAlignment):
 class DirectFeedbackAlignment(Rule):
     """The readout's error goes to every block, through a fixed random matrix (Noekland 2016).
 
-    delta = f'(a) * (B e),        e = phi dL/dy (B, O),        B (n, O)
+    delta = f'(a) * (B e),        e = phi dL/dy (B, O),        B (n, O) of N(0, 1/n)
+
+    so that |B e| is about |e| whatever the width, as with the W^T of a layer; n counts all channels
+    and positions of a convolution.
     """
 
     signals = Signals(back="error")
 
     def start(self, block: BlockView) -> dict[str, Any]:
-        rows = block.outputs[-1]
-        return {"B": block.randn_like(block.h.new_empty(rows, *block.shape)) * rows**-0.5}
+        drawn = block.randn_like(block.h.new_empty(block.outputs[-1], *block.shape))
+        return {"B": drawn * math.prod(block.shape) ** -0.5}
 
     def backward(self, block: BlockView, kept: Any, message: Tensor) -> tuple[Messages, Updates]:
         messages, g = block.vjp(kept, torch.tensordot(message, block.memory["B"], dims=1))

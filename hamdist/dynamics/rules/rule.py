@@ -271,6 +271,9 @@ class BlockView:
             feedback: matrices by weight, through which the cotangent goes to the inputs of linear
                 layers and convolutions in place of the weights:
                     dL/dx = B^T dL/d(W x),        dL/dW = dL/d(W x) x^T
+
+        Raises:
+            GraphError: a weight in `feedback` is of no linear layer or convolution.
         """
         pairs = zip(inputs, self.wanted, strict=True)
         leaves = [x.detach().requires_grad_(want and x.is_floating_point()) for x, want in pairs]

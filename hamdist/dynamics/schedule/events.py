@@ -9,7 +9,6 @@ from typing import NamedTuple, Protocol
 
 from hamdist.dynamics.graph.graph import Edge
 from hamdist.dynamics.saved_state.stateful import registered
-from hamdist.dynamics.schedule.microbatches import Pulses
 
 
 @registered("Phase")
@@ -88,7 +87,7 @@ class Bundle(NamedTuple):
 
 
 class Schedule(Protocol):
-    """The common interface of all presentations. `c`: ticks between two samples.
+    """The common interface of all presentations. `c`: ticks between two samples (on average).
 
     A block and its edges are given by name and `Edge`; a method that names the signal of an edge
     for an event returns None where that event reads nothing from the edge.
@@ -111,7 +110,8 @@ class Schedule(Protocol):
     def in_flight(self, edge: Edge, kind: Kind) -> int:
         """Return the most signals of `kind` that the schedule itself keeps waiting on an edge."""
 
-    def target_in_flight(self, readout: str) -> int: ...
+    def target_in_flight(self, readout: str) -> int:
+        """Return the most targets that the schedule itself keeps waiting for a readout."""
 
     def bundle(self, edge: Edge, kind: Kind) -> Bundle:
         """Return the most signals of `kind` that may leave together on an edge."""
@@ -125,19 +125,14 @@ class Schedule(Protocol):
         """Return the most samples by which a message is older than the state that it meets."""
 
 
-def source_events(c: int, first: int = 0, parts: int = 1) -> Iterator[Event]:
-    """Yield the events of the stream from sample `first` on: sample n leaves at tick n c - 1.
-
-    parts: of a sample, which leave as separate pulses (microbatches.py).
-    """
-    pulses = Pulses(c, parts)
-    for n in count(first):
-        yield Event(pulses.tick(n) - 1, Phase.EMIT, n)
+def source_events(c: int, first: int = 0) -> Iterator[Event]:
+    """Yield the events of the stream from sample `first` on: sample n leaves at tick n c - 1."""
+    return (Event(n * c - 1, Phase.EMIT, n) for n in count(first))
 
 
-def emitted(sample: int, c: int, parts: int = 1) -> Stamp:
+def emitted(sample: int, c: int) -> Stamp:
     """Return the stamp of sample n, as the stream sends it."""
-    return Stamp(Pulses(c, parts).tick(sample) - 1, sample, 0)
+    return Stamp(sample * c - 1, sample, 0)
 
 
 ALONE = Bundle(1, 1)

@@ -7,7 +7,16 @@ from itertools import count
 
 from hamdist.config import Moves, Order, TargetOf, Update
 from hamdist.dynamics.graph.graph import Edge, Graph
-from hamdist.dynamics.schedule.events import ALONE, Bundle, Event, Kind, Phase, Stamp, emitted
+from hamdist.dynamics.schedule.events import (
+    ALONE,
+    Bundle,
+    Event,
+    Kind,
+    Phase,
+    Stamp,
+    emitted,
+    source_events,
+)
 from hamdist.dynamics.schedule.levels import Locality
 
 
@@ -34,11 +43,28 @@ class HoldSchedule:
         speeds = {"inf": 2 * self._reach + 1, "depth": depth}
         self.c = knobs.speed if isinstance(knobs.speed, int) else speeds[knobs.speed]
 
+    def enters(self, sample: int) -> int:
+        return sample * self.c
+
+    def entered(self, tick: int) -> int:
+        """Return the sample that the input shows in `tick`."""
+        return tick // self.c
+
+    @property
+    def round(self) -> tuple[int, int]:
+        """Return the ticks after which the events repeat, and the samples that enter meanwhile."""
+        return self.c, 1
+
+    def emissions(self, first: int = 0) -> Iterator[Event]:
+        """Yield the events of the stream from a sample on."""
+        return source_events(self.c, first)
+
     def late(self, block: str) -> bool:
         """Return True if a tick of `block` comes after those of all others with the same number."""
         return block in self._late
 
     def events(self, block: str, since: int = 0) -> Iterator[Event]:  # noqa: ARG002
+        """Yield the events of a block: every tick."""
         for k in count(since):
             yield Event(k, Phase.TICK, k // self.c)
 
@@ -60,6 +86,7 @@ class HoldSchedule:
         return Stamp(tick, tick // self.c, max(0, self.updates_before(tick)))
 
     def updates_before(self, tick: int) -> int:
+        """Return the number of updates of the weights before `tick`."""
         return tick if self._knobs.update is Update.TICK else tick // self.c
 
     def updates(self, tick: int) -> bool:

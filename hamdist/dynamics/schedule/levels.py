@@ -36,6 +36,7 @@ from hamdist.config import (
     TargetOf,
     Update,
 )
+from hamdist.dynamics.schedule.rounds import OwnLevel
 from hamdist.errors import LevelError
 
 
@@ -47,7 +48,8 @@ class Locality:
     truncation: samples of a sequence in its reverse pass (None: all). gate: the tolerance of the
     stability gate, if there is one. lead, blend: see LocalityOverrides. microbatches: number of
     parts of a batch; a plan (runtime/plan/plan.py) has a number. accumulate: samples per step.
-    clip: the largest norm of the gradient of all blocks together (a plan has it).
+    clip: the largest norm of the gradient of all blocks together (a plan has it). own: a level of
+    one's own, which says when samples enter, instead of `speed`.
     """
 
     grouping: Grouping
@@ -70,6 +72,7 @@ class Locality:
     accumulate: int = 1
     clip: float = math.inf
     double_buffered: bool = False
+    own: OwnLevel | None = None
 
     @property
     def pulse(self) -> bool:
@@ -125,6 +128,12 @@ def make_locality(level: Level, overrides: LocalityOverrides) -> Locality:
             "level 'auto' is chosen by `train`, from the stream and the network; name a level here"
         )
     overridden = {k: v for k, v in overrides if v is not None}
+    own = overridden.pop("level", None)
+    if own is not None and overridden.setdefault("speed", 1) != 1:
+        raise LevelError(
+            f"locality.level {own!r} says when samples enter, and so does locality.speed "
+            f"{overrides.speed!r}: leave one of them out"
+        )
     if overridden.get("presentation") not in (None, PRESETS[level].presentation):
         # The other presentation brings its own memory and update, unless they are given as well.
         base = _BASES[overridden["presentation"]]
@@ -146,6 +155,11 @@ def make_locality(level: Level, overrides: LocalityOverrides) -> Locality:
     if isinstance(overridden.get("gate"), bool):
         overridden["gate"] = STILL if overridden["gate"] else None
     knobs = replace(PRESETS[level], **overridden)
+    if own is not None and not knobs.pulse:
+        raise LevelError(
+            f"locality.level {own!r} with presentation {knobs.presentation.value!r}: a level of "
+            "one's own says when pulses pass; use level trace, heads, backprop or reversible"
+        )
     for reason in _contradictions(knobs):
         raise LevelError(f"level {level.value!r} cannot run with these knobs: {implied}{reason}")
     return knobs

@@ -16,15 +16,21 @@ and to the readouts that compare with it.
 
 from __future__ import annotations
 
+from typing import TypeAlias
+
 from hamdist.dynamics.graph.graph import Graph
-from hamdist.dynamics.schedule.events import Schedule
 from hamdist.dynamics.schedule.hold import HoldSchedule
 from hamdist.dynamics.schedule.levels import Locality
 from hamdist.dynamics.schedule.pulse import PulseSchedule
+from hamdist.dynamics.schedule.sequence import SequenceSchedule
 from hamdist.errors import LevelError
 
+AnySchedule: TypeAlias = PulseSchedule | HoldSchedule | SequenceSchedule
 
-def make_schedule(graph: Graph, knobs: Locality, silent: frozenset[str] = frozenset()) -> Schedule:
+
+def make_schedule(
+    graph: Graph, knobs: Locality, silent: frozenset[str] = frozenset()
+) -> PulseSchedule | HoldSchedule:
     """Return the schedule of `knobs` on `graph`. silent: blocks without messages (`Graph.silent`).
 
     Raises LevelError where the graph does not allow it: a pulse through a cycle, or past a block
@@ -48,6 +54,11 @@ def make_schedule(graph: Graph, knobs: Locality, silent: frozenset[str] = frozen
             raise LevelError(
                 f"presentation 'pulse': the readout {with_state[0]!r} has a state; a pulse needs "
                 "an output net (state=False)"
+            )
+        if knobs.own is not None and graph.ties:
+            raise LevelError(
+                f"level {type(knobs.own).__name__}: {graph.ties[0].name} is a weight of several "
+                "blocks, whose times are those of the built-in levels; have both in one block"
             )
         return PulseSchedule(graph, knobs, silent)
     if cycle and not isinstance(knobs.speed, int):

@@ -13,8 +13,6 @@ at depth l keeps D - l + 1 parts.
 
 from __future__ import annotations
 
-from typing import NamedTuple
-
 SPACING = 2  # ticks between two parts of a batch
 MOST = 8  # parts that `auto` makes: M/(M + P - 1) is 0.89 for P = 2 actors
 ROWS = 32  # of a part, below which products of matrices are slow (docs/pages/how-to/levels.md)
@@ -28,32 +26,3 @@ def auto_microbatches(batch: int) -> int:
     follows from the batch alone, so that both engines and a resumed run cut in the same way.
     """
     return max(1, min(2, batch // FEWEST), min(MOST, batch // ROWS))
-
-
-class Pulses(NamedTuple):
-    """The ticks in which pulses enter. c: ticks between two samples; parts: M."""
-
-    c: int
-    parts: int = 1
-
-    @property
-    def spacing(self) -> int:
-        """Return the ticks between two pulses, of a sample at least."""
-        return self.c if self.parts == 1 else SPACING
-
-    def tick(self, pulse: int) -> int:
-        """Return the tick in which pulse n meets depth 0."""
-        if self.parts == 1:
-            return pulse * self.c
-        item, part = divmod(pulse, self.parts)
-        return item * self.c + part * self.spacing
-
-    def first(self, since: int) -> int:
-        """Return the first pulse that meets depth 0 in tick `since` or later."""
-        item, left = divmod(max(0, since), self.c)
-        return item * self.parts + min(-(-left // self.spacing), self.parts)
-
-    def most(self, ticks: int) -> int:
-        """Return the most pulses that enter within so many ticks and one."""
-        most = ticks // self.spacing + 1
-        return most if self.parts == 1 else min(most, self.parts)

@@ -9,10 +9,33 @@ from itertools import count, takewhile
 
 from hamdist.config import Credit
 from hamdist.dynamics.graph.graph import Edge, Graph, Tie
-from hamdist.dynamics.schedule.events import Bundle, Event, Kind, Phase, Stamp, emitted
+from hamdist.dynamics.schedule.events import ALONE, Bundle, Event, Kind, Phase, Stamp
 from hamdist.dynamics.schedule.levels import Locality
-from hamdist.dynamics.schedule.microbatches import SPACING, Pulses
+from hamdist.dynamics.schedule.microbatches import SPACING
+from hamdist.dynamics.schedule.rounds import BACKWARD, FORWARD, OwnLevel, Times, make_round
 from hamdist.errors import LevelError
+
+
+class Travelling(OwnLevel):
+    """The built-in levels of pulses: one sample, in parts, every c ticks."""
+
+    def __init__(self, c: int, parts: int) -> None:
+        self._c, self._parts = c, parts
+
+    def ticks(self, graph: Graph) -> int:  # noqa: ARG002
+        return self._c
+
+    def events(self, graph: Graph) -> Iterator[tuple[int, str, str, int]]:
+        answer = graph.depths[graph.readouts[0]] + 1
+        for block, depth in graph.depths.items():
+            back = 2 * graph.depth - depth
+            if graph.blocks[block].back == "error":
+                back = max(depth + 1, answer)
+            if block in graph.readouts:
+                back = depth
+            for part in range(self._parts):
+                yield SPACING * part + depth, block, FORWARD, part
+                yield SPACING * part + back, block, BACKWARD, part
 
 
 class PulseSchedule:
@@ -45,19 +68,21 @@ class PulseSchedule:
     def __init__(self, graph: Graph, knobs: Locality, silent: frozenset[str] = frozenset()) -> None:
         self._depths = graph.depths
         self._readouts = set(graph.readouts)
-        self._D = graph.depth
         self._silent = silent
         self.one_way = knobs.credit is Credit.HEADS
-        self._back = {block.name: block.back for block in graph.blocks.values()}
+        mute = {block.name for block in graph.blocks.values() if block.back == "none"}
+        mute = {*graph.blocks} if self.one_way else mute | silent
         self._first_readout = graph.readouts[0]
-        self._lags = {block: self._lag(block) for block in self._depths}
         named = graph.parameters() if knobs.clip < math.inf else {}
         self.stepping = sorted((b for b in named if named[b]), key=self._depths.__getitem__)
         self.parts = knobs.microbatches if isinstance(knobs.microbatches, int) else 1
-        self.c = knobs.speed if isinstance(knobs.speed, int) else self._ticks(knobs.speed)
-        self._pulses = Pulses(self.c, self.parts)
         self.group = knobs.accumulate  # samples per step
         self.double_buffered = knobs.double_buffered
+        self._own = knobs.own is not None
+        level = knobs.own or Travelling(self._ticks(graph, knobs, mute), self.parts)
+        self._emits, self._forward, self._backward = times = make_round(level, graph, mute)
+        self._lags = {block: times.lag(block) for block in graph.blocks}
+        self.c = -(-self._emits.ticks // (len(self._emits.first) // self.parts))
         if self.double_buffered and self.staleness > self.group:
             raise LevelError(
                 f"locality.accumulate is {self.group}, double_buffered: messages are "
@@ -65,12 +90,16 @@ class PulseSchedule:
                 f"when its weights are wanted; use accumulate {self.staleness} or more"
             )
 
-    def _ticks(self, speed: str) -> int:
-        if speed == "depth":
-            return self._D + 1
-        trip = 2 * self._D + 1 if self.one_way else 1 + max(self._lags.values())
+    def _ticks(self, graph: Graph, knobs: Locality, mute: set[str]) -> int:
+        if isinstance(knobs.speed, int):
+            return knobs.speed
+        if knobs.speed == "depth":
+            return graph.depth + 1
+        times = make_round(Travelling(1, 1), graph, mute)
+        lags = {block: times.lag(block) for block in graph.blocks}
+        trip = 2 * graph.depth + 1 if self.one_way else 1 + max(lags.values())
         if self.stepping:
-            trip = 3 + max(self._depths[b] + self._lags[b] for b in self.stepping)
+            trip = 3 + max(self._depths[b] + lags[b] for b in self.stepping)
         return trip + SPACING * (self.parts - 1)
 
     def sample_of(self, pulse: int) -> int:
@@ -78,32 +107,44 @@ class PulseSchedule:
         return pulse // self.parts
 
     @property
-    def spacing(self) -> int:
-        """Return the ticks between two pulses."""
-        return self._pulses.spacing
+    def round(self) -> tuple[int, int]:
+        """Return the ticks after which the events repeat, and the samples that enter meanwhile."""
+        return self._emits.ticks, len(self._emits.first) // self.parts
+
+    def enters(self, sample: int) -> int:
+        """Return the tick in which a sample meets depth 0."""
+        return self._emits.of(sample * self.parts) + 1
+
+    def entered(self, tick: int) -> int:
+        """Return the last sample that has entered at `tick` (-1: none)."""
+        return -(-self._emits.before(tick) // self.parts) - 1
+
+    def emissions(self, first: int = 0) -> Iterator[Event]:
+        """Yield the events of the stream from a pulse on."""
+        return (Event(self._emits.of(n), Phase.EMIT, n) for n in count(first))
+
+    def emitted(self, pulse: int) -> Stamp:
+        """Return the stamp of a pulse, as the stream sends it."""
+        return Stamp(self._emits.of(pulse), pulse, 0)
 
     @property
     def trip(self) -> int:
-        """Return the ticks that a sample is in the network, there and back."""
-        return max(self._backward_tick(b, 0) for b in self._depths) + 1
+        """Return the most ticks that a sample is in the network, there and back."""
+        return max(
+            back - sent
+            for times in self._backward.values()
+            for back, sent in zip(times.first, self._emits.first, strict=True)
+        )
 
     def lag(self, block: str) -> int:
-        """Return d_l = 2 (D - l), the ticks from a block's forward to its backward, if any."""
+        """Return the most ticks from a block's forward to its backward (2 (D - l)), if any."""
         return self._lags[block]
 
-    def _lag(self, block: str) -> int:
-        back = self._back[block]
-        if block in self._readouts or self.one_way or block in self._silent or back == "none":
-            return 0
-        if back == "error":
-            return max(1, self._depths[self._first_readout] + 1 - self._depths[block])
-        return 2 * (self._D - self._depths[block])
-
     def _forward_tick(self, block: str, sample: int) -> int:
-        return self._pulses.tick(sample) + self._depths[block]
+        return self._forward[block].of(sample)
 
     def _backward_tick(self, block: str, sample: int) -> int:
-        return self._forward_tick(block, sample) + self.lag(block)
+        return self._backward[block].of(sample)
 
     def events(self, block: str, since: int = 0, end: int | None = None) -> Iterator[Event]:
         """Yield the events of a block in tick `since` and later, in a stream of `end` pulses."""
@@ -139,14 +180,14 @@ class PulseSchedule:
         return Stamp(tick, event.sample, self._steps(event.sample))
 
     def _passes(self, block: str, since: int, end: int | None) -> Iterator[Event]:
-        first = self._pulses.first(since - self._forward_tick(block, 0))
+        first = max(0, self._forward[block].before(since))
         entering = count(first) if end is None else range(first, end)
         if block in self._readouts or not self.lag(block):
             phase = Phase.READ if block in self._readouts else Phase.FORWARD
             for n in entering:
                 yield Event(self._forward_tick(block, n), phase, n)
             return
-        behind = self._pulses.first(since - self._backward_tick(block, 0))
+        behind = max(0, self._backward[block].before(since))
         for n in entering:
             forward = Event(self._forward_tick(block, n), Phase.FORWARD, n)
             while self._backward_tick(block, behind) < forward.tick:
@@ -167,20 +208,26 @@ class PulseSchedule:
         if event.phase in (Phase.BACKWARD, Phase.STEP):
             return None
         if edge.from_input:
-            return emitted(event.sample, self.c, self.parts)
+            return self.emitted(event.sample)
         if edge.parent in self._silent:
             return Stamp(self._forward_tick(edge.parent, event.sample), event.sample, 0)
-        sample = self.sample_of(event.sample)
-        # Messages m with m c + 2D - l < n c + l have come before the forward of n.
-        version = max(0, sample - self.lag(edge.parent) // self.c) // self.group
+        tick = self._forward_tick(edge.parent, event.sample)
+        # Messages m with B m < F n have come before the forward of n.
+        come = max(0, self._backward[edge.parent].before(tick))
+        version = self.sample_of(come) // self.group
         if self.double_buffered:
-            version = self.buffered(sample)
-        return Stamp(self._forward_tick(edge.parent, event.sample), event.sample, version)
+            version = self.buffered(self.sample_of(event.sample))
+        return Stamp(tick, event.sample, version)
 
     @property
     def idle(self) -> int:
-        steps = 2 if self.stepping else 0
-        return (self.trip + SPACING * (self.parts - 1) + steps) // self.c
+        steps, last = 2 if self.stepping else 0, self.parts - 1
+        ends = [
+            max(times.first[i] for times in self._backward.values()) + steps
+            for i in range(last, len(self._emits.first), self.parts)
+        ]
+        sent = Times(self._emits.first[:: self.parts], self._emits.ticks)
+        return sent.most(Times(ends, self._emits.ticks)) - 1
 
     def buffered(self, sample: int) -> int:
         """Return the steps in the weights that a sample meets with double buffering."""
@@ -207,7 +254,7 @@ class PulseSchedule:
         """Return the stamp of the sample's target, which comes whole with its first pulse."""
         if event.sample % self.parts or event.phase is Phase.STEP:
             return None
-        return emitted(event.sample, self.c, self.parts)
+        return self.emitted(event.sample)
 
     def gradient(self, tie: Tie, event: Event) -> Stamp:
         """Return the stamp of the user's gradient for the owner's backward pass.
@@ -240,37 +287,42 @@ class PulseSchedule:
         after the last forward pass of a user of depth l.
         """
         if kind is Kind.GRADIENT:
-            first = self._backward_tick(tie.owner, 0) - self._backward_tick(tie.user, 0)
-            return self._pulses.most(first)
+            return self._backward[tie.user].most(self._backward[tie.owner])
         return 2 + max(0, -(-(self._depths[tie.owner] - self._depths[tie.user]) // self.c))
+
+    def _late(self, block: str) -> int:
+        """Return the most samples between a block's two passes of one."""
+        times = self._backward[block]
+        late = (i - times.before(tick) for i, tick in enumerate(self._forward[block].first))
+        return self.sample_of(max(late))
 
     def delay(self, block: str) -> int:
         """Return the most steps of a block between its two passes of a sample."""
-        return 1 if self.double_buffered else -(-(self.lag(block) // self.c) // self.group)
+        return 1 if self.double_buffered else -(-self._late(block) // self.group)
 
     def in_flight(self, edge: Edge, kind: Kind) -> int:
         if kind is Kind.STATE:
-            before = -1 if edge.from_input else self._depths[edge.parent]
-            wait = self._depths[edge.child] - before
-        else:
-            wait = self._backward_tick(edge.parent, 0) - self._backward_tick(edge.child, 0)
-        return self._pulses.most(wait)
+            sent = self._emits if edge.from_input else self._forward[edge.parent]
+            return sent.most(self._forward[edge.child])
+        return self._backward[edge.child].most(self._backward[edge.parent])
 
     def errors_in_flight(self, block: str) -> int:
         """Return the most errors of the first readout that wait for `block`."""
-        wait = self._backward_tick(block, 0) - self._forward_tick(self._first_readout, 0)
-        return self._pulses.most(wait)
+        return self._forward[self._first_readout].most(self._backward[block])
 
     def target_in_flight(self, readout: str) -> int:
-        return (self._depths[readout] + 1) // self.c + 1
+        sent = Times(self._emits.first[:: self.parts], self._emits.ticks)
+        taken = Times(self._forward[readout].first[:: self.parts], self._emits.ticks)
+        return sent.most(taken)
 
     def bundle(self, edge: Edge, kind: Kind) -> Bundle:  # noqa: ARG002
-        return Bundle(max(1, edge.delay // self.spacing), self.spacing)
+        spacing = self.c if self.parts == 1 else SPACING  # between two pulses
+        return ALONE if self._own else Bundle(max(1, edge.delay // spacing), spacing)
 
     @property
     def staleness(self) -> int:
         """Return the most samples between the two passes of one."""
-        return max(self.lag(b) // self.c for b in self._depths)
+        return max(self._late(b) for b in self._depths)
 
     def stored(self, block: str) -> int:
         """Samples (micro-batches, where there are) whose activations a block keeps at a time:
@@ -278,4 +330,4 @@ class PulseSchedule:
         which they pass."""
         if not self.lag(block) and block not in self._readouts:
             return 0
-        return self._pulses.most(self.lag(block))
+        return self._forward[block].most(self._backward[block])

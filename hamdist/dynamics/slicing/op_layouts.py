@@ -14,7 +14,7 @@ from hamdist.dynamics.slicing.sliced_layers import Share, SlicePlaces
 
 @dataclass(frozen=True)
 class Replicate:
-    pass
+    """The whole value, in every slice."""
 
 
 @dataclass(frozen=True)
@@ -31,21 +31,23 @@ class Shard:
 
 @dataclass(frozen=True)
 class Partial:
-    pass
+    """A summand in every slice; the value is their sum."""
 
 
 @dataclass(frozen=True)
 class NumberLayout:
-    pass
+    """A number, or another value that is no tensor."""
 
 
 @dataclass(frozen=True)
 class ParameterLayout:
-    pass
+    """A weight or buffer of the module."""
 
 
 @dataclass(frozen=True)
 class TupleLayout:
+    """Several values, each with its layout."""
+
     parts: tuple[Any, ...]
 
 
@@ -70,19 +72,23 @@ class Narrow:
 
 
 class SliceBuilder(Protocol):
-    """Slice i of m under construction. value: an input of the operation, as its use says."""
+    """Slice i of m under construction."""
 
     i: int
     m: int
     graph: fx.Graph
 
-    def value(self, node: fx.Node) -> fx.Node: ...
+    def value(self, node: fx.Node) -> fx.Node:
+        """Return an input of the operation, as its use says."""
 
-    def share(self, units: int, chunks: int = 1) -> Share: ...
+    def share(self, units: int, chunks: int = 1) -> Share:
+        """Return the places of this slice among `units`."""
 
-    def module_with(self, node: fx.Node, module: nn.Module, places: SlicePlaces) -> fx.Node: ...
+    def module_with(self, node: fx.Node, module: nn.Module, places: SlicePlaces) -> fx.Node:
+        """Return the call of a module of the slice in place of `node`."""
 
-    def copy(self, node: fx.Node) -> fx.Node: ...
+    def copy(self, node: fx.Node) -> fx.Node:
+        """Return the operation unchanged, on the inputs of this slice."""
 
 
 Make: TypeAlias = "Callable[[SliceBuilder], fx.Node]"

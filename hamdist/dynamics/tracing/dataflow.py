@@ -302,6 +302,7 @@ class Flow:
         return id(self._tensors[name]) in self._steady
 
     def form(self, value: Value) -> ColumnForm:
+        """Return dimensions and type of a value."""
         return self.ops[value[0]].out[value[1]]
 
     def last_use(self) -> dict[Value, int]:

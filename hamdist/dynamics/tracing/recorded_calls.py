@@ -86,6 +86,7 @@ def _said(func: Any, kwargs: dict[str, Any]) -> dict[str, Any]:
 
 
 def is_plain(value: Any) -> bool:
+    """Return True for a value that a graph holds as it is, without a tensor in it."""
     plain = (bool, int, float, complex, str, bytes, type(None), type(Ellipsis), Enum, type)
     torch_own = (torch.dtype, torch.device, torch.layout, torch.memory_format, torch.finfo)
     functions = (FunctionType, BuiltinFunctionType)
@@ -107,17 +108,20 @@ def backward_of(tensor: Tensor) -> object:
 
 
 def address_of(tensor: Tensor) -> int:
+    """Return a number that tensors in the same memory share."""
     if tensor.layout != torch.strided:
         return id(tensor)
     return tensor.untyped_storage().data_ptr() or id(tensor)
 
 
 def tensors_in(value: Any) -> Iterator[Tensor]:
+    """Yield the tensors in nested lists, dicts and the like."""
     for _, tensor in paths_of_tensors(value):
         yield tensor
 
 
 def paths_of_tensors(value: Any, path: Path = ()) -> Iterator[tuple[Path, Tensor]]:
+    """Yield the tensors in a value with the keys that lead to each."""
     if isinstance(value, Tensor):
         yield path, value
     elif type(value) is slice:
@@ -147,11 +151,12 @@ def without_others(value: Any) -> Any:
 
 
 def is_stateful(part: nn.Module) -> bool:
-    tensors = (*part.parameters(), *part.buffers())
-    return bool(tensors)
+    """Return True for a module with parameters or buffers."""
+    return bool((*part.parameters(), *part.buffers()))
 
 
 def line_here() -> str:
+    """Return the line of the user's code that is running; nothing if none is."""
     frame: FrameType | None = sys._getframe(1)
     while frame is not None:
         if _is_users(frame.f_code.co_filename):

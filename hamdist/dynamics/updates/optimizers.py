@@ -200,7 +200,7 @@ class BlockOptimizers(Stateful):
         self._parameters = list(named.values())
         self.optimizers = rule.optimizers(block, named)
         self._schedulers = rule.schedulers(block, self.optimizers)
-        self._item = 0  # which the schedulers stand at
+        self._sample = 0  # which the schedulers stand at
         self._began: Any = None  # the arguments that they were made with
         state = self.state_dict()
         groups = [one["param_groups"] for one in state["optimizers"]]
@@ -230,13 +230,13 @@ class BlockOptimizers(Stateful):
 
     def advance(self, sample: int) -> None:
         """Step the schedulers up to `sample`."""
-        while self._item < sample:
+        while self._sample < sample:
             with warnings.catch_warnings():
-                if not self._item:  # (a sample without target has no step of the optimiser)
+                if not self._sample:  # (a sample without target has no step of the optimiser)
                     warnings.filterwarnings("ignore", r".*lr_scheduler\.step\(\)")
                 for opt in self._schedulers:
                     opt.step()
-            self._item += 1
+            self._sample += 1
 
     def state_dict(self) -> dict[str, Any]:
         """Return the state by the weights' names, in tensors that later steps overwrite."""
@@ -245,7 +245,7 @@ class BlockOptimizers(Stateful):
             "optimizers": [self._by_name(opt) for opt in self.optimizers],
             "schedulers": [opt.state_dict() for opt in self._schedulers],
             "began": self._began,
-            "item": self._item,
+            "item": self._sample,
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
@@ -267,7 +267,7 @@ class BlockOptimizers(Stateful):
                 if self._names[id(p)] in saved["state"]:
                     opt.state[p].update(saved["state"][self._names[id(p)]])
         if alike:
-            self._item = state["item"]
+            self._sample = state["item"]
             for scheduler, saved in zip(self._schedulers, state["schedulers"], strict=True):
                 scheduler.load_state_dict(saved)
 
@@ -301,13 +301,13 @@ class OptimizerWeights(Weights):
         parameters = [nn.Parameter(t) for t in self.theta]
         self.optimizers = BlockOptimizers(rule, block, dict(zip(names, parameters, strict=True)))
 
-    def scaled_by(self, scale: Scale, item_of: Callable[[int], int]) -> Scale:
+    def scaled_by(self, scale: Scale, sample_of: Callable[[int], int]) -> Scale:
         """Return the scale as `Weights.scaled_by`; the schedulers follow the samples."""
         if not self.optimizers.scheduled:
             return scale
 
         def followed(sample: int) -> float:
-            self.optimizers.advance(item_of(sample))
+            self.optimizers.advance(sample_of(sample))
             return scale(sample)
 
         return followed

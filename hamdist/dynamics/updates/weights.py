@@ -137,8 +137,8 @@ class Weights(Stateful):
         self._omega, self._factors, self._mine = omega, None, False
         self._bound = math.inf  # not known
 
-    def scaled_by(self, scale: Scale, item_of: Callable[[int], int]) -> Scale:  # noqa: ARG002
-        """Return the factor of beta by sample. item_of: the sample's number, by its pulse's."""
+    def scaled_by(self, scale: Scale, sample_of: Callable[[int], int]) -> Scale:  # noqa: ARG002
+        """Return the factor of beta by sample. sample_of: the sample's number, by its pulse's."""
         return scale
 
     def at_once(self, scale: float, tau: float) -> AtOnce | None:

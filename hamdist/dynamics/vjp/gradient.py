@@ -70,6 +70,7 @@ class Outer:
     moved: bool = False
 
     def dense(self) -> Tensor:
+        """Return g itself."""
         return torch.mm(self.z.t(), self.x)
 
     def add_to(self, tensor: Tensor, alpha: float, beta: float = 1.0) -> None:
@@ -89,6 +90,7 @@ class Column:
     moved: bool = False
 
     def dense(self) -> Tensor:
+        """Return g itself."""
         return self.z.sum(0)
 
     def add_to(self, tensor: Tensor, alpha: float, beta: float = 1.0) -> None:
@@ -111,6 +113,7 @@ class TableRows:
     moved: bool = False
 
     def dense(self) -> Tensor:
+        """Return g itself."""
         table = self.z.new_zeros(self.many, self.z.shape[1])
         return table.index_add_(0, self.index, self.z)
 

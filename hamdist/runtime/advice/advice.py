@@ -309,11 +309,11 @@ def after(plan: Plan, outcome: Outcome) -> list[str]:
 
 def end_of_stream(plan: Plan, outcome: Outcome) -> list[str]:
     """Warn if the stream ended before the run had all its samples."""
-    items = plan.skip + outcome.samples
-    if plan.steps is None or outcome.interrupted or items >= plan.steps:
+    samples = plan.skip + outcome.samples
+    if plan.steps is None or outcome.interrupted or samples >= plan.steps:
         return []
     return [
-        f"the stream ended after {items:,} of {plan.steps:,} samples (steps): go through it more "
+        f"the stream ended after {samples:,} of {plan.steps:,} samples (steps): go through it more "
         "often (epochs=, of hamdist.streams.from_loader or from_iterable), or ask for fewer steps"
     ]
 

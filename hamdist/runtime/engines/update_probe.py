@@ -27,6 +27,7 @@ from hamdist.dynamics.blocks.rule_block import AppliedRule
 from hamdist.dynamics.graph.merged import MergedGraph, name_in_merged_graph
 from hamdist.dynamics.schedule.hold import HoldSchedule
 from hamdist.dynamics.schedule.pulse import PulseSchedule
+from hamdist.dynamics.schedule.sequence import SequenceSchedule
 from hamdist.dynamics.vjp.gradient import norm_of
 from hamdist.runtime.plan.plan import Plan
 from hamdist.runtime.results.measured import Alignment, ProcessSample
@@ -95,19 +96,20 @@ def update_probes(
     A sample has left the network before the next one is watched, so that all processes watch the
     same ones. `nodes` are as restored; `source` is that of the stream, if it is drawn here.
     """
-    schedule, c = plan.schedule, plan.schedule.c
-    group, under_way = 1, 0
+    schedule, group, under_way = plan.schedule, 1, 0
+    if isinstance(schedule, SequenceSchedule):
+        raise TypeError("an update of sequences belongs to no sample alone")
     if isinstance(schedule, PulseSchedule):
-        group, under_way = schedule.group, schedule.trip // c
+        group, under_way = schedule.group, schedule.trip // schedule.c
     every = math.lcm(plan.metrics.alignment or 1, group)
     every *= -(-(under_way + 2 + group) // every)
     begun = max(n.tick or 0 for n in (*nodes, *filter(None, [source])))
-    for sample in count((begun // c // every + 1) * every, every):
+    for sample in count((schedule.entered(begun) // every + 1) * every, every):
         update = sample // group  # the number of updates before the (last) one by the sample
         if isinstance(schedule, HoldSchedule):
-            update = schedule.updates_before((sample + 1) * c) - 1
+            update = schedule.updates_before(schedule.enters(sample + 1)) - 1
         probe = UpdateProbe(sample, {}, {}, {}, {})
-        watched = [_watch(node, sample * c, probe) for node in nodes]
+        watched = [_watch(node, schedule.enters(sample), probe) for node in nodes]
         watched += [_note(node, update, probe, node.name in plan.silent) for node in nodes]
         watched += [] if source is None else [_catch(source, sample, group, probe)]
         while watched:

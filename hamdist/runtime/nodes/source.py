@@ -14,7 +14,7 @@ from torch import Tensor
 
 from hamdist.dynamics.graph.inputs import INPUT, by_parent, rows_of
 from hamdist.dynamics.saved_state.stateful import check_names
-from hamdist.dynamics.schedule.events import Event, Stamp, source_events
+from hamdist.dynamics.schedule.events import Event, Stamp
 from hamdist.dynamics.schedule.sequence import SequenceSchedule
 from hamdist.dynamics.updates.constants import TOLERANCE
 from hamdist.errors import SnapshotError, StreamError
@@ -50,10 +50,12 @@ class SourceNode:
         self._batched = {
             name for name, u in plan.spec.parents.items() if u[0][0] == plan.spec.batch
         }
-        self._events = source_events(plan.schedule.c, parts=self._parts)
-        self.event = next(self._events)
+        self._events: Iterator[Event] = iter(())
         if isinstance(plan.schedule, SequenceSchedule):
             self.event = plan.schedule.emission(plan.schedule.opening(), 0)
+        else:
+            self._events = plan.schedule.emissions()
+            self.event = next(self._events)
         into = plan.graph.out_of[INPUT]
         self._inputs = [plan.channels.states[e.index] for e in into]
         self._names = [e.parent for e in into]
@@ -76,7 +78,7 @@ class SourceNode:
         self.stop = Flag()
         self.tick: int | None = self.event.tick
         self._drawn: Iterator[Sample] | None = None
-        self._items = 0  # drawn
+        self._count_drawn = 0  # drawn
         self.seconds = 0.0  # of drawing samples
 
     @property
@@ -114,11 +116,11 @@ class SourceNode:
         if self._ahead:
             self._next = self._draw(0)
 
-    def _behind(self, items: int, passed: int) -> Iterator[Sample]:
-        """Return what the stream gives behind the samples of an earlier run and `items` more."""
+    def _behind(self, samples: int, passed: int) -> Iterator[Sample]:
+        """Return what the stream gives behind the samples of an earlier run and `samples` more."""
         skip = self._plan.skip
         if not self._plan.spec.patience or not skip or not replays(self._stream):
-            return samples_from(self._stream, skip + items, passed)
+            return samples_from(self._stream, skip + samples, passed)
         drawn = samples_from(self._stream, 0, passed)
         for emission in (sample.emission for sample in drawn):
             self._before += emission is not None and emission.kind is not Emits.IDLE
@@ -128,7 +130,7 @@ class SourceNode:
                 and emission.number == skip - 1
             ):
                 break
-        return itertools.islice(drawn, items, None)
+        return itertools.islice(drawn, samples, None)
 
     def state_dict(self) -> dict[str, Any]:
         """Return the position in the stream, and the statistics of it so far."""
@@ -137,7 +139,7 @@ class SourceNode:
             "event": self.event,
             "tick": self.tick,
             "samples": self._sent,
-            "drawn": self._items,
+            "drawn": self._count_drawn,
             "passed": self.passed,
             "next": None if ahead is None else _fields(ahead),
             "tau": self._tau,
@@ -160,13 +162,12 @@ class SourceNode:
         self.event, self.tick, self._sent = state["event"], state["tick"], state["samples"]
         self._tau, self._check.last = state["tau"], state["time"]
         self.smoothness.load_state_dict(state["smoothness"])
-        self._items = state["drawn"]
+        self._count_drawn = state["drawn"]
         self._next = None if state["next"] is None else _heard(state["next"])
         if not isinstance(self._plan.schedule, SequenceSchedule):
-            first = self.event.sample + 1
-            self._events = source_events(self._plan.schedule.c, first, self._parts)
+            self._events = self._plan.schedule.emissions(self.event.sample + 1)
         if self.tick is not None:
-            self._drawn = self._behind(self._items, state["passed"])
+            self._drawn = self._behind(self._count_drawn, state["passed"])
 
     def step(self) -> None:
         stamp = Stamp(self.event.tick, self.event.sample, 0)
@@ -281,7 +282,7 @@ class SourceNode:
             self.seconds += perf_counter() - begin
         if sample is None:
             return None
-        self._items += 1
+        self._count_drawn += 1
         emission = sample.emission
         n = emission.number if emission is not None and emission.kind is Emits.AGAIN else n
         sample = self._check.check(n, sample)

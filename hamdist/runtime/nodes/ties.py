@@ -81,11 +81,11 @@ class TiePorts:
             end: the number of samples, once it is known.
         """
         parts = self._schedule.parts
-        item, part = divmod(stamp.sample, parts)
+        sample, part = divmod(stamp.sample, parts)
         if part < parts - 1:
             return  # no weight has moved
         for tie in self._lends:
-            reader = (item + self._schedule.weight_lag(tie)) * parts
+            reader = (sample + self._schedule.weight_lag(tie)) * parts
             if end is None or reader < end:
                 weights = ready(flat(self._cell.weights(tie.owners)))
                 moved = stamp._replace(version=updates)

@@ -331,7 +331,7 @@ def _ranks(speeds: Mapping[str, float]) -> dict[str, int]:
     clearly slower than the fastest of the class before."""
     ranks: dict[str, int] = {}
     rank, first = 0, None
-    for host, seconds in sorted(speeds.items(), key=lambda item: item[1]):
+    for host, seconds in sorted(speeds.items(), key=lambda pair: pair[1]):
         if first is not None and seconds > (1 + ALIKE) * first:
             rank, first = rank + 1, seconds
         first = seconds if first is None else first

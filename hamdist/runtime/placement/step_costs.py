@@ -206,7 +206,7 @@ class _Trial:
         cast_plans = {name: cast_plan.at("cpu") for name, cast_plan in plan.cast_plans.items()}
         self._plan = dataclasses.replace(plan, steps=None, cast_plans=cast_plans)
         trip = 1 if plan.knobs.sequence else 2 * plan.graph.depth // plan.schedule.c + 1
-        self._deep = trip > DEEPEST
+        self._deep = trip > DEEPEST or plan.knobs.own is not None  # (whose rounds may be uneven)
         # Samples until all blocks work
         self._full = SEQUENCE if plan.knobs.sequence else 1 if self._deep else trip
         self._samples = self._full + (FEWEST if self._deep else MOST)

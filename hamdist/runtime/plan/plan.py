@@ -28,9 +28,9 @@ from hamdist.dynamics.graph.checks import check_parameters
 from hamdist.dynamics.graph.graph import Graph, ShapeMap
 from hamdist.dynamics.native import rows
 from hamdist.dynamics.partition.reversible_blocks import reversible_blocks
-from hamdist.dynamics.schedule.events import Schedule
 from hamdist.dynamics.schedule.levels import Locality, make_locality
-from hamdist.dynamics.schedule.make import make_schedule
+from hamdist.dynamics.schedule.make import AnySchedule, make_schedule
+from hamdist.dynamics.schedule.rounds import OwnLevel
 from hamdist.dynamics.schedule.sequence import SequenceSchedule
 from hamdist.dynamics.updates.constants import Dynamics, TickSchedule, check_names, make_dynamics
 from hamdist.dynamics.updates.learning_rate import StepCourse, step_course
@@ -122,7 +122,7 @@ class Plan:
     graph: Graph
     knobs: Locality
     dynamics: Dynamics
-    schedule: Schedule
+    schedule: AnySchedule
     channels: Channels
     shapes: ShapeMap
     spec: SampleSpec
@@ -197,10 +197,12 @@ class Plan:
         if it is unknown (in sequences, where a sample is drawn ahead for its time, and where labels
         come by tags).
         """
-        emissions, unknown = self.spec.emissions, self.knobs.sequence or self.dynamics.tau is None
-        if self.steps is None or emissions is None or unknown:
+        emissions, schedule = self.spec.emissions, self.schedule
+        if self.steps is None or emissions is None or self.dynamics.tau is None:
             return math.inf
-        return (self.steps - self.skip) * emissions * self.schedule.c - 1
+        if isinstance(schedule, SequenceSchedule):
+            return math.inf
+        return schedule.enters((self.steps - self.skip) * emissions) - 1
 
     def start(self, block: str) -> Tensor:
         """Return h_0 of a block, the batch in front."""
@@ -218,7 +220,8 @@ class Plan:
         ]
         graph = Graph(specs, shared=self.graph.shared)
         spec = dataclasses.replace(self.spec, example=None)
-        return dataclasses.replace(self, graph=graph, spec=spec, replan=None)
+        knobs = dataclasses.replace(self.knobs, own=None)  # whose class may not be there
+        return dataclasses.replace(self, graph=graph, spec=spec, knobs=knobs, replan=None)
 
 
 def make_plan(
@@ -228,15 +231,17 @@ def make_plan(
     *,
     phi: TickSchedule | None = None,
     optimizer: OptimizerRule | None = None,
+    level: OwnLevel | None = None,
 ) -> Plan:
     """Make the plan of `settings` (those of one level) for `graph` on a stream of `spec`.
 
     `phi` is a function of the tick, instead of `settings.dynamics.phi` (see `make_dynamics`);
-    `optimizer` are the user's functions, instead of `settings.learning.optimizer`.
+    `optimizer` are the user's functions, instead of `settings.learning.optimizer`; `level` is the
+    one that `settings.locality.level` names.
     Raises GraphError and LevelError for whatever cannot run.
     """
     check_parameters(graph.blocks, "a plan", frozen=True)
-    knobs = make_locality(settings.level, settings.locality)
+    knobs = dataclasses.replace(make_locality(settings.level, settings.locality), own=level)
     dynamics = make_dynamics(settings.dynamics, settings.learning, knobs, phi=phi)
     check_names(dynamics, graph.parameters())
     shapes = graph.shapes(spec.u_shape, spec.u_dtype, spec.parents)
@@ -248,7 +253,7 @@ def make_plan(
     # (The end of a stream goes against the edges where there are cycles; energies need z.)
     whole = knobs.hold and (not graph.acyclic or settings.metrics.record is not None)
     silent = frozenset[str]() if whole else graph.silent()
-    schedule: Schedule
+    schedule: AnySchedule
     if knobs.sequence:
         schedule = SequenceSchedule(graph, knobs, carries=dynamics.reset.h is Reset.NEVER)
     else:

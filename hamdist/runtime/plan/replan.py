@@ -9,8 +9,7 @@ from typing import Any
 from hamdist.config import Credit, Settings
 from hamdist.dynamics.graph.graph import Graph
 from hamdist.dynamics.partition.apply_settings import delayed
-from hamdist.dynamics.schedule.events import Schedule
-from hamdist.dynamics.schedule.make import make_schedule
+from hamdist.dynamics.schedule.make import AnySchedule, make_schedule
 from hamdist.dynamics.schedule.sequence import SequenceSchedule
 from hamdist.dynamics.updates.constants import TickSchedule
 from hamdist.dynamics.updates.optimizers import OptimizerRule
@@ -21,7 +20,7 @@ from hamdist.runtime.signals.signal import Channel, make_channels
 def with_delays(plan: Plan, delays: Mapping[str, int]) -> Plan:
     """Return `plan` with other ticks by edge, unchecked: for its time, not to be run."""
     graph, knobs, old = delayed(plan.graph, delays), plan.knobs, plan.channels
-    schedule: Schedule
+    schedule: AnySchedule
     if isinstance(plan.schedule, SequenceSchedule):
         schedule = SequenceSchedule(graph, knobs, carries=plan.schedule.carries)
     else:
@@ -62,7 +61,8 @@ def replannable(
     planned = settings.model_copy(update={"engine": engine})
 
     def replan(delays: Mapping[str, int]) -> Plan:
-        new = make_plan(delayed(graph, delays), planned, plan.spec, phi=phi, optimizer=optimizer)
+        changed, level = delayed(graph, delays), plan.knobs.own
+        new = make_plan(changed, planned, plan.spec, phi=phi, optimizer=optimizer, level=level)
         return dataclasses.replace(new, run=plan.run, snapshot_policy=plan.snapshot_policy)
 
     return dataclasses.replace(plan, replan=replan)

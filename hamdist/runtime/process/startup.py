@@ -68,6 +68,6 @@ def phases_to(
 def startup_line(total_seconds: float, seconds: Mapping[str, float]) -> str:
     """Return '8.3 s: Ray 4.0, actors 2.9, plan 1.0': the longest first, short ones left out."""
     total = f"{total_seconds:.1f} s"
-    longest = sorted(seconds.items(), key=lambda item: -item[1])
+    longest = sorted(seconds.items(), key=lambda pair: -pair[1])
     parts = [f"{TITLES.get(name, name)} {spent:.1f}" for name, spent in longest if spent >= 0.05]
     return f"{total}: {', '.join(parts)}" if parts else total

@@ -60,10 +60,12 @@ class SnapshotSupervision:
 
     @property
     def warnings(self) -> list[str]:
+        """Return the warnings so far."""
         return [*self._warnings, *self._failures.texts()]
 
     @property
     def snapshots(self) -> list[str]:
+        """Return the complete snapshots of the run."""
         self._collect()
         return self._catalogue.snapshots
 
@@ -77,6 +79,7 @@ class SnapshotSupervision:
 
     @property
     def replaced(self) -> list[Replaced]:
+        """Return the actors that were lost and replaced."""
         return [] if self._recovery is None else self._recovery.replaced
 
     @property

@@ -67,7 +67,7 @@ def evaluate(
 
 def evaluate_samples(
     model: nn.Module,
-    items: Iterable[Sample],
+    samples: Iterable[Sample],
     loss: Losses,
     targets: Collection[str] | None,
     *,
@@ -84,7 +84,7 @@ def evaluate_samples(
     """
     tallies: dict[str, _Tally] | None = None
     with _evaluating(model):
-        for n, sample in enumerate(items):
+        for n, sample in enumerate(samples):
             u = sample.u if sample.inputs is None else sample.inputs
             with _naming(n):
                 predictions = tensors(called(model, u))

@@ -12,6 +12,7 @@ R rotates (dynamics/modules/subspace.py): few large numbers among small ones, wh
 whole range of q, are spread over all (QuaRot, Ashkboos et al. 2024).
 
 top-k: Aji and Heafield 2017; Stich et al. 2018. n: numbers of a vector; N: vectors.
+A new code also gets its name in config/sections/engine.py, and its place in codec.py.
 """
 
 from __future__ import annotations

@@ -1,5 +1,7 @@
 """Signals and the channels they cross (their form on the wire: packing.py).
 
+The node that sends a signal stamps it (nodes/hold.py, pulse.py, sequence.py, source.py).
+
 A channel is one direction of an edge (or the path of the targets from the stream to a readout): it
 has one sender and one receiver, and its signals arrive in the order in which they were sent. A
 signal is paired with its use by its stamp, which the receiver checks; never by the order.

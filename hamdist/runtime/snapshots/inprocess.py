@@ -95,10 +95,12 @@ class InProcessSnapshots:
 
     @property
     def snapshots(self) -> list[str]:
+        """Return the complete snapshots of the run."""
         return self._catalogue.snapshots
 
     @property
     def warnings(self) -> list[str]:
+        """Return the warnings so far."""
         self._look_for_failures()
         return self._failures.texts()
 

@@ -45,11 +45,14 @@ class StatefulNode(Protocol):
     tick: int | None
 
     @property
-    def device(self) -> torch.device: ...
+    def device(self) -> torch.device:
+        """Return the device of the state."""
 
-    def state_dict(self) -> dict[str, Any]: ...
+    def state_dict(self) -> dict[str, Any]:
+        """Return the state."""
 
-    def load_state_dict(self, state: Mapping[str, Any]) -> None: ...
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Continue from a state."""
 
 
 @dataclass(frozen=True, slots=True)

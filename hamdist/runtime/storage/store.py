@@ -28,9 +28,11 @@ class Storage(Protocol):
 
     where: str
 
-    def write(self, name: str, data: bytes) -> None: ...
+    def write(self, name: str, data: bytes) -> None:
+        """Write a file as a whole, or not at all."""
 
-    def read(self, name: str) -> bytes: ...
+    def read(self, name: str) -> bytes:
+        """Return the contents of a file."""
 
     def folders(self) -> list[str]:
         """Return the names of the folders in it; none where it does not exist yet."""

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from itertools import takewhile
 
 from hamdist.dynamics.graph.graph import INPUT
-from hamdist.dynamics.schedule.events import Event, Kind, Phase, Stamp, emitted, source_events
+from hamdist.dynamics.schedule.events import Event, Kind, Phase, Stamp, emitted
 from hamdist.dynamics.schedule.hold import HoldSchedule
 from hamdist.dynamics.schedule.pulse import PulseSchedule
 from hamdist.dynamics.schedule.sequence import SequenceSchedule
@@ -98,7 +98,7 @@ class _Unrolled:
             self.ticks = self._schedule.following(self._span).start - opening.start
             self.samples = tokens
         else:
-            self.ticks, self.samples = self._schedule.c, 1
+            self.ticks, self.samples = self._schedule.round
             if self.ticks * len(self._nodes) > MOST_STEPS and plan.knobs.hold:
                 raise SettingsError(
                     f"locality.speed: a sample makes {self.ticks:,} ticks of {len(self._nodes):,} "
@@ -123,7 +123,7 @@ class _Unrolled:
     def _lag(self, node: str, event: Event) -> int:
         """Return what comes before the order of the blocks at a tick (nodes/loop.py)."""
         back = self._apart and event.phase is Phase.BACKWARD
-        return self._schedule.lag(node) if back else 0  # type: ignore[attr-defined]
+        return self._schedule.lag(node) if back else 0  # type: ignore[union-attr]
 
     def _late(self, block: str) -> bool:
         late = getattr(self._schedule, "late", None)
@@ -150,12 +150,12 @@ class _Unrolled:
                 ]
             )
         if node == INPUT:
+            first = self.start // self.ticks * self.samples
             parts = schedule.parts if isinstance(schedule, PulseSchedule) else 1
-            first = self.start // schedule.c * parts
-            source: Iterator[Event] = source_events(schedule.c, first, parts)
+            source: Iterator[Event] = schedule.emissions(first * parts)
         else:
-            source = schedule.events(node, self.start)  # type: ignore[attr-defined]
-        inside = takewhile(lambda event: event.tick < end + schedule.c, source)
+            source = schedule.events(node, self.start)
+        inside = takewhile(lambda event: event.tick < end + self.ticks, source)
         return (event for event in inside if self.start <= event.tick < end)
 
     def graph(self) -> StepGraph:

@@ -10,14 +10,16 @@ from typing import Any, overload
 from torch import nn
 from torch.utils.data import DataLoader, IterableDataset
 
-from hamdist.config import Loss, Settings, settled
+from hamdist.config import Loss, Settings, lay_over, settled
 from hamdist.dynamics.graph.graph import Graph
 from hamdist.dynamics.graph.inputs import arguments_of
 from hamdist.dynamics.modules.prenorm import stabilised
 from hamdist.dynamics.objective.losses import LossFunction, make_loss, model_loss
+from hamdist.dynamics.schedule.rounds import OwnLevel
 from hamdist.errors import ChoiceWarning, SettingsError
 from hamdist.runtime.placement.step_costs import example_input, example_inputs
 from hamdist.runtime.results.result import RunResult
+from hamdist.runtime.train.prepare import level_fields
 from hamdist.runtime.train.train import train as train_settings
 from hamdist.streams import Stream, from_iterable, from_loader
 from hamdist.streams.batch_names import Names
@@ -45,6 +47,9 @@ def prepared(
     if isinstance(loss, str):
         fields["loss"], loss = loss, None
     policy = fields.pop("partition") if callable(fields.get("partition")) else None
+    level = fields.get("level")
+    if isinstance(level, (OwnLevel, type)) or (isinstance(level, str) and ":" in level):
+        fields = lay_over(fields, level_fields("level", level))  # type: ignore[arg-type]
     merged = settled(settings, fields)
     at_level = merged.for_level(merged.level)
     ignored = at_level.ignore_index
@@ -61,6 +66,8 @@ def prepared(
     if at_level.model.stabilise:
         model = _stabilised(model, stream.spec)
     options = {"loss": losses, "policy": policy, **functions}
+    if isinstance(level, OwnLevel):
+        options["level"] = level
     return partial(train_settings, model, settings=at_level, **options), stream
 
 

@@ -10,6 +10,9 @@ rows a batch:
     backprop   where D = 0 (nothing is late), or `locality.speed: inf` waits for every message
     bptt       where blocks read their own past and the stream marks the ends of sequences
     steps      lr / (1 + d)^p,  p = 0.25 at L = 5, 0.5 at L = 20 (trace); 0.5 (local)
+    axes       Adam's step of 0.003 in rotated axes (`learning.inputs`) at level trace, where
+               messages are 32 samples late or later, `learning` says nothing of steps, and an
+               update takes at most 8 times the products of a plain one (evidence/studies)
     averaging  decay 0.99 at B = 32, 0.9995 at B = 1, over a tenth of the run at most; only where
                the step size does not fall anyway
 
@@ -21,20 +24,26 @@ from __future__ import annotations
 import itertools
 import math
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
+
+from torch import nn
 
 from hamdist.config import Credit, Decay, Level, Memory, Presentation, Settings, merge
 from hamdist.dynamics.graph.graph import Graph
 from hamdist.errors import ChoiceWarning
 from hamdist.streams.replay import samples_from
 from hamdist.streams.sample import Sample, Stream
-from hamdist.streams.smoothness import MOST_ITEMS, Smoothness
+from hamdist.streams.smoothness import MOST_SAMPLES, Smoothness
 from hamdist.streams.wrappers.chosen_targets import Derived
 
 ROUND_TRIPS = 2.5
 SHARE_OF_THE_RUN = 10
+LATE = 32  # samples from which on Adam's axes are turned
+COST = 8.0  # times the products of a plain update, at most
+ROTATED = {"lr": 0.003, "adaptive": {}, "inputs": {"rule": "rotated"}}
+_OF_AVERAGES = {"average", "decay", "floor", "warmup", "clip"}  # settings that say nothing of steps
 
 
 @dataclass(frozen=True)
@@ -45,6 +54,8 @@ class LevelFacts:
         depth: D; batch: rows.
         frames: S (None: unknown).
         ends: the stream marks the ends of sequences.
+        layers: inputs and outputs of each linear layer.
+        own_steps: an optimiser or rules come as code, or blocks share weights.
     """
 
     depth: int
@@ -52,6 +63,8 @@ class LevelFacts:
     frames: float | None = None
     acyclic: bool = True
     ends: bool = False
+    layers: Sequence[tuple[int, int]] = ()
+    own_steps: bool = False
 
 
 def chosen(settings: Settings, seen: LevelFacts) -> tuple[Settings, list[str]]:
@@ -60,7 +73,12 @@ def chosen(settings: Settings, seen: LevelFacts) -> tuple[Settings, list[str]]:
     why = [f"level {level.value!r}: {reason}"]
     at_level = settings.for_level(level)
     over: dict[str, Any] = {}
-    for fields, reasons in (_scaling(at_level, level, seen), _averaging(at_level, seen)):
+    choices = (
+        _scaling(at_level, level, seen),
+        _axes(at_level, level, seen),
+        _averaging(at_level, seen),
+    )
+    for fields, reasons in choices:
         over = merge(over, fields)
         why += reasons
     raw = at_level.model_dump(mode="json", exclude_unset=True)
@@ -89,7 +107,7 @@ def _level(settings: Settings, seen: LevelFacts) -> tuple[Level, str]:
     else:
         ticks = seen.frames * c
         smooth = ticks >= needed
-        over = "or more " if seen.frames >= MOST_ITEMS else ""
+        over = "or more " if seen.frames >= MOST_SAMPLES else ""
         measured = (
             f"the stream decorrelates over about {seen.frames:.3g} samples {over}of {c} tick(s), "
             f"{'not less' if smooth else 'less'} than {ROUND_TRIPS} round trips of {trip} ticks"
@@ -123,6 +141,32 @@ def _scaling(
     return {"locality": {"compensation": "delay-scaled", "delay_power": power}}, [reason]
 
 
+def _axes(settings: Settings, level: Level, seen: LevelFacts) -> tuple[dict[str, Any], list[str]]:
+    """Turn Adam's axes where messages are late by dozens of samples, and nothing asks for others.
+
+    Beside the three products of B rows with a weight of m x n an update takes four with square
+    matrices: it costs 1 + 2 (m + n) / (3 B) times as much.
+    """
+    learning, locality = settings.learning, settings.locality
+    c = locality.speed if isinstance(locality.speed, int) else 1
+    late, weights = 2 * seen.depth // c, sum(m * n for m, n in seen.layers)
+    said = learning.model_fields_set - _OF_AVERAGES or seen.own_steps or locality.double_buffered
+    if level is not Level.TRACE or late < LATE or said or locality.compensation or not weights:
+        return {}, []
+    more = sum(2 * m * n * (m + n) for m, n in seen.layers)
+    cost = 1 + more / (3 * seen.batch * weights)
+    if cost > COST:
+        return {}, [
+            f"plain steps: messages are {late} samples late, but Adam's steps along the axes of "
+            f"inputs and costates would take {cost:.0f} times the products (learning.inputs)"
+        ]
+    return {"learning": ROTATED}, [
+        f"Adam's steps of {ROTATED['lr']} along the axes of inputs and costates (learning.inputs "
+        f"'rotated'): messages are {late} samples late, and learning says nothing of steps; an "
+        f"update takes {cost:.1f} times the products of a plain one (learning.lr keeps plain steps)"
+    ]
+
+
 def _averaging(settings: Settings, seen: LevelFacts) -> tuple[dict[str, Any], list[str]]:
     learning = settings.learning
     if "average" in learning.model_fields_set or learning.decay is not Decay.NONE:
@@ -139,7 +183,11 @@ def _averaging(settings: Settings, seen: LevelFacts) -> tuple[dict[str, Any], li
 
 
 def resolved(
-    settings: Settings, stream: Stream, graph_of: Callable[[Settings], Graph]
+    settings: Settings,
+    stream: Stream,
+    graph_of: Callable[[Settings], Graph],
+    *,
+    own_steps: bool = False,
 ) -> tuple[Settings, Stream, list[str]]:
     """Replace level `auto` by the level that fits.
 
@@ -149,6 +197,7 @@ def resolved(
         settings: of any level.
         stream: its first samples are read.
         graph_of: cuts the model.
+        own_steps: an optimiser or rules come as code.
 
     Returns:
         The settings, the stream with its first samples put back, and the reasons.
@@ -158,7 +207,11 @@ def resolved(
     frames, ends = None, False
     if not paced:
         stream, frames, ends = looked_at(stream)
-    seen = LevelFacts(graph.depth, stream.spec.batch, frames, graph.acyclic, ends)
+    modules = [m for b in graph.blocks.values() if b.module is not None for m in b.module.modules()]
+    layers = [(m.in_features, m.out_features) for m in modules if isinstance(m, nn.Linear)]
+    own_steps = own_steps or bool(graph.shared)
+    batch = stream.spec.batch
+    seen = LevelFacts(graph.depth, batch, frames, graph.acyclic, ends, layers, own_steps)
     level_settings, why = chosen(settings, seen)
     for text in why:
         warnings.warn(ChoiceWarning(f"auto: {text}"), stacklevel=4)
@@ -168,7 +221,7 @@ def resolved(
 def looked_at(stream: Stream) -> tuple[Stream, float | None, bool]:
     """Return the stream, first samples put back, their S, and True if one ends a sequence."""
     samples = stream.samples()
-    first = list(itertools.islice(samples, MOST_ITEMS))
+    first = list(itertools.islice(samples, MOST_SAMPLES))
     smoothness = Smoothness()
     for sample in first:
         smoothness.observe(sample.u)

@@ -8,7 +8,7 @@ from typing import Any, TypeAlias
 import torch
 from torch import nn
 
-from hamdist.config import EngineKind, Readout, Settings, did_you_mean
+from hamdist.config import EngineKind, Level, Readout, Settings, did_you_mean
 from hamdist.dynamics.graph.checks import check_parameters, check_shared_modules
 from hamdist.dynamics.graph.graph import Graph
 from hamdist.dynamics.graph.inputs import by_parent
@@ -24,6 +24,7 @@ from hamdist.dynamics.partition.split import (
 from hamdist.dynamics.rules.names import HOMES, built_in
 from hamdist.dynamics.rules.rule import Rule
 from hamdist.dynamics.schedule.levels import Locality, make_locality
+from hamdist.dynamics.schedule.rounds import OwnLevel
 from hamdist.dynamics.user_modules.copies import copied, unwrapped
 from hamdist.dynamics.user_modules.hooks import check_hooks
 from hamdist.errors import SettingsError
@@ -141,6 +142,36 @@ def _graph(
     graph.example = by_parent(example)
     graph.notes[:0] = notes
     return graph
+
+
+def make_level(field: str, named: OwnLevel | str) -> OwnLevel:
+    """Return the level of one's own that `named` is or names; raise SettingsError if it is none."""
+    made: object = named
+    if isinstance(named, str):
+        function = load_function(field, named)
+        check_call(field, named, function)
+        made = called(field, function)
+    if not isinstance(made, OwnLevel):
+        raise SettingsError(f"{field} {named!r}: give a hamdist.OwnLevel, or FILE.py:NAME of one")
+    return made
+
+
+def level_fields(field: str, named: OwnLevel | str) -> dict[str, Any]:
+    """Return the fields of settings by which a run is at a level of one's own."""
+    level = make_level(field, named)
+    kind = type(level)
+    name = named if isinstance(named, str) else f"{kind.__module__}:{kind.__qualname__}"
+    return {"level": level.base, "locality": {"level": name}}
+
+
+def settings_at(settings: Settings, level: Level | str) -> Settings:
+    """Return the settings at a level, which may be one's own, by name. Raises SettingsError."""
+    if isinstance(level, Level):
+        return settings.for_level(level)
+    fields = level_fields("level", level)
+    merged = settings.for_level(Level(fields["level"]))
+    locality = merged.locality.model_copy(update={**fields["locality"], "speed": None})
+    return merged.model_copy(update={"locality": locality})
 
 
 NamedRule: TypeAlias = "Rule | str | Mapping[str, Any]"

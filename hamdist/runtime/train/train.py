@@ -18,6 +18,7 @@ from hamdist.dynamics.objective.losses import Losses, make_losses
 from hamdist.dynamics.partition.reversible_blocks import drift_warnings
 from hamdist.dynamics.partition.split import Policy
 from hamdist.dynamics.rules.rule import Rule
+from hamdist.dynamics.schedule.rounds import OwnLevel
 from hamdist.dynamics.updates.constants import TickSchedule
 from hamdist.dynamics.updates.optimizers import OptimizerFunction, OptimizerRule, SchedulerFunction
 from hamdist.dynamics.user_modules.python_state import check_apart, unchanged
@@ -65,6 +66,7 @@ from hamdist.runtime.train.prepare import (
     NamedRule,
     graph_in_blocks,
     in_dtype_of,
+    make_level,
     make_rule,
     modules_of,
 )
@@ -76,7 +78,10 @@ OWN = "hamdist."  # streams of this package, which know what they give
 
 
 class Engine(Protocol):
-    def run(self, plan: Plan, stream: Stream, on_progress: OnProgress | None = None) -> Outcome: ...
+    """Moves the signals of a run between its blocks, in one process or several."""
+
+    def run(self, plan: Plan, stream: Stream, on_progress: OnProgress | None = None) -> Outcome:
+        """Run a plan to its end, and return what came of it."""
 
 
 def train(
@@ -90,6 +95,7 @@ def train(
     optimizer: OptimizerFunction | None = None,
     scheduler: SchedulerFunction | None = None,
     rules: Mapping[str, NamedRule] | None = None,
+    level: OwnLevel | None = None,
     on_progress: OnProgress | None = None,
     resume: str | Path | None = None,
 ) -> RunResult:
@@ -103,6 +109,7 @@ def train(
         settings: of the run.
         loss: instead of `settings.loss`; by output for a model that has several.
         policy: where blocks begin, instead of `settings.partition`.
+        level: that `settings.locality.level` names.
         on_progress: called one to four times a second, and for every phase of the start, in the
             calling thread; it may end the run, as that of `hamdist.train`.
 
@@ -129,14 +136,24 @@ def train(
             spec = _spec_with_example(stream)
             if settings.level is Level.AUTO:
                 build = partial(graph_in_blocks, model, spec, losses, policy)
-                settings, stream, why = resolved(settings, stream, build)
+                own_steps = any(one is not None for one in (optimizer, scheduler, rules))
+                settings, stream, why = resolved(settings, stream, build, own_steps=own_steps)
                 spec = replace(stream.spec, example=spec.example)
             known_by = identity(stream, spec.example)
             rule = OptimizerRule(function=optimizer, scheduler=scheduler)
             named = {**(rules or {}), **settings.learning.rules, **(rules or {})}
             by_name = {p: make_rule(f"rules.{p}", r) for p, r in named.items()}
             work = _Work(
-                model, spec, settings, losses, policy, phi, known_by, optimizer=rule, rules=by_name
+                model,
+                spec,
+                settings,
+                losses,
+                policy,
+                phi,
+                known_by,
+                optimizer=rule,
+                rules=by_name,
+                level=level or _named_level(settings),
             )
             notes: list[str] = []
             if resume is None:
@@ -183,6 +200,11 @@ def _spec_with_example(stream: Stream) -> SampleSpec:
     return spec if first is None else with_example(spec, first)
 
 
+def _named_level(settings: Settings) -> OwnLevel | None:
+    name = settings.locality.level
+    return None if name is None else make_level("locality.level", name)
+
+
 @dataclass(frozen=True)
 class _Work:
     """Arguments of `train`, and the stream's identity (`known_by`, snapshots/resume.py). `keeps`:
@@ -198,6 +220,7 @@ class _Work:
     keeps: bool = True
     optimizer: OptimizerRule | None = None
     rules: Mapping[str, Rule] = field(default_factory=dict)
+    level: OwnLevel | None = None
 
     def graph(self) -> Graph:
         settings = self.settings
@@ -210,7 +233,12 @@ class _Work:
             blocks = graph.unsliced.blocks
             check_apart({n: [m for m in (b.module, b.output) if m] for n, b in blocks.items()})
             plan = make_plan(
-                graph, self.settings, self.spec, phi=self.phi, optimizer=self.optimizer
+                graph,
+                self.settings,
+                self.spec,
+                phi=self.phi,
+                optimizer=self.optimizer,
+                level=self.level,
             )
             try_rules(plan)
         if graph.state:
@@ -310,7 +338,8 @@ def plan_of(
     raises SnapshotError if the snapshot is of another one.
     """
     rules = {p: make_rule(f"rules.{p}", rule) for p, rule in settings.learning.rules.items()}
-    work = _Work(model, spec, settings, None, None, None, rules=rules)
+    level = _named_level(settings)
+    work = _Work(model, spec, settings, None, None, None, rules=rules, level=level)
     if snapshot is None:
         return work.planned()[1]
     work = work._kept_at(snapshot)

@@ -100,7 +100,8 @@ class Sender(Protocol):
     def send(self, signals: Sequence[Signal]) -> None:
         """Send `signals` as one message, once there is room for all of them."""
 
-    def close(self) -> None: ...
+    def close(self) -> None:
+        """Close the end."""
 
 
 class Receiver(Protocol):
@@ -111,7 +112,8 @@ class Receiver(Protocol):
     def receive(self, stamp: Stamp) -> Signal:
         """Return the next signal. `stamp` is the expected one, for errors; it is not compared."""
 
-    def close(self) -> None: ...
+    def close(self) -> None:
+        """Close the end."""
 
 
 def socket_folder(run: int) -> Path:

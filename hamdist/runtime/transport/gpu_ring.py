@@ -61,9 +61,11 @@ class GpuMemoryError(RuntimeError):  # as all that torch raises of a GPU
 class GpuMemory(Protocol):
     """The memory of one device; what it shares is of type uint8."""
 
-    def holds(self, tensor: Tensor) -> bool: ...
+    def holds(self, tensor: Tensor) -> bool:
+        """Return True for a tensor on the device."""
 
-    def new(self, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor: ...
+    def new(self, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
+        """Return uninitialised memory of the device."""
 
     def lend(self, nbytes: int) -> tuple[Tensor, bytes]:
         """Allocate memory, and return it with plain data by which another process can reach it.

@@ -1,1 +1,1 @@
-"""Sources of items: arrays, data sets, text, drifting and generated signals."""
+"""Sources of samples: arrays, data sets, text, drifting and generated signals."""

@@ -70,12 +70,14 @@ class DataSet:
 def digits(batch: int, seed: int, dtype: torch.dtype, *, validation: bool = False) -> DataSet:
     """Return scikit-learn's handwritten digits: 1797 images of 8 x 8, 10 classes, no download.
 
-    Items: u (B, 64) of `dtype`, y (B,) int64. Of each class every fifth image, counted from the
+    Samples: u (B, 64) of `dtype`, y (B,) int64. Of each class every fifth image, counted from the
     third, is held out (20 %, stratified). Pixels are standardised with the mean and the standard
     deviation of all pixels of the training part; per-pixel factors would blow up the pixels that
     are nearly always blank.
 
     Args:
+        batch, seed: rows of a sample; of the order of the samples.
+        dtype: of u.
         validation: hold out a sixth of the training part instead (`without_test`).
 
     Raises:
@@ -116,12 +118,14 @@ def _digits() -> tuple[Tensor, Tensor]:
 def mnist1d(batch: int, seed: int, dtype: torch.dtype, *, validation: bool = False) -> DataSet:
     """Return MNIST-1D: 4,000 signals of 40 points, 10 classes; 1,000 held out.
 
-    Items: u (B, 40) of `dtype`, mean 0 and deviation 1 over all; y (B,) int64. The data are the
+    Samples: u (B, 40) of `dtype`, mean 0 and deviation 1 over all; y (B,) int64. The data are the
     authors' (Greydanus and Kobak, 2024; their seed 42): ten templates of 12 points, padded,
     stretched, scaled, shifted, with noise and a slope. Small, and yet an MLP, a convnet and a
     linear model differ by much. The package draws them here; its pickled file is not used.
 
     Args:
+        batch, seed: rows of a sample; of the order of the samples.
+        dtype: of u.
         validation: hold out a sixth of the training part instead (`without_test`).
 
     Raises:

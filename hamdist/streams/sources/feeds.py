@@ -3,8 +3,8 @@
 Each is an iterator of dicts (`u`, and `y`, `end` where they are known) for `hamdist.train`, or for
 a live run, whose journal has a sample when `feed` returns:
 
-    for item in hamdist.streams.mqtt("sensors/+", "127.0.0.1"):
-        run.feed(**item)
+    for sample in hamdist.streams.mqtt("sensors/+", "127.0.0.1"):
+        run.feed(**sample)
 """
 
 from __future__ import annotations
@@ -22,13 +22,13 @@ import torch
 
 from hamdist.errors import SettingsError, StreamError, need_package
 
-Item = dict[str, Any]
+FeedSample = dict[str, Any]
 _UNFINISHED = (".tmp", ".part")
 _LONGEST = 2**26  # bytes of a line
 
 
-def read_json(text: bytes) -> Item:
-    """Return the item of a JSON object {"u": [[...]], "y": [...], "end": false}; reals are float32.
+def read_json(text: bytes) -> FeedSample:
+    """Return the sample of JSON {"u": [[...]], "y": [...], "end": false}, with reals as float32.
 
     Args:
         text: of one message or line.
@@ -38,9 +38,9 @@ def read_json(text: bytes) -> Item:
     """
     try:
         value = json.loads(text)
-        item = {name: value[name] for name in ("u", "y", "end") if value.get(name) is not None}
-        return {n: v if n == "end" else _tensor(v) for n, v in item.items() if n != "u"} | {
-            "u": _tensor(item["u"])
+        sample = {name: value[name] for name in ("u", "y", "end") if value.get(name) is not None}
+        return {n: v if n == "end" else _tensor(v) for n, v in sample.items() if n != "u"} | {
+            "u": _tensor(sample["u"])
         }
     except (ValueError, TypeError, KeyError, AttributeError) as error:
         shown = text[:60].decode(errors="replace")
@@ -57,10 +57,10 @@ def socket(
     host: str,
     port: int,
     *,
-    read: Callable[[bytes], Item] = read_json,
+    read: Callable[[bytes], FeedSample] = read_json,
     patience: float = 60.0,
     wait: float = 0.5,
-) -> Iterator[Item]:
+) -> Iterator[FeedSample]:
     """Yield the lines of a TCP server, one sample a line.
 
     A connection that is lost is made again, every `wait` seconds. What the server sent meanwhile is
@@ -94,7 +94,7 @@ def socket(
         time.sleep(wait)
 
 
-def files(folder: str | Path, *, after: str = "", look: float | None = 1.0) -> Iterator[Item]:
+def files(folder: str | Path, *, after: str = "", look: float | None = 1.0) -> Iterator[FeedSample]:
     """Yield the samples of a folder that grows: .jsonl (one a line), .npz (one a file: u, y).
 
     Files come in the order of their names, which has to be the order in which they appear. Write
@@ -123,19 +123,19 @@ def files(folder: str | Path, *, after: str = "", look: float | None = 1.0) -> I
         time.sleep(look)
 
 
-def _samples_of(path: Path) -> Iterator[Item]:
+def _samples_of(path: Path) -> Iterator[FeedSample]:
     try:
         if path.suffix == ".jsonl":
             with path.open("rb") as lines:
                 yield from map(read_json, lines)
             return
         with np.load(path, allow_pickle=False) as arrays:
-            item = {name: _tensor(arrays[name]) for name in arrays.files if name in ("u", "y")}
+            sample = {name: _tensor(arrays[name]) for name in arrays.files if name in ("u", "y")}
     except (OSError, ValueError, StreamError) as error:
         raise StreamError(f"{path}: {error}") from None
-    if "u" not in item:
+    if "u" not in sample:
         raise StreamError(f"{path}: no array u")
-    yield item
+    yield sample
 
 
 def mqtt(
@@ -144,11 +144,11 @@ def mqtt(
     port: int = 1883,
     *,
     client: str = "hamdist",
-    read: Callable[[bytes], Item] = read_json,
+    read: Callable[[bytes], FeedSample] = read_json,
     patience: float = 60.0,
     username: str | None = None,
     password: str | None = None,
-) -> Iterator[Item]:
+) -> Iterator[FeedSample]:
     """Yield the messages of a topic at a broker, one sample a message (paho-mqtt, extra `mqtt`).
 
     Messages are taken with quality of service 1, in a session that the broker keeps for `client`.

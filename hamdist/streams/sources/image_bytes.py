@@ -94,4 +94,5 @@ def _read(path: Path) -> bytes:
 
 
 def by(shape: tuple[int, ...]) -> str:
+    """Return a shape as text, such as 3 x 32 x 32."""
     return " x ".join(map(str, shape))

@@ -124,7 +124,7 @@ def fashion_mnist(
     *,
     validation: bool = False,
 ) -> DataSet:
-    """Read Fashion-MNIST from IDX files: 60 000 images of 28 x 28, 10 classes, 10 000 held out.
+    """Return Fashion-MNIST from IDX files: 60 000 images of 28 x 28, 10 classes, 10 000 held out.
 
     Samples: u (B, 784) of `dtype`, (pixel/255 - 0.286) / 0.353; y (B,) int64.
 
@@ -152,7 +152,7 @@ def mnist(
     *,
     validation: bool = False,
 ) -> DataSet:
-    """Read MNIST from IDX files: 60 000 images of 28 x 28, 10 digits, 10 000 held out.
+    """Return MNIST from IDX files: 60 000 images of 28 x 28, 10 digits, 10 000 held out.
 
     Samples: u (B, 784) of `dtype`, (pixel/255 - 0.1307) / 0.3081; y (B,) int64.
 
@@ -179,7 +179,7 @@ def cifar10(
     *,
     validation: bool = False,
 ) -> DataSet:
-    """Read CIFAR-10's binary version: 50 000 images of 3 x 32 x 32, 10 classes, 10 000 held out.
+    """Return CIFAR-10 (binary): 50 000 images of 3 x 32 x 32, 10 classes, 10 000 held out.
 
     Samples: u (B, 3, 32, 32) of `dtype`, standardised by channel with (0.4914, 0.4822, 0.4465) and
     (0.2470, 0.2435, 0.2616); y (B,) int64.

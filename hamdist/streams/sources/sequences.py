@@ -20,7 +20,7 @@ from hamdist.streams.sources.texts import padded
 class TokenStream:
     """The tokens of N sequences, sequence after sequence, for a recurrent network.
 
-    Item: u (B,) int64, the next token of B sequences side by side; the last token of a sequence has
+    Sample: u (B,) int64, the next token of B sequences side by side; a sequence's last token has
     `end` and y (B,) int64, the labels; the others have no target, unless `every` is set. The
     sequences of a batch are padded with 0 in front, to the longest of them. Their order, `shuffled`
     and `endless` are those of an `ArrayStream` of their numbers. Portable.

@@ -75,6 +75,7 @@ def token_sequences(
         count: N, half of each class.
         length: T; of a longer text the last T tokens are taken, a shorter one is padded in front
             with 0, so that the last token is always a word.
+        seed: of the sentences, and of the order.
         path: files of real texts, as for `read_texts`.
 
     Raises:
@@ -134,6 +135,9 @@ def load_glove(
     Args:
         path: a text file with one word and its D numbers a line, parted by spaces (as
             nlp.stanford.edu distributes it; a word may hold spaces).
+        vocabulary: the words, in the order of the rows.
+        seed: of the words that the file lacks.
+        dtype: of the result.
 
     Raises:
         StreamError: the file cannot be read, a line has fewer than D numbers or another thing

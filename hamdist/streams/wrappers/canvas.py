@@ -87,7 +87,11 @@ class Canvas(Derived):
         return replace(inner, u_shape=canvas_shape(inner.u_shape, self._side))
 
     def samples(self) -> Iterator[Sample]:
-        """Yield the samples from sample 0 on."""
+        """Yield the samples from sample 0 on.
+
+        Raises:
+            StreamError: the wrapped stream has late targets.
+        """
         now: Sample | None = None
         n = 0
         for after in self._stream.samples():

@@ -50,7 +50,7 @@ class RunRecord:
         prequential: accuracy over the whole run.
         rows: that it learned from.
         curve: prequential, per window (rows so far, seconds, accuracy, loss).
-        drifts: (item, accuracy before, lowest, samples until it was back).
+        drifts: (sample, accuracy before, lowest, samples until it was back).
         settings: in full.
         cpu_seconds, joules: as of a `Run`; joules of runs that were made alone.
         blocks: by block the fields of `BlockFacts`; of tuning runs nothing.

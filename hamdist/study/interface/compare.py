@@ -175,17 +175,17 @@ def _watches(
     left: TimeLeft,
 ) -> Callable[[PlannedRun], OnProgress]:
     """Return a function that makes the progress display of a planned run."""
-    numbers = {item: number for number, item in enumerate(planned, start=1)}
+    numbers = {run: number for number, run in enumerate(planned, start=1)}
 
-    def watch(item: PlannedRun) -> OnProgress:
-        left.more = len(planned) - numbers[item]
-        title = f"[{numbers[item]}/{len(planned)}] seed {item.seed}, {item.name}"
+    def watch(run: PlannedRun) -> OnProgress:
+        left.more = len(planned) - numbers[run]
+        title = f"[{numbers[run]}/{len(planned)}] seed {run.seed}, {run.name}"
         show = display.watch(title, batch, left)
         if folder is None:
             return show
-        begun = RunBegun.of(settings.model_copy(update={"seed": item.seed}), title, batch)
-        engine = begun.engine if item.level is not None else "pytorch"
-        return folder.watch(replace(begun, level=item.name, engine=engine), show)
+        begun = RunBegun.of(settings.model_copy(update={"seed": run.seed}), title, batch)
+        engine = begun.engine if run.level is not None else "pytorch"
+        return folder.watch(replace(begun, level=run.name, engine=engine), show)
 
     return watch
 

@@ -13,6 +13,7 @@ from hamdist.dynamics.user_modules.copies import copied
 from hamdist.errors import SettingsError
 from hamdist.models.build import ModelFactory, load_factory
 from hamdist.study.verify.runner import Topic, VerifyRow, own_model_topic, run, topics
+from hamdist.study.verify.topics.level import VerifiedLevel
 from hamdist.study.verify.topics.own_model import VerifiedModel, parse_shape
 from hamdist.study.verify.topics.rule import VerifiedRule
 
@@ -57,6 +58,7 @@ def chosen_topics(
     only: Sequence[str] = (),
     golden: Path | None = None,
     rule: str | None = None,
+    level: str | None = None,
     input_shape: str | Sequence[int] | None = None,
     classes: int | None = None,
     batch: int | None = None,
@@ -67,19 +69,22 @@ def chosen_topics(
 
     Args:
         option: the text of an argument's name in errors.
-        model, only, golden, rule, input_shape, classes, batch, blocks: as of `verify`.
+        model, only, golden, rule, level, input_shape, classes, batch, blocks: as of `verify`.
     """
     of_model = {"input_shape": input_shape, "classes": classes, "batch": batch, "blocks": blocks}
     extra = next((option(name) for name, value in of_model.items() if value is not None), None)
     of_topics = {"golden": golden, "only": only or None}
     chooses = next((option(name) for name, value in of_topics.items() if value is not None), None)
-    if rule is not None and (model is not None or chooses):
-        raise SettingsError(f"{option('rule')} {rule!r} is verified alone: leave the others out")
+    alone = [(kind, name) for kind, name in (("rule", rule), ("level", level)) if name is not None]
+    if alone and (model is not None or chooses or alone[1:]):
+        kind, name = alone[0]
+        raise SettingsError(f"{option(kind)} {name!r} is verified alone: leave the others out")
     if model is None and extra:
         raise SettingsError(f"{extra} belongs to {option('model')}: give both")
-    if rule is not None:
-        verified = VerifiedRule(rule)
-        return [Topic("rule", f"the rule {rule}", lambda full: verified.checks(), answers=True)]  # noqa: ARG005
+    if alone:
+        kind, name = alone[0]
+        verified = VerifiedRule(name) if kind == "rule" else VerifiedLevel(name)
+        return [Topic(kind, f"the {kind} {name}", lambda full: verified.checks(), answers=True)]  # noqa: ARG005
     if model is None:
         names = [name.strip() for text in only for name in text.split(",") if name.strip()]
         return topics(names, golden)
@@ -110,13 +115,14 @@ def verify(
     full: bool = False,
     golden: str | Path | None = None,
     rule: str | None = None,
+    level: str | None = None,
     input_shape: Sequence[int] | None = None,
     classes: int | None = None,
     batch: int | None = None,
     blocks: int | None = None,
     on_row: Callable[[VerifyRow], object] | None = None,
 ) -> Verification:
-    """Prove it: statements of the papers, or a model, against oracles of their own.
+    """Return the checks of the papers' statements, or of a model, against oracles of their own.
 
         assert hamdist.verify(model, input_shape=(3, 28, 28), classes=10).passed
 
@@ -125,7 +131,7 @@ def verify(
         only: topics (`hamdist verify --help`); none: all.
         full: the papers' sizes, which take half an hour.
         golden: a folder of golden files, instead of those that are shipped.
-        rule: `file.py:name` of a rule of learning, which is verified alone.
+        rule: `file.py:name` of a rule of learning, which is verified alone; level: of a level.
         input_shape: of the model, without the batch.
         classes: the model's targets are classes; None: real values.
         batch: rows of the model's input; None: 4.
@@ -137,8 +143,8 @@ def verify(
     """
     folder = None if golden is None else Path(golden)
     chosen = chosen_topics(
-        model, only=only, golden=folder, rule=rule, input_shape=input_shape, classes=classes,
-        batch=batch, blocks=blocks,
+        model, only=only, golden=folder, rule=rule, level=level, input_shape=input_shape,
+        classes=classes, batch=batch, blocks=blocks,
     )  # fmt: skip
     verification = Verification()
     for row in run(chosen, full, lambda *_: None):

@@ -34,26 +34,26 @@ BlockObserver: TypeAlias = Callable[[str, int, FrozenRunBlock], None]
 def watch(
     graph: Graph,
     settings: Settings,
-    items: Iterable[tuple[Tensor, Tensor]],
+    samples: Iterable[tuple[Tensor, Tensor]],
     look: BlockObserver,
     *,
     classes: int | None = None,
     prepare: Callable[[str, FrozenRunBlock], None] | None = None,
 ) -> None:
-    """Step `graph` through `items` as the engine in one process does.
+    """Step `graph` through `samples` as the engine in one process does.
 
     Raises LevelError if blocks are not held.
 
     Args:
         graph: the graph.
         settings: of the run.
-        items: (u, target) of each sample.
+        samples: (u, target) of each sample.
         look: called with (block's name, k, block) after tick k of each block; h and omega are then
             those of k + 1, z is that of k, and in the sequential order omega is.
         classes: of class targets.
         prepare: sets a block's first states.
     """
-    stream = from_iterable(items, classes=classes)
+    stream = from_iterable(samples, classes=classes)
     plan = make_plan(graph.copy(), settings, stream.spec)
     network = PlanNodes(plan)
     for name, node in network.nodes.items():

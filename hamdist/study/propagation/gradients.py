@@ -119,7 +119,7 @@ def local_gradients(
     ends = {end - 1: i for i, end in enumerate(itertools.accumulate(windows))}
     seen: list[dict[str, list[Tensor]]] = [{} for _ in windows]
 
-    def items() -> Iterator[tuple[Tensor, Tensor]]:
+    def samples() -> Iterator[tuple[Tensor, Tensor]]:
         for t, ticks in zip(stream.looks, windows, strict=True):
             for back in reversed(range(ticks)):
                 yield stream.u(t - back * tau), stream.y(t - back * tau)
@@ -129,7 +129,7 @@ def local_gradients(
             seen[ends[k]][name] = [o / tau for o in omegas(block)]
 
     settings = frozen(tau, c, target=target)
-    watch(network.graph, settings, items(), look, classes=network.values.classes)
+    watch(network.graph, settings, samples(), look, classes=network.values.classes)
     order = list(network.graph.blocks)
     return [flat(g for name in order for g in by[name]) for by in seen], sum(windows)
 

@@ -13,7 +13,7 @@ import numpy as np
 
 from hamdist.display.figure import FigureCurve, PageFigure
 from hamdist.display.table import MISSING, Table, csv_text, markdown
-from hamdist.study.propagation.settling import CountRow, DecayFit
+from hamdist.study.propagation.settling import CountRow
 from hamdist.study.propagation.streams import PERIOD, SWITCHED_ON, StreamKind
 from hamdist.study.propagation.study import SpeedResult, SpeedRow
 from hamdist.study.report.files import to_json
@@ -198,7 +198,7 @@ def save_speed(folder: Path, result: SpeedResult) -> None:
     }
     write_file(folder / "speed.json", to_json(record, indent=2))
     steepest = max(fits(drawn), key=lambda f: f.c_tau, default=None)
-    figures = speed_figures(drawn, steepest, result.decays)
+    figures = speed_figures(drawn, steepest)
     title = escape(f"hamdist study speed: {result.network}")
     parts = [f"<h1>{title}</h1>", FIGURES]
     write_file(folder / "speed.html", page(title, parts, [baked(figures=figures)]))
@@ -208,12 +208,11 @@ def save_speed(folder: Path, result: SpeedResult) -> None:
 
 
 # -- figures ---------------------------------------------------------------------------------------
-# Error and 1 - cos against c, and the decay of a static error: colours tell the streams apart,
-# dashes c tau.
+# Error and 1 - cos against c: colours tell the streams apart, dashes c tau.
 
 COLOUR_OF = {StreamKind.SMOOTH.value: 0, StreamKind.RANDOM.value: 1, StreamKind.STATIC.value: 2}
 # Below these a static input's error is on its way to round-off; it would flatten all else.
-ERROR_FLOOR, ANGLE_FLOOR, DECAY_FLOOR = 1e-4, 1e-8, 1e-9
+ERROR_FLOOR, ANGLE_FLOOR = 1e-4, 1e-8
 
 
 @dataclass(frozen=True, slots=True)
@@ -248,11 +247,9 @@ class Fit:
     one_minus_cos: SlopeFit
 
 
-def speed_figures(
-    curves: Sequence[Curve], fitted: Fit | None, decays: Sequence[DecayFit]
-) -> list[PageFigure]:
+def speed_figures(curves: Sequence[Curve], fitted: Fit | None) -> list[PageFigure]:
     """Return the figures; the slopes of `fitted` are drawn, too."""
-    steps = sorted({c.c_tau for c in curves} | {d.c_tau for d in decays}, reverse=True)
+    steps = sorted({c.c_tau for c in curves}, reverse=True)
     figures = []
     for title, name, floor in (
         ("Relative error of the gradient", "error", ERROR_FLOOR),
@@ -272,21 +269,4 @@ def speed_figures(
             drawn.append(FigureCurve(label, speeds, y, (), None))
         x_label = "c, hops per second"
         figures.append(PageFigure(title, x_label, title, drawn, log_x=True, log_y=True))
-    return figures + _decay_figures(decays, steps)
-
-
-def _decay_figures(decays: Sequence[DecayFit], steps: Sequence[float]) -> list[PageFigure]:
-    """Return a curve per c tau (of the first seed), against the hops made so far, k c tau."""
-    drawn: list[FigureCurve] = []
-    first = {decay.c_tau: decay for decay in reversed(decays)}
-    for c_tau, decay in sorted(first.items(), reverse=True):
-        hops = [k * c_tau for k in range(len(decay.differences))]
-        style = COLOUR_OF[StreamKind.STATIC.value], steps.index(c_tau)
-        for label, values, curve_style in (
-            (f"P[Bin(k, c τ) ≤ 2ν − 1], c τ = {c_tau:g}", decay.expected, None),
-            (f"c τ = {c_tau:g}", decay.differences, style),
-        ):
-            y = [v if v > DECAY_FLOOR else None for v in values]
-            drawn.append(FigureCurve(label, hops, y, (), curve_style))
-    title, x_label = "Static input: error by hops", "hops, k · c τ after k ticks"
-    return [PageFigure(title, x_label, "error", drawn, log_y=True)] if drawn else []
+    return figures

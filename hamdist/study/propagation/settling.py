@@ -25,7 +25,7 @@ from hamdist.config import Order
 from hamdist.dynamics.blocks.hold import HoldBlock
 from hamdist.streams.sample import generator
 from hamdist.study.propagation.frozen_run import FrozenRunBlock, flat, frozen, omegas, watch
-from hamdist.study.propagation.gradients import Network, not_through, ticks_to_settle
+from hamdist.study.propagation.gradients import Network, ticks_to_settle
 from hamdist.study.propagation.streams import F64, StreamKind, timed_stream
 
 ROUND_OFF = 1e-12  # relative difference up to which a value counts as exact
@@ -52,19 +52,6 @@ class CountRow:
     seed: int
     ticks: int | None
     expected: int
-
-
-@dataclass(frozen=True, slots=True)
-class DecayFit:
-    """The decay at c tau, by tick.
-
-    `differences`: the relative difference of omega's increment in the layer that is furthest off;
-    `expected`: P[ Binomial(k, c tau) <= 2 nu - 1 ].
-    """
-
-    c_tau: float
-    differences: Sequence[float]
-    expected: Sequence[float]
 
 
 @dataclass(frozen=True)
@@ -155,21 +142,14 @@ def _apart(value: Tensor, exact: Tensor) -> float:
     return float((value - exact.detach()).norm() / exact.detach().norm())
 
 
-def tick_counts(
-    network: Network, steps: Sequence[float], seed: int
-) -> tuple[list[CountRow], list[DecayFit]]:
+def tick_counts(network: Network, steps: Sequence[float], seed: int) -> list[CountRow]:
     """Return counted and expected ticks of a chain (`is_chain`).
 
-    They are exactness at c tau = 1 in both orders, and the decay at each of `steps`.
+    They are exactness at c tau = 1 in both orders, and the decay at each of `steps` below 1.
     """
-    rows, decays = [], []
-    for order in (Order.SIMULTANEOUS, Order.SEQUENTIAL):
-        rows += _exact(network, order, seed)
-    for a in steps:
-        counted, decay = _decay(network, a, seed)
-        rows += counted if a < 1 else []
-        decays.append(decay)
-    return rows, decays
+    orders = (Order.SIMULTANEOUS, Order.SEQUENTIAL)
+    exact = [row for order in orders for row in _exact(network, order, seed)]
+    return exact + [row for a in steps if a < 1 for row in _decay(network, a, seed)]
 
 
 def _exact(network: Network, order: Order, seed: int) -> list[CountRow]:
@@ -188,19 +168,16 @@ def _exact(network: Network, order: Order, seed: int) -> list[CountRow]:
     return rows
 
 
-def _decay(network: Network, a: float, seed: int) -> tuple[list[CountRow], DecayFit]:
+def _decay(network: Network, a: float, seed: int) -> list[CountRow]:
     hops = 2 * len(network.graph.blocks)
     expected = [ticks_to_settle(hops, a, error) for error in ERRORS]
     # The count ends where the error stays below, so more ticks are run than are expected.
     ticks = int(1.5 * max(expected)) + SPARE
     differences = relax(network, Order.SIMULTANEOUS, a, ticks, seed).gradient
-    rows = [
+    return [
         CountRow("simultaneous", a, "omega", 0, error, seed, settled(differences, error), k)
         for error, k in zip(ERRORS, expected, strict=True)
     ]
-    return rows, DecayFit(
-        a, differences, [not_through(k, hops, a) for k in range(len(differences))]
-    )
 
 
 def settled(differences: Sequence[float], bound: float) -> int | None:

@@ -25,7 +25,7 @@ from hamdist.study.propagation.gradients import (
     one_minus_cos,
     relative_error,
 )
-from hamdist.study.propagation.settling import CountRow, DecayFit, is_chain, tick_counts
+from hamdist.study.propagation.settling import CountRow, is_chain, tick_counts
 from hamdist.study.propagation.streams import F64, StreamKind, timed_stream
 from hamdist.study.shared.exact_runs import float64_settings
 
@@ -171,8 +171,7 @@ class SpeedRow:
 class SpeedResult:
     """The results of a study of speed.
 
-    `network`, `command`: in words; `counts`, `decays`: of static inputs, if the network is a chain;
-    decays of the first seed.
+    `network`, `command`: in words; `counts`: of static inputs, if the network is a chain.
     """
 
     study: SpeedStudy
@@ -180,7 +179,6 @@ class SpeedResult:
     command: str
     rows: Sequence[SpeedRow]
     counts: Sequence[CountRow]
-    decays: Sequence[DecayFit]
 
 
 def run_study(
@@ -196,7 +194,6 @@ def run_study(
     points = list(itertools.product(study.streams, study.steps, study.speeds))
     rows: list[SpeedRow] = []
     counts: list[CountRow] = []
-    decays: list[DecayFit] = []
     blocks = weights = 0
     with torch_threads(1):
         for seed in range(study.seeds):
@@ -206,11 +203,9 @@ def run_study(
                 rows.append(_row(network, kind, a, c, seed))
                 on_progress(len(rows), study.seeds * len(points), rows[-1])
             if StreamKind.STATIC in study.streams and is_chain(network):
-                counted, decay = tick_counts(network, study.steps, seed)
-                counts += counted
-                decays = decays or decay
+                counts += tick_counts(network, study.steps, seed)
     words = f"{subject.words}, {blocks} block{'s' * (blocks > 1)}, {weights:,} weights"
-    return SpeedResult(study, words, command, rows, counts, decays)
+    return SpeedResult(study, words, command, rows, counts)
 
 
 def _row(network: Network, kind: StreamKind, a: float, c: float, seed: int) -> SpeedRow:

@@ -71,12 +71,14 @@ def render(
 def _words(events: Sequence[RunEvent]) -> str:
     """Return where the time of each run went, in words, as far as the events tell."""
     texts = {name: texts for name, texts in explain(events).items() if len(texts) > 1}
-    items = "".join(
+    entries = "".join(
         f"<li><b>{escape(name)}</b>: {escape('; '.join(lines))}</li>"
         for name, lines in texts.items()
     )
     return (
-        f'<h2>Where the time went</h2><div class="advice"><ul>{items}</ul></div>' if items else ""
+        f'<h2>Where the time went</h2><div class="advice"><ul>{entries}</ul></div>'
+        if entries
+        else ""
     )
 
 

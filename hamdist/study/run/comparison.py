@@ -15,7 +15,7 @@ from hamdist.models.build import ModelFactory
 from hamdist.runtime.plan.rule_checks import PRESENTED
 from hamdist.runtime.process.interrupts import OnProgress
 from hamdist.runtime.ray_engine.session import ray_session
-from hamdist.runtime.train.prepare import make_rule
+from hamdist.runtime.train.prepare import make_rule, settings_at
 from hamdist.study.run.baseline import CENTRALISED
 from hamdist.study.run.run import DataFactory, Run, run_centralised, run_level
 from hamdist.study.shared.result_folder import Store
@@ -28,21 +28,23 @@ HELD = 20
 
 @dataclass(frozen=True, slots=True)
 class PlannedRun:
-    """A run that a comparison will make; `level` is None for the centralised baseline.
+    """A run that a comparison will make; `level` is None for the centralised baseline, and a name
+    for a level of one's own.
 
     rule: the name of a rule of learning that all blocks have, if they have one.
     """
 
-    level: Level | None
+    level: Level | str | None
     seed: int
     rule: str | None = None
 
     @property
     def name(self) -> str:
         """Return the level's name, the rule's, or 'centralised'."""
-        if self.rule is not None:
-            return self.rule.rpartition("/")[2]
-        return CENTRALISED if self.level is None else self.level.value
+        if self.rule is None and self.level is None:
+            return CENTRALISED
+        level = self.level.value if isinstance(self.level, Level) else self.level
+        return str(self.rule or level).rpartition("/")[2]
 
     def of(self, settings: Settings) -> Settings:
         """Return the settings of this run (those of `backprop` for the baseline).
@@ -51,7 +53,7 @@ class PlannedRun:
         ticks where a rule needs that, unless the settings say otherwise.
         """
         shows, kind = bool(settings.compare.rules), None
-        settings = settings.for_level(self.level or Level.BACKPROP)
+        settings = settings_at(settings, self.level or Level.BACKPROP)
         learning, locality = settings.learning, settings.locality
         if self.rule is not None:
             kind = make_rule("compare.rules", self.rule).presentation
@@ -88,13 +90,15 @@ def plan(settings: Settings) -> list[PlannedRun]:
             "steps: a comparison needs the number of samples of each run; set it in the settings "
             "or with --steps"
         )
-    levels: list[tuple[Level, str | None]] = [(chosen, None) for chosen in settings.compare.levels]
+    levels: list[tuple[Level | str, str | None]] = [
+        (level, None) for level in settings.compare.levels
+    ]
     if settings.compare.rules:
         levels = [_of_rule(name, settings.level) for name in settings.compare.rules]
     levels = list(dict.fromkeys(levels))
     names = [PlannedRun(level, 0, rule).name for level, rule in levels]
     if len({*names}) < len(names):
-        raise SettingsError(f"compare.rules: two have the same name: {', '.join(names)}")
+        raise SettingsError(f"compare: two have the same name: {', '.join(names)}")
     seeds = range(settings.seed, settings.seed + settings.compare.seeds)
     baselines = [PlannedRun(None, seed) for seed in seeds]
     return baselines + [PlannedRun(level, seed, rule) for seed in seeds for level, rule in levels]
@@ -135,17 +139,17 @@ def compare(
         plain: makes the module of the baseline, if it is another one than the levels'.
     """
     with ExitStack() as stack:
-        for item in planned:
-            callback = None if on_progress is None else on_progress(item)
-            run_settings = _with_own_snapshots(item.of(settings), item.name)
-            key = run_key(run_settings, item.name, made_of)
+        for each in planned:
+            callback = None if on_progress is None else on_progress(each)
+            run_settings = _with_own_snapshots(each.of(settings), each.name)
+            key = run_key(run_settings, each.name, made_of)
             stored = None if store is None else store.find(key)
             if stored is not None:
                 yield stored
                 continue
-            if item.level is not None and run_settings.engine.kind is EngineKind.RAY:
+            if each.level is not None and run_settings.engine.kind is EngineKind.RAY:
                 stack.enter_context(ray_session(run_settings.engine))
-            if item.level is None:
+            if each.level is None:
                 try:
                     run, _ = run_centralised(
                         run_settings, factory=factory, data=data, plain=plain, on_progress=callback
@@ -158,7 +162,7 @@ def compare(
                     ) from error
             else:
                 run, _ = run_level(run_settings, factory=factory, data=data, on_progress=callback)
-                run.level = item.name
+                run.level = each.name
             if store is not None and not run.interrupted:
                 store.keep(key, json.dumps({"key": key, **run.as_json()}))
             yield run

@@ -117,15 +117,15 @@ class Timeline:
             self._points = self._points[::2]
         return None if self._then is None else self._then(progress)
 
-    def at(self, items: Sequence[int], end: tuple[int, float], resumed: int = 0) -> list[float]:
-        """Return the seconds at which each number of `items` had entered: 0 up to `resumed`.
+    def at(self, numbers: Sequence[int], end: tuple[int, float], resumed: int = 0) -> list[float]:
+        """Return the seconds at which each of `numbers` samples had entered: 0 up to `resumed`.
 
         `end`: samples and seconds in all.
         """
         between = {point for point in self._points if resumed < point[0] < end[0]}
         points = sorted(between | {(min(resumed, end[0]), 0.0), end})
         samples, seconds = zip(*points, strict=True)
-        return [float(s) for s in np.interp(items, samples, seconds)]
+        return [float(s) for s in np.interp(numbers, samples, seconds)]
 
 
 def run_level(

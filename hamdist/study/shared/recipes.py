@@ -22,9 +22,9 @@ class ShippedFiles(NamedTuple):
     def texts(self) -> dict[str, str]:
         """Return the YAML by name, in order."""
         return {
-            item.name.removesuffix(SUFFIX): item.read_text("utf-8")
-            for item in sorted((files("hamdist") / self.folder).iterdir(), key=lambda i: i.name)
-            if item.name.endswith(SUFFIX)
+            file.name.removesuffix(SUFFIX): file.read_text("utf-8")
+            for file in sorted((files("hamdist") / self.folder).iterdir(), key=lambda i: i.name)
+            if file.name.endswith(SUFFIX)
         }
 
     def descriptions(self) -> dict[str, str]:

@@ -29,6 +29,7 @@ from hamdist.runtime.timing.events import EventSimulation
 from hamdist.runtime.timing.model import TimingModel
 from hamdist.runtime.timing.recursion import Recursion
 from hamdist.runtime.timing.timed_graph import Period, TimedGraph
+from hamdist.runtime.train.prepare import settings_at
 from hamdist.study.run.export import planned
 from hamdist.study.run.run import DataFactory, Run, run_level
 
@@ -237,11 +238,11 @@ class Planner:
         return next((placed for placed in by_rate if not placed.too_full()), by_rate[0])
 
 
-def at_level(settings: Settings, level: Level) -> Settings:
+def at_level(settings: Settings, level: Level | str) -> Settings:
     """Return the settings of one level. Raises SettingsError for level 'auto'."""
     if level is Level.AUTO:
         raise SettingsError("level 'auto' is chosen when a run starts; name one: --level trace")
-    return settings.for_level(level)
+    return settings_at(settings, level)
 
 
 def simulate(placed: PlacedRun, seed: int = 0) -> dict[str, Any]:

@@ -18,7 +18,7 @@ LIKE = 0.01  # candidates of one cut whose rates differ by less count as one
 
 
 def sweep(
-    settings: Settings, planner: Planner, levels: Sequence[Level], say: Callable[[str], None]
+    settings: Settings, planner: Planner, levels: Sequence[Level | str], say: Callable[[str], None]
 ) -> list[PlacedRun]:
     """Return the fastest candidates that fit the hosts' memory, the fastest first.
 
@@ -65,7 +65,7 @@ def _name(settings: Settings) -> str:
     return f"{settings.level.value}, blocks {blocks}, compress {compress}"
 
 
-def _variants(settings: Settings, levels: Sequence[Level]) -> Iterator[Settings]:
+def _variants(settings: Settings, levels: Sequence[Level | str]) -> Iterator[Settings]:
     """Yield settings of each level, cut and codec; those that are given come first."""
     part, engine = settings.partition, settings.engine
     cuts = [part]

@@ -233,7 +233,7 @@ def test_a_trace_never_holds_more_than_the_schedule_says(c, stored):
     network = Network(_graph(config), config, samples(20, 3, 4, 2)).run(after=after)
     # right after a forward: all that the block keeps
     assert [most["block0"], most["block1"]] == stored
-    assert [network.plan.schedule.stored(f"block{i}") for i in (0, 1)] == stored  # type: ignore[attr-defined]
+    assert [network.plan.schedule.stored(f"block{i}") for i in (0, 1)] == stored
 
 
 def _graph(config):

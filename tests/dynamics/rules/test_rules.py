@@ -150,6 +150,20 @@ def test_direct_feedback_alignment():
     assert {c.edge for c in net.plan.channels.errors.values()} == {"r=>a", "r=>b"}
 
 
+def test_direct_feedback_keeps_the_size_of_the_error_in_wide_states():
+    """|B e| is about |e| on a convolution of 8 x 24 x 24 numbers: its relative spread is 1 / 68."""
+    conv = nn.Sequential(nn.Conv2d(1, 8, 5), nn.ReLU(), nn.Flatten()).double()
+    blocks = [
+        BlockSpec("a", conv, ("u",), rule=built_in("direct-feedback-alignment")()),
+        BlockSpec("r", linear(4608, 3, 0), ("a",), loss=cross_entropy),
+    ]
+    data = [(noise(1, 1, 1, 28, 28), torch.tensor([1]))]
+    net = Network(Graph(blocks), settings("backprop", learning={"lr": LR}), data)
+    matrix = memory(net, "a")["B"]
+    e = torch.tensor([1.0, -2.0, 0.5], dtype=matrix.dtype)
+    assert abs(float(torch.tensordot(e, matrix, dims=1).norm() / e.norm()) - 1) < 0.06
+
+
 def test_the_error_comes_one_tick_behind_the_loss():
     """By hand: depth of r is 2, so blocks hear of sample n at tick n + 3."""
     rule = built_in("direct-feedback-alignment")()

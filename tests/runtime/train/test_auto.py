@@ -71,6 +71,59 @@ def test_steps(depth, power):
     assert make_locality(none.level, none.locality).compensation == ()
 
 
+SQUARE = ((64, 64),) * 16  # of B rows: 1 + 2 * 128 / (3 B), so 3.7 times at B = 32, 6.3 at 16
+
+
+@pytest.mark.parametrize(
+    ("depth", "batch", "layers", "fields", "rotates"),
+    [
+        (16, 32, SQUARE, {}, True),
+        (16, 16, SQUARE, {}, True),
+        (16, 8, SQUARE, {}, False),  # 11.7 times
+        (15, 32, SQUARE, {}, False),  # 30 samples late
+        (16, 32, (), {}, False),
+        (31, 32, SQUARE, {"locality": {"speed": 2}}, False),  # 31
+        (32, 32, SQUARE, {"locality": {"speed": 2}}, True),
+        (16, 32, SQUARE, {"learning": {"decay": "linear", "warmup": 9}, "steps": 99}, True),
+        (16, 32, SQUARE, {"learning": {"lr": 0.1}}, False),
+        (16, 32, SQUARE, {"learning": {"momentum": 0.9}}, False),
+        (16, 32, SQUARE, {"learning": {"inputs": "off"}}, False),
+        (16, 32, SQUARE, {"learning": {"optimizer": "adamw"}}, False),
+        (16, 32, SQUARE, {"learning": {"heads": {}}}, False),
+        (16, 32, SQUARE, {"locality": {"compensation": "look-ahead"}}, False),
+        (16, 32, SQUARE, {"locality": {"accumulate": 40, "double_buffered": True}}, False),
+        (16, 32, SQUARE, {"level": "auto", "locality": {"memory": "none"}}, False),
+    ],
+)
+def test_adams_axes_are_turned_under_much_delay_where_nothing_is_said_of_steps(
+    depth, batch, layers, fields, rotates
+):
+    made = pick(LevelFacts(depth, batch, 1.0, layers=layers), **fields)
+    learning = made.learning
+    own = Settings.model_validate(fields).learning
+    if rotates:
+        assert (learning.lr, learning.momentum) == (0.003, 0.0)
+        assert learning.adaptive is not None
+        assert learning.inputs.rule.value == "rotated"
+    else:
+        for name in ("lr", "momentum", "adaptive", "inputs", "optimizer"):
+            assert getattr(learning, name) == getattr(own, name), name
+    code = pick(LevelFacts(depth, batch, 1.0, layers=layers, own_steps=True), **fields)
+    assert code.learning.inputs == own.inputs
+
+
+def test_a_deep_run_says_that_its_axes_are_turned_and_goes_like_one_that_names_them():
+    layers = [nn.Linear(6, 8), *(nn.Linear(8, 8) for _ in range(15)), nn.Linear(8, 3)]
+    model = nn.Sequential(*layers)
+    found = train(model, PortableStream(40), Settings(level="auto", steps=40))
+    assert any("learning.inputs 'rotated'" in reason for reason in found.why)
+    assert same(found, train(model, PortableStream(40), found.chosen))
+    own = train(
+        model, PortableStream(40), Settings(level="auto", steps=40), optimizer=torch.optim.SGD
+    )
+    assert own.chosen.learning.inputs == "off"
+
+
 @pytest.mark.parametrize(
     ("batch", "fields", "decay"),
     [

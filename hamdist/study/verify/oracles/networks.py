@@ -186,7 +186,7 @@ DRAWN = SampleSpec((BATCH, FEATURES), F64, (BATCH,), torch.int64, CLASSES)
 
 
 class Draws:
-    """`items` random samples of a spec; the same ones whenever and wherever asked.
+    """`samples` random samples of a spec; the same ones whenever and wherever asked.
 
     missing: samples without a target. ends: sequences of `ends` samples, the last one marked.
     """
@@ -195,7 +195,7 @@ class Draws:
 
     def __init__(
         self,
-        items: int,
+        samples: int,
         *,
         spec: SampleSpec = DRAWN,
         seed: int = 3,
@@ -203,11 +203,11 @@ class Draws:
         ends: int | None = None,
     ) -> None:
         self.spec = spec
-        self._items, self._seed, self._missing, self._ends = items, seed, missing, ends
+        self._samples, self._seed, self._missing, self._ends = samples, seed, missing, ends
 
     def samples(self) -> Iterator[Sample]:
         random, spec = torch.Generator().manual_seed(self._seed), self.spec
-        for n in range(self._items):
+        for n in range(self._samples):
             u = drawn(spec.u_shape, spec.u_dtype, spec.tokens, random)
             y = drawn(spec.y_shape, spec.y_dtype, spec.classes, random)
             last = self._ends is not None and n % self._ends == self._ends - 1

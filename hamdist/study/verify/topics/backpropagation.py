@@ -56,7 +56,7 @@ CLIPPED = {"lr": 0.05, "momentum": 0.5, "clip": {"norm": 0.3, "of": "network"}}
 
 def checks(full: bool) -> Iterator[Check]:
     """Yield a check per network, rule of the weights and grouping."""
-    items = 600 if full else 60
+    samples = 600 if full else 60
     for name, learning, tau, partition in (
         ("one layer a block", PLAIN, 1.0, {}),
         ("two blocks", PLAIN, 1.0, {"blocks": 2}),
@@ -64,32 +64,32 @@ def checks(full: bool) -> Iterator[Check]:
         ("momentum, tau = 0.25", MOMENTUM, 0.25, {}),
         ("edges of 3 ticks", PLAIN, 1.0, {"delay": 3}),
     ):
-        yield _check(f"a chain of 5, {name}", chain, items, learning, tau, partition)
+        yield _check(f"a chain of 5, {name}", chain, samples, learning, tau, partition)
     for name, learning, tau in (("plain", PLAIN, 1.0), ("momentum, tau = 0.25", MOMENTUM, 0.25)):
         title = f"two skips, two readouts, {name}"
-        yield _check(title, lambda: seeded(Skips), items, learning, tau, {})
+        yield _check(title, lambda: seeded(Skips), samples, learning, tau, {})
         title = f"tied weights, a layer in two blocks, {name}"
-        yield _check(title, tied, items, learning, tau, {})
-    yield _check("three frozen blocks of five", lambda: tied(2), items, MOMENTUM, 1.0, {})
+        yield _check(title, tied, samples, learning, tau, {})
+    yield _check("three frozen blocks of five", lambda: tied(2), samples, MOMENTUM, 1.0, {})
     for title, build in (
         ("hooks on a layer", hooked),
         ("an autograd.Function", lambda: with_activation(Reversing())),
         ("Python state", lambda: with_activation(Switching())),
         ("masks of -inf, used in two blocks", lambda: seeded(Masked)),
     ):
-        yield _check(title, build, items, PLAIN, 1.0, {})
+        yield _check(title, build, samples, PLAIN, 1.0, {})
     for kind, options in OPTIMISERS.items():
         if hasattr(torch.optim, kind):
             named: dict[str, Any] = {"name": kind.lower(), **options}
             learning_by = {"lr": 0.01, "optimizer": named}
-            yield _check(f"a chain of 5, {kind}", chain, items, learning_by, 1.0, {})
+            yield _check(f"a chain of 5, {kind}", chain, samples, learning_by, 1.0, {})
     title = "a chain of 5, clipped by the norm of all gradients"
-    yield _check(title, chain, items, CLIPPED, 1.0, {})
-    yield from _in_parts(items)
-    yield from _in_groups(items)
+    yield _check(title, chain, samples, CLIPPED, 1.0, {})
+    yield from _in_parts(samples)
+    yield from _in_groups(samples)
 
 
-def _in_parts(items: int) -> Iterator[Check]:
+def _in_parts(samples: int) -> Iterator[Check]:
     """Level `pipeline`: the last of the micro-batches has fewer rows."""
     cases: list[tuple[str, Callable[[], nn.Module], Mapping[str, Any], Mapping[str, int]]] = [
         ("a chain of 5", chain, MOMENTUM, {}),
@@ -103,23 +103,23 @@ def _in_parts(items: int) -> Iterator[Check]:
     for name, build, learning, partition in cases:
         title = f"{PARTS} micro-batches of {BATCH} rows, {name}"
         in_parts = {"microbatches": PARTS}
-        yield _check(title, build, items, learning, 1.0, partition, in_parts, "pipeline")
+        yield _check(title, build, samples, learning, 1.0, partition, in_parts, "pipeline")
 
 
-def _in_groups(items: int) -> Iterator[Check]:
+def _in_groups(samples: int) -> Iterator[Check]:
     """One step for several samples; with two versions every block is one step behind."""
     for rule, learning in (("momentum", MOMENTUM), ("AdamW", ADAMW)):
         name = f"a chain of 5, a step for {GROUP} samples, {rule}"
-        yield _check(name, chain, items, learning, 1.0, {}, {"accumulate": GROUP})
+        yield _check(name, chain, samples, learning, 1.0, {}, {"accumulate": GROUP})
     buffered = {"accumulate": BEHIND, "double_buffered": True}
     name = f"a chain of 5, two versions of the weights, a step for {BEHIND} samples"
-    yield _check(name, chain, items, PLAIN, 1.0, {}, buffered, "trace")
+    yield _check(name, chain, samples, PLAIN, 1.0, {}, buffered, "trace")
 
 
 def _check(
     name: str,
     build: Callable[[], nn.Module],
-    items: int,
+    samples: int,
     learning: Mapping[str, Any],
     tau: float,
     partition: Mapping[str, int],
@@ -134,18 +134,18 @@ def _check(
         partition=partition,
         metrics={"window": 1},
     )
-    title = f"{name}: losses and weights of {items} steps"
-    return Check(title, ORACLE, BOUND, lambda: _apart(build, items, settings))
+    title = f"{name}: losses and weights of {samples} steps"
+    return Check(title, ORACLE, BOUND, lambda: _apart(build, samples, settings))
 
 
-def _apart(build: Callable[[], nn.Module], items: int, settings: Settings) -> float:
+def _apart(build: Callable[[], nn.Module], samples: int, settings: Settings) -> float:
     """Return the largest difference between losses, and between weights at the end."""
     module = build()
     model = skip_graph(module) if isinstance(module, Skips) else module
-    result = train(model, Draws(items), settings)
+    result = train(model, Draws(samples), settings)
     plain = build()
     group, behind = settings.locality.accumulate or 1, bool(settings.locality.double_buffered)
-    curves = sgd(plain, Draws(items), settings.learning, group, behind=behind)
+    curves = sgd(plain, Draws(samples), settings.learning, group, behind=behind)
     losses = [torch.tensor([w.mean_loss for w in ws], dtype=F64) for ws in result.windows.values()]
     pairs = list(zip(losses, curves, strict=True))
     if isinstance(model, Graph):

@@ -87,18 +87,18 @@ RUNS: tuple[tuple[str, Model, Mapping[str, Any]], ...] = (
 
 def checks(full: bool) -> Generator[Check, None, None]:
     """Yield a check per run."""
-    items = 400 if full else 40
+    samples = 400 if full else 40
     with ray_session(EngineSettings(kind=EngineKind.RAY, actors=ACTORS)):
         for name, model, fields in RUNS:
-            title = f"{name}: {items} samples on {ACTORS} Ray actors"
-            yield Check(title, IN_PROCESS, 0.0, partial(_apart, model, items, fields))
+            title = f"{name}: {samples} samples on {ACTORS} Ray actors"
+            yield Check(title, IN_PROCESS, 0.0, partial(_apart, model, samples, fields))
 
 
-def _apart(model: Model, items: int, fields: Mapping[str, Any]) -> Difference:
-    stream = Draws(items, missing={0, 7, 8, items - 5}, ends=SEQUENCE)
+def _apart(model: Model, samples: int, fields: Mapping[str, Any]) -> Difference:
+    stream = Draws(samples, missing={0, 7, 8, samples - 5}, ends=SEQUENCE)
 
     def run(engine: Mapping[str, Any]) -> RunResult:
-        settings = {"steps": items, "seed": 5, "dtype": "float64", "engine": engine, **fields}
+        settings = {"steps": samples, "seed": 5, "dtype": "float64", "engine": engine, **fields}
         return train(model(), stream, Settings.model_validate(settings))
 
     return difference(run({"kind": "inprocess"}), run({"kind": "ray", "actors": ACTORS}))

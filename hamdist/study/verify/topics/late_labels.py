@@ -26,22 +26,22 @@ PATIENCE = 16
 
 def checks(full: bool) -> Iterator[Check]:
     """Yield a check per way in which labels come."""
-    items = 600 if full else 60
+    samples = 600 if full else 60
     for delay in (1, 5, 20):
-        comes = {n: n + delay for n in range(items)}
+        comes = {n: n + delay for n in range(samples)}
 
         def delayed(delay: int = delay) -> Stream:
-            return LateLabels(Delayed(Draws(items), delay, tagged=False), delay)
+            return LateLabels(Delayed(Draws(samples), delay, tagged=False), delay)
 
-        yield _check(f"{delay} items", items, delayed, comes)
-    comes = {n: n + 1 + (7 * n) % 12 for n in range(items) if n % 9}
+        yield _check(f"{delay} items", samples, delayed, comes)
+    comes = {n: n + 1 + (7 * n) % 12 for n in range(samples) if n % 9}
     for name, keeps, weighed in (
         ("by key, in any order or never", False, False),
         ("by key, rows with weights", False, True),
         ("by key, with kept traces", True, False),
     ):
-        keyed = partial(LateLabels, Keyed(items, comes, weighed), patience=PATIENCE, kept=keeps)
-        yield _check(name, items, keyed, comes, keeps, weighed)
+        keyed = partial(LateLabels, Keyed(samples, comes, weighed), patience=PATIENCE, kept=keeps)
+        yield _check(name, samples, keyed, comes, keeps, weighed)
 
 
 class Keyed:
@@ -49,12 +49,12 @@ class Keyed:
 
     portable = True
 
-    def __init__(self, items: int, comes: Mapping[int, int], weighed: bool) -> None:
-        self.spec = replace(Draws(items).spec, weighted=weighed)
-        self._items, self._comes = items, comes
+    def __init__(self, samples: int, comes: Mapping[int, int], weighed: bool) -> None:
+        self.spec = replace(Draws(samples).spec, weighted=weighed)
+        self._samples, self._comes = samples, comes
 
     def samples(self) -> Iterator[Sample]:
-        plain = list(Draws(self._items).samples())
+        plain = list(Draws(self._samples).samples())
         for n, sample in enumerate(plain):
             late: dict[int | str, Tensor | None] = {}
             for m in [m for m in range(n) if self._comes.get(m) == n]:
@@ -72,23 +72,23 @@ def row_weights(n: int) -> Tensor:
 
 def _check(
     name: str,
-    items: int,
+    samples: int,
     stream: Callable[[], Stream],
     comes: Mapping[int, int],
     keeps: bool = False,
     weighed: bool = False,
 ) -> Check:
-    title = f"late labels, {name}: losses, hits and weights of {items} samples"
-    return Check(title, ORACLE, BOUND, lambda: _apart(items, stream(), comes, keeps, weighed))
+    title = f"late labels, {name}: losses, hits and weights of {samples} samples"
+    return Check(title, ORACLE, BOUND, lambda: _apart(samples, stream(), comes, keeps, weighed))
 
 
 def _apart(
-    items: int, stream: Stream, comes: Mapping[int, int], keeps: bool, weighed: bool
+    samples: int, stream: Stream, comes: Mapping[int, int], keeps: bool, weighed: bool
 ) -> float:
     settings = float64_settings("backprop", learning={"lr": RATE}, metrics={"window": 1})
     result = train(chain(), stream, settings)
     (windows,) = result.windows.values()
-    scores, weights = _progressive(items, comes, keeps, weighed)
+    scores, weights = _progressive(samples, comes, keeps, weighed)
     if [w.first for w in windows] != list(scores):
         return float("inf")
     ours = torch.tensor([(w.loss, w.correct) for w in windows], dtype=F64)

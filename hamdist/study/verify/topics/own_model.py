@@ -81,8 +81,8 @@ def checks(subject: VerifiedModel) -> Generator[Check, None, None]:
     model = make(subject, torch.float64)
     if not any(p.requires_grad for p in model.parameters()):
         raise SettingsError("--model: it has no weights that learn, so there is nothing to verify")
-    items = items_of(subject, model, torch.float64)
-    as_graph(model, _settings("backprop", subject, torch.float64), items.spec, _loss(subject))
+    samples = items_of(subject, model, torch.float64)
+    as_graph(model, _settings("backprop", subject, torch.float64), samples.spec, _loss(subject))
     for dtype in (torch.float64, torch.float32):
         bound = ROUNDINGS * torch.finfo(dtype).eps
         yield Check(
@@ -142,12 +142,12 @@ def items_of(subject: VerifiedModel, model: nn.Module, dtype: torch.dtype) -> Dr
 def _backprop(subject: VerifiedModel, dtype: torch.dtype) -> Difference:
     """Return the largest |a - b| / max(1, |b|) of losses, weights and buffers."""
     plain = make(subject, dtype)
-    items = items_of(subject, plain, dtype)
+    samples = items_of(subject, plain, dtype)
     loss = _loss(subject)
     settings = _settings("backprop", subject, dtype)
-    result = train(plain, items, settings, loss=loss)
+    result = train(plain, samples, settings, loss=loss)
     before = [p.detach().clone() for p in plain.parameters()]
-    (losses,) = sgd(plain, items, settings.learning, loss=loss)
+    (losses,) = sgd(plain, samples, settings.learning, loss=loss)
     pairs = dict(zip(plain.state_dict(), result.model.state_dict().values(), strict=True))
     apart = {name: _relative(pairs[name], t) for name, t in plain.state_dict().items()}
     (windows,) = result.windows.values()
@@ -161,7 +161,7 @@ def _backprop(subject: VerifiedModel, dtype: torch.dtype) -> Difference:
     where = f"largest at {worst.where}; " if worst.difference else "equal to the bit; "
     blocks = len(result.blocks)
     where += f"{blocks} block{'s' * (blocks > 1)}, weights moved by up to {moved:.2g}"
-    if items.spec.u_dtype == torch.int64:
+    if samples.spec.u_dtype == torch.int64:
         where += "; local is left out: whole-number inputs cannot change smoothly"
     return Difference(worst.difference, where)
 
@@ -169,9 +169,9 @@ def _backprop(subject: VerifiedModel, dtype: torch.dtype) -> Difference:
 def _local(subject: VerifiedModel) -> Difference:
     """Return the error at the smallest speed at which it is within the tolerance."""
     model = make(subject, torch.float64)
-    items = items_of(subject, model, torch.float64)
+    samples = items_of(subject, model, torch.float64)
     settings = _settings("local", subject, torch.float64)
-    graph = as_graph(model, settings, items.spec, _loss(subject))
+    graph = as_graph(model, settings, samples.spec, _loss(subject))
     network = as_network(graph, subject.input_shape, subject.batch)
     stream = timed_stream(StreamKind.SMOOTH, network.values, SEED)
     exact = exact_gradients(network, stream)

@@ -41,14 +41,14 @@ def checks(full: bool) -> Generator[Check, None, None]:
             title = f"{name}, depth {depth}: gradients (relative to the largest)"
             measure = partial(_gradients, partial(make, depth), depth)
             yield Check(title, "autograd with every activation stored", BOUND, measure)
-    depth, items = (100, 20) if full else (40, 10)
+    depth, samples = (100, 20) if full else (40, 10)
     for blocks in (1, depth // 10, depth):
         yield Check(
             f"{depth} midpoint steps in {blocks} block{'s' if blocks > 1 else ''}: losses and "
-            f"weights of {items} samples",
+            f"weights of {samples} samples",
             "autograd on the whole network and torch.optim.SGD",
             BOUND,
-            partial(_trained, blocks, depth, items),
+            partial(_trained, blocks, depth, samples),
         )
     yield from golden.shipped_checks("leapfrog")
 
@@ -133,7 +133,7 @@ def _gradients(make: Callable[[], nn.Sequential], depth: int) -> Difference:
     )
 
 
-def _trained(blocks: int, depth: int, items: int) -> float:
+def _trained(blocks: int, depth: int, samples: int) -> float:
     """Return the largest difference of a loss, and of a weight at the end."""
     size = depth // blocks
     settings = _settings(
@@ -141,9 +141,9 @@ def _trained(blocks: int, depth: int, items: int) -> float:
         metrics={"window": 1},
         partition={"cuts": ["1", *map(str, range(1 + size, 2 + depth, size))]},
     )
-    result = train(seeded(lambda: midpoint_layers(depth)), Draws(items), settings)
+    result = train(seeded(lambda: midpoint_layers(depth)), Draws(samples), settings)
     plain = seeded(lambda: midpoint_layers(depth))
-    (curve,) = sgd(plain, Draws(items), settings.learning)
+    (curve,) = sgd(plain, Draws(samples), settings.learning)
     (windows,) = result.windows.values()
     pairs = [(torch.tensor([w.mean_loss for w in windows], dtype=F64), curve)]
     pairs += zip(result.model.parameters(), plain.parameters(), strict=True)
@@ -213,8 +213,8 @@ def _run(data: GoldenData) -> dict[str, Array]:
             BlockSpec("end", end, ("chain",), loss=mse),
         ]
     )
-    item = torch.tensor(data["h0"])[None], torch.tensor(data["y"])[None]
-    result = train(graph, from_iterable([item]), _settings(learning={"lr": 0.0}))
+    sample = torch.tensor(data["h0"])[None], torch.tensor(data["y"])[None]
+    result = train(graph, from_iterable([sample]), _settings(learning={"lr": 0.0}))
     chain, start = result.blocks["chain"], result.blocks["start"].z
     if start is None:
         raise ValueError("the first block has no costate")

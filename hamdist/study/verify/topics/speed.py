@@ -94,12 +94,12 @@ def _static(full: bool) -> Iterator[Check]:
 
 
 def _exact_ticks(depth: int, order: Order) -> float:
-    rows, _ = tick_counts(tanh_network(depth=depth).make(1), (), seed=1)
+    rows = tick_counts(tanh_network(depth=depth).make(1), (), seed=1)
     return max(_off(row) for row in rows if row.order == order.value)
 
 
 def _decay_ticks(depth: int, a: float) -> float:
-    rows, _ = tick_counts(tanh_network(depth=depth).make(1), (a,), seed=1)
+    rows = tick_counts(tanh_network(depth=depth).make(1), (a,), seed=1)
     return max(_off(row) / row.expected for row in rows if row.c_tau < 1)
 
 
