@@ -243,7 +243,7 @@ def test_tables_of_the_newcomers_page_name_files_that_are_there():
     page = (PAGES / "develop" / "where.md").read_text("utf-8")
     for row in re.findall(r"^\|[^|]+\|([^|]+)\|$", page, re.M):
         folder = None
-        for path in re.findall(r"`([\w/.-]+)`", row):
+        for path in re.findall(r"`([\w/-]+(?:\.py|/))`", row):
             place = ROOT / "hamdist" / path
             if not place.exists() and folder is not None:
                 place = folder / path

@@ -25,7 +25,7 @@ from hamdist.dynamics.user_modules.python_state import SETS_REQUIRES_GRAD
 from hamdist.dynamics.vjp.gradient import AtOnce, Gradient
 from hamdist.dynamics.vjp.layer_inputs import LayerInputs
 from hamdist.dynamics.vjp.local_function import ForwardRecord, ModuleFunction
-from hamdist.dynamics.vjp.seeding import OwnGenerator, draws, foreign
+from hamdist.dynamics.vjp.seeding import TORCHS, OwnGenerator, draws, foreign
 from hamdist.errors import GraphError
 
 
@@ -173,7 +173,7 @@ class AutogradFunction(ModuleFunction):
             saved.append(tensor)
             return tensor
 
-        if self._foreign:
+        if foreign(self.module, (*TORCHS, "hamdist.")):
             yield None
         else:
             with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):

@@ -88,15 +88,16 @@ def block_seed(run_seed: int, name: str) -> int:
     return int.from_bytes(digest, "little") >> 1
 
 
-def foreign(module: nn.Module) -> bool:
+TORCHS = ("torch.nn.modules.",)
+
+
+def foreign(module: nn.Module, known: tuple[str, ...] = TORCHS) -> bool:
     """Return True if a part is not torch's own, so that it may do anything to its input.
 
-    An invertible map counts as known.
+    An invertible map counts as known. known: how the names of modules begin whose classes are.
     """
     return any(
-        m.hamdist_whole
-        if isinstance(m, TracedModule)
-        else not type(m).__module__.startswith("torch.nn.modules.")
+        m.hamdist_whole if isinstance(m, TracedModule) else not type(m).__module__.startswith(known)
         for m in module.modules()
     )
 
