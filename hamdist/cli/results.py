@@ -87,7 +87,7 @@ def rewind(
     options: Annotated[RunOptions, "model stream"],
 ) -> None:
     """Replay a run up to one tick of one block, to the same bits, and show what it did there."""
-    from hamdist.study.replay.alone import write_signals
+    from hamdist.study.replay.alone import alone, write_signals
     from hamdist.study.replay.replay import rewind as rewound
     from hamdist.study.replay.replay import tensors_of
     from hamdist.study.report.save import save_weights
@@ -95,7 +95,10 @@ def rewind(
     if record is not None and signals is not None:
         raise SettingsError("--record and --signals: a block alone takes what was recorded; one")
     recorded = _recorded(folder, options)
-    seen = rewound(recorded, block, tick, records=record is not None, signals=signals)
+    if signals is not None:
+        seen = alone(recorded, signals, block, tick)
+    else:
+        seen = rewound(recorded, block, tick, records=record is not None)
     if record is not None:
         write_signals(record, seen)
     tensors = tensors_of(seen)

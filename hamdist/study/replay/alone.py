@@ -24,7 +24,7 @@ from hamdist.runtime.signals.sent_log import SentLog
 from hamdist.runtime.signals.signal import Aborted, Channel, Signal
 from hamdist.runtime.snapshots.process_snapshots import ProcessSnapshots
 from hamdist.runtime.storage.snapshot_files import from_bytes, to_bytes
-from hamdist.study.replay.replay import Reached, RecordedRun, Replay, from_snapshot
+from hamdist.study.replay.replay import Reached, RecordedRun, Replay, from_snapshot, met
 from hamdist.study.shared.result_folder import write_file
 
 FIELDS = ("block", "began", "last", "signals")
@@ -70,8 +70,8 @@ class _Recorded:
 def alone(run: RecordedRun, file: Path, block: str, tick: int) -> Replay:
     """Replay one block up to a tick, with the signals of a file.
 
-    Raises SettingsError if the file is of another block, of earlier ticks, or of a snapshot that is
-    gone.
+    Raises SettingsError as `rewind`, and if the file is of another block, of earlier ticks, or of a
+    snapshot that is gone.
     """
     content = _read(file)
     began, last = content["began"], content["last"]
@@ -98,4 +98,4 @@ def alone(run: RecordedRun, file: Path, block: str, tick: int) -> Replay:
             after_step=seen.after_step,
             order=order_of(plan, [block]),
         )
-    return seen
+    return met(seen, tick)

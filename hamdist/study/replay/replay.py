@@ -234,28 +234,20 @@ def replay(
     return seen
 
 
-def rewind(
-    run: RecordedRun, block: str, tick: int, *, records: bool = False, signals: Path | None = None
-) -> Replay:
-    """Return what a block did at a tick.
+def rewind(run: RecordedRun, block: str, tick: int, *, records: bool = False) -> Replay:
+    """Return what a block did at a tick; with `records`, and all that it took since the snapshot.
 
-    Args:
-        records: keep all signals that it took since the snapshot (`write_signals`).
-        signals: such a file; then the block is replayed alone.
-
-    Raises:
-        SettingsError: it did nothing then, or the replay does not meet the run's digests.
+    Raises SettingsError if it did nothing then, or if the replay does not meet the run's digests.
     """
-    if signals is None:
-        seen = replay(run, tick - 1, tick, block, records=records)
-    else:
-        from hamdist.study.replay.alone import alone
+    return met(replay(run, tick - 1, tick, block, records=records), tick)
 
-        seen = alone(run, signals, block, tick)
+
+def met(seen: Replay, tick: int) -> Replay:
+    """Return a replay that has met the run, and its block at a tick; raise as `rewind`."""
     seen.check()
     if seen.state is None:
         before = "" if seen.latest is None else f"; the latest tick before is {seen.latest}"
-        raise SettingsError(f"--tick {tick}: block {block!r} does nothing then{before}")
+        raise SettingsError(f"--tick {tick}: block {seen.block!r} does nothing then{before}")
     return seen
 
 
