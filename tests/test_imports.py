@@ -8,6 +8,7 @@ import importlib
 import re
 import subprocess
 import sys
+from functools import cache
 from pathlib import Path
 
 import hamdist
@@ -143,8 +144,13 @@ RAY = {
 }
 
 
+@cache
+def parsed(path):
+    return ast.parse(path.read_text())
+
+
 def imports(path):
-    for node in ast.walk(ast.parse(path.read_text())):
+    for node in ast.walk(parsed(path)):
         if isinstance(node, ast.Import):
             for alias in node.names:
                 yield alias.name
@@ -211,7 +217,7 @@ def test_public_names_are_told_to_type_checkers_too():
 def test_a_public_class_name_is_defined_once():
     homes = {}
     for path in ROOT.rglob("*.py"):
-        for node in ast.parse(path.read_text()).body:
+        for node in parsed(path).body:
             names = [node.name] if isinstance(node, ast.ClassDef) else []
             if isinstance(node, (ast.Assign, ast.AnnAssign)):  # an alias of a type
                 targets = node.targets if isinstance(node, ast.Assign) else [node.target]
@@ -226,7 +232,7 @@ def test_nouns_of_class_names_are_in_the_glossary():
     """One word for one thing: what three or more public classes are called is explained."""
     nouns = collections.Counter()
     for path in ROOT.rglob("*.py"):
-        for node in ast.parse(path.read_text()).body:
+        for node in parsed(path).body:
             if isinstance(node, ast.ClassDef) and not node.name.startswith("_"):
                 nouns[re.findall(r"[A-Z]?[a-z0-9]+|[A-Z]+(?![a-z])", node.name)[-1].lower()] += 1
     page = ROOT.parent / "docs" / "pages" / "concepts" / "glossary.md"
@@ -237,7 +243,7 @@ def test_nouns_of_class_names_are_in_the_glossary():
 
 def test_public_functions_classes_and_methods_have_docstrings():
     """A method that overrides has its base's, or that of the interface (docs: develop/adding)."""
-    trees = [(path, ast.parse(path.read_text())) for path in ROOT.rglob("*.py")]
+    trees = [(path, parsed(path)) for path in ROOT.rglob("*.py")]
     classes = [node for _, tree in trees for node in tree.body if isinstance(node, ast.ClassDef)]
     documented = {m.name for node in classes for m in _methods(node) if ast.get_docstring(m)}
     documented |= {"forward", "extra_repr", "emit"}  # of torch and logging
@@ -259,31 +265,28 @@ def _methods(node):
 
 def test_state_is_attributes_that_the_class_sets():
     """Names in STATE are texts, in which mypy sees no typo."""
-    classes, states = {}, {}
-    for path in ROOT.rglob("*.py"):
-        for node in ast.walk(ast.parse(path.read_text())):
-            if isinstance(node, ast.ClassDef):
-                classes[node.name] = node
-                for n in node.body:
-                    of = getattr(n, "value", None)
-                    if "STATE" in names_set_by(n) and isinstance(of, ast.Tuple):
-                        names = (v.value for v in of.elts if isinstance(v, ast.Constant))
-                        states[node.name] = set(names)
+    every = (node for path in ROOT.rglob("*.py") for node in ast.walk(parsed(path)))
+    classes = {node.name: node for node in every if isinstance(node, ast.ClassDef)}
+    states = {}
+    for name, node in classes.items():
+        for part in node.body:
+            of = getattr(part, "value", None)
+            if isinstance(of, ast.Tuple) and "STATE" in names_set_in(part):
+                states[name] = {n.value for n in of.elts if isinstance(n, ast.Constant)}
 
     def sets(name):
         node = classes.get(name, ast.Module([], []))
-        names = {n.removeprefix("self.") for n in names_set_by(node)}
         bases = (ast.unparse(base).partition("[")[0] for base in getattr(node, "bases", ()))
-        return names.union(*map(sets, bases))
+        return names_set_in(node).union(*map(sets, bases))
 
     assert len(states) > 25
     assert not {name: wrong for name, of in states.items() if (wrong := of - sets(name))}
 
 
-def names_set_by(node):
-    """Returns the names that are assigned to anywhere in `node`, as they are written."""
-    targets = (n for n in ast.walk(node) if isinstance(n, (ast.Name, ast.Attribute)))
-    return {ast.unparse(n) for n in targets if isinstance(n.ctx, ast.Store)}
+def names_set_in(node):
+    """Returns the variables and attributes that are assigned to anywhere in `node`."""
+    targets = (n for n in ast.walk(node) if isinstance(getattr(n, "ctx", None), ast.Store))
+    return {getattr(n, "id", None) or getattr(n, "attr", None) for n in targets}
 
 
 def test_no_import_cycle():

@@ -153,32 +153,20 @@ def _arithmetic(findings: Findings) -> list[DoctorCheck]:
 
 
 def _host(name: str, host: HostFacts) -> list[DoctorCheck]:
-    checks = []
-    if host.promised > host.processors:
-        checks.append(
-            DoctorCheck(
-                "warning",
-                f"{name}: Ray hands out {host.promised:g} CPUs, but there are {host.processors}: "
-                "actors will wait for each other (ray start --num-cpus)",
-            )
-        )
-    if host.free < LEAST_FREE:
-        text = f"{name}: {host.free / MIB:.0f} MiB of memory are free; an actor takes 170 to 300"
-        checks.append(DoctorCheck("warning", text))
-    if host.shared is not None and host.shared < LEAST_SHARED:
-        text = f"{name}: /dev/shm has {host.shared / MIB:.0f} MiB left; signals go through it"
-        checks.append(
-            DoctorCheck("warning", f"{text} (docker --shm-size, or an emptyDir in memory)")
-        )
-    if host.files < LEAST_FILES:
-        text = f"{name}: a process may open {host.files} files; raise it (ulimit -n)"
-        checks.append(DoctorCheck("warning", text))
-    if not host.native:
-        text = f"{name}: hamdist's C code was not built (no C compiler?): batch 1 is slower"
-        checks.append(DoctorCheck("warning", text))
-    if not checks:
-        text = f"{name}: processors, memory, open files, C code"
-        checks.append(DoctorCheck("ok", text))
+    shared = math.inf if host.shared is None else host.shared
+    faults = {
+        f"Ray hands out {host.promised:g} CPUs, but there are {host.processors}: actors will wait "
+        "for each other (ray start --num-cpus)": host.promised > host.processors,
+        f"{host.free / MIB:.0f} MiB of memory are free; an actor takes 170 to 300": (
+            host.free < LEAST_FREE
+        ),
+        f"/dev/shm has {shared / MIB:.0f} MiB left; signals go through it (docker --shm-size, or "
+        "an emptyDir in memory)": shared < LEAST_SHARED,
+        f"a process may open {host.files} files; raise it (ulimit -n)": host.files < LEAST_FILES,
+        "hamdist's C code was not built (no C compiler?): batch 1 is slower": not host.native,
+    }
+    checks = [DoctorCheck("warning", f"{name}: {text}") for text, wrong in faults.items() if wrong]
+    checks = checks or [DoctorCheck("ok", f"{name}: processors, memory, open files, C code")]
     if host.promised and not host.token:
         text = f"{name}: Ray asks for no token: whoever reaches its ports owns the host"
         checks.append(DoctorCheck("warning", text))

@@ -154,25 +154,18 @@ def of_resumed(stream: Stream) -> list[str]:
 
 def _no_links(settings: Settings) -> list[str]:
     """Warn if settings of links have no effect in one process."""
-    notes = []
-    if settings.partition.delays == "auto":
-        notes.append(
-            "partition.delays 'auto' in one process, which has no links: all delays are 1; give "
-            "those of a run on Ray (its settings.yaml) to repeat it here"
-        )
-    if settings.engine.link_delay:
-        notes.append(
-            f"engine.link_delay {settings.engine.link_delay:g} has no effect in one process: it "
-            "makes messages between actors late"
-        )
-    if settings.engine.ports is not None:
-        notes.append(f"engine.ports {settings.engine.ports!r} has no effect in one process")
-    if settings.engine.device_signals is not DeviceSignals.AUTO:
-        notes.append(
-            f"engine.device_signals {settings.engine.device_signals.value!r} has no effect in one "
-            "process, whose signals stay where they are"
-        )
-    return notes
+    engine = settings.engine
+    idle = {
+        "partition.delays 'auto' in one process, which has no links: all delays are 1; give those "
+        "of a run on Ray (its settings.yaml) to repeat it here": settings.partition.delays
+        == "auto",
+        f"engine.link_delay {engine.link_delay:g} has no effect in one process: it makes messages "
+        "between actors late": engine.link_delay,
+        f"engine.ports {engine.ports!r} has no effect in one process": engine.ports is not None,
+        f"engine.device_signals {engine.device_signals.value!r} has no effect in one process, "
+        "whose signals stay where they are": engine.device_signals is not DeviceSignals.AUTO,
+    }
+    return [text for text, given in idle.items() if given]
 
 
 def open_endpoints(engine: EngineSettings) -> list[str]:
