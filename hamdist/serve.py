@@ -48,7 +48,7 @@ AT_ONCE = 32  # requests that wait for the network; starlette has threads for 40
 
 @dataclass(frozen=True)
 class Served:
-    """Where a live run is served; `stopped` is set by a client that asks for its end."""
+    """Address at which a live run is served; `stopped` is set by a client that asks for its end."""
 
     address: str
     token: str

@@ -91,7 +91,7 @@ MUTANTS = (
     ),
     Mutant(
         "weights: decay makes them grow",
-        "stay = [1 - tau * scale * beta * self._decay for beta",
+        "stay = [1 - tau * factor * beta * self._decay for beta",
         "stay = [1 + tau * scale * beta * self._decay for beta",
         "tests/dynamics/updates/test_weight_decay.py",
     ),
@@ -115,7 +115,7 @@ MUTANTS = (
     ),
     Mutant(
         "weights: predicted one update too short",
-        "step = updates * tau * scale",
+        "step = updates * tau * factor",
         "step = (updates - 1) * tau * scale",
         "tests/dynamics/levels/test_trace_oracle.py -k predicted",
     ),

@@ -70,7 +70,7 @@ class Learner:
 
 
 class _Estimator(BaseEstimator):  # type: ignore[misc]
-    """What both estimators have in common: arguments, and learning row by row."""
+    """Base of both estimators: arguments, and learning row by row."""
 
     def __init__(
         self,

@@ -36,7 +36,7 @@ JsonFileOption = Annotated[
 
 @dataclass(frozen=True)
 class RunOptions:
-    """What is run. A command takes those it names: `Annotated[RunOptions, "level engine"]`."""
+    """Options of a run; a command takes those it names: `Annotated[RunOptions, "level engine"]`."""
 
     level: Annotated[
         str | None,

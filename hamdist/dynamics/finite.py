@@ -12,7 +12,7 @@ from torch import Tensor
 
 from hamdist.dynamics.native import rows
 
-Scale = Callable[[int], float]
+StepFactor = Callable[[int], float]
 
 
 class Guard(Protocol):

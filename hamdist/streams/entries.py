@@ -13,7 +13,7 @@ ROOM = 64  # entries that wait for the network
 
 
 class Entry(NamedTuple):
-    """What was said to a live run.
+    """One call to a live run, with its data.
 
     Attributes:
         event: feed, teach, set or idle; pause and go_on are only for the record.

@@ -61,7 +61,7 @@ class LiveStream:
         self.accepted = EntryCourse(spec, nothing)
         self.awaited: set[int] = set()
         self.serve: Callable[[], object] = lambda: None
-        self.look: Callable[[], Any] | None = None
+        self.read_states: Callable[[], Any] | None = None
         self.send: Callable[[Any], object] = lambda _: None  # takes what blocks have for the driver
         self.started: Callable[..., object] = lambda *_: None  # called before the first tick
         self.tick = self.drain = self.blocks = 0
@@ -180,7 +180,7 @@ class LiveStream:
         """
         with self._one_request, self._changed:
             self._check()
-            if self.whole and self.accepted.open and not (self.look and kind == "cut"):
+            if self.whole and self.accepted.open and not (self.read_states and kind == "cut"):
                 raise StreamError(f"{kind}: a sequence is under way: feed its end first")
             self._answer, self.wanted = None, kind
             try:
@@ -287,8 +287,8 @@ class LiveStream:
                         return sample
                 if self._closed and not self._queue:
                     return None
-                if self.look is not None and self.wanted == "cut":
-                    self.give("cut", self.look())
+                if self.read_states is not None and self.wanted == "cut":
+                    self.give("cut", self.read_states())
                 if not self._stops_between or self._course.open:
                     self._drains, self._parked = False, True
                 self._changed.notify_all()
@@ -315,7 +315,7 @@ class LiveStream:
         return idle
 
     def _cut_is_due(self) -> bool:
-        return self.look is None and self.wanted == "cut" and self._states is None
+        return self.read_states is None and self.wanted == "cut" and self._states is None
 
     def _idles(self) -> bool:
         """Return True if an idle tick is due, in a pause only for those who look at the run."""

@@ -26,7 +26,7 @@ Target: TypeAlias = Tensor | Mapping[str, Tensor | None] | None
 
 
 class Emits(IntEnum):
-    """What a stream emits: nothing new, a sample, or an earlier one whose label has come."""
+    """Kind of an emission: nothing new, a sample, or an earlier one whose label has come."""
 
     IDLE = 0
     SAMPLE = 1
@@ -34,7 +34,7 @@ class Emits(IntEnum):
 
 
 class Emission(NamedTuple):
-    """What a stream tells all blocks about one emission, in a live run (streams/live.py) and where
+    """Facts about an emission that all blocks get, in a live run (streams/live.py) and where
     labels come late (wrappers/late_targets.py).
 
     Attributes:

@@ -18,7 +18,7 @@ class RecordedState(str, Enum):
 
 
 class TrackerKind(str, Enum):
-    """Where a run's scalars (`opentelemetry`: spans) go besides its own files."""
+    """Service that gets a run's scalars (`opentelemetry`: spans) besides its own files."""
 
     CSV = "csv"
     TENSORBOARD = "tensorboard"

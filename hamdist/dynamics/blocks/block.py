@@ -8,7 +8,7 @@ from typing import Any, ClassVar
 
 from torch import Tensor, nn
 
-from hamdist.dynamics.finite import Guard, Scale
+from hamdist.dynamics.finite import Guard, StepFactor
 from hamdist.dynamics.saved_state.block_memory import BlockMemory, bytes_of, storages_of
 from hamdist.dynamics.saved_state.stateful import Stateful, popped
 from hamdist.dynamics.updates.accumulate import GradientSum
@@ -32,14 +32,14 @@ class BlockParts:
         double_buffered: A sample meets the weights of the step before the latest.
         by_network: A step is clipped by the norm of the gradient of all blocks.
         wanted: By parent, whether it gets messages.
-        scale: Of beta, by sample.
+        factor: Of beta, by sample.
     """
 
     cell: LocalFunction
     weights: Weights
     wanted: Sequence[bool]
     dynamics: Dynamics
-    scale: Scale
+    factor: StepFactor
     guard: Guard
     microbatches: int = 1
     group: int = 1
@@ -61,15 +61,15 @@ class Block(Stateful):
         self._wanted = list(parts.wanted)
         self._dynamics = parts.dynamics
         self._c = parts.dynamics.c
-        self._scale = parts.scale
+        self._factor = parts.factor
         self._guard = parts.guard
         self._parts = parts.microbatches
         self._group = parts.group
         self._by_network = parts.by_network
         summed = self._by_network or self._parts * self._group > 1
         self._sum = GradientSum() if summed else None
-        self.defers = False  # True: a step by a sum of gradients waits for `settle`
-        # (sum of gradients, scale, tau) of a step that waits for `settle`
+        self.defers = False  # True: a step by a sum of gradients waits for `take_step`
+        # (sum of gradients, factor, tau) of a step that waits for `take_step`
         self._waiting: tuple[list[Gradient] | None, float, float] | None = None
         self.buffers = WeightBuffers(parts.weights, parts.group) if parts.double_buffered else None
 
@@ -121,7 +121,7 @@ class Block(Stateful):
         """
         if self._sum is not None:
             return None
-        return self.weights.at_once(self._scale(sample), tau)
+        return self.weights.at_once(self._factor(sample), tau)
 
     def moves(self, pulse: int) -> bool:
         """Return True if the weights move with the message of a pulse."""
@@ -139,17 +139,17 @@ class Block(Stateful):
                 return
             sample //= self._parts
             g = self._sum.take()
-            self._waiting = g, self._scale(sample), tau
+            self._waiting = g, self._factor(sample), tau
             if not self.defers and not self._by_network:
-                self.settle()
+                self.take_step()
         elif g is None:
             self.weights.rest()
         else:
-            self.weights.move(g, self._scale(sample), tau)
+            self.weights.move(g, self._factor(sample), tau)
 
     @property
     def deferred(self) -> bool:
-        """Return True if a step of the weights waits for `settle`, and for nothing else."""
+        """Return True if a step of the weights waits for `take_step`, and for nothing else."""
         return self._waiting is not None and not self._by_network
 
     def square(self) -> float:
@@ -160,19 +160,19 @@ class Block(Stateful):
     def step(self, share: float) -> None:
         """Make the step that waits, by this share of its gradient."""
         self.weights.share = share
-        self.settle()
+        self.take_step()
 
-    def settle(self) -> None:
+    def take_step(self) -> None:
         """Make the step that waits, if there is one; before anything else reads the weights."""
         if self._waiting is None:
             return
-        (g, scale, tau), self._waiting = self._waiting, None
+        (g, factor, tau), self._waiting = self._waiting, None
         if self.buffers is not None:
             self.buffers.keep()
         if g is None:
             self.weights.rest()
         else:
-            self.weights.move(g, scale, tau)
+            self.weights.move(g, factor, tau)
 
 
 class WeightBuffers(Stateful):

@@ -24,7 +24,7 @@ from torch import Tensor, nn
 
 from hamdist.dynamics.blocks.block import Block, BlockParts
 from hamdist.dynamics.blocks.readout_loss import ReadoutLoss, plain, scaled
-from hamdist.dynamics.finite import Scale
+from hamdist.dynamics.finite import StepFactor
 from hamdist.dynamics.modules.prenorm import layer_norm
 from hamdist.dynamics.saved_state.stateful import Stateful
 from hamdist.dynamics.updates.constants import Dynamics, constant_tau
@@ -93,7 +93,7 @@ def make_head(
 
 
 class Head(Stateful):
-    """A readout of one block. weight: of the block's step by it; scale: of beta, by sample."""
+    """A readout of one block. weight: of the block's step by it; factor: of beta, by sample."""
 
     def __init__(
         self,
@@ -101,14 +101,14 @@ class Head(Stateful):
         weights: Weights,
         loss: ReadoutLoss,
         weight: float,
-        scale: Scale,
+        factor: StepFactor,
         tau: float,
     ) -> None:
         self.cell = cell
         self.weights = weights
         self.weight = weight
         self._loss = loss
-        self._scale = scale
+        self._factor = factor
         self._tau = tau
 
     STATE = ("cell", "weights", "_loss")
@@ -116,10 +116,10 @@ class Head(Stateful):
     def teach(self, sample: int, h: Tensor, label: Tensor) -> Tensor:
         """Return s = phi dL/dh of the head before its step, then let the head learn."""
         record = self.cell.forward([h], [True])
-        scale = self._scale(sample)
-        at_once = self.weights.at_once(scale, self._tau)
+        factor = self._factor(sample)
+        at_once = self.weights.at_once(factor, self._tau)
         (s,), g, _ = self._loss.take(self.cell, record, label, sample, at_once=at_once)
-        self.weights.move(g, scale, self._tau)
+        self.weights.move(g, factor, self._tau)
         if s is None:  # (it was asked for)
             raise TypeError("a head says nothing about its block's state")
         return s
@@ -129,24 +129,29 @@ class HeadUpdate(Stateful):
     """Steps of a block's weights by its head, with a separate omega beside that of messages."""
 
     def __init__(
-        self, head: Head, cell: LocalFunction, weights: Weights, dynamics: Dynamics, scale: Scale
+        self,
+        head: Head,
+        cell: LocalFunction,
+        weights: Weights,
+        dynamics: Dynamics,
+        factor: StepFactor,
     ) -> None:
         self.head = head
         self.weights = weights
         self._cell = cell
         self._tau = constant_tau(dynamics)
         self._c = dynamics.c
-        self._scale = scale
+        self._factor = factor
 
     STATE = ("head", "weights")
 
     def learn(self, sample: int, record: ForwardRecord, label: Tensor, *, keep: bool) -> Tensor:
         """Make one step by the label of `sample`; return z = tau s. keep: keep the record."""
         z = scaled(self.head.teach(sample, plain(record.output), label), self._tau)
-        scale = self._scale(sample) * self.head.weight
-        at_once = self.weights.at_once(scale, self._tau)
+        factor = self._factor(sample) * self.head.weight
+        at_once = self.weights.at_once(factor, self._tau)
         _, g = self._cell.pull(record, scaled(z, self._c), inputs=False, keep=keep, at_once=at_once)
-        self.weights.move(g, scale, self._tau)
+        self.weights.move(g, factor, self._tau)
         return z
 
 

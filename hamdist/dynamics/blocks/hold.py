@@ -131,7 +131,7 @@ class HoldBlock(SavesPasses):
             g = None
             if self._record is not None:
                 _, g = self.cell.pull(self._record, scaled(self.z, d.c), inputs=False)
-            self.weights.move(g, self._scale(last.sample), tau)
+            self.weights.move(g, self._factor(last.sample), tau)
         self._record = None
         self._last = None
 
@@ -184,7 +184,7 @@ class HoldBlock(SavesPasses):
             now = tick.updates and not self._sequential
             later = tick.updates and self._sequential
             cotangent = scaled(self.z, d.c)
-            at_once = self.weights.at_once(self._scale(tick.sample), tick.tau) if now else None
+            at_once = self.weights.at_once(self._factor(tick.sample), tick.tau) if now else None
             if self._retrospect is None:
                 to_parents, g = self.cell.pull(
                     record, cotangent, weights=now, keep=later, at_once=at_once
@@ -198,7 +198,7 @@ class HoldBlock(SavesPasses):
             self._record = record if later else None
         self._last = tick
         if tick.updates and not self._sequential:
-            self.weights.move(g if tick.moves else None, self._scale(tick.sample), tick.tau)
+            self.weights.move(g if tick.moves else None, self._factor(tick.sample), tick.tau)
         if self._sequential:
             reading = self._compare(tick)
         if self.energy is not None and reading is not None:
@@ -217,7 +217,7 @@ class HoldBlock(SavesPasses):
             self.prediction = self.h if answer is None else plain(answer.output)
         if tick.target is not None:
             if self.output is None:
-                self._own, reading = self._loss.look(
+                self._own, reading = self._loss.read(
                     self.h, tick.target, tick.k, moves=tick.updates
                 )
             else:
@@ -226,7 +226,7 @@ class HoldBlock(SavesPasses):
                     self.output, record, tick.target, tick.k, moves=tick.updates
                 )
         if self.output_weights is not None and tick.updates:
-            self.output_weights.move(g, self._scale(tick.sample), tick.tau)
+            self.output_weights.move(g, self._factor(tick.sample), tick.tau)
         return reading
 
 
@@ -261,7 +261,7 @@ class HoldReadout(Block):
         if tick.target is not None:
             record = self.cell.forward(inputs, self._wanted)
             updates = tick.updates
-            at_once = self.weights.at_once(self._scale(tick.sample), tick.tau) if updates else None
+            at_once = self.weights.at_once(self._factor(tick.sample), tick.tau) if updates else None
             to_parents, g, reading = self._loss.take(
                 self.cell, record, tick.target, tick.k, moves=updates, at_once=at_once
             )
@@ -271,7 +271,7 @@ class HoldReadout(Block):
         elif tick.answers:
             self.prediction = plain(self.cell.forward(inputs, self._wanted).output)
         if tick.updates:
-            self.weights.move(g, self._scale(tick.sample), tick.tau)
+            self.weights.move(g, self._factor(tick.sample), tick.tau)
         return to_parents, reading
 
 

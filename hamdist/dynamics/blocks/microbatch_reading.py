@@ -37,7 +37,7 @@ class MicrobatchReading(Stateful):
     STATE = ("_target", "_share", "_predictions", "_loss")
 
     def begin(self, sample: int, target: Tensor | None) -> tuple[Tensor | None, float]:
-        """Begins with part `sample` of a sample, whose whole target comes with the first one.
+        """Begin with part `sample` of a sample, whose whole target comes with the first one.
 
         Returns:
             The target of the part (None where nothing is learned of it), and n_i / n.
@@ -56,7 +56,7 @@ class MicrobatchReading(Stateful):
     def end(
         self, sample: int, prediction: Tensor | None, reading: Reading | None
     ) -> tuple[Tensor | None, Reading | None]:
-        """Ends the part: its prediction (None: it is empty), and what was read of it.
+        """End the part: its prediction (None: it is empty), and what was read of it.
 
         Returns:
             The prediction of all rows so far, (B, ...), and, with the last part, what was read of

@@ -61,8 +61,8 @@ class PulseBlock(SavesPasses):
     def _theta_of(self, sample: int) -> Sequence[Tensor] | None:
         if self._predicts is None:
             return super()._theta_of(sample)
-        scale = self._scale(sample // self._parts)
-        return self.weights.predicted(self._predicts, scale, self._tau)
+        factor = self._factor(sample // self._parts)
+        return self.weights.predicted(self._predicts, factor, self._tau)
 
     def learn(self, sample: int, label: Tensor | None) -> None:
         """Make a step by the block's head, after `forward`; without a label there is none."""

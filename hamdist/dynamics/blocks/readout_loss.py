@@ -113,11 +113,11 @@ class ReadoutLoss(Stateful):
         the first phi lasts until they have. at_once: as in `LocalFunction.pull`.
         """
         prediction, inputs = plain(record.output), record.inputs
-        about, reading = self.look(prediction, target, k, share=share, moves=moves, inputs=inputs)
+        about, reading = self.read(prediction, target, k, share=share, moves=moves, inputs=inputs)
         to_parents, g = cell.pull(record, about, at_once=at_once)
         return to_parents, g, reading
 
-    def look(
+    def read(
         self,
         prediction: Tensor,
         target: Tensor,

@@ -16,7 +16,7 @@ from hamdist.dynamics.blocks.block import BlockParts, SavesPasses
 from hamdist.dynamics.blocks.hold import HoldBlock, Tick
 from hamdist.dynamics.blocks.pulse import PulseReadout
 from hamdist.dynamics.blocks.readout_loss import Reading, ReadoutLoss, plain, scaled, total
-from hamdist.dynamics.finite import Scale
+from hamdist.dynamics.finite import StepFactor
 from hamdist.dynamics.rules.rule import MEMORY, BlockView, Rule, Updates
 from hamdist.dynamics.saved_state.stateful import Packing, Stateful, check_names
 from hamdist.dynamics.updates.weights import Weights
@@ -45,9 +45,9 @@ class AppliedRule(Stateful):
         view.memory = {**memory, **self.learned}
         self.check_plain("start", view.memory)
 
-    def move_by(self, weights: Weights, scale: Scale) -> None:
-        """Take the steps of the memory that learns. scale: of beta, by sample."""
-        self.weights, self._scale = weights, scale
+    def move_by(self, weights: Weights, factor: StepFactor) -> None:
+        """Take the steps of the memory that learns. factor: of beta, by sample."""
+        self.weights, self._factor = weights, factor
 
     def state_dict(self) -> dict[str, Any]:
         return {"memory": self.view.memory, "weights": self.weights.state_dict()}
@@ -147,7 +147,7 @@ class AppliedRule(Stateful):
                 self._refuse("rule", f"its update for {name!r} is {_kind(g)}, {hint}")
         if any(name.startswith(MEMORY) for name in updates):
             steps = _in_order(updates, self.learned, MEMORY)
-            self.weights.move(steps, self._scale(sample), tau)
+            self.weights.move(steps, self._factor(sample), tau)
         return _in_order(updates, theta) if any(name in theta for name in updates) else None
 
     def _refuse(self, method: str, text: str) -> NoReturn:
@@ -271,7 +271,7 @@ class RuleReadout(PulseReadout):
         if target is None:
             self.learn_from(sample, None, self._tau)
             return [None] * len(self._wanted), None
-        error, reading = self._loss.look(y, target, sample, inputs=inputs)
+        error, reading = self._loss.read(y, target, sample, inputs=inputs)
         to_parents, g = self.rule.back(kept, error, sample, self._tau)
         self.learn_from(sample, g, self._tau)
         return to_parents, reading

@@ -42,7 +42,7 @@ class WayBack(Stateful):
         self.weights = parts.weights
         self._momentum = parts.dynamics.momentum
         self._tau = constant_tau(parts.dynamics)
-        self._scale = parts.scale
+        self._factor = parts.factor
         self._before = parts.weights.omega
         self._came = False
 
@@ -62,7 +62,7 @@ class WayBack(Stateful):
     def end(self, sample: int) -> None:
         """Move theta. sample: the last token."""
         if self._came:
-            self.weights.conclude(self._scale(sample), self._tau)
+            self.weights.conclude(self._factor(sample), self._tau)
         else:
             self.weights.omega = self._before
             self.weights.rest()

@@ -39,11 +39,11 @@ class InvertibleMap(nn.Module, ABC):
 
     @abstractmethod
     def inverse(self, y: Tensor) -> Tensor:
-        """The x with forward(x) = y."""
+        """Return the x with forward(x) = y."""
 
     @abstractmethod
     def back(self, y: Tensor, message: Tensor) -> InverseStep:
-        """The input that led to y, and the vector-Jacobian products of `message` (like y)."""
+        """Return the x that led to y, and the vector-Jacobian products of `message` (like y)."""
 
 
 class ToPair(InvertibleMap):

@@ -30,7 +30,7 @@ _NONE, _GIVEN, _SENT, _FIRST = range(4)  # places of messages, as in rows.c
 
 
 class OperationKind(IntEnum):
-    """What an operation of a chain does, as in rows.c."""
+    """Kind of an operation of a chain, as in rows.c."""
 
     LINEAR, NORM, ACTIVATION, ADD, SCALE, EMBEDDING = range(6)
 

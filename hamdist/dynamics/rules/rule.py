@@ -160,7 +160,7 @@ class Rule:
 
 @dataclass
 class BlockView:
-    """What a rule may read and use of its block.
+    """A block as its rule may read and use it.
 
     Attributes:
         name: of the block; depth: ticks from the input; readout: True for an output net.

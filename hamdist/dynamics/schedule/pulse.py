@@ -325,7 +325,7 @@ class PulseSchedule:
         return max(self._late(b) for b in self._depths)
 
     def stored(self, block: str) -> int:
-        """Samples (micro-batches, where there are) whose activations a block keeps at a time:
+        """Return the samples (or micro-batches) whose activations a block keeps at a time:
         floor(d_l / c) + 1; with credit 'heads', and where no messages come, none beyond the tick in
         which they pass."""
         if not self.lag(block) and block not in self._readouts:

@@ -55,7 +55,7 @@ Layout: TypeAlias = "Replicate | Shard | Partial | NumberLayout | ParameterLayou
 
 
 class Use(Enum):
-    """How a slice takes an input: its part of it, all of it, or all of it in slice 0 alone."""
+    """Use of an input by a slice: its part of it, all of it, or all of it in slice 0 alone."""
 
     PIECE = "piece"
     WHOLE = "whole"

@@ -61,7 +61,7 @@ class _Apart(Exception):
 
 @dataclass(slots=True)
 class JoinedRuns:
-    """What several runs agree on: by step its arguments and results, and the output."""
+    """Common form of several runs: by step its arguments and results, and the output."""
 
     calls: list[tuple[Any, Any]]
     ops: list[Op[ColumnForm]]

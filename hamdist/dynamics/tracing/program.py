@@ -83,7 +83,7 @@ TakenOp: TypeAlias = Op[Tensor]
 
 @dataclass(slots=True)
 class TracedProgram:
-    """What a model does, as a graph of torch.fx.
+    """A model's forward, as a graph of torch.fx.
 
     graph: its placeholders are the inputs, by name; `get_attr` reads weights, by dotted name, and
     constants (`CONSTANT`). A node that is a result of a step has its `Value` in `meta`. Arguments

@@ -37,15 +37,15 @@ class GradientSum(Stateful):
     STATE = ("_sums",)
 
     def add(self, g: Sequence[Gradient]) -> None:
-        """Adds the gradients of one micro-batch, whose memory may be used again afterwards."""
+        """Add the gradients of one micro-batch, whose memory may be used again afterwards."""
         if isinstance(g, Gradients):
-            g.settle()
+            g.complete()
         copies: Copies = {}
         before = self._sums or [[] for _ in g]
         self._sums = [_added(total, g_i, copies) for total, g_i in zip(before, g, strict=True)]
 
     def take(self) -> list[Gradient] | None:
-        """Returns the sum, and begins anew; None where nothing was added."""
+        """Return the sum, and begin anew; None where nothing was added."""
         sums, self._sums = self._sums, None
         copies: Copies = {}
         if sums is None:

@@ -31,7 +31,7 @@ class Average(Stateful):
 
     STATE = ("_updates", "_fading", "_sum")
 
-    def look(self) -> None:
+    def update(self) -> None:
         """Update the average after the weights have moved."""
         self._updates += 1
         if self._updates % self._every:

@@ -25,7 +25,7 @@ from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler, ReduceLROnPlateau
 
 from hamdist.config import MUON, VECTORS, OptimizerSettings, Order, optimizer_class
-from hamdist.dynamics.finite import OutOfRange, Scale
+from hamdist.dynamics.finite import OutOfRange, StepFactor
 from hamdist.dynamics.graph.patterns import fitting
 from hamdist.dynamics.saved_state.stateful import Stateful, check_names
 from hamdist.dynamics.updates.constants import Dynamics
@@ -45,7 +45,7 @@ ELEMENTWISE = {
 
 @dataclass(frozen=True)
 class OptimizerRule:
-    """How the blocks of a run make their optimisers: by settings, or by functions of the user's.
+    """Maker of the optimisers of a run's blocks: by settings, or by functions of the user's.
 
     Attributes:
         lr: The step size of all blocks; lrs: of some, by pattern of their names.
@@ -206,18 +206,18 @@ class BlockOptimizers(Stateful):
         groups = [one["param_groups"] for one in state["optimizers"]]
         self._began = copy.deepcopy([groups, state["schedulers"]])
 
-    def step(self, gradients: Sequence[Tensor], scale: float) -> None:
-        """Move the weights by `gradients`, with `scale` times the step sizes of the groups."""
+    def step(self, gradients: Sequence[Tensor], factor: float) -> None:
+        """Move the weights by `gradients`, with `factor` times the step sizes of the groups."""
         groups = [group for opt in self.optimizers for group in opt.param_groups]
         rates = [group["lr"] for group in groups]
         for p, g in zip(self._parameters, gradients, strict=True):
             p.grad = g.clone()  # which some optimisers use up, as foreach with Nesterov's momentum
-        if scale != 1:
+        if factor != 1:
             for group, rate in zip(groups, rates, strict=True):
-                group["lr"] = rate * scale
+                group["lr"] = rate * factor
         for opt in self.optimizers:
             opt.step()
-        if scale != 1:
+        if factor != 1:
             for group, rate in zip(groups, rates, strict=True):
                 group["lr"] = rate
         for p in self._parameters:
@@ -301,30 +301,30 @@ class OptimizerWeights(Weights):
         parameters = [nn.Parameter(t) for t in self.theta]
         self.optimizers = BlockOptimizers(rule, block, dict(zip(names, parameters, strict=True)))
 
-    def scaled_by(self, scale: Scale, sample_of: Callable[[int], int]) -> Scale:
-        """Return the scale as `Weights.scaled_by`; the schedulers follow the samples."""
+    def scaled_by(self, factor: StepFactor, sample_of: Callable[[int], int]) -> StepFactor:
+        """Return the factor as `Weights.scaled_by`; the schedulers follow the samples."""
         if not self.optimizers.scheduled:
-            return scale
+            return factor
 
         def followed(sample: int) -> float:
             self.optimizers.advance(sample_of(sample))
-            return scale(sample)
+            return factor(sample)
 
         return followed
 
-    def at_once(self, scale: float, tau: float) -> AtOnce | None:  # noqa: ARG002
+    def at_once(self, factor: float, tau: float) -> AtOnce | None:  # noqa: ARG002
         """Return None: the optimiser gets whole gradients."""
         return None
 
-    def conclude(self, scale: float, tau: float) -> None:  # noqa: ARG002
+    def conclude(self, factor: float, tau: float) -> None:  # noqa: ARG002
         """Move theta by the gradient that several `integrate` have gathered."""
         self.updates += 1
         if self.theta:
-            self.optimizers.step(self.omega, scale)
+            self.optimizers.step(self.omega, factor)
             if self.average is not None:
-                self.average.look()
+                self.average.update()
 
-    def _move(self, g: Sequence[Gradient] | None, scale: float, tau: float) -> None:
+    def _move(self, g: Sequence[Gradient] | None, factor: float, tau: float) -> None:
         if g is None:
             g = [torch.zeros_like(t) for t in self.theta]
         if self._inputs is not None:
@@ -338,4 +338,4 @@ class OptimizerWeights(Weights):
         if not norm <= self._limit:
             raise OutOfRange("omega", norm)
         self.omega = gradients
-        self.optimizers.step(gradients, scale)
+        self.optimizers.step(gradients, factor)

@@ -28,7 +28,7 @@ import torch
 from torch import Tensor
 
 from hamdist.config import AdaptiveSettings, Order
-from hamdist.dynamics.finite import OutOfRange, Scale
+from hamdist.dynamics.finite import OutOfRange, StepFactor
 from hamdist.dynamics.saved_state.stateful import Stateful
 from hamdist.dynamics.updates.average import Average
 from hamdist.dynamics.updates.constants import Dynamics
@@ -109,7 +109,7 @@ class Weights(Stateful):
         """Return g and a number, whose product is omega; nothing and 0 if it is not in factors."""
         g, gain = self._factors or ((), 0.0)
         if isinstance(g, Gradients):
-            g.settle()
+            g.complete()
         return list(g), gain
 
     def omega_norm(self) -> float:
@@ -137,41 +137,41 @@ class Weights(Stateful):
         self._omega, self._factors, self._mine = omega, None, False
         self._bound = math.inf  # not known
 
-    def scaled_by(self, scale: Scale, sample_of: Callable[[int], int]) -> Scale:  # noqa: ARG002
+    def scaled_by(self, factor: StepFactor, sample_of: Callable[[int], int]) -> StepFactor:  # noqa: ARG002
         """Return the factor of beta by sample. sample_of: the sample's number, by its pulse's."""
-        return scale
+        return factor
 
-    def at_once(self, scale: float, tau: float) -> AtOnce | None:
+    def at_once(self, factor: float, tau: float) -> AtOnce | None:
         """Return the permission to move theta before `move`.
 
         None where theta does not move by the present gradient alone.
         """
         latest = self._latest
-        if latest is None or latest[0] != scale or latest[1] != tau:
+        if latest is None or latest[0] != factor or latest[1] != tau:
             permission = None
             alone = self._adaptive is None and not self._cost and self._omega_first
             alone = alone and self._clip == math.inf and self._inputs is None
             if self.theta and alone and 1 - tau * self._eta == 0:
                 gain = -self._sign * tau
-                rates = tuple(-(tau * scale) * beta * gain for beta in self._rates)
+                rates = tuple(-(tau * factor) * beta * gain for beta in self._rates)
                 permission = AtOnce(rates, self._largest / abs(gain))
-            latest = self._latest = (scale, tau, permission)
+            latest = self._latest = (factor, tau, permission)
         return latest[2]
 
-    def move(self, g: Sequence[Gradient] | None, scale: float, tau: float) -> None:
-        """Make one update with gradient g (None: zero). scale: of beta, in this tick."""
+    def move(self, g: Sequence[Gradient] | None, factor: float, tau: float) -> None:
+        """Make one update with gradient g (None: zero). factor: of beta, in this tick."""
         self.updates += 1
         if self.theta:
-            self._move(g, scale, tau)
+            self._move(g, factor, tau)
             if self.average is not None:
-                self.average.look()
+                self.average.update()
 
-    def predicted(self, updates: int, scale: float, tau: float) -> list[Tensor]:
+    def predicted(self, updates: int, factor: float, tau: float) -> list[Tensor]:
         """Return theta after so many updates more along the present omega, in fresh tensors.
 
-        scale, tau: as in `move`.
+        factor, tau: as in `move`.
         """
-        step = updates * tau * scale
+        step = updates * tau * factor
         if not step:
             return [t.clone() for t in self.theta]
         return [
@@ -183,11 +183,11 @@ class Weights(Stateful):
         """Count an update in which nothing moves, for the stamps of the signals that follow."""
         self.updates += 1
 
-    def _move(self, g: Sequence[Gradient] | None, scale: float, tau: float) -> None:
+    def _move(self, g: Sequence[Gradient] | None, factor: float, tau: float) -> None:
         if self._inputs is not None and g is not None:
             g = self._inputs.applied(g)
         if self._adaptive is not None:
-            self._move_adaptive(self._adaptive, None if g is None else all_dense(g), scale, tau)
+            self._move_adaptive(self._adaptive, None if g is None else all_dense(g), factor, tau)
             return
         if all_moved(g) and g is not None:
             self._factors, self._omega = (g, -self._sign * tau), None
@@ -195,16 +195,16 @@ class Weights(Stateful):
             return
         in_tensors = g is None or all(isinstance(g_i, Tensor) for g_i in g)
         if g is not None and not in_tensors and not self._cost:
-            self._move_fused(g, scale, tau, self._gain(g, tau))
+            self._move_fused(g, factor, tau, self._gain(g, tau))
             return
         gradients, gain = self._with_cost(None if g is None else all_dense(g), tau)
         later = self._moved(gradients, tau, gain)
         if self._ahead:
-            self._move_ahead(gradients, later, scale, tau, gain)
+            self._move_ahead(gradients, later, factor, tau, gain)
             return
         if self._omega_first:
             self.omega = later
-        self._move_theta(tau * scale)
+        self._move_theta(tau * factor)
         self.omega = later
 
     def _gain(self, g: Sequence[Gradient] | None, tau: float) -> float:
@@ -219,12 +219,12 @@ class Weights(Stateful):
         self,
         g: Sequence[Gradient] | None,
         later: list[Tensor],
-        scale: float,
+        factor: float,
         tau: float,
         gain: float,
     ) -> None:
         """Set theta -= tau beta (gain g + mu omega_{k+1}) and omega = omega_{k+1} = `later`."""
-        step, mu = tau * scale, 1 - tau * self._eta
+        step, mu = tau * factor, 1 - tau * self._eta
         for i, (theta, beta) in enumerate(zip(self.theta, self._rates, strict=True)):
             if g is not None:
                 add_to(theta, g[i], -step * beta * gain)
@@ -232,7 +232,7 @@ class Weights(Stateful):
         self.omega = later
 
     def _move_adaptive(
-        self, adaptive: AdaptiveSettings, g: list[Tensor] | None, scale: float, tau: float
+        self, adaptive: AdaptiveSettings, g: list[Tensor] | None, factor: float, tau: float
     ) -> None:
         """Move with a beta by weight: with d = -s tau g and mu = 1 - tau eta_omega
 
@@ -255,17 +255,17 @@ class Weights(Stateful):
         self._steps += 1
         self._fading *= keeps
         omega = later if self._omega_first else before
-        step = tau * scale * ((1 - keeps) / (1 - self._fading) if keeps != 1 else 1 / self._steps)
+        step = tau * factor * ((1 - keeps) / (1 - self._fading) if keeps != 1 else 1 / self._steps)
         roots = torch._foreach_div(squares, 1 - adaptive.memory**self._steps)
         torch._foreach_sqrt_(roots)
         torch._foreach_add_(roots, adaptive.epsilon)
         if self._decay:  # decoupled: AdamW (Loshchilov and Hutter 2019, Algorithm 2)
-            stay = [1 - tau * scale * beta * self._decay for beta in self._rates]
+            stay = [1 - tau * factor * beta * self._decay for beta in self._rates]
             torch._foreach_mul_(self.theta, stay)
         axes.move(self.theta, omega, roots, [-step * beta for beta in self._rates])
         self.omega = later
 
-    def _move_fused(self, g: Sequence[Gradient], scale: float, tau: float, gain: float) -> None:
+    def _move_fused(self, g: Sequence[Gradient], factor: float, tau: float, gain: float) -> None:
         """Move with as few passes over the weights as there can be."""
         keeps = 1 - tau * self._eta
         self._check(g, gain, keeps)
@@ -274,13 +274,13 @@ class Weights(Stateful):
         # before it is replaced.
         if keeps == 0:
             if not self._omega_first:
-                self._move_theta(tau * scale)
+                self._move_theta(tau * factor)
             self._factors, self._omega = (g, gain), None
             if self._omega_first:
-                self._move_theta(tau * scale)
+                self._move_theta(tau * factor)
             return
         if not self._omega_first:
-            self._move_theta(tau * scale)
+            self._move_theta(tau * factor)
         # In place only where no reader of `omega` holds these tensors.
         if self._omega is None or not self._mine:
             self._omega = [o.clone() for o in self.omega]
@@ -288,10 +288,10 @@ class Weights(Stateful):
         for omega, g_i in zip(self._omega, g, strict=True):
             add_to(omega, g_i, gain, keeps)
         if self._ahead:
-            self._move_ahead(g, self._omega, scale, tau, gain)
+            self._move_ahead(g, self._omega, factor, tau, gain)
             self._mine = True
         elif self._omega_first:
-            self._move_theta(tau * scale)
+            self._move_theta(tau * factor)
 
     def _check(self, g: Sequence[Gradient], gain: float, keeps: float) -> None:
         """Raise OutOfRange for an omega out of range, before anything has moved.
@@ -316,7 +316,7 @@ class Weights(Stateful):
         if self.theta:
             self.omega = self._moved(None if g is None else all_dense(g), tau, -self._sign * tau)
 
-    def conclude(self, scale: float, tau: float) -> None:
+    def conclude(self, factor: float, tau: float) -> None:
         """Move theta with the omega of several `integrate`; r_w theta counts once."""
         self.updates += 1
         if not self.theta:
@@ -324,9 +324,9 @@ class Weights(Stateful):
         if self._cost:
             costs = torch._foreach_mul(self.theta, self._cost_now())
             self.omega = list(torch._foreach_add(self.omega, costs, alpha=-self._sign * tau))
-        self._move_theta(tau * scale)
+        self._move_theta(tau * factor)
         if self.average is not None:
-            self.average.look()
+            self.average.update()
 
     def fade(self, factor: float) -> None:
         """Set omega = factor omega."""

@@ -79,10 +79,10 @@ class InputStatistics(Stateful):
         mean = x.mean(0)
         self.mean = mean if self.mean is None else torch.lerp(self.mean, mean, 1 - r.memory)
         if not r.centred:
-            self._look(x - self.mean, z if r.costates else None)
+            self._observe(x - self.mean, z if r.costates else None)
         self.updates += 1
 
-    def _look(self, x: Tensor, z: Tensor | None) -> None:
+    def _observe(self, x: Tensor, z: Tensor | None) -> None:
         r = self.rule
         if self.updates % r.look == 0:
             self.covariance = self._followed(self.covariance, x)

@@ -38,7 +38,7 @@ class Gradients(list["Gradient | None"]):
     """The gradients of a function's weights, filled in by a pull.
 
     moved: number of weights that have moved already. later: functions that compute gradients on
-    demand (`settle`), to be called before the pull after the next.
+    demand (`complete`), to be called before the pull after the next.
     """
 
     def __init__(self, many: int, at_once: AtOnce | None = None) -> None:
@@ -53,7 +53,7 @@ class Gradients(list["Gradient | None"]):
             if place is not None:
                 self[place] = gradient
 
-    def settle(self) -> None:
+    def complete(self) -> None:
         """Compute the gradients that were deferred."""
         later, self.later = self.later, []
         for make in later:

@@ -64,7 +64,7 @@ class LayerInputs:
 
     @contextmanager
     def reading(self) -> Iterator[list[list[Tensor]]]:
-        """Context in which the inputs of the layers are appended to the list, in their order."""
+        """Append the inputs of the layers to the list, in their order, while it is open."""
         read: list[list[Tensor]] = [[] for _ in self.layers]
         hooks = [
             layer.module.register_forward_pre_hook(_noting(into))

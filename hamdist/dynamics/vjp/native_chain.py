@@ -123,7 +123,7 @@ class Chain(Kernel):
             g.moved += sum(n for i, n in enumerate(self._trained) if moved >> i & 1)
             g.later.append(lambda g: self._put(g, native, x, inner, d, moved))
             if g.moved < len(g):
-                g.settle()
+                g.complete()
         return (to,)
 
     def _alphas(self, at_once: AtOnce | None) -> array[float] | None:

@@ -155,7 +155,7 @@ class TiedFunction(WrappingFunction):
         if not weights:
             return to_parents, g
         if isinstance(g, Gradients):
-            g.settle()
+            g.complete()
         by_name = dict(zip(self.inner.names, g, strict=True))
         self._for_owners = {n: dense(by_name[n]) for n in self.inner.names if n in self.foreign}
         return to_parents, self._with_added([by_name[name] for name in self.names])

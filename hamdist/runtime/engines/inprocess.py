@@ -97,10 +97,10 @@ class InProcessEngine:
         def between() -> None:
             nonlocal due, reported, cost, latest
             if snapshot_policy is not None:
-                snapshot_policy.look()
+                snapshot_policy.poll()
             if not ending.reports:
                 return
-            sampler.look()
+            sampler.poll()
             now = time.perf_counter()
             if now < due:
                 return
@@ -123,7 +123,7 @@ class InProcessEngine:
         if live is not None:
             for node in nodes:
                 node.live.send = live.send
-            live.look = lambda: {n.name: n.state() for n in nodes}
+            live.read_states = lambda: {n.name: n.state() for n in nodes}
 
         with torch_threads(plan.engine.threads), ending, snapshot_policy or nullcontext():
             try:

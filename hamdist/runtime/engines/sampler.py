@@ -71,7 +71,7 @@ class Sampler:
         self._due = self._began = perf_counter()
         self._cpu = process_time()
 
-    def look(self) -> None:
+    def poll(self) -> None:
         """Take the norms of all blocks, if they are due, and look at updates that are watched."""
         now = perf_counter()
         if self._probing is not None:

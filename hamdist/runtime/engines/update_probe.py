@@ -37,7 +37,7 @@ PENDING = 8  # probes of which not all parts have come
 
 
 class UpdateProbe(NamedTuple):
-    """What blocks have made of one sample.
+    """Updates and directions that blocks have computed for one sample.
 
     Attributes:
         sample: its number.

@@ -264,7 +264,7 @@ class Worker:
             raise Aborted
         if self._requests.waiting:
             self._requests.serve()
-        self._sampler.look()
+        self._sampler.poll()
 
     def status(self, seen: int, joined: int | None) -> WorkerStatus:
         """Return the status, in another thread; `seen`: windows the caller has, joined so often."""

@@ -13,7 +13,7 @@ from typing import Any, ClassVar, NamedTuple
 
 from torch import Tensor
 
-from hamdist.dynamics.finite import Scale
+from hamdist.dynamics.finite import StepFactor
 from hamdist.dynamics.saved_state.stateful import Stateful
 from hamdist.dynamics.schedule.events import Event
 from hamdist.runtime.signals.signal import Signal
@@ -124,15 +124,15 @@ class LiveBlock(Stateful):
             while len(self._rates) > 1 and self._rates[1][0] <= first:
                 self._rates.pop(0)
 
-    def scaled(self, scale: Scale) -> Scale:
-        """Return the factor of beta by sample: `scale`, times the rate that was set for it."""
+    def scaled(self, by_sample: StepFactor) -> StepFactor:
+        """Return the factor of beta by sample: `by_sample`, times the rate that was set for it."""
 
         def factor(number: int) -> float:
             rates = (r for r in reversed(self._rates) if r[0] <= number)
             _, rate, apart = next(rates, self._rates[0])
-            return scale(number - apart) * rate
+            return by_sample(number - apart) * rate
 
-        return factor if self.patience else scale
+        return factor if self.patience else by_sample
 
     def answer(self, emission: Emission, prediction: Tensor, version: int, event: Event) -> None:
         """Send the prediction of a sample that has come."""

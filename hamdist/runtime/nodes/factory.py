@@ -33,7 +33,7 @@ from hamdist.dynamics.blocks.pulse import KeepingReadout, PulseBlock, PulseReado
 from hamdist.dynamics.blocks.readout_loss import ReadoutLoss
 from hamdist.dynamics.blocks.rule_block import AppliedRule, RelaxingBlock, RuleBlock, RuleReadout
 from hamdist.dynamics.blocks.sequence import SequenceBlock, SequenceReadout
-from hamdist.dynamics.finite import Scale, bounded
+from hamdist.dynamics.finite import StepFactor, bounded
 from hamdist.dynamics.graph.graph import OUTPUT_KEY, Combine, Joining, combined
 from hamdist.dynamics.native import rows
 from hamdist.dynamics.objective.losses import LossFunction, Weighted
@@ -104,14 +104,14 @@ class _Parts(BlockParts):
         schedule = plan.schedule
         self.by_network = isinstance(schedule, PulseSchedule) and name in schedule.stepping
         self.live = LiveBlock(name, plan.spec.patience, self.microbatches)
-        self.scale = self._scaled(self.weights, partial(plan.scale, name))
+        self.factor = self._scaled(self.weights, partial(plan.block_factor, name))
         self.wanted = [e.index in plan.channels.messages for e in plan.graph.into[name]]
         loss = self.spec.loss
         self.loss = None if loss is None else self.make_loss(loss, f"{name}/loss")
 
-    def _scaled(self, weights: Weights, course: Scale) -> Scale:
+    def _scaled(self, weights: Weights, factor: StepFactor) -> StepFactor:
         """Return the scale of beta by sample: the run's course, and what a live run sets."""
-        return self.live.scaled(weights.scaled_by(course, self._plan.sample_of))
+        return self.live.scaled(weights.scaled_by(factor, self._plan.sample_of))
 
     def make_loss(self, loss: LossFunction, seed_name: str) -> ReadoutLoss:
         """Make the loss of a readout, with random numbers drawn from the seed of that name."""
@@ -199,7 +199,7 @@ class _Parts(BlockParts):
         dynamics = replace(self.dynamics, average=None, betas=())
         names = [MEMORY + key for key in applied.learned]
         weights = self._weights(list(applied.learned.values()), dynamics, names)
-        applied.move_by(weights, self._scaled(weights, partial(plan.scale, name)))
+        applied.move_by(weights, self._scaled(weights, partial(plan.block_factor, name)))
         return applied
 
     def make_taught(self) -> HeadUpdate | None:
@@ -218,14 +218,14 @@ class _Parts(BlockParts):
         readout_loss = self.make_loss(loss, f"{seed_name}/loss")
         order, weight = plan.knobs.order, heads.weights[self.name]
         weights = self._weights(cell.theta, dynamics, [f"head.{name}" for name in cell.names])
-        course = self._scaled(weights, plan.course)
-        head = Head(cell, weights, readout_loss, weight, course, constant_tau(dynamics))
+        factor = self._scaled(weights, plan.step_factor)
+        head = Head(cell, weights, readout_loss, weight, factor, constant_tau(dynamics))
         weights = self.weights
         if plan.knobs.credit is Credit.MESSAGES:  # whose steps have an omega of their own
             beside = replace(self.dynamics, average=None, weight_cost=0.0, decay=0.0)
             weights = Weights(self.cell.theta, beside, order, self.cell.names)
-        course = self._scaled(weights, plan.course)
-        return HeadUpdate(head, self.cell, weights, self.dynamics, course)
+        factor = self._scaled(weights, plan.step_factor)
+        return HeadUpdate(head, self.cell, weights, self.dynamics, factor)
 
 
 def _pulse_block(

@@ -65,9 +65,9 @@ def run_loop(
         _guarded(node, node.start)
     deferred: list[tuple[PulseNode, int]] = []
 
-    def settle() -> None:
+    def take_steps() -> None:
         for node, tick in deferred:
-            _guarded(node, node.settle, tick)
+            _guarded(node, node.take_step, tick)
             if after_step is not None:
                 after_step(node, tick)
         deferred.clear()
@@ -78,7 +78,7 @@ def run_loop(
     while heap:
         place, i = heap[0]
         if deferred and not _lag(nodes[i]):
-            settle()
+            take_steps()
         if action is not None and (nodes[i].tick or 0) >= action.due:
             behind = [entry for entry in heap if (nodes[entry[1]].tick or 0) < action.due]
             if behind:  # (by tokens only) before others pass the action
@@ -87,7 +87,7 @@ def run_loop(
                 heap.insert(0, ((-1, *place[1:]), i))
                 heapq.heapify(heap)
             else:
-                settle()
+                take_steps()
                 action.reach(min(node.tick for node in nodes if node.tick is not None))
         node, tick = nodes[i], nodes[i].tick or 0
         _guarded(node, node.step)
@@ -101,7 +101,7 @@ def run_loop(
             heapq.heapreplace(heap, (key(node), i))
         if between is not None:
             between()
-    settle()
+    take_steps()
 
 
 def order_of(plan: Plan, blocks: Collection[str]) -> StepOrder:

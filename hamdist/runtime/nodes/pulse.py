@@ -72,7 +72,7 @@ class PulseNode(BlockNode):
 
     def step(self) -> None:
         """Do the phase of the present event, and move to the next one."""
-        self.settle()
+        self.take_step()
         phase = self.event.phase
         if phase is Phase.READ:
             self._read(self.event)
@@ -94,11 +94,11 @@ class PulseNode(BlockNode):
         """Return True if the weights have still to move by messages that were read."""
         return self.block.deferred
 
-    def settle(self) -> None:
+    def take_step(self) -> None:
         """Make the step of the weights that waits, if there is one."""
         if self.block.deferred:
             begin = perf_counter()
-            self.block.settle()
+            self.block.take_step()
             self.seconds += perf_counter() - begin
 
     def _step(self, event: Event) -> None:

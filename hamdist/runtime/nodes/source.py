@@ -203,7 +203,7 @@ class SourceNode:
         return ready(u[rows.start : rows.stop]) if rows else None
 
     def _post_targets(self, sample: Sample, stamp: Stamp, *, end: bool) -> None:
-        """Sends what else belongs to a sample, which then has been sent."""
+        """Send what else belongs to a sample, which then has been sent."""
         for readout, channel in self._targets.items():
             y = sample.target(readout)
             payload = None if y is None else ready(y)
@@ -222,14 +222,14 @@ class SourceNode:
         self._sent += self._emission is None or self._emission.kind is Emits.SAMPLE
 
     def _following(self, *, last: bool) -> Event:
-        """The next event. last: the sample was the last one of its sequence."""
+        """Return the next event. last: the sample was the last one of its sequence."""
         schedule = self._plan.schedule
         if isinstance(schedule, SequenceSchedule):
             return schedule.after_emission(schedule.closed(self.event) if last else self.event)
         return next(self._events)
 
     def _take(self) -> Sample | None:
-        """The sample to send; None at the end of the stream."""
+        """Return the sample to send; None at the end of the stream."""
         n, part = divmod(self.event.sample, self._parts)
         if self._parts > 1:
             sample = self._next if part else self._draw(n)
@@ -262,7 +262,7 @@ class SourceNode:
         return torch.tensor(self._tau, dtype=torch.float64)
 
     def _draw(self, n: int) -> Sample | None:
-        """Sample n, checked; None at the end of the stream, or when the run is stopped."""
+        """Return sample n, checked; None at the end of the stream, or when the run is stopped."""
         steps = self._plan.steps
         n = (self._sent if self._plan.spec.patience else n) + self._plan.skip
         if self._live is not None:

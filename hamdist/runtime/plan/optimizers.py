@@ -72,14 +72,14 @@ def plan_optimizers(
 
 
 def _trained(graph: Graph, block: str) -> dict[str, nn.Parameter]:
-    """The weights that a block moves, as parameters that share their memory."""
+    """Return the weights that a block moves, as parameters that share their memory."""
     shared = graph.foreign_weights(block)
     named = graph.blocks[block].module.named_parameters()
     return {n: nn.Parameter(p.data) for n, p in named if p.requires_grad and n not in shared}
 
 
 def _check_once(learning: LearningSettings, functions: OptimizerRule) -> None:
-    """Raises SettingsError where two places say the same thing."""
+    """Raise SettingsError where two places say the same thing."""
     if functions.function is not None and learning.optimizer is not None:
         raise SettingsError("optimizer (a function) and learning.optimizer: give one of them")
     if functions.function is not None:

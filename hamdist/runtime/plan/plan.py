@@ -130,7 +130,7 @@ class Plan:
     seed: int
     run: int
     steps: int | None
-    rate: StepCourse
+    course: StepCourse
     metrics: MetricsSettings
     switches: Switches
     arithmetic: Arithmetic
@@ -150,16 +150,16 @@ class Plan:
     one_row: str | None = None
     optimizer: OptimizerRule | None = None
 
-    def scale(self, block: str, sample: int) -> float:
+    def block_factor(self, block: str, sample: int) -> float:
         """Return the factor of beta for the update of `block` on `sample`."""
-        factor = self.course(sample)
+        factor = self.step_factor(sample)
         if Compensation.DELAY_SCALED in self.knobs.compensation:
             factor *= float((1 + self.delay(block)) ** -self.knobs.delay_power)
         return factor
 
-    def course(self, sample: int) -> float:
+    def step_factor(self, sample: int) -> float:
         """Return the factor of the step size on `sample`, without the correction for a delay."""
-        return self.rate(self.sample_of(sample))
+        return self.course(self.sample_of(sample))
 
     def sample_of(self, sample: int) -> int:
         """Return the number of a sample, counted over resumed runs."""
@@ -307,7 +307,7 @@ def make_plan(
             "shows only when the next one comes, so its answer would wait for that; give "
             "dynamics.tau as a number"
         )
-    rate = step_course(settings.learning, settings.steps)
+    course = step_course(settings.learning, settings.steps)
     heads = plan_heads(graph, shapes, knobs, settings.learning)
     clocked = (knobs.hold and dynamics.clocked) or spec.patience > 0
     reversible = reversible_blocks(graph, shapes) - silent if rewinds else frozenset()
@@ -343,7 +343,7 @@ def make_plan(
         seed=settings.seed,
         run=int.from_bytes(os.urandom(8), "little"),
         steps=settings.steps,
-        rate=rate,
+        course=course,
         metrics=settings.metrics,
         switches=read_switches(),
         arithmetic=arithmetic(settings.engine.threads, native=native),

@@ -159,7 +159,7 @@ class _Watch:
             if end_by is not None and (now > end_by or self._lost_while_ending()):
                 self._worker_group.call_off()
                 return
-            self._look()
+            self._poll()
             if end_by is None and self._head_is_lost(now):
                 stop.set()  # the actors are there: what they have learned is fetched
                 continue
@@ -211,7 +211,7 @@ class _Watch:
         end anyway; otherwise raises the failure."""
         try:
             if self._policy is not None:
-                self._policy.look(time.monotonic())
+                self._policy.poll(time.monotonic())
         except (ClusterError, SnapshotError) as error:
             if not stop.is_set():
                 raise
@@ -219,7 +219,7 @@ class _Watch:
             return False
         return True
 
-    def _look(self) -> None:
+    def _poll(self) -> None:
         """Query the progress of all actors, and pass it to the watchdog. Raises StallError."""
         now = time.monotonic()
         actors = self._worker_group.actors
@@ -228,7 +228,7 @@ class _Watch:
         finished = {a.name: a.report is not None for a in actors}
         live = self._worker_group.live
         rests = {"stream": now} if live is not None and live.rests else {}
-        still, speak = self._watchdog.look({**ticks, **finished, **rests}, now)
+        still, speak = self._watchdog.poll({**ticks, **finished, **rests}, now)
         over = self._watchdog.over(still)
         if speak or over:
             waits = [a.status.wait for a in actors if a.status and a.status.wait]

@@ -97,7 +97,7 @@ class SnapshotSupervision:
         self._losses.append(ActorLoss(actor, tick, loss))
         return True
 
-    def look(self, now: float) -> None:
+    def poll(self, now: float) -> None:
         """Replace lost actors, and request snapshots. Raises what cannot be recovered from."""
         self._collect()
         self._look_for_forgotten()

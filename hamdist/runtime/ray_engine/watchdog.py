@@ -19,7 +19,7 @@ class Watchdog:
         self._since = time.monotonic()
         self._spoken = False
 
-    def look(self, position: Mapping[str, object], now: float) -> tuple[float, bool]:
+    def poll(self, position: Mapping[str, object], now: float) -> tuple[float, bool]:
         """Note the position of all blocks.
 
         Returns the seconds without progress, and True if a warning is due (once per standstill).

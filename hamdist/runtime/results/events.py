@@ -130,7 +130,7 @@ class WindowFull(RunEvent, name="window"):
 
 @dataclass(frozen=True, kw_only=True)
 class RunProgressed(RunEvent, name="progress"):
-    """How far the run is. `samples` include `resumed`, those of an earlier run."""
+    """Progress of the run. `samples` include `resumed`, those of an earlier run."""
 
     samples: int
     steps: int | None

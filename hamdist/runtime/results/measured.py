@@ -38,7 +38,7 @@ class Alignment(NamedTuple):
 
 
 class Histogram(NamedTuple):
-    """How many numbers lie in each of the equal bins between `low` and `high`."""
+    """Counts of numbers in each of the equal bins between `low` and `high`."""
 
     low: float
     high: float
@@ -72,7 +72,7 @@ class EdgeCounts:
 
 @dataclass(frozen=True, slots=True)
 class ProcessSample:
-    """What one process has measured of itself, between two steps.
+    """Measurements of one process, between two steps.
 
     Attributes:
         seconds: as `RunFacts.time_use`.

@@ -47,7 +47,7 @@ class InProcessSnapshots:
         if self._policy.snapshot is not None:
             self.snapshot_writer.restore(self._policy.snapshot)
 
-    def look(self) -> None:
+    def poll(self) -> None:
         """Request a snapshot if one is due; called between two events."""
         self._look_for_failures()
         live, now = self._live, time.monotonic()

@@ -193,7 +193,7 @@ def train(
 
 
 def _spec_with_example(stream: Stream) -> SampleSpec:
-    """The stream's spec, with the first sample's inputs if a user's stream gives it twice."""
+    """Return the stream's spec, with the first sample's inputs if it gives that one twice."""
     spec, first = stream.spec, None
     if spec.example is None and stream.portable and not type(stream).__module__.startswith(OWN):
         first = next(iter(stream.samples()), None)
@@ -305,7 +305,7 @@ class _Work:
         return graph, replace(plan, skip=then.samples, passed=then.passed), notes
 
     def in_folder_of_its_own(self, snapshot: Snapshot) -> _Work:
-        """A run that begins its ticks anew does not write among those of the snapshot's run."""
+        """Keep a run that begins its ticks anew from writing among those of the snapshot's run."""
         snapshots = self.settings.snapshots
         if snapshots.path is None or storage(snapshots.path).where != snapshot.where:
             return self
@@ -315,8 +315,8 @@ class _Work:
         return replace(self, settings=self.settings.model_copy(update={"snapshots": snapshots}))
 
     def _kept_at(self, snapshot: Snapshot) -> _Work:
-        """New snapshots lie beside the one that the run goes on from, unless settings say so; and
-        delays that were measured are used again."""
+        """Put new snapshots beside the one that the run goes on from, unless settings say so,
+        and use measured delays again."""
         settings, keeps = self.settings, True
         if settings.snapshots.path is None:
             snapshots = settings.snapshots.model_copy(update={"path": snapshot.where})

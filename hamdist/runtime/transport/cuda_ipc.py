@@ -60,7 +60,7 @@ class CudaMemory:
             )
             return torch.empty(0, dtype=torch.uint8, device=self._device).set_(storage)
 
-    def settle(self) -> None:
+    def synchronise(self) -> None:
         torch.cuda.current_stream(self._device).synchronize()
 
 

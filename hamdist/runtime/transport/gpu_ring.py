@@ -76,7 +76,7 @@ class GpuMemory(Protocol):
     def reach(self, handle: bytes) -> Tensor:
         """Map the memory that another process shares. Raises GpuMemoryError."""
 
-    def settle(self) -> None:
+    def synchronise(self) -> None:
         """Wait until all copies that were started here have finished."""
 
 
@@ -119,7 +119,7 @@ class GpuRingSender:
             for end in (ring[:_NOISE], ring[-_NOISE:]):
                 end.copy_(torch.frombuffer(bytearray(os.urandom(len(end))), dtype=torch.uint8))
             self._expected = _digest(ring)
-            self._memory.settle()
+            self._memory.synchronise()
         except RuntimeError as error:
             self.refusal = _first_line(error)
             return None
@@ -168,10 +168,10 @@ class GpuRingSender:
         """Give a slot back that its receiver has read."""
         self._free.append(slot)
 
-    def settle(self) -> None:
+    def synchronise(self) -> None:
         """Wait until all payloads lie in their slots."""
         if self._written:
-            self._memory.settle()
+            self._memory.synchronise()
             self._written = False
 
     def close(self) -> None:
@@ -236,7 +236,7 @@ class GpuRingReceiver:
         """Wait for all copies, and return True if they are valid because the sender lives."""
         if not self._read:
             return True
-        self._memory.settle()
+        self._memory.synchronise()
         self._read = False
         return not ending(self._sender)
 

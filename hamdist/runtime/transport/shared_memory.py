@@ -130,7 +130,7 @@ class SharedSender:
             with contextlib.suppress(OSError):  # who is lost is found by the first signal
                 self._socket.send(offer, socket.MSG_DONTWAIT)
 
-    def look(self) -> None:
+    def poll(self) -> None:
         """Take the answer to this end's offer, if it has come."""
         if self._gpu_sender is not None and self._gpu_sender.waiting:
             self._look_for_credit()
@@ -141,7 +141,7 @@ class SharedSender:
         stamp = signals[0].stamp
         while self._room < len(signals):
             self._take_credit(stamp)
-        self.look()
+        self.poll()
         gpu_sender = self._gpu_sender
         signals = on_host(signals, None if gpu_sender is None else gpu_sender.takes)
         parts: list[object] = []
@@ -189,7 +189,7 @@ class SharedSender:
         """Send the packed signals, if there are any."""
         if parts:
             if self._gpu_sender is not None:
-                self._gpu_sender.settle()
+                self._gpu_sender.synchronise()
             self._packet(b"".join(parts), stamp)  # type: ignore[arg-type]
             parts.clear()
 

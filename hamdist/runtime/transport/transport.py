@@ -205,7 +205,7 @@ class Endpoints:
         """Take the answers to this process's own offers; before any signal is sent."""
         for end in self._out.values():
             if isinstance(end, SharedSender):
-                end.look()
+                end.poll()
 
     def _reach(
         self,

@@ -269,7 +269,7 @@ def find_images(files: ImageFiles, path: Path | str | None = None) -> Path:
 
 @dataclass(frozen=True, slots=True)
 class _Look:
-    """What becomes of bytes (N, C, S, S): standardised numbers, in an order and a shape.
+    """Form in which bytes (N, C, S, S) are given: standardised numbers, in an order and a shape.
 
     shape: of a row of u. order: of the pixels; None: as they are.
     """

@@ -34,7 +34,7 @@ STUDIES = ShippedFiles("studies", "study")
 
 
 class Axis(str, Enum):
-    """What a study can be a study of, beside the levels: layers, hops per sample, samples that a
+    """Subject of a study, beside the levels: layers, hops per sample, samples that a
     sample takes to fade into the next one, rows of a sample."""
 
     DEPTH = "depth"
@@ -44,7 +44,7 @@ class Axis(str, Enum):
 
 
 class Trains(str, Enum):
-    """How a side trains: as a level of hamdist, with centralised backpropagation, or with it on
+    """Training of a side: as a level of hamdist, with centralised backpropagation, or with it on
     the last block alone, the hidden blocks frozen."""
 
     LEVEL = "level"
@@ -111,7 +111,7 @@ class SideSettings(Section):
 
 
 class TuneSettings(Section):
-    """How sides are tuned."""
+    """Tuning of sides."""
 
     seeds: Positive = 1
     """Runs of each candidate, with seeds that no final run has."""

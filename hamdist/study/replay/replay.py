@@ -116,7 +116,7 @@ class Sent:
 
 @dataclass
 class Replay(Digests):
-    """What a replay has met.
+    """Observations of a replay.
 
     Attributes:
         run: that is replayed; began: the snapshot that it began at; None: the beginning.

@@ -192,7 +192,7 @@ class _Trainer:
         self._move()
         self.updates += 1
         if self.average is not None:
-            self.average.look()
+            self.average.update()
 
     def _move(self) -> None:
         factor = self.course(self.samples)
@@ -340,7 +340,7 @@ CLEARLY = 1.1
 
 
 def fair_threads(engine: EngineSettings) -> int:
-    """Threads that all processes of a run with `engine` use together, at most the cores."""
+    """Return the threads that all processes of a run with `engine` use, at most the cores."""
     return min(engine.processes(cores()) * engine.threads, cores())
 
 

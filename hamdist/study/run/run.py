@@ -99,7 +99,7 @@ class Run(RunFacts):
 
     @property
     def rows_per_second(self) -> float:
-        """Rows (samples times batch) per second."""
+        """Return the rows (samples times batch) per second."""
         return self.new_samples * self.batch / self.seconds if self.seconds > 0 else 0.0
 
 

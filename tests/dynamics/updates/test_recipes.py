@@ -87,7 +87,7 @@ def test_an_average_of_short_numbers_is_kept_in_float32():
     average = Average(theta, AverageSettings(decay=0.999))
     for n in range(2000):
         theta[0].fill_(1 + (n % 2) / 64)
-        average.look()
+        average.update()
     (found,) = average.values
     assert found.dtype == torch.bfloat16
     assert torch.equal(found, torch.full_like(found, 1 + 1 / 128))

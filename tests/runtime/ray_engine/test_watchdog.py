@@ -8,12 +8,12 @@ from hamdist.runtime.ray_engine.watchdog import Watchdog, explain
 
 def test_it_speaks_once_per_standstill():
     dog = Watchdog(warning=10, limit=60)
-    dog.look({"a": 1}, 100)
-    assert dog.look({"a": 1}, 105) == (5, False)
-    assert dog.look({"a": 1}, 111) == (11, True)
-    assert dog.look({"a": 1}, 112) == (12, False)
-    assert dog.look({"a": 2}, 113) == (0, False)
-    assert dog.look({"a": 2}, 124) == (11, True)
+    dog.poll({"a": 1}, 100)
+    assert dog.poll({"a": 1}, 105) == (5, False)
+    assert dog.poll({"a": 1}, 111) == (11, True)
+    assert dog.poll({"a": 1}, 112) == (12, False)
+    assert dog.poll({"a": 2}, 113) == (0, False)
+    assert dog.poll({"a": 2}, 124) == (11, True)
     assert not dog.over(59)
     assert dog.over(60)
 

@@ -123,7 +123,7 @@ def test_a_snapshot_follows_another_in_its_interval(tmp_path):
     worker_group, snapshot_policy = crew_of(tmp_path, seconds=2)
     for second in range(9):
         worker_group.at(100 * second)
-        snapshot_policy.look(float(second))
+        snapshot_policy.poll(float(second))
         if second % 2 == 0 and worker_group.asked:
             worker_group.writes(worker_group.asked[-1])
     assert len(worker_group.asked) == 4  # at 2, 4, 6 and 8 s
@@ -133,23 +133,23 @@ def test_a_snapshot_follows_another_in_its_interval(tmp_path):
 def test_an_unanswered_one_is_waited_for(tmp_path):
     worker_group, snapshot_policy = crew_of(tmp_path, seconds=2)
     for second in range(int(PATIENCE_SECONDS) + 2):
-        snapshot_policy.look(float(second))
+        snapshot_policy.poll(float(second))
     assert len(worker_group.asked) == 1
-    snapshot_policy.look(PATIENCE_SECONDS + 2)
+    snapshot_policy.poll(PATIENCE_SECONDS + 2)
     assert len(worker_group.asked) == 2
 
 
 def test_a_snapshot_each_time_that_too_many_signals_are_kept(tmp_path):
     worker_group, snapshot_policy = crew_of(tmp_path, seconds=1000, memory=1)
-    snapshot_policy.look(0.0)
+    snapshot_policy.poll(0.0)
     assert not worker_group.asked
     for turn in range(1, 4):
         worker_group.actors[0].kept_bytes = 2**19 + 1  # more than half of what it may keep
         worker_group.at(100 * turn)
-        snapshot_policy.look(float(turn))
+        snapshot_policy.poll(float(turn))
         assert len(worker_group.asked) == turn
         worker_group.writes(worker_group.asked[-1])
-        snapshot_policy.look(turn + 0.5)  # the actor has not told yet that it has let them go
+        snapshot_policy.poll(turn + 0.5)  # the actor has not told yet that it has let them go
         assert len(worker_group.asked) == turn
 
 
@@ -158,16 +158,16 @@ def test_who_keeps_no_signals_cannot_be_replaced(tmp_path, who):
     worker_group, snapshot_policy = crew_of(tmp_path, memory=3)
     worker_group.told.append(SnapshotNews([], "the disk is full", 0))
     with pytest.warns(UserWarning, match="a snapshot was not written: the disk is full"):
-        snapshot_policy.look(0.0)
+        snapshot_policy.poll(0.0)
     worker_group.actors[0].forgot, worker_group.local_forgot = who == "actor", who == "driver"
     said = rf"{who}.* would keep more than snapshots.memory \(3 MiB\).*the disk is full; until"
     with pytest.warns(UserWarning, match=said):
-        snapshot_policy.look(1.0)
-    snapshot_policy.look(2.0)  # (said once)
+        snapshot_policy.poll(1.0)
+    snapshot_policy.poll(2.0)  # (said once)
     assert not worker_group.on_lost(worker_group.actors[0], None, ClusterError("an actor died"))
     assert len(snapshot_policy.warnings) == 2
     worker_group.actors[0].forgot = worker_group.local_forgot = False
-    snapshot_policy.look(3.0)
+    snapshot_policy.poll(3.0)
     assert worker_group.on_lost(worker_group.actors[0], None, ClusterError("an actor died"))
 
 
@@ -175,7 +175,7 @@ def test_a_run_that_is_to_end_when_it_would_keep_too_much(tmp_path):
     worker_group, snapshot_policy = crew_of(tmp_path, memory=3, full="end")
     worker_group.actors[0].forgot = True
     with pytest.raises(SnapshotError, match=r"actor 0 would keep more than .*full 'end'"):
-        snapshot_policy.look(0.0)
+        snapshot_policy.poll(0.0)
 
 
 @pytest.mark.filterwarnings("ignore:a snapshot was not written")
@@ -186,7 +186,7 @@ def test_failures_are_counted_and_leave_no_files(tmp_path):
     (left / "block-0.1.1.safetensors").write_bytes(b"x")
     for second in range(3):
         worker_group.told.append(SnapshotNews([], f"reason {second}", 0))
-        snapshot_policy.look(float(second))
+        snapshot_policy.poll(float(second))
     (text,) = snapshot_policy.warnings
     assert text.endswith("not written: reason 0 (3 were not, the last of them: reason 2)")
     assert worker_group.asked
@@ -221,10 +221,10 @@ def test_a_ledger_keeps_no_more_than_it_may(tmp_path):
 
 def test_the_last_one_before_the_end(tmp_path):
     worker_group, snapshot_policy = crew_of(tmp_path, seconds=1000)
-    snapshot_policy.look(0.0)
+    snapshot_policy.poll(0.0)
     assert not snapshot_policy.last(1.0)
     worker_group.writes(worker_group.asked[-1])
-    snapshot_policy.look(1.1)
+    snapshot_policy.poll(1.1)
     assert snapshot_policy.last(1.2)
 
 
@@ -232,10 +232,10 @@ def test_after_a_loss_the_last_one_is_asked_for_again(tmp_path):
     """Who was replaced has not heard of it. None comes within ten seconds of the second request."""
     worker_group, snapshot_policy = crew_of(tmp_path, seconds=1000)
     snapshot_policy._recovery.replace = lambda losses: None
-    snapshot_policy.look(0.0)
+    snapshot_policy.poll(0.0)
     assert not snapshot_policy.last(1.0)
     worker_group.loses()
-    snapshot_policy.look(2.0)
+    snapshot_policy.poll(2.0)
     assert not snapshot_policy.last(2.1)
     assert len(worker_group.asked) == 2
     assert not snapshot_policy.last(2.1 + LAST_SECONDS)
@@ -286,16 +286,16 @@ def test_an_end_that_meets_with_a_loss(tmp_path, when):
 def test_who_had_passed_the_tick_is_asked_again(tmp_path):
     """At once, further ahead, and not after the patience for an unanswered request."""
     worker_group, snapshot_policy = crew_of(tmp_path, seconds=2)
-    snapshot_policy.look(0.0)
-    snapshot_policy.look(2.0)
+    snapshot_policy.poll(0.0)
+    snapshot_policy.poll(2.0)
     assert len(worker_group.asked) == 1
     worker_group.late = True
     worker_group.at(500)
-    snapshot_policy.look(2.2)
+    snapshot_policy.poll(2.2)
     assert len(worker_group.asked) == 2
     assert worker_group.asked[1] > 500
     worker_group.late = False
-    snapshot_policy.look(2.4)
+    snapshot_policy.poll(2.4)
     assert len(worker_group.asked) == 2
 
 

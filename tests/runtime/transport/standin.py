@@ -56,7 +56,7 @@ class FileMemory:
             return torch.zeros(nbytes, dtype=torch.uint8)
         return torch.from_file(str(path), shared=True, size=nbytes, dtype=torch.uint8)
 
-    def settle(self):
+    def synchronise(self):
         for written, shared in self._lent:
             shared.copy_(written)
 

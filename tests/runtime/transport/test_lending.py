@@ -87,7 +87,7 @@ class Pair:
         self.sender = SharedSender(self.lines[0], channel, self.receiver.address, self.gpu_sender)
         if agree:
             self.receiver.answer()
-            self.sender.look()
+            self.sender.poll()
 
     def __enter__(self):
         return self
@@ -181,8 +181,8 @@ def test_a_full_ring_holds_the_sender_back(tmp_path, leaves_no_socket, slack):
 
 def test_a_bundle_waits_for_the_gpu_once(tmp_path, leaves_no_socket, monkeypatch):
     settled = []
-    settle = FileMemory.settle
-    monkeypatch.setattr(FileMemory, "settle", lambda own: settled.append(settle(own)))
+    settle = FileMemory.synchronise
+    monkeypatch.setattr(FileMemory, "synchronise", lambda own: settled.append(settle(own)))
     with Pair(tmp_path, CHANNEL._replace(bundle=4)) as pair:
         settled.clear()
         pair.pass_on(*[signal(n) for n in range(4)])

@@ -75,7 +75,7 @@ class Ticks:
 
     @property
     def state_readout(self) -> str | None:
-        """The node that is its own output, if there is no output net, or whose block holds it."""
+        """Return the node that is its own output (no output net), or whose block holds it."""
         alone = len(self.out.parents) == 1 and self.out.parents[0] != INPUT
         inside = not self.out.layers or bool(self.data.get("inner", False))
         return self.out.parents[0] if alone and inside else None

@@ -59,7 +59,7 @@ def _by_neuron(data: GoldenData) -> Graph:
 
 
 def _module(data: GoldenData, rows: Sequence[int]) -> nn.Sequential:
-    """act(W v) of some rows of W_0, float64."""
+    """Return act(W v) of some rows of W_0, float64."""
     x0, weights = entry(data, "x0"), entry(data, "W0")
     bias = weights.shape[1] == len(x0) + 1
     if weights.shape not in ((len(x0), len(x0)), (len(x0), len(x0) + 1)):
@@ -126,14 +126,14 @@ def track(data: GoldenData, graph: Graph, K: int) -> dict[str, Array]:
 
 
 def _costate(data: GoldenData) -> Tensor:
-    """P_0; zero where the file's snapshots begin later."""
+    """Return P_0; zero where the file's snapshots begin later."""
     if len(entry(data, "snap")) and data["snap"][0] == 0:
         return torch.tensor(entry(data, "P")[0])
     return torch.zeros(data["W0"].shape, dtype=torch.float64)
 
 
 def _joined(entries: Sequence[Sequence[Tensor]], K: int) -> Array:
-    """(K + 1, rows, N) with the bias as the last column where there is one."""
+    """Return (K + 1, rows, N) with the bias as the last column where there is one."""
     rows = [torch.cat([part.reshape(len(part), -1) for part in e], dim=1) for e in entries[: K + 1]]
     return torch.stack(rows).numpy()
 
@@ -151,8 +151,8 @@ def _pairs(data: GoldenData, ours: Mapping[str, Array], K: int) -> dict[str, tup
 
 
 def _energies(data: GoldenData, ours: Mapping[str, Array]) -> Difference:
-    """L, H and H'. In the sequential order the recorded loss is that of x_{k+1}; a file may take it
-    at x_k, as its formula is printed."""
+    """Return L, H and H'. In the sequential order the recorded loss is of x_{k+1}; a file may
+    take it at x_k, as its formula is printed."""
     names = [name for name in ("L", "H", "Hrobust") if name in data]
     as_recorded = golden.worst({name: (ours[name], data[name]) for name in names})
     if golden.choice(data, "order", golden.ORDERS) != "sequential":

@@ -90,7 +90,7 @@ def checks(full: bool) -> Iterator[Check]:
 
 
 def _in_parts(samples: int) -> Iterator[Check]:
-    """Level `pipeline`: the last of the micro-batches has fewer rows."""
+    """Yield checks of level `pipeline`: the last of the micro-batches has fewer rows."""
     cases: list[tuple[str, Callable[[], nn.Module], Mapping[str, Any], Mapping[str, int]]] = [
         ("a chain of 5", chain, MOMENTUM, {}),
         ("a chain of 5, two blocks", chain, PLAIN, {"blocks": 2}),
@@ -107,7 +107,7 @@ def _in_parts(samples: int) -> Iterator[Check]:
 
 
 def _in_groups(samples: int) -> Iterator[Check]:
-    """One step for several samples; with two versions every block is one step behind."""
+    """Yield checks of a step for several samples; with two versions each block is a step behind."""
     for rule, learning in (("momentum", MOMENTUM), ("AdamW", ADAMW)):
         name = f"a chain of 5, a step for {GROUP} samples, {rule}"
         yield _check(name, chain, samples, learning, 1.0, {}, {"accumulate": GROUP})

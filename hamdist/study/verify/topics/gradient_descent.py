@@ -120,7 +120,7 @@ def _read(data: GoldenData) -> _Case:
 
 
 def _model(case: _Case) -> nn.Sequential:
-    """The network, with the weights of the file, as a body and a head."""
+    """Return the network, with the weights of the file, as a body and a head."""
     layers = golden.dense_layers(case.layers, case.data["X"].shape[1])
     children: OrderedDict[str, nn.Module] = OrderedDict(
         body=nn.Sequential(*layers[:-1]), head=layers[-1]

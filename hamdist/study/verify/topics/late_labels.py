@@ -138,7 +138,7 @@ def _activations(model: nn.Sequential, u: Tensor) -> list[Tensor]:
 
 
 def _gradients(model: nn.Sequential, h: list[Tensor], y: Tensor) -> None:
-    """Backpropagation by hand, with today's weights and the activations of then:
+    """Do backpropagation by hand, with today's weights and the activations of then:
 
     g_W = z^T h,      z_below = (z W) (1 - h^2)
     """
