@@ -104,7 +104,7 @@ def _options(
 for _command in (  # in the order of use
     *(settings.init, settings.recipes, settings.rules, run.run, compare.compare),
     *(view.view, view.watch, view.explain, view.draw, serve.serve, serve.replay),
-    *(results.export, results.diff, results.bisect, results.rewind),
+    *(results.export, results.diff, results.bisect, results.rewind, results.fork),
     *(simulate.simulate, simulate.profile),
     *(verify.verify, cluster.doctor, launch.launch, launch.attach, launch.stop, launch.runs),
     settings.schema,

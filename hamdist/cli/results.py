@@ -1,19 +1,21 @@
 """What is left of runs: `hamdist export`, the weights of a snapshot as a file; `diff` and `bisect`,
-where two runs part; `rewind`, what a block did at a tick."""
+where two runs part; `rewind`, what a block did at a tick; `fork`, a run once more, otherwise."""
 
 from __future__ import annotations
 
 from dataclasses import asdict, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from hamdist.cli.console import note, print_facts, print_rows, report, say
-from hamdist.cli.options import RunOptions
-from hamdist.errors import FAILED
+from hamdist.cli.options import OverwriteOption, RunOptions
+from hamdist.errors import FAILED, SettingsError
+from hamdist.study.shared.result_folder import results_of
 
 if TYPE_CHECKING:
+    from hamdist.runtime.storage.snapshot_files import Snapshot
     from hamdist.study.replay.replay import RecordedRun
 
 
@@ -74,14 +76,31 @@ def rewind(
         Path | None,
         typer.Option("--out", metavar="FILE", help="A safetensors file for all its tensors."),
     ] = None,
+    record: Annotated[
+        Path | None,
+        typer.Option("--record", metavar="FILE", help="Write the signals that the block took."),
+    ] = None,
+    signals: Annotated[
+        Path | None,
+        typer.Option("--signals", metavar="FILE", help="Replay it alone, with those of --record."),
+    ] = None,
     options: Annotated[RunOptions, "model stream"],
 ) -> None:
     """Replay a run up to one tick of one block, to the same bits, and show what it did there."""
+    from hamdist.study.replay.alone import alone, write_signals
     from hamdist.study.replay.replay import rewind as rewound
     from hamdist.study.replay.replay import tensors_of
     from hamdist.study.report.save import save_weights
 
-    seen = rewound(_recorded(folder, options), block, tick)
+    if record is not None and signals is not None:
+        raise SettingsError("--record and --signals: a block alone takes what was recorded; one")
+    recorded = _recorded(folder, options)
+    if signals is not None:
+        seen = alone(recorded, signals, block, tick)
+    else:
+        seen = rewound(recorded, block, tick, records=record is not None)
+    if record is not None:
+        write_signals(record, seen)
     tensors = tensors_of(seen)
     if out is not None:
         save_weights(out, tensors)
@@ -90,12 +109,51 @@ def rewind(
         [name, " x ".join(map(str, t.shape)), f"{float(t.double().norm()):.6g}"]
         for name, t in tensors.items()
     ]
-    report(
-        block=block, tick=tick, began=began, marks=seen.met, norms={n: float(t) for n, _, t in rows}
-    )
+    stepped = "the whole network" if signals is None else "this block alone"
+    norms = {name: float(norm) for name, _, norm in rows}
+    report(block=block, tick=tick, began=began, stepped=stepped, marks=seen.met, norms=norms)
     met = f"{seen.met} marks of the run's digests met" if seen.met else "the run has no digests"
-    print_facts(f"{block}, tick {tick}", {"replayed from": began, "the same bits": met})
+    print_facts(
+        f"{block}, tick {tick}", {"replayed from": began, "stepped": stepped, "the same bits": met}
+    )
     print_rows("Signals and state", [["tensor", "shape", "norm"], *rows])
+
+
+def fork(
+    folder: _OfReplay,
+    *,
+    without_sample: Annotated[
+        int | None,
+        typer.Option("--without-sample", metavar="N", min=0, help="Leave it out (from 0)."),
+    ] = None,
+    tick: Annotated[
+        int | None, typer.Option("--tick", min=0, help="Begin at the latest snapshot up to it.")
+    ] = None,
+    out: Annotated[
+        Path | None,
+        typer.Option("--out", help="Folder for its files.", show_default="results/NAME-fork"),
+    ] = None,
+    overwrite: OverwriteOption = False,
+    options: Annotated[RunOptions, "set_ model stream"],
+) -> None:
+    """Run a run once more in one process, without one sample, or with other settings (--set)."""
+    from hamdist.cli.run import run_settings
+    from hamdist.study.replay.replay import SETTINGS
+
+    recorded = _recorded(folder, options)
+    begin = None if tick is None else recorded.latest_before(tick)
+    if without_sample is not None:
+        before = recorded.latest_without(without_sample)
+        begin = before if begin is None else min(begin, before, key=_tick)
+    alone: dict[str, Any] = {"engine": {"kind": "inprocess", "placement": None}}
+    settings = options.load(str(folder / SETTINGS), **alone, snapshots={"path": None})
+    resume = None if begin is None else str(begin)
+    where = out or results_of(f"{settings.name}-fork")
+    run_settings(settings, options, where, overwrite, (resume, None), without=without_sample)
+
+
+def _tick(snapshot: Snapshot | None) -> int:
+    return -1 if snapshot is None else snapshot.tick
 
 
 def bisect(

@@ -63,22 +63,30 @@ def run(
     loaded = options.load(settings, **changes)
     where = out or results_of(f"{loaded.name}-{time.strftime('%Y%m%d-%H%M%S')}")
     begin, seen = (resume, weights), (view, trace)
-    _run(loaded, options, where, overwrite, begin, seen, began=context.obj)
+    run_settings(loaded, options, where, overwrite, begin, seen, began=context.obj)
 
 
-def _run(
+def run_settings(
     settings: Settings,
     options: RunOptions,
     out: Path,
     overwrite: bool,
     begin: tuple[str | None, Path | None],
-    seen: tuple[bool, Path | None],
+    seen: tuple[bool, Path | None] = (False, None),
     *,
-    began: float | None,
+    began: float | None = None,
+    without: int | None = None,
 ) -> None:
-    """out: the folder, or the first of those numbered behind it that is free. begin: snapshots, or
-    weights. seen: on a page; the file of a trace. began: when the process did
-    (`time.perf_counter`), where it did so for this run alone."""
+    """Run, write and show the result.
+
+    Args:
+        settings, options: what is run.
+        out: the folder, or the first of those numbered behind it that is free, unless `overwrite`.
+        begin: snapshots, or weights.
+        seen: on a page; the file of a trace.
+        began: when the process did (`time.perf_counter`), where it did so for this run alone.
+        without: the number of a sample that the stream leaves out.
+    """
     (resume, weights), (shown, trace) = begin, seen
     if resume is not None and weights is not None:
         raise SettingsError("--resume and --weights: a run begins with one of them")
@@ -118,6 +126,7 @@ def _run(
             before=imports,
             resume=resume,
             weights=weights,
+            without=without,
         )
         for event in final_events(result):
             folder.emit(event)

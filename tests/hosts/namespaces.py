@@ -212,8 +212,10 @@ class Hosts:
         jitter: float = 0.0,
         way: str = "both",
         resent: bool = False,
+        after: float = 0.0,
     ) -> None:
-        """What host i's cable does to each frame from now on, one way. For hosts(..., delay=...).
+        """What host i's cable does to each frame, one way, from `after` seconds from now on. For
+        hosts(..., delay=...).
 
         loss: share of frames; rate: bytes a second (0: any number); jitter: standard deviation as a
         share of seconds; way: `there` (out of host i), `back`, or both; resent: lost frames come a
@@ -223,7 +225,7 @@ class Hosts:
         if wire is None or wire.stdin is None:
             raise ValueError("hosts(..., delay=0.0) makes cables that can delay")
         again = "resent" if resent else ""
-        wire.stdin.write(f"{seconds} {loss} {rate} {jitter} {way} {again}\n".encode())
+        wire.stdin.write(f"@{after} {seconds} {loss} {rate} {jitter} {way} {again}\n".encode())
         wire.stdin.flush()
 
     def kill(self, i: int) -> None:

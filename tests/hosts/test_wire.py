@@ -7,7 +7,7 @@ import random
 import statistics
 
 import pytest
-from hosts.wire import QUEUE_SECONDS, Way, adjust
+from hosts.wire import QUEUE_SECONDS, Plan, Way, adjust
 
 FRAME = bytes(1000)
 
@@ -33,6 +33,20 @@ def test_ways_differ_and_change():
     assert (sent(there, 1), sent(back, 1)) == ([0.1], [0.2])
     adjust(there, back, ["0.5", "0"])
     assert (sent(there, 1)[-1], sent(back, 1)[-1]) == (0.5, 0.5)
+
+
+def test_a_way_changes_at_its_times():
+    """0.1 s at once, 10 kB/s from 2 s on and 0.3 s from 5 s on, in whatever order."""
+    plan, there, back = Plan(), Way(1), Way(2)
+    plan.add("0.1 0\n@5 0.3 0\n@2 0.1 0 10000 0\n", now=100.0)
+    assert sorted(plan.times) == [100, 102, 105]
+    seen = []
+    for now in (100.0, 101.9, 102.0, 106.0):
+        for words in plan.due(now):
+            adjust(there, back, words)
+        seen.append((there.seconds, there.rate))
+    assert seen == [(0.1, 0.0), (0.1, 0.0), (0.1, 1e4), (0.3, 1e4)]
+    assert plan.times == []
 
 
 def test_jitter_and_loss_follow_from_the_seed():

@@ -10,7 +10,8 @@ behind which frames queue; the standard deviation of SECONDS as a share of it (n
 frame overtakes another); and which way: `there` from A to B, `back`, or `both`. With `resent` a
 lost frame comes after all, later by a round trip, and those behind it wait: what a retransmission
 costs where the sender does not slow down for it. What is drawn follows from SEED and the order of
-the frames, for each way alone. Ends with its input.
+the frames, for each way alone. A line that begins with @T counts from T seconds later on. Ends with
+its input.
 """
 
 import contextlib
@@ -72,20 +73,20 @@ class Way:
 def carry(a, b, seed):
     """Until the input ends. A frame never overtakes the one before it."""
     ways = {b: Way(2 * seed), a: Way(2 * seed + 1)}  # by destination: there, back
+    plan = Plan()
     other = {a: b, b: a}
     selector = selectors.DefaultSelector()
     for file in (0, a, b):
         selector.register(file, selectors.EVENT_READ)
     while True:
-        first = min((way.waiting[0][0] for way in ways.values() if way.waiting), default=None)
-        rest = None if first is None else max(0.0, first - time.monotonic())
+        times = [way.waiting[0][0] for way in ways.values() if way.waiting] + plan.times
+        rest = max(0.0, min(times) - time.monotonic()) if times else None
         for key, _ in selector.select(rest):
             if key.fd == 0:
                 text = os.read(0, 4096).decode()
                 if not text:
                     return
-                for line in text.splitlines():
-                    adjust(ways[b], ways[a], line.split())
+                plan.add(text, time.monotonic())
                 continue
             for _ in range(AT_ONCE):
                 try:
@@ -94,11 +95,36 @@ def carry(a, b, seed):
                     break
                 ways[other[key.fd]].take(frame, time.monotonic())
         now = time.monotonic()
+        for words in plan.due(now):
+            adjust(ways[b], ways[a], words)
         for destination, way in ways.items():
             while way.waiting and way.waiting[0][0] <= now:
                 # (the device may be down, or its queue full: the frame is lost)
                 with contextlib.suppress(OSError):
                     os.write(destination, way.waiting.popleft()[1])
+
+
+class Plan:
+    """Lines of input with the times from which on they count."""
+
+    def __init__(self):
+        self.lines = []
+
+    @property
+    def times(self):
+        return [at for at, _ in self.lines]
+
+    def add(self, text, now):
+        for line in text.splitlines():
+            words = line.split()
+            later = float(words.pop(0)[1:]) if words[0].startswith("@") else 0.0
+            self.lines.append((now + later, words))
+
+    def due(self, now):
+        """Takes out the words of the lines whose time has come, in its order."""
+        self.lines.sort(key=lambda line: line[0])
+        while self.lines and self.lines[0][0] <= now:
+            yield self.lines.pop(0)[1]
 
 
 def adjust(there, back, words):

@@ -72,7 +72,7 @@ def simulate(
         warn(f"memory: {text}")
     if learn:
         note("learning in one process with these delays ...")
-        _, learned = learn_it(placed, result["samples_per_second"], factory, data)
+        _, learned = learn_it(placed, result["stages"], factory, data)
         result |= learned
     _print(result)
     report(**result)
@@ -121,6 +121,11 @@ def _print(result: dict[str, Any]) -> None:
         "samples/s": f"{result['samples_per_second']:,.1f} (p5 {p['p5']:,.1f}, p50 {p['p50']:,.1f},"
         f" p95 {p['p95']:,.1f}; undisturbed {result['undisturbed']:,.1f})",
         "critical": result["critical"],
+        **{
+            f"from {stage['at']:g} s": f"{stage['samples_per_second']:,.1f} samples/s, "
+            f"{stage['critical']}"
+            for stage in result["stages"][1:]
+        },
         "delays, ticks": ", ".join(f"{e} {d}" for e, d in result["delays"].items() if d != 1),
         "staleness": f"{result['staleness']} samples",
         "memory, MiB": ", ".join(f"{h} {n / 2**20:,.0f}" for h, n in result["memory"].items()),

@@ -75,8 +75,10 @@ def other_bits_than(snapshot: Snapshot, plan: Plan) -> list[str]:
 def identity(stream: Stream, example: Mapping[str, Tensor] | None) -> dict[str, str]:
     """Return the identity of a stream: its class, its shape, its length and its first sample.
 
-    example: the first sample's inputs by name, where they are known (train.py).
+    example: the first sample's inputs by name, where they are known (train.py). A stream from which
+    a later sample was taken out keeps its identity.
     """
+    stream = getattr(stream, "unaltered", stream)
     spec = stream.spec
     facts = {
         "class": f"{type(stream).__module__}.{type(stream).__qualname__}",

@@ -26,12 +26,14 @@ from hamdist.config import EngineKind, Settings, read_settings
 from hamdist.errors import SettingsError
 from hamdist.models.build import ModelFactory
 from hamdist.runtime.engines.inprocess import InProcessEngine
+from hamdist.runtime.plan.plan import Plan
 from hamdist.runtime.process.portable import pin
 from hamdist.runtime.results.digests import DigestMap, Digests, on_top
 from hamdist.runtime.results.result import BlockState
 from hamdist.runtime.signals.signal import Channel, Signal
 from hamdist.runtime.storage.snapshot_files import Snapshot, latest, latest_complete
 from hamdist.runtime.storage.store import storage
+from hamdist.streams.sample import Stream
 from hamdist.study.report.digests_diff import Parting, RunDigests, compared, read_digests
 from hamdist.study.run.export import planned
 from hamdist.study.run.run import DataFactory
@@ -39,7 +41,7 @@ from hamdist.study.run.run import DataFactory
 SETTINGS, DIGESTS = "settings.yaml", "digests.json"
 
 
-class _Reached(Exception):
+class Reached(Exception):
     """Raised by a replay behind its last tick."""
 
 
@@ -69,6 +71,13 @@ class RecordedRun:
         store = storage(self.snapshots)
         folder = latest_complete(store, tick)
         return None if folder is None else latest(f"{store.where}/{folder}", lambda _: None)
+
+    def latest_without(self, sample: int) -> Snapshot | None:
+        """Return the latest snapshot before a sample had entered; None: only the beginning is."""
+        snapshot = self.latest_before(inf)
+        while snapshot is not None and snapshot.manifest.samples > sample:
+            snapshot = self.latest_before(snapshot.tick - 1)
+        return snapshot
 
 
 def recorded_run(folder: Path, factory: ModelFactory | None = None) -> RecordedRun:
@@ -118,6 +127,7 @@ class Replay(Digests):
         state: of the block behind `last`; None: it did nothing at that tick.
         latest: the latest tick before at which the block did something.
         met: marks of the run's digests that were met; missed: the first that was not.
+        record: of all signals that the block takes, by channel; None: it is not kept.
     """
 
     run: RecordedRun
@@ -131,6 +141,7 @@ class Replay(Digests):
     latest: int | None = None
     met: int = 0
     missed: Sent | None = None
+    record: dict[str, list[Signal]] | None = None
 
     def __post_init__(self) -> None:
         super().__init__(int(self.run.settings.engine.digests))
@@ -157,12 +168,14 @@ class Replay(Digests):
         super().take(channel, signal)
         if channel.receiver == self.block:
             self._now[f"taken {channel.key}"] = signal
+            if self.record is not None:
+                self.record.setdefault(channel.key, []).append(signal)
 
     def after_step(self, node: Any, tick: int) -> None:
         """End the replay behind its last tick."""
         super().after_step(node, tick)
         if tick > self.last:
-            raise _Reached
+            raise Reached
         if node.name == self.block:
             self.latest = tick
             if tick == self.last:
@@ -192,35 +205,49 @@ def _other(replay: Replay) -> str:
     )
 
 
-def replay(run: RecordedRun, first: float, last: float, block: str | None = None) -> Replay:
-    """Replay a run from the latest snapshot up to tick `first`, until behind tick `last`.
-
-    Signals behind `first` are kept as digests; of `block` those of tick `last`.
-    """
-    snapshot = run.latest_before(min(first + 1, last))
-    settings = run.settings
+def from_snapshot(
+    run: RecordedRun, snapshot: Snapshot | None, last: float, first: float, block: str | None
+) -> tuple[Plan, Stream, Replay]:
+    """Return the plan and the stream of a replay that begins at a snapshot, and its watch."""
     if snapshot is not None and not snapshot.digests:
         run = dataclasses.replace(run, digests={})  # (the digests would begin in its midst)
-    plan, stream = planned(settings, run.factory, run.data, snapshot)
+    plan, stream = planned(run.settings, run.factory, run.data, snapshot)
     if block is not None and block not in plan.graph.blocks:
         blocks = ", ".join(plan.graph.blocks)
         raise SettingsError(f"--block {block!r}: no block of the run; there are {blocks}")
-    seen = Replay(run, snapshot, last, first if block is None else inf, block)
-    with suppress(_Reached):
+    return plan, stream, Replay(run, snapshot, last, first if block is None else inf, block)
+
+
+def replay(
+    run: RecordedRun, first: float, last: float, block: str | None = None, *, records: bool = False
+) -> Replay:
+    """Replay a run from the latest snapshot up to tick `first`, until behind tick `last`.
+
+    Signals behind `first` are kept as digests; of `block` those of tick `last`, and with `records`
+    all that it takes.
+    """
+    snapshot = run.latest_before(min(first + 1, last))
+    plan, stream, seen = from_snapshot(run, snapshot, last, first, block)
+    seen.record = {} if records else None
+    with suppress(Reached):
         InProcessEngine(seen).run(plan, stream)
     return seen
 
 
-def rewind(run: RecordedRun, block: str, tick: int) -> Replay:
-    """Return what a block did at a tick.
+def rewind(run: RecordedRun, block: str, tick: int, *, records: bool = False) -> Replay:
+    """Return what a block did at a tick; with `records`, and all that it took since the snapshot.
 
     Raises SettingsError if it did nothing then, or if the replay does not meet the run's digests.
     """
-    seen = replay(run, tick - 1, tick, block)
+    return met(replay(run, tick - 1, tick, block, records=records), tick)
+
+
+def met(seen: Replay, tick: int) -> Replay:
+    """Return a replay that has met the run, and its block at a tick; raise as `rewind`."""
     seen.check()
     if seen.state is None:
         before = "" if seen.latest is None else f"; the latest tick before is {seen.latest}"
-        raise SettingsError(f"--tick {tick}: block {block!r} does nothing then{before}")
+        raise SettingsError(f"--tick {tick}: block {seen.block!r} does nothing then{before}")
     return seen
 
 

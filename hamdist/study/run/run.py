@@ -40,6 +40,7 @@ from hamdist.runtime.results.scores import Scores, evaluate, evaluate_samples, e
 from hamdist.runtime.train.train import train
 from hamdist.streams import drifts, held_out, held_out_tokens, make_stream
 from hamdist.streams.sample import SampleSpec, Stream
+from hamdist.streams.wrappers.without_sample import WithoutSample
 from hamdist.study.run.baseline import CENTRALISED, FROZEN, baseline_warnings, train_centralised
 from hamdist.study.run.drift import DriftRecovery, recoveries
 from hamdist.study.run.initial_weights import beside, warmed
@@ -136,6 +137,7 @@ def run_level(
     before: Mapping[str, float] | None = None,
     resume: str | Path | None = None,
     weights: Path | None = None,
+    without: int | None = None,
 ) -> tuple[Run, nn.Module]:
     """Train with `settings` (made for one level by `for_level`) and evaluate on held-out data.
 
@@ -145,6 +147,7 @@ def run_level(
         before: what came before this call and belongs to the run's start (seconds by phase).
         resume: a folder of snapshots that the run goes on from.
         weights: a safetensors file that it begins with.
+        without: the number of a sample that the stream leaves out.
 
     Raises:
         HamdistError: of the settings, or of the run.
@@ -152,7 +155,7 @@ def run_level(
     level, engine = settings.level.value, settings.engine.kind.value
     return _run(
         settings, level, engine, factory, data, on_progress, before or {},
-        resume=resume, weights=weights,
+        resume=resume, weights=weights, without=without,
     )  # fmt: skip
 
 
@@ -185,6 +188,7 @@ def _run(
     resume: str | Path | None = None,
     weights: Path | None = None,
     plain: ModelFactory | None = None,
+    without: int | None = None,
 ) -> tuple[Run, nn.Module]:
     dtype = torch_dtype(settings.dtype)
     startup = Startup(phases_to(on_progress, settings.steps))
@@ -197,6 +201,8 @@ def _run(
             stream = make_stream(settings.stream, seed=settings.seed, dtype=dtype)
         else:
             stream = own_data.train
+        if without is not None:
+            stream = WithoutSample(stream, without, settings.steps)
         model = build(settings, stream.spec, factory, dtype)
         if weights is not None:
             model = warmed(model, weights)

@@ -6,14 +6,13 @@ hosts:
   - {name: c, cores: 2, product: 0.0021}          # measured there, by `hamdist profile`
   - {name: d, speed: 0.3}                         # relative to this host
 links: {latency: 0.02, jitter: 0.2, loss: 0.001, bandwidth: 100Mbit/s, "a->b": {latency: 0.1},
-        outages: {per_hour: 2, seconds: 20}}
+        outages: {per_hour: 2, seconds: 20}, changes: [{at: 30s, bandwidth: 5Mbit/s}]}
 failures: {per_hour: 0.1, detection: 10, startup: 20}
 pace: 50                                          # samples a second
 """
 
 from __future__ import annotations
 
-import itertools
 import math
 import re
 from pathlib import Path
@@ -53,6 +52,10 @@ def _quantity(ending: str, example: str) -> BeforeValidator:
         return amount / 8 if match[3] == "bit" else amount
 
     return BeforeValidator(read)
+
+
+def _seconds(value: object) -> object:
+    return value.removesuffix("s") if isinstance(value, str) else value
 
 
 Bytes = Annotated[float, _quantity("", "2GiB or 512MB")]
@@ -96,6 +99,8 @@ class LinkSettings(Section):
     """Share of packets lost, and sent again."""
     outages: OutageSettings = OutageSettings()
     """Signals wait for their ends."""
+    at: Annotated[float, BeforeValidator(_seconds), Field(ge=0)] = 0.0
+    """Of a change: seconds from the start of the run, 30 or 30s."""
 
     @model_validator(mode="after")
     def _once(self) -> LinkSettings:
@@ -170,7 +175,8 @@ class HostPlanSettings(Section):
     hosts: Annotated[tuple[HostSettings, ...], Field(min_length=1)]
     """All hosts."""
     links: dict[str, Any] = Field(default_factory=dict)
-    """Fields of all links (`latency` ... `outages`), and of single ones by `a->b`."""
+    """Fields of all links (`latency` ... `outages`), and of single ones by `a->b`. `changes`: a
+    list of fields that are others from a time `at` on."""
     failures: FailureSettings = FailureSettings()
     """Of hosts."""
     pace: Above0 | None = None
@@ -199,17 +205,14 @@ def read_host_plan(path: Path) -> tuple[ClusterModel, list[str]]:
     except (OSError, UnicodeDecodeError) as error:
         raise SettingsError(f"{origin}: cannot be read: {error}") from None
     plan = checked(HostPlanSettings, raw, origin)
-    usual = {key: value for key, value in plan.links.items() if "->" not in key}
-    links = {}
-    for (i, a), (j, b) in itertools.permutations(enumerate(plan.hosts), 2):
-        key = f"{a.name}->{b.name}"
-        where = f"{origin}: links.{key}" if key in plan.links else f"{origin}: links"
-        of_pair = mapping(plan.links.get(key, {}), where)
-        # (A latency of its own has a jitter of its own.)
-        fields = {
-            k: v for k, v in usual.items() if k != "jitter" or "latency" not in of_pair
-        } | of_pair
-        links[i, j] = checked(LinkSettings, fields, where).link()
+    named = list(enumerate(plan.hosts))
+    pairs = {(i, j): f"{a.name}->{b.name}" for i, a in named for j, b in named if i != j}
+    courses = {pair: _course(plan.links, key, origin) for pair, key in pairs.items()}
+    times = sorted({at for course in courses.values() for at in course})
+    links = [
+        (at, {pair: course[max(t for t in course if t <= at)] for pair, course in courses.items()})
+        for at in times or [0.0]
+    ]
     here = product_seconds() if any(host.product for host in plan.hosts) else 1.0
     hosts = [
         HostModel(
@@ -225,4 +228,28 @@ def read_host_plan(path: Path) -> tuple[ClusterModel, list[str]]:
     failures = FailureModel(**dict(plan.failures))
     guessed = [f"{host.name} ({host.machine})" for host in plan.hosts if host.machine is not None]
     notes = [f"estimated, not measured: {', '.join(guessed)}; `hamdist profile` measures a host"]
-    return ClusterModel(hosts, links, failures, plan.pace or math.inf), notes if guessed else []
+    cluster = ClusterModel(hosts, links[0][1], failures, plan.pace or math.inf, links[1:])
+    return cluster, notes if guessed else []
+
+
+def _course(links: dict[str, Any], key: str, origin: str) -> dict[float, Link]:
+    """Return a link by the seconds from which on it is so; the first at 0."""
+    where = f"{origin}: links.{key}" if key in links else f"{origin}: links"
+    usual = {name: value for name, value in links.items() if "->" not in name}
+    of_pair = mapping(links.get(key, {}), where)
+    # (A latency of its own has a jitter of its own.)
+    fields = {k: v for k, v in usual.items() if k != "jitter" or "latency" not in of_pair} | of_pair
+    changes = fields.pop("changes", [])
+    if not isinstance(changes, list):
+        raise SettingsError(f"{where}.changes: a list such as [{{at: 30s, loss: 0.1}}]")
+    course, latest = {0.0: checked(LinkSettings, fields, where).link()}, 0.0
+    for n, change in enumerate(changes):
+        fields = fields | mapping(change, f"{where}.changes.{n}")
+        settings = checked(LinkSettings, fields, f"{where}.changes.{n}")
+        if settings.at <= latest:
+            raise SettingsError(
+                f"{where}.changes.{n}.at is {settings.at:g}; give times in order, above 0"
+            )
+        latest = settings.at
+        course[latest] = settings.link()
+    return course

@@ -246,7 +246,41 @@ def at_level(settings: Settings, level: Level | str) -> Settings:
 
 
 def simulate(placed: PlacedRun, seed: int = 0) -> dict[str, Any]:
-    """Simulate a candidate, with what disturbs it, and return the figures as plain values."""
+    """Simulate a candidate, with what disturbs it, and return the figures as plain values.
+
+    Where links change, every stage between two changes is simulated as if it lasted: its rate is in
+    'stages', the samples a second are those of the whole run, the other figures of the first stage.
+    """
+    result = _stage(placed, seed)
+    results = [(0.0, result)]
+    for at, links in placed.cluster.changes:
+        cluster = dataclasses.replace(placed.cluster, links=links)
+        period = placed.model.timed(placed.placement, placed.hosts, cluster).period()
+        later = dataclasses.replace(placed, cluster=cluster, period=period)
+        results.append((at, _stage(later, seed)))
+    shown = ("samples_per_second", "critical")
+    result["stages"] = [{"at": at, **{key: r[key] for key in shown}} for at, r in results]
+    if len(results) > 1:
+        samples = placed.settings.steps
+        rate = results[-1][1]["samples_per_second"]  # (of an endless run)
+        rate = rate if samples is None else samples / seconds_after(samples, result["stages"])
+        result["samples_per_second"] = rate
+    return result
+
+
+def seconds_after(samples: float, stages: Sequence[Mapping[str, Any]]) -> float:
+    """Return when so many samples are done, by the rates of the stages of a run."""
+    ends = [*(stage["at"] for stage in stages[1:]), math.inf]
+    for stage, end in zip(stages, ends, strict=True):
+        rate = stage["samples_per_second"]
+        done = rate * (end - stage["at"])
+        if done >= samples:
+            return float(stage["at"] + samples / rate)
+        samples -= done
+    raise ValueError("the last stage has no end")
+
+
+def _stage(placed: PlacedRun, seed: int) -> dict[str, Any]:
     timed = placed.timed()
     each = len(timed.owner)
     most = (EVENTS if timed.shared else STEPS) // each
@@ -315,11 +349,14 @@ def _snapshots(placed: PlacedRun, timed: TimedGraph) -> SnapshotModel | None:
 
 
 def learn(
-    placed: PlacedRun, rate: float, factory: ModelFactory | None, data: DataFactory | None
+    placed: PlacedRun,
+    stages: Sequence[Mapping[str, Any]],
+    factory: ModelFactory | None,
+    data: DataFactory | None,
 ) -> tuple[Run, dict[str, Any]]:
     """Learn in one process what the candidate will, and return the run and its figures.
 
-    The digest is that of all weights; seconds are those of the cluster, at `rate` samples a second.
+    The digest is that of all weights; seconds are those of the cluster, by `stages` of `simulate`.
     """
     chosen = placed.chosen()
     update: dict[str, Any] = {"kind": EngineKind.INPROCESS, "placement": None, "digests": True}
@@ -327,7 +364,7 @@ def learn(
     settings = chosen.model_copy(update={"engine": chosen.engine.model_copy(update=update)})
     run, _ = run_level(settings, factory=factory, data=data)
     curve = [
-        {"seconds": (w.last + 1) / rate, "loss": w.mean_loss, "accuracy": w.accuracy}
+        {"seconds": seconds_after(w.last + 1, stages), "loss": w.mean_loss, "accuracy": w.accuracy}
         for w in run.windows
     ]
     accuracy = None if run.held_out is None else run.held_out.accuracy

@@ -12,7 +12,7 @@ from typer.testing import CliRunner
 
 from hamdist.cli import app
 
-pytestmark = pytest.mark.timeout(120)
+pytestmark = pytest.mark.timeout(300)
 SAMPLES, WRONG = 1500, 1111  # the sample at which a bit flips
 SETTINGS = """
 level: trace
@@ -50,10 +50,26 @@ def model(*_, **__):
 """
 
 
+WITHOUT = f"""
+import hamdist, torch
+class Lacking:
+    portable = True
+    def __init__(self):
+        self.inner = hamdist.streams.digits(batch=2, seed=0, dtype=torch.float32).train
+        self.spec = self.inner.spec
+    def samples(self):
+        for n, sample in zip(range({SAMPLES}), self.inner.samples()):
+            if n != {WRONG}:
+                yield sample
+def stream(seed):
+    return Lacking()
+"""
+
+
 def command(*words, code=0):
     found = CliRunner().invoke(app, [str(word) for word in words])
     assert found.exit_code == code, found.output
-    return found.stdout
+    return found.stdout if not code else " ".join(found.output.split())
 
 
 @pytest.fixture(scope="module")
@@ -117,6 +133,77 @@ def test_a_block_at_a_tick_has_the_weights_of_a_run_that_ends_there(runs, tmp_pa
     assert torch.equal(seen["theta 4.weight"], whole["4.weight"])
     assert seen["taken state block1->block2"].shape == (2, 8)
     assert seen["sent message block1->block2"].shape == (2, 8)
+
+
+def test_a_block_alone_is_the_same_to_the_bit(runs, tmp_path):
+    """From the snapshot of tick 1000 and a record of what block 1 took: as the whole network, at
+    the last tick of the record and at an earlier one."""
+    (right,) = models(runs, "right")
+    words = ["rewind", runs / "right", "--model", right, "--block", "block1", "--json", "--tick"]
+    record = tmp_path / "taken.safetensors"
+    for tick, extra in ((1202, ["--record", record]), (1200, [])):
+        whole, alone = tmp_path / f"whole{tick}", tmp_path / f"alone{tick}"
+        command(*words, tick, "--out", whole, *extra)
+        found = json.loads(command(*words, tick, "--out", alone, "--signals", record))
+        assert found["stepped"] == "this block alone"
+        assert found["began"].endswith("tick-000000001000")
+        assert found["marks"] > 40  # (of its own signals)
+        one, other = load_file(whole), load_file(alone)
+        assert {*one} == {*other}
+        assert all(torch.equal(one[key], other[key]) for key in one)
+        assert "sent message block0->block1" in one
+
+
+def test_a_block_alone_that_computes_other_bits_is_named(runs, tmp_path):
+    """With the model that flips a bit at tick 1112, alone: its own marks say so."""
+    right, wrong = models(runs, "right", "wrong")
+    words = ["rewind", runs / "right", "--block", "block1", "--tick", 1202]
+    record = ["--record", tmp_path / "r"]
+    command(*words, "--model", right, *record)
+    signals = ["--signals", tmp_path / "r"]
+    found = command(*words, "--model", wrong, *signals, code=2)
+    assert "block 'block1' sent other bits" in found
+    for other, text in (
+        (["--block", "block2", "--tick", 1202], "has what block 'block1' took at ticks 1000 to"),
+        (["--block", "block1", "--tick", 1203], "not block 'block1' up to tick 1203"),
+    ):
+        found = command("rewind", runs / "right", "--model", right, *other, *signals, code=2)
+        assert text in found
+    (tmp_path / "r").write_bytes(b"x")
+    assert "no file of a snapshot" in command(*words, "--model", right, *signals, code=1)
+
+
+def test_a_fork_without_a_sample_is_a_run_that_never_had_it(runs, tmp_path):
+    """Sample 1111 is left out from the snapshot of tick 1000 on; the run that never had it draws
+    from a stream that lacks it."""
+    (right,) = models(runs, "right")
+    (tmp_path / "stream.py").write_text(WITHOUT)
+    fork = ["fork", runs / "right", "--model", right, "--without-sample", WRONG]
+    command(*fork, "--out", tmp_path / "fork")
+    words = ["--model", right, "--steps", SAMPLES, "--set", "snapshots.every=null"]
+    lacking = ["--stream", f"{tmp_path / 'stream.py'}:stream"]
+    command("run", runs / "s.yaml", *words, *lacking, "--out", tmp_path / "lacking")
+    one, other, first = (
+        load_file(where / "model.safetensors")
+        for where in (tmp_path / "fork", tmp_path / "lacking", runs / "right")
+    )
+    del one["3.calls"]  # (a stream of the user's is looked at before: one call more)
+    assert all(torch.equal(one[key], other[key]) for key in one)
+    assert not all(torch.equal(one[key], first[key]) for key in one)
+    summary = json.loads((tmp_path / "fork" / "summary.json").read_text())
+    assert (summary["samples"], summary["resumed"]) == (SAMPLES - 1, 1000)
+
+
+def test_a_fork_with_another_setting_is_the_run_with_it(runs, tmp_path):
+    (right,) = models(runs, "right")
+    words = ["--set", "learning.lr=0.02", "--model", right, "--set", "steps=60"]
+    command("fork", runs / "right", *words, "--out", tmp_path / "fork")
+    every = ["--set", "snapshots.every=null"]
+    command("run", runs / "s.yaml", *words, *every, "--out", tmp_path / "whole")
+    one, other = (load_file(tmp_path / n / "model.safetensors") for n in ("fork", "whole"))
+    assert all(torch.equal(one[key], other[key]) for key in one)
+    late = ["fork", runs / "right", "--model", right, "--without-sample", SAMPLES]
+    assert f"the run has samples 0 to {SAMPLES - 1}" in command(*late, code=1)
 
 
 @pytest.mark.parametrize(

@@ -89,6 +89,44 @@ def test_outages_of_all_links_and_of_one(tmp_path):
     assert seen == [(9, 10), (2, 20)]
 
 
+def test_links_change_at_their_times(tmp_path):
+    """Of all links at 30 s, of a->b at 10 s instead; each change keeps what it does not name."""
+    links = """
+links:
+  latency: 0.01
+  bandwidth: 10Mbit/s
+  changes: [{at: 30s, bandwidth: 5Mbit/s}]
+  a->b: {changes: [{at: 10, loss: 0.1}, {at: 40, latency: 0.2}]}
+"""
+    cluster, _ = read(tmp_path, "hosts: [{name: a}, {name: b}]" + links)
+
+    def seen(links):
+        ways = links[0, 1], links[1, 0]
+        return [(link.seconds, link.bytes_per_second * 8e-6, link.loss) for link in ways]
+
+    assert seen(cluster.links) == [(0.01, 10, 0), (0.01, 10, 0)]
+    assert [(at, seen(one)) for at, one in cluster.changes] == [
+        (10, [(0.01, 10, 0.1), (0.01, 10, 0)]),
+        (30, [(0.01, 10, 0.1), (0.01, 5, 0)]),
+        (40, [(0.2, 10, 0.1), (0.01, 5, 0)]),
+    ]
+
+
+def test_a_run_takes_the_time_of_its_stages(simulated):
+    """One sample at a time over a link of 10 ms, of 100 ms from 0.5 s on: by hand, from the rates
+    of two plans that do not change."""
+    level = ["--set", "engine.actors=2", "--level", "backprop", "--learn"]
+    slow = TWO.replace("latency: 0.02", "latency: 0.1")
+    first, second = (simulated(plan, *level)["samples_per_second"] for plan in (TWO, slow))
+    found = simulated(
+        TWO.replace("latency", "changes: [{at: 0.5s, latency: 0.1}], latency"), *level
+    )
+    assert [s["samples_per_second"] for s in found["stages"]] == [first, second]
+    seconds = 0.5 + (40 - 0.5 * first) / second
+    assert found["samples_per_second"] == pytest.approx(40 / seconds)
+    assert found["curve"][-1]["seconds"] == pytest.approx(seconds)
+
+
 def test_a_distribution_has_its_median_and_its_tail(tmp_path):
     """exp(mu + sigma g) with the mean `seconds`: half lies below mu, 95 % below + 1.645 sigma."""
     plan = "hosts: [{name: a}, {name: b}]\nlinks: {latency: {median: 0.05, p95: 0.1}}\n"
@@ -134,6 +172,15 @@ def test_usual_machines_are_estimates_and_products_are_measured(tmp_path, monkey
             "hosts: [{name: a}, {name: b}]\nlinks: {outages: {seconds: 0}}",
             "links: outages.seconds: .*greater than 0",
         ),
+        (
+            "hosts: [{name: a}, {name: b}]\nlinks: {changes: [{at: 3}, {at: 2}]}",
+            "links.changes.1.at is 2; give times in order",
+        ),
+        (
+            "hosts: [{name: a}, {name: b}]\nlinks: {changes: [{at: 3, lag: 1}]}",
+            "links.changes.0: lag: no such setting",
+        ),
+        ("hosts: [{name: a}, {name: b}]\nlinks: {changes: 3}", "links.changes: a list such as"),
         ("pace: 3", "hosts: Field required"),
         ("hosts: [", "plan.yaml"),
     ],
