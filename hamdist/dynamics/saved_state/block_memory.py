@@ -43,8 +43,8 @@ def tensors_in(value: Any) -> Iterator[Tensor]:
     elif isinstance(value, Mapping):
         yield from tensors_in(list(value.values()))
     elif isinstance(value, (list, tuple, deque)):
-        for one in value:
-            yield from tensors_in(one)
+        for part in value:
+            yield from tensors_in(part)
     elif dataclasses.is_dataclass(value) and not isinstance(value, type):
         yield from tensors_in([getattr(value, f.name) for f in dataclasses.fields(value)])
 
