@@ -230,28 +230,25 @@ class SavesPasses(Block):
         super().__init__(parts)
         self.trace: dict[int, ForwardRecord] = {}
         self.most = 0  # records at once
-        self.record_bytes: int | None = None  # of the first record; none if they are not known
-        self._counted = False
+        self.record_bytes: int | None = -1  # of the first record, -1 before it; None: not known
 
     def run(self, sample: int, inputs: Sequence[Tensor]) -> ForwardRecord:
-        if self._counted:
+        if self.record_bytes != -1:
             return super().run(sample, inputs)
         with self.cell.saved_tensors() as saved:
             record = super().run(sample, inputs)
         self.count(record, saved)
         return record
 
-    def count(self, record: Any, saved: list[Tensor] | None = None) -> None:
+    def count(self, record: Any, saved: list[Tensor] | None) -> None:
         """Count the bytes of a record, if it is the first. saved: what autograd has of it."""
-        if not self._counted and saved is not None:
+        if self.record_bytes == -1:
             module = self.cell.module
             apart = storages_of([*module.parameters(), *module.buffers()])
-            self.record_bytes = bytes_of([record, saved], apart)
-        self._counted = True
+            self.record_bytes = None if saved is None else bytes_of([record, saved], apart)
 
     def memory(self, modules: Sequence[nn.Module]) -> BlockMemory:
-        most, of_one = self.most, self.record_bytes
-        samples = 0 if not most else None if of_one is None else most * of_one
+        samples = self.most and self.record_bytes and self.most * self.record_bytes
         return super().memory(modules)._replace(samples=samples)
 
     def keep(self, pass_: int, sample: int | None, let_go: int | None) -> None:

@@ -40,13 +40,11 @@ def tensors_in(value: Any) -> Iterator[Tensor]:
     """Yield the tensors in nested lists, mappings and data classes."""
     if isinstance(value, Tensor):
         yield value
-    elif isinstance(value, Mapping):
-        yield from tensors_in(list(value.values()))
-    elif isinstance(value, (list, tuple, deque)):
-        for part in value:
-            yield from tensors_in(part)
-    elif dataclasses.is_dataclass(value) and not isinstance(value, type):
+    elif dataclasses.is_dataclass(value):
         yield from tensors_in([getattr(value, f.name) for f in dataclasses.fields(value)])
+    elif isinstance(value, (Mapping, list, tuple, deque)):
+        for one in value.values() if isinstance(value, Mapping) else value:
+            yield from tensors_in(one)
 
 
 def storages_of(value: Any) -> set[int]:

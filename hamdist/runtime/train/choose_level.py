@@ -73,12 +73,11 @@ def chosen(settings: Settings, seen: LevelFacts) -> tuple[Settings, list[str]]:
     why = [f"level {level.value!r}: {reason}"]
     at_level = settings.for_level(level)
     over: dict[str, Any] = {}
-    choices = (
+    for fields, reasons in (
         _scaling(at_level, level, seen),
         _axes(at_level, level, seen),
         _averaging(at_level, seen),
-    )
-    for fields, reasons in choices:
+    ):
         over = merge(over, fields)
         why += reasons
     raw = at_level.model_dump(mode="json", exclude_unset=True)

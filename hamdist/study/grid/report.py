@@ -11,6 +11,7 @@ from typing import Any
 from hamdist.display.figure import PageFigure
 from hamdist.display.table import Table, csv_text, html_notes, html_table, latex, markdown
 from hamdist.runtime.results.events import RunEvent, WindowFull
+from hamdist.study.grid.points import label_of
 from hamdist.study.grid.run import StudyOutcome
 from hamdist.study.grid.settings import Axis, StudySettings, study_yaml
 from hamdist.study.grid.summary import SummaryLine, summary
@@ -39,7 +40,7 @@ def save_study(
     lines = summary(outcomes, study.goal)
     tables = study_tables(study, lines, first)
     figures = study_figures(study, outcomes)
-    blocks = block_table({line.label: line.blocks for line in lines})
+    blocks = block_table({label_of(line.side, line.point): line.blocks for line in lines})
     if blocks is not None:
         save_blocks(folder, blocks)
     write_file(folder / "study.yaml", study_yaml(study))

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from hamdist.study.grid.points import Point, label_of
+from hamdist.study.grid.points import Point
 from hamdist.study.grid.run import RunRecord, StudyOutcome
 from hamdist.study.grid.settings import Trains
 from hamdist.study.report.aggregate import mean_of, spread_of
@@ -56,11 +56,6 @@ class SummaryLine:
     cpu_seconds: float | None = None
     joules: float | None = None
     blocks: tuple[dict[str, BlockFacts], ...] = ()
-
-    @property
-    def label(self) -> str:
-        """Return a label, as `GridCell.label`."""
-        return label_of(self.side, self.point)
 
 
 def summary(outcomes: Sequence[StudyOutcome], goal: float | None = None) -> list[SummaryLine]:

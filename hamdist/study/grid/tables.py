@@ -7,7 +7,7 @@ from typing import Any
 
 from hamdist.display.figure import FigureCurve, PageFigure
 from hamdist.display.table import MISSING, Table, number, percent
-from hamdist.study.grid.points import GridCell, Point
+from hamdist.study.grid.points import GridCell, Point, label_of
 from hamdist.study.grid.run import StudyOutcome
 from hamdist.study.grid.settings import Axis, PublishedSettings, StudySettings, Trains
 from hamdist.study.grid.summary import SummaryLine, summary
@@ -17,11 +17,10 @@ from hamdist.study.report.table import interval, points
 
 BLOCKS = "Blocks"
 MOST_BLOCKS = 12  # of a side
-BLOCK_NOTES = (
-    "staleness over all samples of all seeds; alignment: the cosine of a block's update with "
-    "backpropagation's gradient at the weights of the tick in which the sample entered, at some 20 "
-    "samples of a run; own memory: weights, what lies in the block at the end, and what it keeps "
-    "of samples under way, at the most",
+BLOCK_NOTE = (
+    f"{MOST_BLOCKS} blocks of a side at most (all: blocks.csv); alignment: the cosine of an update "
+    "with backpropagation's gradient at the weights of the tick in which the sample entered; own "
+    "memory: weights, what else lies in the block, what it keeps of samples under way at the most"
 )
 LOGARITHMIC = (Axis.BATCH, Axis.SMOOTHNESS)
 WORDS = {Axis.DEPTH: "L", Axis.SPEED: "c", Axis.SMOOTHNESS: "S", Axis.BATCH: "batch"}
@@ -45,21 +44,19 @@ def study_tables(
         score = "Held-out loss" if real_valued else "Held-out accuracy, %,"
         along[f"{score} {TITLES[axis]}"] = _along(axis, axes, lines, real_valued)
     whole = {"All sides": _all(axes, study, lines, real_valued)}
-    table = block_table({line.label: line.blocks for line in lines})
+    table = block_table({label_of(line.side, line.point): line.blocks for line in lines})
     blocks = {} if table is None else {BLOCKS: _thinned(table)}
     return {**whole, **along, **blocks} if first is None else {**along, **whole, **blocks}
 
 
 def _thinned(table: Table) -> Table:
     """Return a table of blocks with MOST_BLOCKS rows of each side at most, first and last kept."""
-    rows, notes = [], [*BLOCK_NOTES]
+    rows = []
     for side in dict.fromkeys(row[0] for row in table.rows):
         own = [row for row in table.rows if row[0] == side]
         last, shown = len(own) - 1, min(len(own), MOST_BLOCKS)
         rows += [own[round(i * last / max(1, shown - 1))] for i in range(shown)]
-        if shown < len(own) and len(notes) == len(BLOCK_NOTES):
-            notes.append(f"{MOST_BLOCKS} blocks of each side; all of them are in blocks.csv")
-    return Table(table.titles, rows, notes)
+    return Table(table.titles, rows, [BLOCK_NOTE])
 
 
 def varied(study: StudySettings) -> list[Axis]:
@@ -201,7 +198,7 @@ def _notes(study: StudySettings, lines: Sequence[SummaryLine]) -> list[str]:
         if side.published
     ]
     notes += [
-        f"{line.label}: {in_words(line.gap_test, line.seeds)}"
+        f"{label_of(line.side, line.point)}: {in_words(line.gap_test, line.seeds)}"
         for line in lines
         if line.gap_test is not None and line.trains is not Trains.CENTRALISED
     ]

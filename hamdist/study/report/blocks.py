@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from hamdist.display.table import MISSING, Table, number, percent
@@ -65,16 +65,13 @@ def block_facts(
 
 
 def facts_of(
-    runs: Sequence[Run], events: Iterable[RunEvent]
+    runs: Sequence[Run], events: Sequence[RunEvent]
 ) -> dict[str, list[dict[str, BlockFacts]]]:
     """Return the facts of the blocks of each run, by level, from the events of them all."""
-    by_run: dict[tuple[str | None, int | None], list[RunEvent]] = {}
-    for event in events:
-        by_run.setdefault((event.level, event.seed), []).append(event)
     facts: dict[str, list[dict[str, BlockFacts]]] = {}
     for run in runs:
-        of_run = block_facts(by_run.get((run.level, run.seed), []), run.block_memory)
-        facts.setdefault(run.level, []).append(of_run)
+        of_run = [e for e in events if (e.level, e.seed) == (run.level, run.seed)]
+        facts.setdefault(run.level, []).append(block_facts(of_run, run.block_memory))
     return facts
 
 
