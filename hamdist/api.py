@@ -141,7 +141,7 @@ def _named(trackers: Sequence[str | EventListener]) -> dict[str, Any]:
             raise SettingsError(
                 f"trackers: {tracker!r} is neither a name nor a function of an event"
             )
-    names = [one for one in trackers if isinstance(one, str)]
+    names = [tracker for tracker in trackers if isinstance(tracker, str)]
     return {"trackers": names} if names else {}
 
 

@@ -165,20 +165,20 @@ MUTANTS = (
     # -- when
     Mutant(
         "schedule: messages come back one tick late",
-        "return 2 * (self._D - self._depths[block])",
-        "return 2 * (self._D - self._depths[block]) + 1",
+        "back = 2 * graph.depth - depth",
+        "back = 2 * graph.depth - depth + 1",
         "tests/dynamics/schedule/test_schedule_tables.py",
     ),
     Mutant(
         "schedule: a stamp names one update too many",
-        "version = max(0, sample - self.lag(edge.parent) // self.c) // self.group",
-        "version = max(0, sample - self.lag(edge.parent) // self.c + 1) // self.group",
+        "version = self.sample_of(come) // self.group",
+        "version = (self.sample_of(come) + 1) // self.group",
         "tests/dynamics/schedule/test_schedule_tables.py",
     ),
     Mutant(
         "schedule: a bundle may be as long as the edge's delay and one",
-        "return Bundle(max(1, edge.delay // self.spacing), self.spacing)",
-        "return Bundle(max(1, edge.delay // self.spacing + 1), self.spacing)",
+        "return ALONE if self._own else Bundle(max(1, edge.delay // spacing), spacing)",
+        "return ALONE if self._own else Bundle(max(1, edge.delay // spacing + 1), spacing)",
         "tests/dynamics/schedule/test_schedule_tables.py "
         "tests/runtime/placement/test_links.py -m 'not ray'",
     ),

@@ -82,7 +82,7 @@ def compare(
     from hamdist.study.interface.compare import Comparison, make_runs
     from hamdist.study.run.comparison import run_key
 
-    files = [one for one in (*loaded.compare.rules, *loaded.compare.levels) if ":" in one]
+    files = [name for name in (*loaded.compare.rules, *loaded.compare.levels) if ":" in name]
     code = code_of(options.model, options.stream, baseline_model, *files)
     comparison = Comparison(settings=loaded)
     try:

@@ -203,7 +203,7 @@ class BlockOptimizers(Stateful):
         self._sample = 0  # which the schedulers stand at
         self._began: Any = None  # the arguments that they were made with
         state = self.state_dict()
-        groups = [one["param_groups"] for one in state["optimizers"]]
+        groups = [group["param_groups"] for group in state["optimizers"]]
         self._began = copy.deepcopy([groups, state["schedulers"]])
 
     def step(self, gradients: Sequence[Tensor], factor: float) -> None:

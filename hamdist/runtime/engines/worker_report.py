@@ -106,7 +106,7 @@ def merged(
         "compression": compression,
         "digests": joined(report.digests for report in every),
         "peak_memory": {name: r.peak_memory for name, r in reports.items()},
-        "block_memory": {name: one for r in every for name, one in r.block_memory.items()},
+        "block_memory": {name: part for r in every for name, part in r.block_memory.items()},
         "own_memory": {name: r.own_memory for name, r in reports.items()},
         "time_use": {name: dict(r.sample.seconds) for name, r in reports.items()},
         "trace": {name: r.trace for name, r in reports.items()},

@@ -68,7 +68,7 @@ class LiveBlock(Stateful):
         """Continue from `state`; None in files of earlier formats."""
         if state is not None:
             super().load_state_dict(state)
-            self._rates = [(one[0], one[1], one[2] if len(one) > 2 else 0) for one in self._rates]
+            self._rates = [(r[0], r[1], r[2] if len(r) > 2 else 0) for r in self._rates]
 
     def hear(
         self, pulse: int, clock: Callable[[], Signal | None], state: Callable[[], object]

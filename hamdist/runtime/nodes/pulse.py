@@ -63,7 +63,7 @@ class PulseNode(BlockNode):
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         super().load_state_dict(
-            {name: one for name, one in state.items() if name != "_asked"}
+            {name: v for name, v in state.items() if name != "_asked"}
         )  # (of 0.1)
         self._events = events_from(self._schedule, self.name, self.event)
 

@@ -136,7 +136,7 @@ def train(
             spec = _spec_with_example(stream)
             if settings.level is Level.AUTO:
                 build = partial(graph_in_blocks, model, spec, losses, policy)
-                own_steps = any(one is not None for one in (optimizer, scheduler, rules))
+                own_steps = any(choice is not None for choice in (optimizer, scheduler, rules))
                 settings, stream, why = resolved(settings, stream, build, own_steps=own_steps)
                 spec = replace(stream.spec, example=spec.example)
             known_by = identity(stream, spec.example)

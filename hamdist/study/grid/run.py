@@ -131,7 +131,7 @@ def _record(job: GridJob, run: Run, facts: Mapping[str, BlockFacts]) -> RunRecor
         drifts=[dataclasses.astuple(recovery) for recovery in run.drifts],
         cpu_seconds=run.cpu_seconds,
         joules=run.joules,
-        blocks={name: dataclasses.asdict(one) for name, one in facts.items()},
+        blocks={name: dataclasses.asdict(values) for name, values in facts.items()},
     )
 
 

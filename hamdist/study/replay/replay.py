@@ -309,8 +309,8 @@ def _not_sent(partings: list[Parting]) -> FirstParting | None:
     """Return a parting of runs that have sent the same: their transport, or memory, differs."""
     if not partings:
         return None
-    one = partings[0]
+    parting = partings[0]
     raise SettingsError(
-        f"all signals of both runs left equal, but {one}: a transport has changed a signal on its "
-        "way, or memory has changed; nothing to replay"
+        f"all signals of both runs left equal, but {parting}: a transport has changed a signal on "
+        "its way, or memory has changed; nothing to replay"
     )

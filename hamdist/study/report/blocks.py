@@ -90,14 +90,14 @@ def block_table(runs: Mapping[str, Sequence[Mapping[str, BlockFacts]]]) -> Table
 
 def _cells(facts: Sequence[BlockFacts]) -> list[str]:
     counts: Counter[int] = Counter()
-    for one in facts:
-        counts.update(dict(one.late))
+    for each in facts:
+        counts.update(dict(each.late))
     late = sorted(counts.elements())
     places = (len(late) // 2, (95 * len(late) - 1) // 100, -1) if late else ()
-    memory = [one.memory for one in facts if one.memory is not None]
+    memory = [each.memory for each in facts if each.memory is not None]
 
     def mean(name: str) -> float | None:
-        values = [getattr(one, name) for one in facts]
+        values = [getattr(each, name) for each in facts]
         return mean_of([value for value in values if value is not None])
 
     return [
