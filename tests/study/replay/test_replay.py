@@ -191,7 +191,7 @@ def test_a_fork_without_a_sample_is_a_run_that_never_had_it(runs, tmp_path):
     assert all(torch.equal(one[key], other[key]) for key in one)
     assert not all(torch.equal(one[key], first[key]) for key in one)
     summary = json.loads((tmp_path / "fork" / "summary.json").read_text())
-    assert (summary["samples"], summary["resumed"]) == (SAMPLES - 1, 1000)
+    assert (summary["samples"], summary["resumed"]) == (SAMPLES - 1, 1001)  # (0 to 1000)
 
 
 def test_a_fork_with_another_setting_is_the_run_with_it(runs, tmp_path):
