@@ -18,6 +18,7 @@ from hamdist.dynamics.vjp.gradient import AtOnce, Gradient, norm_of
 from hamdist.dynamics.vjp.local_function import ForwardRecord, LocalFunction
 
 SUM = "gradients"  # its name in a snapshot, beside STATE
+COUNTED = "records counted"  # key of the most records at once, and of the bytes of one
 WAITING = "waiting"
 BUFFERS = "buffers"
 
@@ -277,11 +278,14 @@ class SavesPasses(Block):
 
     def state_dict(self) -> dict[str, Any]:
         """Return the state, in tensors that later steps may overwrite: `packed` copies them."""
-        return {**super().state_dict(), self.RECORDS: self.held()}
+        counted = {COUNTED: (self.most, self.record_bytes)}
+        return {**super().state_dict(), self.RECORDS: self.held(), **counted}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Continue from `state`; raise SnapshotError where it is that of another class."""
         records, rest = popped(state, self.RECORDS)
+        # (Files of earlier versions have no counts; they then begin with the next record.)
+        self.most, self.record_bytes = rest.pop(COUNTED, (self.most, self.record_bytes))
         super().load_state_dict(rest)
         self.rebuild(records)
         # Once more: rebuilding runs the module, which moves its buffers and random numbers.
