@@ -217,7 +217,10 @@ def test_compare_prints_the_table_and_writes_the_report(
 
 
 SETTINGS_ERRORS = [
-    (["run", "nowhere.yaml"], "no settings file 'nowhere.yaml'.*recipes: digits, fashion-mnist"),
+    (
+        ["run", "nowhere.yaml"],
+        "no settings file 'nowhere.yaml'.*recipes: ahead, digits, fashion-mnist",
+    ),
     (["run", "TINY", "--set", "steps"], "write it as key=value"),
     (["run", "TINY", "--set", "steps=-1"], r"steps: .*greater than or equal to 1.*-1"),
     (["run", "TINY", "--set", "stream.bach=8"], r"stream\.bach: .*; did you mean 'batch'\?"),

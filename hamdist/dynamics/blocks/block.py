@@ -226,12 +226,12 @@ class SavesPasses(Block):
     """
 
     RECORDS: ClassVar[str] = "trace"
+    most = 0  # records at once
+    record_bytes: int | None = -1  # of the first record, -1 before it; None: not known
 
     def __init__(self, parts: BlockParts) -> None:
         super().__init__(parts)
         self.trace: dict[int, ForwardRecord] = {}
-        self.most = 0  # records at once
-        self.record_bytes: int | None = -1  # of the first record, -1 before it; None: not known
 
     def run(self, sample: int, inputs: Sequence[Tensor]) -> ForwardRecord:
         if self.record_bytes != -1:
