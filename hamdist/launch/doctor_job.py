@@ -34,7 +34,6 @@ from hamdist.runtime.transport.transport import TCP, local_way
 WITNESS_SECONDS = 60.0
 LINK_SECONDS = 20.0
 CLOCK_ROUNDS = 9
-SIGNAL = 1 << 16  # bytes of the signals by which a link is measured
 ALL_PAIRS = 6  # hosts; of more, each is measured with the next and with the head
 THREADS = 64
 
@@ -197,7 +196,7 @@ def _link(
         ray.get(joined, timeout=LINK_SECONDS)
         answered = other.call.remote("answer", number)
         link, _ = ray.get(
-            [mine.call.remote("measure", number, SIGNAL, 0.0), answered], timeout=LINK_SECONDS
+            [mine.call.remote("measure", number), answered], timeout=LINK_SECONDS
         )
         ray.get([w.call.remote("close") for w in (mine, other)], timeout=LINK_SECONDS)
     except GetTimeoutError:

@@ -625,7 +625,7 @@ def test_links_are_measured_encrypted():
         witness.call("join", addresses)
     thread = threading.Thread(target=other.call, args=("answer", 0))
     thread.start()
-    link = mine.call("measure", 0, 1 << 16, 0.0)
+    link = mine.call("measure", 0)
     thread.join()
     for witness in (mine, other):
         witness.call("close")

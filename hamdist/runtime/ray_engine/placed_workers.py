@@ -36,7 +36,6 @@ from hamdist.runtime.signals.signal import Channel
 from hamdist.runtime.timing.cluster_model import ClusterModel, HostModel, Link
 from hamdist.runtime.timing.cycle_ratio import NoPeriodError
 from hamdist.runtime.timing.model import TimingModel
-from hamdist.runtime.timing.recursion import steady_rate
 from hamdist.runtime.transport.encryption import Keys
 from hamdist.runtime.transport.shared_memory import MAX_CAPACITY
 from hamdist.runtime.transport.transport import IPC, SHM, TCP, local_way
@@ -118,8 +117,6 @@ class PlacedWorkers:
             here = ClusterModel([HostModel(cores=cores())], late)
             timed = model.timed(self.placement, [0 for _ in groups], here)
         try:
-            if any(link.varies for link in self.links.values()):
-                return steady_rate(timed)
             return timed.samples / timed.period().seconds
         except NoPeriodError:  # (bundles of micro-batches, which ends of samples cut short)
             return 0.0
@@ -202,12 +199,9 @@ class PlacedWorkers:
             warnings.warn(note, HamdistWarning, stacklevel=2)  # (before they compute)
         return notes
 
-    def _links(self, model: TimingModel) -> dict[tuple[int, int], Link]:
-        """Measure the links by pair of actors that exchange signals, with signals as the run's.
-        Between two hosts, or inside one, one pair stands for all."""
-        alone = [*range(len(self.actors))]
-        timed = model.timed(self.placement, alone, cluster_of(self.placement, {}))
-        every = timed.period().seconds / timed.samples
+    def _links(self) -> dict[tuple[int, int], Link]:
+        """Measure the links by pair of actors that exchange signals. Between two hosts, or inside
+        one, one pair stands for all."""
         by_pair: dict[frozenset[str], list[tuple[int, int]]] = {}
         for a, b in sorted(pairs(self._plan, self.placement)):
             hosts = frozenset([self.actors[a].node, self.actors[b].node])
@@ -230,20 +224,15 @@ class PlacedWorkers:
         self._all("call", lambda _: ("join", addresses))
         links: dict[tuple[int, int], Link] = {}
         for number, (group, (a, b)) in enumerate(zip(by_pair.values(), firsts, strict=True)):
-            nbytes = max(timed.nbytes.get(way, 0) for way in ((a, b), (b, a))) // timed.samples
-            link = self._measured(number, self.actors[a], self.actors[b], nbytes, every)
+            link = self._measured(number, self.actors[a], self.actors[b])
             links |= dict.fromkeys(group, link)
         self._all("close", lambda _: ())
         return links
 
-    def _measured(
-        self, number: int, first: WorkerHandle, second: WorkerHandle, nbytes: int, every: float
-    ) -> Link:
+    def _measured(self, number: int, first: WorkerHandle, second: WorkerHandle) -> Link:
         answered = second.ask("answer", number)
-        far = first.node != second.node
-        link = first.ask("measure", number, nbytes, every, far)
         try:
-            link, _ = ray.get([link, answered], timeout=START_SECONDS)
+            link, _ = ray.get([first.ask("measure", number), answered], timeout=START_SECONDS)
         except GetTimeoutError:
             raise ClusterError(
                 f"the link between {first} and {second} could not be measured within "

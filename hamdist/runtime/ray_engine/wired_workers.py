@@ -65,12 +65,13 @@ class WiredWorkers(PlacedWorkers):
             self._make_keys()
             answers = self._all("compute_as", lambda _: self.way_to_compute())
             self.notes += self.unlike(dict(zip(self.actors, answers, strict=True)))
-        if plan.replan is not None and measured is not None and measured.model is not None:
+        if plan.replan is not None and measured is not None:
             with startup.phase("links"):
-                self.links = self._links(measured.model)
-                cluster = cluster_of(groups, self.links)
-                delays = least_delays(measured.model, groups, range(len(groups)), cluster)
-                plan = self._plan = plan.replan(delays)
+                self.links = self._links()
+                if measured.model is not None:
+                    cluster = cluster_of(groups, self.links)
+                    delays = least_delays(measured.model, groups, range(len(groups)), cluster)
+                    plan = self._plan = plan.replan(delays)
         inside = self.inside()
         binds = [self.binds(i, inside) for i in range(len(inside))]
 

@@ -68,17 +68,15 @@ class Disturbances:
     def delays(self, arcs: Sequence[TimedArc]) -> Callable[[int], Reals] | None:
         """Return a function that draws the seconds of the arcs, (rows, arcs).
 
-        None if no arc varies. exp(sigma g - sigma^2 / 2) has the mean 1. What was measured of a
-        link comes again from a random place on, in its order.
+        None if no arc varies. exp(sigma g - sigma^2 / 2) has the mean 1.
         """
-        if not any(arc.link is not None and arc.link.varies for arc in arcs):
+        if not any(_varies(arc) for arc in arcs):
             return None
         links = [(arc.link or Link(), arc.nbytes) for arc in arcs]
         means = np.array([arc.seconds for arc in arcs])
         mean, sigma, share, again = np.array(
             [(link.seconds, link.sigma, link.lost(n), link.again) for link, n in links], np.float32
         ).T
-        late = [(k, np.array(one.lateness)) for k, (one, _) in enumerate(links) if one.lateness]
 
         def draw(rows: int) -> Reals:
             level = self._random.integers(0, LEVELS, (rows, len(arcs)), dtype=np.uint16)
@@ -91,9 +89,6 @@ class Disturbances:
             if share.any():
                 more += again * ((self._random.random(more.shape, np.float32) < share) - share)
             seconds: Reals = more + means
-            start = self._random.integers(2**31) if late else 0
-            for k, measured in late:
-                seconds[:, k] += measured[(start + np.arange(rows)) % len(measured)]
             return seconds
 
         return draw
@@ -168,3 +163,7 @@ def _quantiles() -> NDArray[np.float32]:
     middles = (torch.arange(LEVELS, dtype=torch.float64) + 0.5) / LEVELS
     table: NDArray[np.float32] = torch.special.ndtri(middles).float().numpy()
     return table
+
+
+def _varies(arc: TimedArc) -> bool:
+    return arc.link is not None and bool(arc.link.sigma * arc.link.seconds or arc.link.loss)

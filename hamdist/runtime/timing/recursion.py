@@ -137,12 +137,6 @@ class Recursion:
         return ends
 
 
-def steady_rate(timed: TimedGraph, periods: int = 600) -> float:
-    """Return the samples a second of a run whose resources are not shared, once it is full."""
-    ends = Recursion(timed, Disturbances(timed)).run(periods).max(axis=1)[periods // 3 :]
-    return timed.samples * (len(ends) - 1) / float(ends[-1] - ends[0])
-
-
 def _levels(timed: TimedGraph, arcs: Sequence[TimedArc]) -> dict[int, int]:
     """Return the layer of each activity: one behind those of its own period that it waits for, but
     for those on its own resource."""

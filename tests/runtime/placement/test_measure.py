@@ -32,7 +32,6 @@ from hamdist.runtime.placement.step_costs import (
     wants_costs,
 )
 from hamdist.runtime.plan.plan import make_plan
-from hamdist.runtime.signals.codec import Codec
 from hamdist.runtime.timing.cluster_model import BYTES_PER_SECOND, LOCAL_SECONDS
 from hamdist.runtime.train.prepare import as_graph
 
@@ -84,35 +83,6 @@ def test_the_clock_of_the_modules(level):
     both = [{Phase.FORWARD: s, Phase.BACKWARD: s} for s in (1.0, 5.0, 2.0)]
     assert [seconds[f"block{i}"] for i in range(4)] == [*both, {Phase.READ: 0.0}]
     assert seconds["u"] == {Phase.EMIT: 0.0}
-
-
-def test_what_codecs_take_counts_as_the_blocks_work(monkeypatch):
-    """Encoding takes 1 s and decoding 4 s, whichever actor the other end is in."""
-
-    def slow(name, seconds):
-        real = getattr(Codec, name)
-
-        def method(codec, x):
-            Clock.now += seconds
-            return real(codec, x)
-
-        monkeypatch.setattr(Codec, name, method)
-
-    slow("encode", 1.0)
-    slow("decode", 4.0)
-    plan = plan_of(worker(1.0, 5.0, 2.0), engine={"compress": "int8"})
-    assert len([c for c in plan.channels.all() if c.codec is not None]) == 6
-    spent = {name: sum(s.values()) for name, s in measure(plan, Clock()).items()}
-    # (an encoder decodes, too, for the error that it feeds back or measures: 5 s)
-    sent, taken = 5.0, 4.0
-    ends = sent + taken
-    assert spent == {
-        "u": 0.0,
-        "block0": 2.0 + ends,
-        "block1": 10.0 + 2 * ends,
-        "block2": 4.0 + 2 * ends,
-        "block3": ends,
-    }
 
 
 def test_a_held_sample_is_worked_on_in_every_tick():

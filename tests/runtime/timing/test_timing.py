@@ -4,7 +4,6 @@ ways to the same period, each other."""
 
 from __future__ import annotations
 
-import dataclasses
 import itertools
 import math
 import random
@@ -39,7 +38,7 @@ from hamdist.runtime.timing.cycle_ratio import NoPeriodError, max_cycle_ratio
 from hamdist.runtime.timing.disturbances import Disturbances, SnapshotModel
 from hamdist.runtime.timing.events import EventSimulation
 from hamdist.runtime.timing.model import TimingModel
-from hamdist.runtime.timing.recursion import Recursion, steady_rate
+from hamdist.runtime.timing.recursion import Recursion
 from hamdist.runtime.timing.step_graph import step_graph
 from hamdist.runtime.train.prepare import as_graph
 from hamdist.streams import from_iterable
@@ -363,55 +362,6 @@ def test_jitter_is_drawn_by_seed_and_never_faster_than_the_mean():
     assert (one == again).all()
     assert (one != other).any()
     assert rate(one) >= timed.period().seconds
-
-
-@pytest.mark.parametrize("kind", [Recursion, EventSimulation])
-@pytest.mark.parametrize("ticks", [1, 2, 6])
-def test_a_lost_packet_holds_up_those_behind_it(kind, ticks):
-    """One link, a sample every T, and a retransmission of r = m T: a lost state and all behind it
-    wait, that of j T ago until r - j T. Targets leave a tick before they are used, so that one less
-    of them holds up: the wait is beyond j T unless none of m - j states and m - j - 1 targets was
-    lost, and
-
-        mean wait = sum over i = 1 ... m of T (1 - (1 - p)^(2 i - 1)).
-    """
-    every, p = 0.01, 0.06
-    link = Link(ticks * every / 2, loss=p)
-    cluster = dataclasses.replace(hosts(2, link), pace=1 / every)
-    model = model_of(plan_of(bare_chain(2), "heads", engine={"queue": 50}), [1e-6, 1e-6])
-    timed = model.timed([["b0"], ["b1"]], [0, 1], cluster)
-    ends = kind(timed, Disturbances(timed, 1)).run(8000 if kind is Recursion else 1500)
-    late = ends[100:, 1] - ends[100:, 0]
-    late -= late.min()
-    waits = [every * (1 - (1 - p) ** (2 * i + 1)) for i in range(ticks)]
-    assert late.mean() == pytest.approx(sum(waits), rel=0.06 if kind is Recursion else 0.15)
-    for j in range(ticks):
-        share = (late < (j + 0.5) * every).mean()
-        assert share == pytest.approx((1 - p) ** (2 * (ticks - j) - 1), abs=0.06)
-        found = link.share_within(link.seconds + (j + 0.5) * every, 16, every)
-        assert found == pytest.approx((1 - p) ** (ticks - j))  # (of one channel)
-
-
-def test_signals_that_vary_come_in_order_with_the_share_of_the_formula():
-    """P(x) = prod over k of F(x + k T), drawn 20,000 times by hand."""
-    link, every, rng = Link(0.05, sigma=0.3, loss=0.02), 0.004, np.random.default_rng(0)
-    single = 0.05 * np.exp(0.3 * rng.standard_normal(20_000) - 0.3**2 / 2)
-    single += link.again * (rng.random(20_000) < link.lost(3000))
-    sent = every * np.arange(20_000)
-    late = np.maximum.accumulate(sent + single) - sent
-    for x in (0.06, 0.08, 0.12, 0.15):
-        assert link.share_within(x, 3000, every) == pytest.approx((late <= x).mean(), abs=0.02)
-    assert (late <= link.covering(3000, every)).mean() == pytest.approx(0.98, abs=0.01)
-
-
-def test_what_was_measured_of_a_link_comes_again():
-    """Every third signal is 5 ms late: a lock-step run waits 5 ms in a third of its periods."""
-    model = model_of(plan_of(bare_chain(3), "backprop"), [1e-3] * 3)
-    links = {(0, 1): Link(2e-3, lateness=(-5e-3 / 3, -5e-3 / 3, 1e-2 / 3)), (1, 0): Link(2e-3)}
-    timed = model.timed([["b0"], ["b1", "b2"]], [0, 1], ClusterModel(hosts(2).hosts, links))
-    ends = Recursion(timed, Disturbances(timed)).run(301).max(axis=1)
-    assert (np.diff(ends) > timed.period().seconds).sum() == pytest.approx(100, abs=3)
-    assert steady_rate(timed) == pytest.approx(1 / timed.period().seconds, rel=1e-2)
 
 
 @pytest.mark.parametrize("kind", [Recursion, EventSimulation])
