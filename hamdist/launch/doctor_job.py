@@ -195,9 +195,7 @@ def _link(
         joined = [w.call.remote("join", addresses) for w in (mine, other)]
         ray.get(joined, timeout=LINK_SECONDS)
         answered = other.call.remote("answer", number)
-        link, _ = ray.get(
-            [mine.call.remote("measure", number), answered], timeout=LINK_SECONDS
-        )
+        link, _ = ray.get([mine.call.remote("measure", number), answered], timeout=LINK_SECONDS)
         ray.get([w.call.remote("close") for w in (mine, other)], timeout=LINK_SECONDS)
     except GetTimeoutError:
         why = f"nothing within {LINK_SECONDS:.0f} s"
