@@ -66,6 +66,20 @@ def _only_new_objects_are_collected():
     gc.freeze()
 
 
+@pytest.fixture
+def user_file(tmp_path, monkeypatch):
+    """Write code of a user's into a folder of its own, the current one from now on: a function from
+    the code to the file's name, another one in each test, as a module is imported once."""
+    monkeypatch.chdir(tmp_path)
+
+    def write(code):
+        path = tmp_path / f"code_{tmp_path.name}.py"
+        path.write_text(code)
+        return path.name
+
+    return write
+
+
 @pytest.fixture(scope="session")
 def session():
     """A local Ray with room for four actors, for the whole test session."""

@@ -70,7 +70,6 @@ def _belongs(process, folder):
 SMALL = ["--engine", "ray", "--set", "model.width=16", "--set", "engine.actors=2"]
 
 
-@pytest.mark.slow  # (twelve seconds alone; hung beside two other processes, why is not known yet)
 def test_a_run_writes_its_results(command, folder):
     out = folder / "out"
     process = command("run", "digits", *SMALL, "--steps", "120", "--out", str(out))

@@ -4,6 +4,7 @@ where two runs part; `rewind`, what a block did at a tick; `fork`, a run once mo
 from __future__ import annotations
 
 from dataclasses import asdict, replace
+from math import inf
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -15,7 +16,6 @@ from hamdist.errors import FAILED, SettingsError
 from hamdist.study.shared.result_folder import results_of
 
 if TYPE_CHECKING:
-    from hamdist.runtime.storage.snapshot_files import Snapshot
     from hamdist.study.replay.replay import RecordedRun
 
 
@@ -141,19 +141,14 @@ def fork(
     from hamdist.study.replay.replay import SETTINGS
 
     recorded = _recorded(folder, options)
-    begin = None if tick is None else recorded.latest_before(tick)
-    if without_sample is not None:
-        before = recorded.latest_without(without_sample)
-        begin = before if begin is None else min(begin, before, key=_tick)
+    begin = None
+    if tick is not None or without_sample is not None:
+        begin = recorded.latest_before(inf if tick is None else tick, without_sample)
     alone: dict[str, Any] = {"engine": {"kind": "inprocess", "placement": None}}
     settings = options.load(str(folder / SETTINGS), **alone, snapshots={"path": None})
     resume = None if begin is None else str(begin)
     where = out or results_of(f"{settings.name}-fork")
     run_settings(settings, options, where, overwrite, (resume, None), without=without_sample)
-
-
-def _tick(snapshot: Snapshot | None) -> int:
-    return -1 if snapshot is None else snapshot.tick
 
 
 def bisect(

@@ -23,6 +23,7 @@ from hamdist.runtime.process.switches import other_switches
 from hamdist.runtime.snapshots.catalogue import fingerprint
 from hamdist.runtime.storage.snapshot_files import STATE_FORMATS, Snapshot, settings_of
 from hamdist.streams.sample import Stream
+from hamdist.streams.wrappers.without_sample import WithoutSample
 
 MAY_CHANGE = ("learning", "dynamics", "stream", "steps")
 
@@ -78,7 +79,7 @@ def identity(stream: Stream, example: Mapping[str, Tensor] | None) -> dict[str, 
     example: the first sample's inputs by name, where they are known (train.py). A stream from which
     a later sample was taken out keeps its identity.
     """
-    stream = getattr(stream, "unaltered", stream)
+    stream = stream.unaltered if isinstance(stream, WithoutSample) else stream
     spec = stream.spec
     facts = {
         "class": f"{type(stream).__module__}.{type(stream).__qualname__}",

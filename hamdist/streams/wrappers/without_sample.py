@@ -12,11 +12,7 @@ from hamdist.streams.wrappers.chosen_targets import Derived
 
 
 class WithoutSample(Derived):
-    """The first `number` samples of a stream (None: all), but for one.
-
-    Attributes:
-        unaltered: the stream with it.
-    """
+    """The first `number` samples of a stream (None: all), but for one."""
 
     def __init__(self, stream: Stream, sample: int, number: int | None) -> None:
         check_stream("WithoutSample", stream)
@@ -28,10 +24,15 @@ class WithoutSample(Derived):
         if number is not None and sample >= number:
             raise StreamError(f"--without-sample {sample}: the run has samples 0 to {number - 1}")
         super().__init__(stream)
-        self.unaltered, self._sample, self._number = stream, sample, number
+        self._sample, self._number = sample, number
+
+    @property
+    def unaltered(self) -> Stream:
+        """Return the stream with that sample."""
+        return self._stream
 
     def samples(self) -> Iterator[Sample]:
         """Yield the samples that are left, from the first one on."""
-        for n, sample in enumerate(islice(self.unaltered.samples(), self._number)):
+        for n, sample in enumerate(islice(self._stream.samples(), self._number)):
             if n != self._sample:
                 yield sample

@@ -8,7 +8,7 @@ from typing import Any
 from hamdist.display.figure import FigureCurve, PageFigure
 from hamdist.display.table import MISSING, Table, number, percent
 from hamdist.study.grid.points import GridCell, Point, label_of
-from hamdist.study.grid.run import StudyOutcome
+from hamdist.study.grid.run import PROBES, StudyOutcome
 from hamdist.study.grid.settings import Axis, PublishedSettings, StudySettings, Trains
 from hamdist.study.grid.summary import SummaryLine, summary
 from hamdist.study.report.blocks import block_table
@@ -19,7 +19,8 @@ BLOCKS = "Blocks"
 MOST_BLOCKS = 12  # of a side
 BLOCK_NOTE = (
     f"{MOST_BLOCKS} blocks of a side at most (all: blocks.csv); alignment: the cosine of an update "
-    "with backpropagation's gradient at the weights of the tick in which the sample entered; own "
+    "with backpropagation's gradient at the weights of the tick in which the sample entered (its "
+    f"{PROBES} probes are part of the seconds of a level's run); own "
     "memory: weights, what else lies in the block, what it keeps of samples under way at the most"
 )
 LOGARITHMIC = (Axis.BATCH, Axis.SMOOTHNESS)

@@ -64,20 +64,19 @@ class RecordedRun:
     factory: ModelFactory | None = None
     data: DataFactory | None = None
 
-    def latest_before(self, tick: float) -> Snapshot | None:
-        """Return the latest snapshot at or before a tick; None: only the beginning is."""
+    def latest_before(self, tick: float, without: int | None = None) -> Snapshot | None:
+        """Return the latest snapshot at or before a tick; None: only the beginning is.
+
+        without: the number of a sample that has not entered then.
+        """
         if self.snapshots is None:
             return None
         store = storage(self.snapshots)
         folder = latest_complete(store, tick)
-        return None if folder is None else latest(f"{store.where}/{folder}", lambda _: None)
-
-    def latest_without(self, sample: int) -> Snapshot | None:
-        """Return the latest snapshot before a sample had entered; None: only the beginning is."""
-        snapshot = self.latest_before(inf)
-        while snapshot is not None and snapshot.manifest.samples > sample:
-            snapshot = self.latest_before(snapshot.tick - 1)
-        return snapshot
+        snapshot = None if folder is None else latest(f"{store.where}/{folder}", lambda _: None)
+        if snapshot is None or without is None or snapshot.manifest.samples <= without:
+            return snapshot
+        return self.latest_before(snapshot.tick - 1, without)
 
 
 def recorded_run(folder: Path, factory: ModelFactory | None = None) -> RecordedRun:

@@ -228,11 +228,8 @@ class Direct(hamdist.Rule):
 
 
 @pytest.fixture
-def file(tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    path = f"levels_{tmp_path.name}.py"  # (a module is imported once)
-    (tmp_path / path).write_text(FILE)
-    return path
+def file(user_file):
+    return user_file(FILE)
 
 
 def test_by_name_and_resumed_in_the_midst_of_a_round(file, tmp_path):

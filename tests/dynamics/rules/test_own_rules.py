@@ -182,10 +182,8 @@ def too_few():
 """
 
 
-def compared(tmp_path, monkeypatch, *options):
-    monkeypatch.chdir(tmp_path)
-    file = f"nets_{tmp_path.name}.py"  # (a module is imported once)
-    (tmp_path / file).write_text(OWN)
+def compared(tmp_path, user_file, *options):
+    file = user_file(OWN)
     options = [o.replace("nets.py", file) for o in options]
     arguments = ["compare", "digits", "--model", f"{file}:make", "--levels", "backprop"]
     arguments += ["--steps", "60", "--engine", "inprocess", "--out", "out", *options]
@@ -197,20 +195,20 @@ def compared(tmp_path, monkeypatch, *options):
     return done.output, text, runs
 
 
-def test_compare_names_a_rule_of_the_models_own(tmp_path, monkeypatch):
-    output, text, _ = compared(tmp_path, monkeypatch)
+def test_compare_names_a_rule_of_the_models_own(tmp_path, user_file):
+    output, text, _ = compared(tmp_path, user_file)
     for written in (output, text):
         assert "a rule of its own (Zero, an autograd.Function)" in written
         assert "--baseline-model" in written
 
 
-def test_compare_with_a_plain_module(tmp_path, monkeypatch):
-    output, text, _ = compared(tmp_path, monkeypatch, "--baseline-model", "nets.py:plain")
+def test_compare_with_a_plain_module(tmp_path, user_file):
+    output, text, _ = compared(tmp_path, user_file, "--baseline-model", "nets.py:plain")
     for written in (output, text):
         assert "of another module, a Sequential" in written
         assert "with 4 of its 4 tensors" in written
         assert "a rule of its own" not in written
-    output, _, _ = compared(tmp_path, monkeypatch, "--baseline-model", "nets.py:wider")
+    output, _, _ = compared(tmp_path, user_file, "--baseline-model", "nets.py:wider")
     assert "with 2 of its 4 tensors taken from the model; its own are 3.weight, 3.bias" in output
 
 

@@ -4,6 +4,7 @@ ends behind the tick, by its result; the digests that the run recorded."""
 from __future__ import annotations
 
 import json
+import math
 
 import pytest
 import torch
@@ -11,6 +12,7 @@ from safetensors.torch import load_file
 from typer.testing import CliRunner
 
 from hamdist.cli import app
+from hamdist.study.replay.replay import recorded_run
 
 pytestmark = pytest.mark.timeout(300)
 SAMPLES, WRONG = 1500, 1111  # the sample at which a bit flips
@@ -192,6 +194,14 @@ def test_a_fork_without_a_sample_is_a_run_that_never_had_it(runs, tmp_path):
     assert not all(torch.equal(one[key], first[key]) for key in one)
     summary = json.loads((tmp_path / "fork" / "summary.json").read_text())
     assert (summary["samples"], summary["resumed"]) == (SAMPLES - 1, 1001)  # (0 to 1000)
+
+
+def test_where_a_fork_begins(runs):
+    """Behind tick 1000 samples 0 to 1000 have entered: 1111 has not, 1000 has."""
+    run = recorded_run(runs / "right")
+    assert run.latest_before(math.inf, WRONG).tick == 1000
+    assert run.latest_before(1200, 1000).tick < 1000
+    assert run.latest_before(5, WRONG) is None
 
 
 def test_a_fork_with_another_setting_is_the_run_with_it(runs, tmp_path):

@@ -49,11 +49,8 @@ SOUND = ["kolen-pollack", "predictive-coding", "e-prop", "snap-1", "diagonal"]
 
 
 @pytest.fixture
-def rules(tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    file = f"verified_{tmp_path.name}.py"  # (a module is imported once)
-    (tmp_path / file).write_text(RULES)
-    return file
+def rules(user_file):
+    return user_file(RULES)
 
 
 SLOW = {"predictive-coding"}  # (seconds)
