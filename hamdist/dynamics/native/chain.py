@@ -84,8 +84,11 @@ class NativeChain:
     def __init__(self, operations: Sequence[Operation], sizes: Sequence[tuple[int, int]]) -> None:
         self._operations = list(operations)  # whose memory this reads and writes
         self._dtype = next(op.w.dtype for op in operations if op.w is not None)
-        self._flags, self._gemm = rows.FLAGS[self._dtype], rows.gemm(self._dtype)
+        self._flags = rows.FLAGS[self._dtype]
         self._outs = [(total // width, width) for total, width in sizes[1:]]
+        self._most_rows = max(rows_of for rows_of, _ in self._outs)
+        self._has_products = rows.has_products(self._most_rows)
+        self._gemm = 0 if self._has_products else rows.gemm(self._dtype)
         self._ds = [op.saved_shape(*out) for op, out in zip(operations, self._outs, strict=True)]
         makes, keeps = ([_filled(r * o) for r, o in shapes] for shapes in (self._outs, self._ds))
         norms = [
@@ -114,9 +117,9 @@ class NativeChain:
 
     @property
     def runs(self) -> bool:
-        """Return True if the C code can step it: there is a row, and a BLAS for several."""
-        many = [rows for rows, _ in self._outs]
-        return min(many) > 0 and (self._gemm != 0 or max(many) == 1)
+        """Return True if the C code can step it: there is a row, and products of several."""
+        has_products = self._most_rows == 1 or self._has_products or self._gemm != 0
+        return min(many for many, _ in self._outs) > 0 and has_products
 
     def forward(self, x: Tensor, inner: Tensor, y: Tensor) -> bool:
         """Write the output of the last operation to y, those of the others to `inner`.

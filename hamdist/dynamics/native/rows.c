@@ -14,7 +14,7 @@
    are the caller's business (rows.py, chain.py).
 
    A chain steps all its operations in one call. On several rows the products are those of a BLAS,
-   whose function the caller gives; its bits are its own. exp() is computed here, without the
+   whose function the caller gives and whose bits are its own, or, without one, those of products.h. exp() is computed here, without the
    machine's library, whose results differ between versions (cross-entropy still asks that one).
 
    W: (O, I), x, m: (I,), y, z, d: (O,), b: (O,) or NULL. */
@@ -36,6 +36,12 @@
 #define CLONES __attribute__((target_clones("arch=x86-64-v4", "arch=x86-64-v3", "default")))
 #else
 #define CLONES
+#endif
+
+/* products.h needs vectors of AVX-512, by the compiler's intrinsics. */
+#if defined(__x86_64__) && defined(__GNUC__)
+#define HAS_PRODUCTS
+#include <immintrin.h>
 #endif
 
 enum { LINEAR, NORM, ACTIVATION, ADD, SCALE, EMBEDDING };   /* kinds of operations, as in chain.py */
@@ -105,15 +111,25 @@ static inline __attribute__((always_inline)) double sigmoid_of(double x)
      (o)->rows * (o)->in * (o)->out >= 1 << 22)
 
 #define REAL float
+#define REAL_BITS 32
 #define NAME(x) x##_f32
+#ifdef HAS_PRODUCTS
+#include "products.h"
+#endif
 #include "rows.h"
 #undef REAL
+#undef REAL_BITS
 #undef NAME
 
 #define REAL double
+#define REAL_BITS 64
 #define NAME(x) x##_f64
+#ifdef HAS_PRODUCTS
+#include "products.h"
+#endif
 #include "rows.h"
 #undef REAL
+#undef REAL_BITS
 #undef NAME
 
 enum { DOUBLE = 1 };
@@ -227,7 +243,8 @@ static PyObject *py_norm(PyObject *self, PyObject *const *args, Py_ssize_t given
 static PyMethodDef METHODS[] = {
     {"chain_forward", (PyCFunction)(void (*)(void))py_chain_forward, METH_FASTCALL,
      "chain_forward(operations, n, x, inner, y, gemm, flags) -> whether all indices are known: y, the\n"
-     "outputs of the others in `inner`. gemm: the address of a BLAS's function, 0 for one row."},
+     "outputs of the others in `inner`. gemm: the address of a BLAS's function; 0 for one row, and for\n"
+     "the products of products.h."},
     {"chain_pull", (PyCFunction)(void (*)(void))py_chain_pull, METH_FASTCALL,
      "chain_pull(operations, ways, n, x, inner, y, z, d, m, apart, to, rates, gemm, flags, limit) ->\n"
      "bit i: the weights of operation i have moved. m: room for messages, so many numbers apart; to:\n"
@@ -247,10 +264,23 @@ static struct PyModuleDef MODULE = {
     NULL, NULL, NULL, NULL,
 };
 
+/* The rows up to which products.h serves here: 0 without its vectors. Intel's library has kernels of
+   as wide vectors for Intel's processors alone; from some rows on it is then as fast. */
+static long product_rows(void)
+{
+#ifdef HAS_PRODUCTS
+    __builtin_cpu_init();
+    if (__builtin_cpu_supports("avx512f"))
+        return __builtin_cpu_is("intel") ? 8 : 1L << 30;
+#endif
+    return 0;
+}
+
 PyMODINIT_FUNC PyInit__rows(void)
 {
     PyObject *module = PyModule_Create(&MODULE);
-    if (module != NULL && PyModule_AddIntConstant(module, "LAYOUT", 2) < 0) { /* as in rows.py */
+    if (module != NULL && (PyModule_AddIntConstant(module, "LAYOUT", 3) < 0 || /* as in rows.py */
+                           PyModule_AddIntConstant(module, "PRODUCT_ROWS", product_rows()) < 0)) {
         Py_DECREF(module);
         return NULL;
     }

@@ -343,6 +343,10 @@ static void NAME(linear_forward)(const Operation *o, const REAL *x, REAL *y, NAM
     const int64_t out = o->out, in = o->in, many = o->rows;
     if (o->rows == 1) {
         NAME(one_forward)(w, bias, x, y, o->out, o->in);
+#ifdef HAS_PRODUCTS
+    } else if (gemm == NULL) {
+        NAME(outputs)(x, w, bias, y, o->rows, o->in, o->out);
+#endif
     } else if (FEW(o)) {
         NAME(few_rows_forward)(o, x, y, gemm);
     } else {
@@ -373,6 +377,10 @@ static int NAME(linear_pull)(const Operation *o, const REAL *x, const REAL *z, c
     step = moves ? step : 0;
     if (o->rows == 1) {
         NAME(one_pull)(w, x, d, m, o->out, o->in, active, step);
+#ifdef HAS_PRODUCTS
+    } else if (gemm == NULL) {
+        NAME(pulled)(x, w, d, m, o->rows, o->in, o->out, step);
+#endif
     } else {
         if (m)
             gemm("N", "N", &in, &many, &out, &one, w, &in, d, &out, &none, m, &in);

@@ -18,7 +18,7 @@ try:
 except ImportError:  # installed where there was no C compiler
     _rows = None  # type: ignore[assignment]
 
-LAYOUT = 2  # of rows.c's arguments: a library that was built from an earlier one is not used
+LAYOUT = 3  # of rows.c's arguments: a library that was built from an earlier one is not used
 if getattr(_rows, "LAYOUT", 1) != LAYOUT:
     _rows = None  # type: ignore[assignment]
 library = _rows
@@ -30,6 +30,16 @@ SMALL = 512  # logits, up to which exp() one by one is faster than five calls of
 def built() -> bool:
     """Return True if the C code was built."""
     return library is not None
+
+
+def has_products(rows: int) -> bool:
+    """Return True if the products of so many rows are those of native/products.h, not of a BLAS.
+
+    That is where this processor has vectors of AVX-512, torch uses them, too (`engine.bits:
+    portable` asks it not to), and one thread makes products.
+    """
+    wide = torch.backends.cpu.get_cpu_capability() == "AVX512"
+    return built() and wide and 1 < rows <= library.PRODUCT_ROWS and torch.get_num_threads() == 1
 
 
 @cache

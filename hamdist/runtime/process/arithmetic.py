@@ -245,13 +245,15 @@ def _libm() -> list[float]:
 def _in_c(dtype: torch.dtype) -> Iterator[Tensor]:
     if not rows.built():
         return
-    x, w, b = _numbers(dtype, 1, 130), _numbers(dtype, 70, 130), _numbers(dtype, 70)
+    w, b = _numbers(dtype, 70, 130), _numbers(dtype, 70)
     layer = Operation(OperationKind.LINEAR, (0,), w, b, Activation.TANH, width=70)
     norm = Operation(OperationKind.NORM, (1,), number=1e-5, width=70)
-    chain = NativeChain([layer, norm], [(130, 130), (70, 70), (70, 70)])
-    y = torch.zeros(1, 70, dtype=dtype)
-    chain.forward(x, y.new_empty(chain.inner), y)
-    yield y
+    for batch in (1, 9):
+        chain = NativeChain([layer, norm], [(batch * width, width) for width in (130, 70, 70)])
+        y = torch.zeros(batch, 70, dtype=dtype)
+        if chain.runs:
+            chain.forward(_numbers(dtype, batch, 130), y.new_empty(chain.inner), y)
+        yield y
     numbers = rows.cross_entropy(4 * _numbers(dtype, 4, 10), torch.tensor([1, 2, 3, 4]), -100)
     yield from numbers or ()
 

@@ -152,7 +152,8 @@ def test_an_estimate_is_exact_where_the_input_moves_evenly():
 @pytest.mark.parametrize("lead", [0.5, 2.0])
 def test_prospective(lead):
     expected = simulate(ITEMS, c=2, lr=0.1, lead=lead)
-    assert relative(found(ITEMS, 2, locality={"lead": lead}), expected) <= 1e-12
+    # (with a lead of 2 the weights grow to 1e3, and what is rounded with them)
+    assert relative(found(ITEMS, 2, locality={"lead": lead}), expected) <= 1e-11
 
 
 @pytest.mark.parametrize("leak", [0.25, 0.8])

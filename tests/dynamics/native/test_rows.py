@@ -335,9 +335,10 @@ def test_learns_as_by_autograd(module, constants, order, read):
 @pytest.mark.parametrize("dtype", [torch.float32, F64])
 @pytest.mark.parametrize("batch", [2, 3, 32])
 @pytest.mark.parametrize("stay", [False, True], ids=["all move", "one stays"])
-def test_several_rows_are_stepped_as_by_torch_to_the_bit(dtype, batch, stay):
-    """f = relu(x W^T + b); d, d W; W += alpha d^T x and b += beta 1^T d where the bound of the
-    gradient's norm, |d| (|x|^2 + R)^(1/2), is in the limit."""
+def test_several_rows_are_stepped_as_by_torch_to_the_bit(dtype, batch, stay, monkeypatch):
+    """(by torch's BLAS) f = relu(x W^T + b); d, d W; W += alpha d^T x and b += beta 1^T d where
+    the bound of the gradient's norm, |d| (|x|^2 + R)^(1/2), is in the limit."""
+    monkeypatch.setattr(rows, "has_products", lambda _: False)
     sizes = [(40, 33), (7, 40), (3, 7)]
     layers = [
         (noise(i, *size).to(dtype), noise(9 + i, size[0]).to(dtype) if i != 1 else None, i < 2)
@@ -385,8 +386,9 @@ def test_several_rows_are_stepped_as_by_torch_to_the_bit(dtype, batch, stay):
 
 
 @pytest.mark.skipif(not rows.gemm(F64), reason="torch's library hides its BLAS")
-def test_another_thread_uses_torchs_number_of_threads():
+def test_another_thread_uses_torchs_number_of_threads(monkeypatch):
     """OpenMP counts by thread: a BLAS that took more than torch's would sum in another order."""
+    monkeypatch.setattr(rows, "has_products", lambda _: False)
     chain = linear([(noise(1, 512, 2048).float(), None, False)], 64)
     x, ys = noise(2, 64, 2048).float(), [torch.empty(64, 512) for _ in range(2)]
     before = torch.get_num_threads()
@@ -443,8 +445,9 @@ def test_input_of_another_type_is_refused_as_by_torch():
 @pytest.mark.skipif(not rows.gemm(F64), reason="torch's library hides its BLAS")
 @pytest.mark.parametrize("dtype", [torch.float32, F64])
 @pytest.mark.parametrize(("batch", "biased"), [(16, True), (63, False)])
-def test_few_rows_on_a_large_weight(dtype, batch, biased):
+def test_few_rows_on_a_large_weight(dtype, batch, biased, monkeypatch):
     """(as (W x^T)^T, in parts of 256 outputs, the last of which has fewer)"""
+    monkeypatch.setattr(rows, "has_products", lambda _: False)
     out, into = 600, 512
     w, x = noise(1, out, into) / into**0.5, noise(2, batch, into)
     bias = noise(3, out) if biased else None
@@ -455,3 +458,73 @@ def test_few_rows_on_a_large_weight(dtype, batch, biased):
     y = torch.full((batch, out), math.nan, dtype=dtype)
     chain.forward(x.to(dtype), inner, y)
     torch.testing.assert_close(y.double(), exact, **LOOSE[dtype])
+
+
+@pytest.fixture
+def has_products():
+    if not rows.has_products(2):
+        pytest.skip("this processor has no vectors of AVX-512")
+
+
+# Whole tiles of rows, outputs and vectors, and what is left over of each.
+SHAPES = [(2, 1, 1), (3, 8, 16), (5, 10, 33), (8, 48, 48), (11, 103, 100), (33, 67, 259)]
+
+
+@pytest.mark.usefixtures("has_products")
+@pytest.mark.parametrize("dtype", [torch.float32, F64])
+@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("wanted", [False, True])
+def test_products_of_several_rows(dtype, shape, wanted):
+    """y = relu(x W^T + b), m = d W, W += alpha d^T x by products.h, against float64."""
+    batch, out, into = shape
+    w, b = noise(1, out, into) / into**0.5, noise(2, out)
+    x, z = noise(3, batch, into), noise(4, batch, out)
+    y = (x @ w.t() + b).relu()
+    d = z * (y > 0)
+    expected = y, d @ w, w - 0.1 * d.t() @ x, b - 0.2 * d.sum(0)
+    used = w.to(dtype), b.to(dtype), True
+    chain = linear([used], batch)
+    x, z, to = x.to(dtype), z.to(dtype), torch.full((batch, into), math.nan, dtype=dtype)
+    inner, kept, m = room(chain, x, wanted=wanted)
+    ours = torch.full((batch, out), math.nan, dtype=dtype)
+    chain.forward(x, inner, ours)
+    rates = array("d", [-0.1, -0.2])
+    assert chain.pull(x, inner, ours, z, kept, m, to if wanted else None, rates, math.inf)
+    found = ours, to if wanted else expected[1].to(dtype), *used[:2]
+    for mine, exact in zip(found, expected, strict=True):
+        torch.testing.assert_close(mine.double(), exact, **LOOSE[dtype])
+
+
+@pytest.mark.usefixtures("has_products")
+@pytest.mark.parametrize("dtype", [torch.float32, F64])
+def test_a_row_has_the_same_bits_among_any_others(dtype):
+    """The order of a sum follows from neither the tile that it is in nor the place in memory."""
+    out, into, most = 53, 77, 19
+    w = noise(1, out, into).to(dtype)
+    x, z = noise(2, most, into).to(dtype), noise(3, most, out).to(dtype)
+    whole = products(w, x, z)
+    for first, end in ((0, 2), (1, 6), (3, 19)):
+        part = products(w, x[first:end].clone(), z[first:end].clone())
+        assert all(map(torch.equal, part, (value[first:end] for value in whole)))
+
+
+def products(w: Tensor, x: Tensor, z: Tensor) -> tuple[Tensor, Tensor]:
+    """The output and the message of a linear layer on several rows."""
+    chain = linear([(w, None, False)], len(x))
+    inner, kept, m = room(chain, x)
+    y, to = x.new_empty(len(x), len(w)), torch.empty_like(x)
+    chain.forward(x, inner, y)
+    chain.pull(x, inner, y, z, kept, m, to, None, math.inf)
+    return y, to
+
+
+def test_products_are_a_blas_where_torch_has_other_vectors_or_threads(monkeypatch):
+    """(`engine.bits: portable` asks torch for AVX2, which all hosts have)"""
+    monkeypatch.setattr(rows, "library", type("Library", (), {"PRODUCT_ROWS": 8}))
+    monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: "AVX512")
+    assert [rows.has_products(n) for n in (0, 1, 2, 8, 9)] == [False, False, True, True, False]
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 2)
+    assert not rows.has_products(2)
+    monkeypatch.undo()
+    monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: "AVX2")
+    assert not rows.has_products(2)
