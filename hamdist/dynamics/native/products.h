@@ -3,7 +3,7 @@
 
        outputs    y = x W^T + b    a dot product: sums by lane over i, then over the lanes
        pulled     m = d W          over o, from the first to the last
-                  W += alpha d^T x over r, from the first to the last
+                  W = beta W + alpha d^T x     over r, from the first to the last
 
    Every sum has one order, whatever the tiles, and its products are fused: one result for all shapes
    of tiles and all places in memory. A tile is as many sums as there are registers for; the weight is
@@ -26,6 +26,7 @@ typedef __m512 NAME(Wide);
 #define STORE_PART(p, n, v) _mm512_mask_storeu_ps(p, (__mmask16)((1u << (n)) - 1), v)
 #define ALL _mm512_set1_ps
 #define FUSED _mm512_fmadd_ps
+#define TIMES _mm512_mul_ps
 #define ZERO _mm512_setzero_ps()
 
 /* The sums of the lanes of four vectors: of each, lanes 4 apart, then the four that are left. */
@@ -47,6 +48,7 @@ typedef __m512d NAME(Wide);
 #define STORE_PART(p, n, v) _mm512_mask_storeu_pd(p, (__mmask8)((1u << (n)) - 1), v)
 #define ALL _mm512_set1_pd
 #define FUSED _mm512_fmadd_pd
+#define TIMES _mm512_mul_pd
 #define ZERO _mm512_setzero_pd()
 
 TILE void NAME(sum_of_two)(__m512d a, __m512d b, double *to)
@@ -165,9 +167,9 @@ TILE void NAME(m_rows)(const REAL *d, const REAL *w, REAL *m, size_t n, size_t r
         NAME(m_tile)(d + r * out, w, m + r * in, n, in, out, first, 1, wide, last);
 }
 
-/* W += alpha d^T x of `outs` rows of W and `wide` vectors. */
+/* W = beta W + alpha d^T x of `outs` rows of W and `wide` vectors; beta 0: W is not read. */
 TILE void NAME(w_tile)(const REAL *d, const REAL *x, REAL *w, size_t rows, size_t in, size_t out,
-                       REAL alpha, int outs, int wide, size_t last)
+                       REAL alpha, REAL beta, int outs, int wide, size_t last)
 {
     NAME(Wide) sum[W_OUTS][W_WIDE], part[W_WIDE], step = ALL(alpha);
     for (int o = 0; o < outs; o++)
@@ -185,7 +187,8 @@ TILE void NAME(w_tile)(const REAL *d, const REAL *x, REAL *w, size_t rows, size_
     for (int o = 0; o < outs; o++)
         for (int v = 0; v < wide; v++) {
             REAL *at = w + o * in + WIDE * v;
-            NAME(Wide) moved = FUSED(step, sum[o][v], READ(at, v));
+            NAME(Wide) before = beta == 0 ? ZERO : TIMES(ALL(beta), READ(at, v));
+            NAME(Wide) moved = FUSED(step, sum[o][v], before);
             if (last && v == wide - 1)
                 STORE_PART(at, last, moved);
             else
@@ -194,18 +197,19 @@ TILE void NAME(w_tile)(const REAL *d, const REAL *x, REAL *w, size_t rows, size_
 }
 
 TILE void NAME(w_rows)(const REAL *d, const REAL *x, REAL *w, size_t n, size_t rows, size_t in,
-                       size_t out, REAL alpha, int wide, size_t last)
+                       size_t out, REAL alpha, REAL beta, int wide, size_t last)
 {
     size_t o = 0;
     for (; o + W_OUTS <= n; o += W_OUTS)
-        NAME(w_tile)(d + o, x, w + o * in, rows, in, out, alpha, W_OUTS, wide, last);
+        NAME(w_tile)(d + o, x, w + o * in, rows, in, out, alpha, beta, W_OUTS, wide, last);
     for (; o < n; o++)
-        NAME(w_tile)(d + o, x, w + o * in, rows, in, out, alpha, 1, wide, last);
+        NAME(w_tile)(d + o, x, w + o * in, rows, in, out, alpha, beta, 1, wide, last);
 }
 
-/* m = d W (NULL: not wanted), then W += alpha d^T x (0: not), chunk by chunk of W's rows. */
+/* m = d W (NULL: not wanted), then W = beta W + alpha d^T x (alpha 0: not), chunk by chunk of W's
+   rows. */
 PRODUCTS static void NAME(pulled)(const REAL *x, REAL *w, const REAL *d, REAL *m, size_t rows,
-                                  size_t in, size_t out, REAL alpha)
+                                  size_t in, size_t out, REAL alpha, REAL beta)
 {
     for (size_t o = 0; o < out; o += CHUNK) {
         const size_t n = out - o < CHUNK ? out - o : CHUNK;
@@ -222,16 +226,17 @@ PRODUCTS static void NAME(pulled)(const REAL *x, REAL *w, const REAL *d, REAL *m
         if (alpha == 0)
             continue;
         for (i = 0; i + W_WIDE * WIDE <= in; i += W_WIDE * WIDE)
-            NAME(w_rows)(d + o, x + i, part + i, n, rows, in, out, alpha, W_WIDE, 0);
+            NAME(w_rows)(d + o, x + i, part + i, n, rows, in, out, alpha, beta, W_WIDE, 0);
         for (; i + WIDE <= in; i += WIDE)
-            NAME(w_rows)(d + o, x + i, part + i, n, rows, in, out, alpha, 1, 0);
+            NAME(w_rows)(d + o, x + i, part + i, n, rows, in, out, alpha, beta, 1, 0);
         if (i < in)
-            NAME(w_rows)(d + o, x + i, part + i, n, rows, in, out, alpha, 1, in - i);
+            NAME(w_rows)(d + o, x + i, part + i, n, rows, in, out, alpha, beta, 1, in - i);
     }
 }
 #undef READ
 #undef ZERO
 #undef FUSED
+#undef TIMES
 #undef ALL
 #undef STORE_PART
 #undef STORE

@@ -229,6 +229,26 @@ static PyObject *py_cross_entropy(PyObject *self, PyObject *const *args, Py_ssiz
     return PyBool_FromLong(known);
 }
 
+static PyObject *py_add_outer(PyObject *self, PyObject *const *args, Py_ssize_t given)
+{
+    size_t a[7];
+    double real[2];
+    (void)self;
+    if (!arguments(args, given, a, 7, real, 2))
+        return NULL;
+#ifdef HAS_PRODUCTS
+    PyThreadState *others = PyEval_SaveThread();
+    if (a[6] & DOUBLE)
+        pulled_f64((void *)a[2], (void *)a[0], (void *)a[1], NULL, a[3], a[4], a[5], real[0],
+                   real[1]);
+    else
+        pulled_f32((void *)a[2], (void *)a[0], (void *)a[1], NULL, a[3], a[4], a[5],
+                   (float)real[0], (float)real[1]);
+    PyEval_RestoreThread(others);
+#endif
+    Py_RETURN_NONE;
+}
+
 static PyObject *py_norm(PyObject *self, PyObject *const *args, Py_ssize_t given)
 {
     size_t a[3];
@@ -254,6 +274,8 @@ static PyMethodDef METHODS[] = {
     {"cross_entropy", (PyCFunction)(void (*)(void))py_cross_entropy, METH_FASTCALL,
      "cross_entropy(y, classes, loss, d, rows, n, -ignored, flags) -> whether all classes are\n"
      "known: the mean loss, and its slope d."},
+    {"add_outer", (PyCFunction)(void (*)(void))py_add_outer, METH_FASTCALL,
+     "add_outer(w, z, x, rows, in, out, flags, alpha, beta): w = beta w + alpha z^T x, by products.h."},
     {"norm", (PyCFunction)(void (*)(void))py_norm, METH_FASTCALL,
      "norm(x, n, flags) -> the Euclidean norm."},
     {NULL, NULL, 0, NULL},
@@ -279,7 +301,7 @@ static long product_rows(void)
 PyMODINIT_FUNC PyInit__rows(void)
 {
     PyObject *module = PyModule_Create(&MODULE);
-    if (module != NULL && (PyModule_AddIntConstant(module, "LAYOUT", 3) < 0 || /* as in rows.py */
+    if (module != NULL && (PyModule_AddIntConstant(module, "LAYOUT", 4) < 0 || /* as in rows.py */
                            PyModule_AddIntConstant(module, "PRODUCT_ROWS", product_rows()) < 0)) {
         Py_DECREF(module);
         return NULL;

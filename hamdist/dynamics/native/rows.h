@@ -379,7 +379,7 @@ static int NAME(linear_pull)(const Operation *o, const REAL *x, const REAL *z, c
         NAME(one_pull)(w, x, d, m, o->out, o->in, active, step);
 #ifdef HAS_PRODUCTS
     } else if (gemm == NULL) {
-        NAME(pulled)(x, w, d, m, o->rows, o->in, o->out, step);
+        NAME(pulled)(x, w, d, m, o->rows, o->in, o->out, step, 1);
 #endif
     } else {
         if (m)

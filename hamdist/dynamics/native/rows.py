@@ -18,7 +18,7 @@ try:
 except ImportError:  # installed where there was no C compiler
     _rows = None  # type: ignore[assignment]
 
-LAYOUT = 3  # of rows.c's arguments: a library that was built from an earlier one is not used
+LAYOUT = 4  # of rows.c's arguments: a library that was built from an earlier one is not used
 if getattr(_rows, "LAYOUT", 1) != LAYOUT:
     _rows = None  # type: ignore[assignment]
 library = _rows
@@ -58,6 +58,20 @@ def gemm(dtype: torch.dtype) -> int:
             continue
         return ctypes.cast(function, ctypes.c_void_p).value or 0
     return 0
+
+
+def add_outer(tensor: Tensor, z: Tensor, x: Tensor, alpha: float, beta: float) -> bool:
+    """Set tensor (O, I) = beta tensor + alpha z^T x, of z (R, O) and x (R, I), by products.h.
+
+    With beta 0 the tensor is not read. Returns False where those products do not serve.
+    """
+    made = has_products(len(z)) and alpha != 0 and all(map(reads, (tensor, z, x)))
+    if made and tensor.dtype == z.dtype == x.dtype:
+        pointers = tensor.data_ptr(), z.data_ptr(), x.data_ptr()
+        sizes = len(z), x.shape[1], z.shape[1], FLAGS[x.dtype]
+        library.add_outer(*pointers, *sizes, alpha, beta)
+        return True
+    return False
 
 
 def norm(x: Tensor) -> float | None:

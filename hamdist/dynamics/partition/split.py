@@ -14,9 +14,8 @@ The keys of the blocks' modules are the original ones.
 
 from __future__ import annotations
 
-import time
 from collections import OrderedDict
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import TypeGuard
 
 import torch
@@ -24,25 +23,23 @@ from torch import Tensor, fx, nn
 from torch.nn.parameter import UninitializedBuffer, UninitializedParameter
 
 from hamdist.config import CutBalance, Grouping, PartitionSettings
-from hamdist.dynamics.graph.graph import INPUT, BlockSpec, Graph, combined
+from hamdist.dynamics.graph.graph import INPUT, BlockSpec, Graph
 from hamdist.dynamics.graph.inputs import NetworkInputs, by_parent, called_by_parent, check_taken
 from hamdist.dynamics.modules.reversible import pieces_of
 from hamdist.dynamics.objective.losses import Losses, LossFunction, losses_of, mse, named
 from hamdist.dynamics.partition.assemble import OperationRun, assembled
 from hamdist.dynamics.partition.cuts import Cuts, Policy, balanced, stays
+from hamdist.dynamics.partition.step_seconds import step_seconds
 from hamdist.dynamics.tracing.block_graph import one_block
 from hamdist.dynamics.tracing.dataflow import Flow
 from hamdist.dynamics.tracing.join_runs import Trace
 from hamdist.dynamics.tracing.program import Value, value_of
 from hamdist.dynamics.tracing.recorded_calls import Unfollowed, stays_whole
 from hamdist.dynamics.tracing.trace import trace, traced_whole
-from hamdist.dynamics.user_modules.copies import copied, overlaps
+from hamdist.dynamics.user_modules.copies import overlaps
 from hamdist.dynamics.user_modules.hooks import is_usual
 from hamdist.dynamics.user_modules.python_state import is_foreign
 from hamdist.errors import GraphError
-
-REPEATS = 5
-
 
 __all__ = ["Policy", "check_made", "is_chain", "split_module", "split_sequential", "traced"]
 
@@ -115,31 +112,39 @@ def split_sequential(
     children = [(name, m) for name, m in model._modules.items() if m is not None]
     if not children:
         raise GraphError("the model is an empty nn.Sequential; give it at least one module")
-    starts = _starts(children, model, partition, grouping, example)
-    blocks: list[BlockSpec] = []
-    for i, (first, last) in enumerate(zip(starts, [*starts[1:], len(children)], strict=True)):
-        readout = last == len(children)
-        blocks.append(
-            BlockSpec(
-                name=f"block{i}",
-                module=nn.Sequential(OrderedDict(children[first:last])),
-                parents=(blocks[-1].name if blocks else INPUT,),
-                delays={blocks[-1].name: partition.delay} if blocks else {},
-                loss=loss if readout else None,
-                state=readout and state_readout,
+
+    def graph(starts: Sequence[int]) -> Graph:
+        blocks: list[BlockSpec] = []
+        for i, (first, last) in enumerate(zip(starts, [*starts[1:], len(children)], strict=True)):
+            readout = last == len(children)
+            blocks.append(
+                BlockSpec(
+                    name=f"block{i}",
+                    module=nn.Sequential(OrderedDict(children[first:last])),
+                    parents=(blocks[-1].name if blocks else INPUT,),
+                    delays={blocks[-1].name: partition.delay} if blocks else {},
+                    loss=loss if readout else None,
+                    state=readout and state_readout,
+                )
             )
-        )
-    return Graph(blocks, original=model)
+        return Graph(blocks, original=model)
+
+    def seconds(starts: Sequence[int]) -> list[float]:
+        return list(step_seconds(graph(starts).copy(), {INPUT: example}).values())
+
+    return graph(_starts(children, partition, grouping, seconds))
 
 
 def _starts(
     children: Sequence[tuple[str, nn.Module]],
-    model: nn.Sequential,
     partition: PartitionSettings,
     grouping: Grouping,
-    example: Tensor,
+    seconds: Callable[[Sequence[int]], list[float]],
 ) -> list[int]:
-    """Return the indices of the children that begin a block."""
+    """Return the indices of the children that begin a block.
+
+    seconds: from such indices to what a step of each block takes.
+    """
     names = [name for name, _ in children]
     if partition.cuts is not None:
         for cut in partition.cuts:
@@ -158,10 +163,10 @@ def _starts(
     pieces = units if partition.blocks <= len(units) else list(range(len(children)))
     ends = [*pieces[1:], len(children)]
     if partition.balance is CutBalance.TIME:
-        per_child = _seconds(model, example)
+        costs = seconds(pieces)
     else:
-        per_child = [float(sum(p.numel() for p in m.parameters())) for _, m in children]
-    costs = [sum(per_child[a:b]) for a, b in zip(pieces, ends, strict=True)]
+        numbers = [sum(p.numel() for p in m.parameters()) for _, m in children]
+        costs = [float(sum(numbers[a:b])) for a, b in zip(pieces, ends, strict=True)]
     return [pieces[i] for i in balanced(costs, partition.blocks)]
 
 
@@ -180,31 +185,6 @@ def _units(children: Sequence[tuple[str, nn.Module]]) -> list[int]:
             invertible = undoable and (invertible or i == 0)
         weighted = weighted or has_weights
     return starts
-
-
-def _seconds(model: nn.Sequential, example: Tensor) -> list[float]:
-    """Return the median seconds of forward and backward of each child on `example`."""
-    probe = copied(model)
-    seconds = []
-    x = example
-    with torch.random.fork_rng(devices=[]):
-        for child in probe.children():
-            y, median = _timed(child, [x])
-            seconds.append(median)
-            x = y.detach().requires_grad_(y.is_floating_point())
-    return seconds
-
-
-def _timed(module: nn.Module, inputs: Sequence[Tensor]) -> tuple[Tensor, float]:
-    """Return the module's output, and the median seconds of its forward and backward."""
-    runs = []
-    for _ in range(REPEATS + 1):
-        begin = time.perf_counter()
-        y: Tensor = module(*(x.clone() for x in inputs))  # which it might write to
-        if y.requires_grad:
-            torch.autograd.backward(y, torch.ones_like(y))
-        runs.append(time.perf_counter() - begin)
-    return y, sorted(runs[1:])[REPEATS // 2]
 
 
 # -- any other module ----------------------------------------------------------------------------
@@ -266,7 +246,7 @@ def split_module(
     def seconds(starts: list[int]) -> list[float]:
         runs = cuts.runs(starts, names)
         tried = graph(runs, [mse] * len(names), delay=1, state=False)
-        spent = _seconds_of(tried.copy(), inputs)
+        spent = step_seconds(tried.copy(), inputs)
         return [spent[run.name] for run in runs if run.ops]
 
     if policy is not None:
@@ -341,16 +321,3 @@ def _outputs(
         )
     losses = losses_of(list(refs), loss, targets)
     return list(losses), [refs[n] for n in losses], list(losses.values())
-
-
-def _seconds_of(graph: Graph, inputs: Mapping[str, Tensor]) -> dict[str, float]:
-    """Return the median seconds of forward and backward of each block, on examples."""
-    h = dict(inputs)
-    seconds = {}
-    with torch.random.fork_rng(devices=[]):
-        for name, block in graph.blocks.items():
-            y, seconds[name] = _timed(
-                block.module, combined(block.combine, [h[p] for p in block.parents])
-            )
-            h[name] = y.detach().requires_grad_(y.is_floating_point())
-    return seconds

@@ -21,7 +21,7 @@ from hamdist.dynamics.updates.constants import Constant, Dynamics
 from hamdist.dynamics.updates.weights import Weights
 from hamdist.dynamics.vjp.autograd import AutogradFunction
 from hamdist.dynamics.vjp.closed import ClosedFunction, closed_cell
-from hamdist.dynamics.vjp.gradient import all_dense, all_moved
+from hamdist.dynamics.vjp.gradient import Outer, all_dense, all_moved
 from hamdist.dynamics.vjp.local_function import LocalFunction
 
 pytestmark = pytest.mark.skipif(not rows.built(), reason="hamdist was installed without its C code")
@@ -528,3 +528,21 @@ def test_products_are_a_blas_where_torch_has_other_vectors_or_threads(monkeypatc
     monkeypatch.undo()
     monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: "AVX2")
     assert not rows.has_products(2)
+
+
+@pytest.mark.usefixtures("has_products")
+@pytest.mark.parametrize("dtype", [torch.float32, F64])
+@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("beta", [0.0, 0.9, 1.0])
+def test_a_gradient_of_several_rows_is_added(dtype, shape, beta):
+    """beta w + alpha z^T x, into what beta 0 does not read."""
+    batch, out, into = shape
+    w, z, x = noise(1, out, into), noise(2, batch, out), noise(3, batch, into)
+    exact = beta * w - 0.3 * z.t() @ x
+    found = w.to(dtype) if beta else torch.full((out, into), math.nan, dtype=dtype)
+    g = Outer(z.to(dtype), x.to(dtype))
+    assert rows.add_outer(found, g.z, g.x, -0.3, beta)
+    torch.testing.assert_close(found.double(), exact, **LOOSE[dtype])
+    torch.testing.assert_close(g.dense().double(), z.t() @ x, **LOOSE[dtype])
+    if out > 1 < into:  # what does not lie in rows is left to torch
+        assert not rows.add_outer(found.t(), g.x, g.z, -0.3, beta)
