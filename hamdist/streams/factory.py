@@ -74,12 +74,16 @@ def _source(settings: StreamSettings, seed: int, dtype: torch.dtype) -> Stream:
     if settings.source is Source.MEMORY:
         return MemoryStream(**dict(settings.memory), batch=settings.batch, seed=seed, dtype=dtype)
     if settings.source is Source.CHARACTERS:
-        ids, _ = character_parts(settings.path)
+        ids, _ = _characters(settings)
         return CharacterStream(ids, settings.characters.length, settings.batch, seed)
     data = _data_set(settings, seed, dtype)
     if settings.canvas is None:
         return data.train
     return Canvas(data.train, **dict(settings.canvas), background=_background(data), seed=seed)
+
+
+def _characters(settings: StreamSettings) -> tuple[Tensor, Tensor]:
+    return character_parts(settings.path, validation=settings.evaluate is Split.VALIDATION)
 
 
 def _background(data: DataSet) -> float:
@@ -95,7 +99,7 @@ def _check_part(settings: StreamSettings) -> None:
             "your own (--stream): leave it out"
         )
     tokens = settings.source is Source.SEQUENCES and settings.sequences.view is View.TOKENS
-    none = tokens or settings.source in (Source.SIGNAL, Source.CHARACTERS)
+    none = tokens or settings.source is Source.SIGNAL
     if settings.evaluate is Split.VALIDATION and none:
         source = "sequences seen token by token" if tokens else settings.source.value
         raise SettingsError(
@@ -136,7 +140,7 @@ def held_out(
             return None
         return _fixed(texts.held_out, vocabulary, settings.sequences.length)
     if settings.source is Source.CHARACTERS:
-        return held_out_windows(character_parts(settings.path)[1], settings.characters.length)
+        return held_out_windows(_characters(settings)[1], settings.characters.length)
     if settings.source is Source.DRIFT:
         last = nearest_sample(max(samples, 1) - 1, _frames(settings))
         return _drift(settings, seed, dtype).held_out(last)

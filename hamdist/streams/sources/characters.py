@@ -14,6 +14,7 @@ from torch import Tensor
 
 from hamdist.errors import SettingsError, StreamError
 from hamdist.streams.sample import Sample, SampleSpec, generator
+from hamdist.streams.sources.datasets import VALIDATION_EVERY
 from hamdist.streams.sources.text_files import read_text
 
 # Characters and their numbers; 0 is any other one. They do not depend on the text.
@@ -64,15 +65,25 @@ class CharacterStream:
             yield Sample(chosen[:, :-1].contiguous(), chosen[:, 1:].contiguous())
 
 
-def character_parts(path: Path | str | None = None) -> tuple[Tensor, Tensor]:
+def character_parts(
+    path: Path | str | None = None, *, validation: bool = False
+) -> tuple[Tensor, Tensor]:
     """Return a text's characters by number: the part to learn from, and its last tenth, held out.
 
-    path: a UTF-8 text file; None: `language_reference`. Raises StreamError where it cannot be read.
+    Raises StreamError where the text cannot be read.
+
+    Args:
+        path: a UTF-8 text file; None: `language_reference`.
+        validation: hold out the last sixth of the part to learn from instead.
     """
     text = language_reference() if path is None else read_text(Path(path).expanduser())
     ids = torch.tensor([_NUMBERS.get(character, 0) for character in text], dtype=torch.int64)
     first_held_out = len(ids) - len(ids) // HELD_OUT_SHARE
-    return ids[:first_held_out], ids[first_held_out:]
+    learned, held_out = ids[:first_held_out], ids[first_held_out:]
+    if not validation:
+        return learned, held_out
+    first = len(learned) - len(learned) // VALIDATION_EVERY
+    return learned[:first], learned[first:]
 
 
 def held_out_windows(ids: Tensor, length: int) -> tuple[Tensor, Tensor]:

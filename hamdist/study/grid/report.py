@@ -104,7 +104,8 @@ def _curve(study: StudySettings, outcome: StudyOutcome) -> Iterator[RunEvent]:
     """Yield the prequential windows of an outcome's first seed, counted in rows."""
     head: dict[str, Any] = {"level": curve_name(study, None, outcome.cell)}
     last = -1
-    for rows, seconds, accuracy, loss in outcome.records[0].curve:
+    curve = outcome.records[0].curve if outcome.records else ()
+    for rows, seconds, accuracy, loss in curve:
         if rows is None or seconds is None or loss is None:
             continue
         number = int(rows) - 1 - last

@@ -155,16 +155,18 @@ class TuningResult:
     Attributes:
         score: mean validation accuracy (or minus the loss) of `chosen`; None without tuning.
         edge: settings whose chosen value is the lowest or highest of three and more.
+        diverged: every candidate left the finite range; none is chosen, and none is run.
     """
 
     chosen: Candidate
     score: float | None
     edge: tuple[str, ...] = ()
+    diverged: bool = False
 
 
 @dataclass(frozen=True, slots=True)
 class StudyOutcome:
-    """A cell, its chosen values, and its final runs, one a seed."""
+    """A cell, its chosen values, and its final runs, one a seed; none if its tuning diverged."""
 
     cell: GridCell
     choice: TuningResult
@@ -206,7 +208,7 @@ def run_study(
         else:
             choices = _tuned(study, all_cells, runs)
         finals = [
-            final_jobs(study, cell, choice.chosen)
+            [] if choice.diverged else final_jobs(study, cell, choice.chosen)
             for cell, choice in zip(all_cells, choices, strict=True)
         ]
         records = runs.make("final", [job for jobs in finals for job in jobs])
@@ -246,9 +248,7 @@ def _choose(
     scores = [score([records[job.key] for job in jobs]) for _, jobs in candidates]
     best = max(range(len(scores)), key=scores.__getitem__)
     if not math.isfinite(scores[best]):
-        raise SettingsError(
-            f"{cell.label}: every candidate of 'tune' left the finite range; give lower step sizes"
-        )
+        return TuningResult({}, None, diverged=True)
     chosen = candidates[best][0]
     return TuningResult(chosen, scores[best], _at_edge(cell, chosen))
 

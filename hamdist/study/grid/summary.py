@@ -32,6 +32,7 @@ class SummaryLine:
             the seeds; None where a run never is.
         cpu_seconds, joules: of a run, means over the seeds; None where nothing counts them.
         blocks: by seed and block the measurements of a level's blocks.
+        diverged: every run left the finite range, in its tuning or of the final ones.
     """
 
     side: str
@@ -56,6 +57,7 @@ class SummaryLine:
     cpu_seconds: float | None = None
     joules: float | None = None
     blocks: tuple[dict[str, BlockFacts], ...] = ()
+    diverged: bool = False
 
 
 def summary(outcomes: Sequence[StudyOutcome], goal: float | None = None) -> list[SummaryLine]:
@@ -93,6 +95,7 @@ def _line(outcome: StudyOutcome, baseline: StudyOutcome, goal: float | None) -> 
         cpu_seconds=_mean_of_all([r.cpu_seconds for r in records]),
         joules=_mean_of_all([r.joules for r in records]),
         blocks=tuple({n: BlockFacts(**f) for n, f in r.blocks.items()} for r in records),
+        diverged=all(r.failure is not None for r in records),
     )
 
 
@@ -117,7 +120,9 @@ def _gaps(records: Sequence[RunRecord], baseline: Sequence[RunRecord]) -> list[f
     by_seed = {record.seed: record for record in baseline}
     gaps = []
     for record in records:
-        than = by_seed[record.seed]
+        than = by_seed.get(record.seed)  # None if all candidates of the baseline diverged
+        if than is None:
+            continue
         if record.accuracy is not None and than.accuracy is not None:
             gaps.append(record.accuracy - than.accuracy)
         elif record.loss is not None and than.loss is not None and record.failure is None:
@@ -129,6 +134,9 @@ def _notes(outcome: StudyOutcome) -> list[str]:
     label = outcome.cell.label
     failed = [f"seed {r.seed}: {r.failure}" for r in outcome.records if r.failure is not None]
     notes = [f"{label}: {text}" for text in failed]
+    if outcome.choice.diverged:
+        text = "every candidate of 'tune' left the finite range; give lower step sizes"
+        notes.append(f"{label}: {text}")
     drifts = drift_fact([DriftRecovery(*drift) for r in outcome.records for drift in r.drifts])
     notes += [f"{label}: of the drifts of all seeds {drifts}"] if drifts else []
     notes += [

@@ -135,7 +135,9 @@ def _along(
 
 
 def held_out(line: SummaryLine, real_valued: bool) -> str:
-    """Return a line's held-out loss, or its accuracy in %."""
+    """Return a line's held-out loss, or its accuracy in %; `diverged` if all its runs did."""
+    if line.diverged:
+        return "diverged"
     if real_valued:
         return number(line.loss, line.loss_spread)
     return percent(line.accuracy, line.spread, digits=2)

@@ -67,17 +67,20 @@ class PlannedRun:
                 dynamics = dynamics.model_copy(update={"phi": phi})
         sections = {"learning": learning, "locality": locality, "dynamics": dynamics}
         settings = settings.model_copy(update={"seed": self.seed, **sections})
-        shows = shows and self.level is not None and kind != "sequence"
+        shows = shows and self.level is not None
         return with_alignment(settings, ALIGNMENTS) if shows else settings
 
 
 def with_alignment(settings: Settings, probes: int) -> Settings:
     """Return the settings with `metrics.alignment` for about so many probes of a run.
 
-    As they are where they say it themselves, and where no update is of one sample.
+    As they are where they say it themselves, and where no update is of one sample alone (rules that
+    carry traces from token to token among them).
     """
     metrics, parts = settings.metrics, settings.locality.microbatches
+    rules = [make_rule(f"rules.{name}", rule) for name, rule in settings.learning.rules.items()]
     whole = settings.level in (Level.AUTO, Level.BPTT, Level.PIPELINE) or parts not in (None, 1)
+    whole = whole or any(rule.presentation == "sequence" for rule in rules)
     if whole or metrics.alignment is not None:
         return settings
     every = max(1, (settings.steps or 0) // probes)

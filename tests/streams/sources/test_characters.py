@@ -65,6 +65,18 @@ def test_held_out(tmp_path: Path) -> None:
     assert y.tolist() == [[68, 69, 70], [71, 72, 73]]
 
 
+def test_validation(tmp_path: Path) -> None:
+    """A sixth of the 24 characters to learn from: u to x; none of them is in a window of those."""
+    path = tmp_path / "text.txt"
+    path.write_text("abcdefghijklmnopqrstuvwxyz")
+    own = settings(path, evaluate="validation", batch=9)
+    x, y = held_out(own, seed=0, dtype=torch.float32, samples=1)
+    assert (x.tolist(), y.tolist()) == ([[87, 88, 89]], [[88, 89, 90]])
+    stream = make_stream(own, seed=0, dtype=torch.float32)
+    learned = {n for item in islice(stream.samples(), 30) for n in item.y.flatten().tolist()}
+    assert learned == set(range(68, 87))  # b to t
+
+
 def test_the_language_reference() -> None:
     """Long, in English, and no paragraph of it twice, so that the held-out part is new."""
     text = language_reference()

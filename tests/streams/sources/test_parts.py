@@ -68,7 +68,6 @@ def test_texts() -> None:
     ("source", "more", "words"),
     [
         ("signal", {}, "signal has no validation part"),
-        ("characters", {}, "characters has no validation part"),
         ("sequences", {"sequences": {"view": "tokens"}}, "token by token has no validation"),
     ],
 )

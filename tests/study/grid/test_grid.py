@@ -283,9 +283,30 @@ class TestChoice:
         made.of = lambda job: None if job.settings.learning.lr > 0.1 else job.settings.learning.lr
         found = run_study(tiny(), tmp_path)
         assert {o.choice.chosen["learning.lr"] for o in found} == {0.1}
-        made.of = lambda job: None
-        with pytest.raises(SettingsError, match=r"centralised: every candidate of 'tune' left"):
-            run_study(tiny(), tmp_path / "again")
+
+    @pytest.mark.parametrize("gone", ["centralised", "trace"])
+    def test_a_side_whose_candidates_all_diverge(
+        self, made: Made, tmp_path: Path, gone: str
+    ) -> None:
+        """It is said to have diverged, the others are run; without a baseline there is no gap."""
+        level = Trains.LEVEL if gone == "trace" else Trains.CENTRALISED
+        made.of = lambda job: None if job.trains is level else 0.5
+        study = tiny(goal=0.5)
+        found = run_study(study, tmp_path)
+        assert len(made.jobs) == 6 + 2
+        (table,) = save_study(tmp_path, study, found, command="x").values()
+        shown = {row[0]: dict(zip(table.titles, row, strict=True)) for row in table.rows}
+        other = ({"centralised", "trace"} - {gone}).pop()
+        scores = {name: row["held-out, %"] for name, row in shown.items()}
+        assert scores == {gone: "diverged", other: "50.00 ± 0.00"}
+        assert shown["trace"]["gap, points"] == MISSING
+        assert (shown[gone]["rows to 50 %"], shown[other]["rows to 50 %"]) == ("not reached", "64")
+        assert any(note.startswith(f"{gone}: every candidate of 'tune'") for note in table.notes)
+        rows = json.loads((tmp_path / "study.json").read_text())["rows"]
+        assert {r["side"]: (r["diverged"], r["seeds"]) for r in rows} == {
+            gone: (True, 0),
+            other: (False, 2),
+        }
 
     def test_what_was_chosen_before(self, made: Made, tmp_path: Path) -> None:
         best = {name: {"best": {"learning.lr": 0.2}} for name in ("centralised", "trace")}
@@ -411,6 +432,20 @@ class TestWhole:
         found = work(GridJob(Trains.LEVEL, Settings.model_validate(raw)))
         assert found.failure
         assert found.accuracy is None
+
+    def test_a_final_run_of_a_rule_that_carries_traces(self) -> None:
+        """It is made without probes of the alignment, for no update is of one sample alone."""
+        raw = {
+            "level": "trace",
+            "steps": 40,
+            "model": {"kind": "gru", "width": 4, "depth": 1},
+            "stream": {"source": "memory", "batch": 4, "memory": {"task": "recall", "length": 5}},
+            "learning": {"rules": {"cell0": "snap-1"}},
+            "engine": {"actors": 1},
+        }
+        found = work(GridJob(Trains.LEVEL, Settings.model_validate(raw)))
+        assert found.accuracy is not None
+        assert {block["first"] for block in found.blocks.values()} == {None}
 
     def test_half_a_run_is_no_record(self) -> None:
         """A polite request to end, in the midst of a run: the study ends, and keeps nothing."""
