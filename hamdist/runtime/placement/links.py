@@ -42,14 +42,15 @@ if TYPE_CHECKING:
 MARGIN = 1.25
 WORSE = 0.005  # a period longer by this share is as good
 ROUNDS = 5  # small signals, there and back one after the other
-LARGE = 2**17  # bytes of a signal that measures the rate
+LARGE = 2**16  # bytes of a signal that measures the rate where the run's own are not known
 MOST = 2**28  # bytes of any signal
-IN_FLIGHT = 128  # signals, between hosts
+IN_FLIGHT = 1024  # signals, between hosts
+FIRST_BYTES = 2**20  # of signals that are sent before any is answered
 # A link is filled, and then measured, for so many round trips: TCP doubles what it has under way in
 # each, up to bandwidth times round trip (2.5 MB at 100 Mbit/s and 200 ms: eight of them).
-ROUND_TRIPS = 12
+ROUND_TRIPS = 16
 SHORTEST, LONGEST = 0.2, 4.0  # seconds of that
-SPARE = 0.9  # of the rate, at which signals of the run's pace do not queue
+SPARE = 0.9  # of the rate, at which signals of the run's size do not queue
 IN_TIME = 0.98  # of the signals come within the latency that is measured at the run's pace
 NOW = Stamp(0, 0, 0)
 
@@ -102,7 +103,8 @@ class Probe:
             self._endpoints.send(back, Signal(NOW, came))
 
     def measure(self, number: int, nbytes: int = 0, every: float = 0.0) -> Link:
-        """Return the latency of a link, one way, and its rate once TCP has opened up.
+        """Return the latency of a link, one way, and its rate once TCP has opened up, or that of
+        the run if it is less.
 
         Args:
             number: of the link.
@@ -110,19 +112,20 @@ class Probe:
                 come, behind what is late of those before; else the median of small signals.
             every: seconds between two signals of the run.
         """
-        sent, _, answered = self._series(number, 1, ROUNDS, most=1)
+        sent, _, answered = self._series(number, 1, ROUNDS)
         trips = [b - a for a, b in zip(sent[1:], answered[1:], strict=True)]
         trip = statistics.median(trips)  # (the first one opens what the others use again)
         seconds = min(max(ROUND_TRIPS * trip, SHORTEST), LONGEST)
-        _, came, _ = self._series(number, LARGE, 2 * ROUNDS, seconds, trip=trip)
+        size = min(nbytes or LARGE, MOST // 2)
+        sent, came, _ = self._series(number, size, 2 * ROUNDS, seconds, every, trip)
         half = len(came) // 2
         took = came[-1] - came[half - 1]
-        rate = LARGE * (len(came) - half) / took if took > 0 else math.inf
+        rate = size * (len(came) - half) / took if took > 0 else math.inf
         way = trip / 2
         if nbytes:
-            pace = max(every, nbytes / (SPARE * rate))
+            pace = max(every, size / (SPARE * rate))
             seconds = max(seconds, min(3 * ROUNDS * pace, LONGEST))
-            sent, came, _ = self._series(number, min(nbytes, MOST // 2), ROUNDS, seconds, pace)
+            sent, came, _ = self._series(number, size, ROUNDS, seconds, pace, trip)
             way = min(trips) / 2 + _lateness(sent, came)
         self._series(number, 1, 1, end=True)
         return Link(way, rate)
@@ -134,9 +137,8 @@ class Probe:
         least: int,
         seconds: float = 0.0,
         every: float = 0.0,
-        *,
-        most: int = IN_FLIGHT,
         trip: float = 0.0,
+        *,
         end: bool = False,
     ) -> tuple[list[float], list[float], list[float]]:
         """Send signals, and return when each left, came (by the other clock) and was answered.
@@ -146,14 +148,14 @@ class Probe:
 
         Args:
             least, seconds: so many signals, and for so long.
-            every: seconds between two, if not as fast as possible.
-            most: under way; trip: seconds of a round trip, in which no more than twice as many
-                leave as have been answered in the latest: a slow link holds no long queue.
+            every: seconds between two in the mean, if not as fast as possible.
+            trip: seconds of a round trip. Twice as many signals may be under way as were answered
+                in the latest two, so that a slow link holds no long queue; 0: one signal.
             end: the answering end is done with this.
         """
         there, back = self.channels(number)
         payload = torch.zeros(nbytes, dtype=torch.uint8)
-        most = min(most, self._room[number])
+        first = min(3 * ROUNDS, max(1, FIRST_BYTES // nbytes))
         sent: list[float] = []
         came: list[float] = []
         answered: list[float] = []
@@ -167,14 +169,13 @@ class Probe:
 
         while len(sent) < least or sent[-1] - sent[0] < seconds:
             now = time.perf_counter()
-            room = most
-            if trip:
-                room = min(most, 4 + 2 * (len(answered) - bisect_left(answered, now - trip)))
+            latest = len(answered) - bisect_left(answered, now - 2 * trip)
+            room = min(self._room[number], first + 2 * latest) if trip else 1
             if len(sent) - len(answered) >= room:
                 take()
                 continue
-            if every and sent and sent[-1] + every > now:
-                time.sleep(sent[-1] + every - now)
+            if every and sent:  # (after a wait it catches up, as a run does)
+                time.sleep(max(0.0, sent[0] + len(sent) * every - now))
             sent.append(time.perf_counter())
             self._endpoints.send(there, Signal(NOW, payload, end=end))
         while len(answered) < len(sent):
@@ -188,7 +189,7 @@ class Probe:
 
 def _lateness(sent: Sequence[float], came: Sequence[float]) -> float:
     """Return by how many seconds the share IN_TIME of the signals is later than the quickest, at
-    most. (The clocks of the ends differ, and the first third finds TCP still opening up.)"""
+    most. (The clocks of the ends differ; the first third meets what TCP has not opened up yet.)"""
     late = [b - a for a, b in zip(sent, came, strict=True)]
     steady = sorted(late[len(late) // 3 :])
     return steady[math.ceil(IN_TIME * len(steady)) - 1] - min(late)

@@ -37,10 +37,11 @@ FRAME_BYTES = 2**19
 NO_LIMIT = -1  # of the bytes of a frame, as ZeroMQ says it
 SEAL = 64  # bytes that encryption adds to a frame, at most
 NUMBER = struct.Struct("<Q")  # of a message, where connections take turns
-# Linux lets a connection grow to 4 MiB of unacknowledged bytes (tcp_wmem), of which 2.7 MB are a
-# message's: 9 MB/s at 0.3 s there and back, measured with 32 KiB; 15 MB/s over two or four.
-CONNECTION_BYTES = 2 * 2**20
-MOST_CONNECTIONS = 4
+# Linux lets a connection grow to 4 MiB of unacknowledged messages (tcp_wmem), of which 2.7 MB are
+# ours: at 0.3 s there and back 9 MB/s. What may be under way one way is unacknowledged for twice as
+# long, and connections are seldom all full.
+CONNECTION_BYTES = 2**20
+MOST_CONNECTIONS = 8
 
 
 def connections(channel: Channel, limit: int) -> int:

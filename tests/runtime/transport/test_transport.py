@@ -127,46 +127,46 @@ def test_a_bundle_is_one_message_of_several_signals(pair):
 
 
 def test_connections_follow_from_the_bytes_that_may_be_under_way():
-    """2 MiB each: 204 signals of 32 KiB make 6.4 MiB, 400 in bundles of 4 half a 100 of them."""
-    one = CHANNEL._replace(capacity=204)
-    assert connections(one, 16 * 2**15) == 1 + 3
+    """1 MiB each: 80 messages of 32 KiB make 2.5, 160 signals in bundles of 4 40 messages, 1.25."""
+    one = CHANNEL._replace(capacity=80)
+    assert connections(one, 16 * 2**15) == 1 + 2
     assert connections(one, NO_LIMIT) == connections(CHANNEL, 16 * 2**15) == 1
-    assert connections(one._replace(capacity=400, bundle=4), 16 * 2**15) == 1 + 1
-    assert connections(one, LIMIT) == 4
+    assert connections(one._replace(capacity=160, bundle=4), 16 * 2**15) == 1 + 1
+    assert connections(one, LIMIT) == 8
 
 
 @pytest.fixture
 def striped(leaves_no_socket):
-    """A receiver of four connections, and a function that sends messages by their number."""
+    """A receiver of eight connections, and a function that sends messages by their number."""
     receiver = Endpoints(RUN, threading.Event())
     address = receiver.bind(CHANNEL, WAYS["tcp"], LIMIT)
     packer, context = Packer(RUN, CHANNEL), zmq.Context()
-    sockets = [context.socket(zmq.PUSH) for _ in range(4)]
+    sockets = [context.socket(zmq.PUSH) for _ in range(8)]
     for other in sockets:
         other.connect(address)
 
     def send(*order):
         for n in order:
-            sockets[n % 4].send(NUMBER.pack(n) + packer.header(Signal(Stamp(n, n, 0)), None))
+            sockets[n % 8].send(NUMBER.pack(n) + packer.header(Signal(Stamp(n, n, 0)), None))
 
     yield receiver, send
     context.destroy(linger=0)
     receiver.close()
 
 
-@pytest.mark.parametrize("order", [[3, 2, 1, 0], [1, 5, 2, 0, 3, 4], [0, 4, 8, 12, 1, 2, 3]])
+@pytest.mark.parametrize("order", [[7, 2, 1, 0], [1, 9, 2, 0, 3, 4], [0, 8, 16, 24, 1, 2, 3]])
 def test_the_order_of_connections_is_restored(striped, order):
     receiver, send = striped
     send(*order)
-    for n in range(next(n for n in range(20) if n not in order)):
+    for n in range(next(n for n in range(40) if n not in order)):
         assert receiver.receive(CHANNEL, Stamp(n, n, 0)).stamp == Stamp(n, n, 0)
 
 
-@pytest.mark.parametrize("order", [[1, 6], [4], [1, 1]])
+@pytest.mark.parametrize("order", [[1, 10], [8], [1, 1]])
 def test_a_message_that_a_connection_has_lost_is_noticed(striped, order):
     receiver, send = striped
     send(*order)
-    with pytest.raises(WireError, match=r"message \d came after -?\d by one of 4 connections"):
+    with pytest.raises(WireError, match=r"message \d+ came after -?\d by one of 8 connections"):
         receiver.receive(CHANNEL, Stamp(0, 0, 0))
 
 
