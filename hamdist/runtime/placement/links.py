@@ -2,8 +2,9 @@
 
 A block sends at tick k what its neighbour needs at tick k + d. The least d are taken with which the
 timing model (runtime/timing) finds no cycle of signals slower than the actors and the bandwidth of
-the links themselves, with links MARGIN times as slow as they are. Every tick more on an edge lets a
-cycle through it span more samples,
+the links themselves, with links MARGIN times as slow as they are. Between hosts they are measured
+by signals as large and frequent as the run's, so that jitter, retransmissions and what waits behind
+them count. Every tick more on an edge lets a cycle through it span more samples,
 
     period = seconds on the cycle / samples that it spans,
 
@@ -108,8 +109,9 @@ class Probe:
 
         Args:
             number: of the link.
-            nbytes: of a signal of the run. The latency is then one within which nearly all of them
-                come, behind what is late of those before; else the median of small signals.
+            nbytes: of a signal of the run. MARGIN times the latency is then, at least, one within
+                which nearly all of them come, behind what is late of those before; else it is the
+                median of small signals.
             every: seconds between two signals of the run.
         """
         sent, _, answered = self._series(number, 1, ROUNDS)
@@ -126,7 +128,7 @@ class Probe:
             pace = max(every, size / (SPARE * rate))
             seconds = max(seconds, min(3 * ROUNDS * pace, LONGEST))
             sent, came, _ = self._series(number, size, ROUNDS, seconds, pace, trip)
-            way = min(trips) / 2 + _lateness(sent, came)
+            way = max(way, (min(trips) / 2 + _lateness(sent, came)) / MARGIN)
         self._series(number, 1, 1, end=True)
         return Link(way, rate)
 
