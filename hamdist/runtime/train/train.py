@@ -53,6 +53,7 @@ from hamdist.runtime.snapshots.resume import (
     identity,
     origin,
     other_bits_than,
+    other_code,
     other_stream,
     weights_of,
     with_weights,
@@ -268,7 +269,7 @@ class _Work:
                     "no snapshot and begins anew: the numbers are not those of a run that was "
                     "never stopped"
                 )
-            notes += bent_course(snapshot, settings.settings)
+            notes += [*other_code(snapshot, plan), *bent_course(snapshot, settings.settings)]
             notes += other_bits_than(snapshot, plan)
             plan = replace(plan, skip=snapshot.manifest.skip)
             if plan.engine.digests and not snapshot.digests:
