@@ -39,7 +39,7 @@ RUNS, CONTROL = "runs", "control.jsonl"
 REQUESTS: Mapping[str, object] = {"stop": Stop, "snapshot": TakeSnapshot}
 _STUDIES = (
     *("speed.csv", "speed.json", "speed.md", "speed.html"),
-    *("recovery.csv", "recovery.json", "recovery.md"),
+    *("recovery.csv", "recovery.json", "recovery.md", "runner-up-*.yaml"),
 )
 FILES = (  # what --overwrite may remove: whatever these commands write
     *(EVENTS, CONTROL, "metrics.jsonl", "runs.jsonl", "settings*.yaml", "summary.json"),
