@@ -76,6 +76,7 @@ def run_settings(
     *,
     began: float | None = None,
     without: int | None = None,
+    forks: bool = False,
 ) -> None:
     """Run, write and show the result.
 
@@ -86,6 +87,7 @@ def run_settings(
         seen: on a page; the file of a trace.
         began: when the process did (`time.perf_counter`), where it did so for this run alone.
         without: the number of a sample that the stream leaves out.
+        forks: snapshots lie in the folder, not beside those of the run that is resumed.
     """
     (resume, weights), (shown, trace) = begin, seen
     if resume is not None and weights is not None:
@@ -98,6 +100,9 @@ def run_settings(
         folder = stack.enter_context(
             ResultFolder(out, overwrite=overwrite, controls=True, say=display.say)
         )
+        if forks:
+            own = at_level.snapshots.model_copy(update={"path": str(folder.path / "snapshots")})
+            at_level = at_level.model_copy(update={"snapshots": own})
 
         from hamdist.runtime.results.trace import chrome_trace
         from hamdist.study.report.files import final_events

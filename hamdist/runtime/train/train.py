@@ -177,7 +177,7 @@ def train(
                 error.outcome.warnings.insert(0, str(failure))
                 failure.result = make_result(graph, plan, error.outcome, startup, settings, why)
             raise failure from None
-        outcome.warnings[:0] = [*notes, *end_of_stream(plan, outcome)]
+        outcome.warnings[:0] = [*notes, *end_of_stream(plan, outcome, stream)]
         result = make_result(graph, plan, outcome, startup, settings, why)
         if outcome.error is not None:
             outcome.error.result = result  # type: ignore[attr-defined]

@@ -248,13 +248,10 @@ def test_batch_one_by_the_c_code(tmp_path):
     goes_on(run, tmp_path, 5)
 
 
+@pytest.mark.usefixtures("two_threads")
 def test_as_many_threads_as_the_engine_has(tmp_path):
     """Whatever the program's: a restored block computes its kept outputs once more."""
-    torch.set_num_threads(2)
-    try:
-        goes_on(run_of(chain, PortableStream, level="trace"), tmp_path, 7)
-    finally:
-        torch.set_num_threads(1)
+    goes_on(run_of(chain, PortableStream, level="trace"), tmp_path, 7)
 
 
 @pytest.mark.filterwarnings("ignore::hamdist.errors.ChoiceWarning")
