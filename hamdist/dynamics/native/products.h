@@ -6,8 +6,9 @@
                   W = beta W + alpha d^T x     over r, from the first to the last
 
    Every sum has one order, whatever the tiles, and its products are fused: one result for all shapes
-   of tiles and all places in memory. A tile is as many sums as there are registers for; the weight is
-   read once per call from where it lies, and its rows of a chunk are still near for the update. */
+   of tiles and all places in memory. (The sum over r is one of sums over PANEL rows each.) A tile is
+   as many sums as there are registers for; the weight is read once per panel from where it lies, and
+   of a single panel its rows of a chunk are still near for the update. */
 
 #define PRODUCTS __attribute__((target("avx512f")))
 #define TILE static inline __attribute__((always_inline, target("avx512f")))
@@ -17,6 +18,7 @@ enum { OUTS = 8, ROWS = 3 };        /* a tile of y: outputs, rows */
 enum { M_ROWS = 8, M_WIDE = 3 };    /* a tile of m: rows, vectors */
 enum { W_OUTS = 6, W_WIDE = 4 };    /* a tile of W: rows of W, vectors */
 enum { CHUNK = 48 };                /* rows of W between whose two uses nothing else is read */
+enum { PANEL = 128 };               /* rows of x, y, d and m that stay near while W is read */
 
 typedef __m512 NAME(Wide);
 #define WIDE 16
@@ -112,14 +114,22 @@ TILE void NAME(y_rows)(const REAL *x, const REAL *w, const REAL *b, REAL *y, siz
         NAME(y_tile)(x + r * in, w, b, y + r * out, in, out, 1, outs);
 }
 
-PRODUCTS static void NAME(outputs)(const REAL *x, const REAL *w, const REAL *b, REAL *y, size_t rows,
-                                   size_t in, size_t out)
+PRODUCTS static void NAME(panel_outputs)(const REAL *x, const REAL *w, const REAL *b, REAL *y,
+                                         size_t rows, size_t in, size_t out)
 {
     size_t o = 0;
     for (; o + OUTS <= out; o += OUTS)
         NAME(y_rows)(x, w + o * in, b ? b + o : NULL, y + o, rows, in, out, OUTS);
     for (; o < out; o++)
         NAME(y_rows)(x, w + o * in, b ? b + o : NULL, y + o, rows, in, out, 1);
+}
+
+static void NAME(outputs)(const REAL *x, const REAL *w, const REAL *b, REAL *y, size_t rows,
+                          size_t in, size_t out)
+{
+    for (size_t r = 0; r < rows; r += PANEL)
+        NAME(panel_outputs)(x + r * in, w, b, y + r * out, rows - r < PANEL ? rows - r : PANEL, in,
+                            out);
 }
 
 /* m of `rows` rows and `wide` vectors, the last of `last` numbers, over n rows of W: on top of what
@@ -208,8 +218,8 @@ TILE void NAME(w_rows)(const REAL *d, const REAL *x, REAL *w, size_t n, size_t r
 
 /* m = d W (NULL: not wanted), then W = beta W + alpha d^T x (alpha 0: not), chunk by chunk of W's
    rows. */
-PRODUCTS static void NAME(pulled)(const REAL *x, REAL *w, const REAL *d, REAL *m, size_t rows,
-                                  size_t in, size_t out, REAL alpha, REAL beta)
+PRODUCTS static void NAME(panel_pulled)(const REAL *x, REAL *w, const REAL *d, REAL *m, size_t rows,
+                                        size_t in, size_t out, REAL alpha, REAL beta)
 {
     for (size_t o = 0; o < out; o += CHUNK) {
         const size_t n = out - o < CHUNK ? out - o : CHUNK;
@@ -232,6 +242,22 @@ PRODUCTS static void NAME(pulled)(const REAL *x, REAL *w, const REAL *d, REAL *m
         if (i < in)
             NAME(w_rows)(d + o, x + i, part + i, n, rows, in, out, alpha, beta, 1, in - i);
     }
+}
+
+/* The same of any number of rows: all of m meets W as it was. */
+static void NAME(pulled)(const REAL *x, REAL *w, const REAL *d, REAL *m, size_t rows, size_t in,
+                         size_t out, REAL alpha, REAL beta)
+{
+    if (rows <= PANEL) {
+        NAME(panel_pulled)(x, w, d, m, rows, in, out, alpha, beta);
+        return;
+    }
+    for (size_t r = 0; m && r < rows; r += PANEL)
+        NAME(panel_pulled)(x + r * in, w, d + r * out, m + r * in,
+                           rows - r < PANEL ? rows - r : PANEL, in, out, 0, 1);
+    for (size_t r = 0; alpha != 0 && r < rows; r += PANEL)
+        NAME(panel_pulled)(x + r * in, w, d + r * out, NULL,
+                           rows - r < PANEL ? rows - r : PANEL, in, out, alpha, r ? 1 : beta);
 }
 #undef READ
 #undef ZERO
