@@ -88,6 +88,7 @@ def test_a_store_that_fails_ends_no_run(failing):
 
 @pytest.mark.parametrize("what", ["read", "list"])
 def test_a_store_that_cannot_be_asked_is_named_before_the_start(failing, what):
+    storage("failing://a/b").write("tick-000000000008/manifest.json", b"{}")
     failing.fails = {what}
     with pytest.raises(SnapshotError, match=r"failing://a/b.*: no route"):
         latest("failing://a/b", lambda _: None)
