@@ -467,7 +467,15 @@ def has_products():
 
 
 # Whole tiles of rows, outputs and vectors, and what is left over of each.
-SHAPES = [(2, 1, 1), (3, 8, 16), (5, 10, 33), (8, 48, 48), (11, 103, 100), (33, 67, 259), (300, 13, 21)]
+SHAPES = [
+    (2, 1, 1),
+    (3, 8, 16),
+    (5, 10, 33),
+    (8, 48, 48),
+    (11, 103, 100),
+    (33, 67, 259),
+    (300, 13, 21),
+]
 
 
 @pytest.mark.usefixtures("has_products")
