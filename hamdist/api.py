@@ -20,7 +20,14 @@ from hamdist.dynamics.updates.optimizers import OptimizerFunction, SchedulerFunc
 from hamdist.errors import HamdistError, SettingsError
 from hamdist.models.build import make_from_settings
 from hamdist.runtime.live.answers import LiveStatus
-from hamdist.runtime.live.begin import layers_of, live_run, read_beginning, with_first_weights
+from hamdist.runtime.live.begin import (
+    COMPUTES,
+    check_repeatable,
+    layers_of,
+    live_run,
+    read_beginning,
+    with_first_weights,
+)
 from hamdist.runtime.live.callbacks import Callback, EndsWhen
 from hamdist.runtime.live.run import LiveRun
 from hamdist.runtime.results.events import EventListener
@@ -36,9 +43,6 @@ if TYPE_CHECKING:
     from typing_extensions import Unpack
 
     from hamdist.config.fields import SettingsFields
-
-# What the bits of a run depend on:
-COMPUTES = {"threads", "step", "bits", "blocks", "compress", "feedback", "topk_share"}
 
 
 def train(
@@ -250,9 +254,11 @@ def replay(
             are to differ (`engine`).
 
     Raises:
-        HamdistError: the journal is missing or damaged, or the model is missing or another one.
+        HamdistError: the journal is missing or damaged, the model is missing or another one, code
+            of the run's program is missing, or the run went on with other settings.
     """
     facts, example, weights = read_beginning(out)
+    check_repeatable(out, facts, fields)
     model = _settings_model(out, facts, example) if model is None else model
     functions = functions_of(model, settings, fields)
     loss, names = fields.pop("loss", None), fields.pop("names", None)

@@ -80,6 +80,14 @@ def user_file(tmp_path, monkeypatch):
     return write
 
 
+@pytest.fixture
+def two_threads():
+    """As many threads of torch as a user's program may have; the engine's number counts."""
+    torch.set_num_threads(2)
+    yield
+    torch.set_num_threads(1)
+
+
 @pytest.fixture(scope="session")
 def session():
     """A local Ray with room for four actors, for the whole test session."""

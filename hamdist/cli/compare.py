@@ -122,7 +122,7 @@ def _conclude(comparison: Comparison, out: Path) -> None:
             if rows
             else "No run finished."
         )
-    if comparison.runs:
+    if (out / "report.html").exists():
         say(f"Report: {out / 'report.html'}")
 
 

@@ -146,9 +146,14 @@ def fork(
         begin = recorded.latest_before(inf if tick is None else tick, without_sample)
     alone: dict[str, Any] = {"engine": {"kind": "inprocess", "placement": None}}
     settings = options.load(str(folder / SETTINGS), **alone, snapshots={"path": None})
-    resume = None if begin is None else str(begin)
+    steps = settings.steps
+    if steps is not None and without_sample is not None and without_sample >= steps:
+        raise SettingsError(
+            f"--without-sample {without_sample}: the run has samples 0 to {steps - 1}"
+        )
     where = out or results_of(f"{settings.name}-fork")
-    run_settings(settings, options, where, overwrite, (resume, None), without=without_sample)
+    begins, forks = (None if begin is None else str(begin), None), recorded.snapshots is not None
+    run_settings(settings, options, where, overwrite, begins, without=without_sample, forks=forks)
 
 
 def bisect(

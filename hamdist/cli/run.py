@@ -15,7 +15,12 @@ from hamdist.cli.options import DEFAULT_SETTINGS, OverwriteOption, RunOptions, S
 from hamdist.config import Settings
 from hamdist.errors import FAILED, INTERRUPTED, SettingsError
 from hamdist.runtime.results.events import RunBegun
-from hamdist.study.shared.result_folder import ResultFolder, results_of, write_file
+from hamdist.study.shared.result_folder import (
+    ResultFolder,
+    results_of,
+    write_file,
+    written_at_the_end,
+)
 
 if TYPE_CHECKING:
     from hamdist.study.run.run import Run
@@ -76,6 +81,7 @@ def run_settings(
     *,
     began: float | None = None,
     without: int | None = None,
+    forks: bool = False,
 ) -> None:
     """Run, write and show the result.
 
@@ -86,6 +92,7 @@ def run_settings(
         seen: on a page; the file of a trace.
         began: when the process did (`time.perf_counter`), where it did so for this run alone.
         without: the number of a sample that the stream leaves out.
+        forks: snapshots lie in the folder, not beside those of the run that is resumed.
     """
     (resume, weights), (shown, trace) = begin, seen
     if resume is not None and weights is not None:
@@ -98,6 +105,9 @@ def run_settings(
         folder = stack.enter_context(
             ResultFolder(out, overwrite=overwrite, controls=True, say=display.say)
         )
+        if forks:
+            own = at_level.snapshots.model_copy(update={"path": str(folder.path / "snapshots")})
+            at_level = at_level.model_copy(update={"snapshots": own})
 
         from hamdist.runtime.results.trace import chrome_trace
         from hamdist.study.report.files import final_events
@@ -131,12 +141,14 @@ def run_settings(
         for event in final_events(result):
             folder.emit(event)
         try:
-            save_run(folder.path, result, model, at_level)
-            if trace is not None:
-                write_file(trace, chrome_trace(result.trace))
+            with written_at_the_end():
+                save_run(folder.path, result, model, at_level)
+                if trace is not None:
+                    write_file(trace, chrome_trace(result.trace))
         finally:
             display.close()
-            _print_run(result, at_level, shown_warnings, folder.path)
+            _print_run(result, at_level, shown_warnings)
+        say_written(folder.path)
     if result.failure is not None:
         complain(f"Error: {result.failure}")
         complain(f"Stopped after {result.samples} samples; the metrics so far are above.")
@@ -148,7 +160,7 @@ def run_settings(
         raise typer.Exit(INTERRUPTED)
 
 
-def _print_run(result: Run, settings: Settings, shown_warnings: list[str], out: Path) -> None:
+def _print_run(result: Run, settings: Settings, shown_warnings: list[str]) -> None:
     """Print the result; the warnings in `shown_warnings` have been shown already."""
     from hamdist.study.report.files import run_summary
     from hamdist.study.report.table import run_facts, run_title
@@ -158,4 +170,3 @@ def _print_run(result: Run, settings: Settings, shown_warnings: list[str], out: 
     for warning in dict.fromkeys(result.warnings):
         if warning != result.failure and warning not in shown_warnings:
             warn(warning)
-    say_written(out)

@@ -27,15 +27,12 @@ def init(
 ) -> None:
     """Write a settings file with a comment for every setting."""
     from hamdist.study.shared.recipes import load_settings
+    from hamdist.study.shared.result_folder import write_file
 
     text = template(load_settings(recipe), recipe)
-    try:
-        with file.open("x", encoding="utf-8") as out:
-            out.write(text)
-    except FileExistsError:
-        raise SettingsError(f"'{file}' is there already: name another file") from None
-    except OSError as error:
-        raise SettingsError(f"'{file}': cannot write there: {error.strerror}") from None
+    if file.exists():
+        raise SettingsError(f"'{file}' is there already: name another file")
+    write_file(file, text)
     report(file=str(file))
     say(f"Written to {file}. Next: hamdist run {file}")
 

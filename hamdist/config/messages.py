@@ -11,7 +11,7 @@ from typing import get_args
 from pydantic import BaseModel, ValidationError
 
 _TYPE = re.compile(
-    r"(constrained-\w+|str-enum\[\w+\]|literal\[.*\]|dict\[.*\]|float|int|str|[A-Z]\w*Settings)$"
+    r"(constrained-\w+|(str-enum|literal|dict|function-\w+)\[.*\]|float|int|str|[A-Z]\w*Settings)$"
 )
 _repr = reprlib.Repr()
 _repr.maxlevel, _repr.maxdict, _repr.maxlist, _repr.maxtuple = 4, 20, 20, 20
@@ -32,19 +32,23 @@ def describe(error: ValidationError) -> str:
     for fault in error.errors(include_url=False):
         # pydantic names the types of a union inside the path, as no field is named
         path = [str(part) for part in fault["loc"]]
-        where = ".".join(part for part in path if not _TYPE.match(part)) or "settings"
+        whole = "settings: " if error.title == "Settings" else ""
+        where = ".".join(part for part in path if not _TYPE.match(part))
+        where = f"{where}: " if where else whole
         if fault["type"] == "extra_forbidden":
             text = f"no such setting{_known_instead(error.title, path)}"
             messages.setdefault((where, ""), []).append(text)
             continue
         value = fault["input"]
+        if fault["type"] == "too_short" and len(value) >= fault["ctx"]["min_length"]:
+            continue  # what is wrong with its items is said
         received = "" if isinstance(value, Mapping) else f" (received {shown(value)})"
         text = fault["msg"].removeprefix("Value error, ")
         if fault["type"] == "enum" and isinstance(value, str):
             text += did_you_mean(value, re.findall(r"'([^']+)'", fault["ctx"]["expected"]))
         messages.setdefault((where, received), []).append(text)
     return "\n".join(
-        f"{where}: {', or: '.join(dict.fromkeys(reasons))}{received}"
+        f"{where}{', or: '.join(dict.fromkeys(reasons))}{received}"
         for (where, received), reasons in messages.items()
     )
 

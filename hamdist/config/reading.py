@@ -39,6 +39,8 @@ def read_settings(text: str, origin: str, overrides: Sequence[Mapping[str, Any]]
 
 def mapping(raw: object, origin: str, kind: str = "settings") -> dict[str, Any]:
     """Return `raw` if it is a mapping; raise SettingsError naming `origin` if not."""
+    if raw is None:
+        raise SettingsError(f"{origin}: is empty")
     if not isinstance(raw, dict):
         raise SettingsError(f"{origin}: {kind} are a mapping of names to values, not {shown(raw)}")
     return raw

@@ -20,6 +20,7 @@ import pytest
 import torch
 from runtime.engines.test_engines_equal import settings
 from runtime.networks import PortableStream, chain
+from runtime.storage.test_stores import disk_free, small_disk
 from safetensors.torch import load_file
 from study.builders import make_run
 from typer.testing import CliRunner
@@ -299,3 +300,23 @@ def test_progress_does_not_fall_while_an_actor_is_replaced(monkeypatch):
     watch._report_progress()
     assert [progress.samples for progress in seen] == [120, 120, 130]
     assert [list(progress.windows) for progress in seen] == [[window]] * 3
+
+
+@pytest.mark.parametrize("size", ["4k", "8k", "16k"])
+@pytest.mark.parametrize("command", ["run", "compare", "init"])
+def test_a_full_disk_is_no_wrong_setting(command, size, tmp_path):
+    """A run that was made fails (exit code 1), and no output says that it was written."""
+    (tmp_path / "tiny.yaml").write_text(TINY.replace("steps: 12", "steps: 2"))
+    with small_disk(tmp_path / "disk", size) as disk:
+        words = [command, tmp_path / "tiny.yaml", "--out", disk / "out"]
+        if command == "init":
+            (disk / "other").write_bytes(bytes(disk_free(disk)))
+            words = ["init", disk / "out"]
+        done = CliRunner().invoke(app, [str(word) for word in words])
+        left = [path.name for path in disk.rglob("*.part")]
+    said = " ".join(done.output.split())
+    assert done.exit_code == (2 if command == "init" else 1), said
+    assert "No space left on device" in said
+    assert "Written to" not in said
+    assert "Report:" not in said
+    assert left == []

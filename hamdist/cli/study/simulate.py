@@ -9,10 +9,17 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from hamdist.cli.console import note, print_facts, print_rows, report, say, warn
-from hamdist.cli.options import JsonFileOption, RunOptions, SettingsArgument, json_file, level_names
-from hamdist.config import EngineKind
+from hamdist.cli.options import (
+    JsonFileOption,
+    OverwriteOption,
+    RunOptions,
+    SettingsArgument,
+    json_file,
+    level_names,
+)
+from hamdist.config import EngineKind, Level
 from hamdist.errors import SettingsError
-from hamdist.study.shared.result_folder import prepare_folder, results_of
+from hamdist.study.shared.result_folder import free_folder, results_of
 
 if TYPE_CHECKING:
     from hamdist.study.simulate.simulate import PlacedRun, Planner
@@ -39,12 +46,13 @@ def simulate(
         Path | None,
         typer.Option("--out", help="Folder of --sweep.", show_default="results/NAME-simulated"),
     ] = None,
+    overwrite: OverwriteOption = False,
     json_: JsonFileOption = None,
     options: Annotated[RunOptions, "level seed steps set_ model stream"],
 ) -> None:
     """Predict a run on a cluster before there is one: throughput, limits, memory, and weights."""
-    if not sweep and (levels or out):
-        raise SettingsError("--levels and --out belong to --sweep")
+    if not sweep and (levels or out or overwrite):
+        raise SettingsError("--levels, --out and --overwrite belong to --sweep")
     json_ = json_file(json_)
     loaded = options.load(settings, engine={"kind": EngineKind.RAY.value})
     factory = options.factory()
@@ -64,7 +72,9 @@ def simulate(
     planner = Planner(cluster, factory, data)
     folder = out or results_of(f"{laid.name}-simulated")
     if sweep:
-        placed, result = _swept(planner, loaded, levels, folder)
+        others = level_names(levels) if levels else []
+        folder = free_folder(folder, overwrite=overwrite, say=note)
+        placed, result = _swept(planner, loaded, others, folder)
     else:
         placed = planner.best(laid)
         result = simulated(placed, laid.seed)
@@ -81,14 +91,12 @@ def simulate(
 
 
 def _swept(
-    planner: Planner, laid: Any, levels: str | None, folder: Path
+    planner: Planner, laid: Any, others: Sequence[Level | str], folder: Path
 ) -> tuple[PlacedRun, dict[str, Any]]:
     """Return the winner of the sweep and its simulation; all settings are written."""
     from hamdist.study.simulate.simulate import simulate as simulated
     from hamdist.study.simulate.sweep import sweep, write_sweep
 
-    others = level_names(levels) if levels else []
-    prepare_folder(folder)
     pairs = [(p, simulated(p, laid.seed)) for p in sweep(laid, planner, others, note)]
     pairs.sort(key=lambda pair: -pair[1]["samples_per_second"])
     files = write_sweep(folder, [placed for placed, _ in pairs])

@@ -81,9 +81,9 @@ class AppliedRule(Stateful):
             self._refuse(method, f"returned {_kind(result)}, not ({', '.join(names)})")
         by_name = dict(zip(names, result, strict=True))
         if "h" in by_name:
-            shape = (batch, *view.shape)
-            if _shape(by_name["h"]) != shape:
-                self._refuse(method, f"gives h as {_kind(by_name['h'])}, not of shape {shape}")
+            h, shape = by_name["h"], (batch, *view.shape)
+            if not _fits(h, shape, view.h.dtype):
+                self._refuse(method, f"gives h as {_kind(h)}, not {_of(view.h.dtype, shape)}")
             by_name["h"] = plain(by_name["h"])
         if "messages" in by_name:
             by_name["messages"] = self._messages(method, by_name["messages"])
@@ -95,8 +95,9 @@ class AppliedRule(Stateful):
             expected = f"return a list with one for each of its {many} parents"
             self._refuse(method, f"gives its messages as {_kind(messages)}; {expected}")
         for message, parent in zip(messages, view.inputs, strict=True):
-            if message is not None and _shape(message) != (view.batch, *parent):
-                to = f"a parent whose state has shape {(view.batch, *parent)}"
+            shape, dtype = (view.batch, *parent), view.h.dtype
+            if message is not None and not _fits(message, shape, dtype):
+                to = f"a parent, not {_of(dtype, shape)}, like its state"
                 self._refuse(method, f"gives {_kind(message)} as the message to {to}")
         pairs = zip(messages, view.wanted, strict=True)
         return [plain(m) if want and m is not None else None for m, want in pairs]
@@ -142,8 +143,8 @@ class AppliedRule(Stateful):
                 self._refuse(
                     "rule", f"an update for {name!r}, which is no weight that learns; {hint}"
                 )
-            if _shape(g) != _shape(weights[name]):
-                hint = f"and the weight has shape {_shape(weights[name])}"
+            if not _fits(g, (*weights[name].shape,), weights[name].dtype):
+                hint = f"and the weight is {_kind(weights[name])}"
                 self._refuse("rule", f"its update for {name!r} is {_kind(g)}, {hint}")
         if any(name.startswith(MEMORY) for name in updates):
             steps = _in_order(updates, self.learned, MEMORY)
@@ -162,13 +163,19 @@ def _in_order(updates: Updates, like: Mapping[str, Tensor], prefix: str = "") ->
     return [torch.zeros_like(like[n]) if g is None else plain(g) for n, g in by_name.items()]
 
 
-def _shape(value: object) -> tuple[int, ...] | None:
-    return tuple(value.shape) if isinstance(value, Tensor) else None
+def _fits(value: object, shape: tuple[int, ...], dtype: torch.dtype) -> bool:
+    is_dense = isinstance(value, Tensor) and value.layout is torch.strided
+    return is_dense and value.shape == shape and value.dtype is dtype  # type: ignore[attr-defined]
+
+
+def _of(dtype: torch.dtype, shape: tuple[int, ...]) -> str:
+    return f"a {str(dtype).removeprefix('torch.')} tensor of shape {shape}"
 
 
 def _kind(value: object) -> str:
     if isinstance(value, Tensor):
-        return f"a tensor of shape {_shape(value)}"
+        layout = "" if value.layout is torch.strided else f" ({value.layout})"
+        return _of(value.dtype, tuple(value.shape)) + layout
     many = f" of {len(value)}" if isinstance(value, (tuple, list)) else ""
     return f"a {type(value).__name__}{many}"
 

@@ -1,100 +1,174 @@
-/* Products of a few to some hundred rows with a weight, for one type (REAL, NAME), with vectors of
-   AVX-512: x (R, I), d (R, O), W (O, I).
+/* Products of a few to some thousand rows with a weight, for one type (REAL) and vectors of VECTOR_BITS
+   (512: AVX-512; 256: AVX2 with fused multiply-adds), with names made by NAME: x (R, I), d (R, O),
+   W (O, I).
 
-       outputs    y = x W^T + b    a dot product: sums by lane over i, then over the lanes
+       outputs    y = x W^T + b    a dot product: sums of every 64th byte over i, then of these
        pulled     m = d W          over o, from the first to the last
                   W = beta W + alpha d^T x     over r, from the first to the last
 
-   Every sum has one order, whatever the tiles, and its products are fused: one result for all shapes
-   of tiles and all places in memory. A tile is as many sums as there are registers for; the weight is
-   read once per call from where it lies, and its rows of a chunk are still near for the update. */
+   Every sum has one order, whatever the vectors and tiles, and its products are fused: one result on
+   all processors, in all shapes of tiles and at all places in memory. (The sum over r is one of sums
+   over PANEL rows each.) A tile is as many sums as there are registers for; the weight is read once
+   per panel from where it lies, and of a single panel its rows of a chunk are still near for the
+   update. */
 
-#define PRODUCTS __attribute__((target("avx512f")))
-#define TILE static inline __attribute__((always_inline, target("avx512f")))
+#ifndef PRODUCTS_H
+#define PRODUCTS_H
+enum { CHUNK = 48 };   /* rows of W between whose two uses nothing else is read */
+enum { PANEL = 128 };  /* rows of x, y, d and m that stay near while W is read */
 
-#if REAL_BITS == 32
-enum { OUTS = 8, ROWS = 3 };        /* a tile of y: outputs, rows */
-enum { M_ROWS = 8, M_WIDE = 3 };    /* a tile of m: rows, vectors */
-enum { W_OUTS = 6, W_WIDE = 4 };    /* a tile of W: rows of W, vectors */
-enum { CHUNK = 48 };                /* rows of W between whose two uses nothing else is read */
+/* Ones in the first of so many places: what AVX2's loads and stores of a part of a vector ask for. */
+static const int64_t FIRST_8_BYTES[8] = {-1, -1, -1, -1, 0, 0, 0, 0};
+static const int32_t FIRST_4_BYTES[16] = {-1, -1, -1, -1, -1, -1, -1, -1};
+#endif
 
+/* A tile of y: OUTS outputs for ROWS rows; of m: M_ROWS rows of M_WIDE vectors; of W: W_OUTS rows of
+   W_WIDE vectors. HALVES: vectors of 64 bytes. */
+#if VECTOR_BITS == 512
+#define TARGET target("avx512f")
+#define HALVES 1
+#define OUTS 8
+#define ROWS 3
+#define M_ROWS 8
+#define M_WIDE 3
+#define W_OUTS 6
+#define W_WIDE 4
+#else
+#define TARGET target("avx2,fma")
+#define HALVES 2
+#define OUTS 4
+#define ROWS 3
+#define M_ROWS 4
+#define M_WIDE 3
+#define W_OUTS 3
+#define W_WIDE 4
+#endif
+#define PRODUCTS __attribute__((TARGET))
+#define TILE static inline __attribute__((always_inline, TARGET))
+#define WIDE (VECTOR_BITS / REAL_BITS)
+
+#if VECTOR_BITS == 512 && REAL_BITS == 32
 typedef __m512 NAME(Wide);
-#define WIDE 16
+#define FIRST(n) (__mmask16)((1u << (n)) - 1)
 #define LOAD _mm512_loadu_ps
-#define LOAD_PART(n, p) _mm512_maskz_loadu_ps((__mmask16)((1u << (n)) - 1), p)
+#define LOAD_PART(n, p) _mm512_maskz_loadu_ps(FIRST(n), p)
 #define STORE _mm512_storeu_ps
-#define STORE_PART(p, n, v) _mm512_mask_storeu_ps(p, (__mmask16)((1u << (n)) - 1), v)
+#define STORE_PART(p, n, v) _mm512_mask_storeu_ps(p, FIRST(n), v)
 #define ALL _mm512_set1_ps
 #define FUSED _mm512_fmadd_ps
 #define TIMES _mm512_mul_ps
 #define ZERO _mm512_setzero_ps()
-
-/* The sums of the lanes of four vectors: of each, lanes 4 apart, then the four that are left. */
-TILE void sums_of_four(const __m512 *a, float *to)
-{
-    __m512 ab = _mm512_add_ps(_mm512_unpacklo_ps(a[0], a[1]), _mm512_unpackhi_ps(a[0], a[1]));
-    __m512 cd = _mm512_add_ps(_mm512_unpacklo_ps(a[2], a[3]), _mm512_unpackhi_ps(a[2], a[3]));
-    __m512 s = _mm512_add_ps(_mm512_shuffle_ps(ab, cd, 0x44), _mm512_shuffle_ps(ab, cd, 0xee));
-    s = _mm512_add_ps(s, _mm512_shuffle_f32x4(s, s, 0x4e));
-    s = _mm512_add_ps(s, _mm512_shuffle_f32x4(s, s, 0xb1));
-    _mm_storeu_ps(to, _mm512_castps512_ps128(s));
-}
-#else
+#elif VECTOR_BITS == 512
 typedef __m512d NAME(Wide);
-#define WIDE 8
+#define FIRST(n) (__mmask8)((1u << (n)) - 1)
 #define LOAD _mm512_loadu_pd
-#define LOAD_PART(n, p) _mm512_maskz_loadu_pd((__mmask8)((1u << (n)) - 1), p)
+#define LOAD_PART(n, p) _mm512_maskz_loadu_pd(FIRST(n), p)
 #define STORE _mm512_storeu_pd
-#define STORE_PART(p, n, v) _mm512_mask_storeu_pd(p, (__mmask8)((1u << (n)) - 1), v)
+#define STORE_PART(p, n, v) _mm512_mask_storeu_pd(p, FIRST(n), v)
 #define ALL _mm512_set1_pd
 #define FUSED _mm512_fmadd_pd
 #define TIMES _mm512_mul_pd
 #define ZERO _mm512_setzero_pd()
-
-TILE void NAME(sum_of_two)(__m512d a, __m512d b, double *to)
-{
-    __m512d s = _mm512_add_pd(_mm512_unpacklo_pd(a, b), _mm512_unpackhi_pd(a, b));
-    s = _mm512_add_pd(s, _mm512_shuffle_f64x2(s, s, 0x4e));
-    s = _mm512_add_pd(s, _mm512_shuffle_f64x2(s, s, 0xb1));
-    _mm_storeu_pd(to, _mm512_castpd512_pd128(s));
-}
+#elif REAL_BITS == 32
+typedef __m256 NAME(Wide);
+#define FIRST(n) _mm256_loadu_si256((const __m256i *)(FIRST_4_BYTES + 8 - (n)))
+#define LOAD _mm256_loadu_ps
+#define LOAD_PART(n, p) _mm256_maskload_ps(p, FIRST(n))
+#define STORE _mm256_storeu_ps
+#define STORE_PART(p, n, v) _mm256_maskstore_ps(p, FIRST(n), v)
+#define ALL _mm256_set1_ps
+#define FUSED _mm256_fmadd_ps
+#define TIMES _mm256_mul_ps
+#define ZERO _mm256_setzero_ps()
+#else
+typedef __m256d NAME(Wide);
+#define FIRST(n) _mm256_loadu_si256((const __m256i *)(FIRST_8_BYTES + 4 - (n)))
+#define LOAD _mm256_loadu_pd
+#define LOAD_PART(n, p) _mm256_maskload_pd(p, FIRST(n))
+#define STORE _mm256_storeu_pd
+#define STORE_PART(p, n, v) _mm256_maskstore_pd(p, FIRST(n), v)
+#define ALL _mm256_set1_pd
+#define FUSED _mm256_fmadd_pd
+#define TIMES _mm256_mul_pd
+#define ZERO _mm256_setzero_pd()
 #endif
+
+/* The sums of the lanes of some neighbours in a row of sums: of 16 bytes together each, then of
+   halves of 64 bytes, then of halves of these. */
+#if REAL_BITS == 32
+#define NEIGHBOURS 4
+#if VECTOR_BITS == 512
+#define BY_16_BYTES(a, to)                                                                         \
+    do {                                                                                           \
+        __m512 ab = _mm512_add_ps(_mm512_unpacklo_ps((a)[0], (a)[1]),                              \
+                                  _mm512_unpackhi_ps((a)[0], (a)[1]));                             \
+        __m512 cd = _mm512_add_ps(_mm512_unpacklo_ps((a)[2], (a)[3]),                              \
+                                  _mm512_unpackhi_ps((a)[2], (a)[3]));                             \
+        to = _mm512_add_ps(_mm512_shuffle_ps(ab, cd, 0x44), _mm512_shuffle_ps(ab, cd, 0xee));      \
+    } while (0)
+#else
+#define BY_16_BYTES(a, to)                                                                         \
+    do {                                                                                           \
+        __m256 ab = _mm256_add_ps(_mm256_unpacklo_ps((a)[0], (a)[1]),                              \
+                                  _mm256_unpackhi_ps((a)[0], (a)[1]));                             \
+        __m256 cd = _mm256_add_ps(_mm256_unpacklo_ps((a)[2], (a)[3]),                              \
+                                  _mm256_unpackhi_ps((a)[2], (a)[3]));                             \
+        to = _mm256_add_ps(_mm256_shuffle_ps(ab, cd, 0x44), _mm256_shuffle_ps(ab, cd, 0xee));      \
+    } while (0)
+#endif
+#else
+#define NEIGHBOURS 2
+#if VECTOR_BITS == 512
+#define BY_16_BYTES(a, to)                                                                         \
+    to = _mm512_add_pd(_mm512_unpacklo_pd((a)[0], (a)[1]), _mm512_unpackhi_pd((a)[0], (a)[1]))
+#else
+#define BY_16_BYTES(a, to)                                                                         \
+    to = _mm256_add_pd(_mm256_unpacklo_pd((a)[0], (a)[1]), _mm256_unpackhi_pd((a)[0], (a)[1]))
+#endif
+#endif
+
+typedef REAL NAME(Few) __attribute__((vector_size(16), aligned(sizeof(REAL)), may_alias));
 
 /* y of `outs` outputs for `rows` rows; both are constants where this is put in. */
 TILE void NAME(y_tile)(const REAL *x, const REAL *w, const REAL *b, REAL *y, size_t in, size_t out,
                        int rows, int outs)
 {
-    NAME(Wide) sum[ROWS][OUTS], wide[OUTS], one;
+    NAME(Wide) sum[HALVES][ROWS][OUTS], wide[OUTS], one;
     REAL total[OUTS];
-    size_t i = 0;
-    for (int r = 0; r < rows; r++)
-        for (int o = 0; o < OUTS; o++)
-            sum[r][o] = ZERO;
+    for (int half = 0; half < HALVES; half++) {
+        size_t i = half * WIDE;
+        for (int r = 0; r < ROWS; r++)
+            for (int o = 0; o < OUTS; o++)
+                sum[half][r][o] = ZERO;
 #define STEP(load)                                                                                 \
     for (int o = 0; o < outs; o++)                                                                 \
         wide[o] = load(w + o * in + i);                                                            \
     for (int r = 0; r < rows; r++) {                                                               \
         one = load(x + r * in + i);                                                                \
         for (int o = 0; o < outs; o++)                                                             \
-            sum[r][o] = FUSED(one, wide[o], sum[r][o]);                                            \
+            sum[half][r][o] = FUSED(one, wide[o], sum[half][r][o]);                                \
     }
 #define REST(p) LOAD_PART(in - i, p)
-    for (; i + WIDE <= in; i += WIDE) {
-        STEP(LOAD)
-    }
-    if (i < in) {
-        STEP(REST)
-    }
+        for (; i + WIDE <= in; i += HALVES * WIDE) {
+            STEP(LOAD)
+        }
+        if (i < in) {
+            STEP(REST)
+        }
 #undef REST
 #undef STEP
+    }
     for (int r = 0; r < rows; r++) {
-#if REAL_BITS == 32
-        for (int o = 0; o < outs; o += 4)
-            sums_of_four(sum[r] + o, total + o);
-#else
-        for (int o = 0; o < outs; o += 2)
-            NAME(sum_of_two)(sum[r][o], sum[r][o + 1], total + o);
-#endif
+        for (int o = 0; o < outs; o += NEIGHBOURS) {
+            REAL lanes[64 / sizeof(REAL)];
+            for (int half = 0; half < HALVES; half++) {
+                NAME(Wide) sums;
+                BY_16_BYTES(sum[half][r] + o, sums);
+                STORE(lanes + half * WIDE, sums);
+            }
+            const NAME(Few) *few = (const NAME(Few) *)lanes;
+            *(NAME(Few) *)(total + o) = (few[0] + few[2]) + (few[1] + few[3]);
+        }
         for (int o = 0; o < outs; o++)
             y[r * out + o] = b ? total[o] + b[o] : total[o];
     }
@@ -112,14 +186,22 @@ TILE void NAME(y_rows)(const REAL *x, const REAL *w, const REAL *b, REAL *y, siz
         NAME(y_tile)(x + r * in, w, b, y + r * out, in, out, 1, outs);
 }
 
-PRODUCTS static void NAME(outputs)(const REAL *x, const REAL *w, const REAL *b, REAL *y, size_t rows,
-                                   size_t in, size_t out)
+PRODUCTS static void NAME(panel_outputs)(const REAL *x, const REAL *w, const REAL *b, REAL *y,
+                                         size_t rows, size_t in, size_t out)
 {
     size_t o = 0;
     for (; o + OUTS <= out; o += OUTS)
         NAME(y_rows)(x, w + o * in, b ? b + o : NULL, y + o, rows, in, out, OUTS);
     for (; o < out; o++)
         NAME(y_rows)(x, w + o * in, b ? b + o : NULL, y + o, rows, in, out, 1);
+}
+
+static void NAME(outputs)(const REAL *x, const REAL *w, const REAL *b, REAL *y, size_t rows,
+                          size_t in, size_t out)
+{
+    for (size_t r = 0; r < rows; r += PANEL)
+        NAME(panel_outputs)(x + r * in, w, b, y + r * out, rows - r < PANEL ? rows - r : PANEL, in,
+                            out);
 }
 
 /* m of `rows` rows and `wide` vectors, the last of `last` numbers, over n rows of W: on top of what
@@ -155,10 +237,12 @@ TILE void NAME(m_rows)(const REAL *d, const REAL *w, REAL *m, size_t n, size_t r
     size_t r = 0;
     for (; r + M_ROWS <= rows; r += M_ROWS)
         NAME(m_tile)(d + r * out, w, m + r * in, n, in, out, first, M_ROWS, wide, last);
+#if M_ROWS > 4
     if (r + 4 <= rows) {
         NAME(m_tile)(d + r * out, w, m + r * in, n, in, out, first, 4, wide, last);
         r += 4;
     }
+#endif
     if (r + 2 <= rows) {
         NAME(m_tile)(d + r * out, w, m + r * in, n, in, out, first, 2, wide, last);
         r += 2;
@@ -208,8 +292,8 @@ TILE void NAME(w_rows)(const REAL *d, const REAL *x, REAL *w, size_t n, size_t r
 
 /* m = d W (NULL: not wanted), then W = beta W + alpha d^T x (alpha 0: not), chunk by chunk of W's
    rows. */
-PRODUCTS static void NAME(pulled)(const REAL *x, REAL *w, const REAL *d, REAL *m, size_t rows,
-                                  size_t in, size_t out, REAL alpha, REAL beta)
+PRODUCTS static void NAME(panel_pulled)(const REAL *x, REAL *w, const REAL *d, REAL *m, size_t rows,
+                                        size_t in, size_t out, REAL alpha, REAL beta)
 {
     for (size_t o = 0; o < out; o += CHUNK) {
         const size_t n = out - o < CHUNK ? out - o : CHUNK;
@@ -233,15 +317,44 @@ PRODUCTS static void NAME(pulled)(const REAL *x, REAL *w, const REAL *d, REAL *m
             NAME(w_rows)(d + o, x + i, part + i, n, rows, in, out, alpha, beta, 1, in - i);
     }
 }
+
+/* The same of any number of rows: all of m meets W as it was. */
+static void NAME(pulled)(const REAL *x, REAL *w, const REAL *d, REAL *m, size_t rows, size_t in,
+                         size_t out, REAL alpha, REAL beta)
+{
+    if (rows <= PANEL) {
+        NAME(panel_pulled)(x, w, d, m, rows, in, out, alpha, beta);
+        return;
+    }
+    for (size_t r = 0; m && r < rows; r += PANEL)
+        NAME(panel_pulled)(x + r * in, w, d + r * out, m + r * in,
+                           rows - r < PANEL ? rows - r : PANEL, in, out, 0, 1);
+    for (size_t r = 0; alpha != 0 && r < rows; r += PANEL)
+        NAME(panel_pulled)(x + r * in, w, d + r * out, NULL,
+                           rows - r < PANEL ? rows - r : PANEL, in, out, alpha, r ? 1 : beta);
+}
+#undef VECTOR_BITS
+#undef NAME
 #undef READ
+#undef BY_16_BYTES
+#undef NEIGHBOURS
 #undef ZERO
-#undef FUSED
 #undef TIMES
+#undef FUSED
 #undef ALL
 #undef STORE_PART
 #undef STORE
 #undef LOAD_PART
 #undef LOAD
+#undef FIRST
 #undef WIDE
 #undef TILE
 #undef PRODUCTS
+#undef W_WIDE
+#undef W_OUTS
+#undef M_WIDE
+#undef M_ROWS
+#undef ROWS
+#undef OUTS
+#undef HALVES
+#undef TARGET

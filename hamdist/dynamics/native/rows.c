@@ -38,7 +38,7 @@
 #define CLONES
 #endif
 
-/* products.h needs vectors of AVX-512, by the compiler's intrinsics. */
+/* products.h needs the compiler's intrinsics for vectors of AVX2 and AVX-512. */
 #if defined(__x86_64__) && defined(__GNUC__)
 #define HAS_PRODUCTS
 #include <immintrin.h>
@@ -110,26 +110,58 @@ static inline __attribute__((always_inline)) double sigmoid_of(double x)
     ((o)->rows >= 8 && (o)->rows <= FEW_ROWS && (o)->in >= 512 &&                                  \
      (o)->rows * (o)->in * (o)->out >= 1 << 22)
 
+static int has_wide_vectors; /* whether products are made with AVX-512, or else with AVX2 */
+
+#ifdef HAS_PRODUCTS
 #define REAL float
 #define REAL_BITS 32
-#define NAME(x) x##_f32
-#ifdef HAS_PRODUCTS
+#define VECTOR_BITS 512
+#define NAME(x) x##_f32_512
 #include "products.h"
-#endif
-#include "rows.h"
+#define VECTOR_BITS 256
+#define NAME(x) x##_f32_256
+#include "products.h"
 #undef REAL
 #undef REAL_BITS
+#define REAL double
+#define REAL_BITS 64
+#define VECTOR_BITS 512
+#define NAME(x) x##_f64_512
+#include "products.h"
+#define VECTOR_BITS 256
+#define NAME(x) x##_f64_256
+#include "products.h"
+#undef REAL
+#undef REAL_BITS
+
+/* By the vectors of this processor. */
+#define CHOSEN(real, REAL)                                                                         \
+    static void products_outputs_##real(const REAL *x, const REAL *w, const REAL *b, REAL *y,      \
+                                        size_t rows, size_t in, size_t out)                        \
+    {                                                                                              \
+        (has_wide_vectors ? outputs_##real##_512 : outputs_##real##_256)(x, w, b, y, rows, in,     \
+                                                                         out);                     \
+    }                                                                                              \
+    static void products_pulled_##real(const REAL *x, REAL *w, const REAL *d, REAL *m,             \
+                                       size_t rows, size_t in, size_t out, REAL alpha, REAL beta)  \
+    {                                                                                              \
+        (has_wide_vectors ? pulled_##real##_512 : pulled_##real##_256)(x, w, d, m, rows, in, out,  \
+                                                                       alpha, beta);               \
+    }
+CHOSEN(f32, float)
+CHOSEN(f64, double)
+#endif
+
+#define REAL float
+#define NAME(x) x##_f32
+#include "rows.h"
+#undef REAL
 #undef NAME
 
 #define REAL double
-#define REAL_BITS 64
 #define NAME(x) x##_f64
-#ifdef HAS_PRODUCTS
-#include "products.h"
-#endif
 #include "rows.h"
 #undef REAL
-#undef REAL_BITS
 #undef NAME
 
 enum { DOUBLE = 1 };
@@ -239,11 +271,11 @@ static PyObject *py_add_outer(PyObject *self, PyObject *const *args, Py_ssize_t 
 #ifdef HAS_PRODUCTS
     PyThreadState *others = PyEval_SaveThread();
     if (a[6] & DOUBLE)
-        pulled_f64((void *)a[2], (void *)a[0], (void *)a[1], NULL, a[3], a[4], a[5], real[0],
-                   real[1]);
+        products_pulled_f64((void *)a[2], (void *)a[0], (void *)a[1], NULL, a[3], a[4], a[5],
+                            real[0], real[1]);
     else
-        pulled_f32((void *)a[2], (void *)a[0], (void *)a[1], NULL, a[3], a[4], a[5],
-                   (float)real[0], (float)real[1]);
+        products_pulled_f32((void *)a[2], (void *)a[0], (void *)a[1], NULL, a[3], a[4], a[5],
+                            (float)real[0], (float)real[1]);
     PyEval_RestoreThread(others);
 #endif
     Py_RETURN_NONE;
@@ -258,6 +290,18 @@ static PyObject *py_norm(PyObject *self, PyObject *const *args, Py_ssize_t given
     double squares =
         a[2] & DOUBLE ? squares_f64((void *)a[0], a[1]) : squares_f32((void *)a[0], a[1]);
     return PyFloat_FromDouble(sqrt(squares));
+}
+
+/* Returns whether products were made with AVX-512, and sets it; AVX2 gives the same bits. */
+static PyObject *py_use_wide_vectors(PyObject *self, PyObject *const *args, Py_ssize_t given)
+{
+    size_t wanted;
+    long before = has_wide_vectors;
+    (void)self;
+    if (!arguments(args, given, &wanted, 1, NULL, 0))
+        return NULL;
+    has_wide_vectors = wanted != 0;
+    return PyBool_FromLong(before);
 }
 
 static PyMethodDef METHODS[] = {
@@ -276,6 +320,8 @@ static PyMethodDef METHODS[] = {
      "known: the mean loss, and its slope d."},
     {"add_outer", (PyCFunction)(void (*)(void))py_add_outer, METH_FASTCALL,
      "add_outer(w, z, x, rows, in, out, flags, alpha, beta): w = beta w + alpha z^T x, by products.h."},
+    {"use_wide_vectors", (PyCFunction)(void (*)(void))py_use_wide_vectors, METH_FASTCALL,
+     "use_wide_vectors(whether) -> whether products.h used AVX-512 before, where the processor has it."},
     {"norm", (PyCFunction)(void (*)(void))py_norm, METH_FASTCALL,
      "norm(x, n, flags) -> the Euclidean norm."},
     {NULL, NULL, 0, NULL},
@@ -286,16 +332,26 @@ static struct PyModuleDef MODULE = {
     NULL, NULL, NULL, NULL,
 };
 
-/* The rows up to which products.h serves here: 0 without its vectors. Intel's library has kernels of
-   as wide vectors for Intel's processors alone; from some rows on it is then as fast. */
+/* The rows up to which products.h serves in this process; 0: it does not. Intel's library has kernels
+   of AVX-512 for Intel's processors alone, and from some rows on its kernels of AVX2 are faster than
+   ours. In the branch that it has for all processors (engine.bits: portable) it is slow, and ours have
+   the same bits everywhere. */
 static long product_rows(void)
 {
 #ifdef HAS_PRODUCTS
+    const char *branch = getenv("MKL_CBWR");
     __builtin_cpu_init();
-    if (__builtin_cpu_supports("avx512f"))
-        return __builtin_cpu_is("intel") ? 8 : 1L << 30;
-#endif
+    has_wide_vectors = __builtin_cpu_supports("avx512f") != 0;
+    if (!__builtin_cpu_supports("avx2") || !__builtin_cpu_supports("fma"))
+        return 0;
+    if (branch != NULL && strcmp(branch, "COMPATIBLE") == 0)
+        return 1L << 30;
+    if (__builtin_cpu_is("intel"))
+        return 8;
+    return has_wide_vectors ? 1L << 30 : 16;
+#else
     return 0;
+#endif
 }
 
 PyMODINIT_FUNC PyInit__rows(void)

@@ -345,7 +345,7 @@ static void NAME(linear_forward)(const Operation *o, const REAL *x, REAL *y, NAM
         NAME(one_forward)(w, bias, x, y, o->out, o->in);
 #ifdef HAS_PRODUCTS
     } else if (gemm == NULL) {
-        NAME(outputs)(x, w, bias, y, o->rows, o->in, o->out);
+        NAME(products_outputs)(x, w, bias, y, o->rows, o->in, o->out);
 #endif
     } else if (FEW(o)) {
         NAME(few_rows_forward)(o, x, y, gemm);
@@ -379,7 +379,7 @@ static int NAME(linear_pull)(const Operation *o, const REAL *x, const REAL *z, c
         NAME(one_pull)(w, x, d, m, o->out, o->in, active, step);
 #ifdef HAS_PRODUCTS
     } else if (gemm == NULL) {
-        NAME(pulled)(x, w, d, m, o->rows, o->in, o->out, step, 1);
+        NAME(products_pulled)(x, w, d, m, o->rows, o->in, o->out, step, 1);
 #endif
     } else {
         if (m)

@@ -35,11 +35,9 @@ def built() -> bool:
 def has_products(rows: int) -> bool:
     """Return True if the products of so many rows are those of native/products.h, not of a BLAS.
 
-    That is where this processor has vectors of AVX-512, torch uses them, too (`engine.bits:
-    portable` asks it not to), and one thread makes products.
+    That follows from the processor (`product_rows` in rows.c), and from torch's number of threads.
     """
-    wide = torch.backends.cpu.get_cpu_capability() == "AVX512"
-    return built() and wide and 1 < rows <= library.PRODUCT_ROWS and torch.get_num_threads() == 1
+    return built() and 1 < rows <= library.PRODUCT_ROWS and torch.get_num_threads() == 1
 
 
 @cache

@@ -81,6 +81,12 @@ class PulseSchedule:
         self._own = knobs.own is not None
         level = knobs.own or Travelling(self._ticks(graph, knobs, mute), self.parts)
         self._emits, self._forward, self._backward = times = make_round(level, graph, mute)
+        self.own_round: dict[str, list[list[int]]] = {}  # by block: of its two passes, the ticks
+        if self._own:
+            passes = times.forward, times.backward
+            self.own_round = {
+                block: [[*of[block].first] for of in passes] for block in graph.blocks
+            }
         self._lags = {block: times.lag(block) for block in graph.blocks}
         self.c = -(-self._emits.ticks // (len(self._emits.first) // self.parts))
         if self.double_buffered and self.staleness > self.group:

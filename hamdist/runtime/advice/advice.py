@@ -38,6 +38,7 @@ from hamdist.runtime.signals.edge_codecs import compression_warnings
 from hamdist.runtime.transport.gpu_ring import Refusal
 from hamdist.streams.replay import drops, replays
 from hamdist.streams.sample import Stream
+from hamdist.streams.wrappers.without_sample import WithoutSample
 
 # Samples of one sequence from which on it looks as if the ends had been forgotten.
 LONG_SEQUENCE = 100
@@ -300,9 +301,9 @@ def after(plan: Plan, outcome: Outcome) -> list[str]:
     ]
 
 
-def end_of_stream(plan: Plan, outcome: Outcome) -> list[str]:
+def end_of_stream(plan: Plan, outcome: Outcome, stream: Stream) -> list[str]:
     """Warn if the stream ended before the run had all its samples."""
-    samples = plan.skip + outcome.samples
+    samples = plan.skip + outcome.samples + isinstance(stream, WithoutSample)
     if plan.steps is None or outcome.interrupted or samples >= plan.steps:
         return []
     return [

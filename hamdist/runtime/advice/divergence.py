@@ -24,6 +24,16 @@ def _cause(error: DivergedError, plan: Plan) -> str:
             "sign s = +1 is the original Hamilton equations, which blow up when they are "
             "integrated forward in time; use dynamics.sign -1 (Hamiltonian Learning)"
         )
+    of_z = error.quantity == "z"  # what children have sent
+    blocks = [
+        b for b in plan.graph.blocks.values() if error.block in (b.parents if of_z else [b.name])
+    ]
+    rules = [block.name for block in blocks if block.rule is not None]
+    if math.isnan(error.norm) and rules:
+        return (
+            f"what the rule of {', '.join(rules)} returns is not a number: look there for a root "
+            "or a norm at 0, a logarithm, a division"
+        )
     if error.quantity == "omega" and math.isnan(error.norm):
         return (
             "a derivative does not exist where the block's module stands now, as that of a root or "

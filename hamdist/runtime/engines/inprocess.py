@@ -44,6 +44,10 @@ class InProcessEngine:
         self._watch = watch
 
     def run(self, plan: Plan, stream: Stream, on_progress: OnProgress | None = None) -> Outcome:
+        with torch_threads(plan.engine.threads):  # (restored states are computed, too)
+            return self._run(plan, stream, on_progress)
+
+    def _run(self, plan: Plan, stream: Stream, on_progress: OnProgress | None) -> Outcome:
         created = time.perf_counter()
         inside = {INPUT, *plan.graph.blocks}
         sent_log = None if plan.snapshot_policy is None else SentLog(inside, replays=False)
@@ -125,7 +129,7 @@ class InProcessEngine:
                 node.live.send = live.send
             live.read_states = lambda: {n.name: n.state() for n in nodes}
 
-        with torch_threads(plan.engine.threads), ending, snapshot_policy or nullcontext():
+        with ending, snapshot_policy or nullcontext():
             try:
                 action = None if snapshot_policy is None else snapshot_policy.snapshot_writer
                 run_loop(

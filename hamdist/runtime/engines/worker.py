@@ -72,6 +72,7 @@ class Worker:
         self, plan: Plan, blocks: Sequence[str], stream: Stream | None, keys: Keys | None = None
     ) -> None:
         self._plan = plan
+        torch.set_num_threads(plan.engine.threads)  # (restored states are computed, too)
         self.number = plan.run
         self._abort = threading.Event()
         self._requests = ThreadCalls()

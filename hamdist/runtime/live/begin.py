@@ -13,10 +13,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from hamdist.config import EngineKind, Level, Settings
+from hamdist.config import EngineKind, Level, Settings, lay_over
 from hamdist.dynamics.graph.graph import OUTPUT_KEY, Graph
 from hamdist.dynamics.user_modules.copies import copied
-from hamdist.errors import SettingsError
+from hamdist.errors import HamdistWarning, SettingsError
 from hamdist.runtime.live.callbacks import Callback
 from hamdist.runtime.live.journal import Journal, named, read_named
 from hamdist.runtime.live.run import LiveRun
@@ -28,6 +28,10 @@ from hamdist.runtime.storage.store import storage
 from hamdist.streams.iterable import IterableStream
 from hamdist.streams.live import LiveStream
 from hamdist.streams.sample import Sample
+
+# What the bits of a run depend on, of `engine`, and what they do not depend on:
+COMPUTES = {"threads", "step", "bits", "blocks", "compress", "feedback", "topk_share"}
+_ASIDE = {"snapshots", "trackers", "metrics"}
 
 
 def live_run(
@@ -67,9 +71,8 @@ def live_run(
     journal = None if out is None else Journal(out, reads=repeats)
     try:
         if journal is not None and not repeats:
-            dumped = settings.model_dump(mode="json", exclude_unset=True)
-            facts = {"settings": dumped, "classes": classes, "patience": patience}
-            facts["layers"] = layers_of(model)
+            facts = {"classes": classes, "patience": patience, "layers": layers_of(model)}
+            facts |= _recorded(work.keywords)
             resume = _begun(journal, facts, settings, model, example, resume)
         zeros = {n: torch.zeros_like(u) for n, u in (example.inputs or {}).items()}
         stream = LiveStream(
@@ -114,12 +117,67 @@ def _begun(
             "with it; or give another folder"
         )
     if resume is not None:
+        _note_changes(journal, facts)
         resumes = snapshots is not None and latest_complete(storage(snapshots)) is not None
         return resume if Path(resume) != journal.folder else snapshots if resumes else None
     u = example.u if example.inputs is None else example.inputs
     tensors = {**named("u", u), **named("y", example.y), **named("weights", _weights(model))}
     journal.write({"event": "begin", **facts}, tensors)
     return None
+
+
+def _recorded(given: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the settings of a run with the rules that have names, and the names of its code."""
+    rules, level = given["rules"] or {}, given.get("level")
+    named = {p: rule for p, rule in rules.items() if isinstance(rule, (str, Mapping))}
+    settings = given["settings"].model_dump(mode="json", exclude_unset=True)
+    if named:
+        settings = lay_over(settings, {"learning": {"rules": named}})
+    kind = type(level)
+    is_named = "<locals>" not in kind.__qualname__ and kind.__module__ != "__main__"
+    code = [name for name in ("loss", "phi", "optimizer", "scheduler") if given[name] is not None]
+    code += ["partition"] if given["policy"] is not None else []
+    code += ["rules"] if len(named) < len(rules) else []
+    code += (
+        ["level"]
+        if level is not None and (getattr(level, "__dict__", None) or not is_named)
+        else []
+    )
+    return {"settings": settings, "code": code}
+
+
+def _note_changes(journal: Journal, facts: Mapping[str, Any]) -> None:
+    """Write down what a resumed run has otherwise than its journal began with, and warn of it."""
+    began = read_beginning(journal.folder)[0]
+    then, now = (Settings.model_validate(f["settings"]).model_dump() for f in (began, facts))
+    for dumped in (then, now):
+        dumped["engine"] = {name: dumped["engine"][name] for name in COMPUTES}
+    names = [n for n in now if n not in _ASIDE and then[n] != now[n]]
+    names += [n for n in ("code", "layers") if began.get(n, facts[n]) != facts[n]]
+    if names:
+        journal.write({"event": "resume", "changed": names}, {})
+        warnings.warn(
+            f"the run goes on otherwise than its journal began ({', '.join(names)}): `replay` "
+            "cannot repeat it",
+            HamdistWarning,
+            stacklevel=2,
+        )
+
+
+def check_repeatable(out: str | Path, facts: Mapping[str, Any], given: Mapping[str, Any]) -> None:
+    """Raise SettingsError where a replay would be another run. given: arguments, beside settings"""
+    missing = [name for name in facts.get("code", ()) if given.get(name) is None]
+    if missing:
+        raise SettingsError(
+            f"replay({str(out)!r}): the run had {', '.join(missing)} of its program's code, which "
+            f"a journal does not hold: give it again, as in replay(out, model, {missing[0]}=...)"
+        )
+    changed = Journal(out, reads=True).changes()
+    if changed:
+        raise SettingsError(
+            f"replay({str(out)!r}): the run went on otherwise than it began "
+            f"({', '.join(changed)}), which a journal cannot repeat: resume={str(out)!r} goes on"
+        )
 
 
 def read_beginning(out: str | Path) -> tuple[dict[str, Any], Any, Any]:

@@ -101,6 +101,12 @@ class Journal:
         except (ValueError, KeyError, TypeError, AttributeError, SafetensorError) as error:
             raise SnapshotError(f"{path}, line {number}: damaged: {error}") from None
 
+    def changes(self) -> list[str]:
+        """Return what runs that went on with the journal had otherwise than the first one."""
+        with (self.folder / LINES).open("rb") as lines:
+            resumed = [json.loads(line) for line in lines if line.startswith(b'{"event": "resume"')]
+        return sorted({name for line in resumed for name in line["changed"]})
+
     def entries(self) -> Iterator[Entry]:
         """Yield the entries that reach the network, from the first one on, in that order.
 

@@ -32,6 +32,7 @@ def try_rules(plan: Plan) -> None:
         if rule.presentation == "sequence" and plan.spec.patience and not plan.spec.kept:
             again = "samples with late labels would be shown again, out of their sequence"
             raise LevelError(f"{who}: {again}; use stream.relearn: trace")
+        before = dict(getattr(rule, "__dict__", {}))
         try:
             block = make_node(plan, name, Mailbox({INPUT, *plan.graph.blocks})).block
             _try(plan, name, block.rule)  # type: ignore[union-attr]  # it has one
@@ -39,6 +40,12 @@ def try_rules(plan: Plan) -> None:
             raise
         except Exception as error:
             raise GraphError(f"{who}, in a dry run: {type(error).__name__}: {error}") from error
+        for key, value in getattr(rule, "__dict__", {}).items():
+            if value is not before.get(key, getattr(type(rule), key, value)):
+                raise GraphError(
+                    f"{who}: it changes self.{key}, but `self` holds constants, of which each "
+                    "process has a copy: keep it in block.memory, which `start` returns"
+                )
 
 
 def _try(plan: Plan, name: str, applied: AppliedRule) -> None:

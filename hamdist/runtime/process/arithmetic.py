@@ -248,7 +248,7 @@ def _in_c(dtype: torch.dtype) -> Iterator[Tensor]:
     w, b = _numbers(dtype, 70, 130), _numbers(dtype, 70)
     layer = Operation(OperationKind.LINEAR, (0,), w, b, Activation.TANH, width=70)
     norm = Operation(OperationKind.NORM, (1,), number=1e-5, width=70)
-    for batch in (1, 9):
+    for batch in (1, 8, 9, 40):
         chain = NativeChain([layer, norm], [(batch * width, width) for width in (130, 70, 70)])
         y = torch.zeros(batch, 70, dtype=dtype)
         if chain.runs:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 import time
 from collections.abc import Callable, Sequence
 from math import inf
@@ -109,3 +110,5 @@ class InProcessSnapshots:
 
     def __exit__(self, *_: object) -> None:
         self.snapshot_writer.close()
+        if self.warnings:
+            self._catalogue.forget_tries(sys.maxsize)

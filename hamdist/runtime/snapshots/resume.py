@@ -20,7 +20,7 @@ from hamdist.errors import GraphError, SnapshotError
 from hamdist.runtime.plan.plan import Plan
 from hamdist.runtime.process.portable import other_bits
 from hamdist.runtime.process.switches import other_switches
-from hamdist.runtime.snapshots.catalogue import fingerprint
+from hamdist.runtime.snapshots.catalogue import fingerprint, fingerprint_of_rules
 from hamdist.runtime.storage.snapshot_files import STATE_FORMATS, Snapshot, settings_of
 from hamdist.streams.sample import Stream
 from hamdist.streams.wrappers.without_sample import WithoutSample
@@ -44,11 +44,24 @@ def differences(snapshot: Snapshot, plan: Plan, settings: Settings) -> list[str]
 
 def _set_knobs(network: Mapping[str, Any]) -> dict[str, Any]:
     """Return a fingerprint without knobs left to the level, of which later versions have more, and
-    with those settings of metrics alone that are in the state.
+    with those settings of metrics alone that are in the state. (`round` is new; `other_code`.)
     """
     knobs = {name: v for name, v in network.get("locality", {}).items() if v is not None}
     metrics = {name: network.get("metrics", {}).get(name) for name in _OF_METRICS}
-    return {**network, "locality": knobs, "metrics": metrics}
+    new = {"round": network.get("round", {}), "code": None}
+    return {**network, "locality": knobs, "metrics": metrics, **new}
+
+
+def other_code(snapshot: Snapshot, plan: Plan) -> list[str]:
+    """Return a warning if rules have other code or constants than those of the snapshot's run."""
+    then, now = snapshot.manifest.network.get("code", {}), fingerprint_of_rules(plan)
+    names = [name for name in then if then[name] != now.get(name)]
+    if not names:
+        return []
+    return [
+        f"the code or the constants of the rules of {', '.join(names)} have changed since "
+        f"{snapshot}: the numbers are not those of a run that was never stopped"
+    ]
 
 
 def changed(snapshot: Snapshot, settings: Settings) -> list[str]:

@@ -44,6 +44,9 @@ def prepared(
     fields: dict[str, Any],
 ) -> tuple[partial[RunResult], Any]:
     """Return the call that runs, and the stream: what `train` and `start` have in common."""
+    rules = functions["rules"]
+    if rules is not None and not isinstance(rules, Mapping):
+        raise SettingsError(f"rules is {rules!r}; give a dict by block or pattern: {{'*': ...}}")
     if isinstance(loss, str):
         fields["loss"], loss = loss, None
     policy = fields.pop("partition") if callable(fields.get("partition")) else None

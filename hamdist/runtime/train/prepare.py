@@ -146,7 +146,11 @@ def _graph(
 
 def make_level(field: str, named: OwnLevel | str) -> OwnLevel:
     """Return the level of one's own that `named` is or names; raise SettingsError if it is none."""
-    level = called(field, load_function(field, named)) if isinstance(named, str) else named
+    level: object = named
+    if isinstance(named, str):
+        function = load_function(field, named)
+        check_call(field, named, function)
+        level = called(field, function)
     if not isinstance(level, OwnLevel):
         raise SettingsError(f"{field} {named!r}: give a hamdist.OwnLevel, or FILE.py:NAME of one")
     return level

@@ -53,6 +53,7 @@ from hamdist.runtime.snapshots.resume import (
     identity,
     origin,
     other_bits_than,
+    other_code,
     other_stream,
     weights_of,
     with_weights,
@@ -176,7 +177,7 @@ def train(
                 error.outcome.warnings.insert(0, str(failure))
                 failure.result = make_result(graph, plan, error.outcome, startup, settings, why)
             raise failure from None
-        outcome.warnings[:0] = [*notes, *end_of_stream(plan, outcome)]
+        outcome.warnings[:0] = [*notes, *end_of_stream(plan, outcome, stream)]
         result = make_result(graph, plan, outcome, startup, settings, why)
         if outcome.error is not None:
             outcome.error.result = result  # type: ignore[attr-defined]
@@ -268,7 +269,7 @@ class _Work:
                     "no snapshot and begins anew: the numbers are not those of a run that was "
                     "never stopped"
                 )
-            notes += bent_course(snapshot, settings.settings)
+            notes += [*other_code(snapshot, plan), *bent_course(snapshot, settings.settings)]
             notes += other_bits_than(snapshot, plan)
             plan = replace(plan, skip=snapshot.manifest.skip)
             if plan.engine.digests and not snapshot.digests:

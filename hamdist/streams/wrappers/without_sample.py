@@ -21,8 +21,6 @@ class WithoutSample(Derived):
                 "--without-sample: the stream does not give the same samples again; give one that "
                 "does (--stream)"
             )
-        if number is not None and sample >= number:
-            raise StreamError(f"--without-sample {sample}: the run has samples 0 to {number - 1}")
         super().__init__(stream)
         self._sample, self._number = sample, number
 

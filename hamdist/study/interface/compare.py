@@ -32,7 +32,7 @@ from hamdist.study.run.comparison import compare as runs_of
 from hamdist.study.run.own_data import data_of
 from hamdist.study.run.run import DataFactory, Run
 from hamdist.study.shared.recipes import load_settings
-from hamdist.study.shared.result_folder import RUNS, ResultFolder, Store
+from hamdist.study.shared.result_folder import RUNS, ResultFolder, Store, written_at_the_end
 from hamdist.trackers import open_trackers
 
 if TYPE_CHECKING:
@@ -96,9 +96,11 @@ class Comparison:
     def save(self, command: str) -> None:
         """Write the report and its data into the folder, if there is one and a run has ended."""
         if self.folder is not None and self.runs:
-            save_comparison(
-                self.folder, self.runs, self.settings, command=command, interrupted=self.interrupted
-            )
+            ended = self.interrupted
+            with written_at_the_end():
+                save_comparison(
+                    self.folder, self.runs, self.settings, command=command, interrupted=ended
+                )
 
 
 def make_runs(

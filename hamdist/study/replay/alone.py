@@ -86,11 +86,11 @@ def alone(run: RecordedRun, file: Path, block: str, tick: int) -> Replay:
     plan, _, seen = from_snapshot(run, snapshot, tick, tick, block)
     sent_log = None if snapshot is None else SentLog({block}, replays=False)
     mailbox = Mailbox({block}, _Recorded(content["signals"]), sent_log, seen)
-    node = make_node(plan, block, mailbox)
-    if snapshot is not None and sent_log is not None:
-        with closing(ProcessSnapshots(plan, [node], mailbox, sent_log)) as saved:
-            saved.restore(snapshot)
     with suppress(Aborted, Reached), torch_threads(plan.engine.threads):
+        node = make_node(plan, block, mailbox)
+        if snapshot is not None and sent_log is not None:
+            with closing(ProcessSnapshots(plan, [node], mailbox, sent_log)) as saved:
+                saved.restore(snapshot)
         run_loop(
             [node],
             lambda: None,

@@ -15,7 +15,7 @@ from hamdist.models.build import ModelFactory
 from hamdist.runtime.plan.rule_checks import PRESENTED
 from hamdist.runtime.process.interrupts import OnProgress
 from hamdist.runtime.ray_engine.session import ray_session
-from hamdist.runtime.train.prepare import make_rule, settings_at
+from hamdist.runtime.train.prepare import make_level, make_rule, settings_at
 from hamdist.study.run.baseline import CENTRALISED
 from hamdist.study.run.run import DataFactory, Run, run_centralised, run_level
 from hamdist.study.shared.result_folder import Store
@@ -104,6 +104,9 @@ def plan(settings: Settings) -> list[PlannedRun]:
     if settings.compare.rules:
         levels = [_of_rule(name, settings.level) for name in settings.compare.rules]
     levels = list(dict.fromkeys(levels))
+    for level, _ in levels:
+        if not isinstance(level, Level):
+            make_level("compare.levels", level)  # before anything runs
     names = [PlannedRun(level, 0, rule).name for level, rule in levels]
     if len({*names}) < len(names):
         raise SettingsError(f"compare: two have the same name: {', '.join(names)}")

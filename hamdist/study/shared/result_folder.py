@@ -16,11 +16,11 @@ import os
 import re
 import tempfile
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Generic, TypeVar
 
-from hamdist.errors import SettingsError, Stop, TakeSnapshot
+from hamdist.errors import HamdistError, SettingsError, Stop, TakeSnapshot
 from hamdist.runtime.results.events import (
     EventListener,
     FolderEnded,
@@ -39,7 +39,7 @@ RUNS, CONTROL = "runs", "control.jsonl"
 REQUESTS: Mapping[str, object] = {"stop": Stop, "snapshot": TakeSnapshot}
 _STUDIES = (
     *("speed.csv", "speed.json", "speed.md", "speed.html"),
-    *("recovery.csv", "recovery.json", "recovery.md"),
+    *("recovery.csv", "recovery.json", "recovery.md", "runner-up-*.yaml"),
 )
 FILES = (  # what --overwrite may remove: whatever these commands write
     *(EVENTS, CONTROL, "metrics.jsonl", "runs.jsonl", "settings*.yaml", "summary.json"),
@@ -76,6 +76,15 @@ def write_file(path: Path, content: str | bytes) -> None:
     except OSError as error:
         part.unlink(missing_ok=True)
         raise SettingsError(f"cannot write {str(path)!r}: {error.strerror or error}") from None
+
+
+@contextlib.contextmanager
+def written_at_the_end() -> Iterator[None]:
+    """Raise what cannot be written as an error of a run that was made, not of its settings."""
+    try:
+        yield
+    except SettingsError as error:
+        raise HamdistError(str(error)) from None
 
 
 def free_folder(
@@ -306,5 +315,6 @@ class Store(Generic[RecordType]):
         return record
 
     def keep(self, key: str, text: str) -> None:
-        """Write the JSON `text` of a record. Raises SettingsError if it cannot be written."""
-        write_file(self._folder / f"{key}.json", text + "\n")
+        """Write the JSON `text` of a record. Raises HamdistError if it cannot be written."""
+        with written_at_the_end():
+            write_file(self._folder / f"{key}.json", text + "\n")

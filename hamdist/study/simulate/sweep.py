@@ -12,7 +12,7 @@ from hamdist.study.shared.result_folder import write_file
 from hamdist.study.simulate.simulate import PlacedRun, Planner, at_level
 
 BLOCKS = (2, 3, 4, 6, 8, 12, 16)
-CODECS = (Compress.NONE, Compress.BF16, Compress.INT8)
+CODECS = (Compress.NONE, Compress.BF16, Compress.INT8, Compress.INT4)
 KEPT = 5  # candidates that are simulated, and written
 LIKE = 0.01  # candidates of one cut whose rates differ by less count as one
 
@@ -101,5 +101,5 @@ def write_sweep(folder: Path, runs: Sequence[PlacedRun]) -> list[Path]:
     files = []
     for i, placed in enumerate(runs):
         files.append(folder / ("settings.yaml" if not i else f"runner-up-{i}.yaml"))
-        write_file(files[-1], to_yaml(placed.chosen()))
+        write_file(files[-1], to_yaml(placed.chosen(), only_set=True))
     return files

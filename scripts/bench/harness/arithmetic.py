@@ -1,4 +1,5 @@
-"""The arithmetic alone: the steps of some Linear layers as the least sequence of torch calls.
+"""The arithmetic alone: the steps of some Linear layers as the least sequence of torch calls, or as
+one call of hamdist's C code a pass.
 
     h = relu(x W^T + b)                        forward
     d = d * (h > 0),  m = d W                  to the layer below
@@ -12,16 +13,22 @@ B: batch, I: inputs, O: outputs.
 
 from __future__ import annotations
 
+import math
+from array import array
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from hamdist.dynamics.native.chain import Activation, NativeChain, Operation, OperationKind
+from hamdist.dynamics.native.rows import built, gemm
 from harness.turns import per_step
 from harness.works import LR, Work
 
 # Arriving messages of a share that is not the last one: small, so that its weights stay put.
 MESSAGE_SCALE = 1e-4
+MATRICES, VECTORS, NATIVE = "matrices", "vectors", "C code"
 
 
 class Linear:
@@ -33,7 +40,7 @@ class Linear:
     ) -> None:
         weight, bias = layer.weight.data, layer.bias.data
         self.weight, self.bias = weight, bias
-        self._relu, self.weightanted, self._vectors = relu, wanted, vectors
+        self._relu, self._wanted, self._vectors = relu, wanted, vectors
         self.x = torch.zeros(batch, layer.in_features, dtype=weight.dtype)
         self.h = torch.zeros(batch, layer.out_features, dtype=weight.dtype)
         self.message = torch.zeros_like(self.x)
@@ -54,17 +61,79 @@ class Linear:
         if self._vectors:
             self._vector_products(d[0])
         else:
-            if self.weightanted:
+            if self._wanted:
                 torch.mm(d, self.weight, out=self.message)
             self.weight.addmm_(d.t(), self.x, alpha=-LR)
             self.bias.add_(torch.sum(d, 0, out=self._g), alpha=-LR)
         return self.message
 
     def _vector_products(self, d: Tensor) -> None:
-        if self.weightanted:
+        if self._wanted:
             torch.mv(self.weight.t(), d, out=self.message[0])
         self.weight.addr_(d, self.x[0], alpha=-LR)
         self.bias.add_(d, alpha=-LR)
+
+
+class Layers:
+    """Linear layers, one call of torch after the other."""
+
+    def __init__(
+        self, layers: Sequence[nn.Linear], batch: int, *, first: bool, last: bool, vectors: bool
+    ) -> None:
+        ends = len(layers) - 1
+        self._layers = [
+            Linear(
+                layer, batch, relu=i < ends or not last, wanted=i > 0 or not first, vectors=vectors
+            )
+            for i, layer in enumerate(layers)
+        ]
+
+    def forward(self, x: Tensor) -> Tensor:
+        for layer in self._layers:
+            x = layer.forward(x)
+        return x
+
+    def backward(self, d: Tensor) -> None:
+        for layer in reversed(self._layers):
+            d = layer.backward(d)
+
+
+class NativeLayers:
+    """Linear layers in one call of the C code a pass."""
+
+    def __init__(self, layers: Sequence[nn.Linear], batch: int, *, first: bool, last: bool) -> None:
+        widths = [layers[0].in_features, *(layer.out_features for layer in layers)]
+        operations = []
+        for i, layer in enumerate(layers):
+            relu = i < len(layers) - 1 or not last
+            operations.append(
+                Operation(
+                    OperationKind.LINEAR,
+                    (i,),
+                    layer.weight.data,
+                    layer.bias.data,
+                    Activation.RELU if relu else Activation.IDENTITY,
+                    width=layer.out_features,
+                )
+            )
+        torch.set_num_threads(1)
+        self._chain = NativeChain(operations, [(batch * width, width) for width in widths])
+        like = layers[0].weight.data
+        self._x = like.new_zeros(batch, widths[0])
+        self._y = like.new_zeros(batch, widths[-1])
+        self._inner, self._d = like.new_zeros(self._chain.inner), like.new_zeros(self._chain.d)
+        self._messages = like.new_zeros(self._chain.messages(wanted=not first))
+        self._to = None if first else torch.zeros_like(self._x)
+        self._rates = array("d", [-LR] * (2 * len(layers)))
+
+    def forward(self, x: Tensor) -> Tensor:
+        self._x = x
+        self._chain.forward(x, self._inner, self._y)
+        return self._y
+
+    def backward(self, d: Tensor) -> None:
+        memory = self._inner, self._y, d, self._d, self._messages, self._to
+        self._chain.pull(self._x, *memory, self._rates, math.inf)
 
 
 class Loss:
@@ -86,14 +155,16 @@ class Share:
     activations, one that is not the last gets the same message each time."""
 
     def __init__(
-        self, work: Work, model: nn.Sequential, first: int, last: int, *, vectors: bool
+        self, work: Work, model: nn.Sequential, first: int, last: int, *, way: str
     ) -> None:
         linear = [m for m in model if isinstance(m, nn.Linear)]
         end = len(linear)
-        self.layers = [
-            Linear(linear[i], work.batch, relu=i < end - 1, wanted=i > 0, vectors=vectors)
-            for i in range(first, last)
-        ]
+        mine, places = linear[first:last], {"first": first == 0, "last": last == end}
+        self._layers: Layers | NativeLayers
+        if way == NATIVE:
+            self._layers = NativeLayers(mine, work.batch, **places)
+        else:
+            self._layers = Layers(mine, work.batch, **places, vectors=way == VECTORS)
         dtype = linear[0].weight.dtype
         draw = torch.Generator().manual_seed(2)
         shape = work.batch, linear[first].in_features
@@ -109,11 +180,8 @@ class Share:
 
     def step(self) -> None:
         x, y, hot = self._items[self._n % len(self._items)]
-        for layer in self.layers:
-            x = layer.forward(x)
-        d = self._arriving if self._loss is None else self._loss(x, y, hot)
-        for layer in reversed(self.layers):
-            d = layer.backward(d)
+        h = self._layers.forward(x)
+        self._layers.backward(self._arriving if self._loss is None else self._loss(h, y, hot))
         self._n += 1
 
 
@@ -132,12 +200,12 @@ class Arithmetic:
         self._shares.clear()
 
     def build(self, work: dict[str, Any], first: int, last: int) -> list[str]:
-        """The ways of doing it, of which the fastest counts: with matrices, with vectors."""
-        made, model = Work.of(work), Work.of(work).model()
-        ways = ["matrices", *(["vectors"] if made.batch == 1 else [])]
+        """The ways of doing it, of which the fastest counts."""
+        made = Work.of(work)
+        native = built() and (made.batch == 1 or gemm(torch.float32) != 0)
+        ways = [MATRICES, *([VECTORS] if made.batch == 1 else []), *([NATIVE] if native else [])]
         for way in ways:
-            share = Share(made, model, first, last, vectors=way == "vectors")
-            self._shares[f"{first}-{last}, {way}"] = share
+            self._shares[f"{first}-{last}, {way}"] = Share(made, made.model(), first, last, way=way)
         return [f"{first}-{last}, {way}" for way in ways]
 
     def run(self, way: str, seconds: float) -> float:

@@ -264,6 +264,37 @@ def test_compared(file):
     wrong = CliRunner().invoke(app, ["compare", "digits", "--levels", "nowhere.py:Level"])
     assert wrong.exit_code == 2
     assert "there is no file 'nowhere.py'" in wrong.output
+    assert "centralised" not in wrong.output  # nothing has run
+
+
+def talked_to(out, level, **fields):
+    """Talk to a run, go on with it, and compare its weights with those of a replay."""
+    data, fields = items(9), {"classes": 3, "out": out, "dtype": "float64", **fields}
+    for resume in (None, out):
+        with hamdist.start(
+            chain(None, None, None), level=level, example=data[0], resume=resume, **fields
+        ) as live:
+            numbers = [
+                live.feed(*data[k]) if k % 3 else live.predict(data[k][0]).number for k in range(9)
+            ]
+            live.snapshot()
+            for k in (6, 0, 3):
+                live.teach(numbers[k], data[k][1])
+            live.feed(*data[4])
+        again = hamdist.replay(out, chain(None, None, None))
+        old, new = live.result.model.state_dict(), again.model.state_dict()
+        assert all(torch.equal(old[name], new[name]) for name in old)
+    assert live.result.samples == 20
+    return live.result
+
+
+def test_talked_to(file, tmp_path):
+    talked_to(tmp_path / "a", f"{file}:TwoAndWait")
+
+
+@pytest.mark.ray
+def test_talked_to_on_ray(session, file, tmp_path):
+    talked_to(tmp_path / "a", f"{file}:TwoAndWait", engine={"kind": "ray", "actors": 2})
 
 
 def test_what_verify_says(file):

@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import copy
 import math
+import os
+import subprocess
+import sys
 import threading
 from array import array
 
@@ -23,6 +26,7 @@ from hamdist.dynamics.vjp.autograd import AutogradFunction
 from hamdist.dynamics.vjp.closed import ClosedFunction, closed_cell
 from hamdist.dynamics.vjp.gradient import Outer, all_dense, all_moved
 from hamdist.dynamics.vjp.local_function import LocalFunction
+from hamdist.runtime.process.portable import portable_environment
 
 pytestmark = pytest.mark.skipif(not rows.built(), reason="hamdist was installed without its C code")
 
@@ -462,12 +466,20 @@ def test_few_rows_on_a_large_weight(dtype, batch, biased, monkeypatch):
 
 @pytest.fixture
 def has_products():
-    if not rows.has_products(2):
-        pytest.skip("this processor has no vectors of AVX-512")
+    if not rows.has_products(300):
+        pytest.skip("products of many rows are a BLAS's on this processor")
 
 
 # Whole tiles of rows, outputs and vectors, and what is left over of each.
-SHAPES = [(2, 1, 1), (3, 8, 16), (5, 10, 33), (8, 48, 48), (11, 103, 100), (33, 67, 259)]
+SHAPES = [
+    (2, 1, 1),
+    (3, 8, 16),
+    (5, 10, 33),
+    (8, 48, 48),
+    (11, 103, 100),
+    (33, 67, 259),
+    (300, 13, 21),
+]
 
 
 @pytest.mark.usefixtures("has_products")
@@ -518,16 +530,47 @@ def products(w: Tensor, x: Tensor, z: Tensor) -> tuple[Tensor, Tensor]:
     return y, to
 
 
-def test_products_are_a_blas_where_torch_has_other_vectors_or_threads(monkeypatch):
-    """(`engine.bits: portable` asks torch for AVX2, which all hosts have)"""
+def test_products_follow_from_rows_and_threads(monkeypatch):
     monkeypatch.setattr(rows, "library", type("Library", (), {"PRODUCT_ROWS": 8}))
-    monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: "AVX512")
     assert [rows.has_products(n) for n in (0, 1, 2, 8, 9)] == [False, False, True, True, False]
     monkeypatch.setattr(torch, "get_num_threads", lambda: 2)
     assert not rows.has_products(2)
-    monkeypatch.undo()
-    monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: "AVX2")
-    assert not rows.has_products(2)
+
+
+@pytest.mark.usefixtures("has_products")
+@pytest.mark.parametrize("dtype", [torch.float32, F64])
+@pytest.mark.parametrize("shape", SHAPES)
+def test_vectors_of_both_widths_give_the_same_bits(dtype, shape):
+    batch, out, into = shape
+    w, x, z = (
+        noise(i, *s).to(dtype) for i, s in enumerate(((out, into), (batch, into), (batch, out)))
+    )
+
+    def made() -> list[Tensor]:
+        moved = w.clone()
+        assert rows.add_outer(moved, z, x, -0.3, 0.9)
+        return [*products(w, x, z), moved]
+
+    wide = made()
+    before = rows.library.use_wide_vectors(0)
+    try:
+        assert all(map(torch.equal, wide, made()))
+    finally:
+        rows.library.use_wide_vectors(before)
+
+
+def test_portable_processes_have_products_for_all_rows():
+    """(with `MKL_CBWR=COMPATIBLE`, in which MKL is slow)"""
+    code = "from hamdist.dynamics.native import rows; print(rows.library.PRODUCT_ROWS)"
+    done = subprocess.run(
+        [sys.executable, "-c", code],
+        env={**os.environ, **portable_environment()},
+        capture_output=True,
+        check=True,
+        text=True,
+        timeout=120,
+    )
+    assert int(done.stdout) in (0, 1 << 30)
 
 
 @pytest.mark.usefixtures("has_products")

@@ -469,15 +469,34 @@ REFUSED = {
     ),
     "h of another shape": (
         wrong(forward=lambda self, block, x: (block.f(x)[:, :2], x), backward=fails),
-        r"forward\(\) gives h as a tensor of shape \(4, 2\), not of shape \(4, 7\)",
+        r"gives h as a float64 tensor of shape \(4, 2\), not a float64 tensor of shape \(4, 7\)",
     ),
     "one value": (
         wrong(forward=lambda self, block, x: block.f(x), backward=fails),
-        r"forward\(\) returned a tensor of shape \(4, 7\), not \(h, kept\)",
+        r"forward\(\) returned a float64 tensor of shape \(4, 7\), not \(h, kept\)",
     ),
     "a message of another shape": (
         wrong(backward=back(lambda b, k, m: ([m], {}))),
-        r"a tensor of shape \(4, 7\) as the message to a parent whose state has shape \(4, 6\)",
+        r"tensor of shape \(4, 7\) as the message to a parent, not a float64 tensor of shape",
+    ),
+    "h of another type": (
+        wrong(forward=lambda self, block, x: (block.f(x).float(), x), backward=fails),
+        r"gives h as a float32 tensor of shape \(4, 7\), not a float64 tensor",
+    ),
+    "an update of another type": (
+        wrong(backward=back(lambda b, k, m: ([None], {"0.bias": m.sum(0).long()}))),
+        r"its update for '0.bias' is a int64 tensor of shape \(7,\), and the weight is a float64",
+    ),
+    "a sparse update": (
+        wrong(backward=back(lambda b, k, m: ([None], {"0.bias": m.sum(0).to_sparse()}))),
+        r"\(torch.sparse_coo\), and the weight is a float64 tensor of shape \(7,\)",
+    ),
+    "a count on the rule": (
+        wrong(
+            calls=0,
+            backward=lambda self, b, k, m: setattr(self, "calls", self.calls + 1) or b.vjp(k, m),
+        ),
+        "it changes self.calls, but `self` holds constants",
     ),
     "too many messages": (
         wrong(backward=back(lambda b, k, m: ([None, None], {}))),
@@ -489,7 +508,7 @@ REFUSED = {
     ),
     "an update of another shape": (
         wrong(backward=back(lambda b, k, m: ([None], {"0.bias": m}))),
-        r"its update for '0.bias' is a tensor of shape \(4, 7\), and the weight has shape \(7,\)",
+        r"its update for '0.bias' is a float64 tensor of shape \(4, 7\), and the weight is",
     ),
     "its own error": (wrong(backward=fails), "block 'b'.*in a dry run: KeyError: 'forgotten'"),
 }
@@ -521,6 +540,27 @@ def test_levels_that_rules_do_not_fit(level):
     fields, said = LEVELS[level]
     with pytest.raises(hamdist.HamdistError, match=said):
         trained(chain(None, Backprop(), None), level, **fields)
+
+
+@pytest.mark.parametrize("part", [0, 1])
+def test_what_is_not_a_number_is_laid_to_the_rule_that_returned_it(part):
+    """Messages, found at the parent, and updates. (A trial on zeros is no number either.)"""
+
+    def backward(self, block, kept, message):
+        returned = block.vjp(kept, message)
+        values = list(returned[1].values()) if part else [m for m in returned[0] if m is not None]
+        for value in values:
+            value.log_()  # of -1, ...
+        return returned
+
+    with pytest.raises(hamdist.HamdistError, match="the rule of b returns is not a number"):
+        trained(chain(None, wrong(backward=backward), None))
+
+
+@pytest.mark.parametrize("rules", [["kolen-pollack"], "kolen-pollack", Backprop()])
+def test_rules_are_given_by_block(rules):
+    with pytest.raises(hamdist.HamdistError, match="give a dict by block or pattern"):
+        trained(chain(None), rules=rules)
 
 
 def test_a_block_that_would_wait_for_ever():

@@ -647,7 +647,7 @@ def test_what_a_run_cannot_know_is_refused(tmp_path):
             run.set(learning={"lr": 0.05})
         run.stop()
     with pytest.raises(SettingsError, match="give it as well"):
-        hamdist.replay(out)
+        hamdist.replay(out, **by_function)
 
 
 def test_a_model_that_the_settings_name_is_made_again_for_a_replay(tmp_path):

@@ -3,7 +3,9 @@ the same bits, at every level, in both engines."""
 
 from __future__ import annotations
 
+import re
 import shutil
+import sys
 
 import pytest
 import torch
@@ -246,6 +248,12 @@ def test_batch_one_by_the_c_code(tmp_path):
     goes_on(run, tmp_path, 5)
 
 
+@pytest.mark.usefixtures("two_threads")
+def test_as_many_threads_as_the_engine_has(tmp_path):
+    """Whatever the program's: a restored block computes its kept outputs once more."""
+    goes_on(run_of(chain, PortableStream, level="trace"), tmp_path, 7)
+
+
 @pytest.mark.filterwarnings("ignore::hamdist.errors.ChoiceWarning")
 @pytest.mark.parametrize("level", ["auto", "trace"])
 @pytest.mark.parametrize(
@@ -411,3 +419,49 @@ def test_other_settings_are_told(tmp_path):
     with pytest.warns(UserWarning, match="other settings than before: learning"):
         train(chain(), PortableStream(8), chosen, resume=found[0])
     assert BATCH == 4
+
+
+RULE = """
+import hamdist
+
+class Scaled(hamdist.Rule):
+    def __init__(self, factor=1.0):
+        self.factor = factor
+
+    def backward(self, block, kept, message):
+        return block.vjp(kept, message)  # CODE
+
+class Late(hamdist.OwnLevel):
+    def ticks(self, graph):
+        return 2 * graph.depth + 2
+
+    def events(self, graph):
+        for block, depth in graph.depths.items():
+            yield depth, block, "F", 0
+            yield 2 * graph.depth - depth + LATE * (depth == 0), block, "B", 0
+"""
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        (("# CODE", "# other"), "code or the constants of the rules of block0"),
+        (("factor=1.0", "factor=2.0"), "code or the constants of the rules of block0"),
+        (("LATE", "1"), r"another run \(round differ\)"),
+        (("import", "import"), None),
+    ],
+)
+def test_code_that_has_changed_is_told(change, said, tmp_path, user_file, monkeypatch, recwarn):
+    """Of the same name: a rule goes on otherwise, with a warning; other rounds begin anew."""
+    monkeypatch.setattr(sys, "dont_write_bytecode", True)
+    kept = {"path": str(tmp_path / "snapshots"), "every": 5}
+    for steps, text in ((8, RULE), (12, RULE.replace(*change))):
+        name = user_file(text.replace("LATE", "0"))
+        sys.modules.pop(name.removesuffix(".py"), None)
+        fields = {"rules": {"*": f"{name}:Scaled"}, "snapshots": kept, "engine": ALONE}
+        resume = kept["path"] if steps == 12 else None
+        on = hamdist.train(
+            chain(), PortableStream(12), level=f"{name}:Late", steps=steps, resume=resume, **fields
+        )
+    told = [text for text in on.warnings if re.search(said or "code or|another run", text)]
+    assert len(told) == (0 if said is None else 1), on.warnings

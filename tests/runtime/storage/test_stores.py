@@ -88,6 +88,7 @@ def test_a_store_that_fails_ends_no_run(failing):
 
 @pytest.mark.parametrize("what", ["read", "list"])
 def test_a_store_that_cannot_be_asked_is_named_before_the_start(failing, what):
+    storage("failing://a/b").write("tick-000000000008/manifest.json", b"{}")
     failing.fails = {what}
     with pytest.raises(SnapshotError, match=r"failing://a/b.*: no route"):
         latest("failing://a/b", lambda _: None)
@@ -162,6 +163,22 @@ def test_a_disk_without_room_for_one_snapshot_is_refused_before_the_start(tmp_pa
         pytest.raises(SnapshotError, match=r"No space left.*a snapshot takes .* MiB and more"),
     ):
         train(chain(), PortableStream(ITEMS), settings(disk))
+
+
+@pytest.mark.filterwarnings("ignore:a snapshot was not written")
+def test_a_snapshot_that_was_not_written_leaves_nothing(tmp_path):
+    with small_disk(tmp_path / "disk", "64k") as disk:
+
+        class Filling(PortableStream):
+            def samples(self):
+                for n, sample in enumerate(super().samples()):
+                    if n == 1:
+                        (disk / "filler").write_bytes(bytes(disk_free(disk)))
+                    yield sample
+
+        result = train(chain(), Filling(ITEMS), settings(disk, every=8))
+        assert any("No space left" in text for text in result.warnings)
+        assert [path.name for path in disk.iterdir()] == ["filler"]
 
 
 @pytest.mark.ray

@@ -156,6 +156,9 @@ def test_usual_machines_are_estimates_and_products_are_measured(tmp_path, monkey
     [
         ("hosts: []", "hosts: .*at least 1"),
         ("hosts: [{name: a}, {name: a}]", "two hosts are named 'a'"),
+        ("", "'.*': is empty"),
+        ("hosts: [{name: a, up: 2}]", r"^[^\n]*$"),
+        ("hosts: [{name: a}, {name: b}]\nlinks: {latency: -1}", r"latency: Input[^\[]+-1\)$"),
         ("hosts: [{name: a, memory: 2}]", r"hosts.0.memory: write it with its unit, as 2GiB"),
         ("hosts: [{name: a, up: 10Mbit}]", r"hosts.0.up: write it with its unit, as 100Mbit/s"),
         ("hosts: [{name: a, machine: cray}]", "'cray' is none of raspberry-pi-4"),
@@ -316,12 +319,19 @@ def test_the_sweep_writes_settings_that_run(simulated, tmp_path):
     assert settings.engine.placement == tuple(tuple(a["blocks"]) for a in found["actors"])
     hosts = {name: b.host for name, b in settings.engine.blocks.items()}
     assert hosts == {name: a["host"] for a in found["actors"] for name in a["blocks"]}
+    written = first.stat().st_mtime_ns
+    simulated(TWO, "--sweep", "--out", str(out))
+    assert first.stat().st_mtime_ns == written
+    assert (tmp_path / "sweep-2" / "settings.yaml").exists()
+    (out / "runner-up-9.yaml").write_text("")
+    simulated(TWO, "--sweep", "--out", str(out), "--overwrite")
+    assert not (out / "runner-up-9.yaml").exists()
 
 
 @pytest.mark.parametrize(
     ("options", "words"),
     [
-        (["--levels", "trace"], "--levels and --out belong to --sweep"),
+        (["--levels", "trace"], "--levels, --out and --overwrite belong to --sweep"),
         (["--sweep", "--levels", "warp"], "--levels 'warp'"),
         (["--level", "auto"], "level 'auto' is chosen when a run starts"),
     ],

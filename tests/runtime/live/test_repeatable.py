@@ -1,0 +1,82 @@
+"""A replay is the run that was, or it says what is missing: a program's code, or settings of then.
+Oracle: the run's own weights, to the bit."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from runtime.live.test_live import equal, network, samples, start
+from torch.nn import functional
+
+import hamdist
+from hamdist.errors import HamdistWarning, SettingsError
+
+
+class Slow(hamdist.OwnLevel):
+    def __init__(self, ticks):
+        self.ticks_of_a_round = ticks
+
+    def ticks(self, graph):
+        return self.ticks_of_a_round
+
+    def events(self, graph):
+        for block, depth in graph.depths.items():
+            yield depth, block, "F", 0
+            yield 2 * graph.depth - depth, block, "B", 0
+
+
+class Doubled(hamdist.Rule):
+    def backward(self, block, kept, message):
+        messages, g = block.vjp(kept, message)
+        return messages, {name: 2 * value for name, value in g.items()}
+
+
+def fed(run, many=6):
+    with run:
+        for u, y in samples(many):
+            run.feed(u, y)
+    return run.result
+
+
+CODE = {
+    "optimizer": lambda params: torch.optim.Adam(params, lr=0.01),
+    "loss": lambda y, t: 3 * functional.cross_entropy(y, t),
+    "phi": lambda _: 0.5,
+    "rules": {"block*": Doubled()},
+    "level": Slow(3),
+}
+
+
+@pytest.mark.parametrize("name", CODE)
+def test_code_of_the_program_is_asked_for(name, tmp_path):
+    given = {name: CODE[name], **({"learning": {}} if name == "optimizer" else {})}
+    fields = dict(given)
+    result = fed(start(fields.pop("level", "trace"), out=tmp_path, **fields))
+    with pytest.raises(SettingsError, match=f"code, .*{name}=..."):
+        hamdist.replay(tmp_path, network())
+    assert equal(result, hamdist.replay(tmp_path, network(), **given))
+
+
+@pytest.mark.parametrize(
+    "rule", ["feedback-alignment", {"name": "sign-symmetry", "magnitude": "uniform"}]
+)
+def test_rules_with_names_are_in_the_journal(rule, tmp_path):
+    result = fed(start("trace", out=tmp_path, rules={"block*": rule}))
+    assert equal(result, hamdist.replay(tmp_path, network()))
+    assert not equal(result, fed(start("trace")))
+
+
+@pytest.mark.parametrize("name", ["learning", "locality", "rules"])
+@pytest.mark.parametrize("snapshot", [False, True])
+def test_a_run_that_went_on_with_other_settings_is_refused(name, snapshot, tmp_path):
+    other = {"learning": {"lr": 0.01}, "locality": {"speed": 2}, "rules": {"*": "mono-forward"}}
+    with start("trace", out=tmp_path) as run:
+        for u, y in samples(4):
+            run.feed(u, y)
+        if snapshot:
+            run.snapshot()
+    with pytest.warns(HamdistWarning, match="`replay` cannot"):
+        on = start("trace", out=tmp_path, resume=tmp_path, **{name: other[name]})
+    fed(on, 2)
+    with pytest.raises(SettingsError, match="went on otherwise"):
+        hamdist.replay(tmp_path, network())
