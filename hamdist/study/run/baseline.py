@@ -48,7 +48,16 @@ from hamdist.runtime.process.process_memory import peak_bytes, reset_peak
 from hamdist.runtime.process.threads import cores, torch_threads
 from hamdist.runtime.results.result import BlockProgress, Progress, RunResult
 from hamdist.runtime.train.prepare import in_dtype_of
-from hamdist.streams.sample import Emission, Emits, Sample, SampleSpec, Stream, parted, report_of
+from hamdist.streams.sample import (
+    Emission,
+    Emits,
+    Sample,
+    SampleSpec,
+    Stream,
+    drawn,
+    parted,
+    report_of,
+)
 
 CENTRALISED = "centralised"
 FROZEN = "frozen"
@@ -305,7 +314,7 @@ def _train(
     steps, samples = settings.steps, iter(stream.samples())
     try:
         while steps is None or trainer.samples < steps:
-            sample = next(samples, None)
+            sample = drawn(samples, trainer.samples)
             if sample is None:
                 break
             trainer.show(sample)
