@@ -185,21 +185,6 @@ class SampleSpec:
         return TargetSpec(self.y_shape, self.y_dtype, self.classes)
 
 
-def drawn(
-    samples: Iterator[Sample], n: int, passing: type[Exception] = StreamError
-) -> Sample | None:
-    """Return sample n; None at the end. Raises StreamError for all that a stream raises but that,
-    and what is `passing`."""
-    try:
-        return next(samples, None)
-    except (StreamError, passing):
-        raise
-    except Exception as error:
-        raise StreamError(
-            f"sample {n}: the stream raised {type(error).__name__}: {error}"
-        ) from error
-
-
 def with_weights(y: Tensor, weights: Tensor) -> Tensor:
     """Return y (B, ...) and the weights of its rows, (B,), bit for bit as one tensor, for `parted`:
     (B, n + 1) of int64, the n numbers of a row and its weight, real ones as bits of their float64.

@@ -26,8 +26,8 @@ from hamdist.runtime.signals.cast import CPU
 from hamdist.runtime.signals.signal import Aborted, Signal, ready
 from hamdist.streams.check import Checker
 from hamdist.streams.live import live_of
-from hamdist.streams.replay import passed_over, replays, samples_from
-from hamdist.streams.sample import Emission, Emits, Sample, Stream, drawn, report_of
+from hamdist.streams.replay import drawn, passed_over, replays, samples_from
+from hamdist.streams.sample import Emission, Emits, Sample, Stream, report_of
 from hamdist.streams.smoothness import Smoothness
 
 
