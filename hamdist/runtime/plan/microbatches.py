@@ -4,18 +4,20 @@ together with gradients that are added up.
 
 from __future__ import annotations
 
+import copy
 import math
 from collections.abc import Collection, Mapping
+from contextlib import suppress
 from dataclasses import replace
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from hamdist.config import Credit, LearningSettings, Memory, Settings
 from hamdist.dynamics.graph.graph import Graph
 from hamdist.dynamics.graph.spec import combined
-from hamdist.dynamics.objective.losses import model_loss
+from hamdist.dynamics.objective.losses import CrossEntropy, model_loss, mse
 from hamdist.dynamics.schedule.levels import Locality
 from hamdist.dynamics.schedule.microbatches import auto_microbatches
 from hamdist.dynamics.user_modules.copies import copied
@@ -152,7 +154,16 @@ def microbatch_warnings(
             "statistics, and note them once each, so the run is not the one of the whole batch; "
             "use LayerNorm or GroupNorm, or locality.microbatches 1"
         )
-    mixing = [] if parts == 1 else _mixing(graph, inputs, spec.batch)
+    mixing, outputs = ([], {}) if parts == 1 else _mixing(graph, inputs, spec.batch)
+    unlike = (
+        [] if parts == 1 else [n for n in graph.readouts if _is_no_mean(graph, spec, n, outputs)]
+    )
+    if unlike:
+        notes.append(
+            f"locality.microbatches {parts}: the loss of {', '.join(unlike)} is no mean over rows "
+            "(it adds them up, or divides by weights of classes), so the run is not the one of the "
+            "whole batch; make it one, or use level 'backprop'"
+        )
     if mixing:
         notes.append(
             f"locality.microbatches {parts}: what block {mixing[0]!r} makes of a row depends on "
@@ -162,8 +173,29 @@ def microbatch_warnings(
     return notes
 
 
-def _mixing(graph: Graph, inputs: Mapping[str, Tensor], batch: int) -> list[str]:
-    """Return the blocks that make something else of half a batch: each is run on both."""
+def _is_no_mean(graph: Graph, spec: SampleSpec, name: str, outputs: Mapping[str, Tensor]) -> bool:
+    """Return True if a loss of the user's own is not the mean of those of two halves of a batch."""
+    block, target, y = graph.blocks[name], spec.target(name), outputs[name]
+    known = block.loss in (None, mse) or isinstance(block.loss, CrossEntropy)
+    if known or target is None or block.output is not None or spec.weighted:
+        return False
+    numbers = torch.arange(math.prod(target.shape)).view(target.shape)
+    made = numbers * target.classes // numbers.numel() if target.classes else numbers % 7 / 7
+    t, half = made.to(target.dtype), len(y) // 2  # other classes in each half
+    with torch.no_grad(), torch.random.fork_rng(devices=[]), suppress(Exception):
+        loss = copy.deepcopy(block.loss) if isinstance(block.loss, nn.Module) else block.loss
+        whole, first, second = (
+            float(loss(y[rows], t[rows])) * len(y[rows]) / len(y)  # type: ignore[misc]
+            for rows in (slice(None), slice(half), slice(half, None))
+        )
+        return abs(whole - first - second) > CLOSE * abs(whole)
+    return False  # (it wants other targets than these)
+
+
+def _mixing(
+    graph: Graph, inputs: Mapping[str, Tensor], batch: int
+) -> tuple[list[str], dict[str, Tensor]]:
+    """Return the blocks that make something else of half a batch, and all outputs: of both runs."""
     whole = dict(inputs)
     mixing, waiting = [], list(graph.blocks.values())
     while ready := [b for b in waiting if all(p in whole for p in b.parents)]:
@@ -182,4 +214,4 @@ def _mixing(graph: Graph, inputs: Mapping[str, Tensor], batch: int) -> list[str]
                 mixing.append(block.name)
             whole[block.name] = h
             waiting.remove(block)
-    return mixing
+    return mixing, whole

@@ -17,6 +17,7 @@ from dynamics.helpers import (
     edge,
     knobs,
     layer,
+    relative,
     samples,
     settings,
     until,
@@ -539,6 +540,36 @@ def test_batch_norms_are_warned_of():
         lambda: nn.Sequential(nn.Linear(FEATURES, 8), nn.BatchNorm1d(8), nn.Linear(8, CLASSES))
     )
     assert "batch norms normalise each micro-batch" in told(model, batches([8] * 3), parts=2)
+
+
+LOSSES = {
+    "weights of classes": (nn.CrossEntropyLoss(torch.tensor([1, 4, 0.2]).double()), True),
+    "a sum": (lambda y, t: functional.cross_entropy(y, t, reduction="sum") / 9, True),
+    "smoothed labels": (nn.CrossEntropyLoss(label_smoothing=0.1), False),
+    "other targets alone": (lambda y, t: functional.cross_entropy(y, {0: t}[0]), False),
+}
+
+
+@pytest.mark.parametrize("kind", LOSSES)
+def test_losses_that_are_no_mean_over_rows_are_warned_of(kind):
+    """Oracle: level backprop, where the batch is whole."""
+    loss, warned = LOSSES[kind]
+    one, parts = (
+        hamdist.train(
+            seeded(mlp),
+            batches([8] * 3),
+            level=level,
+            loss=loss,
+            classes=CLASSES,
+            learning={"lr": 0.1},
+            dtype="float64",
+            engine={"kind": "inprocess"},
+            **knobs,
+        )
+        for level, knobs in (("backprop", {}), ("pipeline", {"locality": {"microbatches": 2}}))
+    )
+    apart = relative(one.model.parameters(), parts.model.parameters())
+    assert ("is no mean over rows" in str(parts.warnings)) == warned == (apart > 1e-6)
 
 
 def test_auto_says_its_number():
