@@ -47,6 +47,7 @@ NET = "10.77.0."
 NET6 = "fd00:77::"
 GCS_PORT = 6379
 SHM_BYTES = 512 * 2**20
+QUEUE_FRAMES = 20_000
 STORE_BYTES = 80 * 10**6
 START_SECONDS = 60.0
 LOOK_SECONDS = 0.05
@@ -128,11 +129,13 @@ class Hosts:
         environment: Mapping[str, str],
         delay: float | None,
         net: str = NET,
+        straight: int = 0,
     ) -> None:
         self.folder = folder
         self.net = net  # what the hosts' addresses, as Ray is told them, begin with
         self._cpus = cpus
         self._delay = delay
+        self._straight = straight
         self._machines: dict[int, _Machine] = {}
         self._bridge: _Machine | None = None
         self._number = 0
@@ -185,12 +188,15 @@ class Hosts:
         command = ["unshare", *NAMESPACES, "--fork", "--mount-proc"]
         machine = _Machine(*_first(command, f"host{i}", SHM_BYTES, self.environment))
         self._machines[i] = machine
-        if self._delay is None:
+        if self._delay is None or i < self._straight:
             veth = f"link add v{i} type veth peer name eth0 netns {machine.pid}"
             self._ip(bridge.pid, veth)
         else:
             machine.wire = _wire(machine.pid, "eth0", bridge.pid, f"v{i}", i)
             self.delay(i, self._delay)
+            # (a wire that waits for a processor loses frames beyond the kernel's usual 1,000)
+            self._ip(machine.pid, f"link set eth0 txqueuelen {QUEUE_FRAMES}")
+            self._ip(bridge.pid, f"link set v{i} txqueuelen {QUEUE_FRAMES}")
         mask = "/64 dev eth0 nodad" if ":" in self.net else "/24 dev eth0"
         self._ip(machine.pid, f"addr add {self.ip(i)}{mask}", "link set eth0 up")
         self._ip(bridge.pid, f"link set v{i} up", f"link set v{i} master br0")
@@ -426,12 +432,13 @@ def hosts(
     delay: float | None = None,
     environment: Mapping[str, str] | None = None,
     net: str = NET,
+    straight: int = 0,
 ) -> Iterator[Hosts]:
     """`number` hosts joined by a bridge, ended at the exit. delay: seconds that each cable takes
     one way (None: cables without a wire.py, which are faster than it can be). net: of their
-    addresses, NET or NET6."""
+    addresses, NET or NET6. straight: so many hosts, the first ones, have no wire.py."""
     folder = Path(tempfile.mkdtemp(prefix="hw-", dir=_short_folder()))
-    world = Hosts(folder, cpus, environment or {}, delay, net)
+    world = Hosts(folder, cpus, environment or {}, delay, net, straight)
     try:
         world.lay_bridge()
         for i in range(number):

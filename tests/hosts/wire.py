@@ -9,9 +9,11 @@ takes from then on, one way; the share of frames that are lost; bytes a second (
 behind which frames queue; the standard deviation of SECONDS as a share of it (never below 0, and no
 frame overtakes another); and which way: `there` from A to B, `back`, or `both`. With `resent` a
 lost frame comes after all, later by a round trip, and those behind it wait: what a retransmission
-costs where the sender does not slow down for it. What is drawn follows from SEED and the order of
-the frames, for each way alone. A line that begins with @T counts from T seconds later on. Ends with
-its input.
+costs where the sender does not slow down for it. Frames are packets where any are lost for good;
+else the kernel hands over up to 64 KiB of a connection as one frame, which stands for the packets
+that it makes: it is lost if one of them is, as late as the latest of them, and as long as all with
+their headers. What is drawn follows from SEED and the order of the frames, for each way alone. A
+line that begins with @T counts from T seconds later on. Ends with its input.
 """
 
 import contextlib
@@ -20,6 +22,7 @@ import fcntl
 import os
 import random
 import selectors
+import statistics
 import struct
 import sys
 import time
@@ -27,9 +30,14 @@ from collections import deque
 
 CLONE_NEWNET = 0x40000000
 TUNSETIFF = 0x400454CA
-IFF_TAP, IFF_NO_PI = 0x2, 0x1000
-FRAME = 65536
+IFF_TAP, IFF_NO_PI, IFF_VNET_HDR = 0x2, 0x1000, 0x4000
+TUNSETOFFLOAD = 0x400454D0
+OFFLOAD = 0x1 | 0x2 | 0x4  # checksums, and segments of TCP over IPv4 and IPv6
+HEADER = struct.Struct("<BBHHHH")  # before a frame; the fourth: bytes of a packet, 0: one
+FRAME = 2**17
+PACKET_HEADERS = 66  # bytes: Ethernet, IPv4, TCP with timestamps
 AT_ONCE = 64  # frames taken from one side before the other's turn
+NORMAL = statistics.NormalDist()
 QUEUE_SECONDS = 0.5  # of frames that wait for a narrow wire; further ones are lost, as in a router
 
 
@@ -40,9 +48,15 @@ def device(pid, name):
         if kernel.setns(namespace.fileno(), CLONE_NEWNET):
             raise OSError(ctypes.get_errno(), f"setns to process {pid}")
     file = os.open("/dev/net/tun", os.O_RDWR | os.O_NONBLOCK)
-    request = struct.pack("16sH22x", name.encode(), IFF_TAP | IFF_NO_PI)
+    request = struct.pack("16sH22x", name.encode(), IFF_TAP | IFF_NO_PI | IFF_VNET_HDR)
     fcntl.ioctl(file, TUNSETIFF, request)
     return file
+
+
+def packets(frame):
+    """How many packets a frame makes, headers of packets left out."""
+    size = HEADER.unpack_from(frame)[3]
+    return -(-(len(frame) - HEADER.size) // size) if size else 1
 
 
 class Way:
@@ -55,19 +69,26 @@ class Way:
         self.waiting = deque()
         self.free = 0.0  # when the wire has taken the frames before
 
-    def take(self, frame, now):
+    def take(self, frame, now, packets=1):
         """Puts a frame on its way, or loses it."""
-        lost = self.random.random() < self.loss
+        lost = self.random.random() < 1 - (1 - self.loss) ** packets
         if lost and not self.resent:
             return
         begin = max(now, self.free)
         if begin - now > QUEUE_SECONDS:
             return
-        self.free = begin + (len(frame) / self.rate if self.rate else 0.0)
-        late = self.seconds * max(0.0, self.random.gauss(1.0, self.jitter))
+        nbytes = len(frame) + (packets - 1) * PACKET_HEADERS
+        self.free = begin + (nbytes / self.rate if self.rate else 0.0)
+        late = self.seconds * max(0.0, 1.0 + self.jitter * self.latest(packets))
         due = self.free + late + (2 * self.seconds if lost else 0.0)
         before = self.waiting[-1][0] if self.waiting else due
         self.waiting.append((max(due, before), frame))
+
+    def latest(self, packets):
+        """The largest of so many numbers of a normal distribution."""
+        if packets == 1 or not self.jitter:
+            return self.random.gauss(0.0, 1.0)
+        return NORMAL.inv_cdf(max(1e-12, self.random.random()) ** (1 / packets))
 
 
 def carry(a, b, seed):
@@ -93,10 +114,13 @@ def carry(a, b, seed):
                     frame = os.read(key.fd, FRAME)
                 except BlockingIOError:
                     break
-                ways[other[key.fd]].take(frame, time.monotonic())
+                ways[other[key.fd]].take(frame, time.monotonic(), packets(frame))
         now = time.monotonic()
         for words in plan.due(now):
             adjust(ways[b], ways[a], words)
+            apart = any(way.loss and not way.resent for way in ways.values())
+            for file in (a, b):
+                fcntl.ioctl(file, TUNSETOFFLOAD, 0 if apart else OFFLOAD)
         for destination, way in ways.items():
             while way.waiting and way.waiting[0][0] <= now:
                 # (the device may be down, or its queue full: the frame is lost)

@@ -2,8 +2,9 @@
 
 A block sends at tick k what its neighbour needs at tick k + d. The least d are taken with which the
 timing model (runtime/timing) finds no cycle of signals slower than the actors and the bandwidth of
-the links themselves, with links MARGIN times as slow as they are. Every tick more on an edge lets a
-cycle through it span more samples,
+the links themselves, with links MARGIN times as slow as they are. Between hosts they are measured
+by signals as large and frequent as the run's, so that jitter, retransmissions and what waits behind
+them count. Every tick more on an edge lets a cycle through it span more samples,
 
     period = seconds on the cycle / samples that it spans,
 
@@ -17,6 +18,7 @@ import math
 import statistics
 import threading
 import time
+from bisect import bisect_left
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING
@@ -24,13 +26,14 @@ from typing import TYPE_CHECKING
 import torch
 
 from hamdist.dynamics.schedule.events import Kind, Stamp
+from hamdist.errors import WireError
 from hamdist.runtime.plan.plan import Plan
 from hamdist.runtime.plan.replan import with_delays
 from hamdist.runtime.signals.signal import Channel, Signal
 from hamdist.runtime.timing.cluster_model import ClusterModel, HostModel, Link
 from hamdist.runtime.timing.model import TimingModel
 from hamdist.runtime.timing.timed_graph import Period
-from hamdist.runtime.transport.transport import Endpoints
+from hamdist.runtime.transport.transport import TCP, Endpoints
 
 if TYPE_CHECKING:
     from hamdist.runtime.transport.encryption import Keys
@@ -39,10 +42,18 @@ if TYPE_CHECKING:
 # ms, ticks of 1.9 ms: waits of 0.30 s at 16 ticks, 0.29 at 20, 0.16 at 28, 0.19 at 40).
 MARGIN = 1.25
 WORSE = 0.005  # a period longer by this share is as good
-SMALL_ROUNDS = 9
-LARGE_ROUNDS = 3
-LARGE = 2**20  # bytes
-ROUNDS = SMALL_ROUNDS + LARGE_ROUNDS
+ROUNDS = 5  # small signals, there and back one after the other
+LARGE = 2**16  # bytes of a signal that measures the rate where the run's own are not known
+MOST = 2**28  # bytes of any signal
+IN_FLIGHT = 1024  # signals, between hosts
+FIRST_BYTES = 2**20  # of signals that are sent before any is answered
+# A link is filled, and then measured, for so many round trips: TCP doubles what it has under way in
+# each, up to bandwidth times round trip (2.5 MB at 100 Mbit/s and 200 ms: eight of them).
+ROUND_TRIPS = 16
+SHORTEST, LONGEST = 0.2, 4.0  # seconds of that
+SPARE = 0.9  # of the rate, at which signals of the run's size do not queue
+IN_TIME = 0.98  # of the signals come within the latency that is measured at the run's pace
+NOW = Stamp(0, 0, 0)
 
 
 class Probe:
@@ -56,6 +67,7 @@ class Probe:
     ) -> None:
         self._endpoints = Endpoints(run, threading.Event(), link_delay, keys, ports=ports)
         self._mine: list[int] = []
+        self._room: dict[int, int] = {}  # signals that may be under way, by link
 
     @staticmethod
     def channels(number: int) -> tuple[Channel, Channel]:
@@ -68,43 +80,133 @@ class Probe:
         """Open the receiving ends of channels, given by number, and return their addresses."""
         self._mine = list(ways)
         return {
-            n: self._endpoints.bind(self._channel(n), way, 2 * LARGE) for n, way in ways.items()
+            n: self._endpoints.bind(self._channel(n, way), way, MOST) for n, way in ways.items()
         }
 
     def join(self, addresses: Mapping[int, str]) -> None:
         """Open the sending ends of the same links."""
         for n in self._mine:
-            self._endpoints.connect(self._channel(n ^ 1), addresses[n ^ 1])
+            address = addresses[n ^ 1]
+            self._room[n // 2] = self._channel(n, address).capacity
+            self._endpoints.connect(self._channel(n ^ 1, address), address, MOST)
 
-    def _channel(self, n: int) -> Channel:
-        return self.channels(n // 2)[n % 2]
+    def _channel(self, n: int, way: str) -> Channel:
+        channel = self.channels(n // 2)[n % 2]
+        return channel._replace(capacity=IN_FLIGHT) if way.startswith(TCP) else channel
 
     def answer(self, number: int) -> None:
-        """Send back the signals that the other end sends."""
+        """Send back when each signal of the other end has come, by this process's clock."""
         there, back = self.channels(number)
-        for n in range(ROUNDS):
-            came = self._endpoints.receive(there, Stamp(n, n, 0))
-            self._endpoints.send(back, came)
+        end = False
+        while not end:
+            end = self._endpoints.receive(there, NOW).end
+            came = torch.tensor(time.perf_counter(), dtype=torch.float64)
+            self._endpoints.send(back, Signal(NOW, came))
 
-    def measure(self, number: int) -> Link:
-        """Return the latency and the rate of a link, by signals there and back."""
+    def measure(self, number: int, nbytes: int = 0, every: float = 0.0) -> Link:
+        """Return the latency of a link, one way, and its rate once TCP has opened up, or that of
+        the run if it is less.
+
+        Args:
+            number: of the link.
+            nbytes: of a signal of the run. MARGIN times the latency is then, at least, one within
+                which nearly all of them come, behind what is late of those before; else it is the
+                median of small signals.
+            every: seconds between two signals of the run.
+        """
+        sent, _, answered = self._series(number, 1, ROUNDS)
+        trips = [b - a for a, b in zip(sent[1:], answered[1:], strict=True)]
+        trip = statistics.median(trips)  # (the first one opens what the others use again)
+        seconds = min(max(ROUND_TRIPS * trip, SHORTEST), LONGEST)
+        size = min(nbytes or LARGE, MOST // 2)
+        sent, came, _ = self._series(number, size, 2 * ROUNDS, seconds, every, trip)
+        half = len(came) // 2
+        took = came[-1] - came[half - 1]
+        rate = size * (len(came) - half) / took if took > 0 else math.inf
+        way = trip / 2
+        if nbytes:
+            pace = max(every, size / (SPARE * rate))
+            seconds = max(seconds, min(3 * ROUNDS * pace, LONGEST))
+            sent, came, _ = self._series(number, size, ROUNDS, seconds, pace, trip)
+            way = max(way, (min(trips) / 2 + _lateness(sent, came)) / MARGIN)
+        self._series(number, 1, 1, end=True)
+        return Link(way, rate)
+
+    def _series(
+        self,
+        number: int,
+        nbytes: int,
+        least: int,
+        seconds: float = 0.0,
+        every: float = 0.0,
+        trip: float = 0.0,
+        *,
+        end: bool = False,
+    ) -> tuple[list[float], list[float], list[float]]:
+        """Send signals, and return when each left, came (by the other clock) and was answered.
+
+        No more are under way than either channel has room for, so that neither end ever waits for
+        room while the other one does.
+
+        Args:
+            least, seconds: so many signals, and for so long.
+            every: seconds between two in the mean, if not as fast as possible.
+            trip: seconds of a round trip. Twice as many signals may be under way as were answered
+                in the latest two, so that a slow link holds no long queue; 0: one signal.
+            end: the answering end is done with this.
+        """
         there, back = self.channels(number)
-        small: list[float] = []
-        large: list[float] = []
-        for n in range(ROUNDS):
-            size = 1 if n < SMALL_ROUNDS else LARGE
-            payload = torch.zeros(size, dtype=torch.uint8)
-            begin = time.perf_counter()
-            self._endpoints.send(there, Signal(Stamp(n, n, 0), payload))
-            self._endpoints.receive(back, Stamp(n, n, 0))
-            (small if n < SMALL_ROUNDS else large).append(time.perf_counter() - begin)
-        # (the first of each opens what the others use again)
-        way, full = (statistics.median(t[1:]) / 2 for t in (small, large))
-        return Link(way, LARGE / (full - way) if full > way else math.inf)
+        payload = torch.zeros(nbytes, dtype=torch.uint8)
+        first = min(3 * ROUNDS, max(1, FIRST_BYTES // nbytes))
+        sent: list[float] = []
+        came: list[float] = []
+        answered: list[float] = []
+
+        def take() -> None:
+            payload = self._endpoints.receive(back, NOW).payload
+            if payload is None:
+                raise WireError(f"{back}: an answer without a time")
+            came.append(float(payload))
+            answered.append(time.perf_counter())
+
+        while len(sent) < least or sent[-1] - sent[0] < seconds:
+            now = time.perf_counter()
+            latest = len(answered) - bisect_left(answered, now - 2 * trip)
+            room = min(self._room[number], first + 2 * latest) if trip else 1
+            if len(sent) - len(answered) >= room:
+                take()
+                continue
+            if every and sent:  # (after a wait it catches up, as a run does)
+                time.sleep(max(0.0, sent[0] + len(sent) * every - now))
+            sent.append(time.perf_counter())
+            self._endpoints.send(there, Signal(NOW, payload, end=end))
+        while len(answered) < len(sent):
+            take()
+        return sent, came, answered
 
     def close(self) -> None:
         """Close both ends."""
         self._endpoints.close()
+
+
+def _lateness(sent: Sequence[float], came: Sequence[float]) -> float:
+    """Return by how many seconds the share IN_TIME of the signals is later than the quickest, at
+    most. (The clocks of the ends differ; the first third meets what TCP has not opened up yet.)"""
+    late = [b - a for a, b in zip(sent, came, strict=True)]
+    steady = sorted(late[len(late) // 3 :])
+    return steady[math.ceil(IN_TIME * len(steady)) - 1] - min(late)
+
+
+def signals_of(
+    model: TimingModel, placement: Sequence[Sequence[str]]
+) -> tuple[Mapping[tuple[int, int], int], float]:
+    """Return the bytes of a sample's signals by actors, and the seconds of a sample, with links
+    that take no time."""
+    ones = {e.name: 1 for e in model.plan.graph.edges if not e.from_input}
+    alone = replace(model, plan=with_delays(model.plan, ones))
+    timed = alone.timed(placement, range(len(placement)), cluster_of(placement, {}))
+    nbytes = {pair: -(-n // timed.samples) for pair, n in timed.nbytes.items()}
+    return nbytes, timed.period().seconds / timed.samples
 
 
 def pairs(plan: Plan, placement: Sequence[Sequence[str]]) -> set[tuple[int, int]]:

@@ -7,7 +7,7 @@ import math
 from hamdist.dynamics.graph.graph import INPUT
 from hamdist.dynamics.schedule.events import Kind
 from hamdist.runtime.plan.plan import Plan
-from hamdist.runtime.signals.packing import MAX_HEADER
+from hamdist.runtime.signals.packing import MAX_HEADER, TIMES
 from hamdist.runtime.signals.signal import Channel
 
 DOUBLE = 8  # bytes of a float64
@@ -50,9 +50,6 @@ def _parent(channel: Channel) -> str:
     return channel.sender if channel.kind is Kind.STATE else channel.receiver
 
 
-# Batches may be larger than the first one was; a message may be wider than the state that it
-# answers (float64 for float32), and bring that state along (memory 'reversible').
-TIMES = 16
 RAGGED = 2**28
 REST = 4096  # what else a packet may hold; encryption adds 33 bytes
 

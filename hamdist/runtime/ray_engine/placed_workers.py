@@ -21,7 +21,7 @@ from hamdist.runtime.engines.worker import Worker
 from hamdist.runtime.engines.worker_report import SnapshotNews, WorkerReport, WorkerStatus
 from hamdist.runtime.placement.assign_blocks import Costs, by_parameters
 from hamdist.runtime.placement.assign_hosts import ActorOptions, options_of_actors
-from hamdist.runtime.placement.links import Probe, cluster_of, pairs
+from hamdist.runtime.placement.links import Probe, cluster_of, pairs, signals_of
 from hamdist.runtime.placement.requirements import requirements
 from hamdist.runtime.placement.step_costs import source_host
 from hamdist.runtime.plan.dtypes import block_settings
@@ -199,9 +199,11 @@ class PlacedWorkers:
             warnings.warn(note, HamdistWarning, stacklevel=2)  # (before they compute)
         return notes
 
-    def _links(self) -> dict[tuple[int, int], Link]:
+    def _links(self, model: TimingModel | None) -> dict[tuple[int, int], Link]:
         """Measure the links by pair of actors that exchange signals. Between two hosts, or inside
-        one, one pair stands for all."""
+        one, one pair stands for all; between hosts signals are as large and frequent as `model`
+        says. (In one, a signal is late when its actor has no processor.)"""
+        nbytes, every = ({}, 0.0) if model is None else signals_of(model, self.placement)
         by_pair: dict[frozenset[str], list[tuple[int, int]]] = {}
         for a, b in sorted(pairs(self._plan, self.placement)):
             hosts = frozenset([self.actors[a].node, self.actors[b].node])
@@ -224,15 +226,22 @@ class PlacedWorkers:
         self._all("call", lambda _: ("join", addresses))
         links: dict[tuple[int, int], Link] = {}
         for number, (group, (a, b)) in enumerate(zip(by_pair.values(), firsts, strict=True)):
-            link = self._measured(number, self.actors[a], self.actors[b])
+            first, second = self.actors[a], self.actors[b]
+            size = max(nbytes.get(way, 0) for way in ((a, b), (b, a)))
+            link = self._measured(
+                number, first, second, size if first.node != second.node else 0, every
+            )
             links |= dict.fromkeys(group, link)
         self._all("close", lambda _: ())
         return links
 
-    def _measured(self, number: int, first: WorkerHandle, second: WorkerHandle) -> Link:
+    def _measured(
+        self, number: int, first: WorkerHandle, second: WorkerHandle, nbytes: int, every: float
+    ) -> Link:
         answered = second.ask("answer", number)
+        measured = first.ask("measure", number, nbytes, every)
         try:
-            link, _ = ray.get([first.ask("measure", number), answered], timeout=START_SECONDS)
+            link, _ = ray.get([measured, answered], timeout=START_SECONDS)
         except GetTimeoutError:
             raise ClusterError(
                 f"the link between {first} and {second} could not be measured within "

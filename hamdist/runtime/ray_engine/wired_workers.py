@@ -67,7 +67,7 @@ class WiredWorkers(PlacedWorkers):
             self.notes += self.unlike(dict(zip(self.actors, answers, strict=True)))
         if plan.replan is not None and measured is not None:
             with startup.phase("links"):
-                self.links = self._links()
+                self.links = self._links(measured.model)
                 if measured.model is not None:
                     cluster = cluster_of(groups, self.links)
                     delays = least_delays(measured.model, groups, range(len(groups)), cluster)

@@ -35,6 +35,10 @@ EMPTY = 2
 SEQUENCE_END = 4
 APART = 8
 MAX_BYTES = 2**40  # of one payload: beyond it a header is no signal's
+# How much larger than planned a payload may be: batches may be larger than the first one was; a
+# message may be wider than the state that it answers (float64 for float32), and bring that state
+# along (memory 'reversible').
+TIMES = 16
 MAX_HEADER = HEADER.size + 8 * MAX_DIMS
 _REMEMBERED = 64  # forms of signals that a channel's packer knows by heart
 _DTYPES = (

@@ -1,12 +1,17 @@
-"""ZeroMQ between processes: one PUSH and one PULL socket per channel.
+"""ZeroMQ between processes: one PULL socket per channel, and a PUSH socket per connection to it.
 
 Each channel has its own queue of bounded length, so a slow receiver holds exactly its senders
-back. ipc sockets lie in a private folder (mode 0700); tcp sockets bind to one address and an
-ephemeral port, and admit peers with an allowed key (encryption.py).
+back. A channel over which more bytes may be under way than one connection holds has several, which
+take turns: message n goes by connection n mod N. Each keeps its order, and messages begin with n
+there, by which the receiver restores the order of all and notices if one is missing.
+
+ipc sockets lie in a private folder (mode 0700); tcp sockets bind to one address and an ephemeral
+port, and admit peers with an allowed key (encryption.py).
 """
 
 from __future__ import annotations
 
+import struct
 from collections import deque
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -19,7 +24,7 @@ from torch import Tensor
 
 from hamdist.dynamics.schedule.events import Stamp
 from hamdist.errors import ClusterError, WireError
-from hamdist.runtime.signals.packing import Packer, WireForm
+from hamdist.runtime.signals.packing import TIMES, Packer, WireForm
 from hamdist.runtime.signals.signal import Channel, Signal, on_host
 from hamdist.runtime.transport.encryption import KeyGate, Keys, authenticate, split_key
 from hamdist.runtime.transport.endpoint import TURN_MS, EndpointContext, socket_file
@@ -31,6 +36,33 @@ from hamdist.runtime.transport.endpoint import TURN_MS, EndpointContext, socket_
 FRAME_BYTES = 2**19
 NO_LIMIT = -1  # of the bytes of a frame, as ZeroMQ says it
 SEAL = 64  # bytes that encryption adds to a frame, at most
+NUMBER = struct.Struct("<Q")  # of a message, where connections take turns
+# Linux lets a connection grow to 4 MiB of unacknowledged messages (tcp_wmem), of which 2.7 MB are
+# ours: at 0.3 s there and back 9 MB/s. What may be under way one way is unacknowledged for twice as
+# long, and connections are seldom all full.
+CONNECTION_BYTES = 2**20
+MOST_CONNECTIONS = 8
+
+
+def connections(channel: Channel, limit: int) -> int:
+    """Return how many connections a channel takes; `limit`: as its ends are opened with."""
+    if limit == NO_LIMIT:
+        return 1
+    nbytes = _messages(channel) * limit // TIMES
+    return min(MOST_CONNECTIONS, 1 + nbytes // CONNECTION_BYTES)
+
+
+def _messages(channel: Channel) -> int:
+    """Return the messages that may wait: each holds `bundle` signals."""
+    return -(-channel.capacity // channel.bundle)
+
+
+def _room(channel: Channel, number: int) -> int:
+    """Return the messages that may wait by each of so many connections, at either end.
+
+    With room for one alone, an encrypted connection delivers nothing (libzmq 4.3.5).
+    """
+    return max(2, -(-_messages(channel) // number))
 
 
 class ZmqSender:
@@ -56,17 +88,19 @@ class ZmqSender:
         self._limit = limit
         self._channel = channel
         self._packer = Packer(line.run, channel)
-        self._socket = context.socket(zmq.PUSH)
-        self._socket.setsockopt(zmq.LINGER, 0)
-        # (counts messages, of which each holds `bundle` signals where they come in bundles)
-        self._socket.setsockopt(zmq.SNDHWM, -(-channel.capacity // channel.bundle))
-        self._socket.setsockopt(zmq.SNDTIMEO, TURN_MS)
-        self._socket.setsockopt(zmq.IMMEDIATE, 1)
-        self._socket.copy_threshold = FRAME_BYTES
-        if server is not None and keys is not None:
-            authenticate(self._socket, keys, server)
-        self._socket.setsockopt(zmq.IPV6, int("[" in bare))
-        self._socket.connect(bare)
+        self._sent = 0
+        number = connections(channel, limit)
+        self._sockets = [context.socket(zmq.PUSH) for _ in range(number)]
+        for socket in self._sockets:
+            socket.setsockopt(zmq.LINGER, 0)
+            socket.setsockopt(zmq.SNDHWM, _room(channel, number))
+            socket.setsockopt(zmq.SNDTIMEO, TURN_MS)
+            socket.setsockopt(zmq.IMMEDIATE, 1)
+            socket.copy_threshold = FRAME_BYTES
+            if server is not None and keys is not None:
+                authenticate(socket, keys, server)
+            socket.setsockopt(zmq.IPV6, int("[" in bare))
+            socket.connect(bare)
 
     def send(self, signals: Sequence[Signal]) -> None:
         line = self._line
@@ -75,22 +109,24 @@ class ZmqSender:
         frames = self._pack(signals)
         packed = perf_counter()
         line.packed += packed - began
+        socket = self._sockets[self._sent % len(self._sockets)]
         while True:
             try:
                 if len(frames) == 1:
-                    self._socket.send(frames[0])
+                    socket.send(frames[0])
                 else:
-                    self._socket.send_multipart(frames, copy=False)
+                    socket.send_multipart(frames, copy=False)
             except zmq.Again:
                 line.turn(self._channel, signals[0].stamp, sending=True)
             else:
+                self._sent += 1
                 line.waiting = None
                 line.waited += perf_counter() - packed
                 return
 
     def _pack(self, signals: Sequence[Signal]) -> list[Any]:
         """Return the frames: the signals, and then the separate payloads, numbered from 1."""
-        parts: list[Any] = []
+        parts: list[Any] = [NUMBER.pack(self._sent)] if len(self._sockets) > 1 else []
         frames: list[Any] = [b""]
         for signal in signals:
             payload = signal.payload
@@ -117,7 +153,8 @@ class ZmqSender:
         self._line = line
 
     def close(self) -> None:
-        self._socket.close()
+        for socket in self._sockets:
+            socket.close()
 
 
 class ZmqReceiver:
@@ -147,10 +184,14 @@ class ZmqReceiver:
         self._channel = channel
         self._packer = Packer(line.run, channel)
         self._came: deque[Signal] = deque()
+        number = connections(channel, limit)
+        self._next = 0  # number of the message that is handed out next
+        self._newest = [i - number for i in range(number)]  # that has come by each connection
+        self._early: dict[int, Sequence[Any]] = {}  # messages before their turn
         self._file: Path | None = None
         self._socket = context.socket(zmq.PULL)
         self._socket.setsockopt(zmq.LINGER, 0)
-        self._socket.setsockopt(zmq.RCVHWM, -(-channel.capacity // channel.bundle))
+        self._socket.setsockopt(zmq.RCVHWM, _room(channel, number))
         self._socket.setsockopt(zmq.RCVTIMEO, TURN_MS)
         if host is not None:
             self._socket.setsockopt(zmq.MAXMSGSIZE, limit if limit == NO_LIMIT else limit + SEAL)
@@ -169,19 +210,38 @@ class ZmqReceiver:
             return self._came.popleft()
         line = self._line
         began = perf_counter()
-        while True:
+        while self._next not in self._early:
             try:
                 frames = self._socket.recv_multipart(copy=False)
             except zmq.Again:
                 line.turn(self._channel, stamp, sending=False)
             else:
-                break
+                self._early[self._number(frames)] = frames
+        frames = self._early.pop(self._next)
+        self._next += 1
         line.waiting = None
         came = perf_counter()
         line.waited += came - began
-        self._came.extend(self._packer.unpack(frames[0].bytes, self._taker(frames)))
+        message = frames[0].buffer[NUMBER.size if len(self._newest) > 1 else 0 :].tobytes()
+        self._came.extend(self._packer.unpack(message, self._taker(frames)))
         line.packed += perf_counter() - came
         return self._came.popleft()
+
+    def _number(self, frames: Sequence[Any]) -> int:
+        """Return the number of a message. Raises WireError if one before it has been lost."""
+        number = len(self._newest)
+        if number == 1:
+            return self._next
+        if len(frames[0]) < NUMBER.size:
+            raise WireError(f"{self._channel}: a message of {len(frames[0])} bytes")
+        (n,) = NUMBER.unpack_from(frames[0].buffer)
+        if n - self._newest[n % number] != number:
+            raise WireError(
+                f"{self._channel}: message {n} came after {self._newest[n % number]} by one of "
+                f"{number} connections: those between were lost with a connection"
+            )
+        self._newest[n % number] = n
+        return int(n)
 
     def _taker(self, frames: Sequence[Any]) -> Callable[[WireForm, int], Tensor]:
         """Return a function that copies the payload in frame `index`."""

@@ -6,6 +6,7 @@ from __future__ import annotations
 import dataclasses
 import threading
 import time
+from collections import deque
 
 import pytest
 import torch
@@ -18,7 +19,6 @@ from hamdist.dynamics.schedule.events import Kind, Phase, Stamp
 from hamdist.errors import WireError
 from hamdist.runtime.placement.links import (
     MARGIN,
-    ROUNDS,
     WORSE,
     Probe,
     cluster_of,
@@ -128,10 +128,11 @@ def test_an_error_comes_behind_the_signals_and_room_is_bounded():
 
 
 @pytest.mark.timeout(30)
-def test_a_link_is_measured(leaves_no_socket):
+@pytest.mark.parametrize("way", ["shm", "tcp://127.0.0.1"])
+def test_a_link_is_measured(leaves_no_socket, way):
     ends = Probe(RUN, 0.01), Probe(RUN, 0.01)
     there, back = Probe.channels(0)
-    addresses = ends[1].open({there.number: "shm"}) | ends[0].open({back.number: "shm"})
+    addresses = ends[1].open({there.number: way}) | ends[0].open({back.number: way})
     for end in ends:
         end.join(addresses)
     thread = threading.Thread(target=ends[1].answer, args=(0,))
@@ -142,7 +143,74 @@ def test_a_link_is_measured(leaves_no_socket):
         end.close()
     assert link.seconds >= 0.01
     assert link.bytes_per_second > 0
-    assert ROUNDS > 4
+
+
+class FakeLink:
+    """Endpoints of a probe on a clock of their own: signals take LATE one way, queue behind others
+    at `rate` bytes a second, and come `late(n)` seconds later, in order. Answers take LATE."""
+
+    def __init__(self, rate, late):
+        self.rate, self.late = rate, late
+        self.now = self.free = self.newest = 100.0
+        self.sent, self.most, self.answers = 0, 0, deque()
+
+    def perf_counter(self):
+        return self.now
+
+    def sleep(self, seconds):
+        self.now += seconds
+
+    def send(self, channel, signal):
+        assert channel.kind is Kind.STATE
+        self.free = max(self.free, self.now) + signal.payload.nbytes / self.rate
+        self.newest = max(self.newest, self.free + LATE + self.late(self.sent))
+        self.sent += 1
+        self.answers.append((self.newest + LATE, self.newest + 1000.0))
+        self.most = max(self.most, len(self.answers))
+
+    def receive(self, channel, stamp):
+        due, came = self.answers.popleft()
+        self.now = max(self.now, due)
+        return Signal(stamp, torch.tensor(came, dtype=torch.float64))
+
+
+def measured(monkeypatch, fake, *arguments, room=1024):
+    monkeypatch.setattr("hamdist.runtime.placement.links.time", fake)
+    probe = Probe(RUN, 0.0)
+    probe._endpoints, probe._room = fake, {0: room}
+    return probe.measure(0, *arguments)
+
+
+NBYTES = 10_000
+
+
+@pytest.mark.parametrize("rate", [1e5, 1e6, 1e9])
+@pytest.mark.parametrize("every", [0.02, 0.002])
+def test_a_link_is_measured_at_the_runs_pace(monkeypatch, rate, every):
+    """The rate is the link's, or the run's if that is less; signals at 0.9 of it do not queue, so
+    that a signal's own bytes are all that comes to LATE, of which the quickest one has as many."""
+    link = measured(monkeypatch, FakeLink(rate, lambda _: 0.0), NBYTES, every)
+    assert link.bytes_per_second == pytest.approx(min(rate, NBYTES / every), rel=0.1)
+    assert link.seconds == pytest.approx(LATE, rel=0.05)
+
+
+def test_the_latency_is_one_within_which_nearly_all_signals_come(monkeypatch):
+    """Every 20th takes 60 ms more, and holds up those behind it: at one in 10 ms, 6 of 20 are late,
+    by 60, 50, ... 10 ms. (One in 400 is 2 s late: too seldom to count.)"""
+    fake = FakeLink(1e9, lambda n: 2.0 if n == 30 else 0.06 * (n % 20 == 0))
+    link = measured(monkeypatch, fake, NBYTES, 0.01)
+    assert MARGIN * link.seconds == pytest.approx(LATE + 0.06, rel=0.02)
+    assert measured(monkeypatch, FakeLink(1e9, fake.late)).seconds == pytest.approx(LATE, rel=0.02)
+
+
+@pytest.mark.parametrize("room", [4, 1024])
+def test_what_is_under_way_is_bounded(monkeypatch, room):
+    """By the channel's room, which both ends have; and on a slow link by what it carries."""
+    fast, slow = FakeLink(1e12, lambda _: 0.0), FakeLink(2e6, lambda _: 0.0)
+    measured(monkeypatch, fast, NBYTES, 1e-5, room=room)
+    assert fast.most <= room
+    measured(monkeypatch, slow, NBYTES, 1e-5, room=room)
+    assert slow.most <= min(room, 15 + 2 * (4 * LATE + 0.01) * 2e6 / NBYTES)
 
 
 # -- the least delays ------------------------------------------------------------------------------

@@ -4,6 +4,7 @@ the lost ones are replaced, and the run ends with the same bits."""
 from __future__ import annotations
 
 import copy
+import itertools
 import os
 import signal
 
@@ -167,6 +168,21 @@ def test_other_transports_delays_and_codes(session, driver, leaves_no_socket, tm
     compress = {"block0->*": "int8", "block1->*": "delta", "block2->*": "int4", "*": "delta"}
     engine = {"transport": transport, "compress": compress, "feedback": "on"}
     result = both(tmp_path, odd, engine=engine, partition={**cut(), "delay": 4})
+    assert result.replaced
+
+
+def test_a_killed_actor_behind_several_connections(session, driver, leaves_no_socket, tmp_path):
+    """Signals of 4 x 4096 numbers, 44 of which may be under way: more than 1 MiB (zeromq.py)."""
+
+    def build():
+        widths = [FEATURES, 8, 4096, 8, 8, 3]
+        layers = [nn.Sequential(nn.Linear(*pair), nn.Tanh()) for pair in itertools.pairwise(widths)]
+        layers[2].append(Once(51, tmp_path / "mark", "kill"))
+        return nn.Sequential(*layers)
+
+    delays = {"block1->block2": 40}
+    engine = {"transport": "tcp", "bundle": "off", "actors": 4}
+    result = both(tmp_path, seeded(build), engine=engine, partition={**cut(), "delays": delays})
     assert result.replaced
 
 

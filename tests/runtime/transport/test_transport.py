@@ -19,8 +19,10 @@ from hamdist.errors import ClusterError, WireError
 from hamdist.runtime.process.leftovers import remove_leftovers
 from hamdist.runtime.signals.packing import Packer
 from hamdist.runtime.signals.signal import Aborted, Channel, Signal
+from hamdist.runtime.transport.encryption import new_keys
 from hamdist.runtime.transport.endpoint import socket_folder
 from hamdist.runtime.transport.transport import Endpoints
+from hamdist.runtime.transport.zeromq import NO_LIMIT, NUMBER, connections
 
 RUN = 77
 CHANNEL = Channel(3, Kind.STATE, "a", "b", "a->b", 4)
@@ -29,6 +31,7 @@ pytestmark = pytest.mark.timeout(30)
 
 
 WAYS = {"shm": "shm", "ipc": "ipc", "tcp": "tcp://127.0.0.1", "tcp, IPv6": "tcp://::1"}
+LIMIT = 2**27  # of a frame: four signals may be under way, each of a sixteenth of it, 32 MiB in all
 
 
 @pytest.fixture(params=WAYS)
@@ -121,6 +124,80 @@ def test_a_bundle_is_one_message_of_several_signals(pair):
         assert (new.stamp, new.end) == (old.stamp, old.end)
         assert (new.payload is None) == (old.payload is None)
         assert new.payload is None or torch.equal(new.payload, old.payload)
+
+
+def test_connections_follow_from_the_bytes_that_may_be_under_way():
+    """1 MiB each: 80 messages of 32 KiB make 2.5, 160 signals in bundles of 4 40 messages, 1.25."""
+    one = CHANNEL._replace(capacity=80)
+    assert connections(one, 16 * 2**15) == 1 + 2
+    assert connections(one, NO_LIMIT) == connections(CHANNEL, 16 * 2**15) == 1
+    assert connections(one._replace(capacity=160, bundle=4), 16 * 2**15) == 1 + 1
+    assert connections(one, LIMIT) == 8
+
+
+@pytest.fixture
+def striped(leaves_no_socket):
+    """A receiver of eight connections, and a function that sends messages by their number."""
+    receiver = Endpoints(RUN, threading.Event())
+    address = receiver.bind(CHANNEL, WAYS["tcp"], LIMIT)
+    packer, context = Packer(RUN, CHANNEL), zmq.Context()
+    sockets = [context.socket(zmq.PUSH) for _ in range(8)]
+    for other in sockets:
+        other.connect(address)
+
+    def send(*order):
+        for n in order:
+            sockets[n % 8].send(NUMBER.pack(n) + packer.header(Signal(Stamp(n, n, 0)), None))
+
+    yield receiver, send
+    context.destroy(linger=0)
+    receiver.close()
+
+
+@pytest.mark.parametrize("order", [[7, 2, 1, 0], [1, 9, 2, 0, 3, 4], [0, 8, 16, 24, 1, 2, 3]])
+def test_the_order_of_connections_is_restored(striped, order):
+    receiver, send = striped
+    send(*order)
+    for n in range(next(n for n in range(40) if n not in order)):
+        assert receiver.receive(CHANNEL, Stamp(n, n, 0)).stamp == Stamp(n, n, 0)
+
+
+@pytest.mark.parametrize("order", [[1, 10], [8], [1, 1]])
+def test_a_message_that_a_connection_has_lost_is_noticed(striped, order):
+    receiver, send = striped
+    send(*order)
+    with pytest.raises(WireError, match=r"message \d+ came after -?\d by one of 8 connections"):
+        receiver.receive(CHANNEL, Stamp(0, 0, 0))
+
+
+@pytest.mark.parametrize("size", [1, 300_000])
+@pytest.mark.parametrize("encrypted", [False, True])
+def test_several_connections_carry_signals_in_order(leaves_no_socket, size, encrypted):
+    """Without a receiver the queues of both ends fill up, and what the kernel holds."""
+    keys = new_keys() if encrypted else None
+    sender = Endpoints(RUN, threading.Event(), keys=keys)
+    receiver = Endpoints(RUN, threading.Event(), keys=new_keys() if encrypted else None)
+    way = WAYS["tcp"] if keys is None else f"{WAYS['tcp']} {keys.public}"
+    sender.connect(CHANNEL, receiver.bind(CHANNEL, way, LIMIT), LIMIT)
+    sent = []
+
+    def send():
+        for n in range(200):
+            sender.send(CHANNEL, signal(n, size))
+            sent.append(n)
+
+    thread = threading.Thread(target=send)
+    thread.start()
+    while size > 1 and sender.waiting is None:
+        threading.Event().wait(0.02)
+    assert size == 1 or CHANNEL.capacity <= len(sent) < 200
+    for n in range(200):
+        got = receiver.receive(CHANNEL, Stamp(n, n, 0))
+        assert got.stamp == Stamp(n, n, 0)
+        assert torch.equal(got.payload, signal(n, size).payload)
+    thread.join()
+    for endpoints in (sender, receiver):
+        endpoints.close()
 
 
 def test_a_slow_receiver_holds_the_sender_back(pair):
