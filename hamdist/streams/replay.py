@@ -70,3 +70,18 @@ def samples_from(stream: Stream, n: int, passed: int = 0) -> Iterator[Sample]:
                 "its start: give the stream that the run had"
             )
     return drawn
+
+
+def drawn(
+    samples: Iterator[Sample], n: int, passing: type[Exception] = StreamError
+) -> Sample | None:
+    """Return sample n; None at the end. Raises StreamError for all that a stream raises but that,
+    and what is `passing`."""
+    try:
+        return next(samples, None)
+    except (StreamError, passing):
+        raise
+    except Exception as error:
+        raise StreamError(
+            f"sample {n}: the stream raised {type(error).__name__}: {error}"
+        ) from error

@@ -320,3 +320,62 @@ def test_a_full_disk_is_no_wrong_setting(command, size, tmp_path):
     assert "Written to" not in said
     assert "Report:" not in said
     assert left == []
+
+
+def test_a_disk_to_read_alone(tmp_path):
+    with small_disk(tmp_path / "disk", "64k") as disk:
+        subprocess.run(["mount", "-o", "remount,ro", disk], check=True, timeout=20)
+        for words in (["init", disk / "s.yaml"], ["draw", "digits", "--out", disk / "s.svg"]):
+            done = CliRunner().invoke(app, [str(word) for word in words])
+            assert done.exit_code == 2, done.output
+            assert "Read-only file system" in " ".join(done.output.split())
+
+
+FAILING = """
+import torch
+from torch import nn
+
+def net():
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Linear(6, 8), nn.Tanh(), nn.Linear(8, 4))
+
+def good(seed):
+    drawn = torch.Generator().manual_seed(seed)
+    for _ in range(7):
+        yield torch.randn(4, 6, generator=drawn), torch.randint(0, 4, (4,), generator=drawn)
+
+def failing(seed):
+    yield from good(seed)
+    raise OSError("the disk went away")
+
+def bad(seed):
+    yield from good(seed)
+    yield torch.full((4, 6), float("nan")), torch.zeros(4, dtype=torch.int64)
+"""
+
+
+@pytest.mark.filterwarnings("ignore:the stream ended after")
+@pytest.mark.parametrize("engine", ["inprocess", pytest.param("ray", marks=pytest.mark.ray)])
+def test_a_stream_that_fails_leaves_what_was_learned(engine, tiny, user_file, request):
+    """Oracle: the run of a stream that ends there."""
+    if engine == "ray":
+        request.getfixturevalue("session")
+    file, left = user_file(FAILING), {}
+    for stream, code, text in (
+        ("good", 0, "samples"),
+        ("failing", 1, "Error: sample 7: the stream raised OSError: the disk went away"),
+        ("bad", 1, "Error: sample 7: "),
+    ):
+        words = ["run", tiny, "--model", f"{file}:net", "--stream", f"{file}:{stream}"]
+        out = Path(f"out-{stream}")
+        done = CliRunner().invoke(app, [*words, "--engine", engine, "--out", str(out)])
+        said = " ".join(done.output.split())
+        assert done.exit_code == code, said
+        assert text in said
+        left[stream] = load_file(out / "model.safetensors")
+        assert json.loads((out / "summary.json").read_text())["samples"] == 7
+    for stream in ("failing", "bad"):
+        assert all(torch.equal(left["good"][key], t) for key, t in left[stream].items())
+    words = ["compare", tiny, "--model", f"{file}:net", "--stream", f"{file}:failing"]
+    done = CliRunner().invoke(app, words)
+    assert "Error: sample 7: the stream raised OSError" in " ".join(done.output.split())

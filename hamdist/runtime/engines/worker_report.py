@@ -9,7 +9,7 @@ from typing import Any
 from hamdist.dynamics.blocks.energy import Records
 from hamdist.dynamics.objective.prequential import Window
 from hamdist.dynamics.saved_state.block_memory import BlockMemory
-from hamdist.errors import HamdistError
+from hamdist.errors import HamdistError, StreamError
 from hamdist.runtime.engines.sampler import Sampler
 from hamdist.runtime.nodes.factory import ticks_of
 from hamdist.runtime.nodes.mailbox import Mailbox
@@ -29,7 +29,8 @@ class WorkerReport:
     """Final report of a process; the fields are those of RunFacts, except for these.
 
     `sample`: its measurements at the end; `refusals`: channels between GPUs whose signals went
-    through host memory; `error`: ended the process; `aborted`: it was called off.
+    through host memory; `error`: ended the process; `failure`: of the stream; `aborted`: it was
+    called off.
     """
 
     blocks: dict[str, BlockState] = field(default_factory=dict)
@@ -51,6 +52,7 @@ class WorkerReport:
     snapshot_news: SnapshotNews | None = None
     refusals: list[Refusal] = field(default_factory=list)
     error: HamdistError | None = None
+    failure: StreamError | None = None
     aborted: bool = False
 
     def take(
@@ -72,6 +74,7 @@ class WorkerReport:
                 self.windows[node.name] = node.metrics.windows
         if source is not None:
             self.samples, self.stream = source.samples, source.counts
+            self.failure = source.failure
             self.smoothness = source.smoothness.frames
         if mailbox.digests is not None:
             self.digests = mailbox.digests.result(self.blocks)
@@ -101,6 +104,7 @@ def merged(
         "samples": max((r.samples for r in every), default=0),
         "ticks": max((r.ticks for r in every), default=0),
         "smoothness": next((r.smoothness for r in every if r.smoothness is not None), None),
+        "error": next((r.failure for r in every if r.failure is not None), None),
         "stream": next((r.stream for r in every if r.stream), {}),
         "bytes_per_edge": sent,
         "compression": compression,

@@ -26,7 +26,7 @@ from hamdist.runtime.signals.cast import CPU
 from hamdist.runtime.signals.signal import Aborted, Signal, ready
 from hamdist.streams.check import Checker
 from hamdist.streams.live import live_of
-from hamdist.streams.replay import passed_over, replays, samples_from
+from hamdist.streams.replay import drawn, passed_over, replays, samples_from
 from hamdist.streams.sample import Emission, Emits, Sample, Stream, report_of
 from hamdist.streams.smoothness import Smoothness
 
@@ -79,6 +79,7 @@ class SourceNode:
         self.tick: int | None = self.event.tick
         self._drawn: Iterator[Sample] | None = None
         self._count_drawn = 0  # drawn
+        self.failure: StreamError | None = None  # of the stream, behind its first sample
         self.seconds = 0.0  # of drawing samples
 
     @property
@@ -271,21 +272,20 @@ class SourceNode:
             return None
         begin = perf_counter()
         try:
-            sample = next(self._drawn, None)
-        except (StreamError, Aborted):
-            raise
-        except Exception as error:
-            raise StreamError(
-                f"sample {n}: the stream raised {type(error).__name__}: {error}"
-            ) from error
+            sample = drawn(self._drawn, n, Aborted)
+            if sample is None:
+                return None
+            emission = sample.emission
+            n = emission.number if emission is not None and emission.kind is Emits.AGAIN else n
+            sample = self._check.check(n, sample)
+        except StreamError as error:
+            if not self._count_drawn:
+                raise
+            self.failure, self._drawn = error, None  # the run ends, and says so with its result
+            return None
         finally:
             self.seconds += perf_counter() - begin
-        if sample is None:
-            return None
         self._count_drawn += 1
-        emission = sample.emission
-        n = emission.number if emission is not None and emission.kind is Emits.AGAIN else n
-        sample = self._check.check(n, sample)
         if emission is not None and self._live is None:  # (counted in this run)
             shown, number = emission.shown - self._before, emission.number - self._plan.skip
             emission = emission._replace(shown=shown, number=number)

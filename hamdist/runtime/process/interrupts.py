@@ -130,7 +130,7 @@ class RunInterrupts:
     def note(self, outcome: Outcome) -> Outcome:
         """Write into `outcome` how the run ended."""
         outcome.interrupted = self.interrupted
-        outcome.stopped, outcome.error = self.stopped, self.error
+        outcome.stopped, outcome.error = self.stopped, self.error or outcome.error
         return outcome
 
     def _handle(self, _number: int, _frame: FrameType | None) -> None:

@@ -177,7 +177,8 @@ def train(
                 error.outcome.warnings.insert(0, str(failure))
                 failure.result = make_result(graph, plan, error.outcome, startup, settings, why)
             raise failure from None
-        outcome.warnings[:0] = [*notes, *end_of_stream(plan, outcome, stream)]
+        ended = [] if outcome.error is not None else end_of_stream(plan, outcome, stream)
+        outcome.warnings[:0] = [*notes, *ended]
         result = make_result(graph, plan, outcome, startup, settings, why)
         if outcome.error is not None:
             outcome.error.result = result  # type: ignore[attr-defined]

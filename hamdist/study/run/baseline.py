@@ -48,6 +48,7 @@ from hamdist.runtime.process.process_memory import peak_bytes, reset_peak
 from hamdist.runtime.process.threads import cores, torch_threads
 from hamdist.runtime.results.result import BlockProgress, Progress, RunResult
 from hamdist.runtime.train.prepare import in_dtype_of
+from hamdist.streams.replay import drawn
 from hamdist.streams.sample import Emission, Emits, Sample, SampleSpec, Stream, parted, report_of
 
 CENTRALISED = "centralised"
@@ -300,12 +301,11 @@ def _train(
     on_progress: Callable[[Progress], object] | None,
 ) -> bool:
     """Show every sample; return True where Ctrl-C came first."""
-    reported = begun
-    interrupted = False
+    reported, interrupted = begun, False
     steps, samples = settings.steps, iter(stream.samples())
     try:
         while steps is None or trainer.samples < steps:
-            sample = next(samples, None)
+            sample = drawn(samples, trainer.samples)
             if sample is None:
                 break
             trainer.show(sample)

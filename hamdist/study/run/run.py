@@ -231,10 +231,10 @@ def _run(
     joules = joules_from_now()
     try:
         result = _trained(level, model, stream, settings, timeline, resume)
-    except DivergedError as error:
-        if error.result is None:
+    except (DivergedError, StreamError) as error:
+        if getattr(error, "result", None) is None:
             raise
-        result, failure = error.result, str(error)
+        result, failure = error.result, str(error)  # type: ignore[union-attr]
     used = joules()
     startup.add(result.startup)
     whole = not result.interrupted and failure is None

@@ -74,7 +74,8 @@ def write_file(path: Path, content: str | bytes) -> None:
         part.write_bytes(data)
         part.replace(path)
     except OSError as error:
-        part.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):
+            part.unlink()
         raise SettingsError(f"cannot write {str(path)!r}: {error.strerror or error}") from None
 
 
