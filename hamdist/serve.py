@@ -55,6 +55,20 @@ class Served:
     stopped: threading.Event = field(default_factory=threading.Event)
 
 
+def bound(host: str, port: int) -> socket.socket:
+    """Return a socket at an address. Raises SettingsError where there can be none."""
+    listening = socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET)
+    listening.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+    try:
+        listening.bind((host, port))
+    except OSError as error:
+        listening.close()
+        raise SettingsError(
+            f"--host {host}, --port {port}: {error.strerror}; port 0: any free one"
+        ) from None
+    return listening
+
+
 @contextlib.contextmanager
 def serving(
     run: LiveRun,
@@ -73,15 +87,9 @@ def serving(
         out: a folder for `address.json` (of mode 0600), by which `hamdist.attach(out)` finds it.
 
     Raises:
-        SettingsError: the port is taken.
+        SettingsError: the port is taken, or the interface is none of this machine.
     """
-    ipv6 = ":" in host
-    with socket.socket(socket.AF_INET6 if ipv6 else socket.AF_INET) as listening:
-        listening.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        try:
-            listening.bind((host, port))
-        except OSError as error:
-            raise SettingsError(f"--port {port}: {error.strerror}; 0: any free one") from None
+    with bound(host, port) as listening:
         listening.listen()
         there = socket.gethostname() if host in ("0.0.0.0", "::") else host
         there = f"[{there}]" if ":" in there else there

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import signal
+import socket
 import subprocess
 import sys
 import threading
@@ -18,8 +19,10 @@ import torch
 from safetensors.numpy import load, save
 from safetensors.torch import load_file
 from torch import nn
+from typer.testing import CliRunner
 
 import hamdist
+from hamdist.cli import app
 
 pytest.importorskip("starlette")
 pytest.importorskip("uvicorn")
@@ -131,6 +134,18 @@ def test_clients_that_are_faster_than_the_network_come_again(served, monkeypatch
     for one in clients:
         one.join(30)
     assert replies == [429] * 2 + [200] * 3
+
+
+@pytest.mark.parametrize(("host", "said"), [("127.0.0.1", "in use"), ("192.0.2.1", "requested")])
+def test_an_address_that_cannot_be_had_starts_nothing(host, said, tmp_path):
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = str(taken.getsockname()[1])
+        words = ["serve", "digits", "--host", host, "--port", port, "--out", str(tmp_path / "o")]
+        done = CliRunner().invoke(app, words)
+    assert done.exit_code == 2
+    assert f"--host {host}, --port {port}" in " ".join(done.output.split())
+    assert said in done.output
+    assert not (tmp_path / "o").exists()
 
 
 @pytest.mark.slow
