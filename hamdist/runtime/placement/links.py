@@ -48,8 +48,9 @@ MOST = 2**28  # bytes of any signal
 IN_FLIGHT = 1024  # signals, between hosts
 FIRST_BYTES = 2**20  # of signals that are sent before any is answered
 # A link is filled, and then measured, for so many round trips: TCP doubles what it has under way in
-# each, up to bandwidth times round trip (2.5 MB at 100 Mbit/s and 200 ms: eight of them).
-ROUND_TRIPS = 16
+# each, up to bandwidth times round trip (2.5 MB at 100 Mbit/s and 200 ms: eight of them), and a
+# round trip of a link that is full, or loses packets, is up to thrice that of one small signal.
+ROUND_TRIPS = 40
 SHORTEST, LONGEST = 0.2, 4.0  # seconds of that
 SPARE = 0.9  # of the rate, at which signals of the run's size do not queue
 IN_TIME = 0.98  # of the signals come within the latency that is measured at the run's pace

@@ -91,6 +91,11 @@ class Codec:
         exact = math.prod(self.row) * self.dtype.itemsize
         return exact > 0 and self.nbytes(1) < exact
 
+    @property
+    def bytes_share(self) -> float:
+        """Return the bytes of an encoded signal as a share of the exact one's."""
+        return self.nbytes(1) / (math.prod(self.row) * self.dtype.itemsize)
+
     def nbytes(self, batch: int) -> int:
         """Return the bytes of an encoded signal (batch, *row)."""
         n = self._vector

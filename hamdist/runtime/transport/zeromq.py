@@ -48,8 +48,10 @@ def connections(channel: Channel, limit: int) -> int:
     """Return how many connections a channel takes; `limit`: as its ends are opened with."""
     if limit == NO_LIMIT:
         return 1
-    nbytes = _messages(channel) * limit // TIMES
-    return min(MOST_CONNECTIONS, 1 + nbytes // CONNECTION_BYTES)
+    nbytes = _messages(channel) * limit / TIMES
+    if channel.codec is not None:  # (`limit` is of exact signals)
+        nbytes *= channel.codec.bytes_share
+    return min(MOST_CONNECTIONS, 1 + int(nbytes / CONNECTION_BYTES))
 
 
 def _messages(channel: Channel) -> int:

@@ -13,10 +13,11 @@ import pytest
 import torch
 import zmq
 
-from hamdist.config import EngineSettings
+from hamdist.config import Compress, EngineSettings
 from hamdist.dynamics.schedule.events import Kind, Stamp
 from hamdist.errors import ClusterError, WireError
 from hamdist.runtime.process.leftovers import remove_leftovers
+from hamdist.runtime.signals.codec import Codec
 from hamdist.runtime.signals.packing import Packer
 from hamdist.runtime.signals.signal import Aborted, Channel, Signal
 from hamdist.runtime.transport.encryption import new_keys
@@ -133,6 +134,8 @@ def test_connections_follow_from_the_bytes_that_may_be_under_way():
     assert connections(one, NO_LIMIT) == connections(CHANNEL, 16 * 2**15) == 1
     assert connections(one._replace(capacity=160, bundle=4), 16 * 2**15) == 1 + 1
     assert connections(one, LIMIT) == 8
+    half = Codec(Compress.FP16, torch.float32, (64,))
+    assert connections(one._replace(codec=half), 16 * 2**15) == 1 + 1
 
 
 @pytest.fixture
