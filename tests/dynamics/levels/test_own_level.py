@@ -4,7 +4,7 @@ and the built-in levels."""
 from __future__ import annotations
 
 from dataclasses import replace
-from itertools import islice
+from itertools import count, islice
 
 import pytest
 import torch
