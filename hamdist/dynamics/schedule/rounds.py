@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from bisect import bisect_left
 from collections.abc import Collection, Iterable, Mapping, Sequence
+from itertools import islice
 from typing import ClassVar, NamedTuple
 
 from hamdist.dynamics.graph.graph import Graph
@@ -176,13 +177,21 @@ class _Refusal(NamedTuple):
     def failures_of(self, level: OwnLevel, graph: Graph) -> tuple[int, list[object]]:
         """Return ticks and events of a user's level, whose code may raise anything."""
         try:
-            ticks, events = level.ticks(graph), list[object](level.events(graph))
+            ticks = level.ticks(graph)
+            whole = isinstance(ticks, int) and ticks > 0
+            self.unless(whole, f"ticks() is {ticks!r}; return a whole number, 1 or more")
+            most = 2 * ticks * len(graph.blocks)  # (a block does F and B once a tick)
+            events = list(islice(level.events(graph), most + 1))
+        except LevelError:
+            raise
         except Exception as error:
             raise LevelError(f"{self.who}: {type(error).__name__}: {error}") from error
-        whole = isinstance(ticks, int) and ticks > 0
-        self.unless(whole, f"ticks() is {ticks!r}; return a whole number, 1 or more")
         self.unless(events, "events() yields none")
-        return ticks, events
+        enough = (
+            f"events() yields more than the {most} that fit into {ticks} ticks; yield one round"
+        )
+        self.unless(len(events) <= most, enough)
+        return ticks, list[object](events)
 
     def unless_event(self, event: object, graph: Graph) -> tuple[int, str, str, int]:
         match event:

@@ -4,7 +4,7 @@ and the built-in levels."""
 from __future__ import annotations
 
 from dataclasses import replace
-from itertools import islice
+from itertools import count, islice
 
 import pytest
 import torch
@@ -173,6 +173,14 @@ REFUSED = {
     "it raises": (type("Wrong", (hamdist.OwnLevel,), {"ticks": failing})(), "KeyError: 'depth'"),
     "no events": (type("Wrong", (hamdist.OwnLevel,), {"ticks": lambda *_: 1})(), "NotImpl"),
     "none": (events(), "yields none"),
+    "no end": (
+        type(
+            "Wrong",
+            (hamdist.OwnLevel,),
+            {"ticks": lambda *_: 3, "events": lambda *_: ((n, "b0", "F", n) for n in count())},
+        )(),
+        "more than the 12 that fit into 3 ticks",
+    ),
     "three values": (events((0, "b0", "F")), "yield .tick, block"),
     "another block": (events((0, "b9", "F", 0)), "blocks are b0, b1"),
     "another phase": (events((0, "b0", "G", 0)), "yields .0, 'b0', 'G', 0.; yield"),
