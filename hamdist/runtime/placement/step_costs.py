@@ -49,7 +49,7 @@ from hamdist.streams.sample import Sample, SampleSpec, TargetSpec, with_weights
 ENOUGH_SECONDS = 0.3  # then FEWEST samples in a network that is full are enough
 GIVE_UP_SECONDS = 3.0
 PREDICTION_SECONDS = 1.0  # at most, where only the prediction of a run needs them
-FEWEST, MOST = 3, 8
+FEWEST, MOST = 3, 64
 DEEPEST = 128  # samples that fill a network; a deeper one is measured by the first few samples
 SEQUENCE = 4  # tokens of a made-up sequence
 STAMP_SECONDS = 1e-3  # between two made-up samples
@@ -138,9 +138,9 @@ def measure(
 ) -> StepSeconds:
     """Return the seconds of work for one sample, by block (and 'u', the stream's checks) and phase.
 
-    They are medians over samples in a network that is full (but see DEEPEST). `clock` replaces the
-    processor's; limit: seconds that all of it may take, instead of GIVE_UP_SECONDS. Raises
-    Unmeasured if a block fails, or takes too long.
+    They are medians over the later samples in a network that is full (but see DEEPEST). `clock`
+    replaces the processor's; limit: seconds that all of it may take, instead of GIVE_UP_SECONDS.
+    Raises Unmeasured if a block fails, or takes too long.
     """
     spec = replace(plan.spec, patience=0, kept=False, live=False)  # (nobody talks to a trial)
     plan = replace(plan, spec=spec)
@@ -239,7 +239,10 @@ class _Trial:
         steps = [s for node in timed for _, s in node.spent]
         around = max(0.0, self._clock() - first - sum(steps)) / len(steps)
         seconds: dict[str, dict[str, float]] = {}
-        c, steady = plan.schedule.c, range(self._full, source.samples)
+        c = plan.schedule.c
+        # (what a process meets first, copied pages and code that is new to it, takes longer)
+        warm = self._full + (source.samples - self._full) // 2
+        steady = range(min(warm, source.samples - FEWEST), source.samples)
         parts = plan.schedule.parts if isinstance(plan.schedule, PulseSchedule) else 1
         for node in timed:
             periods: dict[str, dict[int, float]] = defaultdict(lambda: defaultdict(float))

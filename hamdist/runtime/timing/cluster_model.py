@@ -7,10 +7,10 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
 # What an actor spends on one message that it sends to or takes from another actor, and on its
-# bytes, without any wait: in packing, the ring or socket, and encryption. Rough values, which no
-# benchmark of this repository has set: `scripts/bench/prediction` shows how far they lead.
-LOCAL_SECONDS, REMOTE_SECONDS = 50e-6, 120e-6
-BYTES_PER_SECOND = 2e9
+# bytes, without any wait: in packing, the ring or socket, and encryption. On one host they are set
+# by `scripts/bench/prediction` (how-to: simulate); between hosts they are rough.
+LOCAL_SECONDS, REMOTE_SECONDS = 15e-6, 120e-6
+BYTES_PER_SECOND = 4e9
 RETRANSMISSION = (
     0.2  # seconds: TCP's least timeout (RFC 6298 as Linux has it), besides a round trip
 )

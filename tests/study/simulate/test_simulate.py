@@ -121,7 +121,7 @@ def test_a_run_takes_the_time_of_its_stages(simulated):
     found = simulated(
         TWO.replace("latency", "changes: [{at: 0.5s, latency: 0.1}], latency"), *level
     )
-    assert [s["samples_per_second"] for s in found["stages"]] == [first, second]
+    assert [s["samples_per_second"] for s in found["stages"]] == pytest.approx([first, second])
     seconds = 0.5 + (40 - 0.5 * first) / second
     assert found["samples_per_second"] == pytest.approx(40 / seconds)
     assert found["curve"][-1]["seconds"] == pytest.approx(seconds)
