@@ -181,7 +181,7 @@ class _Refusal(NamedTuple):
             whole = isinstance(ticks, int) and ticks > 0
             self.unless(whole, f"ticks() is {ticks!r}; return a whole number, 1 or more")
             most = 2 * ticks * len(graph.blocks)  # (a block does F and B once a tick)
-            events = list(islice(level.events(graph), most + 1))
+            events: list[object] = list(islice(level.events(graph), most + 1))
         except LevelError:
             raise
         except Exception as error:
@@ -191,7 +191,7 @@ class _Refusal(NamedTuple):
             f"events() yields more than the {most} that fit into {ticks} ticks; yield one round"
         )
         self.unless(len(events) <= most, enough)
-        return ticks, list[object](events)
+        return ticks, events
 
     def unless_event(self, event: object, graph: Graph) -> tuple[int, str, str, int]:
         match event:

@@ -72,9 +72,9 @@ class Outer:
     def dense(self) -> Tensor:
         """Return g itself."""
         g = self.x.new_empty(self.z.shape[1], self.x.shape[1])
-        if rows.add_outer(g, self.z, self.x, 1.0, 0.0):
-            return g
-        return torch.mm(self.z.t(), self.x)
+        if not rows.add_outer(g, self.z, self.x, 1.0, 0.0):
+            torch.mm(self.z.t(), self.x, out=g)
+        return g
 
     def add_to(self, tensor: Tensor, alpha: float, beta: float = 1.0) -> None:
         """Set tensor = beta tensor + alpha g, in place."""

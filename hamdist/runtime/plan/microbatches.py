@@ -4,7 +4,6 @@ together with gradients that are added up.
 
 from __future__ import annotations
 
-import copy
 import math
 from collections.abc import Collection, Mapping
 from contextlib import suppress
@@ -183,7 +182,7 @@ def _is_no_mean(graph: Graph, spec: SampleSpec, name: str, outputs: Mapping[str,
     made = numbers * target.classes // numbers.numel() if target.classes else numbers % 7 / 7
     t, half = made.to(target.dtype), len(y) // 2  # other classes in each half
     with torch.no_grad(), torch.random.fork_rng(devices=[]), suppress(Exception):
-        loss = copy.deepcopy(block.loss) if isinstance(block.loss, nn.Module) else block.loss
+        loss = copied(block.loss) if isinstance(block.loss, nn.Module) else block.loss
         whole, first, second = (
             float(loss(y[rows], t[rows])) * len(y[rows]) / len(y)  # type: ignore[misc]
             for rows in (slice(None), slice(half), slice(half, None))
