@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import gc
 import json
 import math
 import os
@@ -170,6 +171,7 @@ def _in_child(work: Callable[[], _Answer], seconds: float) -> _Answer:
                 children.append(child)
                 return
             try:
+                gc.freeze()  # handles of Ray's among the parent's garbage stay quiet (session.py)
                 signal.signal(signal.SIGALRM, signal.SIG_DFL)
                 signal.alarm(math.ceil(seconds) + 1)  # should its parent be lost meanwhile
                 writer.send_bytes(json.dumps(work()).encode())

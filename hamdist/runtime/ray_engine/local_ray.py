@@ -27,10 +27,8 @@ OBJECT_STORE_BYTES = 100 * 2**20
 GONE_SECONDS = 10.0
 TRIES = 5
 # No calls home; Ray's workers at the priority of other processes; a driver without a share of a GPU
-# may still see them. A driver forks to measure steps, and the copy calls nobody: gRPC need not hold
-# its threads for that.
+# may still see them.
 RAY_SETTINGS = {
-    "GRPC_ENABLE_FORK_SUPPORT": "0",
     "RAY_USAGE_STATS_ENABLED": "0",
     "RAY_worker_niceness": "0",
     "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",

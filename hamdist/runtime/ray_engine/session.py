@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import atexit
+import gc
 import logging
 import os
 import threading
@@ -32,6 +33,11 @@ from hamdist.runtime.ray_engine.local_ray import GONE_SECONDS, local_ray, ray_en
 
 CLOSING_SECONDS = 3 * GONE_SECONDS
 T = TypeVar("T")
+
+# A forked child (of a stream that loads its data in processes, say) does not collect what its
+# parent has left as garbage: a handle of Ray's would say its end on the parent's connections, whose
+# next question to Ray's head then has no answer, ever.
+os.register_at_fork(after_in_child=gc.freeze)
 
 
 class Session:

@@ -3,6 +3,7 @@ hand from the schedules of time-and-signals.md. The run that follows must notice
 
 from __future__ import annotations
 
+import gc
 import math
 import os
 import re
@@ -198,6 +199,29 @@ class Lost(nn.Module):
         if x.device.type != "meta":
             os.kill(os.getpid(), signal.SIGKILL)
         return x
+
+
+class Farewell:
+    """Part of a cycle: garbage that writes a file when it is collected."""
+
+    def __init__(self, path):
+        self.path, self.me = path, self
+
+    def __del__(self):
+        self.path.write_text(str(os.getpid()))
+
+
+def test_garbage_of_the_driver_is_left_alone(tmp_path):
+    def work():
+        gc.collect()
+        return "collected"
+
+    path = tmp_path / "farewell"
+    Farewell(path)
+    assert module._in_child(work, 20) == "collected"
+    assert not path.exists()
+    gc.collect()
+    assert path.read_text() == str(os.getpid())
 
 
 def test_a_block_that_ends_its_process_is_a_reason():

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import gc
 import json
+import multiprocessing
 import os
 import re
 import subprocess
 import sys
 import threading
+import time
 from contextlib import ExitStack
 from pathlib import Path
 
@@ -25,6 +28,39 @@ from hamdist.runtime.ray_engine import session as cluster
 from hamdist.streams import from_iterable
 
 pytestmark = pytest.mark.timeout(180)
+
+
+@pytest.mark.ray
+@pytest.mark.timeout(60)
+def test_a_forked_process_leaves_the_garbage_of_its_parent_alone(session):
+    """A handle of Ray's that a child collects speaks on the connections of its parent."""
+    import ray
+
+    class Actor:
+        def answer(self, seconds):
+            time.sleep(seconds)
+
+    gc.disable()
+    try:
+        handle = ray.remote(Actor).options(num_cpus=0).remote()
+        ray.get(handle.answer.remote(0), timeout=30)
+        cycle = [handle, handle.answer.remote(100)]
+        cycle.append(cycle)
+        ray.kill(handle)
+        ray.wait(cycle[1:2], timeout=30)
+        del handle, cycle
+        child = multiprocessing.get_context("fork").Process(target=gc.collect)
+        child.start()
+        child.join(20)
+        child.kill()
+        child.join()
+    finally:
+        gc.enable()
+    assert child.exitcode == 0
+    asked = threading.Thread(target=ray.cluster_resources, daemon=True)
+    asked.start()
+    asked.join(20)
+    assert not asked.is_alive()
 
 
 @pytest.mark.ray
