@@ -26,8 +26,8 @@ if TYPE_CHECKING:
 Products: TypeAlias = tuple[list[Tensor | None], list[Gradient]]  # of `LocalFunction.pull`
 
 
-class PullOptions(TypedDict, total=False):
-    """Options of `LocalFunction.pull`: the products that are wanted, True by default.
+class PullArguments(TypedDict, total=False):
+    """Arguments of `LocalFunction.pull`: the products that are wanted, True by default.
 
     keep: the record will be pulled again. at_once: permission to move weights as soon as their
     gradient is computed; such a gradient is marked as one whose weight has moved.
@@ -88,7 +88,7 @@ class LocalFunction(Stateful, ABC):
         raise TypeError(f"{type(self).__name__} has no forward pass with other weights")
 
     @abstractmethod
-    def pull(self, record: Any, cotangent: Tensor, **how: Unpack[PullOptions]) -> Products:
+    def pull(self, record: Any, cotangent: Tensor, **how: Unpack[PullArguments]) -> Products:
         """Return (cotangent^T df/dh_p per parent, cotangent^T df/dtheta per weight)."""
 
     def saved_tensors(self) -> AbstractContextManager[list[Tensor] | None]:

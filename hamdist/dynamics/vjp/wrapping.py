@@ -20,7 +20,7 @@ from hamdist.dynamics.graph.graph import Joining
 from hamdist.dynamics.graph.ties import names_of
 from hamdist.dynamics.saved_state.stateful import check_names
 from hamdist.dynamics.vjp.gradient import Gradient, Gradients, dense
-from hamdist.dynamics.vjp.local_function import LocalFunction, Products, PullOptions
+from hamdist.dynamics.vjp.local_function import LocalFunction, Products, PullArguments
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
@@ -88,7 +88,7 @@ class JoinedFunction(WrappingFunction):
         wants = [any(group) for group in self._joining.groups(wanted)]
         return self._joining.joined(inputs), wants
 
-    def pull(self, record: Any, cotangent: Tensor, **how: Unpack[PullOptions]) -> Products:
+    def pull(self, record: Any, cotangent: Tensor, **how: Unpack[PullArguments]) -> Products:
         to_inputs, g = self.inner.pull(record, cotangent, **how)
         apart: list[Tensor | None] = []
         for join, sizes, message in zip(self._joining.joins, self._sizes, to_inputs, strict=True):
@@ -130,7 +130,7 @@ class TiedFunction(WrappingFunction):
         """Return weights by name, foreign ones included."""
         return [self._all[name] for name in names]
 
-    def pull(self, record: Any, cotangent: Tensor, **how: Unpack[PullOptions]) -> Products:
+    def pull(self, record: Any, cotangent: Tensor, **how: Unpack[PullArguments]) -> Products:
         """Return the products as `LocalFunction.pull`, for the weights that belong to the block.
 
         None of these moves at once: others have a say in it.
