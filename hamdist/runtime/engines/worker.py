@@ -40,11 +40,9 @@ from hamdist.runtime.signals.cast import CastBorder
 from hamdist.runtime.signals.sent_log import SentLog
 from hamdist.runtime.signals.signal import Aborted, Channel
 from hamdist.runtime.snapshots.process_snapshots import ProcessSnapshots
-from hamdist.runtime.transport.cuda_ipc import cuda_memory
-from hamdist.runtime.transport.gpu_ring import GpuMemory, GpuRingSender, Refusal
-from hamdist.runtime.transport.ring import GPU_SCHEME
-from hamdist.runtime.transport.shared_memory import MAX_CAPACITY, takes
-from hamdist.runtime.transport.thread_calls import ThreadCalls
+from hamdist.runtime.transport.endpoint import ThreadCalls
+from hamdist.runtime.transport.gpu_ring import GpuMemory, GpuRingSender, Refusal, cuda_memory
+from hamdist.runtime.transport.shared_memory import GPU_SCHEME, MAX_CAPACITY, takes
 from hamdist.runtime.transport.transport import IPC, Endpoints
 from hamdist.streams.sample import Stream
 

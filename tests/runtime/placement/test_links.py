@@ -34,8 +34,8 @@ from hamdist.runtime.timing.cluster_model import (
 )
 from hamdist.runtime.timing.model import TimingModel
 from hamdist.runtime.train.train import train
-from hamdist.runtime.transport.delayed_receiver import DelayedReceiver
 from hamdist.runtime.transport.endpoint import EndpointContext
+from hamdist.runtime.transport.threaded_ends import DelayedReceiver
 from hamdist.runtime.transport.transport import Endpoints
 from hamdist.streams import from_iterable
 from hamdist.study.report.save import as_it_was

@@ -32,19 +32,19 @@ from hamdist.runtime.train.prepare import as_graph
 from hamdist.runtime.train.train import train
 from hamdist.runtime.transport import gpu_ring as lending
 from hamdist.runtime.transport import shared_memory as shared
-from hamdist.runtime.transport.cuda_ipc import CudaMemory, cuda_memory
 from hamdist.runtime.transport.endpoint import EndpointContext, socket_folder
 from hamdist.runtime.transport.gpu_ring import (
     ANSWER,
     OFFER,
+    CudaMemory,
     GpuMemoryError,
     GpuRingReceiver,
     GpuRingSender,
     Refusal,
+    cuda_memory,
     ending,
 )
-from hamdist.runtime.transport.ring import GPU_SCHEME
-from hamdist.runtime.transport.shared_memory import SharedSender
+from hamdist.runtime.transport.shared_memory import GPU_SCHEME, SharedSender
 from hamdist.runtime.transport.shared_receiver import SharedReceiver
 from hamdist.runtime.transport.transport import Endpoints
 
