@@ -24,8 +24,8 @@ from hamdist.runtime.placement.links import (
     cluster_of,
     least_delays,
 )
+from hamdist.runtime.plan.derived import with_delays
 from hamdist.runtime.plan.plan import make_plan
-from hamdist.runtime.plan.replan import with_delays
 from hamdist.runtime.signals.signal import Aborted, Channel, Signal
 from hamdist.runtime.timing.cluster_model import (
     BYTES_PER_SECOND,

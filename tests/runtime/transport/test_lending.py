@@ -22,8 +22,8 @@ from hamdist.dynamics.objective.losses import cross_entropy
 from hamdist.dynamics.schedule.events import Kind, Stamp
 from hamdist.errors import ClusterError, SettingsError, WireError
 from hamdist.runtime.advice.advice import lending_notes
+from hamdist.runtime.plan.derived import slot_bytes
 from hamdist.runtime.plan.plan import make_plan
-from hamdist.runtime.plan.signal_bytes import slot_bytes
 from hamdist.runtime.signals.packing import Packer
 from hamdist.runtime.signals.sent_log import ChannelLog
 from hamdist.runtime.signals.signal import Aborted, Channel, Signal, on_host
