@@ -16,7 +16,7 @@ from hamdist.errors import ClusterError, SettingsError
 from hamdist.models.build import ModelFactory
 from hamdist.runtime.placement.assign_blocks import groups_of, place, split
 from hamdist.runtime.placement.assign_hosts import HostInfo, options_of_actors
-from hamdist.runtime.placement.links import least_delays
+from hamdist.runtime.placement.links import as_measured, least_delays
 from hamdist.runtime.placement.requirements import requirements
 from hamdist.runtime.placement.step_costs import Unmeasured, costs_of, measure, source_host
 from hamdist.runtime.plan.derived import exact_bytes, with_delays
@@ -221,7 +221,8 @@ class Planner:
             engine = engine.model_copy(update={"bundle": "off"})
         plan = dataclasses.replace(placed.model.plan, engine=engine)
         model = dataclasses.replace(placed.model, plan=plan)
-        delays = least_delays(model, placed.placement, placed.hosts, self.cluster)
+        cluster = as_measured(model, placed.placement, placed.hosts, self.cluster)
+        delays = least_delays(model, placed.placement, placed.hosts, cluster)
         model = dataclasses.replace(model, plan=with_delays(plan, delays))
         settings = placed.settings.model_copy(update={"engine": engine})
         return self._candidate(settings, model, [*map(list, placed.placement)], [*placed.hosts])

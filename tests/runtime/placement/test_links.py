@@ -18,11 +18,14 @@ from hamdist.config import EngineSettings, Settings
 from hamdist.dynamics.schedule.events import Kind, Phase, Stamp
 from hamdist.errors import WireError
 from hamdist.runtime.placement.links import (
+    IN_TIME,
     MARGIN,
     WORSE,
     Probe,
+    as_measured,
     cluster_of,
     least_delays,
+    signals_of,
 )
 from hamdist.runtime.plan.derived import with_delays
 from hamdist.runtime.plan.plan import make_plan
@@ -262,6 +265,40 @@ def test_the_least_delay_of_a_ring(link):
     aim = ring(1, 1e-3, 3e-3, 2e-3, 0.0) * (1 + WORSE)
     least = next(d for d in range(1, 99) if ring(d, 1e-3, 3e-3, 2e-3, MARGIN * link) <= aim)
     assert fewest(model, [["b0"], ["b1"]], {(0, 1): Link(link)}) == {"b0->b1": least}
+
+
+@pytest.mark.parametrize("blocks", [3, 5])
+def test_of_links_that_are_equally_slow_every_one_is_hidden(blocks):
+    """A chain of a block an actor: two blocks and their link alone make the same ring."""
+    model = model_of(plan(bare_chain(blocks)), 1e-3, 1e-3, 2e-3)
+    placement = [[name] for name in model.plan.graph.blocks]
+    links = {(i, i + 1): Link(25e-3) for i in range(blocks - 1)}
+    found = fewest(model, placement, links)
+    slower = cluster_of(placement, links).slowed(MARGIN)
+
+    def period(delays, cluster):
+        other = dataclasses.replace(model, plan=with_delays(model.plan, delays))
+        return other.timed(placement, range(blocks), cluster).period().seconds
+
+    alone = period(dict.fromkeys(found, 1), cluster_of(placement, {}))
+    assert period(found, slower) <= alone * (1 + WORSE)
+    for name, ticks in found.items():
+        assert ticks > 1
+        assert period({**found, name: ticks - 1}, slower) > alone * (1 + WORSE)
+
+
+def test_a_plan_hides_what_a_run_would_measure():
+    """Signals that vary and are lost: the latency within which nearly all of them come."""
+    model = model_of(plan(bare_chain(2), engine=ALONE), 1e-3, 3e-3, 2e-3)
+    placement = [["b0"], ["b1"]]
+    link = Link(25e-3, 1e7, sigma=0.3, loss=0.02)
+    cluster = as_measured(model, placement, [0, 1], cluster_of(placement, {(0, 1): link}))
+    nbytes, every = signals_of(model, placement)
+    late = link.within(IN_TIME, max(nbytes.values()), every)
+    assert late > 0.2  # a retransmission
+    assert cluster.links == dict.fromkeys([(0, 1), (1, 0)], Link(late / MARGIN, 1e7))
+    steady = cluster_of(placement, {(0, 1): Link(25e-3)})
+    assert as_measured(model, placement, [0, 1], steady).links == steady.links
 
 
 def test_one_sample_at_a_time_gains_nothing():
