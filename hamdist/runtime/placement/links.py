@@ -27,8 +27,8 @@ import torch
 
 from hamdist.dynamics.schedule.events import Kind, Stamp
 from hamdist.errors import WireError
+from hamdist.runtime.plan.derived import with_delays
 from hamdist.runtime.plan.plan import Plan
-from hamdist.runtime.plan.replan import with_delays
 from hamdist.runtime.signals.signal import Channel, Signal
 from hamdist.runtime.timing.cluster_model import ClusterModel, HostModel, Link
 from hamdist.runtime.timing.model import TimingModel

@@ -27,8 +27,8 @@ from hamdist.runtime.placement.links import (
     least_delays,
     signals_of,
 )
+from hamdist.runtime.plan.derived import with_delays
 from hamdist.runtime.plan.plan import make_plan
-from hamdist.runtime.plan.replan import with_delays
 from hamdist.runtime.signals.signal import Aborted, Channel, Signal
 from hamdist.runtime.timing.cluster_model import (
     BYTES_PER_SECOND,
@@ -37,8 +37,8 @@ from hamdist.runtime.timing.cluster_model import (
 )
 from hamdist.runtime.timing.model import TimingModel
 from hamdist.runtime.train.train import train
-from hamdist.runtime.transport.delayed_receiver import DelayedReceiver
 from hamdist.runtime.transport.endpoint import EndpointContext
+from hamdist.runtime.transport.threaded_ends import DelayedReceiver
 from hamdist.runtime.transport.transport import Endpoints
 from hamdist.streams import from_iterable
 from hamdist.study.report.save import as_it_was

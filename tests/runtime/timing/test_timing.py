@@ -36,9 +36,8 @@ from hamdist.runtime.timing.cluster_model import (
 )
 from hamdist.runtime.timing.cycle_ratio import NoPeriodError, max_cycle_ratio
 from hamdist.runtime.timing.disturbances import Disturbances, SnapshotModel
-from hamdist.runtime.timing.events import EventSimulation
 from hamdist.runtime.timing.model import TimingModel
-from hamdist.runtime.timing.recursion import Recursion
+from hamdist.runtime.timing.simulations import EventSimulation, Recursion
 from hamdist.runtime.timing.step_graph import step_graph
 from hamdist.runtime.train.prepare import as_graph
 from hamdist.streams import from_iterable
