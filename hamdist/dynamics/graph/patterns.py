@@ -21,22 +21,22 @@ def fitting(name: str, patterns: Iterable[str], *others: str) -> str | None:
 def check_patterns(
     field: str,
     patterns: Iterable[str],
-    names: Iterable[str] | Mapping[str, Sequence[str]],
+    names: Iterable[str],
     noun: str,
     error: type[HamdistError] = SettingsError,
+    others: Mapping[str, Sequence[str]] | None = None,
 ) -> None:
     """Check that every pattern fits a name that no earlier pattern fits.
 
-    names: of the things; a mapping has further names of each. field: of the settings; noun: kind
-    of thing that is named; both for the message of `error`, which is raised for a pattern that fits
-    no name, or none that is left.
+    field: of the settings; noun: kind of thing that is named; both for the message of `error`,
+    which is raised for a pattern that fits no name, or none that is left. others: further names.
     """
     patterns = list(patterns)
-    others = names if isinstance(names, Mapping) else dict.fromkeys(names, ())
+    others = others or dict.fromkeys(names, ())
     for pattern in patterns:
         fits = [name for name in others if fitting(name, [pattern], *others[name])]
         if not fits:
-            raise error(f"{field}.{pattern}: no such {noun}; known: {', '.join(names) or 'none'}")
+            raise error(f"{field}.{pattern}: no such {noun}; known: {', '.join(others) or 'none'}")
         if all(fitting(name, patterns, *others[name]) != pattern for name in fits):
             raise error(
                 f"{field}.{pattern}: every {noun} that it fits ({', '.join(fits)}) is taken by "

@@ -60,7 +60,7 @@ def delayed(graph: Graph, delays: Mapping[str, int]) -> Graph:
     if not delays:
         return graph
     others = {e.name: _between_unsliced(graph, e) for e in graph.edges}
-    check_patterns("partition.delays", delays, others, "edge", GraphError)
+    check_patterns("partition.delays", delays, others, "edge", GraphError, others)
     patterns = {name: fitting(name, delays, *more) for name, more in others.items()}
     by_edge = {name: delays[pattern] for name, pattern in patterns.items() if pattern is not None}
     blocks = []
