@@ -19,7 +19,6 @@ tempfile.tempdir = os.environ["TMPDIR"]
 atexit.register(shutil.rmtree, os.environ["TMPDIR"], ignore_errors=True)
 
 import torch
-from forked_workers import forked_workers
 
 from hamdist.config import EngineSettings
 from hamdist.runtime.ray_engine.local_ray import RAY_SETTINGS
@@ -29,6 +28,8 @@ from hamdist.runtime.ray_engine.session import ray_session
 # wherever anything else runs.)
 for name, value in RAY_SETTINGS.items():
     os.environ.setdefault(name, value)
+if any(name.startswith("COVERAGE_") for name in os.environ):
+    os.environ["HAMDIST_FORKED_WORKERS"] = ""  # coverage counts in processes that start
 
 
 def pytest_collection_modifyitems(items):
@@ -91,7 +92,7 @@ def two_threads():
 @pytest.fixture(scope="session")
 def session():
     """A local Ray with room for four actors, for the whole test session."""
-    with forked_workers(), ray_session(EngineSettings(kind="ray", actors=4)) as opened:
+    with ray_session(EngineSettings(kind="ray", actors=4)) as opened:
         yield opened
 
 

@@ -140,7 +140,7 @@ RAY = {
     *("runtime/ray_engine/replacement.py", "runtime/ray_engine/session.py"),
     *("runtime/ray_engine/placed_workers.py", "runtime/ray_engine/wired_workers.py"),
     *("runtime/ray_engine/cluster_hosts.py", "runtime/ray_engine/local_ray.py"),
-    "runtime/ray_engine/worker_process.py",
+    *("runtime/ray_engine/worker_process.py", "runtime/ray_engine/forked_workers.py"),
     *("launch/jobs_api.py", "launch/doctor_job.py"),
 }
 

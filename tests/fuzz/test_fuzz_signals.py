@@ -17,7 +17,7 @@ from hamdist.dynamics.schedule.events import Kind, Stamp
 from hamdist.errors import WireError
 from hamdist.runtime.signals.packing import APART, FORMAT, HEADER, MAGIC, Packer
 from hamdist.runtime.signals.signal import Aborted, Channel, Signal
-from hamdist.runtime.transport import ring
+from hamdist.runtime.transport import shared_memory
 from hamdist.runtime.transport import shared_memory as shared
 from hamdist.runtime.transport.endpoint import EndpointContext, socket_folder
 from hamdist.runtime.transport.shared_receiver import SharedReceiver
@@ -135,9 +135,9 @@ def test_what_was_packed_comes_out(bundle):
 def rings(draw):
     """What announces a ring, and the memory that comes with it: bytes (None: no memory file)."""
     slots, slot_bytes = draw(mostly(2, integers(0, 2**32 - 1))), draw(mostly(64, quad))
-    head = ring.RING_HEADER.pack(
-        ring.RING_MAGIC,
-        draw(mostly(ring.RING_FORMAT, byte)),
+    head = shared_memory.RING_HEADER.pack(
+        shared_memory.RING_MAGIC,
+        draw(mostly(shared_memory.RING_FORMAT, byte)),
         0,
         draw(mostly(CHANNEL.number, integers(0, 2**32 - 1))),
         draw(mostly(RUN, integers(0, 2**64 - 1))),
@@ -171,7 +171,7 @@ def test_packets_are_signals_or_refused(packets):
     receiver = SharedReceiver(line, CHANNEL)
     line.abort.set()
     with socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET) as stranger:
-        stranger.connect(receiver.address.removeprefix(ring.SCHEME))
+        stranger.connect(receiver.address.removeprefix(shared_memory.SCHEME))
         stranger.setblocking(False)
         for packet in packets:
             with contextlib.suppress(BlockingIOError):
@@ -191,11 +191,11 @@ def send(stranger, packet):
     head, size, sealed = packet
     stranger.send(head)
     if size is None:
-        stranger.send(ring.RING_MAGIC)
+        stranger.send(shared_memory.RING_MAGIC)
         return
     fd = os.memfd_create("fuzz", os.MFD_ALLOW_SEALING)
     os.ftruncate(fd, size)
     if sealed:
-        ring.fcntl.fcntl(fd, ring.fcntl.F_ADD_SEALS, ring.seals())  # type: ignore[attr-defined]
-    socket.send_fds(stranger, [ring.RING_MAGIC], [fd])
+        shared_memory.fcntl.fcntl(fd, shared_memory.fcntl.F_ADD_SEALS, shared_memory.seals())  # type: ignore[attr-defined]
+    socket.send_fds(stranger, [shared_memory.RING_MAGIC], [fd])
     os.close(fd)

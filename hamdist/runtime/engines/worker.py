@@ -30,21 +30,19 @@ from hamdist.runtime.nodes.factory import make_node
 from hamdist.runtime.nodes.loop import order_of, run_loop
 from hamdist.runtime.nodes.mailbox import Mailbox
 from hamdist.runtime.nodes.source import SourceNode
+from hamdist.runtime.plan.derived import message_bytes, slot_bytes
 from hamdist.runtime.plan.plan import Plan
-from hamdist.runtime.plan.signal_bytes import message_bytes, slot_bytes
-from hamdist.runtime.process.process_memory import reset_peak
 from hamdist.runtime.process.switches import set_switches
 from hamdist.runtime.process.threads import pinned, processors_of_actor
+from hamdist.runtime.process.usage import reset_peak
 from hamdist.runtime.results.digests import Digests
 from hamdist.runtime.signals.cast import CastBorder
 from hamdist.runtime.signals.sent_log import SentLog
 from hamdist.runtime.signals.signal import Aborted, Channel
 from hamdist.runtime.snapshots.process_snapshots import ProcessSnapshots
-from hamdist.runtime.transport.cuda_ipc import cuda_memory
-from hamdist.runtime.transport.gpu_ring import GpuMemory, GpuRingSender, Refusal
-from hamdist.runtime.transport.ring import GPU_SCHEME
-from hamdist.runtime.transport.shared_memory import MAX_CAPACITY, takes
-from hamdist.runtime.transport.thread_calls import ThreadCalls
+from hamdist.runtime.transport.endpoint import ThreadCalls
+from hamdist.runtime.transport.gpu_ring import GpuMemory, GpuRingSender, Refusal, cuda_memory
+from hamdist.runtime.transport.shared_memory import GPU_SCHEME, MAX_CAPACITY, takes
 from hamdist.runtime.transport.transport import IPC, Endpoints
 from hamdist.streams.sample import Stream
 

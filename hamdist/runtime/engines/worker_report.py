@@ -14,7 +14,7 @@ from hamdist.runtime.engines.sampler import Sampler
 from hamdist.runtime.nodes.factory import ticks_of
 from hamdist.runtime.nodes.mailbox import Mailbox
 from hamdist.runtime.nodes.source import SourceNode
-from hamdist.runtime.process.process_memory import own_bytes, peak_bytes
+from hamdist.runtime.process.usage import own_bytes, peak_bytes
 from hamdist.runtime.results.digests import DigestMap, joined
 from hamdist.runtime.results.measured import ProcessSample
 from hamdist.runtime.results.result import BlockState

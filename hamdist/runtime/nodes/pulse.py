@@ -18,11 +18,10 @@ from hamdist.dynamics.graph.graph import BlockSpec
 from hamdist.dynamics.schedule.events import Event, Phase, Stamp
 from hamdist.dynamics.schedule.pulse import PulseSchedule
 from hamdist.dynamics.vjp.wrapping import TiedFunction
-from hamdist.runtime.nodes.clip import NormPorts
 from hamdist.runtime.nodes.mailbox import Mailbox
 from hamdist.runtime.nodes.node import BlockNode
 from hamdist.runtime.nodes.ports import BlockContents, events_from, record
-from hamdist.runtime.nodes.ties import TiePorts
+from hamdist.runtime.nodes.weight_ports import NormPorts, TiePorts
 from hamdist.runtime.plan.plan import Plan
 from hamdist.runtime.signals.signal import ready
 from hamdist.streams.sample import Emission, Emits

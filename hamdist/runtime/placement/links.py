@@ -27,8 +27,8 @@ import torch
 
 from hamdist.dynamics.schedule.events import Kind, Stamp
 from hamdist.errors import WireError
+from hamdist.runtime.plan.derived import with_delays
 from hamdist.runtime.plan.plan import Plan
-from hamdist.runtime.plan.replan import with_delays
 from hamdist.runtime.signals.signal import Channel, Signal
 from hamdist.runtime.timing.cluster_model import ClusterModel, HostModel, Link
 from hamdist.runtime.timing.model import TimingModel
@@ -210,6 +210,26 @@ def signals_of(
     return nbytes, timed.period().seconds / timed.samples
 
 
+def as_measured(
+    model: TimingModel,
+    placement: Sequence[Sequence[str]],
+    hosts: Sequence[int],
+    cluster: ClusterModel,
+) -> ClusterModel:
+    """Return a cluster with links as a run would measure them (`Probe.measure`): MARGIN times the
+    latency is one within which nearly all signals come. Arguments as in `least_delays`."""
+    nbytes, every = signals_of(model, placement)
+    largest: dict[tuple[int, int], int] = {}
+    for (a, b), size in nbytes.items():
+        way = hosts[a], hosts[b]
+        largest[way] = max(size, largest.get(way, 0))
+    links = {}
+    for way, link in cluster.links.items():
+        late = link.within(IN_TIME, largest.get(way, 0), every) / MARGIN
+        links[way] = Link(max(link.seconds, late), link.bytes_per_second)
+    return replace(cluster, links=links)
+
+
 def pairs(plan: Plan, placement: Sequence[Sequence[str]]) -> set[tuple[int, int]]:
     """Return the actors (first, second) that exchange signals."""
     host = {name: i for i, blocks in enumerate(placement) for name in blocks}
@@ -261,12 +281,15 @@ class _Delays:
     def least(self) -> dict[str, int]:
         delays = dict.fromkeys(self._edges, 1)
         period = self._period(delays)
-        while period.seconds > self._aim:
-            longer = self._longer(delays, period)
-            better = self._period(longer)
-            if better.seconds >= (1 - WORSE) * period.seconds:
-                break  # one sample at a time gains nothing by delays
-            delays, period = longer, better
+        slow, longer = period.seconds, set[str]()  # edges with more ticks at this period
+        # Of several links that are equally slow, only the last one that gets longer shortens the
+        # period. Where the same cycle is left, one sample at a time gains nothing by delays.
+        while period.seconds > self._aim and not period.signals.keys() <= longer:
+            longer |= period.signals.keys()
+            delays = self._longer(delays, period)
+            period = self._period(delays)
+            if period.seconds < (1 - WORSE) * slow:
+                slow, longer = period.seconds, set()
         aim = max(self._aim, period.seconds)
         for name in sorted(name for name, d in delays.items() if d > 1):
             delays[name] = self._fewest(delays, name, aim)

@@ -38,8 +38,8 @@ from hamdist.runtime.nodes.loop import run_loop
 from hamdist.runtime.nodes.mailbox import Mailbox
 from hamdist.runtime.nodes.source import SourceNode
 from hamdist.runtime.placement.assign_blocks import Costs, by_parameters
+from hamdist.runtime.plan.derived import sent_bytes
 from hamdist.runtime.plan.plan import Plan
-from hamdist.runtime.plan.signal_bytes import sent_bytes
 from hamdist.runtime.process.interrupts import deaf_to_interrupts
 from hamdist.runtime.process.threads import cores, torch_threads
 from hamdist.runtime.timing.cluster_model import LOCAL_SECONDS

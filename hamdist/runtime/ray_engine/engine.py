@@ -26,12 +26,12 @@ from hamdist.runtime.placement.step_costs import (
     unmeasured_costs,
     wants_costs,
 )
-from hamdist.runtime.plan.network import network_of
+from hamdist.runtime.plan.derived import network_of
 from hamdist.runtime.plan.plan import Plan
 from hamdist.runtime.process.interrupts import OnProgress, RunInterrupts
-from hamdist.runtime.process.process_memory import peak_bytes, reset_peak
 from hamdist.runtime.process.startup import Startup, phases_to
 from hamdist.runtime.process.threads import cores
+from hamdist.runtime.process.usage import peak_bytes, reset_peak
 from hamdist.runtime.ray_engine.auth_token import token_notes
 from hamdist.runtime.ray_engine.cluster_hosts import HEAD_SECONDS, HeadWatch, answers
 from hamdist.runtime.ray_engine.placed_workers import END_SECONDS

@@ -10,7 +10,7 @@ import shutil
 import sys
 import tempfile
 from collections.abc import Collection, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from functools import partial, partialmethod
 from pathlib import Path
 from typing import Any
@@ -22,6 +22,7 @@ from hamdist.errors import ClusterError
 from hamdist.runtime.process.interrupts import deaf_to_interrupts, handlers_of_ours
 from hamdist.runtime.process.leftovers import RAY_PREFIX, claim, release, remove_leftovers
 from hamdist.runtime.ray_engine.auth_token import own_token
+from hamdist.runtime.ray_engine.forked_workers import forked_workers
 
 OBJECT_STORE_BYTES = 100 * 2**20
 GONE_SECONDS = 10.0
@@ -45,17 +46,20 @@ _environment: dict[str, str] | None = None  # what hamdist sets for Ray, once it
 
 @contextmanager
 def local_ray(cpus: int) -> Iterator[set[psutil.Process]]:
-    """Start a Ray of this machine alone; it ends with the context."""
+    """Start a Ray of this machine alone, which ends with the context; yields the processes without
+    which it does not go on."""
     import ray
 
     remove_leftovers()
     folder = tempfile.mkdtemp(prefix=RAY_PREFIX, dir=short_folder())
     claim(Path(folder))
-    before = set(psutil.Process().children(recursive=True))
+    before = set(psutil.Process().children())
     up = False
+    forks = ExitStack()
     try:
         processes = _in_a_session_of_its_own(), _few_processes()
         with own_token(folder), handlers_of_ours(), processes[0], processes[1], _start_named():
+            forks.enter_context(forked_workers(folder))
             ray.init(
                 address="local",
                 num_cpus=cpus,
@@ -67,11 +71,12 @@ def local_ray(cpus: int) -> Iterator[set[psutil.Process]]:
                 _temp_dir=os.path.join(folder, "r"),
             )
         up = True
-        yield _of_session(folder, before)
+        yield _heads(folder, before)
     finally:
         with deaf_to_interrupts():
             mine = _of_session(folder, before)
             ray.shutdown()
+            forks.close()
             outlast(mine, GONE_SECONDS if up else 0)
             shutil.rmtree(folder, ignore_errors=True)
             release(Path(folder))
@@ -130,17 +135,23 @@ def _start_named() -> Iterator[None]:
         ) from error
 
 
-def _of_session(folder: str, before: set[psutil.Process]) -> set[psutil.Process]:
-    """Return this process's children that belong to the Ray in `folder`; others are the user's."""
+def _heads(folder: str, before: set[psutil.Process]) -> set[psutil.Process]:
+    """Return what this process has started for the Ray in `folder`: its head's server, its raylet,
+    and the process that forks workers. Others are the user's."""
     heads = set()
-    for process in set(psutil.Process().children(recursive=True)) - before:
+    for process in set(psutil.Process().children()) - before:
         with contextlib.suppress(psutil.Error):
             if folder in " ".join(process.cmdline()):
                 heads.add(process)
-    pids = set(heads)
-    for head in heads:
+    return heads
+
+
+def _of_session(folder: str, before: set[psutil.Process]) -> set[psutil.Process]:
+    """Return all processes of the Ray in `folder`."""
+    pids = set()
+    for head in _heads(folder, before):
         with contextlib.suppress(psutil.Error):
-            pids |= set(head.children(recursive=True))
+            pids |= {head, *head.children(recursive=True)}
     return pids
 
 

@@ -115,7 +115,7 @@ class _Standing:
 
     Attributes:
         cpus: processors that Ray was started with.
-        processes: of a local Ray that was started here, else empty.
+        processes: that a local Ray started here does not go on without; of another Ray none.
         thread: that started them. Linux ends them with it (Ray asks for PR_SET_PDEATHSIG).
     """
 
@@ -309,7 +309,7 @@ def _end(actors: list[Any]) -> None:
 
 @contextmanager
 def _ray(engine: EngineSettings) -> Iterator[tuple[set[psutil.Process], int]]:
-    """Keep Ray running inside; yields the processes of a Ray started here, and its CPUs."""
+    """Keep Ray running inside; yields what a Ray started here consists of, and its CPUs."""
     import ray
 
     if ray.is_initialized():

@@ -28,7 +28,7 @@ from hamdist.runtime.ray_engine.placed_workers import (
     random_numbers,
 )
 from hamdist.runtime.signals.signal import Channel
-from hamdist.runtime.transport.ring import GPU_SCHEME
+from hamdist.runtime.transport.shared_memory import GPU_SCHEME
 from hamdist.streams.replay import replays
 
 

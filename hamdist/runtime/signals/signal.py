@@ -71,10 +71,10 @@ class Channels(NamedTuple):
         targets: by readout; clocks: by block.
         labels: where labels travel with the signal, by the block that takes them; each passes them
             on along the first of its edges that leads to a child.
-        gradients, weights: by tie (nodes/ties.py).
+        gradients, weights: by tie.
         errors: of the first readout, by the block whose rule asks for them.
-        squares, norms: of gradients to the block that adds them up, and back (nodes/clip.py), by
-            the other block.
+        squares, norms: of gradients to the block that adds them up, and back, by the other block
+            (nodes/weight_ports.py).
     """
 
     states: dict[int, Channel]

@@ -17,7 +17,6 @@ from hamdist.errors import HamdistWarning, SnapshotError
 from hamdist.runtime.plan.plan import Plan
 from hamdist.runtime.process.arithmetic import Arithmetic
 from hamdist.runtime.snapshots.process_snapshots import WrittenFiles
-from hamdist.runtime.storage.claims import now
 from hamdist.runtime.storage.snapshot_files import (
     FORMAT,
     Manifest,
@@ -27,7 +26,7 @@ from hamdist.runtime.storage.snapshot_files import (
     remove_unfinished,
     versions,
 )
-from hamdist.runtime.storage.store import storage
+from hamdist.runtime.storage.store import now, storage
 
 
 class SnapshotCatalogue:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import statistics
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
@@ -43,6 +44,25 @@ class Link:
     def lost(self, nbytes: int) -> float:
         """Return the probability that some packet of a signal is lost."""
         return 1 - float((1 - self.loss) ** max(1, -(-nbytes // SEGMENT)))
+
+    def within(self, share: float, nbytes: int, every: float) -> float:
+        """Return the seconds, without those of the bytes, within which a share of the signals come.
+
+        TCP keeps their order: one that is sent t seconds behind one that was lost waits for it,
+        and comes again - t late. So the share 1 - (1 - p)^(1 + (again - x) / every) of the signals
+        is late by more than x, where p of them are lost.
+
+        Args:
+            share: below 1.
+            nbytes: of a signal.
+            every: seconds between two.
+        """
+        level = statistics.NormalDist().inv_cdf(share)
+        seconds = self.seconds * math.exp(self.sigma * level - self.sigma**2 / 2)
+        if lost := self.lost(nbytes):
+            signals = math.log(share) / math.log1p(-lost) if lost < 1 else 0.0
+            seconds += min(self.again, max(0.0, self.again - every * (signals - 1)))
+        return seconds
 
     @property
     def again(self) -> float:

@@ -24,8 +24,8 @@ import numpy as np
 
 from hamdist.dynamics.graph.graph import INPUT
 from hamdist.dynamics.schedule.events import Kind, Phase
+from hamdist.runtime.plan.derived import sent_bytes
 from hamdist.runtime.plan.plan import Plan
-from hamdist.runtime.plan.signal_bytes import sent_bytes
 from hamdist.runtime.signals.signal import Channel
 from hamdist.runtime.timing.cluster_model import (
     BYTES_PER_SECOND,

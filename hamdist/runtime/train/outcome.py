@@ -11,7 +11,7 @@ from hamdist.config import Settings
 from hamdist.dynamics.graph.graph import Graph
 from hamdist.dynamics.graph.merged import MergedSequence, merged_module
 from hamdist.runtime.advice.advice import after
-from hamdist.runtime.nodes.ties import weight_lags
+from hamdist.runtime.nodes.weight_ports import weight_lags
 from hamdist.runtime.plan.plan import Plan
 from hamdist.runtime.plan.rule_checks import carries
 from hamdist.runtime.process.startup import Startup

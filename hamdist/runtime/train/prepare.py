@@ -29,7 +29,7 @@ from hamdist.dynamics.user_modules.copies import copied, unwrapped
 from hamdist.dynamics.user_modules.hooks import check_hooks
 from hamdist.errors import SettingsError
 from hamdist.loading import called, check_call, load_function
-from hamdist.runtime.nodes.ties import against_ties
+from hamdist.runtime.nodes.weight_ports import against_ties
 from hamdist.runtime.placement.step_costs import example_input, example_inputs
 from hamdist.runtime.plan.rule_checks import with_rules
 from hamdist.streams.sample import SampleSpec, Stream

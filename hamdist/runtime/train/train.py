@@ -36,8 +36,8 @@ from hamdist.runtime.engines.inprocess import InProcessEngine
 from hamdist.runtime.nodes.rule_trial import try_rules
 from hamdist.runtime.placement.step_costs import example_input
 from hamdist.runtime.plan.checks import least_bytes
+from hamdist.runtime.plan.derived import replannable
 from hamdist.runtime.plan.plan import Plan, make_plan, make_snapshot_policy
-from hamdist.runtime.plan.replan import replannable
 from hamdist.runtime.process.arithmetic import check_portable
 from hamdist.runtime.process.interrupts import OnProgress, terminated_as_interrupted
 from hamdist.runtime.process.portable import is_pinned
@@ -59,9 +59,8 @@ from hamdist.runtime.snapshots.resume import (
     weights_of,
     with_weights,
 )
-from hamdist.runtime.storage.claims import claimed
 from hamdist.runtime.storage.snapshot_files import Snapshot, check_usable, latest
-from hamdist.runtime.storage.store import storage
+from hamdist.runtime.storage.store import claimed, storage
 from hamdist.runtime.train.choose_level import resolved
 from hamdist.runtime.train.outcome import make_result
 from hamdist.runtime.train.prepare import (

@@ -18,7 +18,7 @@ from hamdist.runtime.signals.packing import MAX_HEADER, Packer, WireForm
 from hamdist.runtime.signals.signal import ALIGNMENT, Channel, Signal
 from hamdist.runtime.transport.endpoint import EndpointContext, socket_file
 from hamdist.runtime.transport.gpu_ring import OFFER, GpuMemory, GpuRingReceiver
-from hamdist.runtime.transport.ring import (
+from hamdist.runtime.transport.shared_memory import (
     CREDIT,
     GPU_SCHEME,
     INLINE_BYTES,

@@ -19,20 +19,18 @@ from hamdist.errors import ClusterError
 from hamdist.runtime.process.leftovers import claim, release
 from hamdist.runtime.signals.sent_log import ChannelLog
 from hamdist.runtime.signals.signal import Channel, Interrupted, Signal
-from hamdist.runtime.transport.delayed_receiver import DelayedReceiver
 from hamdist.runtime.transport.endpoint import (
     BlockedCall,
     EndpointContext,
     Receiver,
     Sender,
+    ThreadCalls,
     socket_folder,
 )
 from hamdist.runtime.transport.gpu_ring import GpuMemory, GpuRingSender
-from hamdist.runtime.transport.replay_sender import ReplaySender
-from hamdist.runtime.transport.ring import GPU_SCHEME, SCHEME
-from hamdist.runtime.transport.shared_memory import SharedSender, takes
+from hamdist.runtime.transport.shared_memory import GPU_SCHEME, SCHEME, SharedSender, takes
 from hamdist.runtime.transport.shared_receiver import SharedReceiver
-from hamdist.runtime.transport.thread_calls import ThreadCalls
+from hamdist.runtime.transport.threaded_ends import DelayedReceiver, ReplaySender
 
 if TYPE_CHECKING:
     import zmq
@@ -57,7 +55,7 @@ class Endpoints:
 
     Args:
         abort: set to make blocked calls raise `Aborted`.
-        link_delay: seconds by which received signals are handed out later (delayed_receiver.py).
+        link_delay: seconds by which received signals are handed out later (threaded_ends.py).
         ports: on which to receive by tcp; None: any.
         keys: of this process, for channels whose address carries a peer's key.
     """

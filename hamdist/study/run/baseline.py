@@ -44,8 +44,8 @@ from hamdist.dynamics.updates.optimizers import OptimizerRule
 from hamdist.dynamics.user_modules.copies import copied
 from hamdist.errors import BlockError, GraphError, SettingsError
 from hamdist.runtime.placement.step_costs import example_sample
-from hamdist.runtime.process.process_memory import peak_bytes, reset_peak
 from hamdist.runtime.process.threads import cores, torch_threads
+from hamdist.runtime.process.usage import peak_bytes, reset_peak
 from hamdist.runtime.results.result import BlockProgress, Progress, RunResult
 from hamdist.runtime.train.prepare import in_dtype_of
 from hamdist.streams.replay import drawn

@@ -13,7 +13,7 @@ from hamdist.display.network import NetworkActor, PlacedNetwork
 from hamdist.errors import SettingsError
 from hamdist.models.build import ModelFactory
 from hamdist.runtime.placement.assign_blocks import place
-from hamdist.runtime.plan.network import network_of
+from hamdist.runtime.plan.derived import network_of
 from hamdist.runtime.plan.plan import Plan
 from hamdist.runtime.process.threads import cores
 from hamdist.runtime.results.events import NetworkPlaced, read_events

@@ -39,9 +39,9 @@ from hamdist.models.build import (
     only_loss,
 )
 from hamdist.runtime.placement.step_costs import example_input, example_inputs
-from hamdist.runtime.process.energy import joules_from_now
 from hamdist.runtime.process.interrupts import OnProgress
 from hamdist.runtime.process.startup import Startup, phases_to
+from hamdist.runtime.process.usage import joules_from_now
 from hamdist.runtime.results.result import APART, Progress, RunFacts, RunResult
 from hamdist.runtime.results.scores import Scores, evaluate, evaluate_samples, evaluate_sequences
 from hamdist.runtime.train.train import train

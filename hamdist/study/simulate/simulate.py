@@ -16,18 +16,16 @@ from hamdist.errors import ClusterError, SettingsError
 from hamdist.models.build import ModelFactory
 from hamdist.runtime.placement.assign_blocks import groups_of, place, split
 from hamdist.runtime.placement.assign_hosts import HostInfo, options_of_actors
-from hamdist.runtime.placement.links import least_delays
+from hamdist.runtime.placement.links import as_measured, least_delays
 from hamdist.runtime.placement.requirements import requirements
 from hamdist.runtime.placement.step_costs import Unmeasured, costs_of, measure, source_host
+from hamdist.runtime.plan.derived import exact_bytes, with_delays
 from hamdist.runtime.plan.dtypes import block_settings
 from hamdist.runtime.plan.plan import Plan
-from hamdist.runtime.plan.replan import with_delays
-from hamdist.runtime.plan.signal_bytes import exact_bytes
 from hamdist.runtime.timing.cluster_model import ClusterModel
 from hamdist.runtime.timing.disturbances import COPY_BYTES_PER_SECOND, Disturbances, SnapshotModel
-from hamdist.runtime.timing.events import EventSimulation
 from hamdist.runtime.timing.model import TimingModel
-from hamdist.runtime.timing.recursion import Recursion
+from hamdist.runtime.timing.simulations import EventSimulation, Recursion
 from hamdist.runtime.timing.timed_graph import Period, TimedGraph
 from hamdist.runtime.train.prepare import settings_at
 from hamdist.study.run.export import planned
@@ -223,7 +221,8 @@ class Planner:
             engine = engine.model_copy(update={"bundle": "off"})
         plan = dataclasses.replace(placed.model.plan, engine=engine)
         model = dataclasses.replace(placed.model, plan=plan)
-        delays = least_delays(model, placed.placement, placed.hosts, self.cluster)
+        cluster = as_measured(model, placed.placement, placed.hosts, self.cluster)
+        delays = least_delays(model, placed.placement, placed.hosts, cluster)
         model = dataclasses.replace(model, plan=with_delays(plan, delays))
         settings = placed.settings.model_copy(update={"engine": engine})
         return self._candidate(settings, model, [*map(list, placed.placement)], [*placed.hosts])

@@ -9,7 +9,7 @@ import psutil
 import pytest
 import torch
 
-from hamdist.runtime.process import process_memory as memory
+from hamdist.runtime.process import usage as memory
 
 SIZE = 64 * 2**20
 

@@ -12,7 +12,6 @@ from pathlib import Path
 
 import psutil
 import torch
-from forked_workers import forked_workers
 from torch import nn
 
 import hamdist
@@ -69,6 +68,5 @@ def main():
 
 
 if __name__ == "__main__":
-    with forked_workers():
-        main()
+    main()
     # (the Ray of the last runs still waits)

@@ -15,6 +15,7 @@ from hamdist.dynamics.graph.graph import INPUT
 from hamdist.dynamics.objective.losses import cross_entropy
 from hamdist.dynamics.schedule.events import Kind, Stamp
 from hamdist.errors import ClusterError, SnapshotError
+from hamdist.runtime.engines.inprocess import InProcessSnapshots
 from hamdist.runtime.engines.worker_report import SnapshotNews, WorkerStatus
 from hamdist.runtime.nodes.factory import make_node
 from hamdist.runtime.nodes.mailbox import Mailbox
@@ -31,7 +32,6 @@ from hamdist.runtime.results.measured import ProcessSample
 from hamdist.runtime.signals.sent_log import OBJECT_BYTES, SentLog
 from hamdist.runtime.signals.signal import Channel, Signal
 from hamdist.runtime.snapshots.catalogue import SnapshotCatalogue
-from hamdist.runtime.snapshots.inprocess import InProcessSnapshots
 from hamdist.runtime.snapshots.process_snapshots import ProcessSnapshots, WrittenFiles
 from hamdist.runtime.storage.snapshot_files import write_part
 from hamdist.runtime.storage.store import storage

@@ -16,15 +16,15 @@ from torch import nn
 
 from hamdist.dynamics.graph.merged import merged_module
 from hamdist.errors import ChoiceWarning, SnapshotError
-from hamdist.runtime.storage import claims
-from hamdist.runtime.storage.claims import NAME, claimed
+from hamdist.runtime.storage import store
+from hamdist.runtime.storage.store import CLAIM, claimed
 from hamdist.runtime.train.train import train
 from hamdist.streams import from_iterable
 
 pytestmark = pytest.mark.timeout(90)
 ALONE = {"kind": "inprocess"}
 HOLDS = (
-    "import sys; from hamdist.runtime.storage.claims import claimed\n"
+    "import sys; from hamdist.runtime.storage.store import claimed\n"
     "with claimed(sys.argv[1], 7): print('claimed', flush=True); input()"
 )
 
@@ -52,35 +52,35 @@ def test_a_second_run_is_refused_and_a_killed_one_taken_over(tmp_path):
         first.kill()
         first.wait(20)
     assert run(tmp_path).snapshots
-    assert not (tmp_path / NAME).exists()
+    assert not (tmp_path / CLAIM).exists()
 
 
 @pytest.mark.parametrize("renewed", [0.0, 1000.0])
 def test_a_claim_of_another_host_counts_while_it_is_renewed(tmp_path, renewed):
     with claimed(str(tmp_path), 7):
-        claim = json.loads((tmp_path / NAME).read_text())
+        claim = json.loads((tmp_path / CLAIM).read_text())
     claim |= {"host": "elsewhere", "renewed": time.time() - renewed}
-    (tmp_path / NAME).write_text(json.dumps(claim))
-    if renewed > claims.STALE_SECONDS:
+    (tmp_path / CLAIM).write_text(json.dumps(claim))
+    if renewed > store.STALE_SECONDS:
         assert run(tmp_path).snapshots
         return
     with pytest.raises(SnapshotError, match="on elsewhere"):
         run(tmp_path)
-    assert (tmp_path / NAME).exists()
+    assert (tmp_path / CLAIM).exists()
 
 
 def test_a_claim_is_renewed(tmp_path, monkeypatch):
-    monkeypatch.setattr(claims, "RENEWAL_SECONDS", 0.01)
+    monkeypatch.setattr(store, "RENEWAL_SECONDS", 0.01)
     with claimed(str(tmp_path), 7):
-        first = (tmp_path / NAME).read_bytes()
+        first = (tmp_path / CLAIM).read_bytes()
         give_up = time.monotonic() + 30
-        while (tmp_path / NAME).read_bytes() == first:
+        while (tmp_path / CLAIM).read_bytes() == first:
             assert time.monotonic() < give_up
-    assert not (tmp_path / NAME).exists()
+    assert not (tmp_path / CLAIM).exists()
 
 
 def test_what_is_no_claim_is_overwritten(tmp_path):
-    (tmp_path / NAME).write_text("?")
+    (tmp_path / CLAIM).write_text("?")
     assert run(tmp_path).snapshots
 
 

@@ -36,9 +36,8 @@ from hamdist.runtime.timing.cluster_model import (
 )
 from hamdist.runtime.timing.cycle_ratio import NoPeriodError, max_cycle_ratio
 from hamdist.runtime.timing.disturbances import Disturbances, SnapshotModel
-from hamdist.runtime.timing.events import EventSimulation
 from hamdist.runtime.timing.model import TimingModel
-from hamdist.runtime.timing.recursion import Recursion
+from hamdist.runtime.timing.simulations import EventSimulation, Recursion
 from hamdist.runtime.timing.step_graph import step_graph
 from hamdist.runtime.train.prepare import as_graph
 from hamdist.streams import from_iterable
@@ -362,6 +361,30 @@ def test_jitter_is_drawn_by_seed_and_never_faster_than_the_mean():
     assert (one == again).all()
     assert (one != other).any()
     assert rate(one) >= timed.period().seconds
+
+
+@pytest.mark.parametrize(
+    ("sigma", "loss", "nbytes", "every", "above"),
+    [
+        (0.2, 0.0, 1000, 0.002, 0.01),
+        (0.0, 0.01, 1000, 0.002, 0.02),
+        (0.0, 0.001, 40_000, 0.004, 0.02),
+        (0.2, 0.01, 1000, 0.05, 0.18),  # both at once are not as late as either and the other
+        (0.3, 0.01, 10_000, 0.5, 0.1),
+        (0.0, 0.0005, 1000, 0.02, 0.01),  # too few to count
+    ],
+)
+def test_within_which_time_signals_come_in_order(sigma, loss, nbytes, every, above):
+    """Of 400,000 signals whose times, losses and waits behind what was lost are drawn."""
+    link = Link(0.05, sigma=sigma, loss=loss)
+    random = np.random.default_rng(0)
+    sent = every * np.arange(400_000)
+    packets = -(-nbytes // 1448)
+    lost = random.random(len(sent)) < 1 - (1 - loss) ** packets
+    trips = 0.05 * np.exp(sigma * random.standard_normal(len(sent)) - sigma**2 / 2)
+    came = np.maximum.accumulate(sent + (0.2 + 2 * 0.05) * lost)  # (a timeout, and a round trip)
+    expected = np.quantile(came - sent + trips, 0.98)
+    assert expected * 0.98 <= link.within(0.98, nbytes, every) <= expected * (1 + above)
 
 
 @pytest.mark.parametrize("kind", [Recursion, EventSimulation])

@@ -25,8 +25,8 @@ from hamdist.config import EngineSettings, Settings
 from hamdist.dynamics.schedule.events import Kind, Stamp
 from hamdist.errors import ClusterError, WireError
 from hamdist.runtime.advice.advice import open_endpoints
+from hamdist.runtime.plan.derived import message_bytes
 from hamdist.runtime.plan.plan import make_plan
-from hamdist.runtime.plan.signal_bytes import message_bytes
 from hamdist.runtime.signals.signal import Aborted, Channel, Signal
 from hamdist.runtime.train.train import train
 from hamdist.runtime.transport.encryption import Keys, new_keys, split_key

@@ -22,8 +22,8 @@ from hamdist.dynamics.objective.losses import cross_entropy
 from hamdist.dynamics.schedule.events import Kind, Stamp
 from hamdist.errors import ClusterError, SettingsError, WireError
 from hamdist.runtime.advice.advice import lending_notes
+from hamdist.runtime.plan.derived import slot_bytes
 from hamdist.runtime.plan.plan import make_plan
-from hamdist.runtime.plan.signal_bytes import slot_bytes
 from hamdist.runtime.signals.packing import Packer
 from hamdist.runtime.signals.sent_log import ChannelLog
 from hamdist.runtime.signals.signal import Aborted, Channel, Signal, on_host
@@ -32,19 +32,19 @@ from hamdist.runtime.train.prepare import as_graph
 from hamdist.runtime.train.train import train
 from hamdist.runtime.transport import gpu_ring as lending
 from hamdist.runtime.transport import shared_memory as shared
-from hamdist.runtime.transport.cuda_ipc import CudaMemory, cuda_memory
 from hamdist.runtime.transport.endpoint import EndpointContext, socket_folder
 from hamdist.runtime.transport.gpu_ring import (
     ANSWER,
     OFFER,
+    CudaMemory,
     GpuMemoryError,
     GpuRingReceiver,
     GpuRingSender,
     Refusal,
+    cuda_memory,
     ending,
 )
-from hamdist.runtime.transport.ring import GPU_SCHEME
-from hamdist.runtime.transport.shared_memory import SharedSender
+from hamdist.runtime.transport.shared_memory import GPU_SCHEME, SharedSender
 from hamdist.runtime.transport.shared_receiver import SharedReceiver
 from hamdist.runtime.transport.transport import Endpoints
 

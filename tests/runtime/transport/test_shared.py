@@ -17,11 +17,10 @@ from hamdist.dynamics.schedule.events import Kind, Stamp
 from hamdist.errors import ClusterError, WireError
 from hamdist.runtime.signals.packing import MAX_HEADER, Packer
 from hamdist.runtime.signals.signal import Aborted, Channel, Signal
-from hamdist.runtime.transport import ring
+from hamdist.runtime.transport import shared_memory
 from hamdist.runtime.transport import shared_memory as shared
 from hamdist.runtime.transport.endpoint import EndpointContext, socket_folder
-from hamdist.runtime.transport.ring import SCHEME
-from hamdist.runtime.transport.shared_memory import SharedSender, inline_limit, takes
+from hamdist.runtime.transport.shared_memory import SCHEME, SharedSender, inline_limit, takes
 from hamdist.runtime.transport.shared_receiver import SharedReceiver
 from hamdist.runtime.transport.transport import Endpoints, local_way
 
@@ -121,7 +120,7 @@ def test_inline_limits():
     for buffer in (4096, 212_992, 425_984, 8_388_608):
         for capacity in (1, 5, 60, 128):
             p = inline_limit(capacity, buffer)
-            assert 0 <= p <= ring.INLINE_BYTES
+            assert 0 <= p <= shared_memory.INLINE_BYTES
             assert p == 0 or capacity * (2 * (p + MAX_HEADER) + 1536) <= buffer
 
 
@@ -156,7 +155,7 @@ def test_larger_payloads_make_a_new_ring(leaves_no_socket):
 
 def test_a_bundle_that_is_larger_than_a_packet_becomes_several(leaves_no_socket):
     with Pair(CHANNEL._replace(capacity=40, bundle=40)) as pair:
-        size = ring.INLINE_BYTES // 4
+        size = shared_memory.INLINE_BYTES // 4
         pair.sender.send([signal(n, size) for n in range(40)])
         for n in range(40):
             pair.check(n, size)

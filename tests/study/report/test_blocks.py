@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from hamdist.dynamics.saved_state.block_memory import BlockMemory
-from hamdist.runtime.process import energy
+from hamdist.runtime.process import usage
 from hamdist.runtime.results.events import BlocksMeasured, UpdatesAligned
 from hamdist.runtime.results.measured import Norms
 from hamdist.study.report.blocks import block_facts, block_table
@@ -49,12 +49,12 @@ def test_joules_of_all_packages(tmp_path, monkeypatch):
         for file, text in texts.items():
             (tmp_path / folder / file).write_text(text)
 
-    monkeypatch.setattr(energy, "POWERCAP", tmp_path)
-    assert energy.joules_from_now()() is None
+    monkeypatch.setattr(usage, "POWERCAP", tmp_path)
+    assert usage.joules_from_now()() is None
     count("intel-rapl:0", "package-0", 100_000)
     count("intel-rapl:1", "package-1", 900_000)
     count("intel-rapl:0:0", "core", 0)
-    joules = energy.joules_from_now()
+    joules = usage.joules_from_now()
     count("intel-rapl:0", "package-0", 400_000)
     count("intel-rapl:1", "package-1", 100_000)  # come round
     count("intel-rapl:0:0", "core", 700_000)  # part of package 0

@@ -1,4 +1,6 @@
-"""The peak resident memory of this process, since the start or since the last reset.
+"""Memory that this process takes, and energy that the processors of this machine use.
+
+The peak resident memory is that since the start, or since the last reset.
 
 On Linux the kernel's high-water mark (VmHWM) is read, and reset by writing 5 to
 /proc/self/clear_refs. Elsewhere psutil tells the peak of the whole life of the process, or the
@@ -10,6 +12,7 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import gc
+from collections.abc import Callable
 from pathlib import Path
 
 import psutil
@@ -82,3 +85,39 @@ def _status(field: str) -> int | None:
         return None
     matching = (line for line in lines if line.startswith(f"{field}:"))
     return next((int(line.split()[1]) * 1024 for line in matching), None)
+
+
+# -- energy, where the kernel counts it (RAPL, powercap) -------------------------------------------
+
+
+POWERCAP = Path("/sys/class/powercap")
+
+
+def joules_from_now() -> Callable[[], float | None]:
+    """Return a function that says how many joules all packages have used since, for whomever.
+
+    It returns None where the kernel does not count or show them. A counter that has come round
+    once is put right.
+    """
+    begun = _readings()
+
+    def joules() -> float | None:
+        now = _readings()
+        used = [(now[name][0] - at) % most for name, (at, most) in begun.items() if name in now]
+        return sum(used) * 1e-6 if used else None
+
+    return joules
+
+
+def _readings() -> dict[str, tuple[int, int]]:
+    """Return by package its microjoules, and those at which its counter begins anew."""
+    readings = {}
+    for folder in POWERCAP.glob("*:*"):
+        try:
+            if (folder / "name").read_text().startswith("package"):
+                files = (folder / name for name in ("energy_uj", "max_energy_range_uj"))
+                used, most = (int(file.read_text()) for file in files)
+                readings[folder.name] = used, most
+        except (OSError, ValueError):  # (only root may read it; a part without a counter)
+            continue
+    return readings
