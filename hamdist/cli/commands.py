@@ -15,7 +15,7 @@ from hamdist.cli import compare, results, run, serve, settings, verify, view
 from hamdist.cli.cluster import cluster, launch
 from hamdist.cli.console import console, exit_codes, output
 from hamdist.cli.options import RunOptions
-from hamdist.cli.study import grid, recovery, simulate, speed
+from hamdist.cli.study import grid, papers, simulate
 
 __all__ = ["app"]
 
@@ -114,10 +114,10 @@ for _command in (  # in the order of use
 _study = typer.Typer(
     name="study", help="Measure what the papers state, and print the table.", no_args_is_help=True
 )
-_study.command()(with_output(recovery.recovery))
+_study.command()(with_output(papers.recovery))
 for _name, _help in grid.GRIDS.items():
     _study.command(_name, help=_help)(with_output(grid.grid_command(_name)))
-_study.command()(with_output(speed.speed))
+_study.command()(with_output(papers.speed))
 app.add_typer(_study)
 
 _cluster = typer.Typer(

@@ -9,8 +9,15 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from hamdist.cli.console import complain, print_facts, report, say_written, warn
-from hamdist.cli.display import Display, warning_at_once
+from hamdist.cli.console import (
+    Display,
+    complain,
+    print_facts,
+    report,
+    say_written,
+    warn,
+    warning_at_once,
+)
 from hamdist.cli.options import DEFAULT_SETTINGS, OverwriteOption, RunOptions, SettingsArgument
 from hamdist.config import Settings
 from hamdist.errors import FAILED, INTERRUPTED, SettingsError

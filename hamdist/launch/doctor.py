@@ -7,12 +7,10 @@ from collections.abc import Callable
 from pydantic import ValidationError
 
 from hamdist.errors import ClusterError
-from hamdist.launch.doctor_report import DoctorCheck, Findings, judged
+from hamdist.launch.doctor_report import DoctorCheck, Findings, host_facts, judged
 from hamdist.launch.events import DoctorReport, Ended
 from hamdist.launch.follow import Results, follow
-from hamdist.launch.host_facts import host_facts
-from hamdist.launch.jobs_api import Jobs
-from hamdist.launch.ray_environment import missing_extras
+from hamdist.launch.jobs_api import Jobs, missing_extras
 from hamdist.launch.submit import submit_checkup
 from hamdist.runtime.results.events import Warned
 

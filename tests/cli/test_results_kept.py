@@ -40,8 +40,8 @@ from hamdist.runtime.storage.snapshot_files import latest
 from hamdist.runtime.train.train import train
 from hamdist.study.report.files import run_summary
 from hamdist.study.report.html import EXPLANATION
+from hamdist.study.run.measures import Tracking
 from hamdist.study.run.run import Run
-from hamdist.study.run.tracking import Tracking
 
 TINY = """
 name: tiny
