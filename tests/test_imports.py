@@ -127,8 +127,6 @@ ALLOWED = {
     "adapters": f"{RUNTIME} runtime api",
     "launch": f"{STUDY} study api serve",
     "cli": f"{CLI} api serve cli",
-    "cli/study": CLI,
-    "cli/cluster": CLI,
     "__main__": "cli",
     "__init__": "errors config dynamics streams runtime api attached study",
 }

@@ -116,7 +116,7 @@ def run_settings(
             own = at_level.snapshots.model_copy(update={"path": str(folder.path / "snapshots")})
             at_level = at_level.model_copy(update={"snapshots": own})
 
-        from hamdist.runtime.results.trace import chrome_trace
+        from hamdist.runtime.results.measured import chrome_trace
         from hamdist.study.report.files import final_events
         from hamdist.study.report.save import save_run
         from hamdist.study.run.run import run_level

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 from rich.text import Text
 
-from hamdist.cli.cluster.cluster import ClusterOption, jobs_of
+from hamdist.cli.cluster import ClusterOption, jobs_of
 from hamdist.cli.console import Display, complain, console, note, print_notes, report, say
 from hamdist.cli.options import DEFAULT_SETTINGS, RunOptions
 from hamdist.errors import HamdistError, SettingsError

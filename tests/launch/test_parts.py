@@ -21,8 +21,8 @@ from hamdist.dynamics.objective.prequential import Window
 from hamdist.errors import ClusterError, SettingsError
 from hamdist.launch import local_cluster as one_host
 from hamdist.launch.cluster_file import ClusterSettings, find_cluster
+from hamdist.launch.doctor import Findings, LinkFacts, host_facts, judged, storage_fault
 from hamdist.launch.doctor_job import HostProbe
-from hamdist.launch.doctor_report import Findings, LinkFacts, host_facts, judged, storage_fault
 from hamdist.launch.events import (
     PART_BYTES,
     DriverLost,

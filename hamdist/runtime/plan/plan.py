@@ -44,9 +44,8 @@ from hamdist.runtime.plan.checks import (
     with_classes,
 )
 from hamdist.runtime.plan.dtypes import received_dtypes, with_cast_plans
-from hamdist.runtime.plan.heads import Heads, plan_heads
+from hamdist.runtime.plan.learners import Heads, plan_heads, plan_optimizers
 from hamdist.runtime.plan.microbatches import cut_batches
-from hamdist.runtime.plan.optimizers import plan_optimizers
 from hamdist.runtime.plan.rule_checks import check_rules, own_states, ruled
 from hamdist.runtime.process.arithmetic import Arithmetic, arithmetic
 from hamdist.runtime.process.switches import Switches, read_switches

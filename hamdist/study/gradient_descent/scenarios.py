@@ -45,7 +45,7 @@ from hamdist.study.gradient_descent.models import (
     make_model,
     sequences,
 )
-from hamdist.study.shared.processes import Processes
+from hamdist.study.shared.machine import Processes
 
 BOUND = 1e-10
 EPOCHS = {"rnn": 80, "lstm": 80}

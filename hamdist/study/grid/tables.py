@@ -28,8 +28,7 @@ from hamdist.study.grid.run import PROBES, StudyOutcome
 from hamdist.study.grid.settings import Axis, PublishedSettings, StudySettings, Trains, study_yaml
 from hamdist.study.grid.summary import SummaryLine, summary
 from hamdist.study.report.blocks import block_table
-from hamdist.study.report.files import flat_tests, to_json
-from hamdist.study.report.html import facts
+from hamdist.study.report.files import facts, flat_tests, to_json
 from hamdist.study.report.paired_test import in_words
 from hamdist.study.report.save import save_blocks
 from hamdist.study.report.table import interval, points

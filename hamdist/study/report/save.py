@@ -27,13 +27,13 @@ from hamdist.study.report.digests_diff import digests_json
 from hamdist.study.report.files import (
     comparison_summary,
     recorded,
+    render,
     report_events,
     rows_csv,
     run_lines,
     run_summary,
     to_json,
 )
-from hamdist.study.report.html import render
 from hamdist.study.report.table import comparison_table
 from hamdist.study.run.baseline import CENTRALISED
 from hamdist.study.run.measures import Trajectory, last_signals, records_npz, rms, seconds

@@ -44,7 +44,7 @@ from hamdist.streams.wrappers.without_sample import WithoutSample
 from hamdist.study.run.baseline import CENTRALISED, FROZEN, baseline_warnings, train_centralised
 from hamdist.study.run.measures import DriftRecovery, Tracking, advice, recoveries, tracking
 from hamdist.study.run.own_data import OwnData, beside, check_held_out, warmed
-from hamdist.study.shared.limits import check_size, check_time
+from hamdist.study.shared.machine import check_size, check_time
 
 PYTORCH = "pytorch"
 TIMELINE_LIMIT = 4096

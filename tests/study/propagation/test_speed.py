@@ -66,7 +66,7 @@ from hamdist.study.propagation.study import (
     run_study,
     tanh_network,
 )
-from hamdist.study.report.html import versions
+from hamdist.study.report.files import versions
 from hamdist.study.verify.topics.speed import checks
 
 F64 = torch.float64

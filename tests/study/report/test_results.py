@@ -23,7 +23,7 @@ from hamdist.dynamics.objective.prequential import Window
 from hamdist.errors import SettingsError
 from hamdist.study.report import files as results
 from hamdist.study.report.aggregate import aggregate
-from hamdist.study.report.html import render
+from hamdist.study.report.files import render
 from hamdist.study.report.save import gap_figures, save_comparison, save_run
 from hamdist.study.shared import result_folder as folder
 
