@@ -22,7 +22,7 @@ from rich.table import Table
 from rich.text import Text
 
 from hamdist.display.progress import RunDisplay
-from hamdist.errors import INTERRUPTED, BlockError, ChoiceWarning, HamdistError, exit_code
+from hamdist.errors import INTERRUPTED, ChoiceWarning, HamdistError, exit_code
 
 if TYPE_CHECKING:
     from hamdist.config import Settings
@@ -182,7 +182,7 @@ def exit_codes() -> Iterator[None]:
     try:
         yield
     except HamdistError as error:
-        if isinstance(error, BlockError) and error.details:
+        if error.details:
             complain(error.details.rstrip())
         complain(f"Error: {error}")
         report(error=str(error))

@@ -42,7 +42,7 @@ from torch import Tensor, nn
 
 from hamdist.config import Loss, ModelKind, ModelSettings, PartitionSettings, Settings
 from hamdist.dynamics.graph.graph import INPUT, BlockSpec, Combine, Graph
-from hamdist.dynamics.modules.prenorm import layer_norm
+from hamdist.dynamics.modules.prenorm import layer_norm, linear_of
 from hamdist.dynamics.modules.recurrent import DiagonalCell, LeakyCell, Reads, RecurrentCell
 from hamdist.dynamics.modules.reversible import Coupling, MidpointStart
 from hamdist.dynamics.modules.subspace import in_subspace
@@ -270,14 +270,7 @@ def _linears(shapes: list[tuple[int, int]], seed: int, dtype: torch.dtype) -> li
     for i, (fan_in, fan_out) in enumerate(shapes):
         gain = 1.0 if i == len(shapes) - 1 else 2.0
         draw = torch.randn(fan_out, fan_in, generator=generator, dtype=torch.float64)
-        # nn.Linear's own initialisation draws from the global generator, which is put back;
-        # nn.utils.skip_init would import half a second of torch for its meta tensors.
-        with torch.random.fork_rng(devices=[]):
-            layer = nn.Linear(fan_in, fan_out, dtype=dtype)
-        with torch.no_grad():
-            layer.weight.copy_(draw * math.sqrt(gain / fan_in))
-            layer.bias.zero_()
-        layers.append(layer)
+        layers.append(linear_of(draw * math.sqrt(gain / fan_in), dtype))
     return layers
 
 

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from hamdist.dynamics.graph.graph import BlockSpec, Graph
+from hamdist.dynamics.modules.prenorm import linear_of
 from hamdist.dynamics.objective.losses import mse
 
 PURE_GAIN, PURE_NOISE, PURE_START = 1.3, 0.05, 0.7
@@ -43,7 +44,7 @@ def tracker(
         specs.append(
             BlockSpec(
                 name,
-                nn.Sequential(_linear(weight[rows], bias, dtype), nn.Tanh()),
+                nn.Sequential(linear_of(weight[rows], dtype, bias=bias), nn.Tanh()),
                 tuple(names),
                 delays=dict.fromkeys(names, delay),
                 loss=mse if reads else None,
@@ -54,15 +55,3 @@ def tracker(
             )
         )
     return Graph(specs)
-
-
-def _linear(weight: Tensor, bias: bool, dtype: torch.dtype) -> nn.Linear:
-    # skip_init: nn.Linear's own initialisation would draw from the global generator.
-    linear: nn.Linear = nn.utils.skip_init(  # type: ignore[no-untyped-call]
-        nn.Linear, weight.shape[1], weight.shape[0], bias=bias, dtype=dtype
-    )
-    with torch.no_grad():
-        linear.weight.copy_(weight)
-        if bias:
-            linear.bias.zero_()
-    return linear

@@ -223,17 +223,10 @@ class Checker:
 
 def _within(y: Tensor, classes: int) -> bool:
     """Return True if all values of y are classes."""
-    low, high = _ends(y)
-    return low >= 0 and high < classes
-
-
-def _ends(y: Tensor) -> tuple[float, float]:
-    """Return the smallest and the largest value of y."""
     if 0 < y.numel() <= FEW:  # faster one by one
-        values = y.reshape(-1).tolist()
-        return min(values), max(values)
+        return all(0 <= value < classes for value in y.reshape(-1).tolist())
     low, high = torch.aminmax(y)
-    return low.item(), high.item()
+    return low.item() >= 0 and high.item() < classes
 
 
 def _check_dtype(n: int, field: str, value: Tensor, dtype: torch.dtype) -> None:

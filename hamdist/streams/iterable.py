@@ -7,7 +7,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from itertools import chain
 from numbers import Integral
-from typing import Any, TypeAlias
+from typing import Any, NamedTuple, TypeAlias
 
 import numpy as np
 import torch
@@ -35,7 +35,22 @@ TAKEN = (
     "are: what it would do with them itself (a language model shifts them by one) is left out. "
     "loss='model' learns the loss that it computes; names={names} says that this is meant"
 )
-_KEYS = ("u", "y", "end", "time", "late", "key")
+
+
+class _Fields(NamedTuple):
+    """The parts of a sample, as its source gives them."""
+
+    u: Any
+    y: Any = None
+    end: Any = False
+    time: Any = None
+    late: Any = None
+    key: Any = None
+    weights: Any = None
+
+
+_KEYS = _Fields._fields[:-1]  # of a dict
+
 
 # A number for every readout, or by the name of the readout.
 Sizes: TypeAlias = int | Mapping[str, int] | None
@@ -172,17 +187,17 @@ class IterableStream:
             key=key,
         )
 
-    def _fields(self, n: int, sample: Any) -> tuple[Any, Any, Any, Any, Any, Any, Any]:
-        """Return (u, y, end, time, late, key, weights) of a sample in any of the accepted forms."""
+    def _fields(self, n: int, sample: Any) -> _Fields:
+        """Return what is in a sample in any of the accepted forms."""
         if isinstance(sample, Sample):
             u = sample.u if sample.inputs is None else sample.inputs
-            return u, sample.y, sample.end, sample.time, sample.late, sample.key, None
+            return _Fields(u, sample.y, sample.end, sample.time, sample.late, sample.key)
         if isinstance(sample, (tuple, list)) and self._names is not None:
             sample = {str(place): value for place, value in enumerate(sample)}
         if isinstance(sample, Mapping) and (self._names is not None or "u" not in sample):
             names = self._names or self._default_names(n, sample)
             u, y, weights = named_parts(n, sample, names)
-            return u, y, False, None, None, None, weights
+            return _Fields(u, y, weights=weights)
         if isinstance(sample, Mapping):
             strange = [str(key) for key in sample if key not in _KEYS]
             if strange:
@@ -190,19 +205,11 @@ class IterableStream:
                     f"sample {n} is a dict with the unknown {', '.join(strange)}; "
                     f"a sample is {_FORMS}"
                 )
-            return (
-                sample["u"],
-                sample.get("y"),
-                sample.get("end", False),
-                sample.get("time"),
-                sample.get("late"),
-                sample.get("key"),
-                None,
-            )
+            return _Fields(**sample)
         if isinstance(sample, (Tensor, np.ndarray)):
-            return sample, None, False, None, None, None, None
+            return _Fields(sample)
         if isinstance(sample, (tuple, list)) and len(sample) in (1, 2):
-            return sample[0], sample[1] if len(sample) == 2 else None, False, None, None, None, None
+            return _Fields(*sample)
         length = f" of length {len(sample)}" if isinstance(sample, (tuple, list)) else ""
         hint = TUPLES if length and len(sample) > 2 else ""
         raise StreamError(

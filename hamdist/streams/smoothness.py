@@ -9,6 +9,7 @@ from collections.abc import Mapping
 from functools import lru_cache
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -83,7 +84,7 @@ class Smoothness:
         far = torch.cat([apart.diagonal(lag) for lag in range(_far(many), many)]).mean().item()
         if step == 0.0:  # nothing moved
             return float(MOST_SAMPLES)
-        return _invert(far / step, _ratios(many))
+        return float(np.interp(far / step, _ratios(many), range(1, MOST_SAMPLES + 1)))
 
 
 def _far(many: int) -> int:
@@ -114,14 +115,3 @@ def _ratios(many: int) -> tuple[float, ...]:
         far = (pairs * distances[_far(many) :]).sum() / pairs.sum()
         ratios.append(float((far / distances[1]).sqrt()))
     return tuple(ratios)
-
-
-def _invert(ratio: float, ratios: tuple[float, ...]) -> float:
-    """Return the S at which the table takes the value `ratio`, linear between its entries."""
-    if ratio <= ratios[0]:
-        return 1.0
-    for above, high in enumerate(ratios):
-        if high >= ratio:
-            low = ratios[above - 1]
-            return above + (ratio - low) / (high - low)
-    return float(len(ratios))

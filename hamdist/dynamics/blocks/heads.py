@@ -25,7 +25,7 @@ from torch import Tensor, nn
 from hamdist.dynamics.blocks.block import Block, BlockParts
 from hamdist.dynamics.blocks.readout_loss import ReadoutLoss, plain, scaled
 from hamdist.dynamics.finite import StepFactor
-from hamdist.dynamics.modules.prenorm import layer_norm
+from hamdist.dynamics.modules.prenorm import layer_norm, linear_of
 from hamdist.dynamics.saved_state.stateful import Stateful
 from hamdist.dynamics.updates.constants import Dynamics, constant_tau
 from hamdist.dynamics.updates.weights import Weights
@@ -84,12 +84,7 @@ def make_head(
         parts.append(Pooled(last=not channels))
     generator = torch.Generator().manual_seed(seed)
     drawn = torch.randn(outputs, n, generator=generator, dtype=torch.float64) / math.sqrt(n)
-    with torch.random.fork_rng(devices=[]):  # its own draws are thrown away
-        linear = nn.Linear(n, outputs, dtype=dtype)
-    with torch.no_grad():
-        linear.weight.copy_(drawn)
-        linear.bias.zero_()
-    return nn.Sequential(*parts, linear)
+    return nn.Sequential(*parts, linear_of(drawn, dtype))
 
 
 class Head(Stateful):

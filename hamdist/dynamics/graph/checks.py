@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from graphlib import CycleError, TopologicalSorter
 
 from torch import Tensor, nn
 
@@ -49,13 +50,13 @@ def check_names(blocks: Mapping[str, BlockSpec]) -> None:
                 )
 
 
-def check_delays(blocks: Mapping[str, BlockSpec], edges: Sequence[Edge]) -> None:
+def check_delays(edges: Sequence[Edge]) -> None:
     """Check that every edge takes a whole number of ticks, at least one."""
     for edge in edges:
         if isinstance(edge.delay, bool) or not isinstance(edge.delay, int):
             raise GraphError(f"edge {edge.name}: delay {edge.delay!r} is no whole number")
         if edge.delay < 1:
-            cycle = _zero_delay_cycle(blocks, edges)
+            cycle = _zero_delay_cycle(edges)
             where = f"; it lies on the zero-delay cycle {' -> '.join(cycle)}" if cycle else ""
             raise GraphError(
                 f"edge {edge.name} has delay {edge.delay}{where}: a signal needs at least one "
@@ -63,19 +64,16 @@ def check_delays(blocks: Mapping[str, BlockSpec], edges: Sequence[Edge]) -> None
             )
 
 
-def _zero_delay_cycle(blocks: Mapping[str, BlockSpec], edges: Sequence[Edge]) -> list[str]:
-    zero = {b: [e.child for e in edges if e.parent == b and e.delay < 1] for b in blocks}
-
-    def walk(path: list[str]) -> list[str]:
-        for child in zero[path[-1]]:
-            if child in path:
-                return [*path[path.index(child) :], child]
-            cycle = walk([*path, child])
-            if cycle:
-                return cycle
-        return []
-
-    return next((c for c in (walk([b]) for b in blocks) if c), [])
+def _zero_delay_cycle(edges: Sequence[Edge]) -> list[str]:
+    zero: dict[str, list[str]] = {}
+    for edge in edges:
+        if edge.delay < 1:
+            zero.setdefault(edge.child, []).append(edge.parent)
+    try:
+        TopologicalSorter(zero).prepare()
+    except CycleError as error:
+        return list(error.args[1])
+    return []
 
 
 def check_readouts(blocks: Mapping[str, BlockSpec], edges: Sequence[Edge]) -> None:

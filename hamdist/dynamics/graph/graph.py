@@ -141,7 +141,7 @@ class Graph:
                 delay = block.delays.get(parent, 1)
                 self.edges.append(Edge(len(self.edges), parent, block.name, delay))
         graph_checks.check_names(self.blocks)
-        graph_checks.check_delays(self.blocks, self.edges)
+        graph_checks.check_delays(self.edges)
         graph_checks.check_readouts(self.blocks, self.edges)
         graph_checks.check_parameters(self.blocks)
         self.into: dict[str, list[Edge]] = {b: [] for b in self.blocks}

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from hamdist.dynamics.graph.graph import INPUT, OUTPUT_KEY, Graph, ShapeMap
 from hamdist.dynamics.graph.inputs import NetworkInputs, by_parent
 from hamdist.dynamics.graph.shapes import declared_dtype
-from hamdist.dynamics.graph.spec import BlockSpec, combined
+from hamdist.dynamics.graph.spec import combined
 from hamdist.dynamics.graph.ties import names_of
 from hamdist.dynamics.user_modules.copies import copied
 from hamdist.errors import GraphError
@@ -35,7 +35,9 @@ class MergedGraph(nn.Module):
         self.combines = {b.name: b.combine for b in graph.blocks.values()}
         self.shapes = {b.name: b.shape for b in graph.blocks.values()}
         self.initial = {b.name: b.initial for b in graph.blocks.values()}
-        self.blocks = nn.ModuleDict({b.name: copied(_whole(b)) for b in graph.blocks.values()})
+        self.blocks = nn.ModuleDict(
+            {b.name: copied(_Whole(b.module, b.output)) for b in graph.blocks.values()}
+        )
         for weight in graph.shared:
             (first, key), *others = weight.uses
             parameter = self._whole(first).module.get_parameter(key)
@@ -92,10 +94,6 @@ class _Whole(nn.Module):
         super().__init__()
         self.module = module
         self.output = output
-
-
-def _whole(block: BlockSpec) -> nn.Module:
-    return _Whole(block.module, block.output)
 
 
 class MergedSequence(nn.Module):
@@ -185,7 +183,8 @@ def merged_module(
     for name, tensors in weights.items():
         for key, tensor in tensors.items():
             if (name, key) not in copies:
-                learned[_merged_name(graph, name, key)] = tensor
+                by_hand = graph.original is None
+                learned[name_in_merged_graph(name, key) if by_hand else key] = tensor
     state |= {**learned, **_by_all_names(merged, learned)}
     for path, part in merged.named_modules():
         names = () if isinstance(part, torch.jit.ScriptModule) else tuple(part._buffers)
@@ -200,11 +199,6 @@ def merged_module(
     merged_state.update(fitting)
     merged.load_state_dict(merged_state, strict=True)
     return merged
-
-
-def _merged_name(graph: Graph, block: str, key: str) -> str:
-    """Return the name that `key` of a block has in the merged module."""
-    return name_in_merged_graph(block, key) if graph.original is None else key
 
 
 def name_in_merged_graph(block: str, key: str) -> str:

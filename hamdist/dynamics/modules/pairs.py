@@ -39,11 +39,20 @@ class InvertibleMap(nn.Module, ABC):
 
     @abstractmethod
     def inverse(self, y: Tensor) -> Tensor:
-        """Return the x with forward(x) = y."""
+        """Return the x with forward(x) = y.
+
+        Args:
+            y: the output of `forward`.
+        """
 
     @abstractmethod
     def back(self, y: Tensor, message: Tensor) -> InverseStep:
-        """Return the x that led to y, and the vector-Jacobian products of `message` (like y)."""
+        """Return the x that led to y, the message to it, and the gradients.
+
+        Args:
+            y: the output of `forward`.
+            message: about y, of its shape.
+        """
 
 
 class ToPair(InvertibleMap):
@@ -58,20 +67,11 @@ class ToPair(InvertibleMap):
         return torch.cat([x, x], 1)
 
     def inverse(self, y: Tensor) -> Tensor:
-        """Return x, (B, H, ...).
-
-        Args:
-            y: the pair (x, x).
-        """
+        """Return x, (B, H, ...), of the pair (x, x)."""
         return halves(y)[0]
 
     def back(self, y: Tensor, message: Tensor) -> InverseStep:
-        """Return the input of `forward`, the message to it, and the gradients.
-
-        Args:
-            y: the output of `forward`.
-            message: about y, of its shape.
-        """
+        """Return the input of `forward`, the message to it, and no gradients."""
         m_a, m_b = halves(message)
         return InverseStep(halves(y)[0].contiguous(), m_a + m_b, [])
 

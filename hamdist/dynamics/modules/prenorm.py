@@ -85,6 +85,19 @@ def layer_norm(shape: int | Sequence[int]) -> nn.LayerNorm:
     return nn.LayerNorm(over, eps=NORM_EPS, elementwise_affine=False)
 
 
+def linear_of(weight: Tensor, dtype: torch.dtype, *, bias: bool = True) -> nn.Linear:
+    """Return a linear layer of these weights (O, I), its bias 0."""
+    # Its own initialisation draws from the global generator, which is put back; and
+    # nn.utils.skip_init would import half a second of torch for its meta tensors.
+    with torch.random.fork_rng(devices=[]):
+        linear = nn.Linear(weight.shape[1], weight.shape[0], bias=bias, dtype=dtype)
+    with torch.no_grad():
+        linear.weight.copy_(weight)
+        if bias:
+            linear.bias.zero_()
+    return linear
+
+
 @dataclass
 class _Unit:
     """Neighbouring children of an nn.Sequential, of which the first has weights."""

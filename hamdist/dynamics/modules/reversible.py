@@ -64,21 +64,12 @@ class Coupling(InvertibleMap):
         return torch.cat([b, torch.add(a, _field(self.f, self.leak, b), alpha=self.scale)], 1)
 
     def inverse(self, y: Tensor) -> Tensor:
-        """Return the pair (a, b) for y = (b, c).
-
-        Args:
-            y: the pair, (B, 2 H, ...).
-        """
+        """Return the pair (a, b) for y = (b, c)."""
         b, c = halves(y)
         return torch.cat([torch.sub(c, _field(self.f, self.leak, b), alpha=self.scale), b], 1)
 
     def back(self, y: Tensor, message: Tensor) -> InverseStep:
-        """Return the input of `forward`, the message to it, and the gradients.
-
-        Args:
-            y: the output of `forward`.
-            message: about y, of its shape.
-        """
+        """Return the input of `forward`, the message to it, and the gradients."""
         b, c = halves(y)
         m_b, m_c = halves(message)
         f, to_b, g = _pull(self.f, self.leak, b, self.scale * m_c, self.theta)
@@ -120,20 +111,11 @@ class MidpointStart(InvertibleMap):
         return torch.cat([x, torch.add(x, _field(self.f, self.leak, x), alpha=self.tau)], 1)
 
     def inverse(self, y: Tensor) -> Tensor:
-        """Return h_0, (B, H, ...).
-
-        Args:
-            y: the pair (h_0, h_1).
-        """
+        """Return h_0, (B, H, ...), of the pair (h_0, h_1)."""
         return halves(y)[0]
 
     def back(self, y: Tensor, message: Tensor) -> InverseStep:
-        """Return the input of `forward`, the message to it, and the gradients.
-
-        Args:
-            y: the output of `forward`.
-            message: about y, of its shape.
-        """
+        """Return the input of `forward`, the message to it, and the gradients."""
         m_0, m_1 = halves(message)
         h_0 = halves(y)[0].contiguous()
         _, to_0, g = _pull(self.f, self.leak, h_0, self.tau * m_1, self.theta)
@@ -165,20 +147,11 @@ class Squeeze(InvertibleMap):
         return nn.functional.pixel_unshuffle(x, self.factor)
 
     def inverse(self, y: Tensor) -> Tensor:
-        """Return the image (B, C, H, W).
-
-        Args:
-            y: the result of `forward`, (B, C k^2, H/k, W/k).
-        """
+        """Return the image (B, C, H, W)."""
         return nn.functional.pixel_shuffle(y, self.factor)
 
     def back(self, y: Tensor, message: Tensor) -> InverseStep:
-        """Return the input of `forward`, the message to it, and the gradients.
-
-        Args:
-            y: the output of `forward`.
-            message: about y, of its shape.
-        """
+        """Return the input of `forward`, the message to it, and the gradients."""
         return InverseStep(self.inverse(y), self.inverse(message), [])
 
     def extra_repr(self) -> str:

@@ -47,84 +47,51 @@ static const int32_t FIRST_4_BYTES[16] = {-1, -1, -1, -1, -1, -1, -1, -1};
 #define TILE static inline __attribute__((always_inline, TARGET))
 #define WIDE (VECTOR_BITS / REAL_BITS)
 
+/* The compiler's function for an operation on vectors of this width and type. */
 #if VECTOR_BITS == 512 && REAL_BITS == 32
 typedef __m512 NAME(Wide);
+#define MM(operation) _mm512_##operation##_ps
 #define FIRST(n) (__mmask16)((1u << (n)) - 1)
-#define LOAD _mm512_loadu_ps
-#define LOAD_PART(n, p) _mm512_maskz_loadu_ps(FIRST(n), p)
-#define STORE _mm512_storeu_ps
-#define STORE_PART(p, n, v) _mm512_mask_storeu_ps(p, FIRST(n), v)
-#define ALL _mm512_set1_ps
-#define FUSED _mm512_fmadd_ps
-#define TIMES _mm512_mul_ps
-#define ZERO _mm512_setzero_ps()
 #elif VECTOR_BITS == 512
 typedef __m512d NAME(Wide);
+#define MM(operation) _mm512_##operation##_pd
 #define FIRST(n) (__mmask8)((1u << (n)) - 1)
-#define LOAD _mm512_loadu_pd
-#define LOAD_PART(n, p) _mm512_maskz_loadu_pd(FIRST(n), p)
-#define STORE _mm512_storeu_pd
-#define STORE_PART(p, n, v) _mm512_mask_storeu_pd(p, FIRST(n), v)
-#define ALL _mm512_set1_pd
-#define FUSED _mm512_fmadd_pd
-#define TIMES _mm512_mul_pd
-#define ZERO _mm512_setzero_pd()
 #elif REAL_BITS == 32
 typedef __m256 NAME(Wide);
+#define MM(operation) _mm256_##operation##_ps
 #define FIRST(n) _mm256_loadu_si256((const __m256i *)(FIRST_4_BYTES + 8 - (n)))
-#define LOAD _mm256_loadu_ps
-#define LOAD_PART(n, p) _mm256_maskload_ps(p, FIRST(n))
-#define STORE _mm256_storeu_ps
-#define STORE_PART(p, n, v) _mm256_maskstore_ps(p, FIRST(n), v)
-#define ALL _mm256_set1_ps
-#define FUSED _mm256_fmadd_ps
-#define TIMES _mm256_mul_ps
-#define ZERO _mm256_setzero_ps()
 #else
 typedef __m256d NAME(Wide);
+#define MM(operation) _mm256_##operation##_pd
 #define FIRST(n) _mm256_loadu_si256((const __m256i *)(FIRST_8_BYTES + 4 - (n)))
-#define LOAD _mm256_loadu_pd
-#define LOAD_PART(n, p) _mm256_maskload_pd(p, FIRST(n))
-#define STORE _mm256_storeu_pd
-#define STORE_PART(p, n, v) _mm256_maskstore_pd(p, FIRST(n), v)
-#define ALL _mm256_set1_pd
-#define FUSED _mm256_fmadd_pd
-#define TIMES _mm256_mul_pd
-#define ZERO _mm256_setzero_pd()
 #endif
+#if VECTOR_BITS == 512
+#define LOAD_PART(n, p) MM(maskz_loadu)(FIRST(n), p)
+#define STORE_PART(p, n, v) MM(mask_storeu)(p, FIRST(n), v)
+#else
+#define LOAD_PART(n, p) MM(maskload)(p, FIRST(n))
+#define STORE_PART(p, n, v) MM(maskstore)(p, FIRST(n), v)
+#endif
+#define LOAD MM(loadu)
+#define STORE MM(storeu)
+#define ALL MM(set1)
+#define FUSED MM(fmadd)
+#define TIMES MM(mul)
+#define ZERO MM(setzero)()
 
 /* The sums of the lanes of some neighbours in a row of sums: of 16 bytes together each, then of
    halves of 64 bytes, then of halves of these. */
+#define PAIR(a, b) MM(add)(MM(unpacklo)(a, b), MM(unpackhi)(a, b))
 #if REAL_BITS == 32
 #define NEIGHBOURS 4
-#if VECTOR_BITS == 512
 #define BY_16_BYTES(a, to)                                                                         \
     do {                                                                                           \
-        __m512 ab = _mm512_add_ps(_mm512_unpacklo_ps((a)[0], (a)[1]),                              \
-                                  _mm512_unpackhi_ps((a)[0], (a)[1]));                             \
-        __m512 cd = _mm512_add_ps(_mm512_unpacklo_ps((a)[2], (a)[3]),                              \
-                                  _mm512_unpackhi_ps((a)[2], (a)[3]));                             \
-        to = _mm512_add_ps(_mm512_shuffle_ps(ab, cd, 0x44), _mm512_shuffle_ps(ab, cd, 0xee));      \
+        NAME(Wide) ab = PAIR((a)[0], (a)[1]), cd = PAIR((a)[2], (a)[3]);                           \
+        to = MM(add)(MM(shuffle)(ab, cd, 0x44), MM(shuffle)(ab, cd, 0xee));                        \
     } while (0)
-#else
-#define BY_16_BYTES(a, to)                                                                         \
-    do {                                                                                           \
-        __m256 ab = _mm256_add_ps(_mm256_unpacklo_ps((a)[0], (a)[1]),                              \
-                                  _mm256_unpackhi_ps((a)[0], (a)[1]));                             \
-        __m256 cd = _mm256_add_ps(_mm256_unpacklo_ps((a)[2], (a)[3]),                              \
-                                  _mm256_unpackhi_ps((a)[2], (a)[3]));                             \
-        to = _mm256_add_ps(_mm256_shuffle_ps(ab, cd, 0x44), _mm256_shuffle_ps(ab, cd, 0xee));      \
-    } while (0)
-#endif
 #else
 #define NEIGHBOURS 2
-#if VECTOR_BITS == 512
-#define BY_16_BYTES(a, to)                                                                         \
-    to = _mm512_add_pd(_mm512_unpacklo_pd((a)[0], (a)[1]), _mm512_unpackhi_pd((a)[0], (a)[1]))
-#else
-#define BY_16_BYTES(a, to)                                                                         \
-    to = _mm256_add_pd(_mm256_unpacklo_pd((a)[0], (a)[1]), _mm256_unpackhi_pd((a)[0], (a)[1]))
-#endif
+#define BY_16_BYTES(a, to) to = PAIR((a)[0], (a)[1])
 #endif
 
 typedef REAL NAME(Few) __attribute__((vector_size(16), aligned(sizeof(REAL)), may_alias));
@@ -337,6 +304,7 @@ static void NAME(pulled)(const REAL *x, REAL *w, const REAL *d, REAL *m, size_t 
 #undef NAME
 #undef READ
 #undef BY_16_BYTES
+#undef PAIR
 #undef NEIGHBOURS
 #undef ZERO
 #undef TIMES
@@ -347,6 +315,7 @@ static void NAME(pulled)(const REAL *x, REAL *w, const REAL *d, REAL *m, size_t 
 #undef LOAD_PART
 #undef LOAD
 #undef FIRST
+#undef MM
 #undef WIDE
 #undef TILE
 #undef PRODUCTS

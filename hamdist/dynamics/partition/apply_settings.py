@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
-from fnmatch import fnmatchcase
 
 import torch
 
@@ -60,17 +59,10 @@ def delayed(graph: Graph, delays: Mapping[str, int]) -> Graph:
     """
     if not delays:
         return graph
-    named = {e.name: _names(graph, e) for e in graph.edges}
-    for pattern in delays:
-        if not any(n == pattern or fnmatchcase(n, pattern) for ns in named.values() for n in ns):
-            raise GraphError(f"partition.delays.{pattern}: no such edge; known: {', '.join(named)}")
-    by_edge = {e.name: d for e in graph.edges for d in [_delay(named[e.name], delays)] if d}
-    for pattern in delays:
-        if all(_pattern(names, delays) != pattern for names in named.values()):
-            raise GraphError(
-                f"partition.delays.{pattern}: every edge that it fits is taken by another pattern "
-                "before it; list it earlier"
-            )
+    others = {e.name: _between_unsliced(graph, e) for e in graph.edges}
+    check_patterns("partition.delays", delays, others, "edge", GraphError, others)
+    patterns = {name: fitting(name, delays, *more) for name, more in others.items()}
+    by_edge = {name: delays[pattern] for name, pattern in patterns.items() if pattern is not None}
     blocks = []
     for block in graph.blocks.values():
         by_parent = {e.parent: by_edge[e.name] for e in graph.into[block.name] if e.name in by_edge}
@@ -78,22 +70,9 @@ def delayed(graph: Graph, delays: Mapping[str, int]) -> Graph:
     return graph.over(blocks)
 
 
-def _names(graph: Graph, edge: Edge) -> list[str]:
-    """Return the names of an edge: its own, and that between the unsliced blocks."""
+def _between_unsliced(graph: Graph, edge: Edge) -> list[str]:
+    """Return the name of an edge between the unsliced blocks, if they were sliced."""
     if graph.sliced is None:
-        return [edge.name]
+        return []
     origin = graph.sliced.origin
-    parent = origin.get(edge.parent, edge.parent)  # (an input is none of the blocks)
-    return list(dict.fromkeys([edge.name, f"{parent}->{origin[edge.child]}"]))
-
-
-def _pattern(names: Sequence[str], delays: Mapping[str, int]) -> str | None:
-    for name in names:
-        if name in delays:
-            return name
-    return next((p for p in delays if any(fnmatchcase(n, p) for n in names)), None)
-
-
-def _delay(names: Sequence[str], delays: Mapping[str, int]) -> int | None:
-    pattern = _pattern(names, delays)
-    return None if pattern is None else delays[pattern]
+    return [f"{origin.get(edge.parent, edge.parent)}->{origin[edge.child]}"]  # (from an input, too)

@@ -143,19 +143,15 @@ class Cuts:
 
     def units(self) -> list[int]:
         """Return the places where units begin."""
-        starts, weighted = [0], False
+        starts, weighted, legal = [0], False, {*self.legal}
         for place, i in enumerate(self._flow.order):
             is_layer = self._flow.ops[i].node.op == "call_module" and self._flow.learned(i) > 0
-            new = place in self.forced or (is_layer and weighted and place in self._legal_set)
+            new = place in self.forced or (is_layer and weighted and place in legal)
             if place and new:
                 starts.append(place)
                 weighted = False
             weighted = weighted or is_layer
         return starts
-
-    @property
-    def _legal_set(self) -> set[int]:
-        return set(self.legal)
 
     def grouped(self, grouping: Grouping) -> list[int]:
         """Return the places where blocks begin by the grouping of locality."""

@@ -243,25 +243,10 @@ def _laid_out(tensor: Tensor, shape: list[int], strides: list[int]) -> Tensor:
     small = [1 if stride == 0 and n > 1 else n for n, stride in zip(shape, strides, strict=True)]
     if list(tensor.shape) != small:
         raise ValueError(f"a tensor of shape {list(tensor.shape)} stands for one of {shape}")
-    packed = _strides(small, strides)
-    copy = (
-        torch.empty_strided(small, packed, dtype=tensor.dtype)
-        if packed
-        else torch.empty(small, dtype=tensor.dtype)
-    )
+    order = sorted(range(len(small)), key=lambda axis: (-strides[axis], axis))
+    copy = torch.empty_permuted(small, order, dtype=tensor.dtype)  # dense, in the order of strides
     copy.copy_(tensor)
     return copy if small == shape else copy.expand(shape)
-
-
-def _strides(shape: Sequence[int], strides: Sequence[int]) -> list[int] | None:
-    """Return dense strides in the order of `strides`; None for those of a contiguous tensor."""
-    order = sorted(range(len(shape)), key=lambda axis: (-strides[axis], axis))
-    result = [0] * len(shape)
-    step = 1
-    for axis in reversed(order):
-        result[axis] = step
-        step *= max(shape[axis], 1)
-    return None if order == sorted(order) else result
 
 
 # -- what autograd's graphs keep ------------------------------------------------------------------

@@ -93,7 +93,8 @@ class TracedModule(nn.Module):
         self.hamdist_whole = "" in parts  # it calls the whole model, whose weights keep their names
         if self.hamdist_whole:
             _adopt(self, parts[""])
-        for name in sorted({**parts, **weights} if not self.hamdist_whole else (), key=_depth):
+        names = () if self.hamdist_whole else {**parts, **weights}
+        for name in sorted(names, key=lambda name: name.count(".")):
             thing = parts.get(name)
             _place(self, name, weights[name] if thing is None else thing, name in persistent)
         for name, tensor in constants.items():
@@ -149,10 +150,6 @@ def _runnable(graph: fx.Graph) -> Callable[..., Any]:
             return run(*args)
 
     return as_before
-
-
-def _depth(name: str) -> int:
-    return name.count(".")
 
 
 def _adopt(piece: nn.Module, model: nn.Module) -> None:

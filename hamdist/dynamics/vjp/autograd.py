@@ -24,7 +24,7 @@ from hamdist.dynamics.tracing.traced_module import TracedModule
 from hamdist.dynamics.user_modules.python_state import SETS_REQUIRES_GRAD
 from hamdist.dynamics.vjp.gradient import AtOnce, Gradient
 from hamdist.dynamics.vjp.layer_inputs import LayerInputs
-from hamdist.dynamics.vjp.local_function import ForwardRecord, ModuleFunction
+from hamdist.dynamics.vjp.local_function import ForwardRecord, ModuleFunction, Products
 from hamdist.dynamics.vjp.seeding import TORCHS, OwnGenerator, draws, foreign
 from hamdist.errors import GraphError
 
@@ -128,12 +128,8 @@ class AutogradFunction(ModuleFunction):
         weights: bool = True,
         keep: bool = False,
         at_once: AtOnce | None = None,  # noqa: ARG002  (the gradients come all at one time)
-    ) -> tuple[list[Tensor | None], list[Gradient]]:
-        """Return (cotangent^T df/dh_p per parent, cotangent^T df/dtheta per weight).
-
-        keep: the record will be pulled again. at_once: permission to move weights as soon as their
-        gradient is computed; such a gradient is marked as one whose weight has moved.
-        """
+    ) -> Products:
+        """Return the products as `LocalFunction.pull`, gradients as tensors."""
         wrt = [leaf for leaf in record.leaves if leaf is not None] if inputs else []
         wanted = len(wrt)
         wrt += record.theta if weights else []

@@ -16,12 +16,12 @@ from torch import Tensor, nn
 from hamdist.dynamics.graph.graph import Combine, combined
 from hamdist.dynamics.saved_state.stateful import Slot, check_names, fill, nested_slots
 from hamdist.dynamics.vjp.gradient import AtOnce, Gradient, Gradients
-from hamdist.dynamics.vjp.kernels import KeptTensors
-from hamdist.dynamics.vjp.local_function import ModuleFunction
+from hamdist.dynamics.vjp.kernels import KeptTensors, Wanted
+from hamdist.dynamics.vjp.local_function import ModuleFunction, Products
 from hamdist.dynamics.vjp.native_chain import Chain
 from hamdist.dynamics.vjp.program import read_program
 from hamdist.dynamics.vjp.seeding import OwnGenerator, draws
-from hamdist.dynamics.vjp.steps import ProgramStep, needed, pull_steps, run_steps
+from hamdist.dynamics.vjp.steps import Needs, ProgramStep, needed, pull_steps, run_steps
 from hamdist.errors import SnapshotError
 
 
@@ -31,7 +31,7 @@ class Steps:
 
     saved: list[KeptTensors]
     inputs: list[Tensor]
-    wanted: tuple[bool, ...]
+    wanted: Wanted
     output: Tensor
 
 
@@ -50,7 +50,7 @@ class ClosedFunction(ModuleFunction):
         self._steps = list(program)
         self._free: list[Steps] = []
         self._pulled: Steps | None = None  # the latest
-        self._needs: dict[tuple[bool, ...], list[tuple[bool, tuple[bool, ...]]]] = {}
+        self._needs: dict[Wanted, Needs] = {}
         # One kernel on one input, as of a chain of linear layers: nothing to look up or to share
         # out, which is a good part of a small block's step.
         self._only = program[0] if len(program) == 1 and program[0].reads == (0,) else None
@@ -79,7 +79,7 @@ class ClosedFunction(ModuleFunction):
         weights: bool = True,
         keep: bool = False,
         at_once: AtOnce | None = None,
-    ) -> tuple[list[Tensor | None], list[Gradient]]:
+    ) -> Products:
         """Return the products as `LocalFunction.pull`, gradients of weights as their factors.
 
         They are marked where the weights have moved by them already.
@@ -133,7 +133,7 @@ class ClosedFunction(ModuleFunction):
         return nested_slots(record.saved)
 
     def _pulled_through(
-        self, record: Steps, cotangent: Tensor, wanted: tuple[bool, ...], g: Gradients | None
+        self, record: Steps, cotangent: Tensor, wanted: Wanted, g: Gradients | None
     ) -> list[Tensor | None]:
         """Return the messages to the parents; put the gradients into `g`, if given."""
         needs = self._wanted(wanted, weights=g is not None)
@@ -146,9 +146,7 @@ class ClosedFunction(ModuleFunction):
         about = pull_steps(self._steps, record.saved, cotangent, needs, g)
         return self._apart(record, wanted, about)
 
-    def _wanted(
-        self, wanted: tuple[bool, ...], *, weights: bool
-    ) -> list[tuple[bool, tuple[bool, ...]]]:
+    def _wanted(self, wanted: Wanted, *, weights: bool) -> Needs:
         """Return `needed` for messages to these parents."""
         key = (*wanted, weights)
         needs = self._needs.get(key)
@@ -159,7 +157,7 @@ class ClosedFunction(ModuleFunction):
         return needs
 
     def _apart(
-        self, record: Steps, wanted: tuple[bool, ...], about: Sequence[Tensor | None]
+        self, record: Steps, wanted: Wanted, about: Sequence[Tensor | None]
     ) -> list[Tensor | None]:
         """Return the messages by parent; zeros where a wanted input has no influence."""
         shapes = [t.shape for t in record.inputs]

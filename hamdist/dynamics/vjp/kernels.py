@@ -27,6 +27,8 @@ aten = torch.ops.aten
 
 # What a kernel keeps of one call: its output first, then its own things.
 KeptTensors = list[Any]
+Wanted: TypeAlias = tuple[bool, ...]  # by input of a kernel, whether its message is needed
+ToInputs: TypeAlias = tuple[Tensor | None, ...]  # by input, z^T df/dx
 
 
 class Kernel(ABC):
@@ -47,9 +49,7 @@ class Kernel(ABC):
         return None
 
     @abstractmethod
-    def pull(
-        self, saved: KeptTensors, z: Tensor, wanted: tuple[bool, ...], g: Gradients | None
-    ) -> tuple[Tensor | None, ...]:
+    def pull(self, saved: KeptTensors, z: Tensor, wanted: Wanted, g: Gradients | None) -> ToInputs:
         """Return z^T df/dx per input (None where not wanted); put z^T df/dtheta into `g`."""
 
 
@@ -100,9 +100,7 @@ class Linear(Kernel):
         out = y if x.dim() == 2 else y.view(*x.shape[:-1], self.out)
         return [out, flat, y]
 
-    def pull(
-        self, saved: KeptTensors, z: Tensor, wanted: tuple[bool, ...], g: Gradients | None
-    ) -> tuple[Tensor | None, ...]:
+    def pull(self, saved: KeptTensors, z: Tensor, wanted: Wanted, g: Gradients | None) -> ToInputs:
         _, x, y = saved
         d = z if z.dim() == 2 else z.reshape(y.shape)
         if self.relu:
@@ -130,9 +128,7 @@ class Embedding(Kernel):
     def forward(self, old: KeptTensors | None, x: Tensor) -> KeptTensors:  # noqa: ARG002
         return [nn.functional.embedding(x, self._table), x]
 
-    def pull(
-        self, saved: KeptTensors, z: Tensor, wanted: tuple[bool, ...], g: Gradients | None
-    ) -> tuple[Tensor | None, ...]:
+    def pull(self, saved: KeptTensors, z: Tensor, wanted: Wanted, g: Gradients | None) -> ToInputs:
         (w,) = self.weights
         if g is not None and w is not None:
             index, z_rows = saved[1].reshape(-1), z.reshape(-1, z.shape[-1])
@@ -149,13 +145,7 @@ class Unary(Kernel):
         """Return z^T df/dx."""
         raise NotImplementedError
 
-    def pull(
-        self,
-        saved: KeptTensors,
-        z: Tensor,
-        wanted: tuple[bool, ...],
-        g: Gradients | None,  # noqa: ARG002
-    ) -> tuple[Tensor | None, ...]:
+    def pull(self, saved: KeptTensors, z: Tensor, wanted: Wanted, g: Gradients | None) -> ToInputs:  # noqa: ARG002
         return (self.product(saved, z) if wanted[0] else None,)
 
 
@@ -251,13 +241,7 @@ class Add(Kernel):
         a, b = x
         return [torch.add(a, b, alpha=self._sign), a.shape, b.shape]
 
-    def pull(
-        self,
-        saved: KeptTensors,
-        z: Tensor,
-        wanted: tuple[bool, ...],
-        g: Gradients | None,  # noqa: ARG002
-    ) -> tuple[Tensor | None, ...]:
+    def pull(self, saved: KeptTensors, z: Tensor, wanted: Wanted, g: Gradients | None) -> ToInputs:  # noqa: ARG002
         a, b = wanted
         second = z if self._sign == 1 else z * self._sign
         return (
@@ -286,9 +270,7 @@ class LayerNorm(Kernel):
         y, mean, rstd = torch.native_layer_norm(x, self._shape, self._w, self._b, self._eps)
         return [y, x, mean, rstd]
 
-    def pull(
-        self, saved: KeptTensors, z: Tensor, wanted: tuple[bool, ...], g: Gradients | None
-    ) -> tuple[Tensor | None, ...]:
+    def pull(self, saved: KeptTensors, z: Tensor, wanted: Wanted, g: Gradients | None) -> ToInputs:
         _, x, mean, rstd = saved
         mask = [wanted[0], *(g is not None and w is not None for w in self.weights)]
         to, g_w, g_b = aten.native_layer_norm_backward(
@@ -316,9 +298,7 @@ class Conv2d(Kernel):
         y = torch.conv2d(x, self._w, self._b, stride, padding, dilation, self._groups)
         return [y, x]
 
-    def pull(
-        self, saved: KeptTensors, z: Tensor, wanted: tuple[bool, ...], g: Gradients | None
-    ) -> tuple[Tensor | None, ...]:
+    def pull(self, saved: KeptTensors, z: Tensor, wanted: Wanted, g: Gradients | None) -> ToInputs:
         (_, x), (stride, padding, dilation) = saved, self._how
         mask = [wanted[0], *(g is not None and w is not None for w in self.weights)]
         sizes = None if self._b is None else list(self._b.shape)

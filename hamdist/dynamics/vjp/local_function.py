@@ -10,7 +10,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any, TypeAlias, TypedDict
 
 from torch import Tensor, nn
 
@@ -19,6 +19,24 @@ from hamdist.dynamics.saved_state.stateful import Slot, Stateful, check_names, f
 from hamdist.dynamics.vjp.gradient import AtOnce, Gradient
 from hamdist.dynamics.vjp.seeding import OwnGenerator
 from hamdist.errors import SnapshotError
+
+if TYPE_CHECKING:
+    from typing_extensions import Unpack
+
+Products: TypeAlias = tuple[list[Tensor | None], list[Gradient]]  # of `LocalFunction.pull`
+
+
+class PullArguments(TypedDict, total=False):
+    """Arguments of `LocalFunction.pull`: the products that are wanted, True by default.
+
+    keep: the record will be pulled again. at_once: permission to move weights as soon as their
+    gradient is computed; such a gradient is marked as one whose weight has moved.
+    """
+
+    inputs: bool
+    weights: bool
+    keep: bool
+    at_once: AtOnce | None
 
 
 @dataclass(slots=True)
@@ -70,21 +88,8 @@ class LocalFunction(Stateful, ABC):
         raise TypeError(f"{type(self).__name__} has no forward pass with other weights")
 
     @abstractmethod
-    def pull(
-        self,
-        record: Any,
-        cotangent: Tensor,
-        *,
-        inputs: bool = True,
-        weights: bool = True,
-        keep: bool = False,
-        at_once: AtOnce | None = None,
-    ) -> tuple[list[Tensor | None], list[Gradient]]:
-        """Return (cotangent^T df/dh_p per parent, cotangent^T df/dtheta per weight).
-
-        keep: the record will be pulled again. at_once: permission to move weights as soon as their
-        gradient is computed; such a gradient is marked as one whose weight has moved.
-        """
+    def pull(self, record: Any, cotangent: Tensor, **how: Unpack[PullArguments]) -> Products:
+        """Return (cotangent^T df/dh_p per parent, cotangent^T df/dtheta per weight)."""
 
     def saved_tensors(self) -> AbstractContextManager[list[Tensor] | None]:
         """Return a context whose list gets the tensors that a forward pass leaves in no record.

@@ -15,7 +15,7 @@ from torch import Size, Tensor, int64
 from hamdist.dynamics.native.chain import MOST, NativeChain, Operation, OperationKind
 from hamdist.dynamics.native.rows import reads as is_readable
 from hamdist.dynamics.vjp.gradient import AtOnce, Column, Gradient, Gradients, Outer, TableRows
-from hamdist.dynamics.vjp.kernels import KeptTensors, Kernel, Reshape, like
+from hamdist.dynamics.vjp.kernels import KeptTensors, Kernel, Reshape, ToInputs, Wanted, like
 from hamdist.dynamics.vjp.steps import ProgramStep, needed, pull_steps, run_steps
 
 SHAPES = 256  # of inputs, whose sizes and places are kept
@@ -100,9 +100,7 @@ class Chain(Kernel):
         saved = run_steps(self._steps, [x], before)
         return [saved[-1][0], saved]
 
-    def pull(
-        self, saved: KeptTensors, z: Tensor, wanted: tuple[bool, ...], g: Gradients | None
-    ) -> tuple[Tensor | None, ...]:
+    def pull(self, saved: KeptTensors, z: Tensor, wanted: Wanted, g: Gradients | None) -> ToInputs:
         if len(saved) == 2:
             needs = needed(self._steps, wanted, weights=g is not None)
             return tuple(pull_steps(self._steps, saved[1], z, needs, g))

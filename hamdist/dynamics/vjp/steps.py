@@ -7,12 +7,15 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeAlias
 
 from torch import Tensor
 
 from hamdist.dynamics.vjp.gradient import Gradients
-from hamdist.dynamics.vjp.kernels import KeptTensors, Kernel
+from hamdist.dynamics.vjp.kernels import KeptTensors, Kernel, Wanted
+
+# By value, whether something needs its message, and by input of its step the same.
+Needs: TypeAlias = list[tuple[bool, Wanted]]
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,7 +47,7 @@ def pull_steps(
     steps: Sequence[ProgramStep],
     saved: Sequence[KeptTensors],
     z: Tensor,
-    needs: Sequence[tuple[bool, tuple[bool, ...]]],
+    needs: Needs,
     g: Gradients | None,
 ) -> list[Tensor | None]:
     """Return the messages to the arguments. z: about the last step's output; needs: `needed`."""
@@ -64,14 +67,9 @@ def pull_steps(
     return about[:many]
 
 
-def needed(
-    steps: Sequence[ProgramStep], wanted: Sequence[bool], *, weights: bool
-) -> list[tuple[bool, tuple[bool, ...]]]:
-    """Return by value whether something needs its message, and by input of its step the same.
-
-    wanted: the messages to the arguments; weights: gradients.
-    """
-    needs: list[tuple[bool, tuple[bool, ...]]] = [(want, ()) for want in wanted]
+def needed(steps: Sequence[ProgramStep], wanted: Sequence[bool], *, weights: bool) -> Needs:
+    """Return what messages to the arguments (`wanted`) and gradients (`weights`) need."""
+    needs: Needs = [(want, ()) for want in wanted]
     for step in steps:
         reads = tuple(needs[r][0] for r in step.reads)
         trained = weights and any(w is not None for w in step.kernel.weights)

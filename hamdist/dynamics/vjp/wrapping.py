@@ -11,7 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -19,8 +19,11 @@ from torch import Tensor
 from hamdist.dynamics.graph.graph import Joining
 from hamdist.dynamics.graph.ties import names_of
 from hamdist.dynamics.saved_state.stateful import check_names
-from hamdist.dynamics.vjp.gradient import AtOnce, Gradient, Gradients, dense
-from hamdist.dynamics.vjp.local_function import LocalFunction
+from hamdist.dynamics.vjp.gradient import Gradient, Gradients, dense
+from hamdist.dynamics.vjp.local_function import LocalFunction, Products, PullArguments
+
+if TYPE_CHECKING:
+    from typing_extensions import Unpack
 
 
 class WrappingFunction(LocalFunction):
@@ -85,19 +88,8 @@ class JoinedFunction(WrappingFunction):
         wants = [any(group) for group in self._joining.groups(wanted)]
         return self._joining.joined(inputs), wants
 
-    def pull(
-        self,
-        record: Any,
-        cotangent: Tensor,
-        *,
-        inputs: bool = True,
-        weights: bool = True,
-        keep: bool = False,
-        at_once: AtOnce | None = None,
-    ) -> tuple[list[Tensor | None], list[Gradient]]:
-        to_inputs, g = self.inner.pull(
-            record, cotangent, inputs=inputs, weights=weights, keep=keep, at_once=at_once
-        )
+    def pull(self, record: Any, cotangent: Tensor, **how: Unpack[PullArguments]) -> Products:
+        to_inputs, g = self.inner.pull(record, cotangent, **how)
         apart: list[Tensor | None] = []
         for join, sizes, message in zip(self._joining.joins, self._sizes, to_inputs, strict=True):
             if message is None or len(sizes) == 1 or join.axis is None:
@@ -138,21 +130,14 @@ class TiedFunction(WrappingFunction):
         """Return weights by name, foreign ones included."""
         return [self._all[name] for name in names]
 
-    def pull(
-        self,
-        record: Any,
-        cotangent: Tensor,
-        *,
-        inputs: bool = True,
-        weights: bool = True,
-        keep: bool = False,
-        at_once: AtOnce | None = None,  # noqa: ARG002  (others have a say in what moves)
-    ) -> tuple[list[Tensor | None], list[Gradient]]:
-        """Return the products as `LocalFunction.pull`, for the weights that belong to the block."""
-        to_parents, g = self.inner.pull(
-            record, cotangent, inputs=inputs, weights=weights, keep=keep
-        )
-        if not weights:
+    def pull(self, record: Any, cotangent: Tensor, **how: Unpack[PullArguments]) -> Products:
+        """Return the products as `LocalFunction.pull`, for the weights that belong to the block.
+
+        None of these moves at once: others have a say in it.
+        """
+        how["at_once"] = None
+        to_parents, g = self.inner.pull(record, cotangent, **how)
+        if not how.get("weights", True):
             return to_parents, g
         if isinstance(g, Gradients):
             g.complete()

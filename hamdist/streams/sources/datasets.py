@@ -8,7 +8,6 @@ is scored on the rest. Which rows are held out depends on their number alone, no
 
 from __future__ import annotations
 
-import gzip
 import importlib.util
 import random
 from dataclasses import dataclass
@@ -105,8 +104,7 @@ def _digits() -> tuple[Tensor, Tensor]:
     if module_spec is not None and module_spec.origin is not None:
         file = Path(module_spec.origin).parent / "datasets" / "data" / "digits.csv.gz"
         if file.is_file():
-            with gzip.open(file, "rt", encoding="ascii") as text:
-                table = np.loadtxt(text, delimiter=",")
+            table = np.loadtxt(file, delimiter=",", encoding="ascii")
             return torch.from_numpy(table[:, :-1]), torch.from_numpy(table[:, -1].astype(np.int64))
     from sklearn.datasets import load_digits
 

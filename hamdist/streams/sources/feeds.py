@@ -24,7 +24,6 @@ from hamdist.errors import SettingsError, StreamError, need_package
 
 FeedSample = dict[str, Any]
 _UNFINISHED = (".tmp", ".part")
-_LONGEST = 2**26  # bytes of a line
 
 
 def read_json(text: bytes) -> FeedSample:

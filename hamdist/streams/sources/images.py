@@ -157,16 +157,11 @@ def mnist(
     Samples: u (B, 784) of `dtype`, (pixel/255 - 0.1307) / 0.3081; y (B,) int64.
 
     Args:
-        batch: rows of a sample.
-        seed: of the order of the samples.
-        dtype: of u.
+        batch, seed, dtype, validation: as of `fashion_mnist`.
         path: folder of the files; None: share/datasets/mnist of sys.prefix, /usr and /usr/local.
-        validation: hold out a sixth of the training part instead (`without_test`).
 
     Raises:
-        StreamError: files are missing (the message says how to get them) or are none of such images
-            and labels (it names the file).
-        SettingsError: `batch` is below 1.
+        StreamError, SettingsError: as of `fashion_mnist`.
     """
     return read_images(MNIST, batch, seed, dtype, path, validation=validation)
 
@@ -185,16 +180,11 @@ def cifar10(
     (0.2470, 0.2435, 0.2616); y (B,) int64.
 
     Args:
-        batch: rows of a sample.
-        seed: of the order of the samples.
-        dtype: of u.
+        batch, seed, dtype, validation: as of `fashion_mnist`.
         path: folder of the files; None: share/datasets/cifar10 of sys.prefix, /usr and /usr/local.
-        validation: hold out a sixth of the training part instead (`without_test`).
 
     Raises:
-        StreamError: files are missing (the message says how to get them) or are none of such images
-            and labels (it names the file).
-        SettingsError: `batch` is below 1.
+        StreamError, SettingsError: as of `fashion_mnist`.
     """
     return read_images(CIFAR10, batch, seed, dtype, path, validation=validation)
 
