@@ -36,8 +36,6 @@ from hamdist.config import (
 )
 from hamdist.dynamics.graph.patterns import check_patterns, fitting
 from hamdist.dynamics.schedule.levels import Locality
-from hamdist.dynamics.updates.learning_rate import Listed as Listed
-from hamdist.dynamics.updates.learning_rate import listed
 from hamdist.dynamics.updates.whitening import Whitening
 from hamdist.errors import LevelError
 
@@ -176,7 +174,7 @@ def make_dynamics(
     d = dynamics
     tau: TickSchedule | None
     if isinstance(d.tau, CourseSettings):
-        largest, tau = max(d.tau.values), listed(d.tau)
+        largest, tau = max(d.tau.values), d.tau
         if min(d.tau.values) <= 0:
             raise LevelError("dynamics.tau: every step of integration is above 0 seconds")
     elif d.tau == "stamps":
@@ -244,7 +242,7 @@ def _phi(
 ) -> tuple[TickSchedule, float | None]:
     """Return the curve of phi, and phi of the first loss where it differs."""
     if isinstance(d.phi, CourseSettings):
-        return listed(d.phi), None
+        return d.phi, None
     if d.phi is not None:
         return Constant(d.phi), None
     dampened = Constant((1 - learning.dampening) / tau)
