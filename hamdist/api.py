@@ -113,8 +113,8 @@ def train(
     Raises:
         HamdistError: before anything starts a SettingsError, GraphError or LevelError; from a run,
             whose processes have ended by then, a StreamError, BlockError, StallError or
-            ClusterError. For a run that left the finite range (DivergedError), or whose stream
-            failed behind its first sample (StreamError), `error.result` is the result up to there.
+            ClusterError. Of a run that had got its first sample, `error.result` is the result up
+            to there.
     """
     functions = {"phi": phi, "optimizer": optimizer, "scheduler": scheduler}
     check_arguments(model, settings, functions, on_progress)

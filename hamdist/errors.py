@@ -25,7 +25,16 @@ from typing import Any
 
 
 class HamdistError(Exception):
-    """Root of all exceptions that hamdist raises on purpose."""
+    """Root of all exceptions that hamdist raises on purpose.
+
+    Attributes:
+        result: of an error that ended a run behind its first sample, the `RunResult` up to there,
+            its model with the weights that the blocks had then; of a comparison its runs.
+        details: the traceback of a block's failure; '' of other errors.
+    """
+
+    result: Any = None
+    details: str = ""
 
 
 class HamdistWarning(UserWarning):
@@ -91,9 +100,7 @@ class DivergedError(BlockError):
     Attributes:
         quantity: 'h', 'z', 'omega' or 'loss'.
         norm: the norm of that quantity.
-        cause: the likely cause.
-        result: the `RunResult` up to that point, its model with the weights that the blocks had
-            then (the value was not used any more); None until `train` has made it.
+        cause: the likely cause. (`result` has the weights from before: the value was not used.)
     """
 
     def __init__(self, block: str, tick: int, quantity: str, norm: float, cause: str = "") -> None:
@@ -102,8 +109,6 @@ class DivergedError(BlockError):
         self.quantity = quantity
         self.norm = norm
         self.cause = cause
-        self.outcome: Any = None
-        self.result: Any = None
 
     def __reduce__(self) -> tuple[type[DivergedError], tuple[str, int, str, float, str]]:  # type: ignore[override]
         return type(self), (self.block, self.tick, self.quantity, self.norm, self.cause)

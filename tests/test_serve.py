@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import signal
@@ -148,29 +149,74 @@ def test_an_address_that_cannot_be_had_starts_nothing(host, said, tmp_path):
     assert not (tmp_path / "o").exists()
 
 
-@pytest.mark.slow
-def test_the_command_serves_ends_in_order_and_is_repeated(tmp_path):
-    hamdist_ = [sys.executable, "-m", "hamdist"]
-    command = [*hamdist_, "serve", "digits", "--engine", "inprocess", "--level", "trace", "--json"]
-    environment = {**os.environ, "HAMDIST_TOKEN": "secret", "OMP_NUM_THREADS": "1"}
+HAMDIST = [sys.executable, "-m", "hamdist"]
+ENVIRONMENT = {**os.environ, "HAMDIST_TOKEN": "secret", "OMP_NUM_THREADS": "1"}
+
+
+@contextlib.contextmanager
+def serves(out, *more):
+    """Start the command; give its process, its first line, and a client."""
+    command = [*HAMDIST, "serve", "digits", "--engine", "inprocess", "--level", "trace", "--json"]
     with subprocess.Popen(
-        [*command, "--port", "0", "--out", str(tmp_path)],
+        [*command, "--port", "0", "--out", str(out), *more],
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
-        env=environment,
+        env=ENVIRONMENT,
         text=True,
     ) as process:
-        line = process.stderr.readline()
-        assert line.endswith("Bearer secret\n"), line + process.stderr.read()
-        client, x = Client(line.split()[0]), [[0.5] * 64] * 32
+        lines = []
+        try:
+            for line in process.stderr:
+                lines.append(line)
+                if line.endswith("Bearer secret\n"):
+                    break
+            assert lines[-1].endswith("Bearer secret\n"), lines
+            yield process, lines[-1], Client(lines[-1].split()[0])
+        finally:
+            process.kill()
+
+
+REFUSES = """
+import torch
+class Net(torch.nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.a, self.b, self.y = (torch.nn.Linear(64, n) for n in (64, 64, 10))
+        self.b.weight = self.a.weight
+    def forward(self, u):
+        if u.max() > 5:
+            raise ValueError("five is too much")
+        return self.y(torch.tanh(self.b(torch.tanh(self.a(u)))))
+"""
+
+
+@pytest.mark.slow
+def test_a_run_that_fails_ends_the_command_with_what_it_has_learned(tmp_path):
+    file = tmp_path / "net.py"
+    file.write_text(REFUSES)
+    with serves(tmp_path / "out", "--model", f"{file}:Net") as (process, _, client):
+        client.json("/learn", {"u": [[0.5] * 64] * 32, "y": [1] * 32})
+        client.json("/settle", {})
+        client("/learn", {"u": [[6.0] * 64] * 32, "y": [1] * 32})
+        assert client("/settle", {})[0] == 503
+        assert process.wait(60) == 1
+        assert "five is too much" in json.loads(process.stdout.read())["error"]
+    learned = load_file(tmp_path / "out" / "model.safetensors")
+    assert torch.equal(learned["a.weight"], learned["b.weight"])
+
+
+@pytest.mark.slow
+def test_the_command_serves_ends_in_order_and_is_repeated(tmp_path):
+    with serves(tmp_path) as (process, line, client):
+        x = [[0.5] * 64] * 32
         for k in range(5):
             number = client.json("/predict", {"u": x})["number"]
             client.json("/learn", {"number": number, "y": [k] * 32})
         process.send_signal(signal.SIGTERM)
         assert process.wait(60) == 0, process.stderr.read()
         assert json.loads(process.stdout.read())["address"] == line.split()[0]
-    repeated = [*hamdist_, "replay", str(tmp_path), "--json"]
-    done = subprocess.run(repeated, capture_output=True, env=environment, text=True, timeout=60)
+    repeated = [*HAMDIST, "replay", str(tmp_path), "--json"]
+    done = subprocess.run(repeated, capture_output=True, env=ENVIRONMENT, text=True, timeout=60)
     assert json.loads(done.stdout)["samples"] == 5, done.stderr
     learned, again = (load_file(tmp_path / f"{n}.safetensors") for n in ("model", "replay"))
     assert learned.keys() == again.keys()

@@ -20,7 +20,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from hamdist.errors import INTERRUPTED, BlockError, HamdistError, exit_code
+from hamdist.errors import INTERRUPTED, HamdistError, exit_code
 
 if TYPE_CHECKING:
     from hamdist.display.table import Table as StudyTable
@@ -176,7 +176,7 @@ def exit_codes() -> Iterator[None]:
     try:
         yield
     except HamdistError as error:
-        if isinstance(error, BlockError) and error.details:
+        if error.details:
             complain(error.details.rstrip())
         complain(f"Error: {error}")
         report(error=str(error))

@@ -13,7 +13,7 @@ from hamdist.cli.console import complain, print_facts, report, say_written, warn
 from hamdist.cli.display import Display, warning_at_once
 from hamdist.cli.options import DEFAULT_SETTINGS, OverwriteOption, RunOptions, SettingsArgument
 from hamdist.config import Settings
-from hamdist.errors import FAILED, INTERRUPTED, SettingsError
+from hamdist.errors import INTERRUPTED, SettingsError
 from hamdist.runtime.results.events import RunBegun
 from hamdist.study.shared.result_folder import (
     ResultFolder,
@@ -137,6 +137,7 @@ def run_settings(
             resume=resume,
             weights=weights,
             without=without,
+            partial=True,
         )
         for event in final_events(result):
             folder.emit(event)
@@ -149,10 +150,9 @@ def run_settings(
             display.close()
             _print_run(result, at_level, shown_warnings)
         say_written(folder.path)
-    if result.failure is not None:
-        complain(f"Error: {result.failure}")
-        complain(f"Stopped after {result.samples} samples; the metrics so far are above.")
-        raise typer.Exit(FAILED)
+        if result.error is not None:
+            complain(f"Stopped after {result.samples} samples; what was learned so far is kept.")
+            raise result.error
     if result.interrupted:
         complain(f"Interrupted after {result.samples} samples; the metrics so far are above.")
         if result.snapshots:

@@ -51,20 +51,24 @@ def serve(
     resume = out if (out / "journal.jsonl").exists() else None
     begin: Any = {"example": first, "classes": classes, "out": out, "resume": resume}
     token = os.environ.get("HAMDIST_TOKEN")
-    with (
-        start(network, loaded, **begin) as run,
-        contextlib.suppress(KeyboardInterrupt),
-        serving(run, host, port, token, out) as served,
-    ):
-        report(address=served.address, token=served.token, out=str(out))
-        run.settle()  # Ray has set handlers of its own by then
-        signal.signal(signal.SIGTERM, signal.default_int_handler)
-        access = Text(f"{served.address}  Authorization: Bearer {served.token}")
-        console(stderr=OUTPUT.as_json).print(access, soft_wrap=True)  # now, not at the end
-        served.stopped.wait()
-    if run.result is not None:
-        save_weights(out / "model.safetensors", run.result.model.state_dict())
-        say(f"{run.result.samples} samples; weights written to {out}")
+    run = start(network, loaded, **begin)
+    try:
+        with (
+            run,
+            contextlib.suppress(KeyboardInterrupt),
+            serving(run, host, port, token, out) as served,
+        ):
+            report(address=served.address, token=served.token, out=str(out))
+            run.settle()  # Ray has set handlers of its own by then
+            signal.signal(signal.SIGTERM, signal.default_int_handler)
+            access = Text(f"{served.address}  Authorization: Bearer {served.token}")
+            console(stderr=OUTPUT.as_json).print(access, soft_wrap=True)  # now, not at the end
+            while run.running and not served.stopped.wait(1.0):
+                pass
+    finally:  # (also of a run that failed)
+        if run.result is not None:
+            save_weights(out / "model.safetensors", run.result.model.state_dict())
+            say(f"{run.result.samples} samples; weights written to {out}")
 
 
 def replay(

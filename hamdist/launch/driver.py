@@ -22,9 +22,7 @@ from typing import TYPE_CHECKING, Any
 
 from hamdist.config import Settings
 from hamdist.errors import (
-    FAILED,
     INTERRUPTED,
-    BlockError,
     HamdistError,
     SettingsError,
     SnapshotError,
@@ -57,8 +55,7 @@ def main() -> int:
     try:
         ended = _run(Path.cwd(), lost)
     except HamdistError as error:
-        details = error.details if isinstance(error, BlockError) else ""
-        ended = Ended(code=exit_code(error), error=str(error), details=details)
+        ended = Ended(code=exit_code(error), error=str(error), details=error.details)
     except KeyboardInterrupt:
         ended = Ended(code=INTERRUPTED, interrupted=True, error="stopped before its first tick")
     tell(ended)
@@ -99,7 +96,12 @@ def _run(folder: Path, lost: str | None) -> Ended:
     with warnings.catch_warnings():
         warnings.showwarning = _warn
         run, model = run_level(
-            settings, factory=factory, data=data, on_progress=_teller(settings), resume=resume
+            settings,
+            factory=factory,
+            data=data,
+            on_progress=_teller(settings),
+            resume=resume,
+            partial=True,
         )
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # it has ended; what is left is to hand it over
     if run.chosen is not None:
@@ -111,7 +113,8 @@ def _run(folder: Path, lost: str | None) -> Ended:
             if warning != run.failure:
                 _warn(warning)
         results.handed_over = _hand_over(results.path, order)
-    code = FAILED if run.failure is not None else INTERRUPTED if run.interrupted else 0
+    code = INTERRUPTED if run.interrupted else 0
+    code = code if run.error is None else exit_code(run.error)
     if code == 0 and order.own_snapshots:
         shutil.rmtree(str(order.snapshots), ignore_errors=True)  # nobody goes on from them
     return Ended(
@@ -119,6 +122,7 @@ def _run(folder: Path, lost: str | None) -> Ended:
         samples=run.samples,
         interrupted=run.interrupted,
         error=run.failure,
+        details="" if run.error is None else run.error.details,
         resume=order.called if run.interrupted and run.snapshots else None,
     )
 
@@ -137,23 +141,22 @@ def _serve(order: JobSpec, settings: Settings, factory: ModelFactory | None) -> 
         out = results.path
         begin: Any = {"example": first, "classes": classes, "out": out}
         begin["resume"] = out if (out / "journal.jsonl").exists() else None
-        with (
-            start(network, settings, **begin) as run,
-            suppress(KeyboardInterrupt),
-            serving(run, host, port, out=out) as served,
-        ):
-            show = _teller(settings)
-            run.settle()  # Ray has set handlers of its own by then
-            signal.signal(signal.SIGINT, signal.default_int_handler)
-            tell(Listening(address=served.address, token=served.token))
-            while run.running and not served.stopped.wait(1.0):
-                progress = run.status().progress
-                show(progress) if progress is not None else None
-        signal.signal(signal.SIGINT, signal.SIG_IGN)
-        result = run.stop()
-        save_weights(out / "model.safetensors", result.model.state_dict())
-        results.handed_over = _hand_over(out, order)
-    return Ended(code=0, samples=result.samples)
+        run = start(network, settings, **begin)
+        try:
+            with run, suppress(KeyboardInterrupt), serving(run, host, port, out=out) as served:
+                show = _teller(settings)
+                run.settle()  # Ray has set handlers of its own by then
+                signal.signal(signal.SIGINT, signal.default_int_handler)
+                tell(Listening(address=served.address, token=served.token))
+                while run.running and not served.stopped.wait(1.0):
+                    progress = run.status().progress
+                    show(progress) if progress is not None else None
+        finally:  # (also of a run that failed)
+            signal.signal(signal.SIGINT, signal.SIG_IGN)
+            if run.result is not None:
+                save_weights(out / "model.safetensors", run.result.model.state_dict())
+                results.handed_over = _hand_over(out, order)
+    return Ended(code=0, samples=run.stop().samples)
 
 
 def _found_again(order: JobSpec, lost: str) -> str | None:

@@ -379,3 +379,36 @@ def test_a_stream_that_fails_leaves_what_was_learned(engine, tiny, user_file, re
     words = ["compare", tiny, "--model", f"{file}:net", "--stream", f"{file}:failing"]
     done = CliRunner().invoke(app, words)
     assert "Error: sample 7: the stream raised OSError" in " ".join(done.output.split())
+
+
+RULE = """
+import hamdist
+
+class Fails(hamdist.Rule):
+    def backward(self, block, kept, message):
+        if block.sample == 5:
+            raise ValueError("an odd sample")
+        return block.vjp(kept, message)
+"""
+
+
+def test_a_rule_that_fails_leaves_what_was_learned(tiny, user_file):
+    """Oracle: the samples that entered before block 0 heard of sample 5, two blocks away."""
+    rule = f"{user_file(RULE)}:Fails"
+    words = ["run", tiny, "--set", f'learning.rules={{"block0": "{rule}"}}', "--out", "out"]
+    done = CliRunner().invoke(app, words)
+    assert done.exit_code == 1
+    assert "raise ValueError" in done.output, "the user's traceback"
+    assert "ValueError: an odd sample" in done.output.splitlines()[-1]
+    summary = json.loads(Path("out/summary.json").read_text())
+    blocks = len(summary["placement"][0])
+    assert summary["samples"] == 5 + 2 * (blocks - 1) + 2
+    assert "an odd sample" in summary["failure"]
+    assert load_file("out/model.safetensors")
+    ended = json.loads(Path("out/events.jsonl").read_text().splitlines()[-1])
+    assert "an odd sample" in ended["error"]
+    done = CliRunner().invoke(app, ["compare", tiny, "--rules", rule, "--out", "both"])
+    assert done.exit_code == 1
+    assert "an odd sample" in done.output.splitlines()[-1]
+    runs = Path("both/runs.jsonl").read_text().splitlines()
+    assert {json.loads(run)["level"] for run in runs} == {"centralised"}, "half a run is no result"

@@ -44,10 +44,10 @@ def lost(address: str, folder: str) -> str:
             on_progress=look,
         )
     except ClusterError as error:
-        again = Settings.model_validate({"level": "trace", "steps": error.result.samples})  # type: ignore[attr-defined]
+        again = Settings.model_validate({"level": "trace", "steps": error.result.samples})
         oracle = train(chain(), EndlessStream(), again)
-        pairs = zip(error.result.model.parameters(), oracle.model.parameters(), strict=True)  # type: ignore[attr-defined]
-        return f"{error} | {all(torch.equal(a, b) for a, b in pairs)} {error.result.snapshots}"  # type: ignore[attr-defined]
+        pairs = zip(error.result.model.parameters(), oracle.model.parameters(), strict=True)
+        return f"{error} | {all(torch.equal(a, b) for a, b in pairs)} {error.result.snapshots}"
     return "no error"
 
 

@@ -12,9 +12,7 @@ from hamdist.runtime.plan.plan import Plan
 def explained(error: DivergedError, plan: Plan) -> DivergedError:
     """Return the same error with its likely cause."""
     cause = error.cause or _cause(error, plan)
-    explained_error = DivergedError(error.block, error.tick, error.quantity, error.norm, cause)
-    explained_error.outcome = error.outcome
-    return explained_error
+    return DivergedError(error.block, error.tick, error.quantity, error.norm, cause)
 
 
 def _cause(error: DivergedError, plan: Plan) -> str:

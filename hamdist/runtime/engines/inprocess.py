@@ -11,7 +11,7 @@ from math import inf
 
 from hamdist.display.network import NetworkActor
 from hamdist.dynamics.graph.graph import INPUT
-from hamdist.errors import DivergedError, SnapshotError
+from hamdist.errors import HamdistError, SnapshotError
 from hamdist.runtime.engines.sampler import Sampler
 from hamdist.runtime.engines.update_probe import Alignments
 from hamdist.runtime.engines.worker_report import WorkerReport, merged
@@ -73,7 +73,7 @@ class InProcessEngine:
         started = time.perf_counter()
         due = latest = started
         reported = cost = 0.0  # processor seconds: at the end of the latest report, and of it
-        diverged: DivergedError | None = None
+        failure: HamdistError | None = None
 
         actor = NetworkActor(DRIVER, socket.gethostname(), list(plan.graph.blocks))
         network = network_of(plan, [actor])
@@ -144,8 +144,8 @@ class InProcessEngine:
                     after_step=None if digests is None else digests.after_step,
                     order=order_of(plan, plan.graph.blocks),
                 )
-            except DivergedError as error:
-                diverged = error
+            except HamdistError as error:
+                failure = error
             except KeyboardInterrupt:  # the second Ctrl-C: end at once, in whatever state it is
                 ending.interrupted = True
             for node in measured:
@@ -163,11 +163,7 @@ class InProcessEngine:
             snapshots=[] if snapshot_policy is None else snapshot_policy.snapshots,
             warnings=[] if snapshot_policy is None else snapshot_policy.warnings,
         )
-        ending.note(outcome)
-        if diverged is not None:
-            diverged.outcome = outcome
-            raise diverged
-        return outcome
+        return ending.note(outcome, failure)
 
 
 # -- snapshots: when they are due, and when they are complete --------------------------------------

@@ -102,7 +102,7 @@ class LiveRun:
         try:
             self.result = work(self._stream, self._note)
         except BaseException as error:  # noqa: BLE001 (it is raised where somebody calls)
-            self._error = error
+            self._error, self.result = error, getattr(error, "result", None)
         finally:
             self._stream.finished(self._error)
             self._started.set()
@@ -290,7 +290,7 @@ class LiveRun:
         What is under way has not been learned yet: `settle` first, where it should be. Once the run
         has ended, those of its result.
         """
-        if self.result is not None:
+        if self.result is not None and self._error is None:
             return copy.deepcopy(self.result.model)
         states = self._stream.request("cut")
         blocks = {name: states[name] for name in self._plan.graph.blocks}
@@ -350,13 +350,13 @@ class LiveRun:
         atexit.unregister(self.stop)
         self._stream.close()
         self._thread.join()
-        if self.result is not None:
+        if self._error is None:
             with contextlib.suppress(Stop):  # (it has ended)
                 self._call()
         if self._journal is not None:
             self._journal.close()
         events, self._events = self._events, RunEvents(self.settings, (), None)
-        if self.result is not None:
+        if self.result is not None and self._error is None:
             events.finish(self.result)
         events.end(self._error)
 

@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
 from types import FrameType
 
-from hamdist.errors import Stop, TakeSnapshot
+from hamdist.errors import HamdistError, Stop, TakeSnapshot
 from hamdist.runtime.results.result import Outcome, Progress
 
 Handler = Callable[[int, FrameType | None], object]
@@ -127,10 +127,10 @@ class RunInterrupts:
         elif answer is TakeSnapshot and self._keep is not None:
             self._keep()
 
-    def note(self, outcome: Outcome) -> Outcome:
-        """Write into `outcome` how the run ended."""
-        outcome.interrupted = self.interrupted
-        outcome.stopped, outcome.error = self.stopped, self.error or outcome.error
+    def note(self, outcome: Outcome, failure: HamdistError | None = None) -> Outcome:
+        """Write into `outcome` how the run ended; `failure`: what ended it before its time."""
+        outcome.interrupted, outcome.stopped = self.interrupted, self.stopped
+        outcome.error = failure or self.error or outcome.error
         return outcome
 
     def _handle(self, _number: int, _frame: FrameType | None) -> None:

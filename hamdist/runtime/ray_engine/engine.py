@@ -13,7 +13,7 @@ from dataclasses import replace
 
 from hamdist.display.network import NetworkActor, PlacedNetwork
 from hamdist.dynamics.objective.prequential import Window
-from hamdist.errors import ClusterError, DivergedError, HamdistError, SnapshotError, StallError
+from hamdist.errors import BlockError, ClusterError, HamdistError, SnapshotError, StallError
 from hamdist.runtime.advice.advice import lending_notes, placement_notes, unmeasured_notes
 from hamdist.runtime.engines.update_probe import Alignments
 from hamdist.runtime.engines.worker_report import merged
@@ -114,7 +114,8 @@ class _Watch:
         self.started = time.perf_counter()
 
     def to_the_end(self) -> Outcome:
-        """Follow the run until its stream ends, the user stops it, or an error is raised."""
+        """Follow the run until its stream ends, the user stops it, or an error ends it."""
+        failure: HamdistError | None = None
         reset_peak()
         self._worker_group.start()
         with self._ending, self._worker_group.news_fetched():
@@ -124,22 +125,20 @@ class _Watch:
                 self._ending.interrupted = True
                 with contextlib.suppress(HamdistError):
                     self._worker_group.call_off()
-            except DivergedError as error:
-                first = self._first(error)
-                first.outcome = self._outcome()
-                raise first from None
+            except HamdistError as error:
+                failure = self._first(error)
         self._report_progress()
-        return self._outcome()
+        return self._outcome(failure)
 
-    def _first(self, error: DivergedError) -> DivergedError:
-        """Call the run off, and return the first failure, where several blocks have diverged. The
+    def _first(self, error: HamdistError) -> HamdistError:
+        """Call the run off, and return the first failure, where several blocks have failed. The
         first one is that of the least tick, then of the first block in the graph's order."""
         with contextlib.suppress(HamdistError):
             self._worker_group.call_off()
+        if not isinstance(error, BlockError):
+            return error
         order = list(self._plan.graph.blocks)
-        errors = [
-            r.error for r in self._worker_group.reports() if isinstance(r.error, DivergedError)
-        ]
+        errors = [r.error for r in self._worker_group.reports() if isinstance(r.error, BlockError)]
         return min([error, *errors], key=lambda e: (e.tick, order.index(e.block)))
 
     def _follow(self, stop: threading.Event) -> None:
@@ -293,7 +292,7 @@ class _Watch:
     def _all_warnings(self) -> list[str]:
         return self._warnings + ([] if self._policy is None else self._policy.warnings)
 
-    def _outcome(self) -> Outcome:
+    def _outcome(self, failure: HamdistError | None) -> Outcome:
         group = self._worker_group
         seconds = max((r.seconds for r in group.reports()), default=0.0)
         reports = {a.name: a.report for a in group.actors if a.report is not None}
@@ -308,4 +307,4 @@ class _Watch:
         outcome.windows = group.windows()
         outcome.samples = max(outcome.samples, group.samples())
         outcome.peak_memory = {"driver": peak_bytes(), **outcome.peak_memory}
-        return self._ending.note(outcome)
+        return self._ending.note(outcome, failure)

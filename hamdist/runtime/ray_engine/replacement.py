@@ -35,6 +35,7 @@ from hamdist.errors import (
     WireError,
 )
 from hamdist.runtime.engines.worker import ANSWER_SECONDS, ReceivingEnds
+from hamdist.runtime.engines.worker_report import WorkerReport
 from hamdist.runtime.placement.assign_hosts import reseated
 from hamdist.runtime.plan.plan import SnapshotPolicy
 from hamdist.runtime.ray_engine.cluster_hosts import reachable_hosts
@@ -56,11 +57,13 @@ class ActorLoss:
     Attributes:
         tick: of the block that failed, if it is known.
         error: ends the run if the actor is lost again without progress.
+        report: of an actor whose block failed.
     """
 
     actor: WorkerHandle
     tick: int | None
     error: HamdistError
+    report: WorkerReport | None = None
 
 
 class Replacement:
@@ -193,6 +196,7 @@ class Replacement:
         times = self._attempts.lost(loss.actor.name, loss.tick, saved)
         if times < self._policy.attempts:
             return
+        loss.actor.report = loss.report
         if isinstance(loss.error, ClusterError):
             raise ClusterError(
                 f"{loss.error} It was lost {times} times without getting any further "

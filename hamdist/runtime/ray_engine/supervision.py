@@ -94,7 +94,7 @@ class SnapshotSupervision:
         if recovery is None or self._forgotten or (error is not None and not recovery.heals(error)):
             return False
         tick = error.tick if isinstance(error, BlockError) else actor.tick
-        self._losses.append(ActorLoss(actor, tick, loss))
+        self._losses.append(ActorLoss(actor, tick, loss, actor.report))
         return True
 
     def poll(self, now: float) -> None:

@@ -152,7 +152,8 @@ class WorkerGroup(WiredWorkers):
             if report is not None and report.snapshot_news is not None:
                 actor.snapshot_news.append(report.snapshot_news)
             return
-        if self.on_lost is not None and self.on_lost(actor, report.error, report.error):
+        on_lost = None if self._called_off else self.on_lost
+        if on_lost is not None and on_lost(actor, report.error, report.error):
             actor.report = actor.running = None
             return
         raise report.error

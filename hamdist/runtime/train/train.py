@@ -25,6 +25,7 @@ from hamdist.dynamics.user_modules.python_state import check_apart, unchanged
 from hamdist.errors import (
     ChoiceWarning,
     DivergedError,
+    HamdistError,
     HamdistWarning,
     SettingsError,
     SnapshotError,
@@ -164,24 +165,22 @@ def train(
         if live is not None:
             live.started(stream, graph, plan)
         kept_at = None if plan.snapshot_policy is None else plan.snapshot_policy.path
-        try:
-            with claimed(kept_at, plan.run):
-                outcome = make_engine(settings).run(plan, stream, on_progress)
-            if plan.replan is not None and outcome.delays:
-                plan = plan.replan(outcome.delays)
-        except DivergedError as error:
-            failure = explained(error, plan)
-            if error.outcome is not None:
-                error.outcome.warnings[:0] = notes
-                error.outcome.warnings.insert(0, str(failure))
-                failure.result = make_result(graph, plan, error.outcome, startup, settings, why)
-            raise failure from None
-        ended = [] if outcome.error is not None else end_of_stream(plan, outcome, stream)
-        outcome.warnings[:0] = [*notes, *ended]
+        with claimed(kept_at, plan.run):
+            outcome = make_engine(settings).run(plan, stream, on_progress)
+        if plan.replan is not None and outcome.delays:
+            plan = plan.replan(outcome.delays)
+        error = outcome.error
+        if isinstance(error, DivergedError):
+            error = explained(error, plan)
+        told = [str(error)] if isinstance(error, HamdistError) else []
+        ended = [] if error is not None else end_of_stream(plan, outcome, stream)
+        outcome.warnings[:0] = [*told, *notes, *ended]
+        if told and outcome.samples == 0 and error is not None:
+            raise error  # nothing was learned
         result = make_result(graph, plan, outcome, startup, settings, why)
-        if outcome.error is not None:
-            outcome.error.result = result  # type: ignore[attr-defined]
-            raise outcome.error
+        if error is not None:
+            error.result = result  # type: ignore[attr-defined]
+            raise error
         return result
 
 

@@ -279,7 +279,7 @@ def compare(
                 listeners=[v for v in trackers if not isinstance(v, str)],
             )
     except HamdistError as error:
-        error.result = comparison  # type: ignore[attr-defined]
+        error.result = comparison
         raise
     return comparison
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from html import escape
 from pathlib import Path
 
@@ -42,9 +42,9 @@ def save_run(folder: Path, run: Run, model: nn.Module, settings: Settings) -> No
 
     Raises SettingsError where a file cannot be written.
     """
-    save_weights(folder / "model.safetensors", _weights(model))
+    save_weights(folder / "model.safetensors", model.state_dict())
     if run.plain is not None:
-        save_weights(folder / "plain.safetensors", _weights(run.plain))
+        save_weights(folder / "plain.safetensors", run.plain.state_dict())
     _write_settings(folder, as_it_was(settings, run))
     write_file(folder / "metrics.jsonl", run_lines([run]))
     write_file(folder / "summary.json", to_json(run_summary(run), indent=2))
@@ -67,14 +67,10 @@ def _write_settings(folder: Path, settings: Settings) -> None:
     write_file(folder / "settings-all.yaml", to_yaml(settings))
 
 
-def _weights(model: nn.Module) -> dict[str, Tensor]:
-    # Clones: safetensors refuses tensors that share memory (tied weights).
-    return {key: tensor.detach().clone().contiguous() for key, tensor in model.state_dict().items()}
-
-
-def save_weights(path: Path, state: dict[str, Tensor]) -> None:
+def save_weights(path: Path, state: Mapping[str, Tensor]) -> None:
     """Write a `state_dict` as a safetensors file. Raises SettingsError if it cannot be written."""
-    write_file(path, save(state))
+    # Clones: safetensors refuses tensors that share memory (tied weights).
+    write_file(path, save({key: t.detach().clone().contiguous() for key, t in state.items()}))
 
 
 def as_it_was(settings: Settings, run: Run) -> Settings:

@@ -22,7 +22,14 @@ from hamdist.dynamics.modules.prenorm import stabilised
 from hamdist.dynamics.objective.losses import main_output, make_losses
 from hamdist.dynamics.objective.prequential import Window, merge_windows
 from hamdist.dynamics.user_modules.python_state import functions_of
-from hamdist.errors import ChoiceWarning, DivergedError, HamdistWarning, SettingsError, StreamError
+from hamdist.errors import (
+    ChoiceWarning,
+    DivergedError,
+    HamdistError,
+    HamdistWarning,
+    SettingsError,
+    StreamError,
+)
 from hamdist.models.build import (
     BASELINE_OPTION,
     CELLS,
@@ -67,7 +74,8 @@ class Run(RunFacts):
     held_out: None after an interruption or a failure, and for streams without held-out part; of
     averaged weights (`learning.average`), where there are some; held_out_plain: then of the weights
     as they were in the end, which plain has.
-    failure: how the run left the finite range, if it did; its model has the weights from before.
+    failure: how the run left the finite range, or what else ended it before its time, if it did;
+    its model has the weights from before. error: the same as the exception.
     tracking: how well a real-valued target was followed, where its course was recorded.
     drifts: what the prequential accuracy did after each labelled drift of the stream.
     joules: of this machine's processors from the start of the actors to the end, whoever used them;
@@ -90,6 +98,7 @@ class Run(RunFacts):
     joules: float | None = None
     records: dict[str, Records] = field(default_factory=dict, metadata=APART)
     plain: nn.Module | None = field(default=None, metadata=APART)
+    error: HamdistError | None = field(default=None, metadata=APART)
 
     @property
     def cpu_seconds(self) -> float | None:
@@ -138,8 +147,11 @@ def run_level(
     resume: str | Path | None = None,
     weights: Path | None = None,
     without: int | None = None,
+    partial: bool = False,
 ) -> tuple[Run, nn.Module]:
     """Train with `settings` (made for one level by `for_level`) and evaluate on held-out data.
+
+    A run that left the finite range is returned, too, with its `failure`.
 
     Args:
         factory, data: make the model, and the stream of a seed, instead of those that the settings
@@ -148,6 +160,7 @@ def run_level(
         resume: a folder of snapshots that the run goes on from.
         weights: a safetensors file that it begins with.
         without: the number of a sample that the stream leaves out.
+        partial: return a run that another error ended behind its first sample, too.
 
     Raises:
         HamdistError: of the settings, or of the run.
@@ -155,7 +168,7 @@ def run_level(
     level, engine = settings.level.value, settings.engine.kind.value
     return _run(
         settings, level, engine, factory, data, on_progress, before or {},
-        resume=resume, weights=weights, without=without,
+        resume=resume, weights=weights, without=without, partial=partial,
     )  # fmt: skip
 
 
@@ -189,6 +202,7 @@ def _run(
     weights: Path | None = None,
     plain: ModelFactory | None = None,
     without: int | None = None,
+    partial: bool = False,
 ) -> tuple[Run, nn.Module]:
     dtype = torch_dtype(settings.dtype)
     startup = Startup(phases_to(on_progress, settings.steps))
@@ -227,25 +241,25 @@ def _run(
     for text in notes:
         warnings.warn(text, HamdistWarning, stacklevel=3)
     timeline = Timeline(on_progress)
-    failure: str | None = None
+    error: HamdistError | None = None
     joules = joules_from_now()
     try:
         result = _trained(level, model, stream, settings, timeline, resume)
-    except (DivergedError, StreamError) as error:
-        if getattr(error, "result", None) is None:
+    except HamdistError as caught:
+        if caught.result is None or not (partial or isinstance(caught, DivergedError)):
             raise
-        result, failure = error.result, str(error)  # type: ignore[union-attr]
+        result, error = caught.result, caught
     used = joules()
     startup.add(result.startup)
-    whole = not result.interrupted and failure is None
+    whole = not result.interrupted and error is None
     scores = plain_scores = None
     try:
         if whole:
             scores = _score(result.model, result, settings, own_data)
             if result.plain is not None:
                 plain_scores = _score(result.plain, result, settings, own_data)
-    except StreamError as error:  # of a user's own data; what was learned is not lost with it
-        notes.append(f"no held-out score: {error}")
+    except StreamError as wrong:  # of a user's own data; what was learned is not lost with it
+        notes.append(f"no held-out score: {wrong}")
         warnings.warn(notes[-1], HamdistWarning, stacklevel=3)
     windows = _main_windows(result, scores)
     entered = [window.last + 1 for window in windows]
@@ -267,7 +281,8 @@ def _run(
         plain=result.plain,
         joules=used,
         prequential=_by_output(result) if len(result.windows) > 1 else {},
-        failure=failure,
+        failure=None if error is None else str(error),
+        error=error,
         tracking=tracking(result.records, settings),
         records=result.records,
         drifts=recoveries(windows, drifts(settings.stream, result.samples)),

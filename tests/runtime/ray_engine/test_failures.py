@@ -23,7 +23,7 @@ from runtime.networks import (
 )
 from torch import nn
 
-from hamdist.config import EngineSettings, Settings
+from hamdist.config import EngineSettings, Level, Settings
 from hamdist.errors import BlockError, ClusterError, SettingsError, StallError, StreamError
 from hamdist.runtime.ray_engine import worker_group
 from hamdist.runtime.ray_engine.worker_group import WorkerGroup
@@ -86,6 +86,22 @@ def test_a_users_exception_names_the_block_and_carries_its_traceback(leaves_noth
     assert "the user's own mistake" in str(error)
     assert "ArithmeticError" in error.details
     assert "forward" in error.details
+
+
+@pytest.mark.parametrize("kind", ["inprocess", "ray"])
+def test_a_failed_block_leaves_what_was_learned(leaves_nothing, kind):
+    """Oracle: the run of the twenty samples before."""
+    asked = settings(kind=kind).model_copy(update={"level": Level.BACKPROP})
+    model = with_module(Broken(20))
+    with pytest.raises(BlockError) as caught:
+        train(model, PortableStream(200), asked)
+    assert (caught.value.block, caught.value.tick) == ("block1", 20 * 7 + 1)
+    left = caught.value.result
+    assert str(caught.value) in left.warnings
+    assert [block.updates for block in left.blocks.values()] == [20] * 4
+    before = train(model, PortableStream(20), asked.model_copy(update={"steps": 20}))
+    for name, weight in before.model.state_dict().items():
+        assert torch.equal(left.model.state_dict()[name], weight)
 
 
 @pytest.mark.parametrize("kind", ["inprocess", "ray"])

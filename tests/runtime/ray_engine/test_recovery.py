@@ -241,14 +241,18 @@ def test_a_defect_ends_the_run(session, driver, leaves_no_socket, tmp_path):
     run = settings(
         {"kind": "ray", "actors": 3},
         ITEMS,
-        level="trace",
+        level="backprop",
         partition=cut(),
         snapshots={"path": str(tmp_path), "every": 1000},
     )
     with pytest.raises(BlockError, match="the user's own mistake") as caught:
         train(odd, PortableStream(ITEMS), run)
-    assert caught.value.tick == 22
+    assert caught.value.tick == 20 * 9 + 2
     assert "raise ArithmeticError" in caught.value.details
+    twenty = settings(ALONE, 20, level="backprop", partition=cut())
+    before = train(odd, PortableStream(20), twenty).model.state_dict()
+    left = caught.value.result.model.state_dict()
+    assert all(torch.equal(weight, before[name]) for name, weight in left.items())
 
 
 def test_a_stream_that_can_be_read_once(session, driver, leaves_no_socket, tmp_path):

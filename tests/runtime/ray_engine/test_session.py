@@ -160,7 +160,7 @@ def test_a_local_ray_that_ended_is_named(session, dead, monkeypatch, tmp_path):
     said = rf"its gcs_server is gone .* go on from the latest snapshot: --resume {tmp_path}"
     with pytest.raises(ClusterError, match=said) as raised:
         trained(on_progress=end, snapshots=kept)
-    assert raised.value.result.samples > 20  # type: ignore[attr-defined]
+    assert raised.value.result.samples > 20
 
 
 def test_a_local_ray_starts_no_process_in_vain(session):

@@ -116,7 +116,7 @@ def test_a_comparison_that_fails_keeps_what_ended(model):
     calls = []
     with pytest.raises(hamdist.HamdistError, match="the disk is gone") as caught:
         hamdist.compare(model, data, levels=["trace", "local"], steps=8, classes=3, **ALONE)
-    found = caught.value.result  # type: ignore[attr-defined]
+    found = caught.value.result
     assert found.interrupted
     assert [run.level for run in found.runs] == ["centralised", "trace"]
 
