@@ -33,7 +33,7 @@ from hamdist.dynamics.schedule.make import AnySchedule, make_schedule
 from hamdist.dynamics.schedule.rounds import OwnLevel
 from hamdist.dynamics.schedule.sequence import SequenceSchedule
 from hamdist.dynamics.updates.constants import Dynamics, TickSchedule, check_names, make_dynamics
-from hamdist.dynamics.updates.learning_rate import StepCourse, step_course
+from hamdist.dynamics.updates.learning_rate import StepCourse
 from hamdist.dynamics.updates.optimizers import OptimizerRule
 from hamdist.errors import LevelError, SettingsError
 from hamdist.runtime.plan.checks import (
@@ -306,7 +306,7 @@ def make_plan(
             "shows only when the next one comes, so its answer would wait for that; give "
             "dynamics.tau as a number"
         )
-    course = step_course(settings.learning, settings.steps)
+    course = StepCourse(settings.learning, settings.steps)
     heads = plan_heads(graph, shapes, knobs, settings.learning)
     clocked = (knobs.hold and dynamics.clocked) or spec.patience > 0
     reversible = reversible_blocks(graph, shapes) - silent if rewinds else frozenset()
