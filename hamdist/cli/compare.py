@@ -7,8 +7,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from hamdist.cli.console import complain, console, print_notes, report, say, study_table
-from hamdist.cli.display import Display
+from hamdist.cli.console import Display, complain, console, print_notes, report, say, study_table
 from hamdist.cli.options import (
     DEFAULT_SETTINGS,
     OverwriteOption,

@@ -13,9 +13,8 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 from rich.text import Text
 
-from hamdist.cli.cluster.cluster import ClusterOption, jobs_of
-from hamdist.cli.console import complain, console, note, print_notes, report, say
-from hamdist.cli.display import Display
+from hamdist.cli.cluster import ClusterOption, jobs_of
+from hamdist.cli.console import Display, complain, console, note, print_notes, report, say
 from hamdist.cli.options import DEFAULT_SETTINGS, RunOptions
 from hamdist.errors import HamdistError, SettingsError
 from hamdist.runtime.results.run_events import EVENTS, EventFile, line_of
@@ -76,7 +75,7 @@ def watch(
 ) -> None:
     """Show runs while they go on, or afterwards, in this terminal; Ctrl-C ends it, not the run."""
     with _folders([name or str(latest_results())], cluster) as [folder]:
-        from hamdist.study.view.follow import followed
+        from hamdist.study.view.server import followed
 
         with Display() as display:
             for event in followed(folder):

@@ -38,10 +38,9 @@ from hamdist.runtime.results.result import BlockProgress, Progress
 from hamdist.runtime.results.scores import Scores
 from hamdist.runtime.storage.snapshot_files import latest
 from hamdist.runtime.train.train import train
-from hamdist.study.report.files import run_summary
-from hamdist.study.report.html import EXPLANATION
+from hamdist.study.report.files import EXPLANATION, run_summary
+from hamdist.study.run.measures import Tracking
 from hamdist.study.run.run import Run
-from hamdist.study.run.tracking import Tracking
 
 TINY = """
 name: tiny

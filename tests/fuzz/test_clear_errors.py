@@ -30,7 +30,7 @@ from hamdist.runtime.storage.snapshot_files import (
     read_manifest,
     settings_of,
 )
-from hamdist.study.shared.limits import check_time
+from hamdist.study.shared.machine import check_time
 
 
 @pytest.mark.parametrize(

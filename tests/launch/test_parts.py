@@ -21,9 +21,8 @@ from hamdist.dynamics.objective.prequential import Window
 from hamdist.errors import ClusterError, SettingsError
 from hamdist.launch import local_cluster as one_host
 from hamdist.launch.cluster_file import ClusterSettings, find_cluster
+from hamdist.launch.doctor import Findings, LinkFacts, host_facts, judged, storage_fault
 from hamdist.launch.doctor_job import HostProbe
-from hamdist.launch.doctor_report import Findings, LinkFacts, judged
-from hamdist.launch.dry_run import dry_run
 from hamdist.launch.events import (
     PART_BYTES,
     DriverLost,
@@ -34,9 +33,8 @@ from hamdist.launch.events import (
     to_line,
 )
 from hamdist.launch.follow import Results, follow
-from hamdist.launch.host_facts import host_facts, storage_fault
 from hamdist.launch.package import JobSpec, named_there, on_ray, own_code, packed, read_order
-from hamdist.launch.submit import kept_at, make_id, resumed_from
+from hamdist.launch.submit import dry_run, kept_at, make_id, resumed_from
 from hamdist.models.build import load_factory
 from hamdist.runtime.placement.assign_hosts import HostInfo
 from hamdist.runtime.placement.links import Probe

@@ -118,6 +118,7 @@ class BlockGraph:
             constants=self._constants,
             draws=any(op.random and op.node.op != "call_module" for op in ops),
             writes=any(isinstance(o, fx.Node) and o.op == "placeholder" for o in origins),
+            moves=[name for op in ops for name in self._flow.written_weights(op)],
         )
 
     def emit(self, i: int) -> fx.Node:

@@ -13,8 +13,7 @@ from hamdist.runtime.engines.update_probe import UpdateProbe, update_norms, upda
 from hamdist.runtime.nodes.mailbox import Mailbox
 from hamdist.runtime.plan.plan import Plan
 from hamdist.runtime.process.usage import resident_bytes, return_freed_memory
-from hamdist.runtime.results.measured import EdgeCounts, Histogram, Norms, ProcessSample
-from hamdist.runtime.results.trace import TraceSpan
+from hamdist.runtime.results.measured import EdgeCounts, Histogram, Norms, ProcessSample, TraceSpan
 from hamdist.runtime.transport.transport import Endpoints
 
 # What blocks do, by method; `move` is of their weights.

@@ -16,9 +16,8 @@ from hamdist.runtime.nodes.mailbox import Mailbox
 from hamdist.runtime.nodes.source import SourceNode
 from hamdist.runtime.process.usage import own_bytes, peak_bytes
 from hamdist.runtime.results.digests import DigestMap, joined
-from hamdist.runtime.results.measured import ProcessSample
+from hamdist.runtime.results.measured import ProcessSample, TraceSpan
 from hamdist.runtime.results.result import BlockState
-from hamdist.runtime.results.trace import TraceSpan
 from hamdist.runtime.signals.edge_codecs import CompressionMap
 from hamdist.runtime.snapshots.process_snapshots import WrittenFiles
 from hamdist.runtime.transport.gpu_ring import Refusal

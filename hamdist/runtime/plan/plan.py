@@ -33,7 +33,7 @@ from hamdist.dynamics.schedule.make import AnySchedule, make_schedule
 from hamdist.dynamics.schedule.rounds import OwnLevel
 from hamdist.dynamics.schedule.sequence import SequenceSchedule
 from hamdist.dynamics.updates.constants import Dynamics, TickSchedule, check_names, make_dynamics
-from hamdist.dynamics.updates.learning_rate import StepCourse, step_course
+from hamdist.dynamics.updates.learning_rate import StepCourse
 from hamdist.dynamics.updates.optimizers import OptimizerRule
 from hamdist.errors import LevelError, SettingsError
 from hamdist.runtime.plan.checks import (
@@ -44,9 +44,8 @@ from hamdist.runtime.plan.checks import (
     with_classes,
 )
 from hamdist.runtime.plan.dtypes import received_dtypes, with_cast_plans
-from hamdist.runtime.plan.heads import Heads, plan_heads
+from hamdist.runtime.plan.learners import Heads, plan_heads, plan_optimizers
 from hamdist.runtime.plan.microbatches import cut_batches
-from hamdist.runtime.plan.optimizers import plan_optimizers
 from hamdist.runtime.plan.rule_checks import check_rules, own_states, ruled
 from hamdist.runtime.process.arithmetic import Arithmetic, arithmetic
 from hamdist.runtime.process.switches import Switches, read_switches
@@ -309,7 +308,7 @@ def make_plan(
             "shows only when the next one comes, so its answer would wait for that; give "
             "dynamics.tau as a number"
         )
-    course = step_course(settings.learning, settings.steps)
+    course = StepCourse(settings.learning, settings.steps)
     heads = plan_heads(graph, shapes, knobs, settings.learning)
     clocked = (knobs.hold and dynamics.clocked) or spec.patience > 0
     reversible = reversible_blocks(graph, shapes) - silent if rewinds else frozenset()

@@ -14,7 +14,7 @@ from hamdist.config import Decay, Settings
 from hamdist.dynamics.graph.graph import INPUT, OUTPUT_KEY, BlockSpec, Graph
 from hamdist.dynamics.graph.merged import merged_module
 from hamdist.dynamics.saved_state.stateful import Packing
-from hamdist.dynamics.updates.learning_rate import step_course
+from hamdist.dynamics.updates.learning_rate import StepCourse
 from hamdist.dynamics.user_modules.copies import copied
 from hamdist.errors import GraphError, SnapshotError
 from hamdist.runtime.plan.plan import Plan
@@ -145,7 +145,7 @@ def bent_course(snapshot: Snapshot, settings: Settings) -> list[str]:
     decay = settings.learning.decay
     if decay is Decay.NONE or before in (None, settings.steps):
         return []
-    old, new = (step_course(settings.learning, steps)(n) for steps in (before, settings.steps))
+    old, new = (StepCourse(settings.learning, steps)(n) for steps in (before, settings.steps))
     return [
         f"learning.decay {decay.value!r} now falls over {settings.steps} samples, before over "
         f"{before}: at sample {n} the step size goes from {old:.3g} to {new:.3g} of learning.lr; "

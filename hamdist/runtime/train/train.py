@@ -34,7 +34,7 @@ from hamdist.errors import (
 from hamdist.runtime.advice.advice import before, end_of_stream, of_resumed
 from hamdist.runtime.advice.divergence import explained
 from hamdist.runtime.engines.inprocess import InProcessEngine
-from hamdist.runtime.nodes.rule_trial import try_rules
+from hamdist.runtime.nodes.factory import try_rules
 from hamdist.runtime.placement.step_costs import example_input
 from hamdist.runtime.plan.checks import least_bytes
 from hamdist.runtime.plan.derived import replannable

@@ -33,7 +33,7 @@ from hamdist.study.report.blocks import BlockFacts, block_facts
 from hamdist.study.report.files import to_json
 from hamdist.study.run.comparison import with_alignment
 from hamdist.study.run.run import Run, run_centralised, run_level
-from hamdist.study.shared.processes import Processes
+from hamdist.study.shared.machine import Processes
 from hamdist.study.shared.result_folder import RUNS, Store
 
 POINTS = 60  # of a curve

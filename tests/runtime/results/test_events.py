@@ -25,7 +25,7 @@ from hamdist.runtime.results.measured import EdgeCounts, ProcessSample, summed
 from hamdist.runtime.results.progress_events import ProgressEvents, ProgressPace
 from hamdist.runtime.results.result import Progress
 from hamdist.runtime.results.run_events import RunEvents
-from hamdist.study.report.figures import alignment_figures
+from hamdist.study.report.save import alignment_figures
 
 
 def make():
