@@ -13,7 +13,6 @@ from hamdist.cli.options import (
     OverwriteOption,
     RunOptions,
     SettingsArgument,
-    code_of,
     command_line,
     factory_of,
     level_names,
@@ -80,9 +79,9 @@ def compare(
 
     from hamdist.study.interface.compare import Comparison, make_runs
     from hamdist.study.run.comparison import run_key
+    from hamdist.study.shared.named_code import code_of
 
-    files = [name for name in (*loaded.compare.rules, *loaded.compare.levels) if ":" in name]
-    code = code_of(options.model, options.stream, baseline_model, *files)
+    code = code_of(loaded, options.model, options.stream, baseline_model)
     comparison = Comparison(settings=loaded)
     try:
         with Display(loaded) as display:

@@ -74,6 +74,7 @@ class SnapshotPolicy:
         ends_full: the run ends where more than `memory` bytes would be kept.
         snapshot: the one that the run resumes from.
         stream: the identity of the stream (snapshots/resume.py).
+        code: digests of the user's code by what it is (user_modules/code_digest.py).
         epoch: of the writing processes, which rises whenever one is replaced.
         last: one is taken before the end, from which a run of more steps can resume.
     """
@@ -90,6 +91,7 @@ class SnapshotPolicy:
     silence: float = 10.0
     snapshot: Snapshot | None = None
     stream: Mapping[str, Any] = field(default_factory=dict)
+    code: Mapping[str, str] = field(default_factory=dict)
     epoch: int = 1
     last: bool = True
 

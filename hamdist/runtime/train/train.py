@@ -21,6 +21,7 @@ from hamdist.dynamics.rules.rule import Rule
 from hamdist.dynamics.schedule.rounds import OwnLevel
 from hamdist.dynamics.updates.constants import TickSchedule
 from hamdist.dynamics.updates.optimizers import OptimizerFunction, OptimizerRule, SchedulerFunction
+from hamdist.dynamics.user_modules.code_digest import code_digests
 from hamdist.dynamics.user_modules.python_state import check_apart, unchanged
 from hamdist.errors import (
     ChoiceWarning,
@@ -218,6 +219,16 @@ class _Work:
         loss = make_losses(settings.loss, settings.ignore_index) if self.loss is None else self.loss
         return graph_in_blocks(self.model, self.spec, loss, self.policy, settings, self.rules)
 
+    def code(self) -> dict[str, str]:
+        """Return digests of the user's code."""
+        model: Any = self.model
+        if isinstance(model, Graph):
+            model = {n: (b.module, b.output, b.loss) for n, b in model.blocks.items()}
+        steps = self.optimizer and (self.optimizer.function, self.optimizer.scheduler)
+        rules = {f"the rule of {pattern}": rule for pattern, rule in self.rules.items()}
+        several = {"the loss": self.loss, "phi": self.phi, "the optimizer": steps}
+        return code_digests({"the model": model, **several, **rules})
+
     def planned(self, snapshot: Snapshot | None = None) -> tuple[Graph, Plan]:
         with unchanged(modules_of(self.model)):
             graph = self.graph()
@@ -240,7 +251,7 @@ class _Work:
         if snapshot_policy is not None and snapshot is None:
             check_usable(snapshot_policy.path, least_bytes(graph, self.settings))
         if snapshot_policy is not None:
-            snapshot_policy = replace(snapshot_policy, stream=self.known_by)
+            snapshot_policy = replace(snapshot_policy, stream=self.known_by, code=self.code())
         plan = replace(plan, snapshot_policy=snapshot_policy)
         if self.settings.partition.delays == "auto":
             plan = replannable(plan, graph, self.settings, self.phi, self.optimizer)
@@ -267,7 +278,7 @@ class _Work:
                     "no snapshot and begins anew: the numbers are not those of a run that was "
                     "never stopped"
                 )
-            notes += [*other_code(snapshot, plan), *bent_course(snapshot, settings.settings)]
+            notes += [*other_code(snapshot, self.code()), *bent_course(snapshot, settings.settings)]
             notes += other_bits_than(snapshot, plan)
             plan = replace(plan, skip=snapshot.manifest.skip)
             if plan.engine.digests and not snapshot.digests:
