@@ -40,14 +40,15 @@ from hamdist.runtime.plan.checks import (
     check_output_nets,
     check_predictions,
     check_resets,
+    check_rules,
+    own_states,
+    ruled,
     why_one_length,
     with_classes,
 )
 from hamdist.runtime.plan.dtypes import received_dtypes, with_cast_plans
-from hamdist.runtime.plan.heads import Heads, plan_heads
+from hamdist.runtime.plan.learners import Heads, plan_heads, plan_optimizers
 from hamdist.runtime.plan.microbatches import cut_batches
-from hamdist.runtime.plan.optimizers import plan_optimizers
-from hamdist.runtime.plan.rule_checks import check_rules, own_states, ruled
 from hamdist.runtime.process.arithmetic import Arithmetic, arithmetic
 from hamdist.runtime.process.switches import Switches, read_switches
 from hamdist.runtime.signals.cast import CastPlan
@@ -73,6 +74,7 @@ class SnapshotPolicy:
         ends_full: the run ends where more than `memory` bytes would be kept.
         snapshot: the one that the run resumes from.
         stream: the identity of the stream (snapshots/resume.py).
+        code: digests of the user's code by what it is (user_modules/code_digest.py).
         epoch: of the writing processes, which rises whenever one is replaced.
         last: one is taken before the end, from which a run of more steps can resume.
     """
@@ -89,6 +91,7 @@ class SnapshotPolicy:
     silence: float = 10.0
     snapshot: Snapshot | None = None
     stream: Mapping[str, Any] = field(default_factory=dict)
+    code: Mapping[str, str] = field(default_factory=dict)
     epoch: int = 1
     last: bool = True
 

@@ -20,7 +20,7 @@ from hamdist.errors import GraphError, SnapshotError
 from hamdist.runtime.plan.plan import Plan
 from hamdist.runtime.process.portable import other_bits
 from hamdist.runtime.process.switches import other_switches
-from hamdist.runtime.snapshots.catalogue import fingerprint, fingerprint_of_rules
+from hamdist.runtime.snapshots.catalogue import fingerprint
 from hamdist.runtime.storage.snapshot_files import STATE_FORMATS, Snapshot, settings_of
 from hamdist.streams.sample import Stream
 from hamdist.streams.wrappers.without_sample import WithoutSample
@@ -52,14 +52,17 @@ def _set_knobs(network: Mapping[str, Any]) -> dict[str, Any]:
     return {**network, "locality": knobs, "metrics": metrics, **new}
 
 
-def other_code(snapshot: Snapshot, plan: Plan) -> list[str]:
-    """Return a warning if rules have other code or constants than those of the snapshot's run."""
-    then, now = snapshot.manifest.network.get("code", {}), fingerprint_of_rules(plan)
-    names = [name for name in then if then[name] != now.get(name)]
+def other_code(snapshot: Snapshot, now: Mapping[str, str]) -> list[str]:
+    """Return a warning if the user's code is another one than that of the snapshot's run.
+
+    now: its digests (user_modules/code_digest.py). Earlier versions have others, of rules alone.
+    """
+    then = snapshot.manifest.network.get("code", {})
+    names = [name for name in now if then.get(name, now[name]) != now[name]]
     if not names:
         return []
     return [
-        f"the code or the constants of the rules of {', '.join(names)} have changed since "
+        f"the code or the constants of {', '.join(names)} have changed since "
         f"{snapshot}: the numbers are not those of a run that was never stopped"
     ]
 

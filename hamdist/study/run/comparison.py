@@ -12,7 +12,7 @@ from hamdist.config import EngineKind, Level, Settings, SignedCourseSettings, Up
 from hamdist.dynamics.schedule.levels import PRESETS
 from hamdist.errors import BlockError, SettingsError
 from hamdist.models.build import ModelFactory
-from hamdist.runtime.plan.rule_checks import PRESENTED
+from hamdist.runtime.plan.checks import PRESENTED
 from hamdist.runtime.process.interrupts import OnProgress
 from hamdist.runtime.ray_engine.session import ray_session
 from hamdist.runtime.train.prepare import make_level, make_rule, settings_at

@@ -49,11 +49,9 @@ from hamdist.streams import drifts, held_out, held_out_tokens, make_stream
 from hamdist.streams.sample import SampleSpec, Stream
 from hamdist.streams.wrappers.without_sample import WithoutSample
 from hamdist.study.run.baseline import CENTRALISED, FROZEN, baseline_warnings, train_centralised
-from hamdist.study.run.drift import DriftRecovery, recoveries
-from hamdist.study.run.initial_weights import beside, warmed
-from hamdist.study.run.own_data import OwnData, check_held_out
-from hamdist.study.run.tracking import Tracking, advice, tracking
-from hamdist.study.shared.limits import check_size, check_time
+from hamdist.study.run.measures import DriftRecovery, Tracking, advice, recoveries, tracking
+from hamdist.study.run.own_data import OwnData, beside, check_held_out, warmed
+from hamdist.study.shared.machine import check_size, check_time
 
 PYTORCH = "pytorch"
 TIMELINE_LIMIT = 4096

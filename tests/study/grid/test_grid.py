@@ -24,7 +24,6 @@ from hamdist.display.table import MISSING
 from hamdist.errors import ClusterError, SettingsError
 from hamdist.study.grid import run as grid_run
 from hamdist.study.grid.points import TUNING_SEEDS, GridJob, cells, final_jobs, tuning_jobs
-from hamdist.study.grid.report import save_study
 from hamdist.study.grid.run import RunRecord, StudyOutcome, TuningResult, check, run_study, work
 from hamdist.study.grid.settings import (
     Axis,
@@ -37,7 +36,7 @@ from hamdist.study.grid.settings import (
     study_yaml,
 )
 from hamdist.study.grid.summary import summary
-from hamdist.study.grid.tables import study_figures, study_tables
+from hamdist.study.grid.tables import save_study, study_figures, study_tables
 from hamdist.study.run.run import run_centralised, run_level
 from hamdist.study.shared.result_folder import Store
 

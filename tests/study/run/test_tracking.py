@@ -24,10 +24,9 @@ from hamdist.models.build import make_model, make_tracker
 from hamdist.models.tracker import tracker
 from hamdist.streams.sample import SampleSpec, TargetSpec
 from hamdist.streams.sources.signals import SignalStream
-from hamdist.study.report.figures import record_figures
+from hamdist.study.report.save import record_figures
 from hamdist.study.report.table import run_facts
-from hamdist.study.run.run import run_centralised, run_level
-from hamdist.study.run.tracking import (
+from hamdist.study.run.measures import (
     advice,
     follow,
     jumps,
@@ -36,6 +35,7 @@ from hamdist.study.run.tracking import (
     signals,
     tracking,
 )
+from hamdist.study.run.run import run_centralised, run_level
 from hamdist.study.shared.recipes import load_settings
 from hamdist.study.view.page import baked
 
