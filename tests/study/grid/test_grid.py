@@ -37,7 +37,7 @@ from hamdist.study.grid.settings import (
 )
 from hamdist.study.grid.summary import summary
 from hamdist.study.grid.tables import save_study, study_figures, study_tables
-from hamdist.study.run.run import run_centralised, run_level
+from hamdist.study.run.run import run_level
 from hamdist.study.shared.result_folder import Store
 
 TINY = """
@@ -402,7 +402,7 @@ class TestWhole:
             level = name if name in ("trace", "local") else "backprop"
             own = Settings.model_validate({**raw, "level": level, "learning": {"lr": lr}})
             if level == "backprop":
-                run, _ = run_centralised(own, frozen=name == "frozen")
+                run, _ = run_level(own, baseline=name)
             else:
                 run, _ = run_level(own)
             (found,) = outcome.records
