@@ -30,8 +30,7 @@ from hamdist.cli.options import OutOption, OverwriteOption, RunOptions, Settings
 from hamdist.errors import FAILED, INTERRUPTED, ClusterError, SettingsError
 
 if TYPE_CHECKING:
-    from hamdist.launch.events import Ended, ResultValues
-    from hamdist.launch.follow import Results
+    from hamdist.launch.events import Ended, Results, ResultValues
     from hamdist.launch.jobs_api import Jobs, RayJob
     from hamdist.launch.submit import DryRun
 
@@ -123,7 +122,7 @@ def jobs_of(cluster: str | None) -> Jobs:
 
 def results_in(out: Path | None, overwrite: bool) -> Results:
     """Return the receiver of a run's files. Raises SettingsError if `out` cannot be written."""
-    from hamdist.launch.follow import Results
+    from hamdist.launch.events import Results
     from hamdist.study.shared.result_folder import free_folder
 
     return Results(None if out is None else free_folder(out, overwrite=overwrite, say=note))
@@ -160,8 +159,7 @@ def _watch(
     jobs: Jobs, name: str, results: Results, display: Display
 ) -> tuple[Ended | None, ResultValues | None]:
     """Show the run's events. Returns how it ended (None: without an event), and its facts."""
-    from hamdist.launch.events import DriverLost, Ended, Listening, ResultValues
-    from hamdist.launch.follow import follow
+    from hamdist.launch.events import DriverLost, Ended, Listening, ResultValues, follow
     from hamdist.runtime.results.events import RunEvent, Warned
 
     display.note(f"{name}: waiting for the cluster")

@@ -29,7 +29,7 @@ if TYPE_CHECKING:
     from hamdist.display.table import Table as StudyTable
     from hamdist.runtime.process.interrupts import OnProgress
     from hamdist.runtime.results.events import RunEvent
-    from hamdist.study.view.server import FollowedRun
+    from hamdist.study.view.page import FollowedRun
 
 PLAIN_WIDTH = 132  # where there is no terminal
 LABELS = 2  # columns of a table that name its rows
@@ -220,7 +220,7 @@ class Display(RunDisplay):
     def take(self, event: RunEvent) -> None:
         """Show the progress of the run that events tell of."""
         from hamdist.runtime.results.events import RunBegun
-        from hamdist.study.view.server import FollowedRun
+        from hamdist.study.view.page import FollowedRun
 
         if isinstance(event, RunBegun):
             self._run = FollowedRun(event), self.watch(event.title, event.batch)

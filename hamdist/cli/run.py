@@ -126,7 +126,7 @@ def run_settings(
             folder.listen(tracker)
         if shown:
             from hamdist.cli.view import show_page
-            from hamdist.study.view.server import PageServer
+            from hamdist.study.view.page import PageServer
 
             show_page(stack.enter_context(PageServer([folder.path])), browser=True)
         if trace is not None:

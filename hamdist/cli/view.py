@@ -22,7 +22,7 @@ from hamdist.study.shared.result_folder import results_of, write_file
 
 if TYPE_CHECKING:
     from hamdist.launch.jobs_api import Jobs
-    from hamdist.study.view.server import PageServer
+    from hamdist.study.view.page import PageServer
 
 
 def view(
@@ -42,7 +42,7 @@ def view(
     cluster: ClusterOption = None,
 ) -> None:
     """Show runs while they go on, or afterwards, on a local page; Ctrl-C ends it."""
-    from hamdist.study.view.server import PageServer
+    from hamdist.study.view.page import PageServer
 
     if latest and names:
         raise SettingsError("--latest with a DIR: name the folders, or leave --latest out")
@@ -75,7 +75,7 @@ def watch(
 ) -> None:
     """Show runs while they go on, or afterwards, in this terminal; Ctrl-C ends it, not the run."""
     with _folders([name or str(latest_results())], cluster) as [folder]:
-        from hamdist.study.view.server import followed
+        from hamdist.study.view.page import followed
 
         with Display() as display:
             for event in followed(folder):
@@ -182,7 +182,7 @@ def _folders(names: list[str], cluster: str | None) -> Iterator[list[Path]]:
 
 def _follow(jobs: Jobs, name: str, file: EventFile) -> None:
     """Write the events of a launched run, from its log, until it ends."""
-    from hamdist.launch.follow import mirror_events
+    from hamdist.launch.events import mirror_events
 
     try:
         mirror_events(jobs.lines(name), file)

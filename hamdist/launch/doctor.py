@@ -25,8 +25,7 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 
 from hamdist.dynamics.native import rows
 from hamdist.errors import ClusterError
-from hamdist.launch.events import DoctorReport, Ended
-from hamdist.launch.follow import Results, follow
+from hamdist.launch.events import DoctorReport, Ended, Results, follow
 from hamdist.launch.jobs_api import Jobs, missing_extras
 from hamdist.launch.submit import submit_checkup
 from hamdist.runtime.process.arithmetic import Arithmetic, arithmetic

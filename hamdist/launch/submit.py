@@ -15,10 +15,8 @@ from hamdist.launch.cluster_file import ClusterSettings
 from hamdist.launch.jobs_api import Jobs
 from hamdist.launch.package import JobSpec, named_there, own_code, packed, snapshots_in
 from hamdist.models.build import ModelFactory
-from hamdist.runtime.placement.assign_blocks import by_parameters, place
-from hamdist.runtime.placement.assign_hosts import ActorOptions, HostInfo, options_of_actors
-from hamdist.runtime.placement.requirements import requirements
-from hamdist.runtime.plan.dtypes import block_settings
+from hamdist.runtime.placement.assign_blocks import by_parameters, options_of_groups, place
+from hamdist.runtime.placement.assign_hosts import ActorOptions, HostInfo
 from hamdist.runtime.plan.plan import Plan
 from hamdist.study.run.export import planned
 from hamdist.study.run.run import DataFactory, torch_dtype
@@ -192,7 +190,10 @@ def dry_run(
     missing = [] if hosts else ["the cluster has no host that is alive"]
     options: Sequence[ActorOptions | None] = [None] * len(groups)
     try:
-        options = _options_of_actors(plan, groups, hosts)
+        spread = plan.engine.spread if len(hosts) > 1 else Spread.AUTO
+        if spread is Spread.PROFILE:  # no host is measured here
+            spread = Spread.PACKED
+        options = options_of_groups(plan.graph, plan.engine, groups, hosts, spread)
     except ClusterError as error:
         missing.append(str(error))
     work = dict(zip(plan.graph.blocks, by_parameters(plan.graph), strict=True))
@@ -202,19 +203,6 @@ def dry_run(
         for group, actor_options in zip(groups, options, strict=True)
     ]
     return DryRun(hosts, actors, missing, _notes(settings, named, cluster, plan, groups, hosts))
-
-
-def _options_of_actors(
-    plan: Plan, groups: Sequence[Sequence[str]], hosts: Sequence[HostInfo]
-) -> list[ActorOptions]:
-    by_block = block_settings(plan.graph, plan.engine)
-    work = dict(zip(plan.graph.blocks, by_parameters(plan.graph), strict=True))
-    busy = [sum(work[name] for name in group) for group in groups]
-    spread = plan.engine.spread if len(hosts) > 1 else Spread.AUTO
-    if spread is Spread.PROFILE:  # no host is measured here
-        spread = Spread.PACKED
-    requests = [requirements(group, by_block, plan.engine) for group in groups]
-    return options_of_actors(requests, hosts, spread, busy)
 
 
 def _notes(

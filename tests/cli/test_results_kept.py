@@ -31,8 +31,7 @@ from hamdist.config import Level, Settings, read_settings
 from hamdist.display.run_view import RunView
 from hamdist.dynamics.objective.prequential import Window
 from hamdist.launch import driver
-from hamdist.launch.events import Ended, ResultValues
-from hamdist.launch.follow import Results, follow
+from hamdist.launch.events import Ended, Results, ResultValues, follow
 from hamdist.launch.package import JobSpec, packed
 from hamdist.runtime.results.result import BlockProgress, Progress
 from hamdist.runtime.results.scores import Scores

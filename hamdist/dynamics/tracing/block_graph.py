@@ -18,7 +18,6 @@ from hamdist.dynamics.tracing.join_runs import Trace
 from hamdist.dynamics.tracing.program import (
     CONSTANT,
     DeviceRef,
-    Path,
     SymbolicSize,
     Value,
     is_constant,
@@ -34,7 +33,7 @@ from hamdist.dynamics.tracing.traced_module import (
     is_spelled,
     the_value,
 )
-from hamdist.dynamics.user_modules.structure import Built, built, filled, getter, parts_of
+from hamdist.dynamics.user_modules.structure import Built, Path, built, filled, getter, parts_of
 
 
 def one_block(trace: Trace, model: nn.Module, inputs: Sequence[str]) -> TracedModule:

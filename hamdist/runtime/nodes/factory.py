@@ -56,8 +56,8 @@ from hamdist.runtime.nodes.hold import HoldNode
 from hamdist.runtime.nodes.mailbox import Mailbox
 from hamdist.runtime.nodes.pulse import PulseNode
 from hamdist.runtime.nodes.sequence import SequenceNode
+from hamdist.runtime.plan.checks import ruled
 from hamdist.runtime.plan.plan import Plan
-from hamdist.runtime.plan.rule_checks import ruled
 from hamdist.runtime.signals.cast import CastBorder
 from hamdist.streams.sample import parted
 

@@ -40,13 +40,15 @@ from hamdist.runtime.plan.checks import (
     check_output_nets,
     check_predictions,
     check_resets,
+    check_rules,
+    own_states,
+    ruled,
     why_one_length,
     with_classes,
 )
 from hamdist.runtime.plan.dtypes import received_dtypes, with_cast_plans
 from hamdist.runtime.plan.learners import Heads, plan_heads, plan_optimizers
 from hamdist.runtime.plan.microbatches import cut_batches
-from hamdist.runtime.plan.rule_checks import check_rules, own_states, ruled
 from hamdist.runtime.process.arithmetic import Arithmetic, arithmetic
 from hamdist.runtime.process.switches import Switches, read_switches
 from hamdist.runtime.signals.cast import CastPlan

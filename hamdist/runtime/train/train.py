@@ -32,7 +32,6 @@ from hamdist.errors import (
     SnapshotError,
 )
 from hamdist.runtime.advice.advice import before, end_of_stream, of_resumed
-from hamdist.runtime.advice.divergence import explained
 from hamdist.runtime.engines.inprocess import InProcessEngine
 from hamdist.runtime.nodes.factory import try_rules
 from hamdist.runtime.placement.step_costs import example_input
@@ -63,7 +62,7 @@ from hamdist.runtime.snapshots.resume import (
 from hamdist.runtime.storage.snapshot_files import Snapshot, check_usable, latest
 from hamdist.runtime.storage.store import claimed, storage
 from hamdist.runtime.train.choose_level import resolved
-from hamdist.runtime.train.outcome import make_result
+from hamdist.runtime.train.outcome import explained, make_result
 from hamdist.runtime.train.prepare import (
     NamedRule,
     graph_in_blocks,
