@@ -312,7 +312,7 @@ def try_rules(plan: Plan) -> None:
         before = dict(getattr(rule, "__dict__", {}))
         try:
             block = make_node(plan, name, Mailbox({INPUT, *plan.graph.blocks})).block
-            applied: AppliedRule = block.rule  # type: ignore[union-attr,assignment]  # it has one
+            applied: AppliedRule = block.rule  # type: ignore[union-attr]  # it has one
             weights = {key: w.clone() for key, w in applied.view.theta.items()}
             drawn = torch.random.get_rng_state()
             _try(plan, name, applied)
