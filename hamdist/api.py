@@ -19,7 +19,6 @@ from hamdist.dynamics.updates.constants import TickSchedule
 from hamdist.dynamics.updates.optimizers import OptimizerFunction, SchedulerFunction
 from hamdist.errors import HamdistError, SettingsError
 from hamdist.models.build import make_from_settings
-from hamdist.runtime.live.answers import LiveStatus
 from hamdist.runtime.live.begin import (
     COMPUTES,
     check_repeatable,
@@ -28,7 +27,7 @@ from hamdist.runtime.live.begin import (
     read_beginning,
     with_first_weights,
 )
-from hamdist.runtime.live.callbacks import Callback, EndsWhen
+from hamdist.runtime.live.callbacks import Callback, EndsWhen, LiveStatus
 from hamdist.runtime.live.run import LiveRun
 from hamdist.runtime.results.events import EventListener
 from hamdist.runtime.results.result import Progress, RunResult

@@ -17,7 +17,7 @@ from safetensors.torch import load
 from torch import Tensor
 
 from hamdist.errors import ClusterError, SettingsError, SnapshotError, StreamError
-from hamdist.runtime.live.answers import ADDRESS, SAFETENSORS, Answer, LiveStatus
+from hamdist.runtime.live.callbacks import ADDRESS, SAFETENSORS, Answer, LiveStatus
 from hamdist.runtime.live.journal import named, packed, read_named
 from hamdist.runtime.results.scores import Scores
 

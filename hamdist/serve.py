@@ -38,7 +38,7 @@ from starlette.responses import JSONResponse, PlainTextResponse, Response
 from starlette.routing import Route
 
 from hamdist.errors import HamdistError, SettingsError
-from hamdist.runtime.live.answers import ADDRESS, SAFETENSORS, Answer
+from hamdist.runtime.live.callbacks import ADDRESS, SAFETENSORS, Answer
 from hamdist.runtime.live.journal import named, packed, read_named
 from hamdist.runtime.live.run import LiveRun
 

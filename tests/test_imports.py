@@ -22,7 +22,7 @@ STATE = "dynamics/finite dynamics/saved_state"
 PICTURES = "display/figure display/network display/table display/windows"
 RUNTIME = f"errors config dynamics streams {PICTURES}"
 STUDY = f"{RUNTIME} runtime models loading display"
-CLI_PARTS = "cli/console cli/display cli/options"
+CLI_PARTS = "cli/console cli/options"
 CLI = f"display errors config runtime models study launch trackers {CLI_PARTS}"
 ALLOWED = {
     "errors": "",
@@ -127,8 +127,6 @@ ALLOWED = {
     "adapters": f"{RUNTIME} runtime api",
     "launch": f"{STUDY} study api serve",
     "cli": f"{CLI} api serve cli",
-    "cli/study": CLI,
-    "cli/cluster": CLI,
     "__main__": "cli",
     "__init__": "errors config dynamics streams runtime api attached study",
 }

@@ -25,7 +25,7 @@ import hamdist
 from hamdist import errors
 from hamdist.config import Settings
 from hamdist.config.fields import SettingsFields
-from hamdist.runtime.engines import inprocess, sampler
+from hamdist.runtime.engines import inprocess, worker_report
 from hamdist.runtime.results.events import ActorReplaced, RunBegun, RunFinished, WindowFull
 from hamdist.trackers import SpanTracker, open_trackers, scalars
 
@@ -172,10 +172,10 @@ def test_wandb(here, monkeypatch):
 def test_histograms_are_those_of_the_weights(here, monkeypatch):
     """The oracle is numpy's own, of the weights in the end; the bits of the run stay."""
     heard = []
-    monkeypatch.setattr(sampler, "PAUSE_SECONDS", 0.0)
-    monkeypatch.setattr(sampler, "SHARE", math.inf)
+    monkeypatch.setattr(worker_report, "PAUSE_SECONDS", 0.0)
+    monkeypatch.setattr(worker_report, "SHARE", math.inf)
     monkeypatch.setattr(inprocess, "PROGRESS_SECONDS", 0.0)
-    monkeypatch.setattr("hamdist.runtime.results.progress_events.ProgressPace.due", lambda *_: True)
+    monkeypatch.setattr("hamdist.runtime.results.run_events.ProgressPace.due", lambda *_: True)
     result = trained(heard.append, metrics={"histograms": True})
     monkeypatch.undo()
     plain = trained()

@@ -11,11 +11,20 @@ from typing import Annotated, Any, cast, get_type_hints
 
 import typer
 
-from hamdist.cli import compare, results, run, serve, settings, verify, view
-from hamdist.cli.cluster import cluster, launch
+from hamdist.cli import (
+    cluster,
+    compare,
+    results,
+    run,
+    serve,
+    settings,
+    simulate,
+    study,
+    verify,
+    view,
+)
 from hamdist.cli.console import console, exit_codes, output
 from hamdist.cli.options import RunOptions
-from hamdist.cli.study import grid, recovery, simulate, speed
 
 __all__ = ["app"]
 
@@ -106,7 +115,7 @@ for _command in (  # in the order of use
     *(view.view, view.watch, view.explain, view.draw, serve.serve, serve.replay),
     *(results.export, results.diff, results.bisect, results.rewind, results.fork),
     *(simulate.simulate, simulate.profile),
-    *(verify.verify, cluster.doctor, launch.launch, launch.attach, launch.stop, launch.runs),
+    *(verify.verify, cluster.doctor, cluster.launch, cluster.attach, cluster.stop, cluster.runs),
     settings.schema,
 ):
     app.command()(with_output(_command))
@@ -114,10 +123,10 @@ for _command in (  # in the order of use
 _study = typer.Typer(
     name="study", help="Measure what the papers state, and print the table.", no_args_is_help=True
 )
-_study.command()(with_output(recovery.recovery))
-for _name, _help in grid.GRIDS.items():
-    _study.command(_name, help=_help)(with_output(grid.grid_command(_name)))
-_study.command()(with_output(speed.speed))
+_study.command()(with_output(study.recovery))
+for _name, _help in study.GRIDS.items():
+    _study.command(_name, help=_help)(with_output(study.grid_command(_name)))
+_study.command()(with_output(study.speed))
 app.add_typer(_study)
 
 _cluster = typer.Typer(

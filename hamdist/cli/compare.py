@@ -7,14 +7,12 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from hamdist.cli.console import complain, console, print_notes, report, say, study_table
-from hamdist.cli.display import Display
+from hamdist.cli.console import Display, complain, console, print_notes, report, say, study_table
 from hamdist.cli.options import (
     DEFAULT_SETTINGS,
     OverwriteOption,
     RunOptions,
     SettingsArgument,
-    code_of,
     command_line,
     factory_of,
     level_names,
@@ -81,9 +79,9 @@ def compare(
 
     from hamdist.study.interface.compare import Comparison, make_runs
     from hamdist.study.run.comparison import run_key
+    from hamdist.study.shared.named_code import code_of
 
-    files = [name for name in (*loaded.compare.rules, *loaded.compare.levels) if ":" in name]
-    code = code_of(options.model, options.stream, baseline_model, *files)
+    code = code_of(loaded, options.model, options.stream, baseline_model)
     comparison = Comparison(settings=loaded)
     try:
         with Display(loaded) as display:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import logging
 import sys
+import warnings
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -20,10 +21,15 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from hamdist.errors import INTERRUPTED, HamdistError, exit_code
+from hamdist.display.progress import RunDisplay
+from hamdist.errors import INTERRUPTED, ChoiceWarning, HamdistError, exit_code
 
 if TYPE_CHECKING:
+    from hamdist.config import Settings
     from hamdist.display.table import Table as StudyTable
+    from hamdist.runtime.process.interrupts import OnProgress
+    from hamdist.runtime.results.events import RunEvent
+    from hamdist.study.view.page import FollowedRun
 
 PLAIN_WIDTH = 132  # where there is no terminal
 LABELS = 2  # columns of a table that name its rows
@@ -185,3 +191,66 @@ def exit_codes() -> Iterator[None]:
         complain("Interrupted.")
         OUTPUT.document.setdefault("error", "interrupted")
         raise typer.Exit(INTERRUPTED) from None
+
+
+# -- live display ----------------------------------------------------------------------------------
+
+
+class Display(RunDisplay):
+    """Shows progress on standard error; `settings` may leave the live display out."""
+
+    def __init__(self, settings: Settings | None = None) -> None:
+        self._console = console(stderr=True)
+        self._run: tuple[FollowedRun, OnProgress] | None = None
+        live = settings is None or settings.metrics.progress is not False
+        super().__init__(
+            self._console, live=live and LOGGER.isEnabledFor(logging.INFO), plain=self.say
+        )
+
+    def __enter__(self) -> Display:
+        LINES.console = self._console
+        super().__enter__()
+        return self
+
+    @property
+    def follows(self) -> bool:
+        """Return True if the events of a run have begun to come (`take`)."""
+        return self._run is not None
+
+    def take(self, event: RunEvent) -> None:
+        """Show the progress of the run that events tell of."""
+        from hamdist.runtime.results.events import RunBegun
+        from hamdist.study.view.page import FollowedRun
+
+        if isinstance(event, RunBegun):
+            self._run = FollowedRun(event), self.watch(event.title, event.batch)
+        if self._run is not None:
+            run, show = self._run
+            progress = run.take(event)
+            if progress is not None:
+                show(progress)
+
+    def close(self) -> None:
+        """Stop the live display: lines printed from now on stay."""
+        super().close()
+        LINES.console = None
+
+    def say(self, text: str) -> None:
+        """Print a line that stays."""
+        note(text)
+
+
+@contextmanager
+def warning_at_once() -> Iterator[list[str]]:
+    """Show Python's warnings as our own inside. Yields those that were shown."""
+    said: list[str] = []
+
+    def show(message: Warning | str, *_: object, **__: object) -> None:
+        said.append(str(message))
+        chosen = isinstance(message, ChoiceWarning)
+        level, word = (logging.INFO, "Note") if chosen else (logging.WARNING, "Warning")
+        LOGGER.log(level, "%s: %s", word, message)
+
+    with warnings.catch_warnings():
+        warnings.showwarning = show
+        yield said

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import shlex
 import sys
 from dataclasses import dataclass
@@ -160,18 +159,6 @@ def factory_of(name: str | None, option: str = "--model") -> ModelFactory | None
     from hamdist.models.build import load_factory
 
     return load_factory(name, option)
-
-
-def code_of(*names: str | None) -> str:
-    """Return digests of the files that `--model` and `--stream` have named, which are imported."""
-    digests = []
-    for name in names:
-        where = "" if name is None else name.rpartition(":")[0]
-        module = sys.modules.get(Path(where).stem if where.endswith(".py") else where)
-        file = getattr(module, "__file__", None)
-        digest = "" if file is None else hashlib.sha256(Path(file).read_bytes()).hexdigest()
-        digests.append(f"{name} {digest}")
-    return "; ".join(digests)
 
 
 def command_line() -> str:

@@ -9,8 +9,15 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from hamdist.cli.console import complain, print_facts, report, say_written, warn
-from hamdist.cli.display import Display, warning_at_once
+from hamdist.cli.console import (
+    Display,
+    complain,
+    print_facts,
+    report,
+    say_written,
+    warn,
+    warning_at_once,
+)
 from hamdist.cli.options import DEFAULT_SETTINGS, OverwriteOption, RunOptions, SettingsArgument
 from hamdist.config import Settings
 from hamdist.errors import INTERRUPTED, SettingsError
@@ -109,7 +116,7 @@ def run_settings(
             own = at_level.snapshots.model_copy(update={"path": str(folder.path / "snapshots")})
             at_level = at_level.model_copy(update={"snapshots": own})
 
-        from hamdist.runtime.results.trace import chrome_trace
+        from hamdist.runtime.results.measured import chrome_trace
         from hamdist.study.report.files import final_events
         from hamdist.study.report.save import save_run
         from hamdist.study.run.run import run_level
@@ -119,7 +126,7 @@ def run_settings(
             folder.listen(tracker)
         if shown:
             from hamdist.cli.view import show_page
-            from hamdist.study.view.server import PageServer
+            from hamdist.study.view.page import PageServer
 
             show_page(stack.enter_context(PageServer([folder.path])), browser=True)
         if trace is not None:

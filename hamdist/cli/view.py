@@ -13,9 +13,8 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 from rich.text import Text
 
-from hamdist.cli.cluster.cluster import ClusterOption, jobs_of
-from hamdist.cli.console import complain, console, note, print_notes, report, say
-from hamdist.cli.display import Display
+from hamdist.cli.cluster import ClusterOption, jobs_of
+from hamdist.cli.console import Display, complain, console, note, print_notes, report, say
 from hamdist.cli.options import DEFAULT_SETTINGS, RunOptions
 from hamdist.errors import HamdistError, SettingsError
 from hamdist.runtime.results.run_events import EVENTS, EventFile, line_of
@@ -23,7 +22,7 @@ from hamdist.study.shared.result_folder import results_of, write_file
 
 if TYPE_CHECKING:
     from hamdist.launch.jobs_api import Jobs
-    from hamdist.study.view.server import PageServer
+    from hamdist.study.view.page import PageServer
 
 
 def view(
@@ -43,7 +42,7 @@ def view(
     cluster: ClusterOption = None,
 ) -> None:
     """Show runs while they go on, or afterwards, on a local page; Ctrl-C ends it."""
-    from hamdist.study.view.server import PageServer
+    from hamdist.study.view.page import PageServer
 
     if latest and names:
         raise SettingsError("--latest with a DIR: name the folders, or leave --latest out")
@@ -76,7 +75,7 @@ def watch(
 ) -> None:
     """Show runs while they go on, or afterwards, in this terminal; Ctrl-C ends it, not the run."""
     with _folders([name or str(latest_results())], cluster) as [folder]:
-        from hamdist.study.view.follow import followed
+        from hamdist.study.view.page import followed
 
         with Display() as display:
             for event in followed(folder):
@@ -183,7 +182,7 @@ def _folders(names: list[str], cluster: str | None) -> Iterator[list[Path]]:
 
 def _follow(jobs: Jobs, name: str, file: EventFile) -> None:
     """Write the events of a launched run, from its log, until it ends."""
-    from hamdist.launch.follow import mirror_events
+    from hamdist.launch.events import mirror_events
 
     try:
         mirror_events(jobs.lines(name), file)

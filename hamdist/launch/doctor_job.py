@@ -20,9 +20,8 @@ from ray.exceptions import GetTimeoutError, RayError
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from hamdist.errors import FAILED, HamdistError
-from hamdist.launch.doctor_report import Findings, LinkFacts
+from hamdist.launch.doctor import Findings, HostFacts, LinkFacts, host_facts
 from hamdist.launch.events import DoctorReport, Ended, tell
-from hamdist.launch.host_facts import HostFacts, host_facts
 from hamdist.launch.package import read_order
 from hamdist.runtime.placement.assign_hosts import HostInfo
 from hamdist.runtime.placement.links import Probe

@@ -40,8 +40,8 @@ from hamdist.launch.events import (
 )
 from hamdist.launch.package import SETTINGS, JobSpec, read_order
 from hamdist.runtime.results.events import RunBegun, Warned
-from hamdist.runtime.results.progress_events import ProgressEvents
 from hamdist.runtime.results.result import Progress
+from hamdist.runtime.results.run_events import ProgressEvents
 from hamdist.study.shared.recipes import load_settings
 
 if TYPE_CHECKING:

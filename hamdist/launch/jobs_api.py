@@ -11,13 +11,13 @@ import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
 
 from hamdist.errors import ClusterError, SettingsError
 from hamdist.launch.cluster_file import JOBS_PORT, ClusterSettings
-from hamdist.launch.ray_environment import need_extras
 from hamdist.runtime.placement.assign_hosts import HostInfo, described
 from hamdist.runtime.ray_engine import auth_token
 from hamdist.runtime.ray_engine.cluster_hosts import knock
@@ -29,6 +29,7 @@ PATIENCE_SECONDS = 60.0
 AGAIN_SECONDS = 1.0
 NODES_SECONDS = 10
 OURS = "hamdist"
+NEEDED = ("aiohttp", "requests", "opencensus", "prometheus_client")  # of ray[default]
 _ID = re.compile(r"^[A-Za-z0-9][\w.-]{0,199}$")
 _TALKERS = (
     "ray.dashboard.modules.job.sdk",
@@ -37,6 +38,21 @@ _TALKERS = (
 )
 # Both win over the address that Ray's client is given.
 _ELSEWHERE = ("RAY_ADDRESS", "RAY_API_SERVER_ADDRESS")
+
+
+def missing_extras() -> list[str]:
+    """Return the packages of `ray[default]` that are not installed here."""
+    return [name for name in NEEDED if find_spec(name) is None]
+
+
+def need_extras() -> None:
+    """Raise ClusterError if Ray's Jobs API cannot be used."""
+    missing = missing_extras()
+    if missing:
+        raise ClusterError(
+            f"Ray's Jobs API needs packages that are not installed here ({', '.join(missing)}): "
+            "pip install 'hamdist[cluster]' (or 'ray[default]')"
+        )
 
 
 @dataclass(frozen=True)

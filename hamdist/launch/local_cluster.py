@@ -27,9 +27,14 @@ import yaml
 
 from hamdist.errors import ClusterError, SettingsError
 from hamdist.launch.cluster_file import FILE
-from hamdist.launch.ray_environment import HEALTH, need_extras
+from hamdist.launch.jobs_api import need_extras
 from hamdist.runtime.ray_engine import auth_token
-from hamdist.runtime.ray_engine.local_ray import OBJECT_STORE_BYTES, outlast, short_folder
+from hamdist.runtime.ray_engine.local_ray import (
+    OBJECT_STORE_BYTES,
+    RAY_SETTINGS,
+    outlast,
+    short_folder,
+)
 
 HEAD = "head.json"
 LOG = "ray.log"
@@ -39,6 +44,20 @@ HERE = "127.0.0.1"
 UP_SECONDS = 90.0
 END_SECONDS = 20.0
 ASK_SECONDS = 0.3
+# What Ray's processes get before it starts on a host. A host that is silent for period * threshold
+# + timeout = 8 s counts as dead (Ray's own values: 64 s); one that is cut off ends by itself some
+# seconds later. A link that is cut for 5 s costs no host, and hosts under heavy load are not given
+# up wrongly.
+HEALTH = RAY_SETTINGS | {
+    "RAY_health_check_initial_delay_ms": "1000",
+    "RAY_health_check_period_ms": "1000",
+    "RAY_health_check_timeout_ms": "2000",
+    "RAY_health_check_failure_threshold": "6",
+    "RAY_gcs_rpc_server_reconnect_timeout_s": "10",
+    "RAY_grpc_client_keepalive_time_ms": "5000",
+    "RAY_grpc_client_keepalive_timeout_ms": "5000",
+    "RAY_raylet_liveness_self_check_interval_ms": "2000",
+}
 
 
 @dataclass(frozen=True)

@@ -31,17 +31,15 @@ from hamdist.config import Level, Settings, read_settings
 from hamdist.display.run_view import RunView
 from hamdist.dynamics.objective.prequential import Window
 from hamdist.launch import driver
-from hamdist.launch.events import Ended, ResultValues
-from hamdist.launch.follow import Results, follow
+from hamdist.launch.events import Ended, Results, ResultValues, follow
 from hamdist.launch.package import JobSpec, packed
 from hamdist.runtime.results.result import BlockProgress, Progress
 from hamdist.runtime.results.scores import Scores
 from hamdist.runtime.storage.snapshot_files import latest
 from hamdist.runtime.train.train import train
-from hamdist.study.report.files import run_summary
-from hamdist.study.report.html import EXPLANATION
+from hamdist.study.report.files import EXPLANATION, run_summary
+from hamdist.study.run.measures import Tracking
 from hamdist.study.run.run import Run
-from hamdist.study.run.tracking import Tracking
 
 TINY = """
 name: tiny

@@ -21,8 +21,7 @@ from hamdist.config import Settings, read_settings
 from hamdist.dynamics.vjp.seeding import OwnGenerator
 from hamdist.errors import ClusterError, SettingsError, SnapshotError
 from hamdist.launch.driver import _hand_over, _Results
-from hamdist.launch.events import File, FilesStay, from_line, tell
-from hamdist.launch.follow import Results
+from hamdist.launch.events import File, FilesStay, Results, from_line, tell
 from hamdist.runtime.results.events import Warned
 from hamdist.runtime.storage.snapshot_files import (
     Manifest,
@@ -30,7 +29,7 @@ from hamdist.runtime.storage.snapshot_files import (
     read_manifest,
     settings_of,
 )
-from hamdist.study.shared.limits import check_time
+from hamdist.study.shared.machine import check_time
 
 
 @pytest.mark.parametrize(

@@ -12,7 +12,7 @@ from faults.trial import trial
 from faults.watch import GONE_SECONDS
 from hosts.namespaces import hosts, why_not
 
-from hamdist.launch.ray_environment import HEALTH
+from hamdist.launch.local_cluster import HEALTH
 
 pytestmark = [
     pytest.mark.hosts,

@@ -15,7 +15,7 @@ import pytest
 import yaml
 
 from hamdist.launch.cluster_file import ClusterSettings, read_cluster
-from hamdist.launch.ray_environment import HEALTH
+from hamdist.launch.local_cluster import HEALTH
 
 ROOT = Path(__file__).parents[2]
 FOLDER = ROOT / "cluster-configs"

@@ -22,7 +22,7 @@ from typer.testing import CliRunner
 import hamdist as hamdist_
 from hamdist.cli import app
 from hamdist.errors import SettingsError
-from hamdist.launch.ray_environment import missing_extras
+from hamdist.launch.jobs_api import missing_extras
 
 RUN = ["--steps", "40", "--set", "engine.actors=2", "--set", "metrics.window=10"]
 MODEL = """
@@ -99,7 +99,7 @@ def test_nobody_there(arguments):
 
 
 def test_without_rays_extras(monkeypatch):
-    monkeypatch.setattr("hamdist.launch.ray_environment.find_spec", lambda name: None)
+    monkeypatch.setattr("hamdist.launch.jobs_api.find_spec", lambda name: None)
     for arguments in (["launch", "digits", "--cluster", "127.0.0.1:1"], ["cluster", "start"]):
         result = command(*arguments)
         assert result.exit_code == 1

@@ -21,28 +21,27 @@ from hamdist.dynamics.objective.prequential import Window
 from hamdist.errors import ClusterError, SettingsError
 from hamdist.launch import local_cluster as one_host
 from hamdist.launch.cluster_file import ClusterSettings, find_cluster
+from hamdist.launch.doctor import Findings, LinkFacts, host_facts, judged, storage_fault
 from hamdist.launch.doctor_job import HostProbe
-from hamdist.launch.doctor_report import Findings, LinkFacts, judged
-from hamdist.launch.dry_run import dry_run
 from hamdist.launch.events import (
     PART_BYTES,
     DriverLost,
     Ended,
     FilesStay,
+    Results,
     file_events,
+    follow,
     from_line,
     to_line,
 )
-from hamdist.launch.follow import Results, follow
-from hamdist.launch.host_facts import host_facts, storage_fault
 from hamdist.launch.package import JobSpec, named_there, on_ray, own_code, packed, read_order
-from hamdist.launch.submit import kept_at, make_id, resumed_from
+from hamdist.launch.submit import dry_run, kept_at, make_id, resumed_from
 from hamdist.models.build import load_factory
 from hamdist.runtime.placement.assign_hosts import HostInfo
 from hamdist.runtime.placement.links import Probe
 from hamdist.runtime.results.events import RunBegun, Warned
-from hamdist.runtime.results.progress_events import ProgressEvents, ProgressPace
 from hamdist.runtime.results.result import BlockProgress, Progress
+from hamdist.runtime.results.run_events import ProgressEvents, ProgressPace
 from hamdist.study.run.own_data import load_stream
 from hamdist.study.shared.recipes import load_settings
 
@@ -693,7 +692,7 @@ def test_no_second_one_and_no_port_of_others(tmp_path, bystander, monkeypatch):
 
 def test_the_log_of_a_launched_run_becomes_events():
     """`hamdist view ID`: the run's events as they are, and the end."""
-    from hamdist.launch.follow import mirror_events
+    from hamdist.launch.events import mirror_events
 
     told = [
         RunBegun(title="t", engine="ray", batch=4, level="trace", seed=1),

@@ -92,6 +92,11 @@ class InputsSettings(Section):
     """Updates between two inverses (`whitened`), or two sets of axes (`rotated`), which a thread
     computes over the first half of them."""
 
+    @property
+    def rotated(self) -> bool:
+        """Return True if the axes of Adam's step are turned."""
+        return self.rule is InputRule.ROTATED
+
 
 def _rule_alone(value: object) -> object:
     """Return `centred` as `{rule: centred}`; off as it was written."""

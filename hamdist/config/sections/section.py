@@ -59,6 +59,16 @@ class CourseSettings(Section):
     smooth: bool = False
     """Go on a straight line from one value to the next."""
 
+    def __call__(self, k: int) -> float:
+        """Return the number in tick (or for sample) k."""
+        at, rest = divmod(k, self.every)
+        value = self._at(at)
+        return value + (self._at(at + 1) - value) * rest / self.every if self.smooth else value
+
+    def _at(self, i: int) -> float:
+        n = len(self.values)
+        return self.values[i % n if self.cycle else min(i, n - 1)]
+
 
 class SignedCourseSettings(CourseSettings):
     """A number that changes with time, and may be negative."""

@@ -33,7 +33,6 @@ from hamdist.dynamics.tracing.trace import trace
 from hamdist.dynamics.tracing.traced_module import TracedModule, appended
 from hamdist.dynamics.user_modules.copies import copied
 from hamdist.dynamics.user_modules.hooks import hook_of
-from hamdist.dynamics.user_modules.python_state import is_foreign
 from hamdist.errors import GraphError
 
 
@@ -62,7 +61,8 @@ class SlicePhases:
         self.spec = block
         self.m = block.slices
         self._refuse_what_has_no_slices()
-        self._refuse_what_would_be_lost(shapes)
+        hooked = [(m, hook) for m in block.module.modules() if (hook := hook_of(m))]
+        self._refuse([f"a {type(m).__name__} has a {hook}" for m, hook in hooked])
         self.root: nn.Module = nn.Module()
         self.root.add_module("m", copied(block.module))
         self.traced, self.result = self._trace({p: _zeros(shapes[p], 0) for p in block.parents})
@@ -91,47 +91,12 @@ class SlicePhases:
             if applies:
                 raise GraphError(f"block {b.name!r} with {kind} cannot be sliced; set its slices=1")
 
-    def _refuse_what_would_be_lost(self, shapes: ShapeMap) -> None:
-        """Refuse hooks and moving buffers, which a slice would not have."""
-        parts = list(self.spec.module.modules())
-        lost = [f"a {type(m).__name__} has a {hook}" for m in parts if (hook := hook_of(m))]
-        self._refuse(lost + self._moved_buffers([_zeros(shapes[p], 0) for p in self.spec.parents]))
-
     def _refuse(self, reasons: list[str]) -> None:
         if reasons:
             raise GraphError(
                 f"block {self.spec.name!r} cannot be sliced: {reasons[0]}; leave its slices out, "
                 "or cut the model so that the layers to slice are a block of their own"
             )
-
-    def _moved_buffers(self, inputs: list[Tensor]) -> list[str]:
-        """Return the buffers that a forward writes to or assigns, but for those of its steps.
-
-        Steps are torch's own modules, and modules that stay whole in a trace.
-        """
-        probe = copied(self.spec.module)
-        steps = probe.hamdist_called() if isinstance(probe, TracedModule) else []
-        whole = {id(m) for step in steps for m in step.modules()}
-        names = [
-            (name, part)
-            for name, part in probe.named_modules()
-            if id(part) not in whole and (is_foreign(type(part)) or type(part) is nn.Module)
-        ]
-        before = [dict(part._buffers) for _, part in names]
-        versions = [[None if b is None else b._version for b in part.values()] for part in before]
-        try:
-            with torch.no_grad(), torch.random.fork_rng(devices=[]):
-                probe(*combined(self.spec.combine, inputs))
-        except (RuntimeError, TypeError, ValueError, IndexError, NotImplementedError):
-            return []  # the dry run says why
-        moved = []
-        for (name, part), known, then in zip(names, before, versions, strict=True):
-            for (key, buffer), version in zip(known.items(), then, strict=True):
-                now = part._buffers[key]
-                if now is not buffer or (now is not None and now._version != version):
-                    path = f"{name}.{key}" if name else key
-                    moved.append(f"its forward moves the buffer {path!r}, which every slice reads")
-        return moved
 
     @property
     def last(self) -> SlicePhase:
@@ -158,13 +123,19 @@ class SlicePhases:
         """Return its operations, from one placeholder by parent to the result."""
         graph = fx.Graph()
         parents = [graph.placeholder(f"p{i}") for i in range(len(inputs))]
-        inner = self.root.get_submodule("m")
+        inner, prefix = self.root.get_submodule("m"), "m."
         if not isinstance(inner, TracedModule):
-            self.root = self._traced_root(inputs)
-            result = appended(graph, "", self.root, parents)
-        else:  # (what stays whole in a piece does so in a slice, too)
-            self._refuse(["the model stays whole"] if inner.hamdist_whole else [])
-            result = appended(graph, "m.", inner, parents)
+            self.root = inner = self._traced_root(inputs)
+            prefix = ""
+        # (what stays whole in a piece does so in a slice, too)
+        self._refuse(["the model stays whole"] if inner.hamdist_whole else [])
+        self._refuse(
+            [
+                f"its forward moves the buffer {inner_path(name)!r}, which every slice reads"
+                for name in inner.hamdist_moves
+            ]
+        )
+        result = appended(graph, prefix, inner, parents)
         if not isinstance(result, fx.Node):
             raise GraphError(
                 f"block {self.spec.name!r} cannot be sliced: it returns {type(result).__name__}, "

@@ -18,7 +18,6 @@ from hamdist.dynamics.tracing.join_runs import Trace
 from hamdist.dynamics.tracing.program import (
     CONSTANT,
     DeviceRef,
-    Path,
     SymbolicSize,
     Value,
     is_constant,
@@ -34,7 +33,7 @@ from hamdist.dynamics.tracing.traced_module import (
     is_spelled,
     the_value,
 )
-from hamdist.dynamics.user_modules.structure import Built, built, filled, getter, parts_of
+from hamdist.dynamics.user_modules.structure import Built, Path, built, filled, getter, parts_of
 
 
 def one_block(trace: Trace, model: nn.Module, inputs: Sequence[str]) -> TracedModule:
@@ -118,6 +117,7 @@ class BlockGraph:
             constants=self._constants,
             draws=any(op.random and op.node.op != "call_module" for op in ops),
             writes=any(isinstance(o, fx.Node) and o.op == "placeholder" for o in origins),
+            moves=[name for op in ops for name in self._flow.written_weights(op)],
         )
 
     def emit(self, i: int) -> fx.Node:

@@ -94,16 +94,17 @@ class Flow:
         """Return True if an op may change buffers, and so is run even if nothing needs its result:
         it writes to one, or calls a module that has some and was not looked into (a batch norm)."""
         buffers = set(self._of_module(op)) - self._parameters
-        return bool(buffers or self._written_weights(op))
+        return bool(buffers or self.written_weights(op))
 
-    def _written_weights(self, op: Op[ColumnForm]) -> list[str]:
+    def written_weights(self, op: Op[ColumnForm]) -> list[str]:
+        """Return the names of the buffers that an op writes to."""
         origins = [self.trace.origin.get(m) for m in op.writes]
         return [str(w.target) for w in origins if is_weight(w)]
 
     def _only_read(self) -> set[int]:
         """Return the constant buffers: never written to, and in no module that is one step."""
         moved = {key for op in self.ops for key in self._of_module(op)}
-        moved |= {id(self._tensors[w]) for op in self.ops for w in self._written_weights(op)}
+        moved |= {id(self._tensors[w]) for op in self.ops for w in self.written_weights(op)}
         buffers = {id(t) for t in self._tensors.values() if not isinstance(t, nn.Parameter)}
         return buffers - moved
 
@@ -111,7 +112,7 @@ class Flow:
         """Return the weights, and the buffers that move, that an op uses: names by identity."""
         weights = self._of_module(op)
         named = [str(node.target) for node in op.node.all_input_nodes if is_weight(node)]
-        for weight in (*named, *self._written_weights(op)):
+        for weight in (*named, *self.written_weights(op)):
             weights.setdefault(id(self._tensors[weight]), weight)
         return {key: name for key, name in weights.items() if key not in self._steady}
 

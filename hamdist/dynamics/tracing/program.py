@@ -9,7 +9,8 @@ from typing import Any, Generic, TypeAlias, TypeGuard, TypeVar
 
 from torch import Tensor, fx
 
-Path: TypeAlias = tuple[Any, ...]  # keys and indices that lead to a tensor in what a step returned
+from hamdist.dynamics.user_modules.structure import Path
+
 CONSTANT = "hamdist_constant_{}"  # reads a tensor that is equal for every sample
 
 

@@ -20,7 +20,6 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.function import BackwardCFunction
 
-from hamdist.dynamics.tracing.program import Path
 from hamdist.dynamics.user_modules.structure import filled, parts_of
 
 _OPERATORS = {
@@ -112,24 +111,6 @@ def address_of(tensor: Tensor) -> int:
     if tensor.layout != torch.strided:
         return id(tensor)
     return tensor.untyped_storage().data_ptr() or id(tensor)
-
-
-def tensors_in(value: Any) -> Iterator[Tensor]:
-    """Yield the tensors in nested lists, dicts and the like."""
-    for _, tensor in paths_of_tensors(value):
-        yield tensor
-
-
-def paths_of_tensors(value: Any, path: Path = ()) -> Iterator[tuple[Path, Tensor]]:
-    """Yield the tensors in a value with the keys that lead to each."""
-    if isinstance(value, Tensor):
-        yield path, value
-    elif type(value) is slice:
-        for inner in (value.start, value.stop, value.step):
-            yield from paths_of_tensors(inner, path)
-    else:
-        for key, inner in parts_of(value) or ():
-            yield from paths_of_tensors(inner, (*path, key))
 
 
 def other_objects(value: Any) -> Iterator[Any]:

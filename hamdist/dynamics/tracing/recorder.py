@@ -26,7 +26,6 @@ from hamdist.dynamics.tracing.program import (
     CONSTANT,
     DeviceRef,
     Op,
-    Path,
     Recording,
     TakenOp,
     is_constant,
@@ -46,13 +45,18 @@ from hamdist.dynamics.tracing.recorded_calls import (
     line_of,
     masks_stay,
     other_objects,
-    paths_of_tensors,
-    tensors_in,
     without_others,
 )
 from hamdist.dynamics.user_modules.hooks import hook_of
 from hamdist.dynamics.user_modules.python_state import SETS_REQUIRES_GRAD
-from hamdist.dynamics.user_modules.structure import filled, getter, parts_of
+from hamdist.dynamics.user_modules.structure import (
+    Path,
+    filled,
+    getter,
+    parts_of,
+    paths_of_tensors,
+    tensors_in,
+)
 from hamdist.errors import GraphError
 
 # What may be asked of a tensor without reading its values.

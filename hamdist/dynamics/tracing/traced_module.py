@@ -72,6 +72,7 @@ class TracedModule(nn.Module):
         persistent: the names of the buffers that belong to the state_dict of the original.
         draws: True if the graph itself draws random numbers (its parts may do so as well).
         writes: True if the graph itself writes to its inputs.
+        moves: the names of the buffers that the graph itself writes to.
     """
 
     def __init__(
@@ -84,12 +85,13 @@ class TracedModule(nn.Module):
         constants: Mapping[str, Tensor],
         draws: bool,
         writes: bool,
+        moves: Sequence[str] = (),
     ) -> None:
         super().__init__()
         self.hamdist_graph = graph
         self._hamdist_run: Callable[..., Any] | None = None
         self.hamdist_draws = draws
-        self.hamdist_writes = writes
+        self.hamdist_writes, self.hamdist_moves = writes, tuple(moves)
         self.hamdist_whole = "" in parts  # it calls the whole model, whose weights keep their names
         if self.hamdist_whole:
             _adopt(self, parts[""])
@@ -99,11 +101,6 @@ class TracedModule(nn.Module):
             _place(self, name, weights[name] if thing is None else thing, name in persistent)
         for name, tensor in constants.items():
             self.register_buffer(name, tensor, persistent=False)
-
-    def hamdist_called(self) -> list[nn.Module]:
-        """Return the modules that the graph calls."""
-        names = [str(n.target) for n in self.hamdist_graph.nodes if n.op == "call_module"]
-        return [self.__dict__[n] if n == WHOLE else self.get_submodule(n) for n in names]
 
     def forward(self, *inputs: Tensor) -> Any:
         run = self._hamdist_run

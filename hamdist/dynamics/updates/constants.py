@@ -15,7 +15,7 @@ import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from fnmatch import fnmatchcase
-from typing import TypeAlias
+from typing import Literal, TypeAlias, TypeVar
 
 from hamdist.config import (
     AdaptiveSettings,
@@ -27,23 +27,19 @@ from hamdist.config import (
     CourseSettings,
     DynamicsSettings,
     FirstStep,
-    InputRule,
     InputsSettings,
     LearningSettings,
     Reset,
     ResetSettings,
-    RotatedSides,
 )
 from hamdist.dynamics.graph.patterns import check_patterns, fitting
 from hamdist.dynamics.schedule.levels import Locality
-from hamdist.dynamics.updates.learning_rate import Listed as Listed
-from hamdist.dynamics.updates.learning_rate import listed
-from hamdist.dynamics.updates.whitening import Whitening
 from hamdist.errors import LevelError
 
 TOLERANCE = 1e-12
 
 TickSchedule: TypeAlias = Callable[[int], float]
+T = TypeVar("T")
 
 
 @dataclass(frozen=True, slots=True)
@@ -89,7 +85,7 @@ class Dynamics:
     average: AverageSettings | None = None
     clip: float = math.inf
     ahead: bool = False
-    inputs: Whitening | None = None
+    inputs: InputsSettings | None = None
     blocks: Mapping[str, BlockDynamicsSettings] = field(default_factory=dict)
     learning: Mapping[str, BlockLearningSettings] = field(default_factory=dict)
     per_lr: float = 1.0
@@ -105,9 +101,9 @@ class Dynamics:
         return replace(
             self,
             beta=self.beta if learning.lr is None else learning.lr * self.per_lr,
-            average=self.average if learning.average is None else _average(learning.average),
+            average=self.average if learning.average is None else _unless_off(learning.average),
             clip=self.clip if learning.clip is None else _clip(learning.clip),
-            inputs=self.inputs if learning.inputs is None else _inputs(learning.inputs),
+            inputs=self.inputs if learning.inputs is None else _unless_off(learning.inputs),
             learning={},
         )
 
@@ -140,16 +136,8 @@ class Dynamics:
         return self.tau is None or Reset.SEQUENCE in (r.h, r.z, r.omega)
 
 
-def _average(settings: AverageSettings | str) -> AverageSettings | None:
-    return None if isinstance(settings, str) else settings
-
-
-def _inputs(settings: InputsSettings | str) -> Whitening | None:
-    if isinstance(settings, str):
-        return None
-    s, rotated = settings, settings.rule is InputRule.ROTATED
-    kinds = s.rule is InputRule.CENTRED, rotated, rotated and s.sides is RotatedSides.BOTH
-    return Whitening(s.memory, s.damping, s.look, s.refresh, *kinds)
+def _unless_off(settings: T | Literal["off"]) -> T | None:
+    return None if settings == "off" else settings
 
 
 def _clip(limit: float | ClipSettings | str) -> float:
@@ -176,7 +164,7 @@ def make_dynamics(
     d = dynamics
     tau: TickSchedule | None
     if isinstance(d.tau, CourseSettings):
-        largest, tau = max(d.tau.values), listed(d.tau)
+        largest, tau = max(d.tau.values), d.tau
         if min(d.tau.values) <= 0:
             raise LevelError("dynamics.tau: every step of integration is above 0 seconds")
     elif d.tau == "stamps":
@@ -210,9 +198,9 @@ def make_dynamics(
         adaptive=learning.adaptive,
         reset=_reset(d.reset, knobs),
         limit=d.limit,
-        average=_average(learning.average),
+        average=_unless_off(learning.average),
         clip=_clip(learning.clip),
-        inputs=_inputs(learning.inputs),
+        inputs=_unless_off(learning.inputs),
         ahead=Compensation.LOOK_AHEAD in knobs.compensation,
         blocks=d.blocks,
         learning=learning.blocks,
@@ -244,7 +232,7 @@ def _phi(
 ) -> tuple[TickSchedule, float | None]:
     """Return the curve of phi, and phi of the first loss where it differs."""
     if isinstance(d.phi, CourseSettings):
-        return listed(d.phi), None
+        return d.phi, None
     if d.phi is not None:
         return Constant(d.phi), None
     dampened = Constant((1 - learning.dampening) / tau)
@@ -289,7 +277,7 @@ def _check_recipes(d: Dynamics, tau: float | None, knobs: Locality) -> None:
             f"learning.clip {min(clips):g} with presentation 'sequence', whose omega gathers the "
             "gradients of a whole sequence: leave it out, or use another presentation"
         )
-    rules = [d.inputs, *(_inputs(b.inputs or "off") for b in d.learning.values())]
+    rules = [d.inputs, *(_unless_off(b.inputs or "off") for b in d.learning.values())]
     if knobs.sequence and any(rules):
         raise LevelError(
             "learning.inputs with presentation 'sequence', whose omega gathers the gradients of a "

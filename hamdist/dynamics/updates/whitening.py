@@ -22,32 +22,16 @@ R: rows (batch, times further dimensions), O, I: outputs and inputs of a linear 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
 
+from hamdist.config import InputRule, InputsSettings, RotatedSides
 from hamdist.dynamics.saved_state.stateful import Stateful, popped
 from hamdist.dynamics.updates.rotation import Axes, Rotation
 from hamdist.dynamics.vjp.gradient import Column, Gradient, Outer, dense
 from hamdist.dynamics.vjp.layer_inputs import GradientsWithInputs, costate_rows, rows_of
-
-
-@dataclass(frozen=True, slots=True)
-class Whitening:
-    """Settings of whitening. memory: m; damping: e; look, refresh: updates between two.
-
-    centred: P = I, and A is not kept. rotated: no P; costates: B is kept, too (rotation.py).
-    """
-
-    memory: float = 0.99
-    damping: float = 0.1
-    look: int = 4
-    refresh: int = 50
-    centred: bool = False
-    rotated: bool = False
-    costates: bool = False
 
 
 class InputStatistics(Stateful):
@@ -56,7 +40,7 @@ class InputStatistics(Stateful):
     B (O, O): `outer`, of its costates. bias: place of the layer's.
     """
 
-    def __init__(self, rule: Whitening) -> None:
+    def __init__(self, rule: InputsSettings) -> None:
         self.rule = rule
         self.updates = 0
         self.mean: Tensor | None = None
@@ -78,8 +62,9 @@ class InputStatistics(Stateful):
         r = self.rule
         mean = x.mean(0)
         self.mean = mean if self.mean is None else torch.lerp(self.mean, mean, 1 - r.memory)
-        if not r.centred:
-            self._observe(x - self.mean, z if r.costates else None)
+        if r.rule is not InputRule.CENTRED:
+            costates = r.rotated and r.sides is RotatedSides.BOTH
+            self._observe(x - self.mean, z if costates else None)
         self.updates += 1
 
     def _observe(self, x: Tensor, z: Tensor | None) -> None:
@@ -126,7 +111,7 @@ class InputWhitening(Stateful):
     its inputs cannot be taken out.
     """
 
-    def __init__(self, rule: Whitening) -> None:
+    def __init__(self, rule: InputsSettings) -> None:
         self.rule = rule
         self.layers: dict[int, InputStatistics] = {}  # by the place of the weight
 

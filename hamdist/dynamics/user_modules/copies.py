@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator
 from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
 
-from hamdist.dynamics.user_modules.structure import parts_of
+from hamdist.dynamics.user_modules.structure import tensors_in
 from hamdist.errors import GraphError, SettingsError
 
 T = TypeVar("T")
@@ -26,7 +25,7 @@ def copied(thing: T, memo: dict[int, Any] | None = None) -> T:
     memo = {} if memo is None else memo
     modules = thing if isinstance(thing, tuple) else (thing,)
     for part in (p for m in modules if isinstance(m, nn.Module) for p in m.modules()):
-        for tensor in _tensors(vars(part)):
+        for tensor in tensors_in(vars(part)):
             if not tensor.is_leaf:
                 memo[id(tensor)] = tensor.detach()
         for buffer in part._buffers.values():
@@ -59,14 +58,6 @@ def _uncopied(modules: tuple[Any, ...], memo: dict[int, Any], error: TypeError) 
         f"the model's {where} is a {kind}, which cannot be copied ({error}), but each block gets a "
         "copy of its modules: make it where it is used, or outside of the model"
     )
-
-
-def _tensors(value: Any) -> Iterator[Tensor]:
-    """Yield the tensors in an attribute, a list or dict of them."""
-    if isinstance(value, Tensor):
-        yield value
-    for _, part in parts_of(value) or ():
-        yield from _tensors(part)
 
 
 def overlaps(tensor: Tensor) -> bool:

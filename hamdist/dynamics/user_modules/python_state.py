@@ -168,7 +168,7 @@ def modules_of(function: Any) -> list[nn.Module]:
     held = Fingerprints()
     held.add("", function)
     for used in _functions(function):
-        read = {n: used.__globals__.get(n) for n in _names(used.__code__)}
+        read = {n: used.__globals__.get(n) for n in names_of_code(used.__code__)}
         cells = inspect.getclosurevars(used).nonlocals
         held.add("names", (read, dict(cells), used.__defaults__))
     return [value for value in held.ids.values() if isinstance(value, nn.Module)]
@@ -178,7 +178,7 @@ def names_in(part: nn.Module) -> set[str]:
     """List the names that the code of the part's own class mentions."""
     classes = [vars(base).values() for base in type(part).__mro__ if is_foreign(base)]
     functions = [f for values in classes for value in values for f in _functions(value)]
-    return {name for f in functions for name in _names(f.__code__)}
+    return {name for f in functions for name in names_of_code(f.__code__)}
 
 
 class Outside(Fingerprints):
@@ -210,7 +210,7 @@ class Outside(Fingerprints):
                 if name in self._names or name.startswith("__"):
                     self._code_of(value)
         for name, base, value in self._members():
-            if name in self._names and not callable(value) and not _is_installed(base):
+            if name in self._names and not callable(value) and not is_installed(base):
                 self.add(f"{base.__name__}.{name}", value)
 
     def _members(self) -> Iterator[tuple[str, type, Any]]:
@@ -234,7 +234,7 @@ class Outside(Fingerprints):
                 self._function(function)
 
     def _function(self, function: FunctionType) -> None:
-        where, names = function.__qualname__, _names(function.__code__)
+        where, names = function.__qualname__, names_of_code(function.__code__)
         self._names |= names
         defaults = (function.__defaults__, function.__kwdefaults__, vars(function))
         reached: dict[str, Any] = {f"a default or attribute of {where}": defaults}
@@ -248,7 +248,7 @@ class Outside(Fingerprints):
         if "random" in names:  # perhaps imported inside
             reached |= {"random": random, "numpy.random": np.random}
         for label, value in reached.items():
-            self._value(label, value, names, _is_installed(function))
+            self._value(label, value, names, is_installed(function))
 
     def _value(self, label: str, value: Any, names: set[str], installed: bool) -> None:
         if value is random:
@@ -256,7 +256,7 @@ class Outside(Fingerprints):
         elif value is np.random:
             self.add("numpy's random numbers", np.random.mtrand._rand)
         elif isinstance(value, ModuleType):
-            if value.__name__.partition(".")[0] not in _LIBRARIES and not _is_installed(value):
+            if value.__name__.partition(".")[0] not in _LIBRARIES and not is_installed(value):
                 for name in names & vars(value).keys():
                     self._value(f"{name!r} of {value.__name__}", vars(value)[name], set(), False)
         elif id(value) in self._inside:
@@ -271,7 +271,7 @@ class Outside(Fingerprints):
 _GENERATORS = (random.Random, np.random.Generator, np.random.RandomState)
 
 
-def _is_installed(thing: Any) -> bool:
+def is_installed(thing: Any) -> bool:
     """Return True if a class, function or module is part of an installed package."""
     module = thing if isinstance(thing, ModuleType) else sys.modules.get(thing.__module__)
     file = getattr(module, "__file__", None) or ""
@@ -290,9 +290,10 @@ def _functions(value: Any) -> Iterator[FunctionType]:
         yield value
 
 
-def _names(code: CodeType) -> set[str]:
+def names_of_code(code: CodeType) -> set[str]:
+    """List the names that code, and the functions inside it, mention."""
     inner = [c for c in code.co_consts if isinstance(c, CodeType)]
-    return set(code.co_names).union(*map(_names, inner))
+    return set(code.co_names).union(*map(names_of_code, inner))
 
 
 @contextmanager

@@ -4,9 +4,13 @@ from __future__ import annotations
 
 import dataclasses
 import operator
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from functools import lru_cache
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeAlias
+
+from torch import Tensor
+
+Path: TypeAlias = tuple[Any, ...]  # keys and indices that lead to a part
 
 
 class Field(str):
@@ -74,3 +78,21 @@ def filled(value: Any, parts: Sequence[Any]) -> Any:
 def getter(key: Any) -> Callable[[Any, Any], Any]:
     """Return the function that takes the part of this key out of a value."""
     return getattr if isinstance(key, Field) else operator.getitem
+
+
+def tensors_in(value: Any) -> Iterator[Tensor]:
+    """Yield the tensors in nested lists, dicts and the like."""
+    for _, tensor in paths_of_tensors(value):
+        yield tensor
+
+
+def paths_of_tensors(value: Any, path: Path = ()) -> Iterator[tuple[Path, Tensor]]:
+    """Yield the tensors in a value with the keys that lead to each."""
+    if isinstance(value, Tensor):
+        yield path, value
+    elif type(value) is slice:
+        for inner in (value.start, value.stop, value.step):
+            yield from paths_of_tensors(inner, path)
+    else:
+        for key, inner in parts_of(value) or ():
+            yield from paths_of_tensors(inner, (*path, key))

@@ -12,9 +12,8 @@ from math import inf
 from hamdist.display.network import NetworkActor
 from hamdist.dynamics.graph.graph import INPUT
 from hamdist.errors import HamdistError, SnapshotError
-from hamdist.runtime.engines.sampler import Sampler
 from hamdist.runtime.engines.update_probe import Alignments
-from hamdist.runtime.engines.worker_report import WorkerReport, merged
+from hamdist.runtime.engines.worker_report import Sampler, WorkerReport, merged
 from hamdist.runtime.nodes.factory import make_node
 from hamdist.runtime.nodes.loop import order_of, run_loop
 from hamdist.runtime.nodes.mailbox import Mailbox

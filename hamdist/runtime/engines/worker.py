@@ -19,9 +19,9 @@ from hamdist.config import DeviceSignals, Pin
 from hamdist.dynamics.graph.graph import INPUT
 from hamdist.dynamics.schedule.events import Kind
 from hamdist.errors import HamdistError
-from hamdist.runtime.engines.sampler import Sampler
 from hamdist.runtime.engines.worker_report import (
     BlockedChannel,
+    Sampler,
     SnapshotNews,
     WorkerReport,
     WorkerStatus,

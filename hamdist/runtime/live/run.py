@@ -21,8 +21,7 @@ from hamdist.dynamics.graph.graph import Graph
 from hamdist.dynamics.graph.inputs import NetworkInputs
 from hamdist.dynamics.objective.losses import Losses, make_losses
 from hamdist.errors import SettingsError, Stop, StreamError
-from hamdist.runtime.live.answers import Answer, LiveStatus, versions_of
-from hamdist.runtime.live.callbacks import Callback
+from hamdist.runtime.live.callbacks import Answer, Callback, LiveStatus, versions_of
 from hamdist.runtime.live.journal import Journal
 from hamdist.runtime.nodes.emissions import Answered, HandedOver
 from hamdist.runtime.nodes.source import checker_of

@@ -1,7 +1,7 @@
 """What a block hears of each emission of the stream in a live run and where labels come late, and
 what it has for the driver.
 
-The stream tells every block on its clock channel (ports.py) whether an emission is idle, a sample,
+The stream tells every block on its clock channel (node.py) whether an emission is idle, a sample,
 or an earlier one whose label has come, and the factor of the step size from then on. Idle emissions
 move nothing, and are not counted: samples have the numbers that they would have without them.
 """

@@ -23,8 +23,7 @@ from hamdist.dynamics.updates.constants import TickSchedule
 from hamdist.dynamics.updates.weights import Weights
 from hamdist.dynamics.vjp.local_function import LocalFunction
 from hamdist.runtime.nodes.mailbox import Mailbox
-from hamdist.runtime.nodes.node import BlockNode
-from hamdist.runtime.nodes.ports import BlockContents, events_from, make_recorder, record
+from hamdist.runtime.nodes.node import BlockContents, BlockNode, events_from, make_recorder, record
 from hamdist.runtime.plan.plan import Plan
 from hamdist.runtime.signals.signal import Signal, ready
 from hamdist.streams.sample import Emission, Emits

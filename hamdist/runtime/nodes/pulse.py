@@ -19,8 +19,7 @@ from hamdist.dynamics.schedule.events import Event, Phase, Stamp
 from hamdist.dynamics.schedule.pulse import PulseSchedule
 from hamdist.dynamics.vjp.wrapping import TiedFunction
 from hamdist.runtime.nodes.mailbox import Mailbox
-from hamdist.runtime.nodes.node import BlockNode
-from hamdist.runtime.nodes.ports import BlockContents, events_from, record
+from hamdist.runtime.nodes.node import BlockContents, BlockNode, events_from, record
 from hamdist.runtime.nodes.weight_ports import NormPorts, TiePorts
 from hamdist.runtime.plan.plan import Plan
 from hamdist.runtime.signals.signal import ready

@@ -13,8 +13,7 @@ from hamdist.dynamics.graph.graph import BlockSpec
 from hamdist.dynamics.schedule.events import Event, Phase, Stamp
 from hamdist.dynamics.schedule.sequence import SequenceSchedule
 from hamdist.runtime.nodes.mailbox import Mailbox
-from hamdist.runtime.nodes.node import BlockNode
-from hamdist.runtime.nodes.ports import BlockContents, block_state, record
+from hamdist.runtime.nodes.node import BlockContents, BlockNode, block_state, record
 from hamdist.runtime.plan.plan import Plan
 from hamdist.runtime.results.result import BlockState
 from hamdist.runtime.signals.signal import ready

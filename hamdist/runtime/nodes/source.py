@@ -20,8 +20,8 @@ from hamdist.dynamics.updates.constants import TOLERANCE
 from hamdist.errors import SnapshotError, StreamError
 from hamdist.runtime.nodes.emissions import emission_of
 from hamdist.runtime.nodes.mailbox import Mailbox
+from hamdist.runtime.plan.checks import carries
 from hamdist.runtime.plan.plan import Plan
-from hamdist.runtime.plan.rule_checks import carries
 from hamdist.runtime.signals.cast import CPU
 from hamdist.runtime.signals.signal import Aborted, Signal, ready
 from hamdist.streams.check import Checker

@@ -18,17 +18,18 @@ from __future__ import annotations
 
 import math
 from bisect import bisect_left, bisect_right
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import TypeAlias
 
 import numpy as np
 from numpy.typing import NDArray
 
-from hamdist.config import EngineSettings
+from hamdist.config import EngineSettings, Spread
 from hamdist.dynamics.graph.graph import Graph
 from hamdist.dynamics.partition.cuts import balanced
 from hamdist.errors import SettingsError
+from hamdist.runtime.placement.assign_hosts import ActorOptions, HostInfo, options_of_actors
 from hamdist.runtime.placement.requirements import apart, requirements
 from hamdist.runtime.plan.dtypes import block_settings
 from hamdist.runtime.timing.model import TimingModel
@@ -293,6 +294,26 @@ def by_parameters(graph: Graph) -> list[float]:
     return [
         1.0 + sum(p.numel() for p in block.module.parameters()) for block in graph.blocks.values()
     ]
+
+
+def options_of_groups(
+    graph: Graph,
+    engine: EngineSettings,
+    groups: Sequence[Sequence[str]],
+    hosts: Sequence[HostInfo],
+    spread: Spread,
+    work: Sequence[float] | None = None,
+    speeds: Mapping[str, float] | None = None,
+) -> list[ActorOptions]:
+    """Return the options of the actor of each group of blocks, as `options_of_actors` does.
+
+    work: seconds by block, in the graph's order; None: as many as they have parameters.
+    """
+    by_block = block_settings(graph, engine)
+    seconds = dict(zip(graph.blocks, work or by_parameters(graph), strict=True))
+    busy = [sum(seconds[name] for name in group) for group in groups]
+    requests = [requirements(group, by_block, engine) for group in groups]
+    return options_of_actors(requests, hosts, spread, busy, speeds)
 
 
 def _explicit(names: list[str], placement: tuple[tuple[str, ...], ...]) -> list[list[str]]:

@@ -21,7 +21,7 @@ from hamdist.dynamics.schedule.levels import Locality
 from hamdist.dynamics.schedule.microbatches import auto_microbatches
 from hamdist.dynamics.user_modules.copies import copied
 from hamdist.errors import LevelError
-from hamdist.runtime.plan.rule_checks import ruled
+from hamdist.runtime.plan.checks import ruled
 from hamdist.streams.sample import SampleSpec
 
 WIDE = torch.complex128  # (holds everything)

@@ -33,21 +33,22 @@ from hamdist.dynamics.schedule.make import AnySchedule, make_schedule
 from hamdist.dynamics.schedule.rounds import OwnLevel
 from hamdist.dynamics.schedule.sequence import SequenceSchedule
 from hamdist.dynamics.updates.constants import Dynamics, TickSchedule, check_names, make_dynamics
-from hamdist.dynamics.updates.learning_rate import StepCourse, step_course
+from hamdist.dynamics.updates.learning_rate import StepCourse
 from hamdist.dynamics.updates.optimizers import OptimizerRule
 from hamdist.errors import LevelError, SettingsError
 from hamdist.runtime.plan.checks import (
     check_output_nets,
     check_predictions,
     check_resets,
+    check_rules,
+    own_states,
+    ruled,
     why_one_length,
     with_classes,
 )
 from hamdist.runtime.plan.dtypes import received_dtypes, with_cast_plans
-from hamdist.runtime.plan.heads import Heads, plan_heads
+from hamdist.runtime.plan.learners import Heads, plan_heads, plan_optimizers
 from hamdist.runtime.plan.microbatches import cut_batches
-from hamdist.runtime.plan.optimizers import plan_optimizers
-from hamdist.runtime.plan.rule_checks import check_rules, own_states, ruled
 from hamdist.runtime.process.arithmetic import Arithmetic, arithmetic
 from hamdist.runtime.process.switches import Switches, read_switches
 from hamdist.runtime.signals.cast import CastPlan
@@ -73,6 +74,7 @@ class SnapshotPolicy:
         ends_full: the run ends where more than `memory` bytes would be kept.
         snapshot: the one that the run resumes from.
         stream: the identity of the stream (snapshots/resume.py).
+        code: digests of the user's code by what it is (user_modules/code_digest.py).
         epoch: of the writing processes, which rises whenever one is replaced.
         last: one is taken before the end, from which a run of more steps can resume.
     """
@@ -89,6 +91,7 @@ class SnapshotPolicy:
     silence: float = 10.0
     snapshot: Snapshot | None = None
     stream: Mapping[str, Any] = field(default_factory=dict)
+    code: Mapping[str, str] = field(default_factory=dict)
     epoch: int = 1
     last: bool = True
 
@@ -307,7 +310,7 @@ def make_plan(
             "shows only when the next one comes, so its answer would wait for that; give "
             "dynamics.tau as a number"
         )
-    course = step_course(settings.learning, settings.steps)
+    course = StepCourse(settings.learning, settings.steps)
     heads = plan_heads(graph, shapes, knobs, settings.learning)
     clocked = (knobs.hold and dynamics.clocked) or spec.patience > 0
     reversible = reversible_blocks(graph, shapes) - silent if rewinds else frozenset()

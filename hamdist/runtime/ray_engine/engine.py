@@ -8,15 +8,17 @@ from __future__ import annotations
 import contextlib
 import threading
 import time
+from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import replace
 
 from hamdist.display.network import NetworkActor, PlacedNetwork
+from hamdist.dynamics.graph.graph import INPUT
 from hamdist.dynamics.objective.prequential import Window
 from hamdist.errors import BlockError, ClusterError, HamdistError, SnapshotError, StallError
 from hamdist.runtime.advice.advice import lending_notes, placement_notes, unmeasured_notes
 from hamdist.runtime.engines.update_probe import Alignments
-from hamdist.runtime.engines.worker_report import merged
+from hamdist.runtime.engines.worker_report import BlockedChannel, merged
 from hamdist.runtime.placement.assign_blocks import Costs, place
 from hamdist.runtime.placement.step_costs import (
     PREDICTION_SECONDS,
@@ -37,7 +39,6 @@ from hamdist.runtime.ray_engine.cluster_hosts import HEAD_SECONDS, HeadWatch, an
 from hamdist.runtime.ray_engine.placed_workers import END_SECONDS
 from hamdist.runtime.ray_engine.session import ray_session
 from hamdist.runtime.ray_engine.supervision import SnapshotSupervision
-from hamdist.runtime.ray_engine.watchdog import Watchdog, explain
 from hamdist.runtime.ray_engine.worker_group import WorkerGroup
 from hamdist.runtime.results.result import BlockProgress, Outcome, Progress
 from hamdist.streams.sample import Stream
@@ -308,3 +309,61 @@ class _Watch:
         outcome.samples = max(outcome.samples, group.samples())
         outcome.peak_memory = {"driver": peak_bytes(), **outcome.peak_memory}
         return self._ending.note(outcome, failure)
+
+
+# -- watchdog --------------------------------------------------------------------------------------
+
+
+class Watchdog:
+    """Measures the seconds without progress: warns after `warning`, gives up after `limit`."""
+
+    def __init__(self, warning: float, limit: float) -> None:
+        self._warning = warning
+        self._limit = limit
+        self._last: Mapping[str, object] = {}
+        self._since = time.monotonic()
+        self._spoken = False
+
+    def poll(self, position: Mapping[str, object], now: float) -> tuple[float, bool]:
+        """Note the position of all blocks.
+
+        Returns the seconds without progress, and True if a warning is due (once per standstill).
+        """
+        if position != self._last:
+            self._last = dict(position)
+            self._since = now
+            self._spoken = False
+        still = now - self._since
+        speak = still >= self._warning and not self._spoken
+        self._spoken = self._spoken or speak
+        return still, speak
+
+    def over(self, still: float) -> bool:
+        """Return True if nothing has moved for the whole limit."""
+        return still >= self._limit
+
+
+def explain(
+    waits: Sequence[BlockedChannel], ticks: Mapping[str, int], silent: Sequence[str], seconds: float
+) -> str:
+    """Return why nothing moves: the edge that all others wait for, since when, for which signal.
+
+    ticks: of the blocks; silent: processes that do not answer, with their blocks.
+    """
+    head = f"no block has moved for {seconds:.0f} s"
+    waiting = {w.waiter for w in waits}
+    roots = [w for w in waits if w.awaited not in waiting] or list(waits)
+    parts = [
+        f"the stream has not yielded the next sample for {w.seconds:.0f} s (block {w.waiter!r} "
+        f"waits for {w.waits_for}); a stream that pauses longer needs a larger engine.stall_limit"
+        if w.awaited == INPUT
+        else f"block {w.waiter!r} has waited {w.seconds:.0f} s for {w.waits_for}; {w.awaited!r} "
+        f"is at tick {ticks.get(w.awaited, 'unknown')}"
+        for w in roots
+    ]
+    parts += [f"{name} does not answer" for name in silent]
+    if not parts:
+        parts = [
+            "every block is computing: " + ", ".join(f"{b} tick {k}" for b, k in ticks.items())
+        ]
+    return f"{head}: " + "; ".join(parts)

@@ -19,12 +19,10 @@ from hamdist.errors import ClusterError, HamdistError, HamdistWarning
 from hamdist.runtime.advice.advice import thread_warnings
 from hamdist.runtime.engines.worker import Worker
 from hamdist.runtime.engines.worker_report import SnapshotNews, WorkerReport, WorkerStatus
-from hamdist.runtime.placement.assign_blocks import Costs, by_parameters
-from hamdist.runtime.placement.assign_hosts import ActorOptions, options_of_actors
+from hamdist.runtime.placement.assign_blocks import Costs, options_of_groups
+from hamdist.runtime.placement.assign_hosts import ActorOptions
 from hamdist.runtime.placement.links import Probe, cluster_of, pairs, signals_of
-from hamdist.runtime.placement.requirements import requirements
 from hamdist.runtime.placement.step_costs import source_host
-from hamdist.runtime.plan.dtypes import block_settings
 from hamdist.runtime.plan.plan import Plan
 from hamdist.runtime.process.arithmetic import Arithmetic
 from hamdist.runtime.process.portable import other_bits, portable_environment
@@ -161,16 +159,11 @@ class PlacedWorkers:
         self, groups: Sequence[Sequence[str]], costs: Costs | None
     ) -> list[ActorOptions]:
         """Return each actor's options. Raises ClusterError if the cluster lacks any."""
-        plan = self._plan
-        by_block = block_settings(plan.graph, plan.engine)
-        listed = hosts()
-        names = list(plan.graph.blocks)
-        work = by_parameters(plan.graph) if costs is None else costs.seconds
-        busy = [sum(work[names.index(name)] for name in group) for group in groups]
+        plan, listed = self._plan, hosts()
         spread = plan.engine.spread if len(listed) > 1 else Spread.AUTO
         speeds = host_seconds(listed) if spread is Spread.PROFILE else None
-        requests = [requirements(group, by_block, plan.engine) for group in groups]
-        options = options_of_actors(requests, listed, spread, busy, speeds)
+        work = None if costs is None else costs.seconds
+        options = options_of_groups(plan.graph, plan.engine, groups, listed, spread, work, speeds)
         if plan.engine.bits is not Bits.PORTABLE:
             return options
         return [actor_options.pinned(portable_environment()) for actor_options in options]

@@ -1,6 +1,6 @@
 """The events of a run: what happens, as it happens, the same from both engines.
 
-An engine reports `Progress` one to four times a second; `ProgressEvents` (progress_events.py) turns
+An engine reports `Progress` one to four times a second; `ProgressEvents` (run_events.py) turns
 each report into the events that are new in it. An event is a dataclass here, and a line of JSON in
 `events.jsonl`: `time`, `event` (its name), `level` and `seed` of the run, and its own fields (docs:
 reference/events). Trackers, the live page and `hamdist explain` read these, and nothing else.

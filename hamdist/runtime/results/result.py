@@ -19,8 +19,7 @@ from hamdist.dynamics.objective.prequential import Window
 from hamdist.dynamics.saved_state.block_memory import BlockMemory
 from hamdist.dynamics.vjp.autocast import Rounding
 from hamdist.runtime.results.digests import DigestMap
-from hamdist.runtime.results.measured import Alignment, ProcessSample, Replaced
-from hamdist.runtime.results.trace import TraceSpan
+from hamdist.runtime.results.measured import Alignment, ProcessSample, Replaced, TraceSpan
 from hamdist.runtime.signals.codec import Compressed
 
 

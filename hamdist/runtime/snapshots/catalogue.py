@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
-import inspect
-import re
 import warnings
 from collections.abc import Collection, Sequence
 from contextlib import suppress
@@ -12,7 +9,6 @@ from typing import Any
 
 from hamdist.config import Compress, EngineSettings, Settings, StepKind
 from hamdist.dynamics.graph.graph import INPUT
-from hamdist.dynamics.rules.rule import Rule
 from hamdist.errors import HamdistWarning, SnapshotError
 from hamdist.runtime.plan.plan import Plan
 from hamdist.runtime.process.arithmetic import Arithmetic
@@ -196,23 +192,9 @@ def fingerprint(plan: Plan, settings: Settings) -> dict[str, Any]:
         "native": plan.native,
         "closed": plan.engine.step is not StepKind.AUTOGRAD,
         "computes": kinds,
-        "code": fingerprint_of_rules(plan),
+        "code": {} if plan.snapshot_policy is None else dict(plan.snapshot_policy.code),
         "round": getattr(plan.schedule, "own_round", {}),
     }
-
-
-def fingerprint_of_rules(plan: Plan) -> dict[str, str]:
-    """Return digests of the blocks' rules."""
-    return {n: _digest(b.rule) for n, b in plan.graph.blocks.items() if b.rule is not None}
-
-
-def _digest(rule: Rule) -> str:
-    """Return a digest of a rule's constants, and of its code where that is a user's."""
-    own = [c for c in type(rule).__mro__ if not c.__module__.startswith(("hamdist.", "builtins"))]
-    text = re.sub(r" at 0x[0-9a-f]+", "", repr(sorted(getattr(rule, "__dict__", {}).items())))
-    with suppress(OSError, TypeError):  # it was typed into a terminal
-        text += "".join(map(inspect.getsource, own))
-    return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 
 def _share(engine: EngineSettings) -> list[float]:

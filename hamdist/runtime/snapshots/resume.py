@@ -14,13 +14,13 @@ from hamdist.config import Decay, Settings
 from hamdist.dynamics.graph.graph import INPUT, OUTPUT_KEY, BlockSpec, Graph
 from hamdist.dynamics.graph.merged import merged_module
 from hamdist.dynamics.saved_state.stateful import Packing
-from hamdist.dynamics.updates.learning_rate import step_course
+from hamdist.dynamics.updates.learning_rate import StepCourse
 from hamdist.dynamics.user_modules.copies import copied
 from hamdist.errors import GraphError, SnapshotError
 from hamdist.runtime.plan.plan import Plan
 from hamdist.runtime.process.portable import other_bits
 from hamdist.runtime.process.switches import other_switches
-from hamdist.runtime.snapshots.catalogue import fingerprint, fingerprint_of_rules
+from hamdist.runtime.snapshots.catalogue import fingerprint
 from hamdist.runtime.storage.snapshot_files import STATE_FORMATS, Snapshot, settings_of
 from hamdist.streams.sample import Stream
 from hamdist.streams.wrappers.without_sample import WithoutSample
@@ -52,14 +52,17 @@ def _set_knobs(network: Mapping[str, Any]) -> dict[str, Any]:
     return {**network, "locality": knobs, "metrics": metrics, **new}
 
 
-def other_code(snapshot: Snapshot, plan: Plan) -> list[str]:
-    """Return a warning if rules have other code or constants than those of the snapshot's run."""
-    then, now = snapshot.manifest.network.get("code", {}), fingerprint_of_rules(plan)
-    names = [name for name in then if then[name] != now.get(name)]
+def other_code(snapshot: Snapshot, now: Mapping[str, str]) -> list[str]:
+    """Return a warning if the user's code is another one than that of the snapshot's run.
+
+    now: its digests (user_modules/code_digest.py). Earlier versions have others, of rules alone.
+    """
+    then = snapshot.manifest.network.get("code", {})
+    names = [name for name in now if then.get(name, now[name]) != now[name]]
     if not names:
         return []
     return [
-        f"the code or the constants of the rules of {', '.join(names)} have changed since "
+        f"the code or the constants of {', '.join(names)} have changed since "
         f"{snapshot}: the numbers are not those of a run that was never stopped"
     ]
 
@@ -142,7 +145,7 @@ def bent_course(snapshot: Snapshot, settings: Settings) -> list[str]:
     decay = settings.learning.decay
     if decay is Decay.NONE or before in (None, settings.steps):
         return []
-    old, new = (step_course(settings.learning, steps)(n) for steps in (before, settings.steps))
+    old, new = (StepCourse(settings.learning, steps)(n) for steps in (before, settings.steps))
     return [
         f"learning.decay {decay.value!r} now falls over {settings.steps} samples, before over "
         f"{before}: at sample {n} the step size goes from {old:.3g} to {new:.3g} of learning.lr; "

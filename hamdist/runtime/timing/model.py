@@ -10,13 +10,7 @@ from hamdist.dynamics.graph.graph import INPUT
 from hamdist.runtime.plan.plan import Plan
 from hamdist.runtime.timing.cluster_model import ClusterModel
 from hamdist.runtime.timing.step_graph import TOKENS, StepGraph, step_graph
-from hamdist.runtime.timing.timed_graph import (
-    Deployment,
-    Period,
-    StepSeconds,
-    TimedGraph,
-    timed_graph,
-)
+from hamdist.runtime.timing.timed_graph import Period, StepSeconds, TimedGraph, TimedSteps
 
 
 @dataclass(frozen=True)
@@ -52,7 +46,8 @@ class TimingModel:
         if self.source is None:
             actors.append([INPUT])
             where.append(0)
-        return timed_graph(self.plan, self.steps, self.seconds, Deployment(actors, where), cluster)
+        cluster = cluster or ClusterModel()  # (of one host that has a core for each actor)
+        return TimedSteps(self.plan, self.steps, self.seconds, actors, where, cluster).timed
 
     def period(self, placement: Sequence[Sequence[str]]) -> Period:
         """Return the steady period of actors on one host with a core for each."""

@@ -171,7 +171,7 @@ class _Unrolled:
         return StepGraph(steps, arcs, self.ticks, self.samples)
 
     def _takes(self, block: str, event: Event) -> Iterator[tuple[Channel, Stamp]]:
-        """Yield the signals that `event` takes, as the nodes do (ports.py, weight_ports.py)."""
+        """Yield the signals that `event` takes, as the nodes do (node.py, weight_ports.py)."""
         plan, schedule = self._plan, self._schedule
         channels, graph = plan.channels, plan.graph
         for i, edge in enumerate(graph.into[block]):

@@ -40,14 +40,6 @@ from hamdist.runtime.timing.step_graph import StepGraph
 StepSeconds: TypeAlias = Mapping[str, Mapping[Phase, float]]  # by node and phase, for one sample
 
 
-@dataclass(frozen=True, slots=True)
-class Deployment:
-    """The nodes of each actor ('u' is the stream's), and each actor's host, by its place."""
-
-    actors: Sequence[Sequence[str]]
-    hosts: Sequence[int]
-
-
 class Resource(NamedTuple):
     """An actor, a link, or the pace of the stream; `host`: of an actor, else -1."""
 
@@ -212,44 +204,36 @@ class Period:
         return f"limited by {longest}: {100 * share:.0f} % {kind}"
 
 
-def timed_graph(
-    plan: Plan,
-    graph: StepGraph,
-    seconds: StepSeconds,
-    deployment: Deployment,
-    cluster: ClusterModel | None = None,
-) -> TimedGraph:
-    """Return the activities of `graph` as `deployment` does them on `cluster`.
-
-    seconds: that each phase of a node takes for one sample, at speed 1. Without a cluster: actors
-    of one host that has a core for each.
-    """
-    return _Timed(plan, graph, seconds, deployment, cluster or ClusterModel()).timed
-
-
 def signal_seconds(channel: Channel, nbytes: int, message: float) -> float:
     """Return the seconds that an actor spends on a signal that crosses; `message`: on a message."""
     return message / channel.bundle + nbytes / BYTES_PER_SECOND
 
 
-class _Timed:
+class TimedSteps:
+    """The steps of a run as actors do them on a cluster, which makes the activities (`timed`).
+
+    Args:
+        seconds: that each phase of a node takes for one sample, at speed 1.
+        actors: the nodes of each ('u' is the stream's).
+        hosts: of each actor, by its place in `cluster`.
+    """
+
     def __init__(
         self,
         plan: Plan,
         graph: StepGraph,
         seconds: StepSeconds,
-        deployment: Deployment,
+        actors: Sequence[Sequence[str]],
+        hosts: Sequence[int],
         cluster: ClusterModel,
     ) -> None:
         self._cluster = cluster
-        self._hosts = deployment.hosts
-        self._actor = {n: i for i, nodes in enumerate(deployment.actors) for n in nodes}
+        self._hosts = hosts
+        self._actor = {n: i for i, nodes in enumerate(actors) for n in nodes}
         self._sizes: dict[int, int] = {}
         self._plan = plan
         self.timed = TimedGraph(cluster, graph.samples, graph.ticks)
-        self.timed.resources = [
-            Resource(f"actor {i}", host) for i, host in enumerate(deployment.hosts)
-        ]
+        self.timed.resources = [Resource(f"actor {i}", host) for i, host in enumerate(hosts)]
         counts: dict[tuple[str, Phase], int] = defaultdict(int)
         for step in graph.steps:
             counts[step.node, step.phase] += 1

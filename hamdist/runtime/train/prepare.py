@@ -31,7 +31,7 @@ from hamdist.errors import SettingsError
 from hamdist.loading import called, check_call, load_function
 from hamdist.runtime.nodes.weight_ports import against_ties
 from hamdist.runtime.placement.step_costs import example_input, example_inputs
-from hamdist.runtime.plan.rule_checks import with_rules
+from hamdist.runtime.plan.checks import with_rules
 from hamdist.streams.sample import SampleSpec, Stream
 from hamdist.streams.wrappers.chosen_targets import in_dtype
 

@@ -21,6 +21,7 @@ from hamdist.dynamics.rules.rule import Rule
 from hamdist.dynamics.schedule.rounds import OwnLevel
 from hamdist.dynamics.updates.constants import TickSchedule
 from hamdist.dynamics.updates.optimizers import OptimizerFunction, OptimizerRule, SchedulerFunction
+from hamdist.dynamics.user_modules.code_digest import code_digests
 from hamdist.dynamics.user_modules.python_state import check_apart, unchanged
 from hamdist.errors import (
     ChoiceWarning,
@@ -31,9 +32,8 @@ from hamdist.errors import (
     SnapshotError,
 )
 from hamdist.runtime.advice.advice import before, end_of_stream, of_resumed
-from hamdist.runtime.advice.divergence import explained
 from hamdist.runtime.engines.inprocess import InProcessEngine
-from hamdist.runtime.nodes.rule_trial import try_rules
+from hamdist.runtime.nodes.factory import try_rules
 from hamdist.runtime.placement.step_costs import example_input
 from hamdist.runtime.plan.checks import least_bytes
 from hamdist.runtime.plan.derived import replannable
@@ -62,7 +62,7 @@ from hamdist.runtime.snapshots.resume import (
 from hamdist.runtime.storage.snapshot_files import Snapshot, check_usable, latest
 from hamdist.runtime.storage.store import claimed, storage
 from hamdist.runtime.train.choose_level import resolved
-from hamdist.runtime.train.outcome import make_result
+from hamdist.runtime.train.outcome import explained, make_result
 from hamdist.runtime.train.prepare import (
     NamedRule,
     graph_in_blocks,
@@ -219,6 +219,16 @@ class _Work:
         loss = make_losses(settings.loss, settings.ignore_index) if self.loss is None else self.loss
         return graph_in_blocks(self.model, self.spec, loss, self.policy, settings, self.rules)
 
+    def code(self) -> dict[str, str]:
+        """Return digests of the user's code."""
+        model: Any = self.model
+        if isinstance(model, Graph):
+            model = {n: (b.module, b.output, b.loss) for n, b in model.blocks.items()}
+        steps = self.optimizer and (self.optimizer.function, self.optimizer.scheduler)
+        rules = {f"the rule of {pattern}": rule for pattern, rule in self.rules.items()}
+        several = {"the loss": self.loss, "phi": self.phi, "the optimizer": steps}
+        return code_digests({"the model": model, **several, **rules})
+
     def planned(self, snapshot: Snapshot | None = None) -> tuple[Graph, Plan]:
         with unchanged(modules_of(self.model)):
             graph = self.graph()
@@ -241,7 +251,7 @@ class _Work:
         if snapshot_policy is not None and snapshot is None:
             check_usable(snapshot_policy.path, least_bytes(graph, self.settings))
         if snapshot_policy is not None:
-            snapshot_policy = replace(snapshot_policy, stream=self.known_by)
+            snapshot_policy = replace(snapshot_policy, stream=self.known_by, code=self.code())
         plan = replace(plan, snapshot_policy=snapshot_policy)
         if self.settings.partition.delays == "auto":
             plan = replannable(plan, graph, self.settings, self.phi, self.optimizer)
@@ -268,7 +278,7 @@ class _Work:
                     "no snapshot and begins anew: the numbers are not those of a run that was "
                     "never stopped"
                 )
-            notes += [*other_code(snapshot, plan), *bent_course(snapshot, settings.settings)]
+            notes += [*other_code(snapshot, self.code()), *bent_course(snapshot, settings.settings)]
             notes += other_bits_than(snapshot, plan)
             plan = replace(plan, skip=snapshot.manifest.skip)
             if plan.engine.digests and not snapshot.digests:

@@ -175,7 +175,7 @@ class _WaitingSamples:
 class _LateTargets(Derived):
     """Base of the streams that bring late targets and their samples together."""
 
-    def __init__(self, stream: Stream, delay: int | None, patience: int) -> None:
+    def __init__(self, stream: Stream, delay: int | None = None, *, patience: int = 64) -> None:
         if delay is not None:
             _check_delay(delay)
         if patience < max(1, delay or 1):
@@ -240,7 +240,7 @@ class LateLabels(_LateTargets):
     def __init__(
         self, stream: Stream, delay: int | None = None, *, patience: int = 64, kept: bool = False
     ) -> None:
-        super().__init__(stream, delay, patience if delay is None else max(1, delay))
+        super().__init__(stream, delay, patience=patience if delay is None else max(1, delay))
         self._keeps_traces = kept
 
     @property
@@ -296,9 +296,6 @@ class Rejoin(_LateTargets):
         SettingsError: a delay below 1, patience below 1 or below the delay, or a paced stream.
         StreamError: as `LateLabels`.
     """
-
-    def __init__(self, stream: Stream, delay: int | None = None, *, patience: int = 64) -> None:
-        super().__init__(stream, delay, patience)
 
     def samples(self) -> Iterator[Sample]:
         """Yield the samples from number 0 on."""

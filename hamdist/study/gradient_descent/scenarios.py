@@ -36,9 +36,16 @@ from hamdist.config import FirstStep, Settings, merge
 from hamdist.errors import SettingsError
 from hamdist.runtime.process.threads import cores, torch_threads
 from hamdist.runtime.train.train import train
-from hamdist.study.gradient_descent.data import Data, Paths, images, iris, sequences
-from hamdist.study.gradient_descent.models import MODELS, make_model
-from hamdist.study.shared.processes import Processes
+from hamdist.study.gradient_descent.models import (
+    MODELS,
+    Data,
+    Paths,
+    images,
+    iris,
+    make_model,
+    sequences,
+)
+from hamdist.study.shared.machine import Processes
 
 BOUND = 1e-10
 EPOCHS = {"rnn": 80, "lstm": 80}

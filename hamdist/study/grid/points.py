@@ -20,6 +20,7 @@ from hamdist.config import EngineKind, Level, Memory, Settings, Split, describe,
 from hamdist.dynamics.schedule.levels import make_locality
 from hamdist.errors import SettingsError
 from hamdist.study.grid.settings import Axis, SideSettings, StudySettings, Trains, trains_of
+from hamdist.study.shared.named_code import code_of
 
 FROZEN = "frozen"
 TUNING_SEEDS = 1_000_000  # the first seed of tuning runs: far from those of final ones
@@ -50,11 +51,13 @@ class GridJob:
     def key(self) -> str:
         """Return a hash of everything that the result depends on.
 
-        Settings that have their default are left out, so that a key survives new settings.
+        Settings that have their default are left out, so that a key survives new settings. The
+        user's code that they name is part of it.
         """
         left_out = _NO_MATTER if self.trains is Trains.LEVEL else _NO_MATTER | _LEVELS_ALONE
         raw = self.settings.model_dump(mode="json", exclude_defaults=True, exclude=set(left_out))
-        text = json.dumps([self.trains.value, raw], sort_keys=True, ensure_ascii=False)
+        code = [code] if (code := code_of(self.settings)) else []
+        text = json.dumps([self.trains.value, raw, *code], sort_keys=True, ensure_ascii=False)
         return hashlib.sha256(text.encode()).hexdigest()[:KEY_LENGTH]
 
 

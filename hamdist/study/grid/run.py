@@ -25,15 +25,15 @@ from hamdist.errors import ClusterError, DivergedError, SettingsError
 from hamdist.runtime.process.threads import cores, torch_threads
 from hamdist.runtime.ray_engine.session import ray_tasks
 from hamdist.runtime.results.events import RunEvent, UpdatesAligned
-from hamdist.runtime.results.progress_events import ProgressEvents
 from hamdist.runtime.results.result import Progress
+from hamdist.runtime.results.run_events import ProgressEvents
 from hamdist.study.grid.points import Candidate, GridCell, GridJob, cells, final_jobs, tuning_jobs
 from hamdist.study.grid.settings import StudySettings, Trains
 from hamdist.study.report.blocks import BlockFacts, block_facts
 from hamdist.study.report.files import to_json
 from hamdist.study.run.comparison import with_alignment
-from hamdist.study.run.run import Run, run_centralised, run_level
-from hamdist.study.shared.processes import Processes
+from hamdist.study.run.run import Run, run_level
+from hamdist.study.shared.machine import Processes
 from hamdist.study.shared.result_folder import RUNS, Store
 
 POINTS = 60  # of a curve
@@ -96,7 +96,7 @@ def work(job: GridJob) -> RunRecord:
 def _run(job: GridJob) -> tuple[Run, dict[str, BlockFacts]]:
     """Run a job; of a final run of a level its blocks are measured as well."""
     if job.trains is not Trains.LEVEL:
-        return run_centralised(job.settings, frozen=job.trains is Trains.FROZEN)[0], {}
+        return run_level(job.settings, baseline=job.trains.value)[0], {}
     if job.settings.stream.evaluate is not Split.TEST:
         return run_level(job.settings)[0], {}
     events, seen = ProgressEvents(), list[RunEvent]()

@@ -186,11 +186,6 @@ def _known_side(name: str, side: SideSettings) -> None:
         )
 
 
-def studies() -> dict[str, str]:
-    """Return the shipped studies in order, with their descriptions (first comments)."""
-    return STUDIES.descriptions()
-
-
 def load_study(source: str, overrides: Sequence[Mapping[str, Any]] = ()) -> StudySettings:
     """Load the shipped study `source`, or the file of that path, with `overrides` laid over it.
 

@@ -13,7 +13,7 @@ from hamdist.study.grid.settings import Trains
 from hamdist.study.report.aggregate import mean_of, spread_of
 from hamdist.study.report.blocks import BlockFacts
 from hamdist.study.report.paired_test import PairedTest, paired_test
-from hamdist.study.run.drift import DriftRecovery, drift_fact
+from hamdist.study.run.measures import DriftRecovery, drift_fact
 
 
 @dataclass(frozen=True, slots=True)

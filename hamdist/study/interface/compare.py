@@ -31,6 +31,7 @@ from hamdist.study.run.comparison import PlannedRun, plan, run_key
 from hamdist.study.run.comparison import compare as runs_of
 from hamdist.study.run.own_data import data_of
 from hamdist.study.run.run import DataFactory, Run
+from hamdist.study.shared.named_code import code_of
 from hamdist.study.shared.recipes import load_settings
 from hamdist.study.shared.result_folder import RUNS, ResultFolder, Store, written_at_the_end
 from hamdist.trackers import open_trackers
@@ -272,7 +273,8 @@ def compare(
                 factory=factory,
                 data=data,
                 plain=plain,
-                key=None if model or stream or baseline_model else run_key(whole),
+                key=None if model or stream or baseline_model else run_key(whole, code_of(whole)),
+                made_of=code_of(whole),
                 out=None if out is None else Path(out),
                 overwrite=overwrite,
                 command=f"hamdist.compare(..., out={str(out)!r})",

@@ -10,10 +10,10 @@ from typing import Any
 from hamdist.config import parse_override
 from hamdist.display.table import Table
 from hamdist.errors import SettingsError
-from hamdist.study.grid.report import save_study
 from hamdist.study.grid.run import OnRecord, StudyOutcome, check, run_study
 from hamdist.study.grid.settings import Axis, StudySettings, load_study
 from hamdist.study.grid.summary import SummaryLine, summary
+from hamdist.study.grid.tables import save_study
 from hamdist.study.shared.result_folder import RUNS, prepare_folder, results_of
 
 

@@ -13,9 +13,8 @@ from hamdist.dynamics.user_modules.copies import copied
 from hamdist.errors import SettingsError
 from hamdist.models.build import ModelFactory, load_factory
 from hamdist.study.verify.runner import Topic, VerifyRow, own_model_topic, run, topics
-from hamdist.study.verify.topics.level import VerifiedLevel
 from hamdist.study.verify.topics.own_model import VerifiedModel, parse_shape
-from hamdist.study.verify.topics.rule import VerifiedRule
+from hamdist.study.verify.topics.rule import VerifiedLevel, VerifiedRule
 
 ROWS = 4  # of the input of a model of one's own
 

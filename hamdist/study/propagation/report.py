@@ -16,8 +16,7 @@ from hamdist.display.table import MISSING, Table, csv_text, markdown
 from hamdist.study.propagation.settling import CountRow
 from hamdist.study.propagation.streams import PERIOD, SWITCHED_ON, StreamKind
 from hamdist.study.propagation.study import SpeedResult, SpeedRow
-from hamdist.study.report.files import to_json
-from hamdist.study.report.html import versions
+from hamdist.study.report.files import to_json, versions
 from hamdist.study.shared.result_folder import write_file
 from hamdist.study.view.page import FIGURES, baked, page
 
@@ -76,7 +75,7 @@ def fits(curves: Sequence[Curve]) -> list[Fit]:
     return by_step
 
 
-# -- tables ------------------------------------------------------------------------------------
+# -- tables ----------------------------------------------------------------------------------------
 
 
 def speed_tables(result: SpeedResult) -> dict[str, Table]:
@@ -176,7 +175,7 @@ def _off(ticks: Sequence[int | None], expected: int) -> str:
     return "0" if worst == expected else f"{100 * (worst / expected - 1):+.1f} %"
 
 
-# -- files -------------------------------------------------------------------------------------
+# -- files -----------------------------------------------------------------------------------------
 
 
 def save_speed(folder: Path, result: SpeedResult) -> None:

@@ -24,8 +24,15 @@ from torch import Tensor
 from hamdist.config import Order
 from hamdist.dynamics.blocks.hold import HoldBlock
 from hamdist.streams.sample import generator
-from hamdist.study.propagation.frozen_run import FrozenRunBlock, flat, frozen, omegas, watch
-from hamdist.study.propagation.gradients import Network, ticks_to_settle
+from hamdist.study.propagation.gradients import (
+    FrozenRunBlock,
+    Network,
+    flat,
+    frozen,
+    omegas,
+    ticks_to_settle,
+    watch,
+)
 from hamdist.study.propagation.streams import F64, StreamKind, timed_stream
 
 ROUND_OFF = 1e-12  # relative difference up to which a value counts as exact

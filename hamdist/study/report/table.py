@@ -7,13 +7,11 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from hamdist.display.table import MISSING, Table, number, percent
 from hamdist.dynamics.objective.prequential import merge_windows
 from hamdist.runtime.process.startup import startup_line
-from hamdist.study.report.aggregate import AggregateRow
+from hamdist.study.report.aggregate import AggregateRow, compression_fact, outputs_fact
 from hamdist.study.report.paired_test import PairedTest, in_words
-from hamdist.study.report.words import compression_fact, outputs_fact
 from hamdist.study.run.baseline import CENTRALISED
-from hamdist.study.run.drift import drift_fact
+from hamdist.study.run.measures import SETTLING, Tracking, drift_fact
 from hamdist.study.run.run import Run
-from hamdist.study.run.tracking import SETTLING, Tracking
 
 MIB = 2**20
 KIB = 2**10

@@ -39,7 +39,7 @@ from hamdist.dynamics.objective.losses import (
 )
 from hamdist.dynamics.objective.prequential import Prequential, Window
 from hamdist.dynamics.updates.average import Average
-from hamdist.dynamics.updates.learning_rate import step_course
+from hamdist.dynamics.updates.learning_rate import StepCourse
 from hamdist.dynamics.updates.optimizers import OptimizerRule
 from hamdist.dynamics.user_modules.copies import copied
 from hamdist.errors import BlockError, GraphError, SettingsError
@@ -136,7 +136,7 @@ class _Trainer:
         self._losses: dict[str, LossFunction] | None = None
         self._metrics = settings.metrics
         self._ignore_index = settings.ignore_index
-        self.course = step_course(learning, settings.steps)
+        self.course = StepCourse(learning, settings.steps)
         self.optimisers = _optimisers(model, learning)
         self._clip = learning.network_clip
         groups = [group for optimizer in self.optimisers for group in optimizer.param_groups]

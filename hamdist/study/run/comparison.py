@@ -12,12 +12,12 @@ from hamdist.config import EngineKind, Level, Settings, SignedCourseSettings, Up
 from hamdist.dynamics.schedule.levels import PRESETS
 from hamdist.errors import BlockError, SettingsError
 from hamdist.models.build import ModelFactory
-from hamdist.runtime.plan.rule_checks import PRESENTED
+from hamdist.runtime.plan.checks import PRESENTED
 from hamdist.runtime.process.interrupts import OnProgress
 from hamdist.runtime.ray_engine.session import ray_session
 from hamdist.runtime.train.prepare import make_level, make_rule, settings_at
 from hamdist.study.run.baseline import CENTRALISED
-from hamdist.study.run.run import DataFactory, Run, run_centralised, run_level
+from hamdist.study.run.run import DataFactory, Run, run_level
 from hamdist.study.shared.result_folder import Store
 
 KEY_LENGTH = 20
@@ -160,20 +160,17 @@ def compare(
                 continue
             if each.level is not None and run_settings.engine.kind is EngineKind.RAY:
                 stack.enter_context(ray_session(run_settings.engine))
-            if each.level is None:
-                try:
-                    run, _ = run_centralised(
-                        run_settings, factory=factory, data=data, plain=plain, on_progress=callback
-                    )
-                except BlockError as error:
-                    if plain is None or error.tick:
-                        raise
-                    raise SettingsError(
-                        f"--baseline-model, first sample: {error.message}"
-                    ) from error
-            else:
-                run, _ = run_level(run_settings, factory=factory, data=data, on_progress=callback)
-                run.level = each.name
+            baseline, module = (CENTRALISED, plain) if each.level is None else (None, None)
+            try:
+                run, _ = run_level(
+                    run_settings, baseline=baseline, factory=factory, data=data, plain=module,
+                    on_progress=callback,
+                )  # fmt: skip
+            except BlockError as error:
+                if module is None or error.tick:
+                    raise
+                raise SettingsError(f"--baseline-model, first sample: {error.message}") from error
+            run.level = each.name
             if store is not None and not run.interrupted:
                 store.keep(key, json.dumps({"key": key, **run.as_json()}))
             yield run

@@ -49,11 +49,9 @@ from hamdist.streams import drifts, held_out, held_out_tokens, make_stream
 from hamdist.streams.sample import SampleSpec, Stream
 from hamdist.streams.wrappers.without_sample import WithoutSample
 from hamdist.study.run.baseline import CENTRALISED, FROZEN, baseline_warnings, train_centralised
-from hamdist.study.run.drift import DriftRecovery, recoveries
-from hamdist.study.run.initial_weights import beside, warmed
-from hamdist.study.run.own_data import OwnData, check_held_out
-from hamdist.study.run.tracking import Tracking, advice, tracking
-from hamdist.study.shared.limits import check_size, check_time
+from hamdist.study.run.measures import DriftRecovery, Tracking, advice, recoveries, tracking
+from hamdist.study.run.own_data import OwnData, beside, check_held_out, warmed
+from hamdist.study.shared.machine import check_size, check_time
 
 PYTORCH = "pytorch"
 TIMELINE_LIMIT = 4096
@@ -140,8 +138,10 @@ class Timeline:
 def run_level(
     settings: Settings,
     *,
+    baseline: str | None = None,
     factory: ModelFactory | None = None,
     data: DataFactory | None = None,
+    plain: ModelFactory | None = None,
     on_progress: OnProgress | None = None,
     before: Mapping[str, float] | None = None,
     resume: str | Path | None = None,
@@ -154,8 +154,11 @@ def run_level(
     A run that left the finite range is returned, too, with its `failure`.
 
     Args:
+        baseline: trains centralised instead (baseline.py): CENTRALISED, or FROZEN, the last layer
+            alone.
         factory, data: make the model, and the stream of a seed, instead of those that the settings
             name.
+        plain: makes the module that a baseline trains instead, from the model's weights (`beside`).
         before: what came before this call and belongs to the run's start (seconds by phase).
         resume: a folder of snapshots that the run goes on from.
         weights: a safetensors file that it begins with.
@@ -166,47 +169,11 @@ def run_level(
         HamdistError: of the settings, or of the run.
     """
     level, engine = settings.level.value, settings.engine.kind.value
-    return _run(
-        settings, level, engine, factory, data, on_progress, before or {},
-        resume=resume, weights=weights, without=without, partial=partial,
-    )  # fmt: skip
-
-
-def run_centralised(
-    settings: Settings,
-    *,
-    factory: ModelFactory | None = None,
-    data: DataFactory | None = None,
-    plain: ModelFactory | None = None,
-    frozen: bool = False,
-    on_progress: OnProgress | None = None,
-) -> tuple[Run, nn.Module]:
-    """Train centralised (baseline.py) and evaluate; with `frozen` the last layer alone.
-
-    `plain` makes the module that is trained instead, from the model's weights (`beside`).
-    """
-    level = FROZEN if frozen else CENTRALISED
-    return _run(settings, level, PYTORCH, factory, data, on_progress, {}, plain=plain)
-
-
-def _run(
-    settings: Settings,
-    level: str,
-    engine: str,
-    factory: ModelFactory | None,
-    data: DataFactory | None,
-    on_progress: OnProgress | None,
-    before: Mapping[str, float],
-    *,
-    resume: str | Path | None = None,
-    weights: Path | None = None,
-    plain: ModelFactory | None = None,
-    without: int | None = None,
-    partial: bool = False,
-) -> tuple[Run, nn.Module]:
+    if baseline is not None:
+        level, engine = baseline, PYTORCH
     dtype = torch_dtype(settings.dtype)
     startup = Startup(phases_to(on_progress, settings.steps))
-    startup.add(before)
+    startup.add(before or {})
     with startup.phase("data"):
         check_size(settings, own_model=factory is not None, own_data=data is not None)
         notes = [] if factory is not None or data is not None else check_time(settings)
@@ -239,7 +206,7 @@ def _run(
     if engine == PYTORCH:
         notes += baseline_warnings(settings)
     for text in notes:
-        warnings.warn(text, HamdistWarning, stacklevel=3)
+        warnings.warn(text, HamdistWarning, stacklevel=2)
     timeline = Timeline(on_progress)
     error: HamdistError | None = None
     joules = joules_from_now()
@@ -260,7 +227,7 @@ def _run(
                 plain_scores = _score(result.plain, result, settings, own_data)
     except StreamError as wrong:  # of a user's own data; what was learned is not lost with it
         notes.append(f"no held-out score: {wrong}")
-        warnings.warn(notes[-1], HamdistWarning, stacklevel=3)
+        warnings.warn(notes[-1], HamdistWarning, stacklevel=2)
     windows = _main_windows(result, scores)
     entered = [window.last + 1 for window in windows]
     facts = {
@@ -327,7 +294,7 @@ def build(
     several = spec.inputs is not None
     normed, notes = stabilised(model, example_inputs(spec) if several else example_input(spec))
     for text in notes:
-        warnings.warn(ChoiceWarning(text), stacklevel=5)
+        warnings.warn(ChoiceWarning(text), stacklevel=4)
     return normed
 
 

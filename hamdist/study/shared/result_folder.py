@@ -29,8 +29,7 @@ from hamdist.runtime.results.events import (
     RunEvent,
     Warned,
 )
-from hamdist.runtime.results.progress_events import ProgressEvents
-from hamdist.runtime.results.run_events import EVENTS, EventFile
+from hamdist.runtime.results.run_events import EVENTS, EventFile, ProgressEvents
 
 if TYPE_CHECKING:
     from hamdist.runtime.results.result import Progress

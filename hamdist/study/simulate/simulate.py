@@ -14,10 +14,9 @@ import numpy as np
 from hamdist.config import EngineKind, Level, Settings, Spread
 from hamdist.errors import ClusterError, SettingsError
 from hamdist.models.build import ModelFactory
-from hamdist.runtime.placement.assign_blocks import groups_of, place, split
-from hamdist.runtime.placement.assign_hosts import HostInfo, options_of_actors
+from hamdist.runtime.placement.assign_blocks import groups_of, options_of_groups, place, split
+from hamdist.runtime.placement.assign_hosts import HostInfo
 from hamdist.runtime.placement.links import as_measured, least_delays
-from hamdist.runtime.placement.requirements import requirements
 from hamdist.runtime.placement.step_costs import Unmeasured, costs_of, measure, source_host
 from hamdist.runtime.plan.derived import exact_bytes, with_delays
 from hamdist.runtime.plan.dtypes import block_settings
@@ -202,11 +201,10 @@ class Planner:
     ) -> list[int]:
         hosts = self.cluster.hosts
         infos = [HostInfo(str(i), h.name, h.name, h.cores) for i, h in enumerate(hosts)]
-        by_block = block_settings(model.plan.graph, settings.engine)
-        busy = [sum(sum(model.seconds[name].values()) for name in blocks) for blocks in group]
-        speeds = {str(i): 1 / host.speed for i, host in enumerate(hosts)}
-        requests = [requirements(blocks, by_block, settings.engine) for blocks in group]
-        return [int(o.node or 0) for o in options_of_actors(requests, infos, spread, busy, speeds)]
+        graph, speeds = model.plan.graph, {str(i): 1 / h.speed for i, h in enumerate(hosts)}
+        work = [sum(model.seconds[name].values()) for name in graph.blocks]
+        options = options_of_groups(graph, settings.engine, group, infos, spread, work, speeds)
+        return [int(o.node or 0) for o in options]
 
     def _candidate(
         self, settings: Settings, model: TimingModel, group: list[list[str]], hosts: list[int]

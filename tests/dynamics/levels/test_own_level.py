@@ -27,7 +27,7 @@ from hamdist.runtime.timing.step_graph import step_graph
 from hamdist.runtime.train.prepare import level_fields
 from hamdist.runtime.train.train import plan_of
 from hamdist.streams import from_iterable
-from hamdist.study.verify.topics.level import VerifiedLevel
+from hamdist.study.verify.topics.rule import VerifiedLevel
 
 FILE = '''
 import hamdist

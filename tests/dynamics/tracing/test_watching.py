@@ -7,11 +7,12 @@ import torch
 from dynamics.helpers import F64, noise
 from torch import nn
 
+from hamdist.config import InputsSettings
 from hamdist.dynamics.graph.graph import Combine
-from hamdist.dynamics.updates.whitening import InputStatistics, InputWhitening, Whitening, whitened
+from hamdist.dynamics.updates.whitening import InputStatistics, InputWhitening, whitened
 from hamdist.dynamics.vjp.autograd import AutogradFunction
 
-RULE = Whitening(memory=0.8, damping=0.3, look=1, refresh=2)
+RULE = InputsSettings(memory=0.8, damping=0.3, look=1, refresh=2)
 
 
 def cell_of(module, *, watched=True):

@@ -15,11 +15,11 @@ import pytest
 import torch
 from dynamics.helpers import F64, Network, knobs, layer, linear, noise, settings
 
-from hamdist.config import DynamicsSettings, LearningSettings
+from hamdist.config import CourseSettings, DynamicsSettings, LearningSettings
 from hamdist.dynamics.blocks.energy import hamiltonian, lagrangian, robust_hamiltonian
 from hamdist.dynamics.graph.graph import BlockSpec, Graph
 from hamdist.dynamics.objective.losses import mse
-from hamdist.dynamics.updates.constants import Constant, Listed, check_names, make_dynamics
+from hamdist.dynamics.updates.constants import Constant, check_names, make_dynamics
 from hamdist.errors import LevelError, StreamError
 from hamdist.runtime.train.prepare import as_graph
 from hamdist.runtime.train.train import train
@@ -41,8 +41,8 @@ def dynamics(level="local", learning=None, **given):
     ("course", "expected"),
     [
         (Constant(2.0), [2, 2, 2, 2, 2]),
-        (Listed((1.0, 0.5)), [1, 0.5, 0.5, 0.5, 0.5]),
-        (Listed((1.0, 0.5, 3.0), cycle=True), [1, 0.5, 3, 1, 0.5]),
+        (CourseSettings(values=(1.0, 0.5)), [1, 0.5, 0.5, 0.5, 0.5]),
+        (CourseSettings(values=(1.0, 0.5, 3.0), cycle=True), [1, 0.5, 3, 1, 0.5]),
     ],
 )
 def test_courses(course, expected):

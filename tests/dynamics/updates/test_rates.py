@@ -8,13 +8,13 @@ import pytest
 import torch
 from torch import nn
 
-from hamdist.config import LearningSettings
-from hamdist.dynamics.updates.learning_rate import Listed, step_course
+from hamdist.config import CourseSettings, LearningSettings
+from hamdist.dynamics.updates.learning_rate import StepCourse
 from hamdist.errors import LevelError
 
 
 def factors(many, steps=None, **learning):
-    course = step_course(LearningSettings.model_validate(learning), steps)
+    course = StepCourse(LearningSettings.model_validate(learning), steps)
     return [course(n) for n in range(many)]
 
 
@@ -44,8 +44,9 @@ def test_torchs_cosine():
 
 
 def test_courses():
-    assert [Listed((1.0, 3.0), smooth=True, every=4)(k) for k in range(6)] == [1, 1.5, 2, 2.5, 3, 3]
-    cycle = Listed((1.0, 3.0), cycle=True, every=2, smooth=True)
+    smooth = CourseSettings(values=(1.0, 3.0), smooth=True, every=4)
+    assert [smooth(k) for k in range(6)] == [1, 1.5, 2, 2.5, 3, 3]
+    cycle = CourseSettings(values=(1.0, 3.0), cycle=True, every=2, smooth=True)
     assert [cycle(k) for k in range(6)] == [1, 2, 3, 2, 1, 2]
 
 

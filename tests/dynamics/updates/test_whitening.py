@@ -3,11 +3,12 @@
 import pytest
 import torch
 
-from hamdist.dynamics.updates.whitening import InputStatistics, InputWhitening, Whitening, whitened
+from hamdist.config import InputsSettings
+from hamdist.dynamics.updates.whitening import InputStatistics, InputWhitening, whitened
 from hamdist.dynamics.vjp.gradient import Column, Gradient, Outer, dense
 
 ROWS, INPUTS, OUTPUTS = 12, 5, 3
-RULE = Whitening(memory=0.9, damping=0.2, look=2, refresh=3)
+RULE = InputsSettings(memory=0.9, damping=0.2, look=2, refresh=3)
 
 
 def drawn(*shape: int, seed: int) -> torch.Tensor:
@@ -45,7 +46,11 @@ def test_the_step_is_one_of_plain_descent_in_whitened_coordinates() -> None:
 @pytest.mark.parametrize("centred", [False, True])
 def test_statistics_follow_the_table(centred: bool) -> None:
     """mu, A and P after five updates, from the formulas written out in sums over all inputs."""
-    layer = InputStatistics(Whitening(0.9, 0.2, look=2, refresh=3, centred=centred))
+    layer = InputStatistics(
+        InputsSettings(
+            memory=0.9, damping=0.2, look=2, refresh=3, rule="centred" if centred else "whitened"
+        )
+    )
     xs = [drawn(ROWS, INPUTS, seed=k) for k in range(5)]
     for x in xs:
         layer.see(x)
@@ -80,7 +85,7 @@ def test_a_weight_meets_the_bias_of_its_own_layer_and_others_stay() -> None:
     free = drawn(4, seed=7)
     g: list[Gradient] = [Column(z[0]), Outer(z[1], x[1]), free, Outer(z[0], x[0])]
     g += [Outer(z[2], x[2]), Column(z[1])]
-    rule = Whitening(centred=True)
+    rule = InputsSettings(rule="centred")
     made = InputWhitening(rule).applied(g)
     for weight, bias, k in ((3, 0, 0), (1, 5, 1)):
         mu = x[k].mean(0)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from hamdist.runtime.engines.worker_report import BlockedChannel
-from hamdist.runtime.ray_engine.watchdog import Watchdog, explain
+from hamdist.runtime.ray_engine.engine import Watchdog, explain
 
 
 def test_it_speaks_once_per_standstill():

@@ -22,10 +22,9 @@ from hamdist.runtime.results.events import (
     read_events,
 )
 from hamdist.runtime.results.measured import EdgeCounts, ProcessSample, summed
-from hamdist.runtime.results.progress_events import ProgressEvents, ProgressPace
 from hamdist.runtime.results.result import Progress
-from hamdist.runtime.results.run_events import RunEvents
-from hamdist.study.report.figures import alignment_figures
+from hamdist.runtime.results.run_events import ProgressEvents, ProgressPace, RunEvents
+from hamdist.study.report.save import alignment_figures
 
 
 def make():
@@ -78,21 +77,21 @@ def test_events_say_what_the_result_says(level):
 
 def test_norms_and_counts_are_those_of_the_final_state():
     """Oracle: the tensors of the result; the counts of signals by the schedule (4 a sample)."""
-    from hamdist.runtime.engines import sampler
+    from hamdist.runtime.engines import worker_report
 
     last = {}
 
     def note(progress):
         last.update(progress.actors)
 
-    pause, sampler.PAUSE_SECONDS = sampler.PAUSE_SECONDS, 0.0
+    pause, worker_report.PAUSE_SECONDS = worker_report.PAUSE_SECONDS, 0.0
     try:
-        share, sampler.SHARE = sampler.SHARE, math.inf
+        share, worker_report.SHARE = worker_report.SHARE, math.inf
         result = hamdist.train(
             make(), list(batches()), level="trace", engine={"kind": "inprocess"}, on_progress=note
         )
     finally:
-        sampler.PAUSE_SECONDS, sampler.SHARE = pause, share
+        worker_report.PAUSE_SECONDS, worker_report.SHARE = pause, share
     edges = summed(list(last.values()))
     assert {name: e.bytes for name, e in edges.items() if e.bytes} == result.bytes_per_edge
     assert all(e.queued <= 2 for e in edges.values())  # the run is over: the stream's end is left
@@ -101,7 +100,7 @@ def test_norms_and_counts_are_those_of_the_final_state():
 @pytest.mark.parametrize("level", ["trace", "local"])
 def test_omega_norms_do_not_change_a_bit(level):
     """A norm is read in every step here, and in none there."""
-    from hamdist.runtime.engines import inprocess, sampler
+    from hamdist.runtime.engines import inprocess, worker_report
 
     def weights(on_progress):
         result = hamdist.train(
@@ -116,12 +115,16 @@ def test_omega_norms_do_not_change_a_bit(level):
         return result, [p.detach().clone() for p in result.model.parameters()]
 
     seen = []
-    old = sampler.PAUSE_SECONDS, sampler.SHARE, inprocess.PROGRESS_SECONDS
-    sampler.PAUSE_SECONDS, sampler.SHARE, inprocess.PROGRESS_SECONDS = 0.0, math.inf, 0.0
+    old = worker_report.PAUSE_SECONDS, worker_report.SHARE, inprocess.PROGRESS_SECONDS
+    worker_report.PAUSE_SECONDS, worker_report.SHARE, inprocess.PROGRESS_SECONDS = (
+        0.0,
+        math.inf,
+        0.0,
+    )
     try:
         result, watched = weights(lambda progress: seen.append(progress))
     finally:
-        sampler.PAUSE_SECONDS, sampler.SHARE, inprocess.PROGRESS_SECONDS = old
+        worker_report.PAUSE_SECONDS, worker_report.SHARE, inprocess.PROGRESS_SECONDS = old
     _, plain = weights(None)
     assert all(torch.equal(a, b) for a, b in zip(watched, plain, strict=True))
     norms = seen[-1].actors["driver"].norms
@@ -210,12 +213,12 @@ def test_alignment_of_sequences_is_refused():
 def test_staleness_and_updates_are_measured(monkeypatch):
     """Oracles: 2 (D - l) updates by the schedule (semantics.md), fewer at first; and lr |g|, which
     stays nearly the same for one batch and small steps."""
-    from hamdist.runtime.engines import inprocess, sampler
+    from hamdist.runtime.engines import inprocess, worker_report
 
     monkeypatch.setattr(inprocess, "PROGRESS_SECONDS", 0.0)
-    monkeypatch.setattr(sampler, "PAUSE_SECONDS", 0.0)
-    monkeypatch.setattr(sampler, "SHARE", math.inf)
-    monkeypatch.setattr("hamdist.runtime.results.progress_events.ProgressPace.due", lambda *_: True)
+    monkeypatch.setattr(worker_report, "PAUSE_SECONDS", 0.0)
+    monkeypatch.setattr(worker_report, "SHARE", math.inf)
+    monkeypatch.setattr("hamdist.runtime.results.run_events.ProgressPace.due", lambda *_: True)
     seen, lr = [], 1e-3
     hamdist.train(
         make(),
@@ -236,7 +239,7 @@ def test_staleness_and_updates_are_measured(monkeypatch):
 
 @pytest.mark.ray
 def test_both_engines_tell_the_same(session, monkeypatch):
-    monkeypatch.setattr("hamdist.runtime.results.progress_events.ProgressPace.due", lambda *_: True)
+    monkeypatch.setattr("hamdist.runtime.results.run_events.ProgressPace.due", lambda *_: True)
     alone, _ = events_of_run("trace", kind="inprocess")
     apart, result = events_of_run("trace", kind="ray", actors=2)
     told = [(w.readout, w.first, w.last, w.loss, w.accuracy) for w in by_name(alone, "window")]

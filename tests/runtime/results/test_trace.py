@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 import hamdist
-from hamdist.runtime.results.trace import TraceSpan, chrome_trace
+from hamdist.runtime.results.measured import TraceSpan, chrome_trace
 
 
 def run(trace, **engine):

@@ -3,6 +3,7 @@ the same bits, at every level, in both engines."""
 
 from __future__ import annotations
 
+import importlib
 import re
 import shutil
 import sys
@@ -423,13 +424,35 @@ def test_other_settings_are_told(tmp_path):
 
 RULE = """
 import hamdist
+from torch import nn
+
+FAR, NEAR, UNUSED = 1.0, 1.0, 1.0
+SHARES = {"message": [1.0]}
+
+def times(by):
+    def scaled(value, more=1.0):
+        return value * by * more * FAR
+    return scaled
+
+TIMES = times(1.0)
 
 class Scaled(hamdist.Rule):
     def __init__(self, factor=1.0):
         self.factor = factor
 
     def backward(self, block, kept, message):
-        return block.vjp(kept, message)  # CODE
+        return block.vjp(kept, TIMES(message) * SHARES["message"][0])  # CODE
+
+class Net(nn.Module):
+    def __init__(self, scale=1.0):
+        super().__init__()
+        self.layers, self.scale = nn.Sequential(nn.Linear(6, 8), nn.Linear(8, 3)), scale
+
+    def forward(self, u):
+        return self.layers(u) * NEAR * self.scale
+
+def loss(prediction, target):
+    return nn.functional.cross_entropy(prediction * FAR, target)
 
 class Late(hamdist.OwnLevel):
     def ticks(self, graph):
@@ -442,11 +465,21 @@ class Late(hamdist.OwnLevel):
 """
 
 
+RULE_CHANGED = r"of the rule of \* have changed"
+
+
 @pytest.mark.parametrize(
     ("change", "said"),
     [
-        (("# CODE", "# other"), "code or the constants of the rules of block0"),
-        (("factor=1.0", "factor=2.0"), "code or the constants of the rules of block0"),
+        (("# CODE", "# other"), RULE_CHANGED),
+        (("factor=1.0", "factor=2.0"), RULE_CHANGED),
+        (("more=1.0", "more=2.0"), RULE_CHANGED),
+        (("times(1.0)", "times(2.0)"), RULE_CHANGED),
+        (('"message": [1.0]', '"message": [2.0]'), RULE_CHANGED),
+        (("FAR, NEAR, UNUSED = 1.0", "FAR, NEAR, UNUSED = 2.0"), f"the loss, {RULE_CHANGED[3:]}"),
+        (("UNUSED = 1.0, 1.0", "UNUSED = 1.0, 2.0"), "constants of the model have"),
+        (("scale=1.0", "scale=2.0"), "constants of the model have"),
+        (("1.0, 1.0, 1.0", "1.0, 1.0, 2.0"), None),
         (("LATE", "1"), r"another run \(round differ\)"),
         (("import", "import"), None),
     ],
@@ -454,14 +487,15 @@ class Late(hamdist.OwnLevel):
 def test_code_that_has_changed_is_told(change, said, tmp_path, user_file, monkeypatch, recwarn):
     """Of the same name: a rule goes on otherwise, with a warning; other rounds begin anew."""
     monkeypatch.setattr(sys, "dont_write_bytecode", True)
+    monkeypatch.syspath_prepend("")
     kept = {"path": str(tmp_path / "snapshots"), "every": 5}
     for steps, text in ((8, RULE), (12, RULE.replace(*change))):
         name = user_file(text.replace("LATE", "0"))
         sys.modules.pop(name.removesuffix(".py"), None)
+        code = importlib.import_module(name.removesuffix(".py"))
         fields = {"rules": {"*": f"{name}:Scaled"}, "snapshots": kept, "engine": ALONE}
         resume = kept["path"] if steps == 12 else None
-        on = hamdist.train(
-            chain(), PortableStream(12), level=f"{name}:Late", steps=steps, resume=resume, **fields
-        )
+        fields |= {"loss": code.loss, "level": f"{name}:Late"}
+        on = hamdist.train(code.Net(), PortableStream(12), steps=steps, resume=resume, **fields)
     told = [text for text in on.warnings if re.search(said or "code or|another run", text)]
     assert len(told) == (0 if said is None else 1), on.warnings

@@ -21,10 +21,9 @@ from hamdist.config import FirstStep, Settings, merge
 from hamdist.errors import SettingsError, StreamError
 from hamdist.runtime.train.train import train
 from hamdist.streams.sources.images import ImageFiles
-from hamdist.study.gradient_descent import data, report
+from hamdist.study.gradient_descent import models, report
 from hamdist.study.gradient_descent import scenarios as cells
-from hamdist.study.gradient_descent.data import Paths
-from hamdist.study.gradient_descent.models import EMBEDDING, MODELS, make_model
+from hamdist.study.gradient_descent.models import EMBEDDING, MODELS, Paths, make_model
 from hamdist.study.gradient_descent.scenarios import (
     SCENARIOS,
     Placement,
@@ -44,7 +43,7 @@ MOMENTUM = SCENARIOS["Mom-b"]
 def _forget_data():
     """Data are kept between rows; each test here may have other files."""
     yield
-    for made in (data.iris, data.images, data.sequences):
+    for made in (models.iris, models.images, models.sequences):
         made.cache_clear()
 
 
@@ -144,7 +143,7 @@ def shown(source, items):
 
 
 def test_iris_is_raw():
-    iris = data.iris(0)
+    iris = models.iris(0)
     assert (iris.rows, iris.inputs, iris.classes) == (150, 4, 3)
     u = torch.cat([s.u for s in shown(iris, 150)])
     assert u.mean(0).tolist() == pytest.approx([5.843, 3.057, 3.758, 1.199], abs=1e-3)
@@ -152,7 +151,7 @@ def test_iris_is_raw():
 
 
 def test_images_are_the_first_ten_of_each_class(tmp_path):
-    images = data.images(0, image_folder(tmp_path, 12))
+    images = models.images(0, image_folder(tmp_path, 12))
     assert (images.rows, images.classes, images.source) == (100, 10, str(tmp_path))
     items = shown(images, 100)
     assert all(s.u.shape == (1, 1, 28, 28) for s in items)
@@ -162,12 +161,12 @@ def test_images_are_the_first_ten_of_each_class(tmp_path):
 
 def test_too_few_images(tmp_path):
     with pytest.raises(StreamError, match="class 0 has 9 images"):
-        data.images(0, image_folder(tmp_path, 9))
+        models.images(0, image_folder(tmp_path, 9))
 
 
 def test_digits_where_fashion_mnist_is_not_installed(monkeypatch):
     monkeypatch.setattr(ImageFiles, "folders", property(lambda _: ()))
-    images = data.images(0)
+    images = models.images(0)
     assert "digits" in images.source
     items = shown(images, 100)
     assert sorted(int(s.y) for s in items) == sorted([*range(10)] * 10)
@@ -175,7 +174,7 @@ def test_digits_where_fashion_mnist_is_not_installed(monkeypatch):
 
 
 def test_sequences():
-    sequences = data.sequences(0)
+    sequences = models.sequences(0)
     assert (sequences.rows, sequences.classes) == (100, 2)
     items = shown(sequences, 100)
     ids = torch.cat([s.u for s in items])
@@ -210,7 +209,7 @@ def test_real_texts_and_word_vectors(tmp_path):
 def test_word_vectors_of_another_size(tmp_path):
     texts, glove = text_files(tmp_path, "1 2 3")
     with pytest.raises(StreamError, match="vectors of 3 numbers"):
-        data.sequences(0, texts, glove)
+        models.sequences(0, texts, glove)
 
 
 # -- cells -------------------------------------------------------------------------------------
@@ -218,7 +217,7 @@ def test_word_vectors_of_another_size(tmp_path):
 
 @pytest.mark.parametrize("zero_start", [False, True])
 def test_the_oracle_is_the_written_out_recursion(zero_start):
-    iris = data.iris(0)
+    iris = models.iris(0)
     model = make_model("mlp", 4, 3, seed=0)
     found = cells.sgd(model, iris, MOMENTUM, 20, zero_start=zero_start)
     theta = {k: p.detach().clone().requires_grad_() for k, p in model.named_parameters()}
@@ -267,7 +266,7 @@ def test_the_plain_table_of_the_paper():
 @pytest.mark.parametrize("wrong", [{"lr": 0.011}, {"momentum": 0.11}, {"dampening": 0.49}])
 @pytest.mark.parametrize("placement", Placement)
 def test_another_constant_is_seen(placement, wrong):
-    iris = data.iris(0)
+    iris = models.iris(0)
     model = make_model("linear", 4, 3, seed=0)
     oracle = cells.sgd(model, iris, MOMENTUM, 10)
     for scenario, equal in ((MOMENTUM, True), (replace(MOMENTUM, **wrong), False)):
@@ -281,7 +280,7 @@ def test_a_long_run_keeps_every_loss():
     own = cells.settings_of(SCENARIOS["GD-b"], Placement.OUTPUT, 30)
     few = own.model_copy(update={"metrics": own.metrics.model_copy(update={"limit": 8})})
     model = make_model("linear", 4, 3, seed=0)
-    kept = [len(cells.hamiltonian(model, data.iris(0), one).losses) for one in (own, few)]
+    kept = [len(cells.hamiltonian(model, models.iris(0), one).losses) for one in (own, few)]
     assert kept[0] == 30 > kept[1]
 
 

@@ -24,21 +24,20 @@ from hamdist.display.table import MISSING
 from hamdist.errors import ClusterError, SettingsError
 from hamdist.study.grid import run as grid_run
 from hamdist.study.grid.points import TUNING_SEEDS, GridJob, cells, final_jobs, tuning_jobs
-from hamdist.study.grid.report import save_study
 from hamdist.study.grid.run import RunRecord, StudyOutcome, TuningResult, check, run_study, work
 from hamdist.study.grid.settings import (
+    STUDIES,
     Axis,
     SideSettings,
     StudySettings,
     Trains,
     load_study,
     read_study,
-    studies,
     study_yaml,
 )
 from hamdist.study.grid.summary import summary
-from hamdist.study.grid.tables import study_figures, study_tables
-from hamdist.study.run.run import run_centralised, run_level
+from hamdist.study.grid.tables import save_study, study_figures, study_tables
+from hamdist.study.run.run import run_level
 from hamdist.study.shared.result_folder import Store
 
 TINY = """
@@ -148,8 +147,8 @@ class TestSettings:
             read_study(text, "x")
 
     def test_shipped_studies_hold(self) -> None:
-        assert studies()
-        for name, words in studies().items():
+        assert STUDIES.descriptions()
+        for name, words in STUDIES.descriptions().items():
             assert words
             assert check(load_study(name), chosen=False)
         with pytest.raises(SettingsError, match=r"no settings file 'nothing'.*studies: "):
@@ -403,7 +402,7 @@ class TestWhole:
             level = name if name in ("trace", "local") else "backprop"
             own = Settings.model_validate({**raw, "level": level, "learning": {"lr": lr}})
             if level == "backprop":
-                run, _ = run_centralised(own, frozen=name == "frozen")
+                run, _ = run_level(own, baseline=name)
             else:
                 run, _ = run_level(own)
             (found,) = outcome.records

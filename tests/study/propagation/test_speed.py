@@ -21,15 +21,19 @@ from hamdist.dynamics.graph.graph import BlockSpec, Combine, Graph
 from hamdist.dynamics.objective.losses import cross_entropy, mse
 from hamdist.errors import GraphError, SettingsError
 from hamdist.study.propagation import streams as speed_streams
-from hamdist.study.propagation.frozen_run import Backprop, flat, frozen, omegas, watch
 from hamdist.study.propagation.gradients import (
+    Backprop,
     as_network,
     exact_gradients,
+    flat,
+    frozen,
     local_gradients,
     not_through,
+    omegas,
     one_minus_cos,
     relative_error,
     ticks_to_settle,
+    watch,
 )
 from hamdist.study.propagation.report import (
     curves,
@@ -62,7 +66,7 @@ from hamdist.study.propagation.study import (
     run_study,
     tanh_network,
 )
-from hamdist.study.report.html import versions
+from hamdist.study.report.files import versions
 from hamdist.study.verify.topics.speed import checks
 
 F64 = torch.float64

@@ -23,9 +23,8 @@ from hamdist.dynamics.objective.prequential import Window
 from hamdist.errors import SettingsError
 from hamdist.study.report import files as results
 from hamdist.study.report.aggregate import aggregate
-from hamdist.study.report.figures import gap_figures
-from hamdist.study.report.html import render
-from hamdist.study.report.save import save_comparison, save_run
+from hamdist.study.report.files import render
+from hamdist.study.report.save import gap_figures, save_comparison, save_run
 from hamdist.study.shared import result_folder as folder
 
 RUNS = [

@@ -13,8 +13,8 @@ from hamdist.dynamics.objective.losses import cross_entropy
 from hamdist.runtime.results.scores import evaluate
 from hamdist.streams import held_out
 from hamdist.study.report.save import save_run
-from hamdist.study.run.baseline import baseline_warnings
-from hamdist.study.run.run import run_centralised, run_level
+from hamdist.study.run.baseline import CENTRALISED, baseline_warnings
+from hamdist.study.run.run import run_level
 
 
 def settings(**fields):
@@ -51,7 +51,7 @@ def test_a_run_is_evaluated_and_written_with_the_average(tmp_path):
 def test_the_baseline_averages_alike():
     """At level backprop both are the same gradient descent, so both averages are the same."""
     _, ours = run_level(settings())
-    run, theirs = run_centralised(settings())
+    run, theirs = run_level(settings(), baseline=CENTRALISED)
     assert run.plain is not None
     for a, b in zip(ours.parameters(), theirs.parameters(), strict=True):
         torch.testing.assert_close(a, b, rtol=1e-10, atol=1e-12)

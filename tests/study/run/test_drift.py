@@ -7,7 +7,7 @@ import pytest
 from hamdist.config import Settings
 from hamdist.dynamics.objective.prequential import Window
 from hamdist.study.report.table import run_facts
-from hamdist.study.run.drift import DriftRecovery, drift_fact, recoveries
+from hamdist.study.run.measures import DriftRecovery, drift_fact, recoveries
 from hamdist.study.run.run import run_level
 
 

@@ -15,7 +15,8 @@ from hamdist.models.build import make_recurrent
 from hamdist.runtime.results.scores import evaluate_sequences
 from hamdist.streams import Sample, from_iterable, held_out_tokens, make_stream
 from hamdist.study.report.table import run_facts
-from hamdist.study.run.run import run_centralised, run_level
+from hamdist.study.run.baseline import CENTRALISED, FROZEN
+from hamdist.study.run.run import run_level
 
 
 def settings(**fields):
@@ -101,7 +102,7 @@ def test_centralised_is_the_level_bptt():
     """Whose oracle is autograd through the unrolled network."""
     learning = {"lr": 0.3, "momentum": 0.5}
     whole = settings(dtype="float64", learning=learning)
-    (level, ours), (run, plain) = run_level(whole), run_centralised(whole)
+    (level, ours), (run, plain) = run_level(whole), run_level(whole, baseline=CENTRALISED)
     for a, b in zip(ours.state_dict().values(), plain.state_dict().values(), strict=True):
         assert torch.allclose(a, b, rtol=1e-12, atol=1e-12)
     assert run.held_out.loss == pytest.approx(level.held_out.loss, rel=1e-12)
@@ -135,7 +136,7 @@ def test_an_endless_stream_is_cut_where_states_go_on(frozen):
             for p, g in zip(moving, torch.autograd.grad(sum(chunk), moving), strict=True):
                 p.data -= 0.3 * g
             h, chunk = h.detach(), []
-    _, trained = run_centralised(own, frozen=frozen)
+    _, trained = run_level(own, baseline=FROZEN if frozen else CENTRALISED)
     expected = [*cell.parameters(), *readout.parameters()]
     for a, b in zip(trained.parameters(), expected, strict=True):
         assert torch.allclose(a, b, rtol=1e-12)

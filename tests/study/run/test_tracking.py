@@ -24,10 +24,10 @@ from hamdist.models.build import make_model, make_tracker
 from hamdist.models.tracker import tracker
 from hamdist.streams.sample import SampleSpec, TargetSpec
 from hamdist.streams.sources.signals import SignalStream
-from hamdist.study.report.figures import record_figures
+from hamdist.study.report.save import record_figures
 from hamdist.study.report.table import run_facts
-from hamdist.study.run.run import run_centralised, run_level
-from hamdist.study.run.tracking import (
+from hamdist.study.run.baseline import CENTRALISED
+from hamdist.study.run.measures import (
     advice,
     follow,
     jumps,
@@ -36,6 +36,7 @@ from hamdist.study.run.tracking import (
     signals,
     tracking,
 )
+from hamdist.study.run.run import run_level
 from hamdist.study.shared.recipes import load_settings
 from hamdist.study.view.page import baked
 
@@ -150,7 +151,7 @@ def test_models_that_cannot_be():
     with pytest.raises(SettingsError, match="a tracker has no input and no layers"):
         make_model(three, VALUES, seed=0, dtype=F64)
     with pytest.raises(SettingsError, match="no centralised training of a tracker"):
-        run_centralised(recipe(10))
+        run_level(recipe(10), baseline=CENTRALISED)
 
 
 # -- how well a target is followed ---------------------------------------------------------------

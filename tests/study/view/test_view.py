@@ -28,9 +28,7 @@ from hamdist.runtime.results.measured import EdgeCounts, Norms, ProcessSample, R
 from hamdist.runtime.results.result import BlockProgress, Progress
 from hamdist.study.shared.result_folder import ResultFolder
 from hamdist.study.view.explain import explain
-from hamdist.study.view.follow import FollowedRun
-from hamdist.study.view.page import baked
-from hamdist.study.view.server import PageServer, events_from, is_alive
+from hamdist.study.view.page import FollowedRun, PageServer, baked, events_from, is_alive
 
 NAMES = ["block0", "block1", "block2"]
 NETWORK = PlacedNetwork(
@@ -394,7 +392,7 @@ def test_watch_shows_the_events_of_a_run_that_goes_on(folder, monkeypatch):
         lambda: note(progress(2.5, 40, replaced=[Replaced("actor 1", NAMES[1:], 30, 20, 1.5, 6)])),
         lambda: folder.__exit__(None, None, None),
     ]
-    monkeypatch.setattr("hamdist.study.view.follow.time.sleep", lambda _: steps.pop(0)())
+    monkeypatch.setattr("hamdist.study.view.page.time.sleep", lambda _: steps.pop(0)())
     monkeypatch.setattr("hamdist.display.progress.PLAIN_SECONDS", 0.0)
     done = CliRunner().invoke(app, ["watch", str(folder.path)])
     said = " ".join(done.stderr.split())
@@ -415,7 +413,7 @@ def test_watch_follows_a_launched_run_to_its_end(monkeypatch):
     from hamdist.cli import app, view
     from hamdist.launch.events import Ended, to_line
     from hamdist.runtime.results.events import Warned
-    from hamdist.runtime.results.progress_events import ProgressEvents
+    from hamdist.runtime.results.run_events import ProgressEvents
 
     events = ProgressEvents("trace", 1)
     told = [

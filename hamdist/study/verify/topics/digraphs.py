@@ -21,7 +21,7 @@ from torch.func import jacrev
 from hamdist.dynamics.blocks.hold import HoldBlock
 from hamdist.dynamics.graph.graph import INPUT, BlockSpec, Graph
 from hamdist.dynamics.objective.losses import mse
-from hamdist.study.propagation.frozen_run import FrozenRunBlock, flat, frozen, omegas, watch
+from hamdist.study.propagation.gradients import FrozenRunBlock, flat, frozen, omegas, watch
 from hamdist.study.verify.oracles.check import Check, Difference, absolute, largest
 from hamdist.study.verify.oracles.networks import F64, dense, seeded
 

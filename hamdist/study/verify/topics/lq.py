@@ -40,7 +40,7 @@ from hamdist.runtime.train.train import train
 from hamdist.streams.adapters import from_iterable
 from hamdist.streams.sample import Sample, Stream
 from hamdist.streams.sources.signals import SignalStream
-from hamdist.study.run.tracking import Trajectory
+from hamdist.study.run.measures import Trajectory
 from hamdist.study.shared.exact_runs import float64_settings
 from hamdist.study.verify.oracles.check import Check
 from hamdist.study.verify.oracles.networks import F64

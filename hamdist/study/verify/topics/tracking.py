@@ -20,7 +20,7 @@ from hamdist.errors import DivergedError
 from hamdist.models.tracker import tracker
 from hamdist.runtime.train.train import train
 from hamdist.streams import make_stream
-from hamdist.study.run.tracking import Tracking, follow, rms, seconds, signals
+from hamdist.study.run.measures import Tracking, follow, rms, seconds, signals
 from hamdist.study.shared.recipes import load_settings
 from hamdist.study.verify.oracles.check import Check, Difference
 from hamdist.study.verify.oracles.networks import F64

@@ -1,1 +1,0 @@
-"""Commands for launched runs and clusters."""
