@@ -17,7 +17,7 @@ ACTIVATIONS: dict[object, type[nn.Module]] = {
 }
 
 
-class Attention(Unary):
+class SelfAttention(Unary):
     """f = softmax(q k^T / sqrt(D)) v by head, of q, k and v side by side, (B, T, 3 E) -> (B, T, E).
 
     It is PyTorch's operator on processors, which keeps the sums of the softmax and not its (T, T)

@@ -16,7 +16,7 @@ from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 
 from hamdist.dynamics.tracing.traced_module import TracedModule
 from hamdist.dynamics.user_modules.hooks import is_usual
-from hamdist.dynamics.vjp.attention import ACTIVATIONS, Attention, in_projection, is_plain
+from hamdist.dynamics.vjp.attention import ACTIVATIONS, SelfAttention, in_projection, is_plain
 from hamdist.dynamics.vjp.kernels import (
     FROM_INPUT,
     FROM_RESULT,
@@ -216,7 +216,7 @@ class _Program:
 
         def attention(place: int) -> int:
             place = self._layer(in_projection(m.self_attn), place, alone=False)
-            place = self._add(Attention(m.self_attn.num_heads), place)
+            place = self._add(SelfAttention(m.self_attn.num_heads), place)
             return self._layer(m.self_attn.out_proj, place, alone=True)
 
         def mlp(place: int) -> int:

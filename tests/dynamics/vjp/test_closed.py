@@ -138,7 +138,7 @@ KINDS |= {
     "no biases": (lambda: encoder_layer(bias=False), TOKENS),
     "one head of many tokens": (
         lambda: nn.TransformerEncoderLayer(6, 1, 9, 0.0, batch_first=True, dtype=F64),
-        (2, 70, 6),
+        (1, 40, 6),
     ),
     "one sample of tokens": (encoder_layer, (5, 6)),
     "frozen attention": (frozen_attention, TOKENS),
