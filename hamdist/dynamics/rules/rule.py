@@ -106,7 +106,7 @@ class Rule:
         Returns:
             Gradient-like tensors by weight: the optimiser moves against them.
         """
-        raise NotImplementedError
+        raise NotImplementedError("a rule of your own has its own learn()")
 
     def backward(self, block: BlockView, kept: Any, message: Tensor) -> tuple[Messages, Updates]:
         """Compute what goes back to the parents, and the updates.
@@ -121,7 +121,7 @@ class Rule:
             One message for each parent, like its state (None: no message), and the updates as of
             `learn`.
         """
-        raise NotImplementedError
+        raise NotImplementedError("a rule of your own has its own backward()")
 
     def relax(
         self, block: BlockView, inputs: Sequence[Tensor], message: Tensor
@@ -137,7 +137,7 @@ class Rule:
             The next h, one message for each parent, and the updates, which act in ticks in which
             `block.learns`.
         """
-        raise NotImplementedError
+        raise NotImplementedError("a rule of your own has its own relax()")
 
     def nudges(self, ticks: int) -> list[float]:  # noqa: ARG002
         """Return the scale of the loss by tick of a held sample, where the rule needs another than

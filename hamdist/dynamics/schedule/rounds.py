@@ -40,7 +40,7 @@ class OwnLevel:
         Args:
             graph: of the run; `depths` by block, `depth` D, `edges`, `readouts` are what counts.
         """
-        raise NotImplementedError
+        raise NotImplementedError("a level of your own has its own ticks()")
 
     def events(self, graph: Graph) -> Iterable[tuple[int, str, str, int]]:
         """Yield (tick, block, phase, sample) for the samples 0 ... S - 1 of the first round.
@@ -52,7 +52,7 @@ class OwnLevel:
         Args:
             graph: as of `ticks`.
         """
-        raise NotImplementedError
+        raise NotImplementedError("a level of your own has its own events()")
 
     def table(self, graph: Graph, ticks: int) -> str:
         """Return the events as a table, a row for each tick.

@@ -312,7 +312,10 @@ def try_rules(plan: Plan) -> None:
         before = dict(getattr(rule, "__dict__", {}))
         try:
             block = make_node(plan, name, Mailbox({INPUT, *plan.graph.blocks})).block
-            _try(plan, name, block.rule)  # type: ignore[union-attr]  # it has one
+            applied: AppliedRule = block.rule  # type: ignore[union-attr]  # it has one
+            weights = {key: w.clone() for key, w in applied.view.theta.items()}
+            drawn = torch.random.get_rng_state()
+            _try(plan, name, applied)
         except HamdistError:
             raise
         except Exception as error:
@@ -323,6 +326,14 @@ def try_rules(plan: Plan) -> None:
                     f"{who}: it changes self.{key}, but `self` holds constants, of which each "
                     "process has a copy: keep it in block.memory, which `start` returns"
                 )
+        for key, w in applied.view.theta.items():
+            if not torch.equal(w, weights[key]):
+                raise GraphError(f"{who}: it changes the weight {key!r} itself; return an update")
+        if not torch.equal(drawn, torch.random.get_rng_state()):
+            raise GraphError(
+                f"{who}: it draws from torch's own generator, or seeds it, which every process has "
+                "for itself: draw from block.generator, or by block.randn_like"
+            )
 
 
 def _try(plan: Plan, name: str, applied: AppliedRule) -> None:

@@ -159,7 +159,11 @@ def make_level(field: str, named: OwnLevel | str) -> OwnLevel:
 def level_fields(field: str, named: OwnLevel | str) -> dict[str, Any]:
     """Return the fields of settings by which a run is at a level of one's own."""
     level = make_level(field, named)
-    kind = type(level)
+    kind, bases = type(level), ("trace", "heads", "backprop", "reversible")
+    if level.base not in bases:
+        raise SettingsError(
+            f"{field} {named!r}: base {level.base!r}; give one of {', '.join(bases)}"
+        )
     name = named if isinstance(named, str) else f"{kind.__module__}:{kind.__qualname__}"
     return {"level": level.base, "locality": {"level": name}}
 

@@ -223,6 +223,8 @@ def test_what_it_does_not_fit():
             run(TwoAndWait(), **fields)
     with pytest.raises(SettingsError, match="give a hamdist.OwnLevel"):
         run(TwoAndWait)
+    with pytest.raises(SettingsError, match="base 'local'; give one of trace, heads"):
+        run(Every(3, base="local"))
     blocks = bare_chain(3).blocks.values()
     graph = Graph([replace(one, rule=None if one.loss else Direct()) for one in blocks])
     with pytest.raises(

@@ -491,6 +491,18 @@ REFUSED = {
         wrong(backward=back(lambda b, k, m: ([None], {"0.bias": m.sum(0).to_sparse()}))),
         r"\(torch.sparse_coo\), and the weight is a float64 tensor of shape \(7,\)",
     ),
+    "a weight that is moved": (
+        wrong(backward=back(lambda b, k, m: b.theta["0.bias"].data.add_(1) is None or b.vjp(k, m))),
+        "it changes the weight '0.bias' itself; return an update",
+    ),
+    "torch's own random numbers": (
+        wrong(backward=back(lambda b, k, m: b.vjp(k, m + 0 * torch.randn(())))),
+        "it draws from torch's own generator, .* draw from block.generator",
+    ),
+    "the method of the base": (
+        wrong(backward=lambda self, *given: hamdist.Rule.backward(self, *given)),
+        r"NotImplementedError: a rule of your own has its own backward\(\)",
+    ),
     "a count on the rule": (
         wrong(
             calls=0,
