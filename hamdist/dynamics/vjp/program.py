@@ -7,13 +7,16 @@ to do the same at every call (purity.py); a proved one is traced by torch.fx.
 from __future__ import annotations
 
 import operator
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import fx, nn
+from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 
 from hamdist.dynamics.tracing.traced_module import TracedModule
 from hamdist.dynamics.user_modules.hooks import is_usual
+from hamdist.dynamics.vjp.attention import ACTIVATIONS, SelfAttention, in_projection, is_plain
 from hamdist.dynamics.vjp.kernels import (
     FROM_INPUT,
     FROM_RESULT,
@@ -32,6 +35,14 @@ from hamdist.dynamics.vjp.kernels import (
 from hamdist.dynamics.vjp.native_chain import Chain, chain_of
 from hamdist.dynamics.vjp.purity import is_pure
 from hamdist.dynamics.vjp.steps import ProgramStep
+
+# Kernels of layers with `weight` and `bias`.
+WEIGHTED: dict[type, Callable[[Any, tuple[int | None, ...]], Kernel]] = {
+    nn.Linear: Linear,
+    NonDynamicallyQuantizableLinear: Linear,
+    nn.LayerNorm: LayerNorm,
+    nn.Conv2d: Conv2d,
+}
 
 
 def read_program(
@@ -168,23 +179,16 @@ class _Program:
 
     def _layer(self, m: Any, place: int, *, alone: bool) -> int:
         """Add the kernel of a layer. alone: it is the only reader of the value at `place`."""
-
-        def indices(*names: str) -> tuple[int | None, ...]:
-            return tuple(self._index(m, name) for name in names)
-
         kind = type(m)
-        if kind is nn.Linear:
-            return self._add(Linear(m, indices("weight", "bias")), place)
-        if kind is nn.LayerNorm:
-            return self._add(LayerNorm(m, indices("weight", "bias")), place)
-        if kind is nn.Conv2d:
-            if m.padding_mode != "zeros" or isinstance(m.padding, str):
+        if kind in WEIGHTED:
+            if kind is nn.Conv2d and (m.padding_mode != "zeros" or isinstance(m.padding, str)):
                 raise _Unknown
-            return self._add(Conv2d(m, indices("weight", "bias")), place)
+            weights = self._index(m, "weight"), self._index(m, "bias")
+            return self._add(WEIGHTED[kind](m, weights), place)
         if kind is nn.Embedding:
             if m.max_norm is not None or m.scale_grad_by_freq or m.sparse:
                 raise _Unknown
-            return self._add(Embedding(m, indices("weight")), place)
+            return self._add(Embedding(m, (self._index(m, "weight"),)), place)
         if kind is nn.Identity or (kind is nn.Dropout and m.p == 0):
             if not alone:
                 raise _Unknown  # one value under two names
@@ -195,9 +199,40 @@ class _Program:
             return self._add(
                 Reshape(lambda x: torch.unflatten(x, m.dim, m.unflattened_size)), place
             )
+        if kind is nn.TransformerEncoderLayer:
+            return self._encoder_layer(m, place)
+        if kind is nn.TransformerEncoder:
+            for layer in [*m.layers, *([] if m.norm is None else [m.norm])]:
+                place = self._layer(layer, place, alone=False)
+            return place
         if not alone and getattr(m, "inplace", False):
             raise _Unknown  # it would change what others read
         return self._activation(m, place, alone=alone)
+
+    def _encoder_layer(self, m: nn.TransformerEncoderLayer, x: int) -> int:
+        """Add x' = LN(x + attention(x)), LN(x' + mlp(x')), or the norms before (`norm_first`)."""
+        if m.activation not in ACTIVATIONS or not is_plain(m.self_attn):
+            raise _Unknown
+
+        def attention(place: int) -> int:
+            place = self._layer(in_projection(m.self_attn), place, alone=False)
+            place = self._add(SelfAttention(m.self_attn.num_heads), place)
+            return self._layer(m.self_attn.out_proj, place, alone=True)
+
+        def mlp(place: int) -> int:
+            place = self._layer(m.linear1, place, alone=False)
+            place = self._activation(ACTIVATIONS[m.activation](), place, alone=True)
+            for layer in (m.dropout, m.linear2):
+                place = self._layer(layer, place, alone=True)
+            return place
+
+        for part, dropout, norm in ((attention, m.dropout1, m.norm1), (mlp, m.dropout2, m.norm2)):
+            inner = self._layer(norm, x, alone=False) if m.norm_first else x
+            inner = self._layer(dropout, part(inner), alone=True)
+            x = self._add(Add(), x, inner)
+            if not m.norm_first:
+                x = self._layer(norm, x, alone=True)
+        return x
 
     def _index(self, module: nn.Module, name: str) -> int | None:
         parameter = getattr(module, name)

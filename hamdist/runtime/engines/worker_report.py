@@ -38,6 +38,9 @@ PHASES = {
     "complete": "costate",
     "end": "update",
 }
+PAUSE_SECONDS = 1.0  # between two samples of the norms
+SHARE = 0.001  # of the time that they may take
+KEPT = 4  # probes that wait to be fetched
 
 
 class Tracer:
@@ -92,11 +95,6 @@ class Tracer:
 
 def _id(channel: Any, stamp: Any) -> str:
     return f"{channel.number}.{stamp.tick}.{stamp.sample}"
-
-
-PAUSE_SECONDS = 1.0  # between two samples of the norms
-SHARE = 0.001  # of the time that they may take
-KEPT = 4  # probes that wait to be fetched
 
 
 class Sampler:

@@ -39,12 +39,16 @@ from hamdist.runtime.results.events import (
 )
 from hamdist.runtime.results.measured import Replaced, summed
 
-if TYPE_CHECKING:
+if TYPE_CHECKING:  # (a command's folder is there before torch is imported)
     from hamdist.config import Settings
     from hamdist.runtime.results.result import Progress, RunFacts
 
 LINES = 2000
 BLOCKS_AT_FULL_PACE = 100
+EVENTS = "events.jsonl"
+LOGGER = logging.getLogger("hamdist.run")
+logging.getLogger("hamdist").addHandler(logging.NullHandler())  # (warnings are shown anyway)
+Result = TypeVar("Result", bound="RunFacts")
 
 
 class ProgressPace:
@@ -152,12 +156,6 @@ class ProgressEvents:
 
 def _fields(of: PlacedNetwork | Replaced) -> dict[str, Any]:
     return {field.name: getattr(of, field.name) for field in dataclasses.fields(of)}
-
-
-EVENTS = "events.jsonl"
-LOGGER = logging.getLogger("hamdist.run")
-logging.getLogger("hamdist").addHandler(logging.NullHandler())  # (warnings are shown anyway)
-Result = TypeVar("Result", bound="RunFacts")
 
 
 class EventFile:

@@ -25,6 +25,8 @@ from hamdist.runtime.process.leftovers import SOCKETS_PREFIX
 from hamdist.runtime.signals.signal import Aborted, Channel, Interrupted, Signal
 
 T = TypeVar("T")
+TURN_MS = 100  # how long a blocked call sleeps before it looks whether the run was called off
+MAX_PATH = 107  # of a socket's file
 
 
 class ThreadCalls:
@@ -76,10 +78,6 @@ class ThreadCalls:
         with self._lock:
             self.serve()
             self._looping = False
-
-
-TURN_MS = 100  # how long a blocked call sleeps before it looks whether the run was called off
-MAX_PATH = 107  # of a socket's file
 
 
 @dataclass(frozen=True, slots=True)

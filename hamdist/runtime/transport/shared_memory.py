@@ -66,6 +66,8 @@ RING_MAGIC = b"HR"
 RING_FORMAT = 1
 CREDIT = struct.Struct("<I")
 PEER = struct.Struct("3i")  # pid, uid, gid
+MAX_CAPACITY = 128  # packets that the kernel's smallest usual buffer (416 KiB) has room for
+BUFFER_BYTES = 2**22  # asked for; the kernel gives what net.core.wmem_max allows
 
 
 def prepare_socket(connection: socket.socket) -> None:
@@ -101,10 +103,6 @@ class Ring:
 def seals() -> int:
     """Return the seals of a ring's memory, as one number."""
     return int(sum(getattr(fcntl, name) for name in SEALS))
-
-
-MAX_CAPACITY = 128  # packets that the kernel's smallest usual buffer (416 KiB) has room for
-BUFFER_BYTES = 2**22  # asked for; the kernel gives what net.core.wmem_max allows
 
 
 def available() -> bool:

@@ -108,15 +108,12 @@ class Endpoints:
         way: 'shm', 'ipc', 'tcp://HOST', or 'tcp://HOST KEY' with the sender's public key.
         limit: the most bytes of a frame by tcp (-1: any). memory: of the receiving block's GPU.
         """
-        if self._link_delay:
-            receiver: Receiver = DelayedReceiver(
-                self._line,
-                channel,
-                self._link_delay,
-                lambda context: self._open(context, channel, way, limit),
-            )
-        else:
-            receiver = self._open(self._line, channel, way, limit, memory)
+
+        def make(context: EndpointContext) -> Receiver:
+            return self._open(context, channel, way, limit, memory)
+
+        line, delay = self._line, self._link_delay
+        receiver = DelayedReceiver(line, channel, delay, make) if delay else make(line)
         old = self._in.pop(channel.number, None)
         if old is not None:
             old.close()
@@ -131,7 +128,7 @@ class Endpoints:
         channel: Channel,
         way: str,
         limit: int,
-        memory: GpuMemory | None = None,
+        memory: GpuMemory | None,
     ) -> Receiver:
         if way == SHM:
             return SharedReceiver(line, channel, memory)
@@ -184,14 +181,14 @@ class Endpoints:
         old = self._out.pop(channel.number, None)
         if old is not None:
             old.close()
-        if log is None:
-            self._out[channel.number] = self._reach(self._line, channel, address, limit, gpu_sender)
-            return
 
         def make(context: EndpointContext) -> Sender:
             return self._reach(context, channel, address, limit, gpu_sender)
 
-        self._out[channel.number] = ReplaySender(self._line, channel, log, first, make)
+        end = (
+            make(self._line) if log is None else ReplaySender(self._line, channel, log, first, make)
+        )
+        self._out[channel.number] = end
 
     def answer_offers(self) -> None:
         """Answer the offers of memory that have come; before any signal is received."""

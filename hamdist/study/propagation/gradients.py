@@ -47,6 +47,8 @@ from hamdist.study.shared.exact_runs import PlanNodes, float64_settings
 
 FrozenRunBlock: TypeAlias = HoldBlock | HoldReadout
 BlockObserver: TypeAlias = Callable[[str, int, FrozenRunBlock], None]
+CYCLE_HOPS = 200  # hops that count on a cycle, where a signal never ends
+TRIED = tuple(digit * 10.0**power for power in range(6) for digit in (1, 2, 5))
 
 
 def watch(
@@ -179,10 +181,6 @@ def _keys(graph: Graph, name: str, *, whole: bool) -> Iterator[str]:
 def flat(tensors: Iterable[Tensor]) -> Tensor:
     """Return all tensors as one vector (P,)."""
     return torch.cat([t.detach().reshape(-1) for t in tensors])
-
-
-CYCLE_HOPS = 200  # hops that count on a cycle, where a signal never ends
-TRIED = tuple(digit * 10.0**power for power in range(6) for digit in (1, 2, 5))
 
 
 @dataclass(frozen=True)

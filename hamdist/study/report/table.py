@@ -30,8 +30,7 @@ _COUNTS = {  # what streams count
 def comparison_table(rows: Sequence[AggregateRow]) -> Table:
     """Return accuracies in %, gaps in points, spreads behind a ±; or else losses."""
     real_valued = all(row.held_out_accuracy is None for row in rows)
-    columns = _loss_columns() if real_valued else _accuracy_columns()
-    columns.update(_cost_columns())
+    columns = _score_columns(real_valued) | _cost_columns()
     if all(row.gap_test is None and row.loss_gap_test is None for row in rows):
         del columns["95 %"]
     notes = [f"{row.level}: {note}" for row in rows for note in row.notes]
@@ -78,27 +77,24 @@ def _effort(rows: Sequence[AggregateRow]) -> list[str]:
     return [f"CPU seconds a run, all threads: {', '.join(spent)}"] if spent else []
 
 
-def _accuracy_columns() -> dict[str, Callable[[AggregateRow], str]]:
-    return {
+def _score_columns(real_valued: bool) -> dict[str, Callable[[AggregateRow], str]]:
+    columns: dict[str, Callable[[AggregateRow], str]] = {
         "level": lambda row: row.level,
         "engine": lambda row: row.engine,
         "seeds": lambda row: str(row.seeds),
+    }
+    if real_valued:
+        return columns | {
+            "held-out loss": lambda row: number(row.held_out_loss, row.held_out_loss_spread),
+            "prequential loss": lambda row: number(row.prequential_loss),
+            "loss gap": lambda row: number(row.loss_gap, row.loss_gap_spread),
+            "95 %": lambda row: interval(row.loss_gap_test if row.level != CENTRALISED else None),
+        }
+    return columns | {
         "held-out, %": lambda row: percent(row.held_out_accuracy, row.held_out_spread),
         "prequential, %": lambda row: percent(row.prequential_accuracy),
         "gap, points": lambda row: points(row.gap_to_backprop, row.gap_spread),
         "95 %": lambda row: interval(row.gap_test if row.level != CENTRALISED else None, 100),
-    }
-
-
-def _loss_columns() -> dict[str, Callable[[AggregateRow], str]]:
-    return {
-        "level": lambda row: row.level,
-        "engine": lambda row: row.engine,
-        "seeds": lambda row: str(row.seeds),
-        "held-out loss": lambda row: number(row.held_out_loss, row.held_out_loss_spread),
-        "prequential loss": lambda row: number(row.prequential_loss),
-        "loss gap": lambda row: number(row.loss_gap, row.loss_gap_spread),
-        "95 %": lambda row: interval(row.loss_gap_test if row.level != CENTRALISED else None),
     }
 
 

@@ -83,6 +83,12 @@ def half_square(prediction, target):
     return 0.5 * (prediction - target).square().sum() / len(target)
 
 
+def torch_encoder():
+    """Torch's own layers, which step in closed form."""
+    layers = (nn.TransformerEncoderLayer(8, 2, 12, 0.0, batch_first=True) for _ in range(3))
+    return nn.Sequential(nn.Embedding(11, 8), *layers, nn.Flatten(), nn.Linear(40, 3))
+
+
 NETWORKS = {
     "resnet": (ResNet, images, 3),
     "unet": (UNet, maps, 2),
@@ -90,6 +96,7 @@ NETWORKS = {
     "gpt": (lambda: GPT(Config()), text, 11),
     "lstm": (Tagger, tokens, 3),
     "encoder": (lambda: Encoder(Config()), masked, {"logits": 3}),
+    "torch's encoder": (torch_encoder, tokens, 3),
     "two by two": (TwoByTwo, pairs, {"kind": 3}),
 }
 

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import copy
+import warnings
+from typing import Any
 
 import pytest
 import torch
@@ -21,7 +23,7 @@ from hamdist.dynamics.vjp.autograd import AutogradFunction
 from hamdist.dynamics.vjp.closed import closed_cell
 from hamdist.dynamics.vjp.gradient import all_dense, bound
 
-TIGHT = {"rtol": 1e-12, "atol": 1e-13}
+TIGHT = {"rtol": 1e-12, "atol": 1e-12}  # (biases of keys: gradients are what round-off leaves)
 
 
 class Residual(nn.Module):
@@ -73,6 +75,39 @@ def convnet() -> nn.Module:
     )
 
 
+def encoder_layer(**how: Any) -> nn.TransformerEncoderLayer:
+    return nn.TransformerEncoderLayer(
+        6, 2, 9, **{"dropout": 0.0, "batch_first": True, "dtype": F64, **how}
+    )
+
+
+def frozen_attention() -> nn.Module:
+    made = encoder_layer()
+    made.self_attn.in_proj_weight.requires_grad_(False)
+    made.self_attn.out_proj.bias.requires_grad_(False)
+    return nn.Sequential(nn.Linear(6, 6, dtype=F64), made)
+
+
+class WithAttention(nn.Module):
+    """A forward of a user's own around torch's layer."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.mix = encoder_layer()
+        self.f = nn.Linear(6, 2, dtype=F64)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.f(self.mix(x) - x)
+
+
+def encoder() -> nn.Module:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of nested tensors
+        return nn.TransformerEncoder(
+            encoder_layer(norm_first=True), 2, norm=nn.LayerNorm(6, dtype=F64)
+        )
+
+
 KINDS = {
     "linear": (lambda: nn.Linear(6, 3, dtype=F64), (4, 6)),
     "linear over rows": (lambda: nn.Linear(6, 3, dtype=F64), (4, 5, 6)),
@@ -95,6 +130,20 @@ KINDS = {
         lambda: nn.Sequential(nn.Linear(6, 6, dtype=F64), nn.Unflatten(1, (2, 3))),
         (4, 6),
     ),
+}
+TOKENS = (3, 5, 6)
+KINDS |= {
+    "attention": (encoder_layer, TOKENS),
+    "norm first": (lambda: encoder_layer(norm_first=True, activation="gelu"), TOKENS),
+    "no biases": (lambda: encoder_layer(bias=False), TOKENS),
+    "one head of many tokens": (
+        lambda: nn.TransformerEncoderLayer(6, 1, 9, 0.0, batch_first=True, dtype=F64),
+        (1, 40, 6),
+    ),
+    "one sample of tokens": (encoder_layer, (5, 6)),
+    "frozen attention": (frozen_attention, TOKENS),
+    "user's forward": (WithAttention, TOKENS),
+    "encoder": (encoder, TOKENS),
 }
 for _kind in (nn.ReLU, nn.Tanh, nn.Sigmoid, nn.GELU, nn.SiLU, nn.LeakyReLU, nn.Softplus, nn.ELU):
     KINDS[_kind.__name__] = (lambda k=_kind: nn.Sequential(nn.Linear(6, 6, dtype=F64), k()), (4, 6))
@@ -284,6 +333,10 @@ def weight_norm() -> nn.Module:
         lambda: nn.Sequential(nn.Linear(6, 6), nn.Dropout(0.5)),
         lambda: nn.GRUCell(6, 6),
         nn.Identity,
+        lambda: encoder_layer(dropout=0.1),
+        lambda: encoder_layer(batch_first=False),
+        lambda: encoder_layer(dtype=torch.bfloat16),
+        lambda: encoder_layer(activation=functional.silu),
     ],
 )
 def test_left_to_autograd(make):

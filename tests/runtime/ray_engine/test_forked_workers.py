@@ -31,7 +31,8 @@ raise SystemExit(3)
 
 
 @pytest.fixture
-def folder():
+def folder(monkeypatch):
+    monkeypatch.delenv(worker_process.ADDRESS, raising=False)
     with tempfile.TemporaryDirectory(prefix="f-") as path:
         yield path
 
