@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import partial
-from itertools import chain, islice
+from itertools import count
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -17,7 +17,7 @@ from hamdist.dynamics.graph.graph import Graph
 from hamdist.dynamics.objective.losses import LossFunction
 from hamdist.dynamics.updates.constants import TickSchedule
 from hamdist.dynamics.updates.optimizers import OptimizerFunction, SchedulerFunction
-from hamdist.errors import HamdistError, SettingsError
+from hamdist.errors import HamdistError, SettingsError, StreamError
 from hamdist.models.build import make_from_settings
 from hamdist.runtime.live.begin import (
     COMPUTES,
@@ -27,7 +27,7 @@ from hamdist.runtime.live.begin import (
     read_beginning,
     with_first_weights,
 )
-from hamdist.runtime.live.callbacks import Callback, EndsWhen, LiveStatus
+from hamdist.runtime.live.callbacks import Callback, EarlyStopping, EndsWhen, LiveStatus
 from hamdist.runtime.live.run import LiveRun
 from hamdist.runtime.results.events import EventListener
 from hamdist.runtime.results.result import Progress, RunResult
@@ -36,6 +36,7 @@ from hamdist.runtime.train.arguments import check_arguments, functions_of, prepa
 from hamdist.runtime.train.prepare import NamedRule
 from hamdist.streams import Stream, from_iterable, make_stream
 from hamdist.streams.batch_names import Names
+from hamdist.streams.replay import drawn
 from hamdist.trackers import listeners_of
 
 if TYPE_CHECKING:
@@ -229,11 +230,24 @@ def _called_back(
     classes = {n: t.classes for n, t in (spec.targets or {}).items() if t.classes is not None}
     reader = from_iterable([first], classes=classes or spec.classes)
     settings = work.keywords["settings"]
+    if all(isinstance(callback, EarlyStopping) for callback in callbacks):
+        raise SettingsError(
+            f"callbacks: {type(callbacks[0]).__name__} waits for evaluations, which nobody makes: "
+            "add hamdist.Evaluation(x, y, every=...)"
+        )
     hooks: Any = {"callbacks": callbacks, "listeners": listeners_of(settings, trackers)}
-    with live_run(work, model, reader, patience=1, **hooks) as run:
-        for sample in islice(chain([first], samples), settings.steps):
-            u = sample.u if sample.inputs is None else sample.inputs
-            run.feed(u, sample.y, end=sample.end)
+    run = live_run(work, model, reader, patience=1, **hooks)
+    try:
+        with run:
+            for n in count() if settings.steps is None else range(settings.steps):
+                sample = drawn(samples, n) if n else first
+                if sample is None:
+                    break
+                u = sample.u if sample.inputs is None else sample.inputs
+                run.feed(u, sample.y, end=sample.end)
+    except StreamError as error:
+        error.result = error.result or run.result
+        raise
     return run.stop()
 
 

@@ -57,6 +57,9 @@ def live_run(
         repeats: the journal in `out` is read, and nothing is added to it.
         listeners: called with the run's events, which `out` gets as a file, too.
     """
+    for callback in callbacks:
+        if not isinstance(callback, Callback):
+            raise SettingsError(f"callbacks: {callback!r} is no hamdist.Callback; give one, made")
     settings: Settings = work.keywords["settings"]
     if settings.level is Level.AUTO:
         raise SettingsError(

@@ -595,6 +595,32 @@ def test_training_stops_early_and_gives_back_the_best_weights():
         torch.testing.assert_close(weight, weights[name])
 
 
+def test_a_stream_that_fails_beside_callbacks_leaves_what_was_learned():
+    def failing():
+        yield from samples(7)
+        raise OSError("gone")
+
+    given = {"classes": 3, "level": "backprop", "callbacks": [hamdist.Callback()]}
+    with pytest.raises(StreamError, match="sample 7: the stream raised OSError: gone") as caught:
+        hamdist.train(network(), failing(), **given)
+    expected = hamdist.train(network(), samples(7), **given)
+    left = zip(caught.value.result.model.parameters(), expected.model.parameters(), strict=True)
+    assert all(torch.equal(a, b) for a, b in left)
+
+
+@pytest.mark.parametrize(
+    ("callbacks", "said"),
+    [
+        ([hamdist.EarlyStopping], "EarlyStopping'> is no hamdist.Callback; give one, made"),
+        ([hamdist.EarlyStopping(3)], "EarlyStopping waits for evaluations, which nobody makes"),
+        ([hamdist.BestWeights()], "BestWeights waits for evaluations, which nobody makes"),
+    ],
+)
+def test_callbacks_that_hear_nothing(callbacks, said):
+    with pytest.raises(SettingsError, match=said):
+        hamdist.train(network(), samples(7), classes=3, level="backprop", callbacks=callbacks)
+
+
 def test_a_run_ends_when_its_condition_holds():
     with start("backprop", until=lambda status: status.answered >= 5) as run:
         for item in samples(100):
