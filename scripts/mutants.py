@@ -133,8 +133,8 @@ MUTANTS = (
     ),
     Mutant(
         "step size: warm-up begins with zero",
-        "factor *= (sample + 1) / self.warmup",
-        "factor *= sample / self.warmup",
+        "factor *= (sample + 1) / of.warmup",
+        "factor *= sample / of.warmup",
         "tests/dynamics/updates/test_rates.py",
     ),
     # -- vector-Jacobian products and losses

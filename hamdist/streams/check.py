@@ -146,7 +146,7 @@ class Checker:
                 f"({self._one_row}), and blocks were cut for more: leave such batches out "
                 "(drop_last=True), or write that line without regard to the number of rows"
             )
-        _check_finite(n, field, u)
+        check_finite(n, field, u)
         return _aligned(u)
 
     def _targets(self, n: int, y: Target, batch: int) -> Target:
@@ -202,7 +202,7 @@ class Checker:
                 f"sample {n}: {field} has batch {y.shape[0]}, but u has batch {batch}: "
                 "give one target per input, or None for the whole sample"
             )
-        _check_finite(n, field, y)
+        check_finite(n, field, y)
         if spec.classes is None:
             return _aligned(target)
         possible = 0 <= self._ignore_index < spec.classes
@@ -239,7 +239,8 @@ def _check_dtype(n: int, field: str, value: Tensor, dtype: torch.dtype) -> None:
         )
 
 
-def _check_finite(n: int, field: str, value: Tensor) -> None:
+def check_finite(n: int, field: str, value: Tensor) -> None:
+    """Raise StreamError for a value of a sample that is nan or infinite."""
     if not value.is_floating_point() or math.isfinite(value.sum().item()):
         return
     # a sum of finite values can overflow: look again, value by value

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from traceback import clear_frames
 from typing import Protocol, runtime_checkable
 
 from hamdist.errors import StreamError
@@ -82,6 +83,9 @@ def drawn(
     except (StreamError, passing):
         raise
     except Exception as error:
+        # (What the error's frames hold, as the processes of a DataLoader, ends here, in order; as
+        # garbage it would keep whoever collects it waiting for 5 s a process.)
+        clear_frames(error.__traceback__)
         raise StreamError(
             f"sample {n}: the stream raised {type(error).__name__}: {error}"
         ) from error

@@ -4,6 +4,7 @@ delay (late targets), tables written by hand (pace), the in-process engine (Ray)
 from __future__ import annotations
 
 import itertools
+import weakref
 from collections.abc import Iterator
 from typing import Any
 
@@ -15,13 +16,15 @@ from study.builders import make_run
 from torch import nn
 from torch.nn import functional
 
+import hamdist
 from hamdist.config import Late, Settings
 from hamdist.dynamics.graph.graph import BlockSpec, Graph
 from hamdist.dynamics.objective.losses import cross_entropy, mse
 from hamdist.errors import GraphError, SettingsError, StreamError
 from hamdist.models.build import make_model
 from hamdist.runtime.train.train import train
-from hamdist.streams import Delayed, Paced, Rejoin, Sample, SampleSpec, TargetSpec
+from hamdist.streams import Delayed, Paced, Rejoin, Sample, SampleSpec, TargetSpec, from_iterable
+from hamdist.streams.replay import drawn
 from hamdist.study.report.table import run_facts
 from hamdist.study.run.baseline import train_centralised
 
@@ -253,3 +256,29 @@ def test_counts_are_printed() -> None:
     none = run_facts(make_run("local", stream={"dropped": 0}))
     assert none["stream"] == "0 dropped while the network was busy"
     assert "stream" not in run_facts(make_run("local"))
+
+
+def test_what_a_failed_stream_held_is_let_go_at_once():
+    """As the processes of a DataLoader, which are slow to end as garbage."""
+    held = []
+
+    def samples():
+        loader = torch.zeros(1)
+        held.append(weakref.ref(loader))
+        yield torch.zeros(2, 3), torch.zeros(2, dtype=torch.long)
+        raise OSError("gone")
+
+    stream = from_iterable(samples(), classes=2).samples()
+    next(stream)
+    with pytest.raises(StreamError, match="gone") as caught:
+        drawn(stream, 1)
+    assert held[0]() is None
+    assert isinstance(caught.value.__cause__, OSError)
+
+
+def test_whole_numbers_are_no_probabilities():
+    one_hot = torch.eye(3, dtype=torch.long)[[0, 2]]
+    with pytest.raises(GraphError, match=r"place of probabilities; .* y.argmax\(1\), or y.float"):
+        hamdist.train(nn.Linear(4, 3), [(torch.zeros(2, 4), one_hot)] * 3)
+    result = hamdist.train(nn.Linear(4, 3), [(torch.zeros(2, 4), one_hot.float())] * 3)
+    assert result.samples == 3

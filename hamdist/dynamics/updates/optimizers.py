@@ -210,6 +210,7 @@ class BlockOptimizers(Stateful):
         """Move the weights by `gradients`, with `factor` times the step sizes of the groups."""
         groups = [group for opt in self.optimizers for group in opt.param_groups]
         rates = [group["lr"] for group in groups]
+        places = [p.data for p in self._parameters]
         for p, g in zip(self._parameters, gradients, strict=True):
             p.grad = g.clone()  # which some optimisers use up, as foreach with Nesterov's momentum
         if factor != 1:
@@ -217,6 +218,9 @@ class BlockOptimizers(Stateful):
                 group["lr"] = rate * factor
         for opt in self.optimizers:
             opt.step()
+        for p, place in zip(self._parameters, places, strict=True):
+            if p.data_ptr() != place.data_ptr():  # an optimiser of a user's has put another there
+                p.data = place.copy_(p.data)
         if factor != 1:
             for group, rate in zip(groups, rates, strict=True):
                 group["lr"] = rate

@@ -66,6 +66,9 @@ def before(plan: Plan, settings: Settings) -> list[str]:
     sample = example_sample(plan.spec)
     inputs = {INPUT: sample.u} if sample.inputs is None else by_parent(sample.inputs)
     notes += microbatch_warnings(plan.knobs, plan.graph, plan.spec, inputs, auto=auto)
+    blocks = plan.graph.blocks.values()
+    if not any(b.rule or any(p.requires_grad for p in b.module.parameters()) for b in blocks):
+        notes.append("no weight of the model learns: all are frozen (requires_grad is False)")
     notes += _losses(plan)
     notes += _alone(plan)
     notes += _as_they_are(plan)

@@ -195,6 +195,12 @@ def check_predictions(graph: Graph, shapes: ShapeMap, spec: SampleSpec, ignore_i
                 f"readout {name!r} has the loss cross-entropy, but the stream's targets "
                 f"{target.shape} are no classes; say how many classes there are, or use mse"
             )
+        elif isinstance(block.loss, CrossEntropy) and not target.dtype.is_floating_point:
+            raise GraphError(
+                f"readout {name!r} has the loss cross-entropy, but the stream's targets "
+                f"{target.shape} are whole numbers in the place of probabilities; give the numbers "
+                "of the classes, y.argmax(1), or y.float()"
+            )
 
 
 # -- rules -----------------------------------------------------------------------------------------

@@ -26,6 +26,7 @@ from hamdist.dynamics.objective.losses import (
 )
 from hamdist.dynamics.objective.prequential import count_correct
 from hamdist.errors import HamdistError, StreamError
+from hamdist.streams.check import check_finite
 from hamdist.streams.sample import Sample, Stream
 
 CHUNK = 1024
@@ -86,6 +87,8 @@ def evaluate_samples(
     with _evaluating(model):
         for n, sample in enumerate(samples):
             u = sample.u if sample.inputs is None else sample.inputs
+            for name, value in {"u": u}.items() if isinstance(u, Tensor) else u.items():
+                check_finite(n, f"held-out {name}", value)
             with _naming(n):
                 predictions = tensors(called(model, u))
             if tallies is None:

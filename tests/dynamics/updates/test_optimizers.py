@@ -74,6 +74,17 @@ def muon(parameters):
     return [kind(own, lr=1e-2, weight_decay=0.1) for kind, own in parts if own]
 
 
+class Replaces(optim.Optimizer):
+    """SGD that puts new tensors in the weights' places."""
+
+    def __init__(self, params, lr):
+        super().__init__(params, {"lr": lr})
+
+    def step(self, closure=None):
+        for p in self.param_groups[0]["params"]:
+            p.data = p.data - self.param_groups[0]["lr"] * p.grad
+
+
 HAS_MUON = hasattr(optim, "Muon")
 OPTIMISERS = {
     "SGD": lambda p: optim.SGD(p, 0.1),
@@ -82,6 +93,7 @@ OPTIMISERS = {
     "AdamW": lambda p: optim.AdamW(p, 1e-2, betas=(0.8, 0.95), weight_decay=0.05),
     "RMSprop": lambda p: optim.RMSprop(p, 1e-2, momentum=0.5, centered=True),
     "Adagrad": lambda p: optim.Adagrad(p, 0.1, lr_decay=0.01),
+    "a user's": lambda p: Replaces(p, 0.1),
     "NAdam": lambda p: optim.NAdam(p, 1e-2),
     **({"Adafactor": lambda p: optim.Adafactor(p, 0.1)} if hasattr(optim, "Adafactor") else {}),
     **({"Muon": muon} if HAS_MUON else {}),
@@ -528,3 +540,9 @@ def test_no_optimiser_no_entry():
         learning={"optimizer": "adamw"}, levels={"local": {"learning": {"optimizer": None}}}
     )
     assert over.for_level(Level.LOCAL).learning.optimizer is None
+
+
+def test_a_model_that_is_frozen_as_a_whole_is_told():
+    model = net().requires_grad_(False)
+    with pytest.warns(HamdistWarning, match="no weight of the model learns"):
+        train(lambda: model)

@@ -144,6 +144,9 @@ def test_what_cannot_be_scored():
         evaluate_samples(model, [Sample(first, {"kind": y["kind"]}, inputs=u)], mse, ["angle"])
     with pytest.raises(StreamError, match="nothing is held out"):
         evaluate_samples(model, [], mse, None)
+    bad = Sample(torch.full((2, 3), torch.nan), torch.tensor([0, 1]))
+    with pytest.raises(StreamError, match=r"sample 0: held-out u\[0, 0\] is nan \(6 such values\)"):
+        evaluate_samples(nn.Linear(3, 2), [bad], cross_entropy, None)  # (argmax would be class 0)
 
 
 @pytest.mark.parametrize("names", [("x", "left"), ("0", "1")])
