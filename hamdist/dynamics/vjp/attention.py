@@ -5,12 +5,16 @@ B: batch; T: tokens; H: heads; D: inputs of a head; E = H D.
 
 from __future__ import annotations
 
+import operator
+
 import torch
-from torch import Tensor, nn
+from torch import Tensor, fx, nn
 from torch.nn import functional
 
 from hamdist.dynamics.vjp.kernels import KeptTensors, Unary, aten
 
+# Of nn.MultiheadAttention.
+ARGUMENTS = "query", "key", "value", "key_padding_mask", "need_weights", "attn_mask"
 ACTIVATIONS: dict[object, type[nn.Module]] = {
     **dict.fromkeys((functional.relu, torch.relu), nn.ReLU),
     functional.gelu: nn.GELU,
@@ -63,6 +67,22 @@ def is_plain(m: nn.MultiheadAttention) -> bool:
         and m.in_proj_weight.device.type == "cpu"
         and m.in_proj_weight.dtype in (torch.float32, torch.float64)
     )
+
+
+def attends_to(call: fx.Node) -> fx.Node | None:
+    """Return what a call of nn.MultiheadAttention attends to, all of it, as query, key and value.
+
+    None where these differ, where there is a mask, or where somebody reads the weights.
+    """
+    given = dict(zip(ARGUMENTS, call.args, strict=False)) | call.kwargs
+    x = given.get("query")
+    same = given.get("key") is x and given.get("value") is x
+    masked = any(given.get(name) for name in ("key_padding_mask", "attn_mask", "is_causal"))
+    plain = all(
+        user.target is operator.getitem and (user.args[1] == 0 or not user.users)
+        for user in call.users
+    )
+    return x if isinstance(x, fx.Node) and same and plain and not masked else None
 
 
 def in_projection(m: nn.MultiheadAttention) -> nn.Linear:

@@ -16,7 +16,13 @@ from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 
 from hamdist.dynamics.tracing.traced_module import TracedModule
 from hamdist.dynamics.user_modules.hooks import is_usual
-from hamdist.dynamics.vjp.attention import ACTIVATIONS, SelfAttention, in_projection, is_plain
+from hamdist.dynamics.vjp.attention import (
+    ACTIVATIONS,
+    SelfAttention,
+    attends_to,
+    in_projection,
+    is_plain,
+)
 from hamdist.dynamics.vjp.kernels import (
     FROM_INPUT,
     FROM_RESULT,
@@ -211,13 +217,11 @@ class _Program:
 
     def _encoder_layer(self, m: nn.TransformerEncoderLayer, x: int) -> int:
         """Add x' = LN(x + attention(x)), LN(x' + mlp(x')), or the norms before (`norm_first`)."""
-        if m.activation not in ACTIVATIONS or not is_plain(m.self_attn):
+        if m.activation not in ACTIVATIONS:
             raise _Unknown
 
         def attention(place: int) -> int:
-            place = self._layer(in_projection(m.self_attn), place, alone=False)
-            place = self._add(SelfAttention(m.self_attn.num_heads), place)
-            return self._layer(m.self_attn.out_proj, place, alone=True)
+            return self._self_attention(m.self_attn, place)
 
         def mlp(place: int) -> int:
             place = self._layer(m.linear1, place, alone=False)
@@ -233,6 +237,13 @@ class _Program:
             if not m.norm_first:
                 x = self._layer(norm, x, alone=True)
         return x
+
+    def _self_attention(self, m: nn.MultiheadAttention, place: int) -> int:
+        if not is_plain(m):
+            raise _Unknown
+        place = self._layer(in_projection(m), place, alone=False)
+        place = self._add(SelfAttention(m.num_heads), place)
+        return self._layer(m.out_proj, place, alone=True)
 
     def _index(self, module: nn.Module, name: str) -> int | None:
         parameter = getattr(module, name)
@@ -286,9 +297,18 @@ class _Program:
         at = [places[a] for a in read]
         alone = all(len(a.users) == 1 for a in read)
         if node.op == "call_module":
+            part = parts.get(str(node.target))
+            if type(part) is nn.MultiheadAttention:
+                if (x := attends_to(node)) is None:
+                    raise _Unknown
+                return self._self_attention(part, places[x])
             if len(node.args) != 1 or node.kwargs or len(read) != 1:
                 raise _Unknown
-            return self._layer(parts.get(str(node.target)), at[0], alone=alone)
+            return self._layer(part, at[0], alone=alone)
+        if node.target is operator.getitem and read:
+            if type(parts.get(str(read[0].target))) is not nn.MultiheadAttention:
+                raise _Unknown
+            return at[0]  # (what is attended: of the weights nothing is read)
         if node.kwargs not in ({}, {"inplace": False}):
             raise _Unknown
         if node.target in (operator.add, torch.add, operator.iadd) and len(at) == 2:

@@ -100,6 +100,46 @@ class WithAttention(nn.Module):
         return self.f(self.mix(x) - x)
 
 
+class Mixer(nn.Module):
+    """A residual block of a user's own."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.norm = nn.LayerNorm(6, dtype=F64)
+        self.mix = nn.MultiheadAttention(6, 3, batch_first=True, dtype=F64)
+        self.f = nn.Linear(6, 6, dtype=F64)
+
+
+class MixerByPlace(Mixer):
+    def forward(self, x: Tensor) -> Tensor:
+        h = self.norm(x)
+        mixed, _ = self.mix(h, h, h, need_weights=False)
+        return x + self.f(mixed)
+
+
+class MixerByName(Mixer):
+    def forward(self, x: Tensor) -> Tensor:
+        h = self.norm(x)
+        return self.f(h - self.mix(query=h, key=h, value=h)[0])
+
+
+class OtherKeys(Mixer):
+    def forward(self, x: Tensor) -> Tensor:
+        h = self.norm(x)
+        return self.f(self.mix(x, h, h)[0])
+
+
+class Masked(Mixer):
+    def forward(self, x: Tensor) -> Tensor:
+        return self.f(self.mix(x, x, x, attn_mask=self.f.weight)[0])
+
+
+class ReadsWeights(Mixer):
+    def forward(self, x: Tensor) -> Tensor:
+        mixed, weights = self.mix(x, x, x)
+        return self.f(mixed) + self.f(weights)
+
+
 def encoder() -> nn.Module:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # of nested tensors
@@ -144,6 +184,8 @@ KINDS |= {
     "frozen attention": (frozen_attention, TOKENS),
     "user's forward": (WithAttention, TOKENS),
     "encoder": (encoder, TOKENS),
+    "attention by place": (MixerByPlace, TOKENS),
+    "attention by name": (lambda: nn.Sequential(MixerByName(), MixerByPlace()), TOKENS),
 }
 for _kind in (nn.ReLU, nn.Tanh, nn.Sigmoid, nn.GELU, nn.SiLU, nn.LeakyReLU, nn.Softplus, nn.ELU):
     KINDS[_kind.__name__] = (lambda k=_kind: nn.Sequential(nn.Linear(6, 6, dtype=F64), k()), (4, 6))
@@ -333,6 +375,9 @@ def weight_norm() -> nn.Module:
         lambda: nn.Sequential(nn.Linear(6, 6), nn.Dropout(0.5)),
         lambda: nn.GRUCell(6, 6),
         nn.Identity,
+        OtherKeys,
+        Masked,
+        ReadsWeights,
         lambda: encoder_layer(dropout=0.1),
         lambda: encoder_layer(batch_first=False),
         lambda: encoder_layer(dtype=torch.bfloat16),
