@@ -207,15 +207,15 @@ BY_TORCH = {"step": "closed"}  # (the C code has the same bits on both)
 
 def of_another_kind(monkeypatch, *numbers):
     """The first actors that are started with these numbers live on another kind of host."""
-    options_of_actors = placed_workers.options_of_actors  # type: ignore[attr-defined]
+    options_of_groups = placed_workers.options_of_groups  # type: ignore[attr-defined]
 
     def some_elsewhere(*given):
-        found = options_of_actors(*given)
+        found = options_of_groups(*given)
         for i in numbers:
             found[i] = found[i].pinned(dict(OTHER_KIND))
         return found
 
-    monkeypatch.setattr(placed_workers, "options_of_actors", some_elsewhere)
+    monkeypatch.setattr(placed_workers, "options_of_groups", some_elsewhere)
 
 
 @X86

@@ -24,13 +24,13 @@ from hamdist.runtime.ray_engine import placed_workers  # noqa: E402
 def main():
     alone = convolutions(ENGINE)
     if "ray" in sys.argv:
-        options_of_actors = placed_workers.options_of_actors  # type: ignore[attr-defined]
+        options_of_groups = placed_workers.options_of_groups  # type: ignore[attr-defined]
 
         def second_elsewhere(*given):
-            first, second = options_of_actors(*given)
+            first, second = options_of_groups(*given)
             return [first, second.pinned(dict(OTHER_KIND))]
 
-        placed_workers.options_of_actors = second_elsewhere  # type: ignore[attr-defined]
+        placed_workers.options_of_groups = second_elsewhere  # type: ignore[attr-defined]
         assert_equal(alone, convolutions({**RAY, **ENGINE}))
     digest = hashlib.sha256()
     for weight in alone.model.state_dict().values():
