@@ -144,7 +144,7 @@ def parse(arguments: list[str], block: Block) -> None:
     while rest and hasattr(command, "commands"):
         assert rest[0] in command.commands, f"{block}: no command {rest[0]!r}"
         command = command.commands[rest.pop(0)]
-    options = {option for one in command.params for option in one.opts}
+    options = {option for one in command.params for option in [*one.opts, *one.secondary_opts]}
     for word in rest:
         if word.startswith("--"):
             assert word in options, f"{block}: no option {word} of {' '.join(arguments)}"

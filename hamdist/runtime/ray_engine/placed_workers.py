@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import os
 import random
+import sys
 import threading
 import warnings
 from collections.abc import Callable, Mapping, Sequence
@@ -168,9 +170,10 @@ class PlacedWorkers:
             return options
         return [actor_options.pinned(portable_environment()) for actor_options in options]
 
-    def way_to_compute(self) -> tuple[Switches, int, bool]:
+    def way_to_compute(self) -> tuple[Switches, int, bool, list[str]]:
         """Return the arguments of `WorkerActor.compute_as`, called before an actor's blocks."""
-        return self._plan.switches, self._plan.engine.threads, self._plan.native
+        path = [*sys.path, *([os.getcwd()] if "" in sys.path else [])]
+        return self._plan.switches, self._plan.engine.threads, self._plan.native, path
 
     def unlike(self, answers: Mapping[WorkerHandle, tuple[Arithmetic, list[str]]]) -> list[str]:
         """Return a warning, already issued, for each actor that computes other bits than we do.

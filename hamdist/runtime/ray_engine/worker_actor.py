@@ -6,6 +6,7 @@ Every method runs in the actor's process, calls of the worker beside `run` in ot
 from __future__ import annotations
 
 import gc
+import importlib
 import os
 import sys
 from collections.abc import Mapping, Sequence
@@ -37,17 +38,16 @@ class WorkerActor:
     """A worker in a process of its own on some host.
 
     Its host is known before it gets its blocks: only then can the transport of its channels be
-    chosen. `path` is the driver's sys.path, so that the modules of users' blocks are importable.
+    chosen.
     """
 
-    def __init__(self, path: Sequence[str]) -> None:
+    def __init__(self) -> None:
         self._serves: Worker | Probe | None = None
         self._keys: Keys | None = None
         # What the imports have made stays: without it the collection with which every run begins
         # takes milliseconds instead of a tenth of a second and more.
         gc.freeze()
         remove_leftovers()
-        sys.path.extend(entry for entry in path if entry not in sys.path)
 
     def where(self) -> tuple[str, str, int]:
         """Return Ray's id of the host, its address, and the process id."""
@@ -69,10 +69,16 @@ class WorkerActor:
         return probe.open(binds)
 
     def compute_as(
-        self, switches: Switches, threads: int, native: bool
+        self, switches: Switches, threads: int, native: bool, path: Sequence[str]
     ) -> tuple[Arithmetic, list[str]]:
         """Set torch's switches to the driver's, before any block exists; return the fingerprint of
-        this process then, and the switches that could not be set."""
+        this process then, and the switches that could not be set.
+
+        path: where the driver finds the modules of users' blocks (an earlier run of this actor may
+        have had others).
+        """
+        sys.path.extend(entry for entry in path if entry not in sys.path)
+        importlib.invalidate_caches()  # (a module may have been written since then)
         refused = set_switches(switches)
         return arithmetic(threads, native=native), refused
 
@@ -127,7 +133,7 @@ def start_actor(actor_options: ActorOptions) -> Any:
     }
     if actor_options.environment:
         options["runtime_env"] = {"env_vars": dict(actor_options.environment)}
-    return ray.remote(WorkerActor).options(**options).remote(sys.path)
+    return ray.remote(WorkerActor).options(**options).remote()
 
 
 def _reserved(actor_options: ActorOptions) -> dict[str, Any]:

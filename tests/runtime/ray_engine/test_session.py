@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import importlib
 import json
 import multiprocessing
 import os
@@ -61,6 +62,28 @@ def test_a_forked_process_leaves_the_garbage_of_its_parent_alone(session):
     asked.start()
     asked.join(20)
     assert not asked.is_alive()
+
+
+@pytest.mark.ray
+@pytest.mark.parametrize("current", [False, True])
+def test_actors_of_an_earlier_run_find_modules_of_a_later_one(
+    session, tmp_path, monkeypatch, current
+):
+    """In a folder that is on the path by then, or is the current one."""
+    engine = {"kind": "ray", "actors": 2, "balance": "parameters"}
+    items = [(torch.ones(2, 4), torch.zeros(2, dtype=torch.long))] * 5
+
+    def run(last):
+        net = nn.Sequential(nn.Linear(4, 4), last)
+        return hamdist.train(net, items, classes=4, level="trace", engine=engine)
+
+    run(nn.Linear(4, 4))
+    name = f"later_{tmp_path.name}"
+    (tmp_path / f"{name}.py").write_text("from torch import nn\nclass Own(nn.Linear):\n    pass\n")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.syspath_prepend("" if current else str(tmp_path))
+    own = importlib.import_module(name).Own(4, 4)
+    assert run(own).samples == 5
 
 
 @pytest.mark.ray
