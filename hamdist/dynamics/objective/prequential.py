@@ -72,10 +72,16 @@ def count_correct(
 ) -> tuple[int, int]:
     """Return the numbers of rows predicted right and of all rows that are not ignored.
 
-    (0, 0) unless the target holds class indices.
+    (0, 0) unless the target holds class indices. A prediction with a NaN is of no class.
     """
     guess = guessed(prediction, target)
-    return (0, 0) if guess is None else _right(guess, target, ignore_index)
+    if guess is None:
+        return 0, 0
+    right, rows = _right(guess, target, ignore_index)
+    if right and bool(prediction.isnan().any()):  # (argmax takes a NaN for the largest number)
+        axis = 1 if prediction.dim() == 2 else class_axis(prediction.shape, target.shape)
+        right, _ = _right(guess.masked_fill(prediction.isnan().any(axis), -1), target, ignore_index)
+    return right, rows
 
 
 def _right(guess: Tensor, target: Tensor, ignore_index: int) -> tuple[int, int]:

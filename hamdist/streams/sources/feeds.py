@@ -23,6 +23,7 @@ import torch
 from hamdist.errors import SettingsError, StreamError, need_package
 
 FeedSample = dict[str, Any]
+LONGEST = 2**26  # bytes of a socket's line
 _UNFINISHED = (".tmp", ".part")
 
 
@@ -73,17 +74,21 @@ def socket(
         wait: seconds from one try to the next.
 
     Raises:
-        StreamError: there was no connection for `patience` seconds, or a line is no sample.
+        StreamError: there was no connection for `patience` seconds, a line is no sample, or it has
+            more than 64 MiB.
     """
     since = time.monotonic()
     while True:
         try:
             with sockets.create_connection((host, port), timeout=patience) as line:
                 line.settimeout(None)
-                for text in line.makefile("rb"):
+                lines = line.makefile("rb")
+                while text := lines.readline(LONGEST):
                     if text.endswith(b"\n"):
                         since = time.monotonic()
                         yield read(text)
+                    elif len(text) == LONGEST:
+                        raise StreamError(f"{host}:{port}: a line of more than {LONGEST >> 20} MiB")
             why = "the server closed it"
         except OSError as error:
             why = error.strerror or str(error)

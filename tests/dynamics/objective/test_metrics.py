@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from hamdist.dynamics.objective.prequential import AT_ONCE, SMALL, Prequential
+from hamdist.dynamics.objective.prequential import AT_ONCE, SMALL, Prequential, count_correct
 
 
 def by_hand(items):
@@ -51,6 +51,16 @@ def test_values_have_no_accuracy():
         metrics.record(n, *item(2, 3, values=True))
     (window,) = metrics.windows
     assert (window.correct, window.rows, window.accuracy) == (0, 0, None)
+
+
+def test_a_prediction_that_is_no_number_is_never_right():
+    nan, target = float("nan"), torch.tensor([0, 1, 0, -100])
+    rows = torch.tensor([[nan, nan], [0.0, 1.0], [nan, 2.0], [nan, 0.0]])
+    assert count_correct(rows, target) == (1, 3)
+    assert count_correct(torch.stack([rows, rows]), torch.stack([target, target])) == (2, 6)
+    assert count_correct(torch.full((4, 2), nan), target) == (0, 3)
+    infinite = torch.tensor([[float("inf"), 0.0]])
+    assert count_correct(infinite, torch.tensor([0])) == (1, 1)
 
 
 def test_several_classes_a_row():

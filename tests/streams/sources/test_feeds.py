@@ -18,6 +18,7 @@ import hamdist
 from hamdist import streams
 from hamdist.errors import StreamError
 from hamdist.runtime.live.journal import Journal
+from hamdist.streams.sources import feeds
 
 
 def line(number):
@@ -50,6 +51,28 @@ def test_a_connection_that_is_lost_is_made_again():
     free = server_port()
     with pytest.raises(StreamError, match="no connection"):
         next(streams.socket("127.0.0.1", free, patience=0.05, wait=0.01))
+
+
+def test_a_line_without_an_end_is_refused(monkeypatch):
+    monkeypatch.setattr(feeds, "LONGEST", 1000)
+    with socket.socket() as server:
+        server.bind(("127.0.0.1", 0))
+        server.listen()
+
+        def serve():
+            one, _ = server.accept()
+            with one:
+                one.sendall(line(0) + b"x" * 1000)
+                one.recv(1)  # until the other side has closed
+
+        thread = threading.Thread(target=serve, daemon=True)
+        thread.start()
+        source = streams.socket("127.0.0.1", server.getsockname()[1], patience=5, wait=0.01)
+        assert numbers([next(source)]) == [0]
+        with pytest.raises(StreamError, match="a line of more than"):
+            next(source)
+        thread.join(10)
+        assert not thread.is_alive()
 
 
 def server_port():
