@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from hamdist.config import EngineKind, Level, Settings, lay_over
 from hamdist.dynamics.graph.graph import OUTPUT_KEY, Graph
+from hamdist.dynamics.user_modules.code_digest import code_digests
 from hamdist.dynamics.user_modules.copies import copied
 from hamdist.errors import HamdistWarning, SettingsError
 from hamdist.runtime.live.callbacks import Callback
@@ -73,10 +74,13 @@ def live_run(
     example = next(reader.samples())
     journal = None if out is None else Journal(out, reads=repeats)
     try:
-        if journal is not None and not repeats:
+        if journal is not None:
             facts = {"classes": classes, "patience": patience, "layers": layers_of(model)}
-            facts |= _recorded(work.keywords)
-            resume = _begun(journal, facts, settings, model, example, resume)
+            facts |= {**_recorded(work.keywords), "digests": _digests(model, work.keywords)}
+            if repeats:
+                _warn_of_other_code(journal, facts)
+            else:
+                resume = _begun(journal, facts, settings, model, example, resume)
         zeros = {n: torch.zeros_like(u) for n, u in (example.inputs or {}).items()}
         stream = LiveStream(
             reader.live_spec(patience),
@@ -149,6 +153,30 @@ def _recorded(given: Mapping[str, Any]) -> dict[str, Any]:
     return {"settings": settings, "code": code}
 
 
+def _digests(model: nn.Module | Graph, given: Mapping[str, Any]) -> dict[str, str]:
+    """Return digests of the user's code, by what it is to the run."""
+    rules = {f"the rule of {p}": r for p, r in (given["rules"] or {}).items()}
+    named = {n: given[n] for n in ("loss", "phi", "optimizer", "scheduler", "level") if n in given}
+    code = {n: v for n, v in {**named, **rules}.items() if not isinstance(v, (str, Mapping))}
+    return code_digests({"the model": _modules(model), **code})
+
+
+def _other_code(began: Mapping[str, Any], facts: Mapping[str, Any]) -> list[str]:
+    then, now = began.get("digests", {}), facts["digests"]
+    return [f"the code of {name}" for name in now if then.get(name, now[name]) != now[name]]
+
+
+def _warn_of_other_code(journal: Journal, facts: Mapping[str, Any]) -> None:
+    other = _other_code(read_beginning(journal.folder)[0], facts)
+    if other:
+        warnings.warn(
+            f"{journal.folder}: {', '.join(other)} has changed since the run, or the constants in "
+            "it: the result may have other bits",
+            HamdistWarning,
+            stacklevel=2,
+        )
+
+
 def _note_changes(journal: Journal, facts: Mapping[str, Any]) -> None:
     """Write down what a resumed run has otherwise than its journal began with, and warn of it."""
     began = read_beginning(journal.folder)[0]
@@ -157,6 +185,7 @@ def _note_changes(journal: Journal, facts: Mapping[str, Any]) -> None:
         dumped["engine"] = {name: dumped["engine"][name] for name in COMPUTES}
     names = [n for n in now if n not in _ASIDE and then[n] != now[n]]
     names += [n for n in ("code", "layers") if began.get(n, facts[n]) != facts[n]]
+    names += _other_code(began, facts)
     if names:
         journal.write({"event": "resume", "changed": names}, {})
         warnings.warn(

@@ -227,7 +227,7 @@ class _Work:
         steps = self.optimizer and (self.optimizer.function, self.optimizer.scheduler)
         rules = {f"the rule of {pattern}": rule for pattern, rule in self.rules.items()}
         several = {"the loss": self.loss, "phi": self.phi, "the optimizer": steps}
-        return code_digests({"the model": model, **several, **rules})
+        return code_digests({"the model": model, **several, "the level": self.level, **rules})
 
     def planned(self, snapshot: Snapshot | None = None) -> tuple[Graph, Plan]:
         with unchanged(modules_of(self.model)):

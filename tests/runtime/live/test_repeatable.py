@@ -31,6 +31,12 @@ class Doubled(hamdist.Rule):
         return messages, {name: 2 * value for name, value in g.items()}
 
 
+class Slower(Doubled):
+    def backward(self, block, kept, message):
+        messages, g = block.vjp(kept, message)
+        return messages, {name: 0.5 * value for name, value in g.items()}
+
+
 def fed(run, many=6):
     with run:
         for u, y in samples(many):
@@ -64,6 +70,36 @@ def test_rules_with_names_are_in_the_journal(rule, tmp_path):
     result = fed(start("trace", out=tmp_path, rules={"block*": rule}))
     assert equal(result, hamdist.replay(tmp_path, network()))
     assert not equal(result, fed(start("trace")))
+
+
+OTHER = {
+    "optimizer": lambda params: torch.optim.Adam(params, lr=0.02),
+    "loss": lambda y, t: 4 * functional.cross_entropy(y, t),
+    "phi": lambda _: 0.25,
+    "rules": {"block*": Slower()},
+    "level": Slow(4),
+}
+
+
+@pytest.mark.parametrize("name", CODE)
+def test_changed_code_of_the_program_is_said(name, tmp_path):
+    def given(code):
+        return {name: code[name], **({"learning": {}} if name == "optimizer" else {})}
+
+    def begun(code, **more):
+        fields = given(code)
+        return start(fields.pop("level", "trace"), out=tmp_path, **fields, **more)
+
+    result = fed(begun(CODE), 3)
+    whose = "the rule of block" if name == "rules" else name
+    with pytest.warns(HamdistWarning, match=f"the code of {whose}.* has changed since"):
+        other = hamdist.replay(tmp_path, network(), **given(OTHER))
+    assert equal(result, other) == (name == "level")  # (a longer round computes the same)
+    with pytest.warns(HamdistWarning, match=f"the code of {whose}.*`replay` cannot"):
+        on = begun(OTHER, resume=tmp_path)
+    fed(on, 1)
+    with pytest.raises(SettingsError, match=f"the code of {whose}"):
+        hamdist.replay(tmp_path, network(), **given(CODE))
 
 
 @pytest.mark.parametrize("name", ["learning", "locality", "rules"])
