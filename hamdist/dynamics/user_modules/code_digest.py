@@ -21,7 +21,12 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from hamdist.dynamics.user_modules.python_state import is_foreign, is_installed, names_of_code
+from hamdist.dynamics.user_modules.python_state import (
+    functions_behind,
+    is_foreign,
+    is_installed,
+    names_of_code,
+)
 
 RULES = "hamdist.dynamics.rules."
 _SIMPLE = (bool, int, float, complex, str, bytes, type(None), torch.dtype, torch.device, Enum)
@@ -124,9 +129,7 @@ def _is_own(code: Any) -> bool:
 def _functions(code: Any) -> Iterator[FunctionType]:
     """Yield a function, or the functions of a class itself."""
     for value in vars(code).values() if isinstance(code, type) else [code]:
-        value = getattr(value, "__func__", getattr(value, "fget", value))
-        if isinstance(value, FunctionType):
-            yield value
+        yield from functions_behind(value)
 
 
 def _set_by(kind: type) -> Iterator[str]:

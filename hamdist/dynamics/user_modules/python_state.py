@@ -167,7 +167,7 @@ def modules_of(function: Any) -> list[nn.Module]:
     """List the modules that a loss is, is a method of, or refers to."""
     held = Fingerprints()
     held.add("", function)
-    for used in _functions(function):
+    for used in functions_behind(function):
         read = {n: used.__globals__.get(n) for n in names_of_code(used.__code__)}
         cells = inspect.getclosurevars(used).nonlocals
         held.add("names", (read, dict(cells), used.__defaults__))
@@ -177,7 +177,7 @@ def modules_of(function: Any) -> list[nn.Module]:
 def names_in(part: nn.Module) -> set[str]:
     """List the names that the code of the part's own class mentions."""
     classes = [vars(base).values() for base in type(part).__mro__ if is_foreign(base)]
-    functions = [f for values in classes for value in values for f in _functions(value)]
+    functions = [f for values in classes for value in values for f in functions_behind(value)]
     return {name for f in functions for name in names_of_code(f.__code__)}
 
 
@@ -228,7 +228,7 @@ class Outside(Fingerprints):
             if is_foreign(base) and id(base) not in self._read:
                 self._read.add(id(base))
                 self.classes.append(base)
-        for function in _functions(value):
+        for function in functions_behind(value):
             if id(function) not in self._read:
                 self._read.add(id(function))
                 self._function(function)
@@ -278,14 +278,14 @@ def is_installed(thing: Any) -> bool:
     return "site-packages" in file or "dist-packages" in file
 
 
-def _functions(value: Any) -> Iterator[FunctionType]:
+def functions_behind(value: Any) -> Iterator[FunctionType]:
     """Yield the Python function behind a value, unless it is Python's or torch's."""
     if isinstance(value, (staticmethod, classmethod, MethodType)):
         value = value.__func__
     elif isinstance(value, property):
         value = value.fget
     elif isinstance(value, (partial, cached_property)):
-        yield from _functions(value.func)
+        yield from functions_behind(value.func)
     if isinstance(value, FunctionType) and is_foreign(value):
         yield value
 

@@ -423,10 +423,13 @@ def test_other_settings_are_told(tmp_path):
 
 
 RULE = """
+from functools import cached_property
+
 import hamdist
 from torch import nn
 
 FAR, NEAR, UNUSED = 1.0, 1.0, 1.0
+WIDE = 1.0
 SHARES = {"message": [1.0]}
 
 def times(by):
@@ -448,8 +451,12 @@ class Net(nn.Module):
         super().__init__()
         self.layers, self.scale = nn.Sequential(nn.Linear(6, 8), nn.Linear(8, 3)), scale
 
+    @cached_property
+    def width(self):
+        return WIDE
+
     def forward(self, u):
-        return self.layers(u) * NEAR * self.scale
+        return self.layers(u) * NEAR * self.scale * self.width
 
 def loss(prediction, target):
     return nn.functional.cross_entropy(prediction * FAR, target)
@@ -479,6 +486,7 @@ RULE_CHANGED = r"of the rule of \* have changed"
         (("FAR, NEAR, UNUSED = 1.0", "FAR, NEAR, UNUSED = 2.0"), f"the loss, {RULE_CHANGED[3:]}"),
         (("UNUSED = 1.0, 1.0", "UNUSED = 1.0, 2.0"), "constants of the model have"),
         (("scale=1.0", "scale=2.0"), "constants of the model have"),
+        (("WIDE = 1.0", "WIDE = 2.0"), "constants of the model have"),
         (("1.0, 1.0, 1.0", "1.0, 1.0, 2.0"), None),
         (("LATE", "1"), r"another run \(round differ\)"),
         (("import", "import"), None),
