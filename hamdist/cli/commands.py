@@ -23,7 +23,7 @@ from hamdist.cli import (
     verify,
     view,
 )
-from hamdist.cli.console import console, exit_codes, output
+from hamdist.cli.console import console, exit_codes, output, warning_at_once
 from hamdist.cli.options import RunOptions
 
 __all__ = ["app"]
@@ -77,7 +77,7 @@ def with_output(command: Callable[..., None]) -> Callable[..., None]:
         level = logging.WARNING if quiet else logging.DEBUG if verbose else logging.INFO
         for name, few in outputs.items():
             options[name] = RunOptions(**{option: options.pop(option) for option in few})
-        with output(as_json=as_json, level=level), exit_codes():
+        with output(as_json=as_json, level=level), exit_codes(), warning_at_once():
             command(**options)
 
     described = cast(Any, printing)  # as typer reads it

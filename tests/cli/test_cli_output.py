@@ -4,6 +4,7 @@ with -v; `hamdist init`, `hamdist schema`. Oracles: files of the same run, the r
 from __future__ import annotations
 
 import json
+import warnings
 from importlib import metadata
 from typing import Any
 
@@ -13,8 +14,9 @@ from typer.testing import CliRunner
 
 import hamdist
 from hamdist.cli import app
-from hamdist.cli.commands import OUTPUT_OPTIONS
+from hamdist.cli.commands import OUTPUT_OPTIONS, with_output
 from hamdist.config import Settings, read_settings, template
+from hamdist.errors import HamdistWarning
 from hamdist.study.shared.recipes import load_settings, recipes
 
 TINY = """
@@ -175,6 +177,16 @@ def test_settings_of_a_result_are_those_that_were_set(folder):
     assert again.exit_code == 0, again.output
     model = "model.safetensors"
     assert (folder / "t" / model).read_bytes() == (folder / "s" / model).read_bytes()
+
+
+def test_every_command_shows_warnings_as_its_own():
+    def careless() -> None:
+        warnings.warn("the links are slow", HamdistWarning, stacklevel=1)
+
+    one = typer.Typer()
+    one.command()(with_output(careless))
+    shown = CliRunner().invoke(one, [])
+    assert shown.output == "Warning: the links are slow\n"
 
 
 def test_every_command_has_the_options_of_output():
