@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import hashlib
 import json
+import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
+from functools import cache
 
 from hamdist.config import EngineKind, Level, Settings, SignedCourseSettings, Update
 from hamdist.dynamics.schedule.levels import PRESETS
@@ -17,6 +19,7 @@ from hamdist.runtime.process.interrupts import OnProgress
 from hamdist.runtime.ray_engine.session import ray_session
 from hamdist.runtime.train.prepare import make_level, make_rule, settings_at
 from hamdist.study.run.baseline import CENTRALISED
+from hamdist.study.run.export import planned as plan_run
 from hamdist.study.run.run import DataFactory, Run, run_level
 from hamdist.study.shared.result_folder import Store
 
@@ -138,7 +141,7 @@ def compare(
     store: Store[Run] | None = None,
     made_of: str = "",
 ) -> Iterator[Run]:
-    """Make the runs one after the other and yield each as it ends.
+    """Make the runs one after the other and yield each as it ends, if all of them can be planned.
 
     Each level has its own settings (`Settings.for_level`); the baseline has those of `backprop`.
     The runs on Ray share one session and its actors. An interrupted run is the last one. Raises
@@ -149,12 +152,16 @@ def compare(
         made_of: further dependencies of the runs, as text (the user's code).
         plain: makes the module of the baseline, if it is another one than the levels'.
     """
+    runs = []
+    for each in planned:
+        run_settings = _with_own_snapshots(each.of(settings), each.name)
+        key = run_key(run_settings, each.name, made_of)
+        stored = None if store is None else store.find(key)
+        runs.append((each, run_settings, key, stored))
+    _check([r for each, r, _, stored in runs if each.level and not stored], factory, data)
     with ExitStack() as stack:
-        for each in planned:
+        for each, run_settings, key, stored in runs:
             callback = None if on_progress is None else on_progress(each)
-            run_settings = _with_own_snapshots(each.of(settings), each.name)
-            key = run_key(run_settings, each.name, made_of)
-            stored = None if store is None else store.find(key)
             if stored is not None:
                 yield stored
                 continue
@@ -176,6 +183,18 @@ def compare(
             yield run
             if run.interrupted:
                 return
+
+
+def _check(
+    runs: Sequence[Settings], factory: ModelFactory | None, data: DataFactory | None
+) -> None:
+    """Plan the levels with their first seed: what cannot run is found before anything does."""
+    once = None if data is None else cache(data)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # (the run says it again)
+        for settings in runs:
+            if settings.level is not Level.AUTO and settings.seed == runs[0].seed:
+                plan_run(settings, factory, once)
 
 
 def run_key(settings: Settings, *made_of: object) -> str:

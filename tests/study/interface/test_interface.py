@@ -109,7 +109,7 @@ def test_compare_refuses(model, arguments, words):
 def test_a_comparison_that_fails_keeps_what_ended(model):
     def data():
         calls.append(1)
-        if len(calls) == 3:
+        if len(calls) == 4:  # (the first one is only looked at)
             raise ValueError("the disk is gone")
         return list(rows(8))
 
@@ -119,6 +119,22 @@ def test_a_comparison_that_fails_keeps_what_ended(model):
     found = caught.value.result
     assert found.interrupted
     assert [run.level for run in found.runs] == ["centralised", "trace"]
+
+
+def test_a_level_that_cannot_run_is_found_before_anything_runs(model, user_file, tmp_path):
+    name = user_file(
+        "import hamdist\n"
+        "class Backwards(hamdist.OwnLevel):\n"
+        "    def ticks(self, graph):\n"
+        "        return 2 * graph.depth + 2\n"
+        "    def events(self, graph):\n"
+        "        for block, depth in graph.depths.items():\n"
+        "            yield graph.depth - depth, block, 'F', 0\n"
+    )
+    levels = ["trace", f"{name}:Backwards"]
+    with pytest.raises(hamdist.HamdistError, match="Backwards|round") as caught:
+        hamdist.compare(model, list(rows(8)), levels=levels, classes=3, steps=8, **ALONE)
+    assert caught.value.result.runs == []
 
 
 def test_verify(model):
