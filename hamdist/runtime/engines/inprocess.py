@@ -22,7 +22,7 @@ from hamdist.runtime.plan.derived import network_of
 from hamdist.runtime.plan.plan import Plan
 from hamdist.runtime.process.interrupts import OnProgress, RunInterrupts
 from hamdist.runtime.process.threads import torch_threads
-from hamdist.runtime.process.usage import reset_peak
+from hamdist.runtime.process.usage import keep_freed_memory, reset_peak
 from hamdist.runtime.results.digests import Digests
 from hamdist.runtime.results.result import BlockProgress, Outcome, Progress
 from hamdist.runtime.signals.sent_log import SentLog
@@ -67,6 +67,7 @@ class InProcessEngine:
             snapshot_policy = InProcessSnapshots(plan, [source, *nodes], mailbox, sent_log, live)
             snapshot_policy.restore()
         reset_peak()
+        keep_freed_memory()
         writer = None if snapshot_policy is None else snapshot_policy.snapshot_writer
         sampler = Sampler(plan, [source, *nodes], mailbox, writer=writer)
         started = time.perf_counter()

@@ -34,7 +34,7 @@ from hamdist.runtime.plan.derived import message_bytes, slot_bytes
 from hamdist.runtime.plan.plan import Plan
 from hamdist.runtime.process.switches import set_switches
 from hamdist.runtime.process.threads import pinned, processors_of_actor
-from hamdist.runtime.process.usage import reset_peak
+from hamdist.runtime.process.usage import keep_freed_memory, reset_peak
 from hamdist.runtime.results.digests import Digests
 from hamdist.runtime.signals.cast import CastBorder
 from hamdist.runtime.signals.sent_log import SentLog
@@ -223,6 +223,7 @@ class Worker:
         set_switches(self._plan.switches)
         torch.set_num_threads(self._plan.engine.threads)
         reset_peak(collect=True)
+        keep_freed_memory()
         report = WorkerReport()
         started = time.perf_counter()
         nodes = self._all_nodes()

@@ -42,6 +42,7 @@ from hamdist.runtime.plan.derived import sent_bytes
 from hamdist.runtime.plan.plan import Plan
 from hamdist.runtime.process.interrupts import deaf_to_interrupts
 from hamdist.runtime.process.threads import cores, torch_threads
+from hamdist.runtime.process.usage import keep_freed_memory
 from hamdist.runtime.timing.cluster_model import LOCAL_SECONDS
 from hamdist.runtime.timing.model import TimingModel
 from hamdist.runtime.timing.timed_graph import StepSeconds, signal_seconds
@@ -172,6 +173,7 @@ def _in_child(work: Callable[[], _Answer], seconds: float) -> _Answer:
                 return
             try:
                 gc.freeze()  # handles of Ray's among the parent's garbage stay quiet (session.py)
+                keep_freed_memory()  # as a run does
                 signal.signal(signal.SIGALRM, signal.SIG_DFL)
                 signal.alarm(math.ceil(seconds) + 1)  # should its parent be lost meanwhile
                 writer.send_bytes(json.dumps(work()).encode())

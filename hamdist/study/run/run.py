@@ -41,7 +41,7 @@ from hamdist.models.build import (
 from hamdist.runtime.placement.step_costs import example_input, example_inputs
 from hamdist.runtime.process.interrupts import OnProgress
 from hamdist.runtime.process.startup import Startup, phases_to
-from hamdist.runtime.process.usage import joules_from_now
+from hamdist.runtime.process.usage import joules_from_now, keep_freed_memory
 from hamdist.runtime.results.result import APART, Progress, RunFacts, RunResult
 from hamdist.runtime.results.scores import Scores, evaluate, evaluate_samples, evaluate_sequences
 from hamdist.runtime.train.train import train
@@ -209,6 +209,7 @@ def run_level(
         warnings.warn(text, HamdistWarning, stacklevel=2)
     timeline = Timeline(on_progress)
     error: HamdistError | None = None
+    keep_freed_memory()
     joules = joules_from_now()
     try:
         result = _trained(level, model, stream, settings, timeline, resume)

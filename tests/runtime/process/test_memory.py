@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import platform
+import resource
+import subprocess
 import sys
 from pathlib import Path
 
@@ -32,3 +35,34 @@ def test_elsewhere_psutil_tells(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
     monkeypatch.setattr(memory, "STATUS", tmp_path / "status")
     assert not memory.reset_peak()
     assert memory.peak_bytes() == pytest.approx(psutil.Process().memory_info().rss, rel=0.2)
+
+
+FAULTS = """
+import resource, sys
+import torch
+from hamdist.runtime.process.usage import keep_freed_memory
+
+def make():  # as activations of two layers
+    kept = [torch.ones(900_000) for _ in range(2)]
+    del kept[0], kept[0]
+
+if sys.argv[1] == "keep":
+    keep_freed_memory()
+for _ in range(3):
+    make()
+before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+for _ in range(20):
+    make()
+print(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
+"""
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="other libraries have other ways")
+def test_freed_memory_is_kept_for_what_is_made_next() -> None:
+    pages = 20 * 2 * 900_000 * 4 // resource.getpagesize()
+
+    def faults(way: str) -> int:
+        command = [sys.executable, "-c", FAULTS, way]
+        return int(subprocess.run(command, check=True, capture_output=True, timeout=60).stdout)
+
+    assert faults("keep") < pages / 20 < faults("give back")
