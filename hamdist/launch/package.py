@@ -89,11 +89,11 @@ def packed(settings: Settings, order: JobSpec) -> Iterator[Path]:
             load_function(field, name)
             files[name] = field
         rules[pattern] = {**fields, "name": named_there(name)}
-    own = settings.locality.level
-    if own is not None:
-        load_function("locality.level", own)
-        files[own] = "locality.level"
-        locality = settings.locality.model_copy(update={"level": named_there(own)})
+    level_name = settings.locality.level
+    if level_name is not None:
+        load_function("locality.level", level_name)
+        files[level_name] = "locality.level"
+        locality = settings.locality.model_copy(update={"level": named_there(level_name)})
         settings = settings.model_copy(update={"locality": locality})
     if rules:
         learning = settings.learning.model_copy(update={"rules": rules})

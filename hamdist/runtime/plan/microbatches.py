@@ -179,8 +179,8 @@ def _is_no_mean(graph: Graph, spec: SampleSpec, name: str, outputs: Mapping[str,
     if known or target is None or block.output is not None or spec.weighted:
         return False
     numbers = torch.arange(math.prod(target.shape)).view(target.shape)
-    made = numbers * target.classes // numbers.numel() if target.classes else numbers % 7 / 7
-    t, half = made.to(target.dtype), len(y) // 2  # other classes in each half
+    values = numbers * target.classes // numbers.numel() if target.classes else numbers % 7 / 7
+    t, half = values.to(target.dtype), len(y) // 2  # other classes in each half
     with torch.no_grad(), torch.random.fork_rng(devices=[]), suppress(Exception):
         loss = copied(block.loss) if isinstance(block.loss, nn.Module) else block.loss
         whole, first, second = (

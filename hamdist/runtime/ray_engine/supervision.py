@@ -137,16 +137,16 @@ class SnapshotSupervision:
 
     def _look_for_forgotten(self) -> None:
         """Warn if an actor has dropped its signals; SnapshotError if `snapshots.full` is 'end'."""
-        those = [actor.name for actor in self._worker_group.actors if actor.forgot]
-        those += (
+        forgetful = [actor.name for actor in self._worker_group.actors if actor.forgot]
+        forgetful += (
             ["the driver, where the stream is drawn,"] if self._worker_group.local_forgot else []
         )
-        before, self._forgotten = self._forgotten, bool(those)
-        if before or not those:
+        before, self._forgotten = self._forgotten, bool(forgetful)
+        if before or not forgetful:
             return
         reason = next(iter(self._failures.texts()), "no snapshot was complete in time")
         text = (
-            f"{those[0]} would keep more than snapshots.memory ({self._policy.memory >> 20} "
+            f"{forgetful[0]} would keep more than snapshots.memory ({self._policy.memory >> 20} "
             f"MiB) of signals: {reason}"
         )
         if self._policy.ends_full:
