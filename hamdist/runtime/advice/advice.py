@@ -81,7 +81,7 @@ def before(plan: Plan, settings: Settings) -> list[str]:
 
 def _unused_spares(plan: Plan) -> list[str]:
     """Return a warning where no lost actor is replaced, so that spare ones wait in vain."""
-    if not plan.engine.spares or (plan.snapshot_policy and plan.snapshot_policy.recover):
+    if not plan.engine.spares or (plan.snapshot_policy and plan.snapshot_policy.section.recover):
         return []
     return [
         f"engine.spares {plan.engine.spares} has no effect: no lost actor is replaced without "

@@ -194,7 +194,7 @@ class Replacement:
     def _count(self, loss: ActorLoss) -> None:
         saved = 0 if self._catalogue.latest is None else self._catalogue.latest.tick
         times = self._attempts.lost(loss.actor.name, loss.tick, saved)
-        if times < self._policy.attempts:
+        if times < self._policy.section.attempts:
             return
         loss.actor.report = loss.report
         if isinstance(loss.error, ClusterError):

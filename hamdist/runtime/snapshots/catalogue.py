@@ -127,8 +127,8 @@ class SnapshotCatalogue:
             stream=dict(self._policy.stream),
         )
         self._damaged.discard(folder_of(files.tick))
-        self.latest = conclude(self._store, manifest, self._policy.keep, self._damaged)
-        self._complete = [*self._complete, self.latest][-self._policy.keep :]
+        self.latest = conclude(self._store, manifest, self._policy.section.keep, self._damaged)
+        self._complete = [*self._complete, self.latest][-self._policy.section.keep :]
         self._partial = {
             tick: written for tick, written in self._partial.items() if tick > files.tick
         }

@@ -348,7 +348,8 @@ def plan_of(
     policy = plan.snapshot_policy
     if other or policy is None:
         raise SnapshotError(f"{snapshot} is of another run: {', '.join(other)} differ")
-    return replace(plan, snapshot_policy=replace(policy, every=None, seconds=None, last=False))
+    section = policy.section.model_copy(update={"every": None, "seconds": None})
+    return replace(plan, snapshot_policy=replace(policy, section=section, last=False))
 
 
 def snapshot_model(
