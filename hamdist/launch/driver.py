@@ -134,10 +134,10 @@ def _serve(order: JobSpec, settings: Settings, factory: ModelFactory | None) -> 
     from hamdist.api import start
     from hamdist.serve import serving
     from hamdist.study.report.save import save_weights
-    from hamdist.study.run.export import begun
+    from hamdist.study.run.export import initial_model
 
     host, port = order.live or ("", 0)
-    network, first, classes = begun(settings, factory, order.resume)
+    network, first, classes = initial_model(settings, factory, order.resume)
     with _Results(order) as results:
         out = results.path
         begin: Any = {"example": first, "classes": classes, "out": out}
