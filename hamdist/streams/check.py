@@ -51,7 +51,7 @@ class Checker:
         self._stamped = stamped
         self.last = -math.inf  # time stamp
         self._first = InputSpec(spec.u_shape, spec.u_dtype)
-        self._one = TargetSpec(spec.y_shape, spec.y_dtype, spec.classes)  # where there is one
+        self._target_y = TargetSpec(spec.y_shape, spec.y_dtype, spec.classes)  # where there is one
 
     def check(self, n: int, sample: Sample) -> Sample:
         """Return a sample with u and y contiguous, aligned to 64 bytes, and alone in their storage.
@@ -161,7 +161,7 @@ class Checker:
                     f"sample {n}: y is one target, but this stream's targets are given by readout: "
                     f"give a dict of {', '.join(map(repr, specs))}"
                 )
-            return self._target(n, "y", y, self._one, batch)
+            return self._target(n, "y", y, self._target_y, batch)
         if specs is None:
             raise StreamError(
                 f"sample {n}: y is a dict ({', '.join(map(repr, y))}), but this stream has one "

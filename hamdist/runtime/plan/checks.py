@@ -124,8 +124,8 @@ def with_classes(spec: SampleSpec, graph: Graph, shapes: ShapeMap) -> SampleSpec
     if spec.targets is None:
         return dataclasses.replace(spec, classes=classes_of(spec.target(""), graph.readouts))
     targets = {
-        name: dataclasses.replace(one, classes=classes_of(one, {name} & set(graph.readouts)))
-        for name, one in spec.targets.items()
+        name: dataclasses.replace(target, classes=classes_of(target, {name} & set(graph.readouts)))
+        for name, target in spec.targets.items()
     }
     first = next(iter(targets.values()))
     return dataclasses.replace(spec, targets=targets, classes=first.classes)

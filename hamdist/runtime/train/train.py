@@ -172,10 +172,10 @@ def train(
         error = outcome.error
         if isinstance(error, DivergedError):
             error = explained(error, plan)
-        told = [str(error)] if isinstance(error, HamdistError) else []
+        messages = [str(error)] if isinstance(error, HamdistError) else []
         ended = [] if error is not None else end_of_stream(plan, outcome, stream)
-        outcome.warnings[:0] = [*told, *notes, *ended]
-        if told and outcome.samples == 0 and error is not None:
+        outcome.warnings[:0] = [*messages, *notes, *ended]
+        if messages and outcome.samples == 0 and error is not None:
             raise error  # nothing was learned
         result = make_result(graph, plan, outcome, startup, settings, why)
         if error is not None:
@@ -348,7 +348,8 @@ def plan_of(
     policy = plan.snapshot_policy
     if other or policy is None:
         raise SnapshotError(f"{snapshot} is of another run: {', '.join(other)} differ")
-    return replace(plan, snapshot_policy=replace(policy, every=None, seconds=None, last=False))
+    section = policy.section.model_copy(update={"every": None, "seconds": None})
+    return replace(plan, snapshot_policy=replace(policy, section=section, last=False))
 
 
 def snapshot_model(
