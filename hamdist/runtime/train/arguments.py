@@ -127,6 +127,8 @@ def check_arguments(
 
 def _loss(loss: LossFunction | str, ignore_index: int) -> LossFunction:
     """Return the loss function; raise SettingsError for an unknown name or type."""
+    if isinstance(loss, type):
+        raise SettingsError(f"loss is the class {loss.__name__}; give one of it, {loss.__name__}()")
     if callable(loss):
         return loss
     losses = [name.value for name in Loss]
