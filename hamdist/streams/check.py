@@ -8,6 +8,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -229,9 +230,25 @@ def _within(y: Tensor, classes: int) -> bool:
     return low.item() >= 0 and high.item() < classes
 
 
+def check_numbers(n: int, field: str, value: Tensor | np.ndarray) -> None:
+    """Raise StreamError for a value of a sample without a number at each of its places."""
+    if isinstance(value, np.ndarray):
+        why = "masked values: say by filled(...) what they are" if np.ma.is_masked(value) else ""
+    elif value.is_meta:
+        why = "no values, on the meta device"
+    elif value.layout is not torch.strided or value.is_nested or value.is_quantized:
+        kind = f"{'nested ' * value.is_nested}{value.dtype} {value.layout}"
+        why = f"another kind of tensor ({kind}): make a dense one of it (to_dense, dequantize, ...)"
+    else:
+        return
+    if why:
+        raise StreamError(f"sample {n}: {field} has {why}")
+
+
 def _check_dtype(n: int, field: str, value: Tensor, dtype: torch.dtype) -> None:
     if not isinstance(value, Tensor):
         raise StreamError(f"sample {n}: {field} is a {type(value).__name__}, not a torch tensor")
+    check_numbers(n, field, value)
     if value.dtype != dtype:
         raise StreamError(
             f"sample {n}: {field} has dtype {value.dtype}, expected {dtype}: convert it with "

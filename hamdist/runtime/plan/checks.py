@@ -188,7 +188,8 @@ def check_predictions(graph: Graph, shapes: ShapeMap, spec: SampleSpec, ignore_i
             if rows != target.shape:
                 raise GraphError(
                     f"readout {name!r} predicts {shape}, that is classes of {rows}, but the "
-                    f"targets are {target.shape}; predict one row of classes for every target"
+                    f"targets are {target.shape}; predict one row of classes for every target "
+                    "(of one-hot targets give y.argmax(1), of a column of classes y.squeeze(1))"
                 )
         elif isinstance(block.loss, CrossEntropy) and shape != target.shape:
             raise GraphError(

@@ -152,7 +152,7 @@ def train(
             if resume is None:
                 graph, plan = work.planned()
             else:
-                graph, plan, notes = work.resumed(resume)
+                graph, plan, notes = work.resumed(resume, stream)
                 notes += of_resumed(stream)
             notes += drift_warnings(plan.graph, plan.reversible, example_input(spec))
             notes += [*graph.notes, *before(plan, settings)]
@@ -257,7 +257,7 @@ class _Work:
             plan = replannable(plan, graph, self.settings, self.phi, self.optimizer)
         return graph, plan
 
-    def resumed(self, where: str | Path) -> tuple[Graph, Plan, list[str]]:
+    def resumed(self, where: str | Path, stream: Stream) -> tuple[Graph, Plan, list[str]]:
         """Resume from the latest snapshot at `where`; also returns warnings."""
         notes: list[str] = []
         snapshot = latest(where, notes.append)
@@ -266,8 +266,8 @@ class _Work:
         settings = self._kept_at(snapshot)
         graph, plan = settings.planned(snapshot)
         other = differences(snapshot, plan, settings.settings)
-        if not other and ended(snapshot, settings.settings):
-            other = ["its steps were over, and steps"]
+        if not other and (over := ended(snapshot, settings.settings, stream)):
+            other = [over]
         if not other:
             names = changed(snapshot, settings.settings)
             if names:
