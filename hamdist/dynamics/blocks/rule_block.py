@@ -61,7 +61,8 @@ class AppliedRule(Stateful):
 
     def check_plain(self, method: str, value: object) -> None:
         """Raise GraphError unless `value`, which `method` has left, is plain data."""
-        live = [*self.view.theta.values(), *self.learned.values()] if method == "forward" else []
+        live = [*self.view.theta.values()]
+        live += self.learned.values() if method == "forward" else []
         try:
             _PlainData(live).packed(value)
         except SnapshotError as error:
