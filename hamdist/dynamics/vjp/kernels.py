@@ -17,10 +17,12 @@ from functools import partial
 from typing import Any, TypeAlias
 
 import torch
-from torch import Tensor, nn
+from torch import Size, Tensor, nn
 from torch.nn import functional
 
 from hamdist.dynamics.native.chain import Activation, Operation, OperationKind
+from hamdist.dynamics.native.convolution import Convolution
+from hamdist.dynamics.native.rows import reads as is_readable
 from hamdist.dynamics.vjp.gradient import Column, Gradients, Outer, TableRows
 
 aten = torch.ops.aten
@@ -282,7 +284,12 @@ class LayerNorm(Kernel):
 
 
 class Conv2d(Kernel):
-    """PyTorch's convolution and its backward operator, on the weights of today."""
+    """PyTorch's convolution and its backward operator, on the weights of today, or the C code's.
+
+    native: the C code makes images of shapes for which that pays (native/convolution.py).
+    """
+
+    native = False
 
     def __init__(self, module: nn.Conv2d, weights: tuple[int | None, ...]) -> None:
         self.weights = weights
@@ -292,8 +299,13 @@ class Conv2d(Kernel):
         # module.padding is a string only for 'same' and 'valid' (refused by program.py)
         self._how = (list(module.stride), [int(p) for p in padding], list(module.dilation))
         self._groups = module.groups
+        self._made: dict[Size, Convolution | None] = {}  # by shape of x
 
     def forward(self, old: KeptTensors | None, x: Tensor) -> KeptTensors:  # noqa: ARG002
+        made = self._native_of(x)
+        if made is not None:
+            x = x.contiguous()
+            return [made.forward(x, self._w, self._b), x]
         stride, padding, dilation = self._how
         y = torch.conv2d(x, self._w, self._b, stride, padding, dilation, self._groups)
         return [y, x]
@@ -301,6 +313,15 @@ class Conv2d(Kernel):
     def pull(self, saved: KeptTensors, z: Tensor, wanted: Wanted, g: Gradients | None) -> ToInputs:
         (_, x), (stride, padding, dilation) = saved, self._how
         mask = [wanted[0], *(g is not None and w is not None for w in self.weights)]
+        made = self._native_of(x)
+        to: Tensor | None
+        if made is not None:
+            to, both = made.pull(
+                x, self._w, z.contiguous(), message=wanted[0], gradients=any(mask[1:])
+            )
+            if g is not None and both is not None:
+                g.put(self.weights, (both[:, :-1].reshape(self._w.shape), both[:, -1]))
+            return (to,)
         sizes = None if self._b is None else list(self._b.shape)
         to, g_w, g_b = aten.convolution_backward(
             z, x, self._w, sizes, stride, padding, dilation, False, [0, 0], self._groups, mask
@@ -308,6 +329,19 @@ class Conv2d(Kernel):
         if g is not None:
             g.put(self.weights, (g_w, g_b))
         return (to if wanted[0] else None,)
+
+    def _native_of(self, x: Tensor) -> Convolution | None:
+        if not self.native:
+            return None
+        if x.shape not in self._made:
+            fits = self._groups == 1 and x.dim() == 4 and x.shape[1] == self._w.shape[1]
+            fits = fits and all(
+                is_readable(t) for t in (self._w, self._w if self._b is None else self._b)
+            )
+            made = Convolution(x.shape, self._w.shape, *self._how) if fits else None
+            self._made[x.shape] = made if made is not None and made.pays else None
+        made = self._made[x.shape]
+        return made if x.dtype is self._w.dtype and x.is_cpu else None
 
 
 # -- activations: y = f(x), dL/dx = dL/dy f'(x), where f' is a function of y or of x ---------------

@@ -190,7 +190,10 @@ class _Program:
             if kind is nn.Conv2d and (m.padding_mode != "zeros" or isinstance(m.padding, str)):
                 raise _Unknown
             weights = self._index(m, "weight"), self._index(m, "bias")
-            return self._add(WEIGHTED[kind](m, weights), place)
+            kernel = WEIGHTED[kind](m, weights)
+            if isinstance(kernel, Conv2d):
+                kernel.native = self._native
+            return self._add(kernel, place)
         if kind is nn.Embedding:
             if m.max_norm is not None or m.scale_grad_by_freq or m.sparse:
                 raise _Unknown
