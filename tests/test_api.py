@@ -97,6 +97,10 @@ def test_public_names_say_what_they_take():
         ({"classes": {"a": True}}, r"classes\['a'\] is True; give a whole number"),
         ({"loss": 3}, r"loss is 3; give a function \(prediction, target\) -> scalar, or one of"),
         ({"loss": {"out": 3}}, "loss is 3; give a function"),
+        (
+            {"loss": nn.CrossEntropyLoss},
+            r"loss is the class .*give one of it, CrossEntropyLoss\(\)",
+        ),
         ({"on_progress": 3}, "on_progress is 3; give a function"),
     ],
 )

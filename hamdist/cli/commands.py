@@ -75,8 +75,8 @@ def with_output(command: Callable[..., None]) -> Callable[..., None]:
     @functools.wraps(command)
     def printing(*, verbose: bool, quiet: bool, as_json: bool = False, **options: Any) -> None:
         level = logging.WARNING if quiet else logging.DEBUG if verbose else logging.INFO
-        for name, few in outputs.items():
-            options[name] = RunOptions(**{option: options.pop(option) for option in few})
+        for name, names in outputs.items():
+            options[name] = RunOptions(**{option: options.pop(option) for option in names})
         with output(as_json=as_json, level=level), exit_codes(), warning_at_once():
             command(**options)
 

@@ -113,8 +113,8 @@ def run_settings(
             ResultFolder(out, overwrite=overwrite, controls=True, say=display.say)
         )
         if forks:
-            own = at_level.snapshots.model_copy(update={"path": str(folder.path / "snapshots")})
-            at_level = at_level.model_copy(update={"snapshots": own})
+            section = at_level.snapshots.model_copy(update={"path": str(folder.path / "snapshots")})
+            at_level = at_level.model_copy(update={"snapshots": section})
 
         from hamdist.runtime.results.measured import chrome_trace
         from hamdist.study.report.files import final_events

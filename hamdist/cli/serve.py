@@ -42,12 +42,12 @@ def serve(
     from hamdist.api import start
     from hamdist.serve import bound, serving
     from hamdist.study.report.save import save_weights
-    from hamdist.study.run.export import begun
+    from hamdist.study.run.export import initial_model
 
     loaded = options.load(settings)
     loaded = loaded.for_level(loaded.level)
     bound(host, port).close()  # before anything starts
-    network, first, classes = begun(loaded, options.factory(), weights)
+    network, first, classes = initial_model(loaded, options.factory(), weights)
     resume = out if (out / "journal.jsonl").exists() else None
     begin: Any = {"example": first, "classes": classes, "out": out, "resume": resume}
     token = os.environ.get("HAMDIST_TOKEN")

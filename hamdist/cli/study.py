@@ -187,7 +187,7 @@ def speed(
 
 
 def _speed(
-    asked: dict[str, str],
+    sizes_by_name: dict[str, str],
     seeds: int,
     sizes: tuple[int | None, int | None],
     options: RunOptions,
@@ -201,7 +201,7 @@ def _speed(
     from hamdist.study.propagation.study import own_network, parse_study, run_study, tanh_network
     from hamdist.study.verify.topics.own_model import parse_shape
 
-    study = parse_study(asked, seeds)
+    study = parse_study(sizes_by_name, seeds)
     subject = tanh_network(*sizes)
     if factory is not None and options.model is not None:
         if input_shape is None or sizes != (None, None):

@@ -41,13 +41,15 @@ def windows_figure(
 
     curves: windows by the label of their curve; baseline: that of the broad grey one.
     """
-    classes = any(window.accuracy is not None for those in curves.values() for window in those)
+    classes = any(
+        window.accuracy is not None for shown_windows in curves.values() for window in shown_windows
+    )
     shown = []
     for number, (label, windows) in enumerate(curves.items()):
-        few = joined(windows, MOST_POINTS)
-        values = [w.accuracy if classes else w.mean_loss for w in few]
+        points = joined(windows, MOST_POINTS)
+        values = [w.accuracy if classes else w.mean_loss for w in points]
         y = [None if v is None else v * (100 if classes else 1) for v in values]
         style = None if label == baseline else (number, number)
-        shown.append(FigureCurve(label, [w.last + 1 for w in few], y, style=style))
+        shown.append(FigureCurve(label, [w.last + 1 for w in points], y, style=style))
     name = "prequential accuracy, %" if classes else "prequential loss"
     return PageFigure(title, "samples", name, shown)

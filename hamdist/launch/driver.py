@@ -38,7 +38,7 @@ from hamdist.launch.events import (
     file_events,
     tell,
 )
-from hamdist.launch.package import SETTINGS, JobSpec, read_order
+from hamdist.launch.package import SETTINGS, JobSpec, in_package, read_order, with_names
 from hamdist.runtime.results.events import RunBegun, Warned
 from hamdist.runtime.results.result import Progress
 from hamdist.runtime.results.run_events import ProgressEvents
@@ -67,10 +67,10 @@ def _run(folder: Path, lost: str | None) -> Ended:
     order = read_order(folder)
     here = {"engine": {"address": os.environ.get("RAY_ADDRESS", "auto")}}
     as_sent = load_settings(str(folder / SETTINGS), [here])
-    settings = as_sent
+    settings = in_package(as_sent)
     if order.snapshots is not None:
         snapshots = as_sent.snapshots.model_copy(update={"path": order.snapshots})
-        settings = as_sent.model_copy(update={"snapshots": snapshots})
+        settings = settings.model_copy(update={"snapshots": snapshots})
     factory = None
     if order.model is not None:
         from hamdist.models.build import load_factory
@@ -106,6 +106,11 @@ def _run(folder: Path, lost: str | None) -> Ended:
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # it has ended; what is left is to hand it over
     if run.chosen is not None:
         run.chosen = _as_given(run.chosen, as_sent)
+    code = INTERRUPTED if run.interrupted else 0
+    code = code if run.error is None else exit_code(run.error)
+    if code == 0 and order.own_snapshots:
+        shutil.rmtree(str(order.snapshots), ignore_errors=True)  # nobody goes on from them
+        run.snapshots = []
     with _Results(order) as results:
         save_run(results.path, run, model, _as_given(settings, as_sent))
         tell(ResultValues(title=run_title(run, settings.name), facts=run_facts(run)))
@@ -113,10 +118,6 @@ def _run(folder: Path, lost: str | None) -> Ended:
             if warning != run.failure:
                 _warn(warning)
         results.handed_over = _hand_over(results.path, order)
-    code = INTERRUPTED if run.interrupted else 0
-    code = code if run.error is None else exit_code(run.error)
-    if code == 0 and order.own_snapshots:
-        shutil.rmtree(str(order.snapshots), ignore_errors=True)  # nobody goes on from them
     return Ended(
         code=code,
         samples=run.samples,
@@ -133,10 +134,10 @@ def _serve(order: JobSpec, settings: Settings, factory: ModelFactory | None) -> 
     from hamdist.api import start
     from hamdist.serve import serving
     from hamdist.study.report.save import save_weights
-    from hamdist.study.run.export import begun
+    from hamdist.study.run.export import initial_model
 
     host, port = order.live or ("", 0)
-    network, first, classes = begun(settings, factory, order.resume)
+    network, first, classes = initial_model(settings, factory, order.resume)
     with _Results(order) as results:
         out = results.path
         begin: Any = {"example": first, "classes": classes, "out": out}
@@ -184,7 +185,8 @@ def _found_again(order: JobSpec, lost: str) -> str | None:
 def _as_given(settings: Settings, as_sent: Settings) -> Settings:
     """Return the settings as the user can run them again, from elsewhere."""
     engine = settings.engine.model_copy(update={"address": None})
-    return settings.model_copy(update={"engine": engine, "snapshots": as_sent.snapshots})
+    settings = settings.model_copy(update={"engine": engine, "snapshots": as_sent.snapshots})
+    return with_names(settings, as_sent.learning.rules, as_sent.locality.level)
 
 
 class _Results:

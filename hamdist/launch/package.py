@@ -13,6 +13,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from tempfile import TemporaryDirectory
+from typing import Any
 
 from pydantic import BaseModel, ConfigDict, ValidationError
 
@@ -23,6 +24,7 @@ from hamdist.loading import load_function
 SETTINGS = "settings.yaml"
 ORDER = "order.json"
 SNAPSHOTS = "snapshots"
+INSTALLED = {"site-packages", "dist-packages"}
 MOST_BYTES = 100 * 2**20
 
 
@@ -81,23 +83,9 @@ def packed(settings: Settings, order: JobSpec) -> Iterator[Path]:
 
     The modules of `order` have been imported; those of rules and of a level are now.
     """
-    rules, files = {}, {}
-    for pattern, rule in settings.learning.rules.items():
-        fields = {"name": rule} if isinstance(rule, str) else rule
-        field = f"learning.rules.{pattern}"
-        if ":" in (name := str(fields.get("name"))):
-            load_function(field, name)
-            files[name] = field
-        rules[pattern] = {**fields, "name": named_there(name)}
-    own = settings.locality.level
-    if own is not None:
-        load_function("locality.level", own)
-        files[own] = "locality.level"
-        locality = settings.locality.model_copy(update={"level": named_there(own)})
-        settings = settings.model_copy(update={"locality": locality})
-    if rules:
-        learning = settings.learning.model_copy(update={"rules": rules})
-        settings = settings.model_copy(update={"learning": learning})
+    files = _own_names(settings)
+    for name, field in files.items():
+        load_function(field, name)
     with TemporaryDirectory(prefix="hd-parcel-") as name:
         folder = Path(name)
         (folder / SETTINGS).write_text(to_yaml(settings, only_set=True), "utf-8")
@@ -109,6 +97,41 @@ def packed(settings: Settings, order: JobSpec) -> Iterator[Path]:
             if path is not None:
                 _copy(path, folder, option)
         yield folder
+
+
+def in_package(settings: Settings) -> Settings:
+    """Return the settings of a package, which name rules and a level as the user has named them,
+    with the names of modules in its folder."""
+    rules = {
+        pattern: {**rule, "name": named_there(str(rule.get("name")))}
+        if isinstance(rule, dict)
+        else named_there(rule)
+        for pattern, rule in settings.learning.rules.items()
+    }
+    level = settings.locality.level
+    return with_names(settings, rules, None if level is None else named_there(level))
+
+
+def with_names(settings: Settings, rules: dict[str, Any], level: str | None) -> Settings:
+    """Return `settings` with rules, by pattern, and a level of other names."""
+    update: dict[str, Any] = {}
+    if rules:
+        update["learning"] = settings.learning.model_copy(update={"rules": rules})
+    if level is not None:
+        update["locality"] = settings.locality.model_copy(update={"level": level})
+    return settings.model_copy(update=update)
+
+
+def _own_names(settings: Settings) -> dict[str, str]:
+    """Return the settings' fields by the rules and the level of the user's own that they name."""
+    found = {}
+    for pattern, rule in settings.learning.rules.items():
+        name = str(rule.get("name") if isinstance(rule, dict) else rule)
+        if ":" in name:
+            found[name] = f"learning.rules.{pattern}"
+    if settings.locality.level is not None:
+        found[settings.locality.level] = "locality.level"
+    return found
 
 
 def read_order(folder: Path) -> JobSpec:
@@ -145,8 +168,9 @@ def own_code(name: str) -> Path | None:
     else:
         path = Path(file).resolve()
         path = path.parent if path.name == "__init__.py" else path
-    installed = {Path(sysconfig.get_path(name)).resolve() for name in ("purelib", "stdlib")}
-    return None if any(path.is_relative_to(place) for place in installed) else path
+    installed = INSTALLED & set(path.parts)  # (of a user's or an outer environment, too)
+    own = not installed and not path.is_relative_to(Path(sysconfig.get_path("stdlib")).resolve())
+    return path if own else None
 
 
 def _copy(code: Path, folder: Path, option: str) -> None:

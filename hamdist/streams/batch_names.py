@@ -74,7 +74,7 @@ def default_names(
     others = [key for key in sample if key not in targets]
     arrays = all(isinstance(sample[key], (Tensor, np.ndarray)) for key in others)
     named = arguments is None or all(key in arguments for key in others)
-    if arrays and others and len(targets) <= 1 and (named or len(others) == 1):
+    if others and len(targets) <= 1 and ((arrays and named) or len(others) == 1):
         alone = len(others) == 1 and (arguments is None or others[0] not in arguments[1:])
         return dict.fromkeys(targets, "y") | {key: "u" if alone else key for key in others}
     guess = {str(key): "y" if key in targets[:1] else str(key) for key in sample}

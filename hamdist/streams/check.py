@@ -8,6 +8,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -50,7 +51,7 @@ class Checker:
         self._stamped = stamped
         self.last = -math.inf  # time stamp
         self._first = InputSpec(spec.u_shape, spec.u_dtype)
-        self._one = TargetSpec(spec.y_shape, spec.y_dtype, spec.classes)  # where there is one
+        self._target_y = TargetSpec(spec.y_shape, spec.y_dtype, spec.classes)  # where there is one
 
     def check(self, n: int, sample: Sample) -> Sample:
         """Return a sample with u and y contiguous, aligned to 64 bytes, and alone in their storage.
@@ -160,7 +161,7 @@ class Checker:
                     f"sample {n}: y is one target, but this stream's targets are given by readout: "
                     f"give a dict of {', '.join(map(repr, specs))}"
                 )
-            return self._target(n, "y", y, self._one, batch)
+            return self._target(n, "y", y, self._target_y, batch)
         if specs is None:
             raise StreamError(
                 f"sample {n}: y is a dict ({', '.join(map(repr, y))}), but this stream has one "
@@ -229,9 +230,25 @@ def _within(y: Tensor, classes: int) -> bool:
     return low.item() >= 0 and high.item() < classes
 
 
+def check_numbers(n: int, field: str, value: Tensor | np.ndarray) -> None:
+    """Raise StreamError for a value of a sample without a number at each of its places."""
+    if isinstance(value, np.ndarray):
+        why = "masked values: say by filled(...) what they are" if np.ma.is_masked(value) else ""
+    elif value.is_meta:
+        why = "no values, on the meta device"
+    elif value.layout is not torch.strided or value.is_nested or value.is_quantized:
+        kind = f"{'nested ' * value.is_nested}{value.dtype} {value.layout}"
+        why = f"another kind of tensor ({kind}): make a dense one of it (to_dense, dequantize, ...)"
+    else:
+        return
+    if why:
+        raise StreamError(f"sample {n}: {field} has {why}")
+
+
 def _check_dtype(n: int, field: str, value: Tensor, dtype: torch.dtype) -> None:
     if not isinstance(value, Tensor):
         raise StreamError(f"sample {n}: {field} is a {type(value).__name__}, not a torch tensor")
+    check_numbers(n, field, value)
     if value.dtype != dtype:
         raise StreamError(
             f"sample {n}: {field} has dtype {value.dtype}, expected {dtype}: convert it with "

@@ -66,7 +66,7 @@ def is_ragged(source: Any) -> bool:
 def _shapes(sample: Any) -> list[tuple[int, ...]]:
     """Return the shapes behind the batch of the tensors in a sample, missing ones left out."""
     if isinstance(sample, (Tensor, np.ndarray)):
-        return [tuple(sample.shape[1:])]
+        return [] if getattr(sample, "is_nested", False) else [tuple(sample.shape[1:])]
     if isinstance(sample, Sample):
         sample = (sample.u if sample.inputs is None else sample.inputs,)
     if isinstance(sample, Mapping):

@@ -185,9 +185,9 @@ def held_out_tokens(
         dtype: of floating-point inputs.
     """
     if settings.source is Source.MEMORY:
-        own, part = dict(settings.memory), settings.evaluate.value
+        fields, part = dict(settings.memory), settings.evaluate.value
         many = HELD_OUT_BATCH
-        return MemoryStream(**own, batch=many, seed=seed, dtype=dtype, part=part, sequences=4)
+        return MemoryStream(**fields, batch=many, seed=seed, dtype=dtype, part=part, sequences=4)
     if settings.source is not Source.SEQUENCES or settings.sequences.view is not View.TOKENS:
         return None
     texts, vocabulary = _texts(settings, seed)

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from hamdist.errors import HamdistWarning, SettingsError, StreamError
 from hamdist.streams.batch_names import TUPLES, WEIGHT, Names, default_names, named_parts
+from hamdist.streams.check import check_numbers
 from hamdist.streams.epochs import AGAIN, Epochs, epoch_setters, is_ragged
 from hamdist.streams.sample import (
     InputSpec,
@@ -88,7 +89,8 @@ class IterableStream:
     ) -> None:
         _check_sizes(classes, outputs)
         if not isinstance(source, Iterable):
-            raise StreamError(f"a {type(source).__name__} cannot be iterated: give an iterable")
+            batches = "a DataLoader of it" if hasattr(source, "__getitem__") else "an iterable"
+            raise StreamError(f"a {type(source).__name__} cannot be iterated: give {batches}")
         if epochs is not None and epochs < 1:
             raise SettingsError(f"epochs is {epochs}; at least 1 is needed, or None for no end")
         kind, iterator = type(source).__name__, source
@@ -273,8 +275,8 @@ class IterableStream:
         return with_weights(y, values)
 
     def _tensor(self, n: int, field: str, value: Any) -> Tensor:
-        if isinstance(value, Tensor) and value.is_meta:
-            raise StreamError(f"sample {n}: {field} lies on the meta device and has no values")
+        if isinstance(value, (Tensor, np.ndarray)):
+            check_numbers(n, field, value)
         if isinstance(value, Tensor):
             tensor = value.detach()
             return tensor.clone(memory_format=torch.contiguous_format) if self._copied else tensor

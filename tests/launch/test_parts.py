@@ -23,6 +23,7 @@ from hamdist.launch import local_cluster as one_host
 from hamdist.launch.cluster_file import ClusterSettings, find_cluster
 from hamdist.launch.doctor import Findings, LinkFacts, host_facts, judged, storage_fault
 from hamdist.launch.doctor_job import HostProbe
+from hamdist.launch.driver import _as_given
 from hamdist.launch.events import (
     PART_BYTES,
     DriverLost,
@@ -34,7 +35,15 @@ from hamdist.launch.events import (
     from_line,
     to_line,
 )
-from hamdist.launch.package import JobSpec, named_there, on_ray, own_code, packed, read_order
+from hamdist.launch.package import (
+    JobSpec,
+    in_package,
+    named_there,
+    on_ray,
+    own_code,
+    packed,
+    read_order,
+)
 from hamdist.launch.submit import dry_run, kept_at, make_id, resumed_from
 from hamdist.models.build import load_factory
 from hamdist.runtime.placement.assign_hosts import HostInfo
@@ -466,15 +475,17 @@ def test_files_of_rules_and_levels_travel(tmp_path, monkeypatch):
     own = {"learning": {"rules": rules}, "locality": {"level": f"{level}:Own"}}
     settings = Settings.model_validate(own)
     with packed(settings, JobSpec(id="x", model=None, storage=None, most=1)) as folder:
-        loaded = load_settings(str(folder / "settings.yaml"), [])
+        sent = load_settings(str(folder / "settings.yaml"), [])
+        loaded = in_package(sent)
         there = loaded.learning.rules
         assert (folder / file.name).read_text() == file.read_text()
         assert (folder / level.name).read_text() == level.read_text()
         assert loaded.locality.level == "shipped_levels:Own"
     renamed = "shipped_rules:Mine"
-    assert there["a"] == {"name": renamed}
+    assert there["a"] == renamed
     assert there["b"] == {"name": renamed, "gain": 2}
-    assert there["c"] == {"name": "kolen-pollack"}
+    assert there["c"] == "kolen-pollack"
+    assert _as_given(loaded, sent) == settings  # what comes back is named as here
     gone = Settings.model_validate({"learning": {"rules": {"a": "gone.py:Mine"}}})
     order = JobSpec(id="x", model=None, storage=None, most=1)
     with (

@@ -216,6 +216,9 @@ def test_classes_are_what_the_model_predicts():
     bad[3][1][0, 0] = V
     with pytest.raises(StreamError, match=rf"sample 3: .* is {V}, but with {V} classes"):
         learned(bad)
+    for y in (torch.eye(4).long(), torch.arange(4)[:, None]):
+        with pytest.raises(GraphError, match=r"one-hot targets give y.argmax\(1\).*squeeze"):
+            learned([(torch.zeros(4, 3), y)], net=nn.Linear(3, 4), classes=4)
     same = learned(items(-100), classes=V)
     assert distance(learned(items(-100)).model, same.model) == 0
     with pytest.raises(GraphError, match=r"loss mse, but the targets have dtype torch.int64"):

@@ -90,6 +90,7 @@ def test_result_is_contiguous_aligned_and_alone(u: Tensor) -> None:
     [
         (GOOD_U.double(), r"u has dtype torch.float64, expected torch.float32: .*\.to\("),
         (GOOD_U.tolist(), "u is a list, not a torch tensor"),
+        (GOOD_U.to_sparse(), "u has another kind of tensor"),
         (torch.zeros(4, 2), r"u has shape \(4, 2\), earlier ones had \(B, 3\)"),
         (torch.zeros(3), r"u has shape \(3,\)"),
         (torch.zeros(4, 3, 1), r"u has shape \(4, 3, 1\)"),

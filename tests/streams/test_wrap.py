@@ -228,6 +228,8 @@ class TestErrors:
     def test_not_iterable(self) -> None:
         with pytest.raises(StreamError, match="a int cannot be iterated"):
             from_iterable(3)
+        with pytest.raises(StreamError, match="a TensorDataset .*: give a DataLoader of it"):
+            from_iterable(TensorDataset(U, Y))
 
     @pytest.mark.parametrize(
         ("item", "message"),
@@ -239,6 +241,14 @@ class TestErrors:
             ({"y": Y}, "is a dict of 'y'; which of them are inputs is open: say it with names="),
             (([1.0], Y), ": u is a list; give a torch tensor or a numpy array"),
             ((None, Y), ": u is a NoneType"),
+            ({"x": [1.0], "label": [0]}, ": u is a list"),
+            ((U.to_sparse(), Y), ": u has another kind of tensor .*sparse_coo.*to_dense"),
+            (
+                (torch.nested.as_nested_tensor([U, U], layout=torch.jagged), Y),
+                ": u has another kind .*jagged",
+            ),
+            ((U.to("meta"), Y), ": u has no values, on the meta device"),
+            ((np.ma.masked_less(np.zeros(3), 1), Y), ": u has masked values: .*filled"),
             ((U, [0, 1, 2]), ": y is a list"),
             ((np.array(["a"]), Y), ": u is a numpy array of <U1, which torch has no dtype for"),
             ({"u": U, "end": 1}, ": end is 1; give True or False"),

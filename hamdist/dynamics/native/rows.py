@@ -63,8 +63,8 @@ def add_outer(tensor: Tensor, z: Tensor, x: Tensor, alpha: float, beta: float) -
 
     With beta 0 the tensor is not read. Returns False where those products do not serve.
     """
-    made = has_products(len(z)) and alpha != 0 and all(map(reads, (tensor, z, x)))
-    if made and tensor.dtype == z.dtype == x.dtype:
+    serves = has_products(len(z)) and alpha != 0 and all(map(reads, (tensor, z, x)))
+    if serves and tensor.dtype == z.dtype == x.dtype:
         pointers = tensor.data_ptr(), z.data_ptr(), x.data_ptr()
         sizes = len(z), x.shape[1], z.shape[1], FLAGS[x.dtype]
         library.add_outer(*pointers, *sizes, alpha, beta)

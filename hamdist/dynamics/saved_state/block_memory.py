@@ -43,8 +43,8 @@ def tensors_in(value: Any) -> Iterator[Tensor]:
     elif dataclasses.is_dataclass(value):
         yield from tensors_in([getattr(value, f.name) for f in dataclasses.fields(value)])
     elif isinstance(value, (Mapping, list, tuple, deque)):
-        for one in value.values() if isinstance(value, Mapping) else value:
-            yield from tensors_in(one)
+        for element in value.values() if isinstance(value, Mapping) else value:
+            yield from tensors_in(element)
 
 
 def storages_of(value: Any) -> set[int]:

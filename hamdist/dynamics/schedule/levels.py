@@ -128,10 +128,10 @@ def make_locality(level: Level, overrides: LocalityOverrides) -> Locality:
             "level 'auto' is chosen by `train`, from the stream and the network; name a level here"
         )
     overridden = {k: v for k, v in overrides if v is not None}
-    own = overridden.pop("level", None)
-    if own is not None and overridden.setdefault("speed", 1) != 1:
+    own_level = overridden.pop("level", None)
+    if own_level is not None and overridden.setdefault("speed", 1) != 1:
         raise LevelError(
-            f"locality.level {own!r} says when samples enter, and so does locality.speed "
+            f"locality.level {own_level!r} says when samples enter, and so does locality.speed "
             f"{overrides.speed!r}: leave one of them out"
         )
     if overridden.get("presentation") not in (None, PRESETS[level].presentation):
@@ -141,7 +141,7 @@ def make_locality(level: Level, overrides: LocalityOverrides) -> Locality:
         overridden = {**fields, "credit": base.credit, **overridden}
         if base is _SEQUENCE:
             overridden = {"speed": base.speed, **overridden}
-    needed = {knob: made for knob, made in _ASKS.items() if knob in overridden}
+    needed = {knob: compensation for knob, compensation in _ASKS.items() if knob in overridden}
     implied = ""
     if needed and "compensation" not in overridden:
         overridden["compensation"] = tuple(needed.values())
@@ -155,10 +155,10 @@ def make_locality(level: Level, overrides: LocalityOverrides) -> Locality:
     if isinstance(overridden.get("gate"), bool):
         overridden["gate"] = STILL if overridden["gate"] else None
     knobs = replace(PRESETS[level], **overridden)
-    if own is not None and not knobs.pulse:
+    if own_level is not None and not knobs.pulse:
         raise LevelError(
-            f"locality.level {own!r} with presentation {knobs.presentation.value!r}: a level of "
-            "one's own says when pulses pass; use level trace, heads, backprop or reversible"
+            f"locality.level {own_level!r} with presentation {knobs.presentation.value!r}: a level "
+            "of one's own says when pulses pass; use level trace, heads, backprop or reversible"
         )
     for reason in _contradictions(knobs):
         raise LevelError(f"level {level.value!r} cannot run with these knobs: {implied}{reason}")

@@ -78,11 +78,11 @@ class PulseSchedule:
         self.parts = knobs.microbatches if isinstance(knobs.microbatches, int) else 1
         self.group = knobs.accumulate  # samples per step
         self.double_buffered = knobs.double_buffered
-        self._own = knobs.own is not None
+        self._own_rounds = knobs.own is not None
         level = knobs.own or Travelling(self._ticks(graph, knobs, mute), self.parts)
         self._emits, self._forward, self._backward = times = make_round(level, graph, mute)
         self.own_round: dict[str, list[list[int]]] = {}  # by block: of its two passes, the ticks
-        if self._own:
+        if self._own_rounds:
             passes = times.forward, times.backward
             self.own_round = {
                 block: [[*of[block].first] for of in passes] for block in graph.blocks
@@ -317,7 +317,7 @@ class PulseSchedule:
 
     def bundle(self, edge: Edge, kind: Kind) -> Bundle:  # noqa: ARG002
         spacing = self.c if self.parts == 1 else SPACING  # between two pulses
-        return ALONE if self._own else Bundle(max(1, edge.delay // spacing), spacing)
+        return ALONE if self._own_rounds else Bundle(max(1, edge.delay // spacing), spacing)
 
     @property
     def staleness(self) -> int:

@@ -96,9 +96,9 @@ class Times(NamedTuple):
         turn, rest = divmod(tick - self.first[0], self.ticks)
         return turn * len(self.first) + bisect_left(self.first, self.first[0] + rest)
 
-    def most(self, taken: Times) -> int:
-        """Return the most events n, n + 1, ... of these up to the tick in which n is `taken`."""
-        return max(self.before(tick + 1) - i for i, tick in enumerate(taken.first))
+    def most(self, times: Times) -> int:
+        """Return the most events n, n + 1, ... of these up to the tick of n in `times`."""
+        return max(self.before(tick + 1) - i for i, tick in enumerate(times.first))
 
 
 class Round(NamedTuple):

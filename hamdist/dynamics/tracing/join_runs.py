@@ -167,7 +167,7 @@ class _Join:
         if parts_of(first) is not None:
             if any([k for k, _ in part] != [k for k, _ in parts[0]] for part in parts):
                 raise _Apart("it calls with more or fewer values")
-            inner = zip(*([part for _, part in own] for own in parts), strict=True)
+            inner = zip(*([part for _, part in pairs] for pairs in parts), strict=True)
             return filled(first, [self.template(part) for part in inner])
         if kind is slice:
             parts = [[v.start for v in values], [v.stop for v in values], [v.step for v in values]]

@@ -34,8 +34,8 @@ _SIMPLE = (bool, int, float, complex, str, bytes, type(None), torch.dtype, torch
 
 def code_digests(made_of: Mapping[str, Any]) -> dict[str, str]:
     """Return a digest by name of what a run is made of; none where nothing of it is a user's."""
-    given = {name: value for name, value in made_of.items() if value is not None}
-    texts = {name: "\n".join(_Reader().read(value)) for name, value in given.items()}
+    values = {name: value for name, value in made_of.items() if value is not None}
+    texts = {name: "\n".join(_Reader().read(value)) for name, value in values.items()}
     return {n: hashlib.sha256(t.encode()).hexdigest()[:16] for n, t in texts.items() if t}
 
 
@@ -105,19 +105,19 @@ class _Reader:
 
     def _references(self, function: FunctionType) -> Iterator[str]:
         yield from self.read((function.__defaults__, function.__kwdefaults__))
-        found: dict[str, Any] = {}
+        references: dict[str, Any] = {}
         for name, cell in zip(
             function.__code__.co_freevars, function.__closure__ or (), strict=True
         ):
             with suppress(ValueError):  # it is empty
-                found[name] = cell.cell_contents
+                references[name] = cell.cell_contents
         names = names_of_code(function.__code__)
         for name in names & function.__globals__.keys():
             value = function.__globals__[name]
             of_module = isinstance(value, ModuleType) and is_foreign(value)
             inside = names & vars(value).keys() if of_module and not is_installed(value) else ()
-            found |= {name: value, **{f"{name}.{n}": vars(value)[n] for n in inside}}
-        for name, value in sorted(found.items()):
+            references |= {name: value, **{f"{name}.{n}": vars(value)[n] for n in inside}}
+        for name, value in sorted(references.items()):
             texts = list(self.read(value))
             yield from (f"{name} =", *texts) if texts else ()
 

@@ -81,7 +81,7 @@ def before(plan: Plan, settings: Settings) -> list[str]:
 
 def _unused_spares(plan: Plan) -> list[str]:
     """Return a warning where no lost actor is replaced, so that spare ones wait in vain."""
-    if not plan.engine.spares or (plan.snapshot_policy and plan.snapshot_policy.recover):
+    if not plan.engine.spares or (plan.snapshot_policy and plan.snapshot_policy.section.recover):
         return []
     return [
         f"engine.spares {plan.engine.spares} has no effect: no lost actor is replaced without "
@@ -169,7 +169,7 @@ def _no_links(settings: Settings) -> list[str]:
         f"engine.device_signals {engine.device_signals.value!r} has no effect in one process, "
         "whose signals stay where they are": engine.device_signals is not DeviceSignals.AUTO,
     }
-    return [text for text, given in idle.items() if given]
+    return [text for text, is_set in idle.items() if is_set]
 
 
 def open_endpoints(engine: EngineSettings) -> list[str]:
@@ -199,10 +199,10 @@ def lending_notes(engine: EngineSettings, shared: int, refusals: Sequence[Refusa
     for channel, reason in refusals:
         channels.setdefault(reason, []).append(channel)
     notes = []
-    for reason, those in channels.items():
-        more = "" if len(those) == 1 else f", and {len(those) - 1} more like it,"
+    for reason, refused in channels.items():
+        more = "" if len(refused) == 1 else f", and {len(refused) - 1} more like it,"
         notes.append(
-            f"signals between GPUs: {those[0]}{more} went through host memory: {reason}; "
+            f"signals between GPUs: {refused[0]}{more} went through host memory: {reason}; "
             "engine.device_signals 'host' does so without a word"
         )
     return notes

@@ -192,7 +192,7 @@ class InProcessSnapshots:
         self._failures = SnapshotFailures()
         self.snapshot_writer = ProcessSnapshots(plan, nodes, mailbox, sent_log, self._written)
         self.on = plan.snapshot_policy.snapshot is not None
-        self._seconds = plan.snapshot_policy.seconds or inf
+        self._seconds = plan.snapshot_policy.section.seconds or inf
         self._due = time.monotonic() + self._seconds
         self._for_user: int | None = None  # the tick of one that a user waits for
 

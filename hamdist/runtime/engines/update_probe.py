@@ -103,8 +103,8 @@ def update_probes(
         group, under_way = schedule.group, schedule.trip // schedule.c
     every = math.lcm(plan.metrics.alignment or 1, group)
     every *= -(-(under_way + 2 + group) // every)
-    begun = max(n.tick or 0 for n in (*nodes, *filter(None, [source])))
-    for sample in count((schedule.entered(begun) // every + 1) * every, every):
+    tick = max(n.tick or 0 for n in (*nodes, *filter(None, [source])))
+    for sample in count((schedule.entered(tick) // every + 1) * every, every):
         update = sample // group  # the number of updates before the (last) one by the sample
         if isinstance(schedule, HoldSchedule):
             update = schedule.updates_before(schedule.enters(sample + 1)) - 1
@@ -171,13 +171,13 @@ class Alignments:
     @torch.enable_grad()
     def _cosines(self, probe: UpdateProbe) -> Iterator[tuple[str, float]]:
         model, theta, loss = MergedGraph(self._graph), dict[tuple[str, str], Tensor](), None
-        for name, key in ((name, key) for name, own in probe.before.items() for key in own):
+        for name, key in ((name, key) for name, weights in probe.before.items() for key in weights):
             parameter = model.get_parameter(name_in_merged_graph(name, key))
             parameter.data = probe.before[name][key].to(parameter.device)
             theta[name, key] = parameter.requires_grad_(True)
         for sample in probe.samples.values():
-            found: Any = model(sample.u if sample.inputs is None else dict(sample.inputs))
-            outputs = found if isinstance(found, Mapping) else {self._graph.readouts[0]: found}
+            y: Any = model(sample.u if sample.inputs is None else dict(sample.inputs))
+            outputs = y if isinstance(y, Mapping) else {self._graph.readouts[0]: y}
             for name, output in outputs.items():
                 target, function = sample.target(name), self._graph.blocks[name].loss
                 if target is not None and function is not None:

@@ -83,7 +83,9 @@ class Worker:
         self._sent_log: SentLog | None = None
         if snapshot_policy is not None:
             self._sent_log = SentLog(
-                inside, replays=snapshot_policy.recover, limit=snapshot_policy.memory
+                inside,
+                replays=snapshot_policy.section.recover,
+                limit=snapshot_policy.section.memory << 20,
             )
         self._digests = Digests(int(plan.engine.digests)) if plan.engine.digests else None
         self._mailbox = Mailbox(inside, self._transport, self._sent_log, self._digests)

@@ -285,7 +285,7 @@ def merged(
             compression.setdefault(edge, {}).update(done)
     return {
         "blocks": {name: state for r in every for name, state in r.blocks.items()},
-        "windows": {name: those for r in every for name, those in r.windows.items()},
+        "windows": {name: windows for r in every for name, windows in r.windows.items()},
         "records": {name: rs for r in every for name, rs in r.records.items()},
         "samples": max((r.samples for r in every), default=0),
         "ticks": max((r.ticks for r in every), default=0),

@@ -80,7 +80,7 @@ def live_run(
             if repeats:
                 _warn_of_other_code(journal, facts)
             else:
-                resume = _begun(journal, facts, settings, model, example, resume)
+                resume = _write_beginning(journal, facts, settings, model, example, resume)
         zeros = {n: torch.zeros_like(u) for n, u in (example.inputs or {}).items()}
         stream = LiveStream(
             reader.live_spec(patience),
@@ -106,7 +106,7 @@ def live_run(
         raise
 
 
-def _begun(
+def _write_beginning(
     journal: Journal,
     facts: dict[str, Any],
     settings: Settings,
@@ -133,17 +133,17 @@ def _begun(
     return None
 
 
-def _recorded(given: Mapping[str, Any]) -> dict[str, Any]:
+def _recorded(fields: Mapping[str, Any]) -> dict[str, Any]:
     """Return the settings of a run with the rules that have names, and the names of its code."""
-    rules, level = given["rules"] or {}, given.get("level")
+    rules, level = fields["rules"] or {}, fields.get("level")
     named = {p: rule for p, rule in rules.items() if isinstance(rule, (str, Mapping))}
-    settings = given["settings"].model_dump(mode="json", exclude_unset=True)
+    settings = fields["settings"].model_dump(mode="json", exclude_unset=True)
     if named:
         settings = lay_over(settings, {"learning": {"rules": named}})
     kind = type(level)
     is_named = "<locals>" not in kind.__qualname__ and kind.__module__ != "__main__"
-    code = [name for name in ("loss", "phi", "optimizer", "scheduler") if given[name] is not None]
-    code += ["partition"] if given["policy"] is not None else []
+    code = [name for name in ("loss", "phi", "optimizer", "scheduler") if fields[name] is not None]
+    code += ["partition"] if fields["policy"] is not None else []
     code += ["rules"] if len(named) < len(rules) else []
     code += (
         ["level"]
@@ -153,10 +153,12 @@ def _recorded(given: Mapping[str, Any]) -> dict[str, Any]:
     return {"settings": settings, "code": code}
 
 
-def _digests(model: nn.Module | Graph, given: Mapping[str, Any]) -> dict[str, str]:
+def _digests(model: nn.Module | Graph, fields: Mapping[str, Any]) -> dict[str, str]:
     """Return digests of the user's code, by what it is to the run."""
-    rules = {f"the rule of {p}": r for p, r in (given["rules"] or {}).items()}
-    named = {n: given[n] for n in ("loss", "phi", "optimizer", "scheduler", "level") if n in given}
+    rules = {f"the rule of {p}": r for p, r in (fields["rules"] or {}).items()}
+    named = {
+        n: fields[n] for n in ("loss", "phi", "optimizer", "scheduler", "level") if n in fields
+    }
     code = {n: v for n, v in {**named, **rules}.items() if not isinstance(v, (str, Mapping))}
     return code_digests({"the model": _modules(model), **code})
 
@@ -196,9 +198,9 @@ def _note_changes(journal: Journal, facts: Mapping[str, Any]) -> None:
         )
 
 
-def check_repeatable(out: str | Path, facts: Mapping[str, Any], given: Mapping[str, Any]) -> None:
-    """Raise SettingsError where a replay would be another run. given: arguments, beside settings"""
-    missing = [name for name in facts.get("code", ()) if given.get(name) is None]
+def check_repeatable(out: str | Path, facts: Mapping[str, Any], fields: Mapping[str, Any]) -> None:
+    """Raise SettingsError where a replay would be another run. fields: all but the settings."""
+    missing = [name for name in facts.get("code", ()) if fields.get(name) is None]
     if missing:
         raise SettingsError(
             f"replay({str(out)!r}): the run had {', '.join(missing)} of its program's code, which "

@@ -247,8 +247,8 @@ class BlockContents(NamedTuple):
             "h": [self.h],
             "z": [self.z],
         }
-        by_kind = {kind: [t for t in those if t is not None] for kind, those in tensors.items()}
-        return {kind: histogram_of(those) for kind, those in by_kind.items() if those}
+        by_kind = {kind: [t for t in values if t is not None] for kind, values in tensors.items()}
+        return {kind: histogram_of(values) for kind, values in by_kind.items() if values}
 
 
 def histogram_of(tensors: Sequence[Tensor]) -> Histogram:

@@ -124,8 +124,8 @@ def with_classes(spec: SampleSpec, graph: Graph, shapes: ShapeMap) -> SampleSpec
     if spec.targets is None:
         return dataclasses.replace(spec, classes=classes_of(spec.target(""), graph.readouts))
     targets = {
-        name: dataclasses.replace(one, classes=classes_of(one, {name} & set(graph.readouts)))
-        for name, one in spec.targets.items()
+        name: dataclasses.replace(target, classes=classes_of(target, {name} & set(graph.readouts)))
+        for name, target in spec.targets.items()
     }
     first = next(iter(targets.values()))
     return dataclasses.replace(spec, targets=targets, classes=first.classes)
@@ -188,7 +188,8 @@ def check_predictions(graph: Graph, shapes: ShapeMap, spec: SampleSpec, ignore_i
             if rows != target.shape:
                 raise GraphError(
                     f"readout {name!r} predicts {shape}, that is classes of {rows}, but the "
-                    f"targets are {target.shape}; predict one row of classes for every target"
+                    f"targets are {target.shape}; predict one row of classes for every target "
+                    "(of one-hot targets give y.argmax(1), of a column of classes y.squeeze(1))"
                 )
         elif isinstance(block.loss, CrossEntropy) and shape != target.shape:
             raise GraphError(

@@ -172,6 +172,10 @@ def microbatch_warnings(
     return notes
 
 
+# What torch, and checks in a loss of the user's own, raise of targets that they do not take.
+_REFUSALS = (RuntimeError, ValueError, TypeError, LookupError, ArithmeticError, AssertionError)
+
+
 def _is_no_mean(graph: Graph, spec: SampleSpec, name: str, outputs: Mapping[str, Tensor]) -> bool:
     """Return True if a loss of the user's own is not the mean of those of two halves of a batch."""
     block, target, y = graph.blocks[name], spec.target(name), outputs[name]
@@ -179,9 +183,9 @@ def _is_no_mean(graph: Graph, spec: SampleSpec, name: str, outputs: Mapping[str,
     if known or target is None or block.output is not None or spec.weighted:
         return False
     numbers = torch.arange(math.prod(target.shape)).view(target.shape)
-    made = numbers * target.classes // numbers.numel() if target.classes else numbers % 7 / 7
-    t, half = made.to(target.dtype), len(y) // 2  # other classes in each half
-    with torch.no_grad(), torch.random.fork_rng(devices=[]), suppress(Exception):
+    values = numbers * target.classes // numbers.numel() if target.classes else numbers % 7 / 7
+    t, half = values.to(target.dtype), len(y) // 2  # other classes in each half
+    with torch.no_grad(), torch.random.fork_rng(devices=[]), suppress(*_REFUSALS):
         loss = copied(block.loss) if isinstance(block.loss, nn.Module) else block.loss
         whole, first, second = (
             float(loss(y[rows], t[rows])) * len(y[rows]) / len(y)  # type: ignore[misc]

@@ -22,6 +22,7 @@ from hamdist.config import (
     MetricsSettings,
     Reset,
     Settings,
+    SnapshotSettings,
     StepKind,
 )
 from hamdist.dynamics.graph.checks import check_parameters
@@ -68,10 +69,9 @@ class SnapshotPolicy:
     """Policy of a run's snapshots.
 
     Attributes:
-        path: where they lie; keep: how many stay.
-        every: ticks, seconds: of time, between two.
+        section: the settings, `recover` only with actors, `seconds` a number unless `every` is.
+        path: where they lie.
         settings: of the run, for the manifest.
-        ends_full: the run ends where more than `memory` bytes would be kept.
         snapshot: the one that the run resumes from.
         stream: the identity of the stream (snapshots/resume.py).
         code: digests of the user's code by what it is (user_modules/code_digest.py).
@@ -79,16 +79,9 @@ class SnapshotPolicy:
         last: one is taken before the end, from which a run of more steps can resume.
     """
 
+    section: SnapshotSettings
     path: str
-    every: int | None
-    seconds: float | None
-    keep: int
     settings: Mapping[str, Any]
-    recover: bool = False
-    memory: int = 2**28
-    ends_full: bool = False
-    attempts: int = 3
-    silence: float = 10.0
     snapshot: Snapshot | None = None
     stream: Mapping[str, Any] = field(default_factory=dict)
     code: Mapping[str, str] = field(default_factory=dict)
@@ -367,21 +360,15 @@ def make_snapshot_policy(
     settings: Settings, snapshot: Snapshot | None = None, *, last: bool = True
 ) -> SnapshotPolicy | None:
     """Make the policy of `settings.snapshots`; None if the run takes none."""
-    snapshots = settings.snapshots
-    if snapshots.path is None:
+    section = settings.snapshots
+    if section.path is None:
         return None
-    timed = snapshots.seconds is not None or snapshots.every is None
+    recover = section.recover and settings.engine.kind is EngineKind.RAY
+    seconds = section.seconds or (SNAPSHOT_SECONDS if section.every is None else None)
     return SnapshotPolicy(
-        path=storage(snapshots.path).where,  # actors may have another current folder
-        every=snapshots.every,
-        seconds=(snapshots.seconds or SNAPSHOT_SECONDS) if timed else None,
-        keep=snapshots.keep,
+        section.model_copy(update={"seconds": seconds, "recover": recover}),
+        path=storage(section.path).where,  # actors may have another current folder
         settings=settings.model_dump(mode="json"),
-        recover=snapshots.recover and settings.engine.kind is EngineKind.RAY,
-        memory=snapshots.memory * 2**20,
-        ends_full=snapshots.full == "end",
-        attempts=snapshots.attempts,
-        silence=snapshots.silence,
         snapshot=snapshot,
         last=last,
     )

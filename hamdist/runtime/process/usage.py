@@ -113,11 +113,11 @@ def joules_from_now() -> Callable[[], float | None]:
     It returns None where the kernel does not count or show them. A counter that has come round
     once is put right.
     """
-    begun = _readings()
+    first = _readings()
 
     def joules() -> float | None:
         now = _readings()
-        used = [(now[name][0] - at) % most for name, (at, most) in begun.items() if name in now]
+        used = [(now[name][0] - at) % most for name, (at, most) in first.items() if name in now]
         return sum(used) * 1e-6 if used else None
 
     return joules

@@ -22,10 +22,9 @@ from hamdist.errors import ClusterError
 from hamdist.runtime.process.interrupts import deaf_to_interrupts, handlers_of_ours
 from hamdist.runtime.process.leftovers import RAY_PREFIX, claim, release, remove_leftovers
 from hamdist.runtime.ray_engine.auth_token import own_token
-from hamdist.runtime.ray_engine.forked_workers import forked_workers
+from hamdist.runtime.ray_engine.forked_workers import GONE_SECONDS, forked_workers
 
 OBJECT_STORE_BYTES = 100 * 2**20
-GONE_SECONDS = 10.0
 TRIES = 5
 # No calls home; Ray's workers at the priority of other processes; a driver without a share of a GPU
 # may still see them.

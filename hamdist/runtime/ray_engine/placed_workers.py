@@ -59,7 +59,7 @@ class PlacedWorkers:
         self._stream = stream
         self.session = session
         # What cannot be drawn again a second time stays here, where its log keeps what it gave.
-        keeps = plan.snapshot_policy is not None and plan.snapshot_policy.recover
+        keeps = plan.snapshot_policy is not None and plan.snapshot_policy.section.recover
         self._portable = stream.portable and (replays(stream) or not keeps)
         self.live = live_of(stream)
         self._local: Worker | None = None
@@ -143,7 +143,9 @@ class PlacedWorkers:
         here = ray.get_runtime_context().get_node_id()
         snapshot_policy = self._plan.snapshot_policy
         moves = (
-            snapshot_policy is not None and snapshot_policy.recover and engine.address is not None
+            snapshot_policy is not None
+            and snapshot_policy.section.recover
+            and engine.address is not None
         )
         spread = moves or len({here, *(actor.node for actor in self.actors)}) > 1
         by_tcp = engine.transport is TransportKind.TCP or (

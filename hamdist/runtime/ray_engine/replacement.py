@@ -194,7 +194,7 @@ class Replacement:
     def _count(self, loss: ActorLoss) -> None:
         saved = 0 if self._catalogue.latest is None else self._catalogue.latest.tick
         times = self._attempts.lost(loss.actor.name, loss.tick, saved)
-        if times < self._policy.attempts:
+        if times < self._policy.section.attempts:
             return
         loss.actor.report = loss.report
         if isinstance(loss.error, ClusterError):
@@ -263,17 +263,17 @@ class Replacement:
             actor_options = reseated(actor.actor_options, actor.node, there, others)
             others.append((actor_options.node or actor.node, actor_options))
             options_of_actors.append(actor_options)
-        begun = dict(
+        losses = dict(
             zip(
                 worker_group.session.actors(options_of_actors),
                 zip(lost, options_of_actors, strict=True),
                 strict=True,
             )
         )
-        calls = {handle.where.remote(): handle for handle in begun}
+        calls = {handle.where.remote(): handle for handle in losses}
         done, late = ray.wait(list(calls), num_returns=len(calls), timeout=START_SECONDS)
         if late:
-            for handle in begun:
+            for handle in losses:
                 ray.kill(handle)
             raise ClusterError(
                 f"no actor could be started instead of {', '.join(map(str, lost))} "
@@ -283,7 +283,7 @@ class Replacement:
         gone = []
         for call in done:
             handle = calls[call]
-            actor, actor_options = begun[handle]
+            actor, actor_options = losses[handle]
             try:
                 actor.renew(actor_options, handle, ray.get(call))
                 if actor.key is not None:

@@ -29,7 +29,8 @@ from hamdist.runtime.ray_engine.auth_token import (
     refused,
 )
 from hamdist.runtime.ray_engine.cluster_hosts import knock
-from hamdist.runtime.ray_engine.local_ray import GONE_SECONDS, local_ray, ray_environment
+from hamdist.runtime.ray_engine.forked_workers import GONE_SECONDS
+from hamdist.runtime.ray_engine.local_ray import local_ray, ray_environment
 
 CLOSING_SECONDS = 3 * GONE_SECONDS
 T = TypeVar("T")

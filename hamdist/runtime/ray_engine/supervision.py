@@ -39,11 +39,11 @@ class SnapshotSupervision:
         self._catalogue = SnapshotCatalogue(plan, worker_group.arithmetic)
         self._recovery = (
             Replacement(worker_group, snapshot_policy, self._catalogue)
-            if snapshot_policy.recover
+            if snapshot_policy.section.recover
             else None
         )
         self._losses: list[ActorLoss] = []
-        self._seconds = snapshot_policy.seconds or inf
+        self._seconds = snapshot_policy.section.seconds or inf
         self._end = plan.last_tick
         self._due: float | None = None
         self._requested: tuple[int, float] | None = None  # the tick of the latest, and when
@@ -137,19 +137,19 @@ class SnapshotSupervision:
 
     def _look_for_forgotten(self) -> None:
         """Warn if an actor has dropped its signals; SnapshotError if `snapshots.full` is 'end'."""
-        those = [actor.name for actor in self._worker_group.actors if actor.forgot]
-        those += (
+        forgetful = [actor.name for actor in self._worker_group.actors if actor.forgot]
+        forgetful += (
             ["the driver, where the stream is drawn,"] if self._worker_group.local_forgot else []
         )
-        before, self._forgotten = self._forgotten, bool(those)
-        if before or not those:
+        before, self._forgotten = self._forgotten, bool(forgetful)
+        if before or not forgetful:
             return
         reason = next(iter(self._failures.texts()), "no snapshot was complete in time")
         text = (
-            f"{those[0]} would keep more than snapshots.memory ({self._policy.memory >> 20} "
+            f"{forgetful[0]} would keep more than snapshots.memory ({self._policy.section.memory} "
             f"MiB) of signals: {reason}"
         )
-        if self._policy.ends_full:
+        if self._policy.section.full == "end":
             raise SnapshotError(f"{text} (snapshots.full 'end')")
         text += "; until a snapshot is written nothing that is lost can be replaced"
         warnings.warn(text, HamdistWarning, stacklevel=2)
@@ -159,9 +159,11 @@ class SnapshotSupervision:
         if self._recovery is None:
             return
         reported = {id(loss.actor) for loss in self._losses}
-        for actor in self._worker_group.silent(now, self._policy.silence):
+        for actor in self._worker_group.silent(now, self._policy.section.silence):
             if actor.report is None and id(actor) not in reported:
-                error = ClusterError(f"{actor} has not answered for {self._policy.silence:g} s")
+                error = ClusterError(
+                    f"{actor} has not answered for {self._policy.section.silence:g} s"
+                )
                 self._losses.append(ActorLoss(actor, actor.tick, error))
 
     # -- snapshots ------------------------------------------------------------------------------
@@ -220,7 +222,8 @@ class SnapshotSupervision:
         """Return True if an actor keeps so many signals that a snapshot is due. That is half of
         what it may keep, for a snapshot takes a while."""
         return any(
-            2 * actor.kept_bytes > self._policy.memory for actor in self._worker_group.actors
+            2 * actor.kept_bytes > self._policy.section.memory << 20
+            for actor in self._worker_group.actors
         )
 
     def _front(self) -> int:

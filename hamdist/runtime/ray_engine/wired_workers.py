@@ -122,7 +122,7 @@ class WiredWorkers(PlacedWorkers):
         self._all("call", lambda _: ("answer_offers",))
         answers = self._all("call", lambda _: ("hear_answers",))
         self.gpu_channels = sum(offered for offered, _ in answers)
-        refusals = [refusal for _, those in answers for refusal in those]
+        refusals = [refusal for _, refused in answers for refusal in refused]
         if refusals and self._plan.engine.device_signals is DeviceSignals.IPC:
             channel, reason = refusals[0]
             raise ClusterError(

@@ -244,7 +244,7 @@ class RunResult(RunFacts):
 
         A pandas DataFrame if pandas is installed, else a dict of lists.
         """
-        rows = [({"readout": name}, w) for name, those in self.windows.items() for w in those]
+        rows = [({"readout": name}, w) for name, windows in self.windows.items() for w in windows]
         return frame(columns(rows))
 
     def plot(self, ax: Any = None) -> Any:

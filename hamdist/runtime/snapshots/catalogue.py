@@ -104,9 +104,9 @@ class SnapshotCatalogue:
         """Note the files of one process; return the snapshot, if they complete it."""
         if self.latest is not None and files.tick <= self.latest.tick:
             return None
-        those = self._partial.setdefault(files.tick, [])
-        those.append(files)
-        parts = {name: part for written in those for name, part in written.parts.items()}
+        written_files = self._partial.setdefault(files.tick, [])
+        written_files.append(files)
+        parts = {name: part for written in written_files for name, part in written.parts.items()}
         if set(parts) != self._nodes:
             return None
         manifest = Manifest(
@@ -120,15 +120,15 @@ class SnapshotCatalogue:
             versions=versions(),
             arithmetic=list(self._arithmetic),
             switches=dict(self._switches),
-            samples=max(written.samples for written in those) + self._skip,
-            passed=max(written.passed for written in those),
+            samples=max(written.samples for written in written_files) + self._skip,
+            passed=max(written.passed for written in written_files),
             skip=self._skip,
             time=now(),
             stream=dict(self._policy.stream),
         )
         self._damaged.discard(folder_of(files.tick))
-        self.latest = conclude(self._store, manifest, self._policy.keep, self._damaged)
-        self._complete = [*self._complete, self.latest][-self._policy.keep :]
+        self.latest = conclude(self._store, manifest, self._policy.section.keep, self._damaged)
+        self._complete = [*self._complete, self.latest][-self._policy.section.keep :]
         self._partial = {
             tick: written for tick, written in self._partial.items() if tick > files.tick
         }

@@ -110,7 +110,7 @@ class ProcessSnapshots:
                 self._out[channel.sender].append(channel)
             if channel.receiver in self._in:
                 self._in[channel.receiver].append(channel)
-        self._every = self._policy.every
+        self._every = self._policy.section.every
         self._requested: float = inf
         self._then: Callable[[], None] | None = None
         self._lock = threading.RLock()  # (a signal may come while this thread has it)

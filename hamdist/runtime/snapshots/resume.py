@@ -22,6 +22,7 @@ from hamdist.runtime.process.portable import other_bits
 from hamdist.runtime.process.switches import other_switches
 from hamdist.runtime.snapshots.catalogue import fingerprint
 from hamdist.runtime.storage.snapshot_files import STATE_FORMATS, Snapshot, settings_of
+from hamdist.streams.replay import drawn, drops, replays, samples_from
 from hamdist.streams.sample import Stream
 from hamdist.streams.wrappers.without_sample import WithoutSample
 
@@ -132,11 +133,25 @@ def origin(snapshot: Snapshot) -> str:
     return f"going on from {snapshot}: run {then.run}, {then.samples} samples{when}"
 
 
-def ended(snapshot: Snapshot, settings: Settings) -> bool:
-    """Return True if the snapshot's run has had all its samples, and `settings` ask for more."""
-    before = snapshot.manifest.settings.get("steps")
-    more = before is not None and (settings.steps is None or settings.steps > before)
-    return more and snapshot.state(INPUT)["node"]["tick"] is None
+def ended(snapshot: Snapshot, settings: Settings, stream: Stream) -> str:
+    """Return what was over at the snapshot, though a run by `settings` has more; else nothing.
+
+    A stream that does not give the same samples again has more, unless its next ones are the
+    clock's; where somebody talks to the run, or labels come late, emissions decide.
+    """
+    node, skip = snapshot.state(INPUT)["node"], snapshot.manifest.skip
+    before, steps = snapshot.manifest.settings.get("steps"), settings.steps
+    if node["tick"] is not None:
+        return ""
+    if before is not None and (steps is None or steps > before):
+        return "its steps were over, and steps"
+    over = steps is not None and skip + node["samples"] >= steps
+    if over or stream.spec.patience or drops(stream):
+        return ""
+    n = skip + node["drawn"]
+    if replays(stream) and drawn(samples_from(stream, n, node["passed"]), n) is None:
+        return ""
+    return "its stream was over, and the samples"
 
 
 def bent_course(snapshot: Snapshot, settings: Settings) -> list[str]:

@@ -133,6 +133,8 @@ def _loss(loss: LossFunction | str, ignore_index: int) -> LossFunction: ...
 
 def _loss(loss: LossFunction | str | None, ignore_index: int) -> LossFunction | None:
     """Return the loss function; raise SettingsError for an unknown name or type."""
+    if isinstance(loss, type):
+        raise SettingsError(f"loss is the class {loss.__name__}; give one of it, {loss.__name__}()")
     if loss is None or callable(loss):
         return loss
     losses = [name.value for name in Loss]

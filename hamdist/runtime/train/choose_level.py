@@ -235,12 +235,12 @@ class _Again(Derived):
 
     def __init__(self, stream: Stream, first: list[Sample], rest: Iterator[Sample]) -> None:
         super().__init__(stream)
-        self._begun = itertools.chain(first, rest)
+        self._samples = itertools.chain(first, rest)
         self._repeats = False
 
     def samples(self) -> Iterator[Sample]:
         again, self._repeats = self._repeats, True
-        return iter(self._stream.samples()) if again and self.replays else self._begun
+        return iter(self._stream.samples()) if again and self.replays else self._samples
 
     def samples_from(self, n: int) -> Iterator[Sample]:
         """Yield `samples()` without its first n samples; for a stream that replays."""

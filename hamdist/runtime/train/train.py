@@ -152,7 +152,7 @@ def train(
             if resume is None:
                 graph, plan = work.planned()
             else:
-                graph, plan, notes = work.resumed(resume)
+                graph, plan, notes = work.resumed(resume, stream)
                 notes += of_resumed(stream)
             notes += drift_warnings(plan.graph, plan.reversible, example_input(spec))
             notes += [*graph.notes, *before(plan, settings)]
@@ -172,10 +172,10 @@ def train(
         error = outcome.error
         if isinstance(error, DivergedError):
             error = explained(error, plan)
-        told = [str(error)] if isinstance(error, HamdistError) else []
+        messages = [str(error)] if isinstance(error, HamdistError) else []
         ended = [] if error is not None else end_of_stream(plan, outcome, stream)
-        outcome.warnings[:0] = [*told, *notes, *ended]
-        if told and outcome.samples == 0 and error is not None:
+        outcome.warnings[:0] = [*messages, *notes, *ended]
+        if messages and outcome.samples == 0 and error is not None:
             raise error  # nothing was learned
         result = make_result(graph, plan, outcome, startup, settings, why)
         if error is not None:
@@ -257,7 +257,7 @@ class _Work:
             plan = replannable(plan, graph, self.settings, self.phi, self.optimizer)
         return graph, plan
 
-    def resumed(self, where: str | Path) -> tuple[Graph, Plan, list[str]]:
+    def resumed(self, where: str | Path, stream: Stream) -> tuple[Graph, Plan, list[str]]:
         """Resume from the latest snapshot at `where`; also returns warnings."""
         notes: list[str] = []
         snapshot = latest(where, notes.append)
@@ -266,8 +266,8 @@ class _Work:
         settings = self._kept_at(snapshot)
         graph, plan = settings.planned(snapshot)
         other = differences(snapshot, plan, settings.settings)
-        if not other and ended(snapshot, settings.settings):
-            other = ["its steps were over, and steps"]
+        if not other and (over := ended(snapshot, settings.settings, stream)):
+            other = [over]
         if not other:
             names = changed(snapshot, settings.settings)
             if names:
@@ -348,7 +348,8 @@ def plan_of(
     policy = plan.snapshot_policy
     if other or policy is None:
         raise SnapshotError(f"{snapshot} is of another run: {', '.join(other)} differ")
-    return replace(plan, snapshot_policy=replace(policy, every=None, seconds=None, last=False))
+    section = policy.section.model_copy(update={"every": None, "seconds": None})
+    return replace(plan, snapshot_policy=replace(policy, section=section, last=False))
 
 
 def snapshot_model(

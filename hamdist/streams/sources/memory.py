@@ -65,8 +65,8 @@ class MemoryStream:
             inputs, targets = make(generator(f"memory {self._part}", self._seed, n))
             last = len(inputs) - 1
             for t, (u, y) in enumerate(zip(inputs, targets, strict=True)):
-                asked = y if bool((y != IGNORE_INDEX).any()) else None
-                yield Sample(u.to(self._dtype), asked, end=self._ends and t == last)
+                labels = y if bool((y != IGNORE_INDEX).any()) else None
+                yield Sample(u.to(self._dtype), labels, end=self._ends and t == last)
 
     def _copy(self, random: torch.Generator) -> tuple[Tensor, Tensor]:
         """Return u (T, B, features) and y (T, B) of one sequence."""

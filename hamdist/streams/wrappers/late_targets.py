@@ -192,9 +192,9 @@ class _LateTargets(Derived):
         super().__init__(stream)
         self._delay = delay
         self._patience = patience
-        self._waiting = self._begun()
+        self._waiting = self._new_queue()
 
-    def _begun(self) -> _WaitingSamples:
+    def _new_queue(self) -> _WaitingSamples:
         names = self._stream.spec.targets or ()
         self._waiting = _WaitingSamples(names, self._delay, self._patience)
         return self._waiting
@@ -254,7 +254,7 @@ class LateLabels(_LateTargets):
 
     def samples(self) -> Iterator[Sample]:
         """Yield the emissions from the first one on: samples, and earlier ones with targets."""
-        waiting, shown = self._begun(), 0
+        waiting, shown = self._new_queue(), 0
         for n, current in enumerate(self._stream.samples()):
             idle = self._delay is not None
             for number in waiting.take_in(n, current):
@@ -299,7 +299,7 @@ class Rejoin(_LateTargets):
 
     def samples(self) -> Iterator[Sample]:
         """Yield the samples from number 0 on."""
-        waiting = self._begun()
+        waiting = self._new_queue()
         for n, current in enumerate(self._stream.samples()):
             waiting.take_in(n, current)
             while (entry := waiting.oldest()) is not None:

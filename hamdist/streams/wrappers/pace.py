@@ -99,14 +99,14 @@ class Paced(Derived):
         arrivals = self._arrivals(n)
         arrived: deque[Sample] = deque()
         coming = next(arrivals, None)
-        begun = self._clock()
+        start = self._clock()
         while arrived or coming is not None:
-            coming = self._take_in(coming, arrivals, arrived, begun)
+            coming = self._take_in(coming, arrivals, arrived, start)
             if arrived:
                 self._count("waiting_most", len(arrived) - 1)
                 yield arrived.popleft()
             elif coming is not None:
-                self._sleep(max(0.0, begun + coming[0] - self._clock()))
+                self._sleep(max(0.0, start + coming[0] - self._clock()))
 
     def _arrivals(self, skip: int) -> Iterator[tuple[float, Sample]]:
         """Yield each sample from sample `skip` on with the seconds after the first of them."""
@@ -128,13 +128,13 @@ class Paced(Derived):
         coming: tuple[float, Sample] | None,
         arrivals: Iterator[tuple[float, Sample]],
         arrived: deque[Sample],
-        begun: float,
+        start: float,
     ) -> tuple[float, Sample] | None:
         """Move the samples that have arrived by now to `arrived`; return the first that has not."""
         since = self._clock()
         earliest = None if coming is None else coming[0]
         drawn = 0
-        while coming is not None and begun + coming[0] <= since:
+        while coming is not None and start + coming[0] <= since:
             self._arrive(coming[1], arrived)
             drawn += 1
             if drawn >= LOOK_AT and earliest is not None:

@@ -229,7 +229,7 @@ class ScenarioJob:
 
 def run_row(job: ScenarioJob) -> ScenarioRow:
     """Compute a row, in this process and on one thread: SGD once, hamdist at every placement."""
-    begun = time.perf_counter()
+    start = time.perf_counter()
     scenario = SCENARIOS[job.scenario]
     data = data_of(job.model, job.paths)
     model = model_of(job.model, data)
@@ -255,7 +255,7 @@ def run_row(job: ScenarioJob) -> ScenarioRow:
         steps=steps,
         loss=(float(oracle.losses[:n].mean()), float(oracle.losses[-n:].mean())),
         cells=tuple(cells),
-        seconds=time.perf_counter() - begun,
+        seconds=time.perf_counter() - start,
         from_pytorch=plain,
     )
 

@@ -74,9 +74,9 @@ def _thinned(table: Table) -> Table:
     """Return a table of blocks with MOST_BLOCKS rows of each side at most, first and last kept."""
     rows = []
     for side in dict.fromkeys(row[0] for row in table.rows):
-        own = [row for row in table.rows if row[0] == side]
-        last, shown = len(own) - 1, min(len(own), MOST_BLOCKS)
-        rows += [own[round(i * last / max(1, shown - 1))] for i in range(shown)]
+        rows_of_side = [row for row in table.rows if row[0] == side]
+        last, shown = len(rows_of_side) - 1, min(len(rows_of_side), MOST_BLOCKS)
+        rows += [rows_of_side[round(i * last / max(1, shown - 1))] for i in range(shown)]
     return Table(table.titles, rows, [BLOCK_NOTE])
 
 

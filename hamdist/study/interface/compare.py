@@ -81,7 +81,9 @@ class Comparison:
         for run in self.runs:
             groups.setdefault(run.level, []).append(run)
         curves = {
-            level: [merge_windows(those) for those in zip(*(r.windows for r in runs), strict=False)]
+            level: [
+                merge_windows(windows) for windows in zip(*(r.windows for r in runs), strict=False)
+            ]
             for level, runs in groups.items()
         }
         return drawn(windows_figure(self.settings.name, curves, baseline=CENTRALISED), ax)
@@ -186,9 +188,9 @@ def _watches(
         show = display.watch(title, batch, left)
         if folder is None:
             return show
-        begun = RunBegun.of(settings.model_copy(update={"seed": run.seed}), title, batch)
-        engine = begun.engine if run.level is not None else "pytorch"
-        return folder.watch(replace(begun, level=run.name, engine=engine), show)
+        event = RunBegun.of(settings.model_copy(update={"seed": run.seed}), title, batch)
+        engine = event.engine if run.level is not None else "pytorch"
+        return folder.watch(replace(event, level=run.name, engine=engine), show)
 
     return watch
 

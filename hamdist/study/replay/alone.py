@@ -55,7 +55,7 @@ class _Recorded:
     """The transport of a block alone: hands out what was recorded; what it sends goes nowhere."""
 
     def __init__(self, signals: Mapping[str, list[Signal]]) -> None:
-        self._left = {key: deque(those) for key, those in signals.items()}
+        self._left = {key: deque(queue) for key, queue in signals.items()}
 
     def send(self, channel: Channel, *signals: Signal) -> None:
         pass

@@ -51,7 +51,7 @@ def block_facts(
     first, last = probes[:quarter], probes[len(probes) - quarter :]
     facts = {}
     for name in dict.fromkeys([*(seen[-1].updates if seen else ()), *memory]):
-        norms, own = all_norms.get(name), memory.get(name)
+        norms, bytes_kept = all_norms.get(name), memory.get(name)
         facts[name] = BlockFacts(
             late=sorted(all_late.get(name, {}).items()),
             first=mean_of([p[name] for p in first if name in p]),
@@ -59,7 +59,7 @@ def block_facts(
             theta=None if norms is None else norms.theta,
             update=None if norms is None else norms.update,
             dead=None if norms is None else norms.dead,
-            memory=None if own is None else own.total,
+            memory=None if bytes_kept is None else bytes_kept.total,
         )
     return facts
 

@@ -98,8 +98,8 @@ def report_events(runs: Sequence[Run], folder: Path) -> list[RunEvent]:
         head: dict[str, Any] = {"level": run.level, "seed": run.seed}
         events.append(RunBegun(title=f"{run.level}, seed {run.seed}", engine=run.engine, **head))
         at = {w.last: seconds for w, seconds in zip(run.windows, run.window_seconds, strict=True)}
-        few = joined(run.windows, MOST_WINDOWS)
-        events += [WindowFull.of(window, "", at[window.last], **head) for window in few]
+        windows = joined(run.windows, MOST_WINDOWS)
+        events += [WindowFull.of(window, "", at[window.last], **head) for window in windows]
         events += final_events(run)
     shown = {(run.level, run.seed) for run in runs}
     kinds = (NetworkPlaced, BlocksMeasured, ActorsMeasured, EdgesMeasured)
@@ -107,7 +107,9 @@ def report_events(runs: Sequence[Run], folder: Path) -> list[RunEvent]:
     for event in recorded(folder):
         if isinstance(event, kinds) and (event.level, event.seed) in shown:
             latest.setdefault((event.level, event.seed, event.name), []).append(event)
-    return events + [event for those in latest.values() for event in those[-MEASUREMENTS:]]
+    return events + [
+        event for kind_events in latest.values() for event in kind_events[-MEASUREMENTS:]
+    ]
 
 
 def recorded(folder: Path) -> list[RunEvent]:

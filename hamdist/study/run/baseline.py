@@ -95,9 +95,9 @@ def train_centralised(
         threads = _threads(trainer, stream.spec, settings)
         torch.manual_seed(settings.seed)
         with torch_threads(threads):
-            begun, cpu = time.perf_counter(), time.process_time()
-            interrupted = _train(trainer, stream, settings, begun, on_progress)
-            seconds, cpu = time.perf_counter() - begun, time.process_time() - cpu
+            start, cpu = time.perf_counter(), time.process_time()
+            interrupted = _train(trainer, stream, settings, start, on_progress)
+            seconds, cpu = time.perf_counter() - start, time.process_time() - cpu
     averaged = trainer.averaged()
     return RunResult(
         model=averaged or trainer.model,
@@ -107,7 +107,7 @@ def train_centralised(
         samples=trainer.samples,
         ticks=trainer.samples,
         seconds=seconds,
-        startup_seconds=begun - entered,
+        startup_seconds=start - entered,
         bytes_per_edge={},
         peak_memory={"driver": peak_bytes()},
         time_use={"driver": {"cpu": cpu}},
@@ -297,11 +297,11 @@ def _train(
     trainer: _Trainer,
     stream: Stream,
     settings: Settings,
-    begun: float,
+    start: float,
     on_progress: Callable[[Progress], object] | None,
 ) -> bool:
     """Show every sample; return True where Ctrl-C came first."""
-    reported, interrupted = begun, False
+    reported, interrupted = start, False
     steps, samples = settings.steps, iter(stream.samples())
     try:
         while steps is None or trainer.samples < steps:
@@ -311,14 +311,14 @@ def _train(
             trainer.show(sample)
             now = time.perf_counter()
             if on_progress is not None and now - reported >= PROGRESS_SECONDS:
-                on_progress(_progress(trainer, settings.steps, now - begun))
+                on_progress(_progress(trainer, settings.steps, now - start))
                 reported = now
     except KeyboardInterrupt:
         interrupted = True
     for metrics in trainer.metrics.values():
         metrics.flush()
     if on_progress is not None:
-        on_progress(_progress(trainer, settings.steps, time.perf_counter() - begun))
+        on_progress(_progress(trainer, settings.steps, time.perf_counter() - start))
     return interrupted
 
 

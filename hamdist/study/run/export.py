@@ -41,7 +41,7 @@ def exported(
     return state, str(snapshot)
 
 
-def begun(settings: Settings, factory: ModelFactory | None, weights: str | None) -> Any:
+def initial_model(settings: Settings, factory: ModelFactory | None, weights: str | None) -> Any:
     """Return the model that a live run of `settings` begins with, a sample, and its classes.
 
     weights: a snapshot's, instead of those that the model is made with.

@@ -231,17 +231,17 @@ class ResultFolder:
         return REQUESTS[requests[0]] if requests else None
 
     def watch(
-        self, begun: RunBegun, then: Callable[[Progress], object]
+        self, event: RunBegun, then: Callable[[Progress], object]
     ) -> Callable[[Progress], object]:
         """Return a function for a run's progress, which emits its events and calls `then`.
 
         Args:
-            begun: the event of the run's begin, emitted now; it names the run's level and seed.
+            event: the event of the run's begin, emitted now; it names the run's level and seed.
             then: called first; what it returns is returned.
         """
-        self._head = {"level": begun.level, "seed": begun.seed}
-        self.emit(begun)
-        events = ProgressEvents(begun.level, begun.seed)
+        self._head = {"level": event.level, "seed": event.seed}
+        self.emit(event)
+        events = ProgressEvents(event.level, event.seed)
 
         def note(progress: Progress) -> object:
             answer = then(progress)

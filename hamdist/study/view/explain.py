@@ -39,7 +39,7 @@ def explain(
             continue
         name = event.level if event.seed is None else f"{event.level}, seed {event.seed}"
         runs.setdefault(name, []).append(event)
-    return {name: list(_sentences(those)) for name, those in runs.items()}
+    return {name: list(_sentences(run_events)) for name, run_events in runs.items()}
 
 
 def _latest(events: Iterable[RunEvent], kind: type[_Kind]) -> _Kind | None:
@@ -100,8 +100,8 @@ def _one_process(events: list[RunEvent], shares: Shares) -> Iterator[str]:
 def _processes(events: list[RunEvent], shares: Shares) -> Iterator[str]:
     network = _latest(events, NetworkPlaced)
     busiest = max(shares, key=lambda name: shares[name].get("step", 0.0))
-    those = [name for name in shares if _blocks_of(network, name)] or list(shares)
-    idlest = max(those, key=lambda name: shares[name].get("waiting", 0.0))
+    actors = [name for name in shares if _blocks_of(network, name)] or list(shares)
+    idlest = max(actors, key=lambda name: shares[name].get("waiting", 0.0))
     step, waits = shares[busiest].get("step", 0.0), shares[idlest].get("waiting", 0.0)
     sets_pace = step > MUCH and shares[busiest].get("waiting", 0.0) < waits - 0.1
     if sets_pace:
@@ -144,8 +144,8 @@ def _heaviest(events: list[RunEvent], actor: str) -> tuple[str | None, float]:
     blocks, network = _latest(events, BlocksMeasured), _latest(events, NetworkPlaced)
     if blocks is None or network is None:
         return None, 0.0
-    those = _blocks_of(network, actor)
-    seconds = {name: spent for name, spent in blocks.seconds.items() if name in those}
+    names = _blocks_of(network, actor)
+    seconds = {name: spent for name, spent in blocks.seconds.items() if name in names}
     whole = sum(seconds.values())
     block = max(seconds, key=lambda name: seconds[name], default=None)
     return (block, seconds[block] / whole) if block is not None and whole else (None, 0.0)

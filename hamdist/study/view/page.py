@@ -284,8 +284,8 @@ def followed(folder: Path) -> Iterator[RunEvent]:
 class FollowedRun:
     """The progress of a run, put together from its events again."""
 
-    def __init__(self, begun: RunBegun) -> None:
-        self._last = Progress(0.0, 0, begun.steps, [], [])
+    def __init__(self, event: RunBegun) -> None:
+        self._last = Progress(0.0, 0, event.steps, [], [])
         self._readout = ""
         self._windows: list[Window] = []
 

@@ -270,6 +270,27 @@ def test_a_list_is_read_again(level, derived, tmp_path):
     goes_on(run, tmp_path, 5)
 
 
+@pytest.mark.parametrize("again", [list, iter], ids=["a longer list", "an iterator with the rest"])
+def test_a_stream_that_was_over_and_has_more(again, tmp_path):
+    """At level backprop, by plain steps, with the weights of the run that never stopped."""
+
+    def run(items, **given):
+        chosen = settings(ALONE, None, level="backprop", snapshots=kept)
+        return train(chain(), from_iterable(items, classes=3), chosen, **given)
+
+    kept = {"path": str(tmp_path), "every": 3, "keep": 1000}
+    items = batches(12)
+    whole = run(items)
+    shutil.rmtree(tmp_path)
+    first = run(items[:7])
+    assert_equal(first, run(items[:7], resume=folders(tmp_path)[-1]))
+    with pytest.warns(UserWarning, match="its stream was over, and the samples differ"):
+        on = run(again(items if again is list else items[7:]), resume=folders(tmp_path)[-1])
+    assert on.samples == 5
+    new, old = on.model.state_dict(), whole.model.state_dict()
+    assert all(torch.equal(old[key], new[key]) for key in old)
+
+
 # -- another cut of the same network -----------------------------------------------------------
 
 

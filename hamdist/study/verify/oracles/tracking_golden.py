@@ -174,7 +174,7 @@ def checks_of(data: GoldenData, name: str) -> list[Check]:
         entry(data, key)
     _settings(data)
     K = len(data["z"])
-    few = min(K, NEURON_TICKS)
+    ticks = min(K, NEURON_TICKS)
 
     @cache
     def whole() -> dict[str, Array]:
@@ -194,9 +194,9 @@ def checks_of(data: GoldenData, name: str) -> list[Check]:
             lambda: _energies(data, whole()),
         ),
         Check(
-            f"{name}: neuron by neuron, {few} ticks (relative)",
+            f"{name}: neuron by neuron, {ticks} ticks (relative)",
             f"{ORACLE}: x, p, W, P",
             rtol,
-            lambda: golden.worst(_pairs(data, track(data, neurons.copy(), few), few)),
+            lambda: golden.worst(_pairs(data, track(data, neurons.copy(), ticks), ticks)),
         ),
     ]

@@ -81,11 +81,18 @@ class RiccatiCostate(Rule):
         return block.f(inputs), [None] * len(inputs), {"w": (p * block.h).sum(0)}
 
 
-def follower(ticks: int, y: float | Stream = 0.0, **own: Any) -> Trajectory:
+def follower(ticks: int, y: float | Stream = 0.0, **changes: Any) -> Trajectory:
     """Return h (K,) of the neuron with s = -1, which follows y and begins with h = w = START (with
-    y = 0, else 0); own: constants of `dynamics`, eta_omega if it is not 2 lambda."""
+    y = 0, else 0); changes: constants of `dynamics`, eta_omega if it is not 2 lambda."""
     block = _neuron(START if y == 0.0 else 0.0, loss=mse, state=True)
-    constants = {"tau": TAU, "phi": Q, "beta": 1 / R, "eta_z": 0.0, "eta_omega": 2 * LAMBDA, **own}
+    constants = {
+        "tau": TAU,
+        "phi": Q,
+        "beta": 1 / R,
+        "eta_z": 0.0,
+        "eta_omega": 2 * LAMBDA,
+        **changes,
+    }
     locality = {"order": "simultaneous", "target": "current", "readout": "state"}
     more: dict[str, Any] = {"locality": locality, "metrics": {"record": "trajectory"}}
     settings = float64_settings("local", steps=ticks, dynamics=constants, **more)
