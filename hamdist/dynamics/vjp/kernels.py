@@ -31,6 +31,8 @@ aten = torch.ops.aten
 KeptTensors = list[Any]
 Wanted: TypeAlias = tuple[bool, ...]  # by input of a kernel, whether its message is needed
 ToInputs: TypeAlias = tuple[Tensor | None, ...]  # by input, z^T df/dx
+ActivationForward: TypeAlias = Callable[[Tensor], Tensor]
+ActivationVjp: TypeAlias = Callable[[Tensor, Tensor], Tensor]  # of dL/dy, and y or x
 
 
 class Kernel(ABC):
@@ -199,6 +201,35 @@ class FromInput(Unary):
         return self._back(z, saved[1])
 
 
+class MaxPool2d(Unary):
+    """PyTorch's largest of a window, whose place is kept."""
+
+    def __init__(self, m: nn.MaxPool2d) -> None:
+        self._how = *_pairs(m.kernel_size, m.stride, m.padding, m.dilation), m.ceil_mode
+
+    def forward(self, old: KeptTensors | None, x: Tensor) -> KeptTensors:  # noqa: ARG002
+        y, places = aten.max_pool2d_with_indices(x, *self._how)
+        return [y, x, places]
+
+    def product(self, saved: KeptTensors, z: Tensor) -> Tensor:
+        product: Tensor = aten.max_pool2d_with_indices_backward(z, saved[1], *self._how, saved[2])
+        return product
+
+
+def average(m: nn.AvgPool2d) -> tuple[ActivationForward, ActivationVjp]:
+    """Return y of x, and dL/dx of dL/dy and x, of means over windows."""
+    sizes = _pairs(m.kernel_size, m.stride, m.padding)
+    how = m.ceil_mode, m.count_include_pad, m.divisor_override
+    return (
+        m,
+        lambda z, x: aten.avg_pool2d_backward(z, x, *sizes, *how),
+    )
+
+
+def _pairs(*sizes: int | tuple[int, int]) -> list[list[int]]:
+    return [[size, size] if isinstance(size, int) else list(size) for size in sizes]
+
+
 class Reshape(Unary):
     """f = x in another shape."""
 
@@ -346,9 +377,6 @@ class Conv2d(Kernel):
 
 # -- activations: y = f(x), dL/dx = dL/dy f'(x), where f' is a function of y or of x ---------------
 
-ActivationForward: TypeAlias = Callable[[Tensor], Tensor]
-ActivationVjp: TypeAlias = Callable[[Tensor, Tensor], Tensor]  # dL/dy, and y or x
-
 # By kind: y of x; the same in the memory of x; dL/dx of dL/dy and y; what the C code has.
 FROM_RESULT: dict[type, tuple[ActivationForward, ActivationForward, ActivationVjp, Activation]] = {
     nn.ReLU: (
@@ -362,6 +390,8 @@ FROM_RESULT: dict[type, tuple[ActivationForward, ActivationForward, ActivationVj
 }
 # By kind, of such a module: y of x; dL/dx of dL/dy and x.
 FROM_INPUT: dict[type, Callable[[Any], tuple[ActivationForward, ActivationVjp]]] = {
+    nn.AvgPool2d: average,
+    nn.AdaptiveAvgPool2d: lambda m: (m, aten._adaptive_avg_pool2d_backward),
     nn.GELU: lambda m: (
         partial(functional.gelu, approximate=m.approximate),
         lambda z, x: aten.gelu_backward(z, x, approximate=m.approximate),
@@ -388,7 +418,12 @@ FROM_INPUT: dict[type, Callable[[Any], tuple[ActivationForward, ActivationVjp]]]
     ),
 }
 
-# What a forward of one's own calls, as a module.
+# What a forward of one's own calls, as a module: with arguments, and of a value alone.
+POOLS: dict[object, Callable[..., nn.Module]] = {
+    functional.max_pool2d: nn.MaxPool2d,
+    functional.avg_pool2d: nn.AvgPool2d,
+    functional.adaptive_avg_pool2d: nn.AdaptiveAvgPool2d,
+}
 FUNCTIONS: dict[object, Callable[[], nn.Module]] = {
     **dict.fromkeys((torch.relu, functional.relu, "relu"), nn.ReLU),
     **dict.fromkeys((torch.tanh, functional.tanh, "tanh"), nn.Tanh),
