@@ -81,10 +81,10 @@ def by_c(case: Case, x: Tensor, w: Tensor, b: Tensor, z: Tensor) -> list[Tensor]
 @pytest.mark.parametrize("case", CASES)
 def test_equals_torch(case, dtype):
     x, w, b, z = values(case, dtype)
-    exact = [t.double().requires_grad_() for t in (x, w, b)]
-    y = torch.conv2d(*exact, *case[5:])
+    exact_x, exact_w, exact_b = (t.double().requires_grad_() for t in (x, w, b))
+    y = torch.conv2d(exact_x, exact_w, exact_b, *case[5:])
     y.backward(z.double())
-    expected = [y.detach(), *(t.grad for t in exact)]
+    expected = [y.detach(), exact_x.grad, exact_w.grad, exact_b.grad]
     for mine, its in zip(by_c(case, x, w, b, z), expected, strict=True):
         torch.testing.assert_close(mine.double(), its, **CLOSE[dtype])
 
