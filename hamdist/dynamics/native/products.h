@@ -72,6 +72,12 @@ typedef __m256d NAME(Wide);
 #define LOAD_PART(n, p) MM(maskload)(p, FIRST(n))
 #define STORE_PART(p, n, v) MM(maskstore)(p, FIRST(n), v)
 #endif
+/* (or the compiler reads a number once more for each of its products) */
+#if VECTOR_BITS == 512
+#define IN_A_REGISTER(v) __asm__("" : "+v"(v))
+#else
+#define IN_A_REGISTER(v) __asm__("" : "+x"(v))
+#endif
 #define LOAD MM(loadu)
 #define STORE MM(storeu)
 #define ALL MM(set1)
@@ -96,31 +102,48 @@ typedef __m256d NAME(Wide);
 
 typedef REAL NAME(Few) __attribute__((vector_size(16), aligned(sizeof(REAL)), may_alias));
 
+/* Where row o of W begins: one row behind the other, or (a convolution's) at[o] numbers behind w. */
+#define ROW(o) (w + (at ? at[o] : (o) * in))
+
+/* Of several images, x and w of one so many numbers behind those of the one before: a sum over all. */
+#define ALONE 1, 0, 0
+
 /* y of `outs` outputs for `rows` rows; both are constants where this is put in. */
-TILE void NAME(y_tile)(const REAL *x, const REAL *w, const REAL *b, REAL *y, size_t in, size_t out,
-                       int rows, int outs)
+TILE void NAME(y_tile)(const REAL *x, const REAL *w, const size_t *at, const REAL *b, REAL *y,
+                       size_t in, size_t out, int rows, int outs, size_t images, size_t x_apart,
+                       size_t w_apart)
 {
+    const REAL *first_x = x, *first_w = w;
     NAME(Wide) sum[HALVES][ROWS][OUTS], wide[OUTS], one;
     REAL total[OUTS];
     for (int half = 0; half < HALVES; half++) {
-        size_t i = half * WIDE;
         for (int r = 0; r < ROWS; r++)
             for (int o = 0; o < OUTS; o++)
                 sum[half][r][o] = ZERO;
+        x = first_x;
+        w = first_w;
+        for (size_t n = 0; n < images; n++, x += x_apart, w += w_apart) {
+            const REAL *row[OUTS]; /* (in registers) */
+            size_t i = half * WIDE;
+            for (int o = 0; o < outs; o++)
+                row[o] = ROW(o);
 #define STEP(load)                                                                                 \
-    for (int o = 0; o < outs; o++)                                                                 \
-        wide[o] = load(w + o * in + i);                                                            \
+    for (int o = 0; o < outs; o++) {                                                               \
+        wide[o] = load(row[o] + i);                                                                \
+        IN_A_REGISTER(wide[o]);                                                                    \
+    }                                                                                              \
     for (int r = 0; r < rows; r++) {                                                               \
         one = load(x + r * in + i);                                                                \
         for (int o = 0; o < outs; o++)                                                             \
             sum[half][r][o] = FUSED(one, wide[o], sum[half][r][o]);                                \
     }
 #define REST(p) LOAD_PART(in - i, p)
-        for (; i + WIDE <= in; i += HALVES * WIDE) {
-            STEP(LOAD)
-        }
-        if (i < in) {
-            STEP(REST)
+            for (; i + WIDE <= in; i += HALVES * WIDE) {
+                STEP(LOAD)
+            }
+            if (i < in) {
+                STEP(REST)
+            }
         }
 #undef REST
 #undef STEP
@@ -141,16 +164,20 @@ TILE void NAME(y_tile)(const REAL *x, const REAL *w, const REAL *b, REAL *y, siz
     }
 }
 
-TILE void NAME(y_rows)(const REAL *x, const REAL *w, const REAL *b, REAL *y, size_t rows, size_t in,
-                       size_t out, int outs)
+TILE void NAME(y_rows)(const REAL *x, const REAL *w, const size_t *at, const REAL *b, REAL *y,
+                       size_t rows, size_t in, size_t out, int outs, size_t images, size_t x_apart,
+                       size_t w_apart)
 {
     size_t r = 0;
     for (; r + ROWS <= rows; r += ROWS)
-        NAME(y_tile)(x + r * in, w, b, y + r * out, in, out, ROWS, outs);
+        NAME(y_tile)(x + r * in, w, at, b, y + r * out, in, out, ROWS, outs, images, x_apart,
+                     w_apart);
     if (rows - r == 2)
-        NAME(y_tile)(x + r * in, w, b, y + r * out, in, out, 2, outs);
+        NAME(y_tile)(x + r * in, w, at, b, y + r * out, in, out, 2, outs, images, x_apart,
+                     w_apart);
     else if (rows - r == 1)
-        NAME(y_tile)(x + r * in, w, b, y + r * out, in, out, 1, outs);
+        NAME(y_tile)(x + r * in, w, at, b, y + r * out, in, out, 1, outs, images, x_apart,
+                     w_apart);
 }
 
 PRODUCTS static void NAME(panel_outputs)(const REAL *x, const REAL *w, const REAL *b, REAL *y,
@@ -158,9 +185,9 @@ PRODUCTS static void NAME(panel_outputs)(const REAL *x, const REAL *w, const REA
 {
     size_t o = 0;
     for (; o + OUTS <= out; o += OUTS)
-        NAME(y_rows)(x, w + o * in, b ? b + o : NULL, y + o, rows, in, out, OUTS);
+        NAME(y_rows)(x, w + o * in, NULL, b ? b + o : NULL, y + o, rows, in, out, OUTS, ALONE);
     for (; o < out; o++)
-        NAME(y_rows)(x, w + o * in, b ? b + o : NULL, y + o, rows, in, out, 1);
+        NAME(y_rows)(x, w + o * in, NULL, b ? b + o : NULL, y + o, rows, in, out, 1, ALONE);
 }
 
 static void NAME(outputs)(const REAL *x, const REAL *w, const REAL *b, REAL *y, size_t rows,
@@ -173,8 +200,8 @@ static void NAME(outputs)(const REAL *x, const REAL *w, const REAL *b, REAL *y, 
 
 /* m of `rows` rows and `wide` vectors, the last of `last` numbers, over n rows of W: on top of what
    is there unless they are the first. */
-TILE void NAME(m_tile)(const REAL *d, const REAL *w, REAL *m, size_t n, size_t in, size_t out,
-                       int first, int rows, int wide, size_t last)
+TILE void NAME(m_tile)(const REAL *d, const REAL *w, const size_t *at, REAL *m, size_t n, size_t in,
+                       size_t out, int first, int rows, int wide, size_t last)
 {
     NAME(Wide) sum[M_ROWS][M_WIDE], part[M_WIDE];
 #define READ(p, v) (last && (v) == wide - 1 ? LOAD_PART(last, p) : LOAD(p))
@@ -183,7 +210,7 @@ TILE void NAME(m_tile)(const REAL *d, const REAL *w, REAL *m, size_t n, size_t i
             sum[r][v] = first ? ZERO : READ(m + r * in + WIDE * v, v);
     for (size_t o = 0; o < n; o++) {
         for (int v = 0; v < wide; v++)
-            part[v] = READ(w + o * in + WIDE * v, v);
+            part[v] = READ(ROW(o) + WIDE * v, v);
         for (int r = 0; r < rows; r++) {
             NAME(Wide) one = ALL(d[r * out + o]);
             for (int v = 0; v < wide; v++)
@@ -198,24 +225,24 @@ TILE void NAME(m_tile)(const REAL *d, const REAL *w, REAL *m, size_t n, size_t i
                 STORE(m + r * in + WIDE * v, sum[r][v]);
 }
 
-TILE void NAME(m_rows)(const REAL *d, const REAL *w, REAL *m, size_t n, size_t rows, size_t in,
-                       size_t out, int first, int wide, size_t last)
+TILE void NAME(m_rows)(const REAL *d, const REAL *w, const size_t *at, REAL *m, size_t n,
+                       size_t rows, size_t in, size_t out, int first, int wide, size_t last)
 {
     size_t r = 0;
     for (; r + M_ROWS <= rows; r += M_ROWS)
-        NAME(m_tile)(d + r * out, w, m + r * in, n, in, out, first, M_ROWS, wide, last);
+        NAME(m_tile)(d + r * out, w, at, m + r * in, n, in, out, first, M_ROWS, wide, last);
 #if M_ROWS > 4
     if (r + 4 <= rows) {
-        NAME(m_tile)(d + r * out, w, m + r * in, n, in, out, first, 4, wide, last);
+        NAME(m_tile)(d + r * out, w, at, m + r * in, n, in, out, first, 4, wide, last);
         r += 4;
     }
 #endif
     if (r + 2 <= rows) {
-        NAME(m_tile)(d + r * out, w, m + r * in, n, in, out, first, 2, wide, last);
+        NAME(m_tile)(d + r * out, w, at, m + r * in, n, in, out, first, 2, wide, last);
         r += 2;
     }
     if (r < rows)
-        NAME(m_tile)(d + r * out, w, m + r * in, n, in, out, first, 1, wide, last);
+        NAME(m_tile)(d + r * out, w, at, m + r * in, n, in, out, first, 1, wide, last);
 }
 
 /* W = beta W + alpha d^T x of `outs` rows of W and `wide` vectors; beta 0: W is not read. */
@@ -268,11 +295,11 @@ PRODUCTS static void NAME(panel_pulled)(const REAL *x, REAL *w, const REAL *d, R
         size_t i = 0;
         if (m) {
             for (; i + M_WIDE * WIDE <= in; i += M_WIDE * WIDE)
-                NAME(m_rows)(d + o, part + i, m + i, n, rows, in, out, o == 0, M_WIDE, 0);
+                NAME(m_rows)(d + o, part + i, NULL, m + i, n, rows, in, out, o == 0, M_WIDE, 0);
             for (; i + WIDE <= in; i += WIDE)
-                NAME(m_rows)(d + o, part + i, m + i, n, rows, in, out, o == 0, 1, 0);
+                NAME(m_rows)(d + o, part + i, NULL, m + i, n, rows, in, out, o == 0, 1, 0);
             if (i < in)
-                NAME(m_rows)(d + o, part + i, m + i, n, rows, in, out, o == 0, 1, in - i);
+                NAME(m_rows)(d + o, part + i, NULL, m + i, n, rows, in, out, o == 0, 1, in - i);
         }
         if (alpha == 0)
             continue;
@@ -300,6 +327,36 @@ static void NAME(pulled)(const REAL *x, REAL *w, const REAL *d, REAL *m, size_t 
         NAME(panel_pulled)(x + r * in, w, d + r * out, NULL,
                            rows - r < PANEL ? rows - r : PANEL, in, out, alpha, r ? 1 : beta);
 }
+
+/* The same two products where row o of W lies at[o] numbers behind w: y of several images, m of one. */
+PRODUCTS static void NAME(placed_outputs)(const REAL *x, const REAL *w, const size_t *at, REAL *y,
+                                          size_t rows, size_t in, size_t out, size_t images,
+                                          size_t x_apart, size_t w_apart)
+{
+    size_t o = 0;
+    for (; o + OUTS <= out; o += OUTS)
+        NAME(y_rows)(x, w, at + o, NULL, y + o, rows, in, out, OUTS, images, x_apart, w_apart);
+    for (; o < out; o++)
+        NAME(y_rows)(x, w, at + o, NULL, y + o, rows, in, out, 1, images, x_apart, w_apart);
+}
+
+PRODUCTS static void NAME(placed_messages)(const REAL *d, const REAL *w, const size_t *at, REAL *m,
+                                           size_t rows, size_t in, size_t out)
+{
+    size_t i = 0;
+    for (; i + M_WIDE * WIDE <= in; i += M_WIDE * WIDE)
+        NAME(m_rows)(d, w + i, at, m + i, out, rows, in, out, 1, M_WIDE, 0);
+    const size_t last = (in - i) % WIDE;
+    if (in - i > 2 * WIDE)
+        NAME(m_rows)(d, w + i, at, m + i, out, rows, in, out, 1, 3, last);
+    else if (in - i > WIDE)
+        NAME(m_rows)(d, w + i, at, m + i, out, rows, in, out, 1, 2, last);
+    else if (in - i > 0)
+        NAME(m_rows)(d, w + i, at, m + i, out, rows, in, out, 1, 1, last);
+}
+#include "convolution.h"
+#undef ALONE
+#undef ROW
 #undef VECTOR_BITS
 #undef NAME
 #undef READ
@@ -314,6 +371,7 @@ static void NAME(pulled)(const REAL *x, REAL *w, const REAL *d, REAL *m, size_t 
 #undef STORE
 #undef LOAD_PART
 #undef LOAD
+#undef IN_A_REGISTER
 #undef FIRST
 #undef MM
 #undef WIDE

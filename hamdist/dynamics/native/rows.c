@@ -114,6 +114,7 @@ static int has_wide_vectors; /* whether products are made with AVX-512, or else 
 
 #ifdef HAS_PRODUCTS
 #define REAL float
+#define INT int32_t
 #define REAL_BITS 32
 #define VECTOR_BITS 512
 #define NAME(x) x##_f32_512
@@ -122,8 +123,10 @@ static int has_wide_vectors; /* whether products are made with AVX-512, or else 
 #define NAME(x) x##_f32_256
 #include "products.h"
 #undef REAL
+#undef INT
 #undef REAL_BITS
 #define REAL double
+#define INT int64_t
 #define REAL_BITS 64
 #define VECTOR_BITS 512
 #define NAME(x) x##_f64_512
@@ -132,6 +135,7 @@ static int has_wide_vectors; /* whether products are made with AVX-512, or else 
 #define NAME(x) x##_f64_256
 #include "products.h"
 #undef REAL
+#undef INT
 #undef REAL_BITS
 
 /* By the vectors of this processor. */
@@ -147,6 +151,18 @@ static int has_wide_vectors; /* whether products are made with AVX-512, or else 
     {                                                                                              \
         (has_wide_vectors ? pulled_##real##_512 : pulled_##real##_256)(x, w, d, m, rows, in, out,  \
                                                                        alpha, beta);               \
+    }                                                                                              \
+    static void convolve_##real(const Convolution *c, const REAL *x, const REAL *w, const REAL *b, \
+                                REAL *y, REAL *room, size_t *at)                                   \
+    {                                                                                              \
+        (has_wide_vectors ? convolve_##real##_512 : convolve_##real##_256)(c, x, w, b, y, room,    \
+                                                                           at);                    \
+    }                                                                                              \
+    static void convolve_back_##real(const Convolution *c, const REAL *x, const REAL *w,           \
+                                     const REAL *z, REAL *g, REAL *to, REAL *room, size_t *at)     \
+    {                                                                                              \
+        (has_wide_vectors ? convolve_back_##real##_512 : convolve_back_##real##_256)(              \
+            c, x, w, z, g, to, room, at);                                                          \
     }
 CHOSEN(f32, float)
 CHOSEN(f64, double)
@@ -281,6 +297,63 @@ static PyObject *py_add_outer(PyObject *self, PyObject *const *args, Py_ssize_t 
     Py_RETURN_NONE;
 }
 
+#ifdef HAS_PRODUCTS
+/* Room for the places of a convolution's products; sets an error where there is none. */
+static size_t *places_for(const Convolution *c)
+{
+    size_t most = c->channels > c->outputs ? c->channels : c->outputs;
+    size_t *at = malloc((most * c->kernel[0] * c->kernel[1] + 1) * sizeof(size_t));
+    if (at == NULL)
+        PyErr_NoMemory();
+    return at;
+}
+
+static PyObject *py_convolution_room(PyObject *self, PyObject *const *args, Py_ssize_t given)
+{
+    size_t a[2];
+    (void)self;
+    if (!arguments(args, given, a, 2, NULL, 0))
+        return NULL;
+    return PyLong_FromSize_t(convolution_room((void *)a[0], a[1] != 0));
+}
+
+static PyObject *py_convolve(PyObject *self, PyObject *const *args, Py_ssize_t given)
+{
+    size_t a[7], *at;
+    (void)self;
+    if (!arguments(args, given, a, 7, NULL, 0) || (at = places_for((void *)a[0])) == NULL)
+        return NULL;
+    PyThreadState *others = PyEval_SaveThread();
+    if (a[6] & DOUBLE)
+        convolve_f64((void *)a[0], (void *)a[1], (void *)a[2], (void *)a[3], (void *)a[4],
+                     (void *)a[5], at);
+    else
+        convolve_f32((void *)a[0], (void *)a[1], (void *)a[2], (void *)a[3], (void *)a[4],
+                     (void *)a[5], at);
+    PyEval_RestoreThread(others);
+    free(at);
+    Py_RETURN_NONE;
+}
+
+static PyObject *py_convolve_back(PyObject *self, PyObject *const *args, Py_ssize_t given)
+{
+    size_t a[8], *at;
+    (void)self;
+    if (!arguments(args, given, a, 8, NULL, 0) || (at = places_for((void *)a[0])) == NULL)
+        return NULL;
+    PyThreadState *others = PyEval_SaveThread();
+    if (a[7] & DOUBLE)
+        convolve_back_f64((void *)a[0], (void *)a[1], (void *)a[2], (void *)a[3], (void *)a[4],
+                          (void *)a[5], (void *)a[6], at);
+    else
+        convolve_back_f32((void *)a[0], (void *)a[1], (void *)a[2], (void *)a[3], (void *)a[4],
+                          (void *)a[5], (void *)a[6], at);
+    PyEval_RestoreThread(others);
+    free(at);
+    Py_RETURN_NONE;
+}
+#endif
+
 static PyObject *py_norm(PyObject *self, PyObject *const *args, Py_ssize_t given)
 {
     size_t a[3];
@@ -320,6 +393,14 @@ static PyMethodDef METHODS[] = {
      "known: the mean loss, and its slope d."},
     {"add_outer", (PyCFunction)(void (*)(void))py_add_outer, METH_FASTCALL,
      "add_outer(w, z, x, rows, in, out, flags, alpha, beta): w = beta w + alpha z^T x, by products.h."},
+#ifdef HAS_PRODUCTS
+    {"convolution_room", (PyCFunction)(void (*)(void))py_convolution_room, METH_FASTCALL,
+     "convolution_room(sizes, back) -> the numbers of room that a pass needs."},
+    {"convolve", (PyCFunction)(void (*)(void))py_convolve, METH_FASTCALL,
+     "convolve(sizes, x, w, b, y, room, flags): y = x * W + b; see convolution.h."},
+    {"convolve_back", (PyCFunction)(void (*)(void))py_convolve_back, METH_FASTCALL,
+     "convolve_back(sizes, x, w, z, g, to, room, flags): gradients g (O, K + 1) and message to."},
+#endif
     {"use_wide_vectors", (PyCFunction)(void (*)(void))py_use_wide_vectors, METH_FASTCALL,
      "use_wide_vectors(whether) -> whether products.h used AVX-512 before, where the processor has it."},
     {"norm", (PyCFunction)(void (*)(void))py_norm, METH_FASTCALL,
@@ -357,7 +438,7 @@ static long product_rows(void)
 PyMODINIT_FUNC PyInit__rows(void)
 {
     PyObject *module = PyModule_Create(&MODULE);
-    if (module != NULL && (PyModule_AddIntConstant(module, "LAYOUT", 4) < 0 || /* as in rows.py */
+    if (module != NULL && (PyModule_AddIntConstant(module, "LAYOUT", 5) < 0 || /* as in rows.py */
                            PyModule_AddIntConstant(module, "PRODUCT_ROWS", product_rows()) < 0)) {
         Py_DECREF(module);
         return NULL;

@@ -17,10 +17,12 @@ from functools import partial
 from typing import Any, TypeAlias
 
 import torch
-from torch import Tensor, nn
+from torch import Size, Tensor, nn
 from torch.nn import functional
 
 from hamdist.dynamics.native.chain import Activation, Operation, OperationKind
+from hamdist.dynamics.native.convolution import Convolution
+from hamdist.dynamics.native.rows import reads as is_readable
 from hamdist.dynamics.vjp.gradient import Column, Gradients, Outer, TableRows
 
 aten = torch.ops.aten
@@ -29,6 +31,8 @@ aten = torch.ops.aten
 KeptTensors = list[Any]
 Wanted: TypeAlias = tuple[bool, ...]  # by input of a kernel, whether its message is needed
 ToInputs: TypeAlias = tuple[Tensor | None, ...]  # by input, z^T df/dx
+ActivationForward: TypeAlias = Callable[[Tensor], Tensor]
+ActivationVjp: TypeAlias = Callable[[Tensor, Tensor], Tensor]  # of dL/dy, and y or x
 
 
 class Kernel(ABC):
@@ -197,6 +201,35 @@ class FromInput(Unary):
         return self._back(z, saved[1])
 
 
+class MaxPool2d(Unary):
+    """PyTorch's largest of a window, whose place is kept."""
+
+    def __init__(self, m: nn.MaxPool2d) -> None:
+        self._how = *_pairs(m.kernel_size, m.stride, m.padding, m.dilation), m.ceil_mode
+
+    def forward(self, old: KeptTensors | None, x: Tensor) -> KeptTensors:  # noqa: ARG002
+        y, places = aten.max_pool2d_with_indices(x, *self._how)
+        return [y, x, places]
+
+    def product(self, saved: KeptTensors, z: Tensor) -> Tensor:
+        product: Tensor = aten.max_pool2d_with_indices_backward(z, saved[1], *self._how, saved[2])
+        return product
+
+
+def average(m: nn.AvgPool2d) -> tuple[ActivationForward, ActivationVjp]:
+    """Return y of x, and dL/dx of dL/dy and x, of means over windows."""
+    sizes = _pairs(m.kernel_size, m.stride, m.padding)
+    how = m.ceil_mode, m.count_include_pad, m.divisor_override
+    return (
+        m,
+        lambda z, x: aten.avg_pool2d_backward(z, x, *sizes, *how),
+    )
+
+
+def _pairs(*sizes: int | tuple[int, int]) -> list[list[int]]:
+    return [[size, size] if isinstance(size, int) else list(size) for size in sizes]
+
+
 class Reshape(Unary):
     """f = x in another shape."""
 
@@ -282,7 +315,12 @@ class LayerNorm(Kernel):
 
 
 class Conv2d(Kernel):
-    """PyTorch's convolution and its backward operator, on the weights of today."""
+    """PyTorch's convolution and its backward operator, on the weights of today, or the C code's.
+
+    native: the C code makes images of shapes for which that pays (native/convolution.py).
+    """
+
+    native = False
 
     def __init__(self, module: nn.Conv2d, weights: tuple[int | None, ...]) -> None:
         self.weights = weights
@@ -292,8 +330,13 @@ class Conv2d(Kernel):
         # module.padding is a string only for 'same' and 'valid' (refused by program.py)
         self._how = (list(module.stride), [int(p) for p in padding], list(module.dilation))
         self._groups = module.groups
+        self._made: dict[Size, Convolution | None] = {}  # by shape of x
 
     def forward(self, old: KeptTensors | None, x: Tensor) -> KeptTensors:  # noqa: ARG002
+        made = self._native_of(x)
+        if made is not None:
+            x = x.contiguous()
+            return [made.forward(x, self._w, self._b), x]
         stride, padding, dilation = self._how
         y = torch.conv2d(x, self._w, self._b, stride, padding, dilation, self._groups)
         return [y, x]
@@ -301,6 +344,15 @@ class Conv2d(Kernel):
     def pull(self, saved: KeptTensors, z: Tensor, wanted: Wanted, g: Gradients | None) -> ToInputs:
         (_, x), (stride, padding, dilation) = saved, self._how
         mask = [wanted[0], *(g is not None and w is not None for w in self.weights)]
+        made = self._native_of(x)
+        to: Tensor | None
+        if made is not None:
+            to, both = made.pull(
+                x, self._w, z.contiguous(), message=wanted[0], gradients=any(mask[1:])
+            )
+            if g is not None and both is not None:
+                g.put(self.weights, (both[:, :-1].reshape(self._w.shape), both[:, -1]))
+            return (to,)
         sizes = None if self._b is None else list(self._b.shape)
         to, g_w, g_b = aten.convolution_backward(
             z, x, self._w, sizes, stride, padding, dilation, False, [0, 0], self._groups, mask
@@ -309,11 +361,21 @@ class Conv2d(Kernel):
             g.put(self.weights, (g_w, g_b))
         return (to if wanted[0] else None,)
 
+    def _native_of(self, x: Tensor) -> Convolution | None:
+        if not self.native:
+            return None
+        if x.shape not in self._made:
+            fits = self._groups == 1 and x.dim() == 4 and x.shape[1] == self._w.shape[1]
+            fits = fits and all(
+                is_readable(t) for t in (self._w, self._w if self._b is None else self._b)
+            )
+            made = Convolution(x.shape, self._w.shape, *self._how) if fits else None
+            self._made[x.shape] = made if made is not None and made.pays else None
+        made = self._made[x.shape]
+        return made if x.dtype is self._w.dtype and x.is_cpu else None
+
 
 # -- activations: y = f(x), dL/dx = dL/dy f'(x), where f' is a function of y or of x ---------------
-
-ActivationForward: TypeAlias = Callable[[Tensor], Tensor]
-ActivationVjp: TypeAlias = Callable[[Tensor, Tensor], Tensor]  # dL/dy, and y or x
 
 # By kind: y of x; the same in the memory of x; dL/dx of dL/dy and y; what the C code has.
 FROM_RESULT: dict[type, tuple[ActivationForward, ActivationForward, ActivationVjp, Activation]] = {
@@ -328,6 +390,8 @@ FROM_RESULT: dict[type, tuple[ActivationForward, ActivationForward, ActivationVj
 }
 # By kind, of such a module: y of x; dL/dx of dL/dy and x.
 FROM_INPUT: dict[type, Callable[[Any], tuple[ActivationForward, ActivationVjp]]] = {
+    nn.AvgPool2d: average,
+    nn.AdaptiveAvgPool2d: lambda m: (m, aten._adaptive_avg_pool2d_backward),
     nn.GELU: lambda m: (
         partial(functional.gelu, approximate=m.approximate),
         lambda z, x: aten.gelu_backward(z, x, approximate=m.approximate),
@@ -354,7 +418,12 @@ FROM_INPUT: dict[type, Callable[[Any], tuple[ActivationForward, ActivationVjp]]]
     ),
 }
 
-# What a forward of one's own calls, as a module.
+# What a forward of one's own calls, as a module: with arguments, and of a value alone.
+POOLS: dict[object, Callable[..., nn.Module]] = {
+    functional.max_pool2d: nn.MaxPool2d,
+    functional.avg_pool2d: nn.AvgPool2d,
+    functional.adaptive_avg_pool2d: nn.AdaptiveAvgPool2d,
+}
 FUNCTIONS: dict[object, Callable[[], nn.Module]] = {
     **dict.fromkeys((torch.relu, functional.relu, "relu"), nn.ReLU),
     **dict.fromkeys((torch.tanh, functional.tanh, "tanh"), nn.Tanh),

@@ -27,6 +27,7 @@ from hamdist.dynamics.vjp.kernels import (
     FROM_INPUT,
     FROM_RESULT,
     FUNCTIONS,
+    POOLS,
     Add,
     Conv2d,
     Embedding,
@@ -35,6 +36,7 @@ from hamdist.dynamics.vjp.kernels import (
     Kernel,
     LayerNorm,
     Linear,
+    MaxPool2d,
     Reshape,
     ScaleKernel,
 )
@@ -190,7 +192,10 @@ class _Program:
             if kind is nn.Conv2d and (m.padding_mode != "zeros" or isinstance(m.padding, str)):
                 raise _Unknown
             weights = self._index(m, "weight"), self._index(m, "bias")
-            return self._add(WEIGHTED[kind](m, weights), place)
+            kernel = WEIGHTED[kind](m, weights)
+            if isinstance(kernel, Conv2d):
+                kernel.native = self._native
+            return self._add(kernel, place)
         if kind is nn.Embedding:
             if m.max_norm is not None or m.scale_grad_by_freq or m.sparse:
                 raise _Unknown
@@ -205,6 +210,8 @@ class _Program:
             return self._add(
                 Reshape(lambda x: torch.unflatten(x, m.dim, m.unflattened_size)), place
             )
+        if kind is nn.MaxPool2d and not m.return_indices:
+            return self._add(MaxPool2d(m), place)
         if kind is nn.TransformerEncoderLayer:
             return self._encoder_layer(m, place)
         if kind is nn.TransformerEncoder:
@@ -309,6 +316,9 @@ class _Program:
             if type(parts.get(str(read[0].target))) is not nn.MultiheadAttention:
                 raise _Unknown
             return at[0]  # (what is attended: of the weights nothing is read)
+        if node.target in POOLS and len(at) == 1 and node.args[:1] == (read[0],):
+            pool = POOLS[node.target](*node.args[1:], **node.kwargs)
+            return self._layer(pool, at[0], alone=alone)
         if node.kwargs not in ({}, {"inplace": False}):
             raise _Unknown
         if node.target in (operator.add, torch.add, operator.iadd) and len(at) == 2:
@@ -325,10 +335,12 @@ class _Program:
                 return self._add(ScaleKernel(1.0 / float(numbers[0])), at[0])
         if len(node.args) == 1 and len(at) == 1 and node.target in FUNCTIONS:
             return self._activation(FUNCTIONS[node.target](), at[0], alone=alone)
-        flat = node.target in (torch.flatten, "flatten") and len(at) == 1
-        if flat and all(isinstance(a, int) for a in node.args[1:]):
+        if len(at) == 1 and all(isinstance(a, int) for a in node.args[1:]):
             dims = [int(a) for a in node.args[1:]]  # type: ignore[arg-type]
-            return self._add(Reshape(lambda x: x.flatten(*dims)), at[0])
+            if node.target in (torch.flatten, "flatten"):
+                return self._add(Reshape(lambda x: x.flatten(*dims)), at[0])
+            if node.target in ("view", "reshape"):
+                return self._add(Reshape(lambda x: x.reshape(dims)), at[0])
         raise _Unknown
 
 

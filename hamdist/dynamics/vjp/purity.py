@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from hamdist.dynamics.vjp.kernels import FUNCTIONS
+from hamdist.dynamics.vjp.kernels import FUNCTIONS, POOLS
 
 OWN = "torch.nn.modules."
 # Instructions that write, define or read anything but local variables.
@@ -29,8 +29,8 @@ _HARMLESS = {"__init__", "__module__", "__qualname__", "__doc__", "__annotations
              "__annotate_func__", "__annotations_cache__", "__repr__"}  # fmt: skip
 _BUILTINS = ("len", "range", "enumerate", "zip", "reversed")
 # What a proved forward may ask of torch: the operations that program.py knows.
-_TORCH = {"nn", "functional", "add", "sub", "mul", "flatten"} | {
-    str(getattr(f, "__name__", f)) for f in FUNCTIONS
+_TORCH = {"nn", "functional", "add", "sub", "mul", "flatten", "view", "reshape"} | {
+    str(getattr(f, "__name__", f)) for f in (*FUNCTIONS, *POOLS)
 }
 
 

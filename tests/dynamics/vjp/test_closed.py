@@ -75,6 +75,40 @@ def convnet() -> nn.Module:
     )
 
 
+def pools() -> nn.Module:
+    return nn.Sequential(
+        nn.Conv2d(2, 4, 3, dtype=F64),
+        nn.Tanh(),
+        nn.MaxPool2d((3, 2), stride=2, padding=1, ceil_mode=True),
+        nn.ReLU(),
+        nn.AvgPool2d(2, stride=1, padding=1, count_include_pad=False),
+        nn.AdaptiveAvgPool2d((2, None)),
+        nn.MaxPool2d(2, stride=1, dilation=(1, 2)),
+    )
+
+
+class UsersConvnet(nn.Module):
+    """As users write it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first = nn.Conv2d(1, 3, 3, padding=1, dtype=F64)
+        self.second = nn.Conv2d(3, 4, 2, dtype=F64)
+        self.f = nn.Linear(4, 2, dtype=F64)
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = x.reshape(-1, 1, 8, 8)
+        h = functional.max_pool2d(functional.relu(self.first(h)), 2)
+        h = functional.avg_pool2d(self.second(h), kernel_size=2, stride=1)
+        return self.f(functional.adaptive_avg_pool2d(torch.tanh(h), 1).view(-1, 4))
+
+
+class TakesPlaces(UsersConvnet):
+    def forward(self, x: Tensor) -> Tensor:
+        h, places = functional.max_pool2d(self.first(x), 2, return_indices=True)
+        return self.f(h.flatten(1)[:, :4] + places.flatten(1)[:, :4])
+
+
 def encoder_layer(**how: Any) -> nn.TransformerEncoderLayer:
     return nn.TransformerEncoderLayer(
         6, 2, 9, **{"dropout": 0.0, "batch_first": True, "dtype": F64, **how}
@@ -155,6 +189,8 @@ KINDS = {
     "batch 1": (mlp, (1, 6)),
     "frozen weight": (frozen, (4, 6)),
     "convnet": (convnet, (3, 2, 5, 5)),
+    "pools": (pools, (3, 2, 9, 9)),
+    "user's convnet": (UsersConvnet, (3, 64)),
     "layer norm": (lambda: nn.Sequential(nn.LayerNorm(6, dtype=F64)), (4, 6)),
     "plain layer norm": (
         lambda: nn.Sequential(
@@ -378,6 +414,8 @@ def weight_norm() -> nn.Module:
         OtherKeys,
         Masked,
         ReadsWeights,
+        TakesPlaces,
+        lambda: nn.MaxPool2d(2, return_indices=True),
         lambda: encoder_layer(dropout=0.1),
         lambda: encoder_layer(batch_first=False),
         lambda: encoder_layer(dtype=torch.bfloat16),
