@@ -121,8 +121,8 @@ class RunOptions:
         for text in self.set_ or []:
             if text.startswith("stream.") and not text.startswith("stream.names"):
                 raise SettingsError(
-                    f"--set {text!r} beside --stream {self.stream!r}: the stream is your function's "
-                    "alone (of the section stream `names` are for it); change it there"
+                    f"--set {text!r} beside --stream {self.stream!r}: the stream is your "
+                    "function's alone (of the section stream `names` are for it); change it there"
                 )
         from hamdist.study.run.own_data import load_stream
 
