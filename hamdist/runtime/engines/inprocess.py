@@ -137,7 +137,7 @@ class InProcessEngine:
             try:
                 action = None if snapshot_policy is None else snapshot_policy.snapshot_writer
                 run_loop(
-                    [source, *nodes],
+                    [*nodes, source],  # (a tick is over before the next sample is drawn)
                     between,
                     action,
                     started=snapshot_policy is not None and snapshot_policy.on,
