@@ -147,7 +147,7 @@ def follow_run(jobs: Jobs, name: str, results: Results, *, stopped: bool = False
     if ended.error is not None:
         report(error=ended.error)
         complain(f"Error: {ended.error}")
-    if ended.interrupted:
+    if ended.interrupted or (ended.error is not None and ended.samples):
         complain(f"Stopped after {ended.samples} samples.")
     if ended.resume is not None:
         complain(f"Go on: hamdist launch SETTINGS --resume {ended.resume}")

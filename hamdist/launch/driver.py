@@ -108,8 +108,8 @@ def _run(folder: Path, lost: str | None) -> Ended:
         run.chosen = _as_given(run.chosen, as_sent)
     code = INTERRUPTED if run.interrupted else 0
     code = code if run.error is None else exit_code(run.error)
-    if code == 0 and order.own_snapshots:
-        shutil.rmtree(str(order.snapshots), ignore_errors=True)  # nobody goes on from them
+    over = code == 0 and order.own_snapshots  # (nobody goes on from them)
+    if over:
         run.snapshots = []
     with _Results(order) as results:
         save_run(results.path, run, model, _as_given(settings, as_sent))
@@ -118,6 +118,8 @@ def _run(folder: Path, lost: str | None) -> Ended:
             if warning != run.failure:
                 _warn(warning)
         results.handed_over = _hand_over(results.path, order)
+    if over:
+        shutil.rmtree(str(order.snapshots), ignore_errors=True)
     return Ended(
         code=code,
         samples=run.samples,

@@ -124,14 +124,14 @@ def with_names(settings: Settings, rules: dict[str, Any], level: str | None) -> 
 
 def _own_names(settings: Settings) -> dict[str, str]:
     """Return the settings' fields by the rules and the level of the user's own that they name."""
-    found = {}
+    fields = {}
     for pattern, rule in settings.learning.rules.items():
         name = str(rule.get("name") if isinstance(rule, dict) else rule)
         if ":" in name:
-            found[name] = f"learning.rules.{pattern}"
+            fields[name] = f"learning.rules.{pattern}"
     if settings.locality.level is not None:
-        found[settings.locality.level] = "locality.level"
-    return found
+        fields[settings.locality.level] = "locality.level"
+    return fields
 
 
 def read_order(folder: Path) -> JobSpec:
@@ -169,8 +169,8 @@ def own_code(name: str) -> Path | None:
         path = Path(file).resolve()
         path = path.parent if path.name == "__init__.py" else path
     installed = INSTALLED & set(path.parts)  # (of a user's or an outer environment, too)
-    own = not installed and not path.is_relative_to(Path(sysconfig.get_path("stdlib")).resolve())
-    return path if own else None
+    is_own = not installed and not path.is_relative_to(Path(sysconfig.get_path("stdlib")).resolve())
+    return path if is_own else None
 
 
 def _copy(code: Path, folder: Path, option: str) -> None:

@@ -16,12 +16,15 @@ from pathlib import Path
 import psutil
 import pytest
 import torch
+import typer
 from safetensors.torch import load_file
 from typer.testing import CliRunner
 
 import hamdist as hamdist_
 from hamdist.cli import app
+from hamdist.cli.cluster import follow_run
 from hamdist.errors import SettingsError
+from hamdist.launch.events import Ended, Results, to_line
 from hamdist.launch.jobs_api import missing_extras
 
 RUN = ["--steps", "40", "--set", "engine.actors=2", "--set", "metrics.window=10"]
@@ -96,6 +99,16 @@ def test_nobody_there(arguments):
     assert result.exit_code == 1
     assert f"http://127.0.0.1:{port}: no Jobs API of Ray answers there" in flat(result.output)
     assert "ssh -N -L 8265:127.0.0.1:8265 HEAD" in flat(result.output)
+
+
+def test_a_run_that_failed_behind_its_first_sample_says_how_far_it_came(caplog):
+    class Told:
+        def lines(self, name):
+            return [to_line(Ended(code=1, samples=120, error=f"{name}: disk gone"))]
+
+    with pytest.raises(typer.Exit):
+        follow_run(Told(), "run", Results(None))
+    assert caplog.messages == ["Error: run: disk gone", "Stopped after 120 samples."]
 
 
 def test_without_rays_extras(monkeypatch):

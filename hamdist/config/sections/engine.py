@@ -283,16 +283,13 @@ class EngineSettings(Section):
 
     @model_validator(mode="after")
     def _one_process(self) -> EngineSettings:
-        if self.kind is EngineKind.INPROCESS and self.actors not in (1, "auto"):
-            raise ValueError(
-                f"'actors' is {self.actors} with kind 'inprocess', which is one process: leave it "
-                "out, or use kind 'ray' (--engine ray)"
-            )
-        if self.kind is EngineKind.INPROCESS and self.spares:
-            raise ValueError(
-                f"'spares' is {self.spares} with kind 'inprocess', which has no actors: leave it "
-                "out, or use kind 'ray' (--engine ray)"
-            )
+        several = {"actors": self.actors not in (1, "auto"), "spares": self.spares > 0}
+        for name, is_set in several.items():
+            if self.kind is EngineKind.INPROCESS and is_set:
+                raise ValueError(
+                    f"{name!r} is {getattr(self, name)} with kind 'inprocess', which is one "
+                    "process: leave it out, or use kind 'ray' (--engine ray)"
+                )
         if self.interleave > 1 and (self.kind is EngineKind.INPROCESS or self.placement):
             raise ValueError(
                 f"'interleave' is {self.interleave} with "

@@ -167,163 +167,123 @@ def make_locality(level: Level, overrides: LocalityOverrides) -> Locality:
 
 def _contradictions(k: Locality) -> list[str]:
     """Return the reasons for which the knobs cannot go together (none: they can)."""
-    reasons = []
-    if k.truncation is not None and not k.sequence:
-        reasons.append(
-            f"truncation {k.truncation} with presentation {k.presentation.value!r}: only a "
-            "sequence is gone through in reverse; use level 'bptt'"
-        )
-    if k.microbatches != 1 and not (k.pulse and k.speed == "inf" and k.credit is Credit.MESSAGES):
-        reasons.append(
-            f"microbatches {k.microbatches} with presentation {k.presentation.value!r}, speed "
-            f"{k.speed!r} and credit {k.credit.value!r}: the parts of a batch travel one behind "
-            "the other before any weight moves; use presentation 'pulse', speed 'inf' and credit "
-            "'messages' (level 'pipeline')"
-        )
-    reasons += _against_accumulation(k)
-    if k.sequence:
-        return reasons + _against_sequence(k)
-    reasons += _against_recipes(k)
-    if k.update is Update.SEQUENCE:
-        reasons.append(
-            f"update 'sequence' with presentation {k.presentation.value!r}: it belongs to "
-            "presentation 'sequence' (level 'bptt')"
-        )
-    if k.memory is Memory.REVERSIBLE and not k.pulse:
-        reasons.append(
-            f"memory 'reversible' with presentation {k.presentation.value!r}: inputs are "
-            "recomputed when a message comes back; use presentation 'pulse' (level 'reversible')"
-        )
-    if k.credit is Credit.HEADS and (not k.pulse or k.memory is not Memory.NONE):
-        reasons.append(
-            f"credit 'heads' with presentation {k.presentation.value!r} and memory "
-            f"{k.memory.value!r}: each block learns in the tick in which a sample passes it, so "
-            "nothing is held and nothing is kept; use presentation 'pulse' and memory 'none' "
-            "(level 'heads'), or learning.heads beside the messages of level 'trace'"
-        )
+    presented, memory, update = k.presentation.value, k.memory.value, k.update.value
+    layered = k.moves is Moves.LAYER_BY_LAYER
+    reasons = {
+        f"truncation {k.truncation} with presentation {presented!r}: only a sequence is gone "
+        "through in reverse; use level 'bptt'": k.truncation is not None and not k.sequence,
+        f"microbatches {k.microbatches} with presentation {presented!r}, speed {k.speed!r} and "
+        f"credit {k.credit.value!r}: the parts of a batch travel one behind the other before any "
+        "weight moves; use presentation 'pulse', speed 'inf' and credit 'messages' (level "
+        "'pipeline')": k.microbatches != 1
+        and not (k.pulse and k.speed == "inf" and k.credit is Credit.MESSAGES),
+        **_against_accumulation(k),
+        **(_against_sequence(k) if k.sequence else _against_recipes(k)),
+        f"update 'sequence' with presentation {presented!r}: it belongs to presentation "
+        "'sequence' (level 'bptt')": k.update is Update.SEQUENCE and not k.sequence,
+        f"memory 'reversible' with presentation {presented!r}: inputs are recomputed when a "
+        "message comes back; use presentation 'pulse' (level 'reversible')": k.hold
+        and k.memory is Memory.REVERSIBLE,
+        f"credit 'heads' with presentation {presented!r} and memory {memory!r}: each block learns "
+        "in the tick in which a sample passes it, so nothing is held and nothing is kept; use "
+        "presentation 'pulse' and memory 'none' (level 'heads'), or learning.heads beside the "
+        "messages of level 'trace'": k.credit is Credit.HEADS
+        and not k.sequence
+        and (k.hold or k.memory is not Memory.NONE),
+    }
     if k.pulse:
-        if k.memory is Memory.NONE and k.credit is Credit.MESSAGES:
-            reasons.append(
-                "presentation 'pulse' with memory 'none': a message comes back when the sample has "
-                "left the block, so the block must keep its activations; use memory 'trace'"
-            )
-        if k.update is not Update.ARRIVAL:
-            reasons.append(
-                f"presentation 'pulse' with update {k.update.value!r}: a pulse passes a block "
-                "once; use update 'arrival'"
-            )
-        if k.moves is not Moves.ALL:
-            reasons.append("moves 'layer-by-layer' belongs to presentation 'hold'")
-        if k.order is not Order.OMEGA_FIRST:
-            reasons.append(
-                f"presentation 'pulse' with order {k.order.value!r}: a pulse computes the costate "
-                "of a sample before the weights move; use order 'omega-first'"
-            )
-        if k.readout is not Readout.OUTPUT or k.target is not TargetOf.SAMPLE:
-            reasons.append(
-                "readout 'state' and target 'current' belong to presentation 'hold': a pulse "
-                "always meets its own target in an output net"
-            )
-        return reasons
-    if k.memory is not Memory.NONE:
-        reasons.append(
-            f"presentation 'hold' with memory {k.memory.value!r}: a held sample is still at the "
-            "input when its message arrives; use memory 'none', or presentation 'pulse'"
-        )
-    if k.update is Update.ARRIVAL:
-        reasons.append("presentation 'hold' with update 'arrival': messages arrive in every tick")
-    if k.moves is Moves.LAYER_BY_LAYER:
-        if k.speed != "depth":
-            reasons.append(
-                f"moves 'layer-by-layer' with speed {k.speed!r}: one sample takes as many ticks "
-                "as the network is deep; use speed 'depth'"
-            )
-        if k.update is Update.LAST:
-            reasons.append(
-                "moves 'layer-by-layer' with update 'last-tick': in the last tick only the readout "
-                "moves; use update 'tick'"
-            )
-    return reasons
+        reasons |= {
+            "presentation 'pulse' with memory 'none': a message comes back when the sample has "
+            "left the block, so the block must keep its activations; use memory "
+            "'trace'": k.memory is Memory.NONE and k.credit is Credit.MESSAGES,
+            f"presentation 'pulse' with update {update!r}: a pulse passes a block once; use "
+            "update 'arrival'": k.update is not Update.ARRIVAL,
+            "moves 'layer-by-layer' belongs to presentation 'hold'": layered,
+            f"presentation 'pulse' with order {k.order.value!r}: a pulse computes the costate of a "
+            "sample before the weights move; use order 'omega-first'": k.order
+            is not Order.OMEGA_FIRST,
+            "readout 'state' and target 'current' belong to presentation 'hold': a pulse always "
+            "meets its own target in an output net": k.readout is not Readout.OUTPUT
+            or k.target is not TargetOf.SAMPLE,
+        }
+    elif k.hold:
+        reasons |= {
+            f"presentation 'hold' with memory {memory!r}: a held sample is still at the input when "
+            "its message arrives; use memory 'none', or presentation "
+            "'pulse'": k.memory is not Memory.NONE,
+            "presentation 'hold' with update 'arrival': messages arrive in every tick": k.update
+            is Update.ARRIVAL,
+            f"moves 'layer-by-layer' with speed {k.speed!r}: one sample takes as many ticks as the "
+            "network is deep; use speed 'depth'": layered and k.speed != "depth",
+            "moves 'layer-by-layer' with update 'last-tick': in the last tick only the readout "
+            "moves; use update 'tick'": layered and k.update is Update.LAST,
+        }
+    return [reason for reason, holds in reasons.items() if holds]
 
 
-def _against_accumulation(k: Locality) -> list[str]:
-    """Return the reasons against one step for several samples beside the other knobs."""
-    reasons = []
-    if k.accumulate != 1 and not (k.pulse and k.credit is Credit.MESSAGES):
-        reasons.append(
-            f"accumulate {k.accumulate} with presentation {k.presentation.value!r} and credit "
-            f"{k.credit.value!r}: it counts the messages between two steps of a block; use "
-            "presentation 'pulse' and credit 'messages' (levels 'trace', 'backprop', 'pipeline')"
-        )
-    if not k.double_buffered:
-        return reasons
-    if k.memory is not Memory.TRACE_WEIGHTS or not k.pulse or k.microbatches != 1:
-        reasons.append(
-            f"double_buffered with presentation {k.presentation.value!r}, memory "
-            f"{k.memory.value!r} and microbatches {k.microbatches}: a message meets the weights of "
-            "its forward pass; use memory 'trace+weights' of whole samples (level 'trace')"
-        )
-    if Compensation.WEIGHT_PREDICTION in k.compensation:
-        reasons.append(
-            "double_buffered with compensation 'weight-prediction': both say which weights a "
-            "sample meets; leave one out"
-        )
-    return reasons
+def _against_accumulation(k: Locality) -> dict[str, bool]:
+    """Return the reasons against one step for several samples, and whether they hold."""
+    presented = k.presentation.value
+    whole = k.memory is Memory.TRACE_WEIGHTS and k.pulse and k.microbatches == 1
+    return {
+        f"accumulate {k.accumulate} with presentation {presented!r} and credit "
+        f"{k.credit.value!r}: it counts the messages between two steps of a block; use "
+        "presentation 'pulse' and credit 'messages' (levels 'trace', 'backprop', "
+        "'pipeline')": k.accumulate != 1 and not (k.pulse and k.credit is Credit.MESSAGES),
+        f"double_buffered with presentation {presented!r}, memory {k.memory.value!r} and "
+        f"microbatches {k.microbatches}: a message meets the weights of its forward pass; use "
+        "memory 'trace+weights' of whole samples (level 'trace')": k.double_buffered and not whole,
+        "double_buffered with compensation 'weight-prediction': both say which weights a sample "
+        "meets; leave one out": k.double_buffered
+        and Compensation.WEIGHT_PREDICTION in k.compensation,
+    }
 
 
-def _against_recipes(k: Locality) -> list[str]:
-    """Return the reasons against a gate or a compensation beside the other knobs."""
-    reasons = []
-    if k.gate is not None and (
-        not k.hold or k.update is not Update.TICK or k.moves is not Moves.ALL
-    ):
-        reasons.append(
-            f"gate with presentation {k.presentation.value!r}, update {k.update.value!r} and moves "
-            f"{k.moves.value!r}: it picks the ticks in which a held input is still; use "
-            "presentation 'hold', update 'tick' and moves 'all' (levels 'local', 'group')"
-        )
-    reasons += [
-        f"compensation {method.value!r} with presentation {k.presentation.value!r}: signals of one "
-        "sample meet there anyway; use presentation 'hold' (level 'local')"
-        for method in (Compensation.PROSPECTIVE, Compensation.RETROSPECTIVE)
-        if method in k.compensation and not k.hold
-    ]
-    if Compensation.RETROSPECTIVE in k.compensation and k.order is Order.SEQUENTIAL:
-        reasons.append(
-            "compensation 'retrospective' with order 'sequential', whose gradient takes the "
-            "costate of the next tick; use order 'omega-first'"
-        )
-    if Compensation.WEIGHT_PREDICTION in k.compensation and k.memory is not Memory.TRACE_WEIGHTS:
-        reasons.append(
-            f"compensation 'weight-prediction' with memory {k.memory.value!r}: a message meets the "
-            "weights that were expected for it, so a block keeps them; use memory 'trace+weights' "
-            "(level 'trace')"
-        )
-    return reasons
+def _against_recipes(k: Locality) -> dict[str, bool]:
+    """Return the reasons against a gate or a compensation, and whether they hold."""
+    presented, methods = k.presentation.value, k.compensation
+    all_move = k.hold and k.update is Update.TICK and k.moves is Moves.ALL
+    return {
+        f"gate with presentation {presented!r}, update {k.update.value!r} and moves "
+        f"{k.moves.value!r}: it picks the ticks in which a held input is still; use "
+        "presentation 'hold', update 'tick' and moves 'all' (levels 'local', "
+        "'group')": k.gate is not None and not all_move,
+        **{
+            f"compensation {method.value!r} with presentation {presented!r}: signals of one "
+            "sample meet there anyway; use presentation 'hold' (level "
+            "'local')": method in methods and not k.hold
+            for method in (Compensation.PROSPECTIVE, Compensation.RETROSPECTIVE)
+        },
+        "compensation 'retrospective' with order 'sequential', whose gradient takes the costate "
+        "of the next tick; use order 'omega-first'": Compensation.RETROSPECTIVE in methods
+        and k.order is Order.SEQUENTIAL,
+        f"compensation 'weight-prediction' with memory {k.memory.value!r}: a message meets the "
+        "weights that were expected for it, so a block keeps them; use memory 'trace+weights' "
+        "(level 'trace')": Compensation.WEIGHT_PREDICTION in methods
+        and k.memory is not Memory.TRACE_WEIGHTS,
+    }
 
 
-def _against_sequence(k: Locality) -> list[str]:
-    """Return the reasons for which the knobs of presentation 'sequence' cannot go together."""
-    reasons = []
-    for name, current, needed in (
-        ("speed", k.speed, "inf"),
-        ("memory", k.memory, Memory.TRACE),
-        ("update", k.update, Update.SEQUENCE),
-        ("moves", k.moves, Moves.ALL),
-        ("order", k.order, Order.OMEGA_FIRST),
-        ("compensation", k.compensation, ()),
-        ("credit", k.credit, Credit.MESSAGES),
-        ("gate", k.gate, None),
-        ("readout", k.readout, Readout.OUTPUT),
-        ("target", k.target, TargetOf.SAMPLE),
-    ):
-        if current != needed:
-            value, need = _word(current), _word(needed)
-            reasons.append(
-                f"presentation 'sequence' with {name} {value!r}: a sequence travels forward with "
-                f"its states kept, then back, and the weights move once; use {name} {need!r}"
-            )
-    return reasons
+def _against_sequence(k: Locality) -> dict[str, bool]:
+    """Return the reasons against knobs of presentation 'sequence', and whether they hold."""
+    needed = {
+        "speed": "inf",
+        "memory": Memory.TRACE,
+        "update": Update.SEQUENCE,
+        "moves": Moves.ALL,
+        "order": Order.OMEGA_FIRST,
+        "compensation": (),
+        "credit": Credit.MESSAGES,
+        "gate": None,
+        "readout": Readout.OUTPUT,
+        "target": TargetOf.SAMPLE,
+    }
+    return {
+        f"presentation 'sequence' with {name} {_word(getattr(k, name))!r}: a sequence travels "
+        "forward with its states kept, then back, and the weights move once; use "
+        f"{name} {_word(need)!r}": getattr(k, name) != need
+        for name, need in needed.items()
+    }
 
 
 def _word(value: object) -> object:

@@ -54,7 +54,7 @@ class Flow:
         self._tensors = dict(_tensors(model))
         self._parameters = {id(p) for p in model.parameters()}
         self._steady = self._only_read()
-        self.needs = [_needs(op) for op in self.ops]
+        self.needs = [({i for i, _ in references(op)} | op.reads) for op in self.ops]
         self._moving = [i for i, op in enumerate(self.ops) if self._moves_buffers(op)]
         self.live = self._living()
         self.weights = [self._weights(op) for op in self.ops]
@@ -349,10 +349,6 @@ class Flow:
         op = self.ops[i]
         path = (str(op.node.target),) if op.node.op == "call_module" else ()
         return tuple(n for n in (*op.modules, *path) if n)
-
-
-def _needs(op: Op[ColumnForm]) -> set[int]:
-    return {i for i, _ in references(op)} | op.reads
 
 
 def references(op: Op[ColumnForm]) -> list[Value]:

@@ -259,11 +259,6 @@ def _check(d: Dynamics, tau: float | None, knobs: Locality) -> None:
                 f"{where}: c tau = {c * tau:g} is above 1: the state would overshoot; "
                 f"use c <= {1 / tau:g} or a smaller tau"
             )
-    if d.adaptive is not None and knobs.sequence:
-        raise LevelError(
-            "learning.adaptive with presentation 'sequence', whose omega gathers the gradients of "
-            "a whole sequence before the weights move: leave it out, or use another presentation"
-        )
     _check_recipes(d, tau, knobs)
     if not knobs.hold:
         _check_wave(d, tau, knobs)
@@ -271,41 +266,39 @@ def _check(d: Dynamics, tau: float | None, knobs: Locality) -> None:
 
 def _check_recipes(d: Dynamics, tau: float | None, knobs: Locality) -> None:
     """Check the recipes of `learning` against the other settings."""
-    clips = [d.clip, *(_clip(b.clip) for b in d.learning.values() if b.clip is not None)]
-    if knobs.sequence and min(clips) < math.inf:
-        raise LevelError(
-            f"learning.clip {min(clips):g} with presentation 'sequence', whose omega gathers the "
-            "gradients of a whole sequence: leave it out, or use another presentation"
-        )
+    clip = min([d.clip, *(_clip(b.clip) for b in d.learning.values() if b.clip is not None)])
     rules = [d.inputs, *(_unless_off(b.inputs or "off") for b in d.learning.values())]
-    if knobs.sequence and any(rules):
-        raise LevelError(
-            "learning.inputs with presentation 'sequence', whose omega gathers the gradients of a "
-            "whole sequence: leave it out, or use another presentation"
-        )
-    if d.adaptive is None and any(rule and rule.rotated for rule in rules):
-        raise LevelError(
-            "learning.inputs 'rotated' turns the axes of Adam's step: set learning.adaptive {} "
-            "(with learning.weight_decay AdamW), and no learning.optimizer"
-        )
-    if Compensation.WEIGHT_PREDICTION in knobs.compensation and d.adaptive is not None:
-        raise LevelError(
-            "compensation 'weight-prediction' with learning.adaptive, whose steps are not along "
-            "omega: leave one of them out"
-        )
-    if not d.ahead:
-        return
-    if d.adaptive is not None:
-        raise LevelError(
-            "compensation 'look-ahead' with learning.adaptive, whose steps are not along omega: "
-            "leave one of them out"
-        )
+    names = {
+        "learning.adaptive": d.adaptive is not None,
+        f"learning.clip {clip:g}": clip < math.inf,
+        "learning.inputs": any(rules),
+    }
     each = [d, *(d._with(block) for block in d.blocks.values())]
-    if tau is not None and any(abs(1 - tau * k.eta_omega) <= TOLERANCE for k in each):
-        raise LevelError(
-            "compensation 'look-ahead' without momentum: there is nothing that could carry the "
-            "weights ahead; set learning.momentum (or dynamics.eta_omega below 1/tau)"
-        )
+    at_rest = tau is not None and any(abs(1 - tau * k.eta_omega) <= TOLERANCE for k in each)
+    along = {
+        "weight-prediction": Compensation.WEIGHT_PREDICTION in knobs.compensation,
+        "look-ahead": d.ahead,
+    }
+    reasons = {
+        **{
+            f"{name} with presentation 'sequence', whose omega gathers the gradients of a whole "
+            "sequence before the weights move: leave it out, or use another "
+            "presentation": is_set and knobs.sequence
+            for name, is_set in names.items()
+        },
+        "learning.inputs 'rotated' turns the axes of Adam's step: set learning.adaptive {} "
+        "(with learning.weight_decay AdamW), and no learning.optimizer": d.adaptive is None
+        and any(rule and rule.rotated for rule in rules),
+        **{
+            f"compensation {name!r} with learning.adaptive, whose steps are not along omega: "
+            "leave one of them out": is_set and d.adaptive is not None
+            for name, is_set in along.items()
+        },
+        "compensation 'look-ahead' without momentum: there is nothing that could carry the weights "
+        "ahead; set learning.momentum (or dynamics.eta_omega below 1/tau)": d.ahead and at_rest,
+    }
+    for reason in (text for text, holds in reasons.items() if holds):
+        raise LevelError(reason)
 
 
 def _check_wave(d: Dynamics, tau: float | None, knobs: Locality) -> None:

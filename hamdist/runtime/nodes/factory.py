@@ -14,6 +14,8 @@ it stops when the end first arrives along any edge, in either direction.
 
 from __future__ import annotations
 
+import pickle
+import random
 import socket
 from collections.abc import Sequence
 from contextlib import nullcontext
@@ -21,6 +23,7 @@ from dataclasses import replace
 from functools import partial
 from itertools import groupby
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -309,31 +312,47 @@ def try_rules(plan: Plan) -> None:
         if rule.presentation == "sequence" and plan.spec.patience and not plan.spec.kept:
             again = "samples with late labels would be shown again, out of their sequence"
             raise LevelError(f"{who}: {again}; use stream.relearn: trace")
-        before = dict(getattr(rule, "__dict__", {}))
+        before = {key: _bytes_of(value) for key, value in vars(rule).items()}
         try:
             block = make_node(plan, name, Mailbox({INPUT, *plan.graph.blocks})).block
             applied: AppliedRule = block.rule  # type: ignore[union-attr]  # it has one
             weights = {key: w.clone() for key, w in applied.view.theta.items()}
-            drawn = torch.random.get_rng_state()
+            drawn = _shared_generators()
             _try(plan, name, applied)
         except HamdistError:
             raise
         except Exception as error:
             raise GraphError(f"{who}, in a dry run: {type(error).__name__}: {error}") from error
-        for key, value in getattr(rule, "__dict__", {}).items():
-            if value is not before.get(key, getattr(type(rule), key, value)):
+        for key, value in vars(rule).items():
+            initial = before.get(key, _bytes_of(getattr(type(rule), key, value)))
+            if _bytes_of(value) != initial:
                 raise GraphError(
                     f"{who}: it changes self.{key}, but `self` holds constants, of which each "
-                    "process has a copy: keep it in block.memory, which `start` returns"
+                    "process has a copy: keep it in block.memory, which `start` returns, and draw "
+                    "from block.generator"
                 )
         for key, w in applied.view.theta.items():
             if not torch.equal(w, weights[key]):
                 raise GraphError(f"{who}: it changes the weight {key!r} itself; return an update")
-        if not torch.equal(drawn, torch.random.get_rng_state()):
+        if drawn != _shared_generators():
             raise GraphError(
-                f"{who}: it draws from torch's own generator, or seeds it, which every process has "
-                "for itself: draw from block.generator, or by block.randn_like"
+                f"{who}: it draws from the generator of torch, NumPy or Python, or seeds it, which "
+                "every process has for itself: draw from block.generator, or by block.randn_like"
             )
+
+
+def _bytes_of(value: object) -> bytes | int:
+    """Return bytes that are others if a constant of a rule has changed; or which object it is."""
+    try:
+        return pickle.dumps(value)
+    except (pickle.PicklingError, AttributeError, TypeError):
+        return id(value)
+
+
+def _shared_generators() -> bytes:
+    """Return the states of the generators that all code of this process shares."""
+    states = torch.random.get_rng_state().tolist(), np.random.get_state(), random.getstate()
+    return pickle.dumps(states)
 
 
 def _try(plan: Plan, name: str, applied: AppliedRule) -> None:
@@ -355,6 +374,7 @@ def _try(plan: Plan, name: str, applied: AppliedRule) -> None:
             )
         applied.view.in_tick(h, 0, plan.schedule.c, learns=True)
         applied.gradients(applied.call("relax", 0, len(h), inputs, h)[2], 0, 1.0)
+        applied.check_plain("relax", applied.view.memory)
         return
     h, kept = applied.forward(0, inputs)
     applied.check_plain("forward", kept)

@@ -42,16 +42,13 @@ class PulseNode(BlockNode):
         self.block = block
         self.staleness: dict[int, int] = {}  # samples that came back after so many updates
         self._versions: dict[int, int] = {}  # of the weights, by sample under way
-        cell = block.cell
-        self._ties = (
-            TiePorts(plan, spec.name, mailbox, cell) if isinstance(cell, TiedFunction) else None
-        )
+        self._ties = TiePorts(plan, spec.name, mailbox, block.cell)
         self._norms = NormPorts(plan, spec.name, mailbox)
         self._schedule = plan.schedule
         self._events = plan.schedule.events(spec.name)
         self._keeps, self._answers = plan.spec.kept, plan.spec.live
         # Messages leave first, then weights move (loop.py). Shared weights are sent themselves.
-        block.defers = self._ties is None
+        block.defers = not isinstance(block.cell, TiedFunction)
         self._end: int | None = None
         self._sequence_end = False  # of the latest sample
         self.event = next(self._events)
@@ -106,16 +103,13 @@ class PulseNode(BlockNode):
         begin = perf_counter()
         self.block.step(share)
         self.seconds += perf_counter() - begin
-        if self._ties is not None:
-            self._ties.after_step(stamp, self.block.weights.updates, self._end)
+        self._ties.after_step(stamp, self.block.weights.updates, self._end)
 
     def _after_pass(self, stamp: Stamp) -> None:
         """Send what else follows from a message that has come."""
-        if self._ties is not None:
-            self._ties.after_backward(stamp)
+        self._ties.after_backward(stamp)
         if not self._norms.clips:
-            if self._ties is not None:
-                self._ties.after_step(stamp, self.block.weights.updates, self._end)
+            self._ties.after_step(stamp, self.block.weights.updates, self._end)
         elif self.block.moves(stamp.sample):
             self._norms.send(stamp, self.block.square())
 
@@ -152,8 +146,7 @@ class PulseNode(BlockNode):
         elif not isinstance(self.block, PulseReadout):
             self.live.hear(event.sample, partial(self._ports.clock, event), self.state)
             number = self.live.number(event.sample)
-            if self._ties is not None:
-                self._ties.before_forward(event)
+            self._ties.before_forward(event)
             begin = perf_counter()
             h = self.block.forward(number, inputs) if inputs else None
             self.seconds += perf_counter() - begin
@@ -183,8 +176,7 @@ class PulseNode(BlockNode):
             return
         stamp = Stamp(event.tick, event.sample, self.block.weights.updates)
         messages = self._ports.messages(event)
-        if self._ties is not None:
-            self._ties.before_backward(event)
+        self._ties.before_backward(event)
         begin = perf_counter()
         to_parents: list[Tensor | None] = [None] * len(self._ports.into)
         if not self._rests(event):
@@ -229,9 +221,8 @@ class PulseNode(BlockNode):
         target = self._ports.target(event)
         label = None if target is None else target.payload
         emission = self.live.hear(event.sample, partial(self._ports.clock, event), self.state)
-        if self._ties is not None:
-            self._ties.before_forward(event)
-            self._ties.before_backward(event)
+        self._ties.before_forward(event)
+        self._ties.before_backward(event)
         begin = perf_counter()
         messages: list[Tensor | None] = [None] * len(self._ports.into)
         reading: Reading | None = None

@@ -5,6 +5,7 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import torch
 
@@ -12,7 +13,8 @@ from hamdist.config import Compensation, Credit, LearningSettings, Memory
 from hamdist.dynamics.schedule.events import Event, Stamp
 from hamdist.dynamics.schedule.levels import Locality
 from hamdist.dynamics.schedule.pulse import PulseSchedule
-from hamdist.dynamics.vjp.wrapping import TiedFunction, flat
+from hamdist.dynamics.vjp.local_function import LocalFunction
+from hamdist.dynamics.vjp.wrapping import flat
 from hamdist.runtime.nodes.mailbox import Mailbox
 from hamdist.runtime.plan.plan import Plan
 from hamdist.runtime.results.result import WeightLag
@@ -41,21 +43,24 @@ def weight_lags(plan: Plan) -> dict[str, WeightLag]:
 
 
 class TiePorts:
-    """The channels of one block's shared weights, in the order of the graph's ties."""
+    """The channels of one block's shared weights, in the order of the graph's ties.
 
-    def __init__(self, plan: Plan, name: str, mailbox: Mailbox, cell: TiedFunction) -> None:
+    A block without any (whose local function is no `TiedFunction`) has no channel.
+    """
+
+    def __init__(self, plan: Plan, name: str, mailbox: Mailbox, cell: LocalFunction) -> None:
         if not isinstance(plan.schedule, PulseSchedule):
             raise TypeError("shared weights need a PulseSchedule")
         self._schedule = plan.schedule
         self._channels = plan.channels
         self._mailbox = mailbox
-        self._cell = cell
-        self._lends = [tie for tie in plan.graph.ties if tie.owner == name]
-        self._borrows = [tie for tie in plan.graph.ties if tie.user == name]
+        self._cell: Any = cell
+        self._owned = [tie for tie in plan.graph.ties if tie.owner == name]
+        self._used = [tie for tie in plan.graph.ties if tie.user == name]
 
     def before_forward(self, event: Event) -> None:
         """Take the weights that have arrived since the sample before."""
-        for tie in self._borrows:
+        for tie in self._used:
             stamp = self._schedule.weight(tie, event)
             if stamp is None:
                 continue
@@ -65,7 +70,7 @@ class TiePorts:
 
     def before_backward(self, event: Event) -> None:
         """Take the users' gradients about the sample."""
-        for tie in self._lends:
+        for tie in self._owned:
             stamp = self._schedule.gradient(tie, event)
             signal = self._mailbox.take(self._channels.gradients[tie.index], stamp, event.tick)
             if signal.payload is not None:
@@ -73,8 +78,8 @@ class TiePorts:
 
     def after_backward(self, stamp: Stamp) -> None:
         """Send gradients to the owners; stamp: of the pass."""
-        gradients = self._cell.take()
-        for tie in self._borrows:
+        gradients = self._cell.take() if self._used else None
+        for tie in self._used:
             g = None if gradients is None else ready(flat([gradients[key] for key in tie.theirs]))
             self._mailbox.post(self._channels.gradients[tie.index], Signal(stamp, g))
 
@@ -90,7 +95,7 @@ class TiePorts:
         sample, part = divmod(stamp.sample, parts)
         if part < parts - 1:
             return  # no weight has moved
-        for tie in self._lends:
+        for tie in self._owned:
             reader = (sample + self._schedule.weight_lag(tie)) * parts
             if end is None or reader < end:
                 weights = ready(flat(self._cell.weights(tie.owners)))

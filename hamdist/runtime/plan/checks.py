@@ -227,9 +227,8 @@ def with_rules(graph: Graph, rules: Mapping[str, Rule]) -> Graph:
         if reason is not None:
             if pattern == name or pattern is None:
                 raise SettingsError(f"rules.{name}: {type(rule).__name__} is no rule of {reason}")
-            reasons[pattern] = (
-                f"{type(rule).__name__} fits none of its blocks, as {name!r} is {reason}"
-            )
+            text = f"{type(rule).__name__} fits none of its blocks, as {name!r} is {reason}"
+            reasons.setdefault(pattern, text)
             rule = block.rule
         blocks.append(replace(block, rule=rule))
     for pattern, reason in reasons.items():
@@ -317,7 +316,8 @@ def _against_class(rule: Rule) -> Iterator[tuple[object, str]]:
     yield back not in allowed[1], f"signals.back {back!r}: give one of {', '.join(allowed[1])}"
     asks = f"presentation {presentation!r}, signals.back {back!r}, label {label}: needs a method"
     yield held and not overrides("relax"), f"{asks} relax(block, inputs, message)"
-    only = "presentation 'hold' knows messages alone: no label, no error, no rule on a readout"
+    only = f"{asks.partition(': ')[0]}, on_readout {rule.on_readout}: a held rule gets the sum of "
+    only += "its children's messages, which it may leave unused: signals Signals(), on no readout"
     yield held and (label or back != "message" or rule.on_readout), only
     listens = not held and back != "none"
     yield listens and not overrides("backward"), f"{asks} backward(block, kept, message)"

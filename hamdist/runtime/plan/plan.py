@@ -260,49 +260,7 @@ def make_plan(
     labelled = any(block_rule.signals.label for block_rule in ruled(graph).values())
     rule = plan_optimizers(graph, knobs, settings, optimizer)
     rewinds = knobs.memory is Memory.REVERSIBLE
-    started = [b.name for b in graph.blocks.values() if b.initial is not None]
-    if started and not knobs.hold:
-        raise LevelError(
-            f"block {started[0]!r} has an initial state, but with presentation "
-            f"{knobs.presentation.value!r} a state begins with a sample or a sequence; use a level "
-            "of presentation 'hold'"
-        )
-    if settings.metrics.record is not None and not knobs.hold:
-        raise LevelError(
-            f"metrics.record {settings.metrics.record.value!r} with presentation "
-            f"{knobs.presentation.value!r}: the energies are sums over the blocks at one time, but "
-            "there the blocks work on different samples; use a level of presentation 'hold'"
-        )
-    if settings.metrics.alignment is not None and (knobs.sequence or knobs.microbatches != 1):
-        raise LevelError(
-            "metrics.alignment: at level 'bptt', and with locality.microbatches, an update belongs "
-            "to no sample alone; leave one of them out"
-        )
-    if spec.patience and not spec.live and not knobs.pulse:
-        raise LevelError(
-            f"labels that come up to {spec.patience} samples late with presentation "
-            f"{knobs.presentation.value!r}, whose states go from one sample to the next: a sample "
-            "cannot be shown again in between; use a level of presentation 'pulse' (trace, "
-            "backprop, heads, reversible), or have samples wait for their labels (stream.relearn: "
-            "wait, or hamdist.streams.Rejoin), whose scores know no delay"
-        )
-    if spec.patience and (knobs.accumulate > 1 or knobs.double_buffered):
-        raise LevelError(
-            "accumulated or double-buffered steps in a live run, or with late labels: they count "
-            "samples in groups, and idle ticks and samples that are shown again would break these "
-            "up; leave locality.accumulate and double_buffered out"
-        )
-    if spec.live and knobs.sequence and settings.snapshots.every is not None:
-        raise LevelError(
-            "snapshots.every in a live run of sequences: it counts ticks, and a snapshot within a "
-            "sequence would wait for tokens to come; give snapshots.seconds"
-        )
-    if spec.patience and dynamics.tau is None:
-        raise LevelError(
-            "dynamics.tau 'stamps' in a live run, or with late labels: how long a sample lasts "
-            "shows only when the next one comes, so its answer would wait for that; give "
-            "dynamics.tau as a number"
-        )
+    _check_together(graph, spec, settings, knobs, stamped=dynamics.tau is None)
     course = StepCourse(settings.learning, settings.steps)
     heads = plan_heads(graph, shapes, knobs, settings.learning)
     clocked = (knobs.hold and dynamics.clocked) or spec.patience > 0
@@ -354,6 +312,44 @@ def make_plan(
         one_length=why_one_length(graph, spec, knobs, settings),
         one_row=graph.one_row,
     )
+
+
+def _check_together(
+    graph: Graph, spec: SampleSpec, settings: Settings, knobs: Locality, *, stamped: bool
+) -> None:
+    """Raise LevelError for what cannot go together. stamped: tau comes with the samples."""
+    presented, metrics = knobs.presentation.value, settings.metrics
+    started = [b.name for b in graph.blocks.values() if b.initial is not None]
+    recorded = "" if metrics.record is None else metrics.record.value
+    grouped = knobs.accumulate > 1 or knobs.double_buffered
+    reasons: dict[str, object] = {
+        f"block {''.join(started[:1])!r} has an initial state, but with presentation {presented!r} "
+        "a state begins with a sample or a sequence; use a level of presentation "
+        "'hold'": started and not knobs.hold,
+        f"metrics.record {recorded!r} with presentation {presented!r}: the energies are sums over "
+        "the blocks at one time, but there the blocks work on different samples; use a level of "
+        "presentation 'hold'": recorded and not knobs.hold,
+        "metrics.alignment: at level 'bptt', and with locality.microbatches, an update belongs to "
+        "no sample alone; leave one of them out": metrics.alignment is not None
+        and (knobs.sequence or knobs.microbatches != 1),
+        f"labels that come up to {spec.patience} samples late with presentation {presented!r}, "
+        "whose states go from one sample to the next: a sample cannot be shown again in between; "
+        "use a level of presentation 'pulse' (trace, backprop, heads, reversible), or have samples "
+        "wait for their labels (stream.relearn: wait, or hamdist.streams.Rejoin), whose scores "
+        "know no delay": spec.patience and not spec.live and not knobs.pulse,
+        "accumulated or double-buffered steps in a live run, or with late labels: they count "
+        "samples in groups, and idle ticks and samples that are shown again would break these up; "
+        "leave locality.accumulate and double_buffered out": spec.patience and grouped,
+        "snapshots.every in a live run of sequences: it counts ticks, and a snapshot within a "
+        "sequence would wait for tokens to come; give snapshots.seconds": spec.live
+        and knobs.sequence
+        and settings.snapshots.every is not None,
+        "dynamics.tau 'stamps' in a live run, or with late labels: how long a sample lasts shows "
+        "only when the next one comes, so its answer would wait for that; give dynamics.tau as a "
+        "number": spec.patience and stamped,
+    }
+    for reason in (text for text, holds in reasons.items() if holds):
+        raise LevelError(reason)
 
 
 def make_snapshot_policy(

@@ -38,13 +38,9 @@ def deaf_to_interrupts() -> AbstractContextManager[None]:
     return handled(signal.SIG_IGN)
 
 
-def _interrupt(_number: int, _frame: FrameType | None) -> None:
-    raise KeyboardInterrupt
-
-
 def terminated_as_interrupted() -> AbstractContextManager[None]:
     """Raise KeyboardInterrupt on SIGTERM inside, so that what has started ends in order."""
-    return handled(_interrupt, signal.SIGTERM)
+    return handled(signal.default_int_handler, signal.SIGTERM)
 
 
 @contextmanager

@@ -58,12 +58,10 @@ def other_bits(field: str, bits: Bits, error: type[HamdistError]) -> str:
 
     Raises `error` with it where `bits` asks for equal ones.
     """
-    if bits is Bits.WARN:
-        return (
-            f"{field}; numbers will differ in their last bits: use hosts of one kind and the same "
-            "switches of torch, or engine.bits 'portable'; 'exact' refuses such a run"
-        )
     remedy = "use hosts of one kind and the same switches of torch, or engine.bits 'portable'"
+    if bits is Bits.WARN:
+        text = f"{field}; numbers will differ in their last bits: {remedy}"
+        return f"{text}; 'exact' refuses such a run"
     if bits is Bits.PORTABLE:
         variables = " ".join(f"{k}={v}" for k, v in portable_environment().items())
         remedy = (

@@ -18,7 +18,7 @@ from typing import Literal, NamedTuple
 import torch
 from torch import Tensor
 
-from hamdist.dynamics.graph.graph import INPUT, Graph
+from hamdist.dynamics.graph.graph import INPUT, Edge, Graph
 from hamdist.dynamics.saved_state.stateful import registered
 from hamdist.dynamics.schedule.events import ALONE, Bundle, Kind, Schedule, Stamp
 from hamdist.dynamics.schedule.hold import HoldSchedule
@@ -125,7 +125,7 @@ def make_channels(
     numbers = count()
 
     def channel(
-        kind: Kind, sender: str, receiver: str, edge: str, in_flight: int, most: Bundle
+        kind: Kind, sender: str, receiver: str, edge: str, in_flight: int, most: Bundle = ALONE
     ) -> Channel:
         most_by_word = {"auto": (most.size + 1) // 2, "off": 1}
         size = min(most.size, most_by_word[bundle] if isinstance(bundle, str) else bundle)
@@ -141,29 +141,20 @@ def make_channels(
             span=(size - 1) * most.spacing,
         )
 
+    def along(edge: Edge, kind: Kind, sender: str, receiver: str) -> Channel:
+        room = schedule.in_flight(edge, kind), schedule.bundle(edge, kind)
+        return channel(kind, sender, receiver, edge.name, *room)
+
     for edge in graph.edges:
-        channels.states[edge.index] = channel(
-            Kind.STATE,
-            INPUT if edge.from_input else edge.parent,
-            edge.child,
-            edge.name,
-            schedule.in_flight(edge, Kind.STATE),
-            schedule.bundle(edge, Kind.STATE),
-        )
+        sender = INPUT if edge.from_input else edge.parent
+        channels.states[edge.index] = along(edge, Kind.STATE, sender, edge.child)
         unread = edge.from_input or edge.parent in silent or edge.parent in apart
         if messages and not unread and edge.child not in mute:
-            channels.messages[edge.index] = channel(
-                Kind.MESSAGE,
-                edge.child,
-                edge.parent,
-                edge.name,
-                schedule.in_flight(edge, Kind.MESSAGE),
-                schedule.bundle(edge, Kind.MESSAGE),
-            )
+            channels.messages[edge.index] = along(edge, Kind.MESSAGE, edge.child, edge.parent)
     for readout in graph.readouts:
         waiting = schedule.target_in_flight(readout)
         name = f"{INPUT}=>{readout}"
-        channels.targets[readout] = channel(Kind.TARGET, INPUT, readout, name, waiting, ALONE)
+        channels.targets[readout] = channel(Kind.TARGET, INPUT, readout, name, waiting)
     for block in graph.blocks if labels else ():
         if block in graph.readouts:  # which have the stream's own
             continue
@@ -179,30 +170,23 @@ def make_channels(
     for block in graph.blocks if clocked else ():
         held = isinstance(schedule, HoldSchedule)
         waiting = 1 // schedule.c + 1 if held else schedule.target_in_flight(block)
-        channels.clocks[block] = channel(
-            Kind.CLOCK, INPUT, block, f"{INPUT}~>{block}", waiting, ALONE
-        )
+        channels.clocks[block] = channel(Kind.CLOCK, INPUT, block, f"{INPUT}~>{block}", waiting)
     if isinstance(schedule, PulseSchedule):
         for spec in graph.blocks.values():
             if spec.back == "error" and spec.loss is None:
                 sender, waiting = graph.readouts[0], schedule.errors_in_flight(spec.name)
                 name = f"{sender}=>{spec.name}"
-                channels.errors[spec.name] = channel(
-                    Kind.MESSAGE, sender, spec.name, name, waiting, ALONE
-                )
+                channels.errors[spec.name] = channel(Kind.MESSAGE, sender, spec.name, name, waiting)
         for tie in graph.ties:
             up, down = (schedule.tie_in_flight(tie, k) for k in (Kind.GRADIENT, Kind.WEIGHT))
-            channels.gradients[tie.index] = channel(
-                Kind.GRADIENT, tie.user, tie.owner, tie.name, up, ALONE
-            )
-            channels.weights[tie.index] = channel(
-                Kind.WEIGHT, tie.owner, tie.user, tie.name, down, ALONE
-            )
+            sides = tie.user, tie.owner
+            channels.gradients[tie.index] = channel(Kind.GRADIENT, *sides, tie.name, up)
+            channels.weights[tie.index] = channel(Kind.WEIGHT, *sides[::-1], tie.name, down)
         for name in schedule.stepping[1:]:
             first = schedule.stepping[0]
             there, back = f"{name}=>{first}", f"{first}=>{name}"
-            channels.squares[name] = channel(Kind.NORM, name, first, there, 1, ALONE)
-            channels.norms[name] = channel(Kind.NORM, first, name, back, 1, ALONE)
+            channels.squares[name] = channel(Kind.NORM, name, first, there, 1)
+            channels.norms[name] = channel(Kind.NORM, first, name, back, 1)
     return channels
 
 
@@ -251,15 +235,12 @@ def on_host(
     """
     if all(s.payload is None or s.payload.is_cpu for s in signals):
         return signals
-    return [s if stays is not None and _stays(s, stays) else _on_host(s) for s in signals]
-
-
-def _stays(signal: Signal, stays: Callable[[Tensor], bool]) -> bool:
-    return signal.payload is not None and stays(signal.payload)
-
-
-def _on_host(signal: Signal) -> Signal:
-    return signal if signal.payload is None else replace(signal, payload=to_host(signal.payload))
+    return [
+        s
+        if s.payload is None or (stays is not None and stays(s.payload))
+        else replace(s, payload=to_host(s.payload))
+        for s in signals
+    ]
 
 
 @lru_cache(maxsize=256)

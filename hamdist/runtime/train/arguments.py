@@ -5,7 +5,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Iterable, Mapping, Sequence
 from functools import partial
-from typing import Any, overload
+from typing import Any
 
 from torch import nn
 from torch.utils.data import DataLoader, IterableDataset
@@ -59,6 +59,8 @@ def prepared(
     losses = (
         {name: _loss(of_output, ignored) for name, of_output in loss.items()}
         if isinstance(loss, Mapping)
+        else None
+        if loss is None
         else _loss(loss, ignored)
     )
     if isinstance(model, Graph):
@@ -123,19 +125,11 @@ def check_arguments(
         raise SettingsError(f"on_progress is {on_progress!r}; give a function of a Progress")
 
 
-@overload
-def _loss(loss: None, ignore_index: int) -> None: ...
-
-
-@overload
-def _loss(loss: LossFunction | str, ignore_index: int) -> LossFunction: ...
-
-
-def _loss(loss: LossFunction | str | None, ignore_index: int) -> LossFunction | None:
+def _loss(loss: LossFunction | str, ignore_index: int) -> LossFunction:
     """Return the loss function; raise SettingsError for an unknown name or type."""
     if isinstance(loss, type):
         raise SettingsError(f"loss is the class {loss.__name__}; give one of it, {loss.__name__}()")
-    if loss is None or callable(loss):
+    if callable(loss):
         return loss
     losses = [name.value for name in Loss]
     if not isinstance(loss, str):

@@ -268,15 +268,10 @@ class ZmqReceiver:
             self._file.unlink(missing_ok=True)
 
 
-def bracketed(host: str) -> str:
-    """Return a host as addresses with a port have it: IPv6 in brackets."""
-    return f"[{host}]" if ":" in host else host
-
-
 def _bind(socket: Any, host: str, ports: range | None) -> None:
     """Open a socket on a free port of a host. Raises ClusterError if none of `ports` is."""
     socket.setsockopt(zmq.IPV6, int(":" in host))
-    host = bracketed(host)
+    host = f"[{host}]" if ":" in host else host
     if ports is None:
         socket.bind(f"tcp://{host}:*")
         return

@@ -68,7 +68,7 @@ class ImageFiles:
         return [name for part in self.files.values() for name in part]
 
 
-FASHION = ImageFiles(
+FASHION_MNIST = ImageFiles(
     "fashion-mnist",
     "Fashion-MNIST",
     (1, 28, 28),
@@ -113,80 +113,7 @@ CIFAR10 = ImageFiles(
         "stream.path=cifar-10-batches-bin'"
     ),
 )
-IMAGE_FILES = {files.key: files for files in (MNIST, FASHION, CIFAR10)}
-
-
-def fashion_mnist(
-    batch: int,
-    seed: int,
-    dtype: torch.dtype,
-    path: Path | str | None = None,
-    *,
-    validation: bool = False,
-) -> DataSet:
-    """Return Fashion-MNIST from IDX files: 60 000 images of 28 x 28, 10 classes, 10 000 held out.
-
-    Samples: u (B, 784) of `dtype`, (pixel/255 - 0.286) / 0.353; y (B,) int64.
-
-    Args:
-        batch: rows of a sample.
-        seed: of the order of the samples.
-        dtype: of u.
-        path: folder of the files; None: share/datasets/fashion-mnist of sys.prefix, /usr and
-            /usr/local.
-        validation: hold out a sixth of the training part instead (`without_test`).
-
-    Raises:
-        StreamError: files are missing (the message says how to get them) or are none of such images
-            and labels (it names the file).
-        SettingsError: `batch` is below 1.
-    """
-    return read_images(FASHION, batch, seed, dtype, path, validation=validation)
-
-
-def mnist(
-    batch: int,
-    seed: int,
-    dtype: torch.dtype,
-    path: Path | str | None = None,
-    *,
-    validation: bool = False,
-) -> DataSet:
-    """Return MNIST from IDX files: 60 000 images of 28 x 28, 10 digits, 10 000 held out.
-
-    Samples: u (B, 784) of `dtype`, (pixel/255 - 0.1307) / 0.3081; y (B,) int64.
-
-    Args:
-        batch, seed, dtype, validation: as of `fashion_mnist`.
-        path: folder of the files; None: share/datasets/mnist of sys.prefix, /usr and /usr/local.
-
-    Raises:
-        StreamError, SettingsError: as of `fashion_mnist`.
-    """
-    return read_images(MNIST, batch, seed, dtype, path, validation=validation)
-
-
-def cifar10(
-    batch: int,
-    seed: int,
-    dtype: torch.dtype,
-    path: Path | str | None = None,
-    *,
-    validation: bool = False,
-) -> DataSet:
-    """Return CIFAR-10 (binary): 50 000 images of 3 x 32 x 32, 10 classes, 10 000 held out.
-
-    Samples: u (B, 3, 32, 32) of `dtype`, standardised by channel with (0.4914, 0.4822, 0.4465) and
-    (0.2470, 0.2435, 0.2616); y (B,) int64.
-
-    Args:
-        batch, seed, dtype, validation: as of `fashion_mnist`.
-        path: folder of the files; None: share/datasets/cifar10 of sys.prefix, /usr and /usr/local.
-
-    Raises:
-        StreamError, SettingsError: as of `fashion_mnist`.
-    """
-    return read_images(CIFAR10, batch, seed, dtype, path, validation=validation)
+IMAGE_FILES = {files.key: files for files in (MNIST, FASHION_MNIST, CIFAR10)}
 
 
 def read_images(
@@ -200,12 +127,14 @@ def read_images(
     permutation: int | None = None,
     validation: bool = False,
 ) -> DataSet:
-    """Read a data set of images. The stream keeps bytes, and scales batch by batch.
+    """Return a data set of images in files. The stream keeps bytes, and scales batch by batch.
 
     Any data set in the same format and size of image will do; the number of images is free.
+    Samples: u (B, 784) of `MNIST` and `FASHION_MNIST`, (B, 3, 32, 32) of `CIFAR10`, of `dtype`,
+    standardised by the mean and deviation of each channel's training pixels; y (B,) int64.
 
     Args:
-        files: which data set.
+        files: which data set: `MNIST`, `FASHION_MNIST`, `CIFAR10`.
         batch: rows of a sample.
         seed: of the order of the samples.
         dtype: of u.
@@ -215,6 +144,9 @@ def read_images(
         permutation: seed of a fixed order of the pixels, the same in every image (permuted MNIST:
             Goodfellow et al. 2013); None: as they are.
         validation: hold out a sixth of the training part instead (`without_test`).
+
+    Returns:
+        The stream, and what is held out: 10 000 images of the data sets as they are published.
 
     Raises:
         StreamError: files are missing (the message says how to get them) or are none of such images
@@ -274,18 +206,18 @@ class _Look:
     def of(
         cls, files: ImageFiles, dtype: torch.dtype, steps: int | None, permutation: int | None
     ) -> _Look:
-        many = math.prod(files.shape)
-        shape: tuple[int, ...] = (many,) if files.shape[0] == 1 else files.shape
+        pixels = math.prod(files.shape)
+        shape: tuple[int, ...] = (pixels,) if files.shape[0] == 1 else files.shape
         if steps is not None:
-            if many % steps:
+            if pixels % steps:
                 raise SettingsError(
-                    f"stream.images.steps is {steps}: an image of {files.title} has {many} "
+                    f"stream.images.steps is {steps}: an image of {files.title} has {pixels} "
                     "numbers, which is no multiple of it"
                 )
-            shape = (steps, many // steps)
+            shape = (steps, pixels // steps)
         order = None
         if permutation is not None:
-            order = torch.randperm(many, generator=torch.Generator().manual_seed(permutation))
+            order = torch.randperm(pixels, generator=torch.Generator().manual_seed(permutation))
         mean, std = (
             torch.tensor(t, dtype=dtype).reshape(1, -1, 1, 1) for t in (files.mean, files.std)
         )

@@ -26,8 +26,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from hamdist.errors import StreamError, need_package
-from hamdist.streams import ArrayStream, Stream, fashion_mnist
-from hamdist.streams.sources.images import FASHION
+from hamdist.streams import FASHION_MNIST, ArrayStream, Stream, read_images
 from hamdist.streams.sources.texts import classes_of, corpus, load_glove, padded
 
 SIDE, PATCH = 28, 7
@@ -206,10 +205,10 @@ def images(seed: int, path: Path | None = None) -> Data:
 
     Raises StreamError for files that are not there, or hold too few images of a class.
     """
-    if path is None and not any(folder.is_dir() for folder in FASHION.folders):
+    if path is None and not any(folder.is_dir() for folder in FASHION_MNIST.folders):
         pixels, y, source = *_digits(), "digits (scikit-learn) at 28 x 28"
     else:
-        held_out = fashion_mnist(1, seed, DTYPE, path)
+        held_out = read_images(FASHION_MNIST, 1, seed, DTYPE, path)
         pixels, y = held_out.x.reshape(-1, 1, SIDE, SIDE), held_out.y
         source = "Fashion-MNIST" if path is None else str(path)
     rows = []

@@ -43,7 +43,7 @@ def comparison_table(rows: Sequence[AggregateRow]) -> Table:
     if slow:
         starts = ", ".join(f"{row.level} {row.startup_seconds:.1f} s" for row in slow)
         notes.append(f"wall and rows/s do not count start-up: {starts}")
-    if any(row.held_out_spread is None and row.held_out_loss_spread is None for row in rows):
+    if any(row.seeds == 1 for row in rows):
         notes.append("one seed: no spread, so small differences mean nothing (--seeds 3 or more)")
     return Table(
         titles=list(columns),

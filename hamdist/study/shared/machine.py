@@ -10,7 +10,6 @@ import signal
 import threading
 from collections.abc import Callable
 from concurrent.futures import Future, ProcessPoolExecutor
-from multiprocessing.process import BaseProcess
 from typing import Any, TypeVar
 
 import psutil
@@ -49,14 +48,11 @@ class Processes:
         unfinished = not all(future.done() for future in self._futures)
         self._pool.shutdown(wait=not unfinished, cancel_futures=True)
         if unfinished:
-            for process in self._mine():
+            for process in set(multiprocessing.active_children()) - self._before:
                 process.terminate()
                 # The pool's own thread may collect a process first, and notes that a moment later.
                 while process.is_alive():
                     process.join(0.01)
-
-    def _mine(self) -> set[BaseProcess]:
-        return set(multiprocessing.active_children()) - self._before
 
 
 def _end_together() -> None:

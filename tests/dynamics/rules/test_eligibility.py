@@ -331,6 +331,6 @@ def test_what_is_refused():
     refused(
         {"*": "snap-1"},
         SettingsError,
-        "SnAp1 fits none of its blocks, as 'y' is a readout",
+        "SnAp1 fits none of its blocks, as 'cell' is a block that does not read itself",
         made=made,
     )

@@ -144,3 +144,21 @@ def test_energies_and_orders_are_not_those_of_hamilton():
         held(PredictiveCoding(), 9, 1, locality={"speed": 9, "order": "simultaneous"})
     with pytest.raises(LevelError, match="the level of 'pulse'; use level local or group"):
         Network(chain(PredictiveCoding(), None, None), settings("trace"), items(1))
+
+
+def test_held_rules_that_are_refused():
+    class Keeps(hamdist.Rule):
+        presentation = "hold"
+
+        def relax(self, block, inputs, message):
+            block.memory["drawn"] = block.generator
+            return block.f(inputs), [None], {}
+
+    class Deaf(Keeps):
+        signals = hamdist.Signals(back="none")
+
+    fields = {"level": "local", "classes": 3, "dtype": "float64", "engine": {"kind": "inprocess"}}
+    cases = {Keeps: r"relax\(\) keeps no plain data", Deaf: "'none', .* which it may leave unused"}
+    for rule, said in cases.items():
+        with pytest.raises(hamdist.HamdistError, match=said):
+            hamdist.train(chain(None, None, None), items(2), rules={"a": rule()}, **fields)

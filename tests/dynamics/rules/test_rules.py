@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 
+import numpy as np
 import pytest
 import torch
 from dynamics.helpers import F64, Network, layer, linear, noise, relative, settings
@@ -497,7 +498,33 @@ REFUSED = {
     ),
     "torch's own random numbers": (
         wrong(backward=back(lambda b, k, m: b.vjp(k, m + 0 * torch.randn(())))),
-        "it draws from torch's own generator, .* draw from block.generator",
+        "it draws from the generator of torch, NumPy or Python, .* draw from block.generator",
+    ),
+    "NumPy's own random numbers": (
+        wrong(backward=back(lambda b, k, m: b.vjp(k, m + 0 * np.random.rand()))),
+        "it draws from the generator of torch, NumPy or Python",
+    ),
+    "a generator on the rule": (
+        wrong(
+            __init__=lambda self: setattr(self, "drawn", torch.Generator()),
+            backward=lambda self, b, k, m: b.vjp(k, m + torch.rand((), generator=self.drawn)),
+        ),
+        "it changes self.drawn, .* draw from block.generator",
+    ),
+    "a list on the rule": (
+        wrong(
+            __init__=lambda self: setattr(self, "seen", []),
+            backward=lambda self, b, k, m: self.seen.append(b.sample) or b.vjp(k, m),
+        ),
+        "it changes self.seen, but `self` holds constants",
+    ),
+    "a weight in memory": (
+        wrong(start=lambda self, b: {"W": nn.Parameter(b.theta["0.weight"])}, backward=fails),
+        r"start\(\) keeps no plain data: a tensor is a weight itself, which moves",
+    ),
+    "a weight in memory, later": (
+        wrong(backward=back(lambda b, k, m: b.memory.update(b.theta) or b.vjp(k, m))),
+        r"backward\(\) keeps no plain data: a tensor is a weight itself, which moves",
     ),
     "the method of the base": (
         wrong(backward=lambda self, *given: hamdist.Rule.backward(self, *given)),

@@ -16,9 +16,17 @@ from torch import Tensor
 
 from hamdist.config import StreamSettings
 from hamdist.errors import SettingsError, StreamError
-from hamdist.streams import DataSet, cifar10, digits, fashion_mnist, make_stream, mnist
+from hamdist.streams import (
+    CIFAR10,
+    FASHION_MNIST,
+    MNIST,
+    DataSet,
+    digits,
+    make_stream,
+    read_images,
+)
 from hamdist.streams.sources.image_bytes import read_idx
-from hamdist.streams.sources.images import FASHION, ImageFiles
+from hamdist.streams.sources.images import ImageFiles
 
 
 def epoch(data: DataSet, items: int) -> tuple[Tensor, Tensor]:
@@ -82,7 +90,7 @@ class TestFashionMnist:
     @pytest.mark.parametrize("zipped", [False, True])
     def test_values(self, tmp_path: Path, zipped: bool) -> None:
         write_fashion(tmp_path, zipped=zipped)
-        data = fashion_mnist(4, 0, torch.float64, tmp_path)
+        data = read_images(FASHION_MNIST, 4, 0, torch.float64, tmp_path)
         x, y = epoch(data, 3)
         order = x[:, 0].argsort()
         pixels = torch.arange(12, dtype=torch.float64)
@@ -95,7 +103,7 @@ class TestFashionMnist:
 
     def test_spec(self, tmp_path: Path) -> None:
         write_fashion(tmp_path)
-        data = fashion_mnist(5, 0, torch.float32, str(tmp_path))
+        data = read_images(FASHION_MNIST, 5, 0, torch.float32, str(tmp_path))
         spec, sample = data.train.spec, next(iter(data.train.samples()))
         assert (spec.u_shape, spec.u_dtype, spec.classes) == ((5, 784), torch.float32, 10)
         assert (sample.u.shape, sample.u.dtype) == (spec.u_shape, spec.u_dtype)
@@ -110,46 +118,46 @@ class TestFashionMnist:
             folder,
             *(Path(p, "share/datasets/fashion-mnist") for p in ("/usr", "/usr/local")),
         )
-        assert FASHION.folders == expected
-        assert len(fashion_mnist(1, 0, torch.float32).x) == 7
+        assert FASHION_MNIST.folders == expected
+        assert len(read_images(FASHION_MNIST, 1, 0, torch.float32).x) == 7
 
     def test_nowhere(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         folders = tmp_path / "a", tmp_path
         monkeypatch.setattr(ImageFiles, "folders", property(lambda _: folders))
         message = r"a \(all 4 files missing\); .*dataset-fashion-mnist.*git clone .*stream.path"
         with pytest.raises(StreamError, match=message):
-            fashion_mnist(1, 0, torch.float32)
+            read_images(FASHION_MNIST, 1, 0, torch.float32)
 
     def test_partly_there(self, tmp_path: Path) -> None:
         write_fashion(tmp_path)
         (tmp_path / "t10k-labels-idx1-ubyte").unlink()
         with pytest.raises(StreamError, match=r"\(t10k-labels-idx1-ubyte missing\)"):
-            fashion_mnist(1, 0, torch.float32, tmp_path)
+            read_images(FASHION_MNIST, 1, 0, torch.float32, tmp_path)
 
     def test_other_size(self, tmp_path: Path) -> None:
         write_fashion(tmp_path)
         (tmp_path / "train-images-idx3-ubyte").write_bytes(idx(np.zeros((12, 8, 9))))
         with pytest.raises(StreamError, match="train-images-idx3-ubyte: images of 8 x 9"):
-            fashion_mnist(1, 0, torch.float32, tmp_path)
+            read_images(FASHION_MNIST, 1, 0, torch.float32, tmp_path)
 
     def test_counts_differ(self, tmp_path: Path) -> None:
         write_fashion(tmp_path)
         (tmp_path / "t10k-labels-idx1-ubyte").write_bytes(idx(np.zeros(6)))
         message = "t10k-images-idx3-ubyte has 7 images and .*t10k-labels-idx1-ubyte has 6 labels"
         with pytest.raises(StreamError, match=message):
-            fashion_mnist(1, 0, torch.float32, tmp_path)
+            read_images(FASHION_MNIST, 1, 0, torch.float32, tmp_path)
 
     def test_label_out_of_range(self, tmp_path: Path) -> None:
         write_fashion(tmp_path)
         (tmp_path / "train-labels-idx1-ubyte").write_bytes(idx(np.array([9] * 11 + [10])))
         with pytest.raises(StreamError, match="train-labels-idx1-ubyte: label 11 is 10"):
-            fashion_mnist(1, 0, torch.float32, tmp_path)
+            read_images(FASHION_MNIST, 1, 0, torch.float32, tmp_path)
 
     def test_on_disk(self) -> None:
-        installed = [folder for folder in FASHION.folders if folder.is_dir()]
+        installed = [folder for folder in FASHION_MNIST.folders if folder.is_dir()]
         if not installed:
             pytest.skip("Fashion-MNIST is not installed (Debian package dataset-fashion-mnist)")
-        data = fashion_mnist(100, 0, torch.float32)
+        data = read_images(FASHION_MNIST, 100, 0, torch.float32)
         assert data.x.shape == (10_000, 784)
         assert torch.bincount(data.y).tolist() == [1000] * 10
         # published: mean .2860 and standard deviation .3530 of the training pixels, 6000 a class
@@ -178,14 +186,14 @@ def write_cifar(folder: Path) -> None:
 class TestOtherImages:
     def test_mnist(self, tmp_path: Path) -> None:
         write_fashion(tmp_path)
-        data = mnist(4, 0, torch.float64, tmp_path)
+        data = read_images(MNIST, 4, 0, torch.float64, tmp_path)
         expected = ((torch.arange(7, dtype=torch.float64) / 255 - 0.1307) / 0.3081).unsqueeze(1)
         torch.testing.assert_close(data.x, expected.expand(7, 784), rtol=1e-14, atol=1e-14)
         assert data.y.tolist() == list(range(7))
 
     def test_cifar10(self, tmp_path: Path) -> None:
         write_cifar(tmp_path)
-        data = cifar10(10, 0, torch.float64, tmp_path)
+        data = read_images(CIFAR10, 10, 0, torch.float64, tmp_path)
         assert data.train.spec.u_shape == (10, 3, 32, 32)
         sample = next(iter(data.train.samples()))
         assert sample.y is not None
@@ -207,20 +215,20 @@ class TestOtherImages:
         with pytest.raises(
             StreamError, match=r"data_batch_3.bin: \d+ bytes are no multiple of 3073"
         ):
-            cifar10(1, 0, torch.float32, tmp_path)
+            read_images(CIFAR10, 1, 0, torch.float32, tmp_path)
 
     def test_cifar10_label_out_of_range(self, tmp_path: Path) -> None:
         write_cifar(tmp_path)
         file = tmp_path / "test_batch.bin"
         file.write_bytes(b"\x0a" + file.read_bytes()[1:])
         with pytest.raises(StreamError, match=r"test_batch.bin: label 0 is 10"):
-            cifar10(1, 0, torch.float32, tmp_path)
+            read_images(CIFAR10, 1, 0, torch.float32, tmp_path)
 
     def test_missing_files_say_how_to_get_them(self, tmp_path: Path) -> None:
         with pytest.raises(StreamError, match=r"no CIFAR-10 in .*all 6 files.*cifar-10-binary.tar"):
-            cifar10(1, 0, torch.float32, tmp_path)
+            read_images(CIFAR10, 1, 0, torch.float32, tmp_path)
         with pytest.raises(StreamError, match=r"no MNIST in .*all 4 files.*s3.amazonaws.com/mnist"):
-            mnist(1, 0, torch.float32, tmp_path)
+            read_images(MNIST, 1, 0, torch.float32, tmp_path)
 
     def test_sequences_and_permutations(self, tmp_path: Path) -> None:
         write_fashion(tmp_path)

@@ -186,6 +186,8 @@ def test_table_of_many_processes_is_short() -> None:
     assert table.rows[0][-2] == "driver 1\n8 others: at most 8"
     assert any("start-up: trace 4.0 s" in note for note in table.notes)
     assert any("one seed" in note for note in table.notes)
+    failed = aggregate([make_run("trace", seed, held_out=None, failure="left") for seed in (0, 1)])
+    assert not any("one seed" in note for note in comparison_table(failed).notes)
 
 
 @pytest.mark.parametrize(
