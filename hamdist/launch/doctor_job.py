@@ -22,7 +22,7 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 from hamdist.errors import FAILED, HamdistError
 from hamdist.launch.doctor import Findings, HostFacts, LinkFacts, host_facts
 from hamdist.launch.events import DoctorReport, Ended, tell
-from hamdist.launch.package import read_order
+from hamdist.launch.package import read_spec
 from hamdist.runtime.placement.assign_hosts import HostInfo
 from hamdist.runtime.placement.links import Probe
 from hamdist.runtime.ray_engine.cluster_hosts import hosts, last_line
@@ -64,7 +64,7 @@ class HostProbe:
 def main() -> int:
     """Examine all hosts, report the findings, and return the exit code."""
     try:
-        order = read_order(Path.cwd())
+        spec = read_spec(Path.cwd())
     except HamdistError as error:
         tell(Ended(code=FAILED, error=str(error)))
         return FAILED
@@ -73,7 +73,7 @@ def main() -> int:
         logging_level=logging.ERROR,
         log_to_driver=False,
     )
-    findings = examine(hosts(), order.storage)
+    findings = examine(hosts(), spec.storage)
     tell(DoctorReport(report=findings.model_dump_json()))
     tell(Ended(code=0))
     return 0

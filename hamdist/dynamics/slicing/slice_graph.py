@@ -130,7 +130,7 @@ class _Cut:
 
     def _name(self, stage: SlicePhase) -> str:
         """Return the name of a stage, without the number of the slice."""
-        if stage is self._last and not stage.many:
+        if stage is self._last and not stage.sliced:
             return self.spec.name
         if len(self._stages.stages) == 1:
             return self.spec.name
@@ -138,7 +138,7 @@ class _Cut:
         return self.spec.name + ("abcdefghijklmnopqrstuvwxy"[n] if n < 25 else f"z{n - 25}")
 
     def _out_of(self, stage: SlicePhase) -> _Out:
-        if not stage.many:
+        if not stage.sliced:
             return _Out((self._name(stage),))
         names = tuple(f"{self._name(stage)}_{i}" for i in range(self._stages.m))
         return _Out(names, self._stages.axis(stage))
@@ -149,7 +149,7 @@ class _Cut:
             out = self._out_of(stage)
             for i, name in enumerate(out.names):
                 yield self._block(stage, i, name, outs, parts)
-        if self.spec.loss is not None and self._last.many:
+        if self.spec.loss is not None and self._last.sliced:
             out = self._out_of(self._last)
             yield BlockSpec(
                 self.spec.name,
@@ -192,7 +192,7 @@ class _Cut:
         if shape is not None and isinstance(layout, Shard):
             size = self._stages.share(i, layout.units, layout.chunks).length(shape[layout.axis - 1])
             shape = (*shape[: layout.axis - 1], size, *shape[layout.axis :])
-        readout = last and not stage.many and self.spec.loss is not None
+        readout = last and not stage.sliced and self.spec.loss is not None
         return BlockSpec(
             name,
             module.module,

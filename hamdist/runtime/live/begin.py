@@ -18,7 +18,7 @@ from hamdist.dynamics.graph.graph import OUTPUT_KEY, Graph
 from hamdist.dynamics.user_modules.code_digest import code_digests
 from hamdist.dynamics.user_modules.copies import copied
 from hamdist.errors import HamdistWarning, SettingsError
-from hamdist.runtime.live.callbacks import Callback
+from hamdist.runtime.live.callbacks import Callback, check_callbacks
 from hamdist.runtime.live.journal import Journal, named, read_named
 from hamdist.runtime.live.run import LiveRun
 from hamdist.runtime.results.events import EventListener, FolderStarted
@@ -59,9 +59,7 @@ def live_run(
         repeats: the journal in `out` is read, and nothing is added to it.
         listeners: called with the run's events, which `out` gets as a file, too.
     """
-    for callback in callbacks:
-        if not isinstance(callback, Callback):
-            raise SettingsError(f"callbacks: {callback!r} is no hamdist.Callback; give one, made")
+    check_callbacks(callbacks)
     settings: Settings = work.keywords["settings"]
     if settings.level is Level.AUTO:
         raise SettingsError(

@@ -128,8 +128,8 @@ def _chosen(entries: _ByClass, count: int | None, seed: int) -> list[tuple[Seque
     picked: list[tuple[str | Path, int]] = []
     for label, texts in enumerate(entries):
         order = torch.randperm(len(texts), generator=generator("texts", seed, label)).tolist()
-        many = len(texts) if count is None else (count + 1 - label) // 2
-        picked += [(texts[i], label) for i in order[:many]]
+        number = len(texts) if count is None else (count + 1 - label) // 2
+        picked += [(texts[i], label) for i in order[:number]]
     mixed = torch.randperm(len(picked), generator=generator("text order", seed)).tolist()
     return [(_tokens(picked[i][0]), picked[i][1]) for i in mixed]
 
