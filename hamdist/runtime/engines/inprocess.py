@@ -133,7 +133,7 @@ class InProcessEngine:
             try:
                 action = None if supervision is None else supervision.snapshot_writer
                 run_loop(
-                    [source, *nodes],
+                    [*nodes, source],  # (a tick is over before the next sample is drawn)
                     between,
                     action,
                     started=supervision is not None and supervision.on,
