@@ -26,6 +26,7 @@ from hamdist.runtime.results.result import RunResult
 from hamdist.runtime.results.run_events import EventFile
 from hamdist.runtime.storage.snapshot_files import latest_complete
 from hamdist.runtime.storage.store import storage
+from hamdist.runtime.train.prepare import make_level, make_rule
 from hamdist.streams.iterable import IterableStream
 from hamdist.streams.live import LiveStream
 from hamdist.streams.sample import Sample
@@ -153,12 +154,13 @@ def _recorded(fields: Mapping[str, Any]) -> dict[str, Any]:
 
 def _digests(model: nn.Module | Graph, fields: Mapping[str, Any]) -> dict[str, str]:
     """Return digests of the user's code, by what it is to the run."""
-    rules = {f"the rule of {p}": r for p, r in (fields["rules"] or {}).items()}
-    named = {
-        n: fields[n] for n in ("loss", "phi", "optimizer", "scheduler", "level") if n in fields
-    }
-    code = {n: v for n, v in {**named, **rules}.items() if not isinstance(v, (str, Mapping))}
-    return code_digests({"the model": _modules(model), **code})
+    settings: Settings = fields["settings"]
+    given = {**settings.learning.rules, **(fields["rules"] or {})}
+    rules = {f"the rule of {p}": make_rule(f"rules.{p}", rule) for p, rule in given.items()}
+    code = {n: fields[n] for n in ("loss", "phi", "optimizer", "scheduler", "level") if n in fields}
+    if code.get("level") is None and settings.locality.level is not None:
+        code["level"] = make_level("locality.level", settings.locality.level)
+    return code_digests({"the model": _modules(model), **code, **rules})
 
 
 def _other_code(began: Mapping[str, Any], facts: Mapping[str, Any]) -> list[str]:
