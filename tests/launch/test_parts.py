@@ -626,19 +626,19 @@ def test_what_is_wrong_with_hosts(found, verdict, words):
 def test_links_are_measured_encrypted():
     mine, other = HostProbe(), HostProbe()
     there, back = Probe.channels(0)
-    my_key, others_key = (witness.new_key(7) for witness in (mine, other))
+    my_key, others_key = (probe.new_key(7) for probe in (mine, other))
     addresses = other.call("open", {there.number: f"tcp://127.0.0.1 {my_key}"})
     addresses |= mine.call("open", {back.number: f"tcp://127.0.0.1 {others_key}"})
     keys = {n: address.partition(" ")[2] for n, address in addresses.items()}
     assert keys == {there.number: others_key, back.number: my_key}
-    for witness in (mine, other):
-        witness.call("join", addresses)
+    for probe in (mine, other):
+        probe.call("join", addresses)
     thread = threading.Thread(target=other.call, args=("answer", 0))
     thread.start()
     link = mine.call("measure", 0)
     thread.join()
-    for witness in (mine, other):
-        witness.call("close")
+    for probe in (mine, other):
+        probe.call("close")
     assert link.seconds > 0
 
 

@@ -53,11 +53,11 @@ def sliced(
             raise GraphError(
                 f"block {block.name!r}: slices is {block.slices!r}; give a whole number from 1 on"
             )
-    wanted = [b for b in graph.blocks.values() if b.slices > 1]
-    if not wanted:
+    sliced_blocks = [b for b in graph.blocks.values() if b.slices > 1]
+    if not sliced_blocks:
         return graph
     shared = {use[0] for weight in graph.shared for use in weight.uses}
-    for block in wanted:
+    for block in sliced_blocks:
         if block.name in shared:
             raise GraphError(
                 f"block {block.name!r}: slices is {block.slices}, but it has a weight that another "
@@ -65,7 +65,7 @@ def sliced(
             )
     inputs = {INPUT: (tuple(u_shape), u_dtype), **(inputs or {})}
     shapes = {**graph.shapes(u_shape, u_dtype, inputs), **inputs}
-    cuts = {b.name: _Cut(b, shapes) for b in wanted}
+    cuts = {b.name: _Cut(b, shapes) for b in sliced_blocks}
     outs = {b.name: _Out((b.name,)) for b in graph.blocks.values()}
     outs |= {name: cut.out for name, cut in cuts.items()}
     outs |= {name: _Out((name,)) for name in inputs}

@@ -179,8 +179,8 @@ _REFUSALS = (RuntimeError, ValueError, TypeError, LookupError, ArithmeticError, 
 def _is_no_mean(graph: Graph, spec: SampleSpec, name: str, outputs: Mapping[str, Tensor]) -> bool:
     """Return True if a loss of the user's own is not the mean of those of two halves of a batch."""
     block, target, y = graph.blocks[name], spec.target(name), outputs[name]
-    known = block.loss in (None, mse) or isinstance(block.loss, CrossEntropy)
-    if known or target is None or block.output is not None or spec.weighted:
+    is_mean = block.loss in (None, mse) or isinstance(block.loss, CrossEntropy)
+    if is_mean or target is None or block.output is not None or spec.weighted:
         return False
     numbers = torch.arange(math.prod(target.shape)).view(target.shape)
     values = numbers * target.classes // numbers.numel() if target.classes else numbers % 7 / 7
