@@ -17,7 +17,7 @@ from hamdist.dynamics.graph.graph import Graph
 from hamdist.dynamics.objective.losses import LossFunction
 from hamdist.dynamics.updates.constants import TickSchedule
 from hamdist.dynamics.updates.optimizers import OptimizerFunction, SchedulerFunction
-from hamdist.errors import HamdistError, SettingsError, StreamError
+from hamdist.errors import HamdistError, SettingsError
 from hamdist.models.build import make_from_settings
 from hamdist.runtime.live.begin import (
     COMPUTES,
@@ -27,8 +27,15 @@ from hamdist.runtime.live.begin import (
     read_beginning,
     with_first_weights,
 )
-from hamdist.runtime.live.callbacks import Callback, EarlyStopping, EndsWhen, LiveStatus
+from hamdist.runtime.live.callbacks import (
+    Callback,
+    EarlyStopping,
+    EndsWhen,
+    LiveStatus,
+    check_callbacks,
+)
 from hamdist.runtime.live.run import LiveRun
+from hamdist.runtime.process.interrupts import RunInterrupts
 from hamdist.runtime.results.events import EventListener
 from hamdist.runtime.results.result import Progress, RunResult
 from hamdist.runtime.results.run_events import RunEvents
@@ -224,7 +231,8 @@ def _called_back(
     callbacks: Sequence[Callback],
     trackers: Sequence[str | EventListener],
 ) -> RunResult:
-    """Return the result of a live run that is fed all of the stream."""
+    """Return the result of a live run that is fed all of the stream, or until a signal comes."""
+    check_callbacks(callbacks)
     samples = iter(stream.samples())
     first, spec = next(samples), stream.spec
     classes = {n: t.classes for n, t in (spec.targets or {}).items() if t.classes is not None}
@@ -237,16 +245,18 @@ def _called_back(
         )
     hooks: Any = {"callbacks": callbacks, "listeners": listeners_of(settings, trackers)}
     run = live_run(work, model, reader, patience=1, **hooks)
+    ending = RunInterrupts(lambda: None, None)
     try:
-        with run:
+        with ending, run:
             for n in count() if settings.steps is None else range(settings.steps):
                 sample = drawn(samples, n) if n else first
-                if sample is None:
+                run.interrupted = ending.interrupted
+                if sample is None or run.interrupted:
                     break
                 u = sample.u if sample.inputs is None else sample.inputs
                 run.feed(u, sample.y, end=sample.end)
-    except StreamError as error:
-        error.result = error.result or run.result
+    except Exception as error:
+        error.result = getattr(error, "result", None) or run.result  # type: ignore[attr-defined]
         raise
     return run.stop()
 

@@ -164,7 +164,7 @@ def make_app(run: LiveRun, token: str, stopped: threading.Event) -> Starlette:
         "metrics": metrics,
         "weights": lambda _: run.weights(),
     }
-    said: dict[str, Callable[[dict[str, Any]], Any]] = {
+    posted: dict[str, Callable[[dict[str, Any]], Any]] = {
         "predict": predict,
         "learn": learn,
         "evaluate": evaluated,
@@ -175,7 +175,7 @@ def make_app(run: LiveRun, token: str, stopped: threading.Event) -> Starlette:
         "stop": lambda _: stopped.set(),
         "snapshot": lambda _: {"snapshot": run.snapshot()},
     }
-    posts = [Route(f"/{n}", answered(work), methods=["POST"]) for n, work in said.items()]
+    posts = [Route(f"/{n}", answered(work), methods=["POST"]) for n, work in posted.items()]
     return Starlette(routes=[*posts, *(Route(f"/{n}", answered(w)) for n, w in handlers.items())])
 
 

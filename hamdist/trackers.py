@@ -15,7 +15,7 @@ import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from importlib import import_module
-from itertools import pairwise
+from itertools import count, pairwise
 from pathlib import Path
 from typing import Any
 
@@ -181,6 +181,7 @@ def _wandb(folder: Path, settings: Settings) -> Tracker:
         "WANDB_MODE", "online" if "WANDB_API_KEY" in os.environ else "offline"
     )
     config = settings.model_dump(mode="json", exclude_unset=True)
+    begun_here = wandb.run is None  # (else `init` gives the run that is open, which stays open)
     run: Any = wandb.init(
         project="hamdist", name=settings.name, dir=folder, mode=mode, config=config
     )
@@ -195,7 +196,8 @@ def _wandb(folder: Path, settings: Settings) -> Tracker:
     def close() -> None:
         if (folder / REPORT).is_file():
             run.log_artifact(str(folder / REPORT), name="report", type="report")
-        run.finish()
+        if begun_here:
+            run.finish()
 
     return Tracker(log, close=close, histograms=histograms)
 
@@ -323,6 +325,17 @@ def listeners_of(
     functions = [tracker for tracker in trackers if not isinstance(tracker, str)]
     if not settings.trackers:
         return functions
-    where = folder or Path("results") / f"{settings.name}-{time.strftime('%Y%m%d-%H%M%S')}"
-    where.mkdir(parents=True, exist_ok=True)
-    return [*open_trackers(settings, where), *functions]
+    return [*open_trackers(settings, folder or _folder(settings.name)), *functions]
+
+
+def _folder(name: str) -> Path:
+    """Make a folder of this run alone, results/NAME-TIME: runs may begin in the same second."""
+    where = first = Path("results") / f"{name}-{time.strftime('%Y%m%d-%H%M%S')}"
+    for number in count(2):
+        try:
+            where.mkdir(parents=True)
+        except FileExistsError:
+            where = first.with_name(f"{first.name}-{number}")
+        else:
+            break
+    return where

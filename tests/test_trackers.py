@@ -12,8 +12,10 @@ import subprocess
 import sys
 import time
 import urllib.request
+from importlib.machinery import ModuleSpec
 from itertools import pairwise
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import numpy as np
@@ -76,6 +78,46 @@ def test_csv(here):
     found = [(int(r["samples"]), float(r["value"])) for r in rows if r["name"] == f"{readout}/loss"]
     assert found == expected
     assert {r["run"] for r in rows} == {"trace-0"}
+
+
+def test_runs_of_one_second_have_folders_of_their_own(here, monkeypatch):
+    monkeypatch.setattr(time, "strftime", lambda *_: "now")
+    for lr in (0.1, 0.2, 0.3):
+        trained("csv", learning={"lr": lr})
+    found = sorted(path.name for path in Path("results").iterdir())
+    assert found == ["run-now", "run-now-2", "run-now-3"]
+    files = [Path("results", name, "metrics.csv").read_text() for name in found]
+    assert [text.count("/loss") for text in files] == [3, 3, 3]
+
+
+class Wandb(ModuleType):
+    """Stands for wandb, whose `init` gives the run that is open."""
+
+    def __init__(self):
+        super().__init__("wandb")
+        self.__spec__ = ModuleSpec("wandb", None)
+        self.run, self.logged, self.finished = None, [], 0
+
+    def init(self, **_):
+        self.run = self
+        return self
+
+    def log(self, values):
+        self.logged.append(values)
+
+    def finish(self):
+        self.run, self.finished = None, self.finished + 1
+
+
+@pytest.mark.parametrize("opened", [False, True])
+def test_a_run_of_wandb_that_was_open_stays_open(opened, here, monkeypatch):
+    fake = Wandb()
+    fake.run = fake if opened else None
+    monkeypatch.setitem(sys.modules, "wandb", fake)
+    readout, expected = losses(trained("wandb"))
+    name = f"trace-0/{readout}/loss"
+    assert [(v["samples"], v[name]) for v in fake.logged if name in v] == expected
+    assert fake.finished == (not opened)
 
 
 def test_tensorboard(here):

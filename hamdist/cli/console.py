@@ -243,14 +243,14 @@ class Display(RunDisplay):
 @contextmanager
 def warning_at_once() -> Iterator[list[str]]:
     """Show Python's warnings as our own inside. Yields those that were shown."""
-    said: list[str] = []
+    texts: list[str] = []
 
     def show(message: Warning | str, *_: object, **__: object) -> None:
-        said.append(str(message))
+        texts.append(str(message))
         chosen = isinstance(message, ChoiceWarning)
         level, word = (logging.INFO, "Note") if chosen else (logging.WARNING, "Warning")
         LOGGER.log(level, "%s: %s", word, message)
 
     with warnings.catch_warnings():
         warnings.showwarning = show
-        yield said
+        yield texts

@@ -118,6 +118,12 @@ class RunOptions:
         """Return the data of the function that `--stream` names. Raises SettingsError."""
         if self.stream is None:
             return None
+        for text in self.set_ or []:
+            if text.startswith("stream.") and not text.startswith("stream.names"):
+                raise SettingsError(
+                    f"--set {text!r} beside --stream {self.stream!r}: the stream is your "
+                    "function's alone (of the section stream `names` are for it); change it there"
+                )
         from hamdist.study.run.own_data import load_stream
 
         return load_stream(self.stream, settings.stream.names, settings.model_loss)

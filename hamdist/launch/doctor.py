@@ -12,10 +12,8 @@ import resource
 import secrets
 import shutil
 import socket
-import sys
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Literal
 
@@ -31,9 +29,9 @@ from hamdist.launch.submit import submit_checkup
 from hamdist.runtime.process.arithmetic import Arithmetic, arithmetic
 from hamdist.runtime.process.threads import cores
 from hamdist.runtime.results.events import Warned
+from hamdist.study.report.files import versions
 
 SHARED = Path("/dev/shm")
-PACKAGES = ("hamdist", "torch", "ray", "pyzmq", "numpy")
 
 
 class HostFacts(BaseModel):
@@ -75,7 +73,7 @@ def host_facts(storage: str | None = None, mark: str | None = None) -> HostFacts
     return HostFacts(
         name=socket.gethostname(),
         platform=f"{platform.system()} {platform.machine()}",
-        versions={"python": platform.python_version(), **{p: _version(p) for p in PACKAGES}},
+        versions=versions(),
         processors=cores(),
         threads=torch.get_num_threads(),
         memory=memory.total,
@@ -102,13 +100,6 @@ def storage_fault(folder: Path, mark: str | None) -> str:
     except OSError as error:
         return f"cannot be written: {error.strerror or error}"
     return ""
-
-
-def _version(package: str) -> str:
-    try:
-        return version(package)
-    except PackageNotFoundError:
-        return "none" if package not in sys.modules else "unknown"
 
 
 # -- findings and verdicts -------------------------------------------------------------------------

@@ -22,7 +22,7 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 from hamdist.errors import FAILED, HamdistError
 from hamdist.launch.doctor import Findings, HostFacts, LinkFacts, host_facts
 from hamdist.launch.events import DoctorReport, Ended, tell
-from hamdist.launch.package import read_order
+from hamdist.launch.package import read_spec
 from hamdist.runtime.placement.assign_hosts import HostInfo
 from hamdist.runtime.placement.links import Probe
 from hamdist.runtime.ray_engine.cluster_hosts import hosts, last_line
@@ -30,7 +30,7 @@ from hamdist.runtime.results.events import Warned
 from hamdist.runtime.transport.encryption import new_keys
 from hamdist.runtime.transport.transport import TCP, local_way
 
-WITNESS_SECONDS = 60.0
+PROBE_SECONDS = 60.0
 LINK_SECONDS = 20.0
 CLOCK_ROUNDS = 9
 ALL_PAIRS = 6  # hosts; of more, each is measured with the next and with the head
@@ -64,7 +64,7 @@ class HostProbe:
 def main() -> int:
     """Examine all hosts, report the findings, and return the exit code."""
     try:
-        order = read_order(Path.cwd())
+        spec = read_spec(Path.cwd())
     except HamdistError as error:
         tell(Ended(code=FAILED, error=str(error)))
         return FAILED
@@ -73,7 +73,7 @@ def main() -> int:
         logging_level=logging.ERROR,
         log_to_driver=False,
     )
-    findings = examine(hosts(), order.storage)
+    findings = examine(hosts(), spec.storage)
     tell(DoctorReport(report=findings.model_dump_json()))
     tell(Ended(code=0))
     return 0
@@ -96,8 +96,8 @@ def examine(hosts: Sequence[HostInfo], storage: str | None = None) -> Findings:
     try:
         return _findings(started, storage, mark)
     finally:
-        for _, witness in started:
-            ray.kill(witness)
+        for _, probe in started:
+            ray.kill(probe)
         if storage is not None and mark is not None:
             (Path(storage) / mark).unlink(missing_ok=True)
 
@@ -114,16 +114,16 @@ def _findings(
     facts: list[HostFacts] = []
     there: list[tuple[HostInfo, Any]] = []
     unreached: dict[str, str] = {}
-    calls = [witness.facts.remote(storage, mark) for _, witness in started]
-    end = time.monotonic() + WITNESS_SECONDS
-    for (host, witness), call in zip(started, calls, strict=True):
+    calls = [probe.facts.remote(storage, mark) for _, probe in started]
+    end = time.monotonic() + PROBE_SECONDS
+    for (host, probe), call in zip(started, calls, strict=True):
         try:
             of_host = ray.get(call, timeout=max(1.0, end - time.monotonic()))
             more = {"address": host.address, "promised": host.cpus}
             facts.append(of_host.model_copy(update=more))
-            there.append((host, witness))
+            there.append((host, probe))
         except GetTimeoutError:
-            unreached[str(host)] = f"no answer within {WITNESS_SECONDS:.0f} s"
+            unreached[str(host)] = f"no answer within {PROBE_SECONDS:.0f} s"
         except RayError as error:
             unreached[str(host)] = f"hamdist does not run there: {last_line(error)}"
     measured, skipped = pairs(len(there))
@@ -134,7 +134,7 @@ def _findings(
     return Findings(
         hosts=facts,
         unreached=unreached,
-        clocks=[_clock(witness) for _, witness in there],
+        clocks=[_clock(probe) for _, probe in there],
         links=links,
         skipped=skipped,
     )
@@ -149,12 +149,12 @@ def pairs(hosts: int) -> tuple[list[tuple[int, int]], int]:
     return chosen, len(every) - len(chosen)
 
 
-def _clock(witness: Any) -> tuple[float, float]:
+def _clock(probe: Any) -> tuple[float, float]:
     """Return its clock less ours, by the quickest of a few queries, and the uncertainty."""
     offsets = []
     for _ in range(CLOCK_ROUNDS):
         begin = time.time()
-        there = ray.get(witness.clock.remote(), timeout=LINK_SECONDS)
+        there = ray.get(probe.clock.remote(), timeout=LINK_SECONDS)
         end = time.time()
         offsets.append((end - begin, there - (begin + end) / 2))
     took, offset = min(offsets)
@@ -179,8 +179,8 @@ def _link(
     same = first.id == second.id
     ways = [local_way(c) for c in (out, back)]
     try:
-        keys = [witness.new_key.remote(run) for witness in (mine, other)]
-        my_key, others_key = ray.get(keys, timeout=WITNESS_SECONDS)
+        keys = [probe.new_key.remote(run) for probe in (mine, other)]
+        my_key, others_key = ray.get(keys, timeout=PROBE_SECONDS)
         if not same:  # encrypted, as in a run
             ways = [f"{TCP}{second.address} {my_key}", f"{TCP}{first.address} {others_key}"]
         opened = ray.get(
@@ -188,7 +188,7 @@ def _link(
                 other.call.remote("open", {out.number: ways[0]}),
                 mine.call.remote("open", {back.number: ways[1]}),
             ],
-            timeout=WITNESS_SECONDS,
+            timeout=PROBE_SECONDS,
         )
         addresses = {**opened[0], **opened[1]}
         joined = [w.call.remote("join", addresses) for w in (mine, other)]

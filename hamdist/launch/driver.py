@@ -38,7 +38,7 @@ from hamdist.launch.events import (
     file_events,
     tell,
 )
-from hamdist.launch.package import SETTINGS, JobSpec, in_package, read_order, with_names
+from hamdist.launch.package import SETTINGS, JobSpec, in_package, read_spec, with_names
 from hamdist.runtime.results.events import RunBegun, Warned
 from hamdist.runtime.results.result import Progress
 from hamdist.runtime.results.run_events import ProgressEvents
@@ -64,30 +64,30 @@ def main() -> int:
 
 def _run(folder: Path, lost: str | None) -> Ended:
     """Run the package; `lost` is the signal that ended the driver before this one."""
-    order = read_order(folder)
+    spec = read_spec(folder)
     here = {"engine": {"address": os.environ.get("RAY_ADDRESS", "auto")}}
     as_sent = load_settings(str(folder / SETTINGS), [here])
     settings = in_package(as_sent)
-    if order.snapshots is not None:
-        snapshots = as_sent.snapshots.model_copy(update={"path": order.snapshots})
+    if spec.snapshots is not None:
+        snapshots = as_sent.snapshots.model_copy(update={"path": spec.snapshots})
         settings = settings.model_copy(update={"snapshots": snapshots})
     factory = None
-    if order.model is not None:
+    if spec.model is not None:
         from hamdist.models.build import load_factory
 
-        factory = load_factory(order.model)
+        factory = load_factory(spec.model)
     data = None
-    if order.stream is not None:
+    if spec.stream is not None:
         from hamdist.study.run.own_data import load_stream
 
-        data = load_stream(order.stream, settings.stream.names, settings.model_loss)
-    resume = order.resume if lost is None else _found_again(order, lost)
+        data = load_stream(spec.stream, settings.stream.names, settings.model_loss)
+    resume = spec.resume if lost is None else _found_again(spec, lost)
     batch = settings.stream.batch if data is None else None
     title = f"{settings.name}, {settings.level.value}"
     tell(RunBegun.of(_as_given(settings, as_sent), title, batch))
-    if order.live is not None:
+    if spec.live is not None:
         warnings.showwarning = _warn
-        return _serve(order, settings, factory)
+        return _serve(spec, settings, factory)
 
     from hamdist.study.report.save import save_run
     from hamdist.study.report.table import run_facts, run_title
@@ -108,29 +108,29 @@ def _run(folder: Path, lost: str | None) -> Ended:
         run.chosen = _as_given(run.chosen, as_sent)
     code = INTERRUPTED if run.interrupted else 0
     code = code if run.error is None else exit_code(run.error)
-    over = code == 0 and order.own_snapshots  # (nobody goes on from them)
+    over = code == 0 and spec.own_snapshots  # (nobody goes on from them)
     if over:
         run.snapshots = []
-    with _Results(order) as results:
+    with _Results(spec) as results:
         save_run(results.path, run, model, _as_given(settings, as_sent))
         tell(ResultValues(title=run_title(run, settings.name), facts=run_facts(run)))
         for warning in dict.fromkeys(run.warnings):
             if warning != run.failure:
                 _warn(warning)
-        results.handed_over = _hand_over(results.path, order)
+        results.handed_over = _hand_over(results.path, spec)
     if over:
-        shutil.rmtree(str(order.snapshots), ignore_errors=True)
+        shutil.rmtree(str(spec.snapshots), ignore_errors=True)
     return Ended(
         code=code,
         samples=run.samples,
         interrupted=run.interrupted,
         error=run.failure,
         details="" if run.error is None else run.error.details,
-        resume=order.called if run.interrupted and run.snapshots else None,
+        resume=spec.called if run.interrupted and run.snapshots else None,
     )
 
 
-def _serve(order: JobSpec, settings: Settings, factory: ModelFactory | None) -> Ended:
+def _serve(spec: JobSpec, settings: Settings, factory: ModelFactory | None) -> Ended:
     """Serve a live run until it is stopped; a driver that was lost goes on with its journal."""
     need_package("uvicorn", "'hamdist[serve]'", "`hamdist launch --live`")
     from hamdist.api import start
@@ -138,9 +138,9 @@ def _serve(order: JobSpec, settings: Settings, factory: ModelFactory | None) -> 
     from hamdist.study.report.save import save_weights
     from hamdist.study.run.export import initial_model
 
-    host, port = order.live or ("", 0)
-    network, first, classes = initial_model(settings, factory, order.resume)
-    with _Results(order) as results:
+    host, port = spec.live or ("", 0)
+    network, first, classes = initial_model(settings, factory, spec.resume)
+    with _Results(spec) as results:
         out = results.path
         begin: Any = {"example": first, "classes": classes, "out": out}
         begin["resume"] = out if (out / "journal.jsonl").exists() else None
@@ -158,23 +158,23 @@ def _serve(order: JobSpec, settings: Settings, factory: ModelFactory | None) -> 
             signal.signal(signal.SIGINT, signal.SIG_IGN)
             if run.result is not None:
                 save_weights(out / "model.safetensors", run.result.model.state_dict())
-                results.handed_over = _hand_over(out, order)
+                results.handed_over = _hand_over(out, spec)
     return Ended(code=0, samples=run.stop().samples)
 
 
-def _found_again(order: JobSpec, lost: str) -> str | None:
+def _found_again(spec: JobSpec, lost: str) -> str | None:
     """Return the snapshot from which the run resumes after its driver was lost, and report it. That
     is one of its own snapshots, else the one from which it began."""
     from hamdist.runtime.storage.snapshot_files import latest, snapshot_folders
     from hamdist.runtime.storage.store import storage
 
-    for where in (order.snapshots, order.resume):
+    for where in (spec.snapshots, spec.resume):
         if where is None:
             continue
         try:
             tick = latest(where, _warn).tick
         except SnapshotError:
-            if where == order.snapshots:  # lost before the first one was whole
+            if where == spec.snapshots:  # lost before the first one was whole
                 for folder in list(snapshot_folders(storage(where))):
                     storage(where).remove(folder)
             continue
@@ -196,16 +196,16 @@ class _Results:
     when all files have been transferred.
     """
 
-    def __init__(self, order: JobSpec) -> None:
-        self._order = order
+    def __init__(self, spec: JobSpec) -> None:
+        self._spec = spec
         self.path = Path()
         self.handed_over = False
 
     def __enter__(self) -> _Results:
-        if self._order.storage is None:
-            self.path = Path(mkdtemp(prefix=f"hamdist-{self._order.id}-"))
+        if self._spec.storage is None:
+            self.path = Path(mkdtemp(prefix=f"hamdist-{self._spec.id}-"))
             return self
-        self.path = Path(self._order.storage) / self._order.id
+        self.path = Path(self._spec.storage) / self._spec.id
         try:
             self.path.mkdir(parents=True, exist_ok=True)
         except OSError as error:
@@ -217,15 +217,15 @@ class _Results:
 
     def __exit__(self, *_: object) -> None:
         largest = max((f.stat().st_size for f in _files(self.path)), default=0)
-        if self._order.storage or largest > self._order.most or not self.handed_over:
+        if self._spec.storage or largest > self._spec.most or not self.handed_over:
             tell(FilesStay(host=socket.gethostname(), folder=str(self.path)))
         else:
             shutil.rmtree(self.path)
 
 
-def _hand_over(folder: Path, order: JobSpec) -> bool:
+def _hand_over(folder: Path, spec: JobSpec) -> bool:
     """Return True if all files could be written into the log."""
-    events = (event for path in _files(folder) for event in file_events(path, order.most))
+    events = (event for path in _files(folder) for event in file_events(path, spec.most))
     return all(tell(event) for event in events)
 
 

@@ -23,7 +23,7 @@ from pathlib import Path
 from types import FrameType
 
 from hamdist.errors import FAILED, INTERRUPTED, WRONG_USAGE, SettingsError
-from hamdist.launch.package import SETTINGS, read_order
+from hamdist.launch.package import SETTINGS, read_spec
 from hamdist.runtime.process.portable import pin
 from hamdist.study.shared.recipes import load_settings
 
@@ -117,11 +117,11 @@ def _failed(error: str) -> int:
 def main() -> int:
     """Run the package in this folder, and return the exit code."""
     try:
-        order = read_order(Path.cwd())
+        spec = read_spec(Path.cwd())
         pin(load_settings(str(Path.cwd() / SETTINGS)).engine)  # for the driver, its child
     except SettingsError as error:
         return _failed(str(error))
-    return Guardian(DRIVER, order.snapshots is not None).run()
+    return Guardian(DRIVER, spec.snapshots is not None).run()
 
 
 if __name__ == "__main__":

@@ -22,7 +22,7 @@ from hamdist.errors import SettingsError
 from hamdist.loading import load_function
 
 SETTINGS = "settings.yaml"
-ORDER = "order.json"
+SPEC = "spec.json"
 SNAPSHOTS = "snapshots"
 INSTALLED = {"site-packages", "dist-packages"}
 MOST_BYTES = 100 * 2**20
@@ -78,19 +78,19 @@ def on_ray(settings: Settings) -> Settings:
 
 
 @contextmanager
-def packed(settings: Settings, order: JobSpec) -> Iterator[Path]:
+def packed(settings: Settings, spec: JobSpec) -> Iterator[Path]:
     """Make the package in a temporary folder, which exists inside.
 
-    The modules of `order` have been imported; those of rules and of a level are now.
+    The modules of `spec` have been imported; those of rules and of a level are now.
     """
     files = _own_names(settings)
     for name, field in files.items():
         load_function(field, name)
-    with TemporaryDirectory(prefix="hd-parcel-") as name:
+    with TemporaryDirectory(prefix="hd-package-") as name:
         folder = Path(name)
         (folder / SETTINGS).write_text(to_yaml(settings, only_set=True), "utf-8")
-        (folder / ORDER).write_text(order.model_dump_json(), "utf-8")
-        named = {"--model": order.model, "--stream": order.stream}
+        (folder / SPEC).write_text(spec.model_dump_json(), "utf-8")
+        named = {"--model": spec.model, "--stream": spec.stream}
         code = {own_code(name): option for option, name in named.items() if name is not None}
         code |= {own_code(name): field for name, field in files.items()}
         for path, option in code.items():
@@ -124,26 +124,26 @@ def with_names(settings: Settings, rules: dict[str, Any], level: str | None) -> 
 
 def _own_names(settings: Settings) -> dict[str, str]:
     """Return the settings' fields by the rules and the level of the user's own that they name."""
-    found = {}
+    fields = {}
     for pattern, rule in settings.learning.rules.items():
         name = str(rule.get("name") if isinstance(rule, dict) else rule)
         if ":" in name:
-            found[name] = f"learning.rules.{pattern}"
+            fields[name] = f"learning.rules.{pattern}"
     if settings.locality.level is not None:
-        found[settings.locality.level] = "locality.level"
-    return found
+        fields[settings.locality.level] = "locality.level"
+    return fields
 
 
-def read_order(folder: Path) -> JobSpec:
+def read_spec(folder: Path) -> JobSpec:
     """Read the job's specification. Raises SettingsError if the folder is no package."""
     try:
-        return JobSpec.model_validate_json((folder / ORDER).read_text("utf-8"))
+        return JobSpec.model_validate_json((folder / SPEC).read_text("utf-8"))
     except OSError as error:
         raise SettingsError(
-            f"{str(folder / ORDER)!r} cannot be read ({error.strerror}): hamdist launch makes it"
+            f"{str(folder / SPEC)!r} cannot be read ({error.strerror}): hamdist launch makes it"
         ) from None
     except ValidationError as error:
-        raise SettingsError(f"{ORDER}: {describe(error)}") from None
+        raise SettingsError(f"{SPEC}: {describe(error)}") from None
 
 
 def named_there(name: str) -> str:
@@ -169,13 +169,13 @@ def own_code(name: str) -> Path | None:
         path = Path(file).resolve()
         path = path.parent if path.name == "__init__.py" else path
     installed = INSTALLED & set(path.parts)  # (of a user's or an outer environment, too)
-    own = not installed and not path.is_relative_to(Path(sysconfig.get_path("stdlib")).resolve())
-    return path if own else None
+    is_own = not installed and not path.is_relative_to(Path(sysconfig.get_path("stdlib")).resolve())
+    return path if is_own else None
 
 
 def _copy(code: Path, folder: Path, option: str) -> None:
     """Copy the code that `option` has named."""
-    if code.name in (SETTINGS, ORDER):
+    if code.name in (SETTINGS, SPEC):
         raise SettingsError(f"{option}: {str(code)!r}: give the module another name")
     size = sum(f.stat().st_size for f in code.rglob("*") if f.is_file()) if code.is_dir() else 0
     if size > MOST_BYTES:

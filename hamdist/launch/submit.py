@@ -47,7 +47,7 @@ def submit_run(
         live: see `JobSpec`.
     """
     name = make_id(f"{settings.name}-{settings.level.value}")
-    order = _order(jobs, name, model).model_copy(
+    spec = _spec(jobs, name, model).model_copy(
         update={
             "snapshots": kept_at(settings, jobs.cluster, name),
             "resume": resume,
@@ -60,7 +60,7 @@ def submit_run(
         "level": settings.level.value,
         "steps": "" if settings.steps is None else str(settings.steps),
     }
-    return _submit(jobs, settings, order, "hamdist.launch.guardian", metadata)
+    return _submit(jobs, settings, spec, "hamdist.launch.guardian", metadata)
 
 
 def kept_at(settings: Settings, cluster: ClusterSettings, name: str) -> str | None:
@@ -97,8 +97,8 @@ def resumed_from(name: str, cluster: ClusterSettings) -> str:
 def submit_checkup(jobs: Jobs) -> str:
     """Submit an examination of all hosts (doctor_job.py), and return its id."""
     name = make_id("doctor")
-    order = _order(jobs, name, None)
-    return _submit(jobs, Settings(), order, "hamdist.launch.doctor_job", {"kind": "doctor"})
+    spec = _spec(jobs, name, None)
+    return _submit(jobs, Settings(), spec, "hamdist.launch.doctor_job", {"kind": "doctor"})
 
 
 def make_id(name: str) -> str:
@@ -107,18 +107,18 @@ def make_id(name: str) -> str:
     return f"{readable}-{secrets.token_hex(3)}"
 
 
-def _order(jobs: Jobs, name: str, model: str | None) -> JobSpec:
+def _spec(jobs: Jobs, name: str, model: str | None) -> JobSpec:
     cluster = jobs.cluster
     model = None if model is None else named_there(model)
     return JobSpec(id=name, model=model, storage=cluster.storage, most=cluster.fetch_mib * MIB)
 
 
 def _submit(
-    jobs: Jobs, settings: Settings, order: JobSpec, module: str, metadata: dict[str, str]
+    jobs: Jobs, settings: Settings, spec: JobSpec, module: str, metadata: dict[str, str]
 ) -> str:
     command = f"exec {jobs.cluster.python} -m {module}"
-    with packed(settings, order) as folder:
-        return jobs.submit(command, folder, name=order.id, metadata=metadata)
+    with packed(settings, spec) as folder:
+        return jobs.submit(command, folder, name=spec.id, metadata=metadata)
 
 
 # -- dry run ---------------------------------------------------------------------------------------

@@ -335,6 +335,11 @@ def load_factory(name: str, option: str = MODEL_OPTION) -> ModelFactory:
     it can be wrong.
     """
     factory = load_function(option, name)
+    if isinstance(factory, nn.Module):
+        raise SettingsError(
+            f"{option} {name!r} is a {type(factory).__name__} that has been made: name a function "
+            "that makes one, so that every seed has weights of its own"
+        )
     check_call(option, name, factory)
     return factory
 

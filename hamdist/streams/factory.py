@@ -186,8 +186,8 @@ def held_out_tokens(
     """
     if settings.source is Source.MEMORY:
         fields, part = dict(settings.memory), settings.evaluate.value
-        many = HELD_OUT_BATCH
-        return MemoryStream(**fields, batch=many, seed=seed, dtype=dtype, part=part, sequences=4)
+        fields |= {"batch": HELD_OUT_BATCH, "sequences": 4}
+        return MemoryStream(**fields, seed=seed, dtype=dtype, part=part)
     if settings.source is not Source.SEQUENCES or settings.sequences.view is not View.TOKENS:
         return None
     texts, vocabulary = _texts(settings, seed)
@@ -210,8 +210,8 @@ def _sequences(settings: StreamSettings, seed: int) -> Stream:
     texts, vocabulary = _texts(settings, seed)
     if sequences.view is View.SEQUENCES:
         x, y = _fixed(texts.train, vocabulary, sequences.length)
-        many = len(vocabulary)
-        return ArrayStream(x, y, settings.batch, seed, classes=len(CLASSES), tokens=many)
+        classes, tokens = len(CLASSES), len(vocabulary)
+        return ArrayStream(x, y, settings.batch, seed, classes=classes, tokens=tokens)
     ids, labels = _last_tokens(texts.train, vocabulary, sequences.length), classes_of(texts.train)
     every = sequences.targets is LabelledTokens.EVERY
     return TokenStream(

@@ -113,8 +113,8 @@ class LiveStream:
                 self._drains = True
                 self._work()
             if len(self._queue) >= ROOM and (not wait or self.paused):
-                held = ", and the run is paused: go_on() first" if self.paused else ""
-                raise BlockingIOError(f"{ROOM} entries wait for the network{held}")
+                pause = ", and the run is paused: go_on() first" if self.paused else ""
+                raise BlockingIOError(f"{ROOM} entries wait for the network{pause}")
             self.wait(lambda: len(self._queue) < ROOM)
             if entry.event == "feed":
                 entry = entry._replace(number=self.accepted.fed)

@@ -74,26 +74,28 @@ class Smoothness:
     @property
     def frames(self) -> float | None:
         """Return the estimate, 1 to 64 samples; None before 16 have been observed."""
-        many = len(self._items)
-        if many < FEWEST_ITEMS:
+        samples = len(self._items)
+        if samples < FEWEST_ITEMS:
             return None
         u = torch.stack(self._items)
         # not the product form, which loses small distances between large vectors
         apart = torch.cdist(u, u, compute_mode="donot_use_mm_for_euclid_dist").double()
         step = apart.diagonal(1).mean().item()
-        far = torch.cat([apart.diagonal(lag) for lag in range(_far(many), many)]).mean().item()
+        far = (
+            torch.cat([apart.diagonal(lag) for lag in range(_far(samples), samples)]).mean().item()
+        )
         if step == 0.0:  # nothing moved
             return float(MOST_SAMPLES)
-        return float(np.interp(far / step, _ratios(many), range(1, MOST_SAMPLES + 1)))
+        return float(np.interp(far / step, _ratios(samples), range(1, MOST_SAMPLES + 1)))
 
 
-def _far(many: int) -> int:
+def _far(samples: int) -> int:
     """Return the smallest lag that counts as far apart."""
-    return (many + 1) // 2
+    return (samples + 1) // 2
 
 
 @lru_cache(maxsize=MOST_SAMPLES)
-def _ratios(many: int) -> tuple[float, ...]:
+def _ratios(samples: int) -> tuple[float, ...]:
     """Return far/step for S = 1 ... 64, root mean squares, of a cross-fade seen for `many` samples.
 
     Sample m of a cross-fade is sum_n L(m/S - n) x_n with the hat L(t) = max(0, 1 - |t|). For
@@ -103,8 +105,8 @@ def _ratios(many: int) -> tuple[float, ...]:
 
     and the mean squared distance of samples l apart is 2 (c(0) - c(l)).
     """
-    lags = torch.arange(many, dtype=torch.float64)
-    pairs = many - lags[_far(many) :]
+    lags = torch.arange(samples, dtype=torch.float64)
+    pairs = samples - lags[_far(samples) :]
     ratios = []
     for frames in range(1, MOST_SAMPLES + 1):
         t = torch.arange(-frames, frames + 1, dtype=torch.float64)
@@ -112,6 +114,6 @@ def _ratios(many: int) -> tuple[float, ...]:
         shifted = (1.0 - (t + lags[:, None]).abs() / frames).clamp(min=0.0)
         covariance = (hat * shifted).sum(1) / frames
         distances = covariance[0] - covariance
-        far = (pairs * distances[_far(many) :]).sum() / pairs.sum()
+        far = (pairs * distances[_far(samples) :]).sum() / pairs.sum()
         ratios.append(float((far / distances[1]).sqrt()))
     return tuple(ratios)

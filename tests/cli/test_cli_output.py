@@ -105,6 +105,11 @@ def test_quiet_keeps_warnings(folder):
     done = command("run", "tiny.yaml", "--stream", "warns.py:data", "-q")
     assert done.exit_code == 0, done.output
     assert "Warning: mind this" in done.stderr
+    # settings of the stream would change nothing beside a stream of one's own
+    wrong = ["--set", "stream.pace.period=1"]
+    done = command("run", "tiny.yaml", "--stream", "warns.py:data", *wrong)
+    assert done.exit_code == 2
+    assert "'stream.pace.period=1' beside --stream 'warns.py:data'" in " ".join(done.stderr.split())
 
 
 def test_verbose_tells_the_phases(folder):

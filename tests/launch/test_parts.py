@@ -42,7 +42,7 @@ from hamdist.launch.package import (
     on_ray,
     own_code,
     packed,
-    read_order,
+    read_spec,
 )
 from hamdist.launch.submit import dry_run, kept_at, make_id, resumed_from
 from hamdist.models.build import load_factory
@@ -380,12 +380,12 @@ def test_a_driver_that_is_stopped_before_it_says_a_word():
     assert (code, end.interrupted, end.error) == (130, True, "stopped before its first tick"), err
 
 
-# -- the parcel ------------------------------------------------------------------------------------
+# -- the package -----------------------------------------------------------------------------------
 
-ORDER = JobSpec(id="x", model=None, storage=None, most=5)
+SPEC = JobSpec(id="x", model=None, storage=None, most=5)
 
 
-def test_a_parcel_holds_the_settings_and_the_users_code(tmp_path, monkeypatch):
+def test_a_package_holds_the_settings_and_the_users_code(tmp_path, monkeypatch):
     package = tmp_path / "mine_to_ship"
     (package / "deep/__pycache__").mkdir(parents=True)
     for name in ("__init__.py", "deep/__init__.py", ".secret", "deep/__pycache__/x.pyc"):
@@ -397,19 +397,19 @@ def test_a_parcel_holds_the_settings_and_the_users_code(tmp_path, monkeypatch):
     name = "mine_to_ship.deep.models:make"
     load_factory(name)
     settings = on_ray(load_settings("digits", [{"steps": 7}]).for_level(Level.LOCAL))
-    with packed(settings, ORDER.model_copy(update={"model": name})) as folder:
+    with packed(settings, SPEC.model_copy(update={"model": name})) as folder:
         files = {p.relative_to(folder).as_posix() for p in folder.rglob("*") if p.is_file()}
         assert files == {
-            *("settings.yaml", "order.json"),
+            *("settings.yaml", "spec.json"),
             *("mine_to_ship/__init__.py", "mine_to_ship/deep/__init__.py"),
             "mine_to_ship/deep/models.py",
         }
         assert load_settings(str(folder / "settings.yaml")) == settings
-        assert read_order(folder).model == name
+        assert read_spec(folder).model == name
     assert not folder.exists()
 
 
-def test_a_parcel_holds_the_code_of_the_stream(tmp_path, monkeypatch):
+def test_a_package_holds_the_code_of_the_stream(tmp_path, monkeypatch):
     monkeypatch.setattr(sys, "path", [*sys.path])
     text = "import torch\ndef net(): return torch.nn.Linear(2, 2)\ndef data(): return [(1, 2)]\n"
     for module in ("shipped_both", "shipped_other"):
@@ -422,9 +422,9 @@ def test_a_parcel_holds_the_code_of_the_stream(tmp_path, monkeypatch):
         load_factory(f"{tmp_path}/shipped_both.py:net")
         load_stream(f"{tmp_path}/{stream}.py:data")
         named = {"model": "shipped_both:net", "stream": f"{stream}:data"}
-        with packed(settings, ORDER.model_copy(update=named)) as folder:
-            assert {p.name for p in folder.iterdir()} == {"settings.yaml", "order.json", *files}
-            assert read_order(folder).stream == f"{stream}:data"
+        with packed(settings, SPEC.model_copy(update=named)) as folder:
+            assert {p.name for p in folder.iterdir()} == {"settings.yaml", "spec.json", *files}
+            assert read_spec(folder).stream == f"{stream}:data"
 
 
 def test_a_dry_run_with_a_stream_of_ones_own(tmp_path, monkeypatch):
@@ -487,10 +487,10 @@ def test_files_of_rules_and_levels_travel(tmp_path, monkeypatch):
     assert there["c"] == "kolen-pollack"
     assert _as_given(loaded, sent) == settings  # what comes back is named as here
     gone = Settings.model_validate({"learning": {"rules": {"a": "gone.py:Mine"}}})
-    order = JobSpec(id="x", model=None, storage=None, most=1)
+    spec = JobSpec(id="x", model=None, storage=None, most=1)
     with (
         pytest.raises(SettingsError, match=r"learning.rules.a 'gone.py:Mine'"),
-        packed(gone, order),
+        packed(gone, spec),
     ):
         pass
 
@@ -500,7 +500,7 @@ def test_one_place_to_go():
     with pytest.raises(SettingsError, match="engine.address 'h:1': --cluster says where"):
         on_ray(elsewhere)
     with pytest.raises(SettingsError, match="hamdist launch makes it"):
-        read_order(Path("/proc"))
+        read_spec(Path("/proc"))
 
 
 @pytest.mark.parametrize("name", ["digits-trace", "ä ö/../x", "", "x" * 99])
@@ -626,19 +626,19 @@ def test_what_is_wrong_with_hosts(found, verdict, words):
 def test_links_are_measured_encrypted():
     mine, other = HostProbe(), HostProbe()
     there, back = Probe.channels(0)
-    my_key, others_key = (witness.new_key(7) for witness in (mine, other))
+    my_key, others_key = (probe.new_key(7) for probe in (mine, other))
     addresses = other.call("open", {there.number: f"tcp://127.0.0.1 {my_key}"})
     addresses |= mine.call("open", {back.number: f"tcp://127.0.0.1 {others_key}"})
     keys = {n: address.partition(" ")[2] for n, address in addresses.items()}
     assert keys == {there.number: others_key, back.number: my_key}
-    for witness in (mine, other):
-        witness.call("join", addresses)
+    for probe in (mine, other):
+        probe.call("join", addresses)
     thread = threading.Thread(target=other.call, args=("answer", 0))
     thread.start()
     link = mine.call("measure", 0)
     thread.join()
-    for witness in (mine, other):
-        witness.call("close")
+    for probe in (mine, other):
+        probe.call("close")
     assert link.seconds > 0
 
 

@@ -150,6 +150,7 @@ import torch
 from torch import nn
 
 NUMBER = 3
+MADE = nn.Identity()
 
 class Net(nn.Sequential):
     def __init__(self):
@@ -220,6 +221,7 @@ def test_factory_of_a_user(name: str) -> None:
         ("user_syntax:good", "its import failed: SyntaxError"),
         ("user_nets:bad", "module 'user_nets' has no 'bad'"),
         ("user_nets:NUMBER", "'NUMBER' is int, not a function"),
+        ("user_nets:MADE", "is a Identity that has been made: name a function that makes one"),
         ("user_nets:takes", "called without arguments, but missing .*'width'"),
         ("user_nets.py", "write it as package.module:function or path/file.py:function"),
         ("nowhere/user_nets.py:good", "there is no file 'nowhere/user_nets.py'"),

@@ -91,9 +91,9 @@ class AppliedRule(Stateful):
         return tuple(by_name.values())
 
     def _messages(self, method: str, messages: Any) -> list[Tensor | None]:
-        view, many = self.view, len(self.view.inputs)
-        if not isinstance(messages, (list, tuple)) or len(messages) != many:
-            expected = f"return a list with one for each of its {many} parents"
+        view, parents = self.view, len(self.view.inputs)
+        if not isinstance(messages, (list, tuple)) or len(messages) != parents:
+            expected = f"return a list with one for each of its {parents} parents"
             self._refuse(method, f"gives its messages as {_kind(messages)}; {expected}")
         for message, parent in zip(messages, view.inputs, strict=True):
             shape, dtype = (view.batch, *parent), view.h.dtype
@@ -177,8 +177,8 @@ def _kind(value: object) -> str:
     if isinstance(value, Tensor):
         layout = "" if value.layout is torch.strided else f" ({value.layout})"
         return _of(value.dtype, tuple(value.shape)) + layout
-    many = f" of {len(value)}" if isinstance(value, (tuple, list)) else ""
-    return f"a {type(value).__name__}{many}"
+    length = f" of {len(value)}" if isinstance(value, (tuple, list)) else ""
+    return f"a {type(value).__name__}{length}"
 
 
 class _PlainData(Packing):

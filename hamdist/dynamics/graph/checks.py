@@ -134,9 +134,9 @@ def check_shared_modules(blocks: Mapping[str, BlockSpec]) -> None:
     for name, module, _ in _modules(blocks.values()):
         for part in module.modules():
             other = owner.setdefault(id(part), name)
-            held = [v for k, v in vars(part).items() if not k.startswith("_")]
-            held = [v for v in held if not isinstance(v, (Tensor, nn.Module))]
-            if other != name and is_foreign(type(part)) and mutable_in(held):
+            attributes = [v for k, v in vars(part).items() if not k.startswith("_")]
+            attributes = [v for v in attributes if not isinstance(v, (Tensor, nn.Module))]
+            if other != name and is_foreign(type(part)) and mutable_in(attributes):
                 raise GraphError(
                     f"blocks {other!r} and {name!r} share a {type(part).__name__}, which may keep "
                     "Python state from call to call, so copies of it may differ; keep both in one "

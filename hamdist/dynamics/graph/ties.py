@@ -52,6 +52,6 @@ def ties_of(shared: Sequence[SharedWeight], heard: Mapping[str, int]) -> tuple[T
 
 def names_of(module: nn.Module, keys: Iterable[str]) -> set[str]:
     """Return all names in `module` of the weights that `keys` name."""
-    wanted = {id(module.get_parameter(key)) for key in keys}
+    weights = {id(module.get_parameter(key)) for key in keys}
     parameters = module.named_parameters(remove_duplicate=False)
-    return {name for name, weight in parameters if id(weight) in wanted}
+    return {name for name, weight in parameters if id(weight) in weights}

@@ -128,8 +128,8 @@ def stabilised(model: nn.Module, example: NetworkInputs) -> tuple[nn.Module, lis
     normed = copied(model)
     units, unchanged = _units(normed)
     order = _watched(normed, units, example)
-    many = len(order) + unchanged
-    alpha = 1 / math.sqrt(many) if many else 1.0
+    layers = len(order) + unchanged
+    alpha = 1 / math.sqrt(layers) if layers else 1.0
     changed = {id(unit.owner) for unit in order[1:]}
     if not changed:
         raise GraphError(
@@ -141,7 +141,7 @@ def stabilised(model: nn.Module, example: NetworkInputs) -> tuple[nn.Module, lis
         _wrap(unit, alpha)
     same = sum(unit.before == unit.after for unit in order[1:])
     notes = (
-        f"stabilised: of {many} layers {same} have become h + {alpha:.3g} f(LN(h)), "
+        f"stabilised: of {layers} layers {same} have become h + {alpha:.3g} f(LN(h)), "
         f"{len(order) - 1 - same} f(LN(h)); the keys of their weights have 'branch' in them"
     )
     return normed, [notes]

@@ -110,10 +110,10 @@ def hadamard(x: Tensor) -> Tensor:
 
     H_ab x is H_a X H_b of the matrix X of a rows that x fills: 2 m (a + b) operations.
     """
-    many, m = x.shape
+    rows, m = x.shape
     a = 1 << (m.bit_length() - 1) // 2
     left, right = (_matrix(k, x.dtype, x.device) for k in (a, m // a))
-    return (left @ (x.reshape(many, a, m // a) @ right)).reshape(many, m)
+    return (left @ (x.reshape(rows, a, m // a) @ right)).reshape(rows, m)
 
 
 @lru_cache(maxsize=64)

@@ -35,8 +35,8 @@ def arranged(
         blocks = []
         for block in graph.blocks.values():
             pattern = fitting(block.name, partition.slices)
-            many = block.slices if pattern is None else partition.slices[pattern]
-            blocks.append(replace(block, slices=many))
+            slices = block.slices if pattern is None else partition.slices[pattern]
+            blocks.append(replace(block, slices=slices))
         graph = graph.over(blocks)
     graph_in_slices = sliced(graph, u_shape, u_dtype, inputs)
     if graph_in_slices is not graph and knobs.memory is Memory.REVERSIBLE:

@@ -179,17 +179,17 @@ class Cuts:
         """
         bounds = [*self._flow.segments, len(self._flow.order)]
         workless = sum(a == b for a, b in pairwise(bounds[1:]))  # outputs that shared work makes
-        wanted = blocks + max(0, heads - max(1, workless))
+        number = blocks + max(0, heads - max(1, workless))
         least = len(self.forced) + 1
-        if wanted < least:
+        if number < least:
             raise GraphError(
                 f"partition.blocks {blocks}: the model's outputs share work, and each of them is "
                 f"predicted by a block of its own; use at least {least - heads + 1}"
             )
         units = self.units()
-        pieces = units if wanted <= len(units) else sorted({*self.legal, *self.forced})
-        if wanted > len(pieces):
-            raise GraphError(self._too_many(blocks, len(pieces) - wanted + blocks))
+        pieces = units if number <= len(units) else sorted({*self.legal, *self.forced})
+        if number > len(pieces):
+            raise GraphError(self._too_many(blocks, len(pieces) - number + blocks))
         ends = [*pieces[1:], len(self._flow.order)]
         if balance is CutBalance.TIME:
             costs = seconds(pieces)
@@ -197,7 +197,7 @@ class Cuts:
             costs = [self._cost(balance, a, b) for a, b in zip(pieces, ends, strict=True)]
         parts = [(part, [costs[pieces.index(p)] for p in part]) for part in self._segments(pieces)]
         counts = [1] * len(parts)
-        while sum(counts) < wanted:  # one more where the slowest block is
+        while sum(counts) < number:  # one more where the slowest block is
             able = [j for j, (part, _) in enumerate(parts) if counts[j] < len(part)]
             worst = max(able, key=lambda j: _largest(parts[j][1], counts[j]))
             counts[worst] += 1

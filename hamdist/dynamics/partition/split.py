@@ -87,12 +87,12 @@ def is_chain(model: nn.Module, partition: PartitionSettings) -> TypeGuard[nn.Seq
         return False
     names = [name for name, child in model._modules.items() if child is not None]
     deeper = any(cut not in names and "." in cut for cut in partition.cuts or ())
-    many = partition.blocks is not None and partition.blocks > len(names)
+    too_many = partition.blocks is not None and partition.blocks > len(names)
     nested = any(len(list(child.children())) for child in model.children())
     twice = {id(m) for m in model._modules.values()}  # its own code may keep something: look at it
     if len(twice) < len(model._modules) and any(is_foreign(type(m)) for m in model.modules()):
         return False
-    return not (deeper or (many and nested) or partition.balance is CutBalance.ACTIVATIONS)
+    return not (deeper or (too_many and nested) or partition.balance is CutBalance.ACTIVATIONS)
 
 
 def split_sequential(

@@ -39,9 +39,9 @@ class SnAp1(Rule):
     def start(self, block: BlockView) -> dict[str, Any]:
         n, size = _units(block), block.shape[0]
         rows = {f"weight {name!r}": len(w) for name, w in block.theta.items()}
-        for name, many in {"its state": size, **rows}.items():
-            if len(block.shape) != 1 or many % n:
-                self._refuse(block, f"{name} has {many} rows for {n} units")
+        for name, number in {"its state": size, **rows}.items():
+            if len(block.shape) != 1 or number % n:
+                self._refuse(block, f"{name} has {number} rows for {n} units")
         x = [block.randn_like(block.h.new_empty(len(block.h), *s)) for s in block.inputs]
         D, direct = self.local(block, x)
         # With one random cotangent, sums over all units differ from those within, if anything does.

@@ -119,8 +119,8 @@ class DifferenceTargetPropagation(Rule):
 
     def start(self, block: BlockView) -> dict[str, Any]:
         if len(block.wanted) != 1:
-            many = len(block.wanted)
-            raise GraphError(f"block {block.name!r} has {many} parents: its inverse is of one")
+            parents = len(block.wanted)
+            raise GraphError(f"block {block.name!r} has {parents} parents: its inverse is of one")
         n, m = block.h[0].numel(), torch.Size(block.inputs[0]).numel()
         zeros = nn.Parameter(block.h.new_zeros(m))
         return {"V": _drawn(block, m, n), "c": zeros} if any(block.wanted) else {}

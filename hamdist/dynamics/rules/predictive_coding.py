@@ -39,8 +39,8 @@ class PredictiveCoding(Rule):
         self, block: BlockView, inputs: Sequence[Tensor], message: Tensor
     ) -> tuple[Tensor, Messages, Updates]:
         if block.ticks < block.depth + 4:
-            held = f"block {block.name!r}: a sample is held for {block.ticks} ticks, in which "
-            raise GraphError(held + "states do not come to rest; set locality.speed to 20 or more")
+            text = f"block {block.name!r}: a sample is held for {block.ticks} ticks, in which "
+            raise GraphError(text + "states do not come to rest; set locality.speed to 20 or more")
         f = block.f(inputs)
         if block.age == block.depth:
             return f, [None] * len(inputs), {}

@@ -284,8 +284,8 @@ def _node_slots(node: Any) -> Iterator[Slot]:
         raw = getattr(node, name)
         seen = name.removeprefix("_raw")
         values = getattr(node, seen) if hasattr(node, seen) else node.saved_tensors
-        many = isinstance(raw, (tuple, list))
-        pairs = zip(raw, values, strict=True) if many else [(raw, values)]
+        is_list = isinstance(raw, (tuple, list))
+        pairs = zip(raw, values, strict=True) if is_list else [(raw, values)]
         for i, (variable, value) in enumerate(pairs):
             if value is not None:
                 yield Slot(f"{kind}{seen}.{i}", value, _replacing(variable))

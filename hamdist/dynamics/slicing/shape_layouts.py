@@ -129,10 +129,10 @@ class ShapeLayouts:
             return None
         if isinstance(layout, Partial):
             return OpLayout(layout, {x: Use.PIECE})
-        many = [dims] if isinstance(dims, int) else dims
-        if not isinstance(many, (list, tuple)) or not isinstance(layout, Shard):
+        axes = [dims] if isinstance(dims, int) else dims
+        if not isinstance(axes, (list, tuple)) or not isinstance(layout, Shard):
             return None
-        gone = {int(d) % len(self._shape(x)) for d in many}
+        gone = {int(d) % len(self._shape(x)) for d in axes}
         if layout.axis in gone:
             return None
         before = 0 if keep else sum(d < layout.axis for d in gone)

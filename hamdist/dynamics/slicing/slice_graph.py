@@ -53,11 +53,11 @@ def sliced(
             raise GraphError(
                 f"block {block.name!r}: slices is {block.slices!r}; give a whole number from 1 on"
             )
-    wanted = [b for b in graph.blocks.values() if b.slices > 1]
-    if not wanted:
+    sliced_blocks = [b for b in graph.blocks.values() if b.slices > 1]
+    if not sliced_blocks:
         return graph
     shared = {use[0] for weight in graph.shared for use in weight.uses}
-    for block in wanted:
+    for block in sliced_blocks:
         if block.name in shared:
             raise GraphError(
                 f"block {block.name!r}: slices is {block.slices}, but it has a weight that another "
@@ -65,7 +65,7 @@ def sliced(
             )
     inputs = {INPUT: (tuple(u_shape), u_dtype), **(inputs or {})}
     shapes = {**graph.shapes(u_shape, u_dtype, inputs), **inputs}
-    cuts = {b.name: _Cut(b, shapes) for b in wanted}
+    cuts = {b.name: _Cut(b, shapes) for b in sliced_blocks}
     outs = {b.name: _Out((b.name,)) for b in graph.blocks.values()}
     outs |= {name: cut.out for name, cut in cuts.items()}
     outs |= {name: _Out((name,)) for name in inputs}
@@ -130,7 +130,7 @@ class _Cut:
 
     def _name(self, stage: SlicePhase) -> str:
         """Return the name of a stage, without the number of the slice."""
-        if stage is self._last and not stage.many:
+        if stage is self._last and not stage.sliced:
             return self.spec.name
         if len(self._stages.stages) == 1:
             return self.spec.name
@@ -138,7 +138,7 @@ class _Cut:
         return self.spec.name + ("abcdefghijklmnopqrstuvwxy"[n] if n < 25 else f"z{n - 25}")
 
     def _out_of(self, stage: SlicePhase) -> _Out:
-        if not stage.many:
+        if not stage.sliced:
             return _Out((self._name(stage),))
         names = tuple(f"{self._name(stage)}_{i}" for i in range(self._stages.m))
         return _Out(names, self._stages.axis(stage))
@@ -149,7 +149,7 @@ class _Cut:
             out = self._out_of(stage)
             for i, name in enumerate(out.names):
                 yield self._block(stage, i, name, outs, parts)
-        if self.spec.loss is not None and self._last.many:
+        if self.spec.loss is not None and self._last.sliced:
             out = self._out_of(self._last)
             yield BlockSpec(
                 self.spec.name,
@@ -192,7 +192,7 @@ class _Cut:
         if shape is not None and isinstance(layout, Shard):
             size = self._stages.share(i, layout.units, layout.chunks).length(shape[layout.axis - 1])
             shape = (*shape[: layout.axis - 1], size, *shape[layout.axis :])
-        readout = last and not stage.many and self.spec.loss is not None
+        readout = last and not stage.sliced and self.spec.loss is not None
         return BlockSpec(
             name,
             module.module,

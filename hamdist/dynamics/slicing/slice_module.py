@@ -130,7 +130,7 @@ class SliceModule:
     def _whole(self, node: fx.Node) -> fx.Node:
         """Return all of a value: as another block gives it, or computed again from other values."""
         phase = self._stages.stage_of.get(node)
-        if phase is self._stage and not phase.many:
+        if phase is self._stage and not phase.sliced:
             return self._nodes[node]
         if phase is not None:
             return self._joined(phase)

@@ -41,7 +41,7 @@ class SlicePhase:
     """Operations that are computed in one block, or in m. needs: stages that it reads."""
 
     number: int
-    many: bool
+    sliced: bool
     needs: set[int] = field(default_factory=set)
 
 
@@ -194,22 +194,22 @@ class SlicePhases:
             "get_attr",
         ):
             return
-        many = not isinstance(step.layout, Replicate)
+        is_sliced = not isinstance(step.layout, Replicate)
         inside = [  # stages whose values it takes as they are
             self.stage_of[i]
             for i in node.all_input_nodes
-            if i in self.stage_of and (step.uses.get(i) is Use.PIECE or not self.stage_of[i].many)
+            if i in self.stage_of and (step.uses.get(i) is Use.PIECE or not self.stage_of[i].sliced)
         ]
-        inside = [s for s in inside if s.many == many]
-        if not many and (node in self._free or not (inside or self._fixed(node))):
+        inside = [s for s in inside if s.sliced == is_sliced]
+        if not is_sliced and (node in self._free or not (inside or self._fixed(node))):
             return
-        if not inside and many:
-            inside = [s for s in self.stages if s.many][-1:]
+        if not inside and is_sliced:
+            inside = [s for s in self.stages if s.sliced][-1:]
         latest = max(inside, key=lambda s: s.number, default=None)
         if latest is not None and node not in self._apart and self._fits(node, latest):
             stage = latest
         else:
-            stage = SlicePhase(len(self.stages), many)
+            stage = SlicePhase(len(self.stages), is_sliced)
             self.stages.append(stage)
         self.stage_of[node] = stage
         stage.needs |= self._outside(node, stage)
@@ -227,7 +227,7 @@ class SlicePhases:
         uses = self.layouts.steps[node].uses
         for i in node.all_input_nodes:
             phase = self.stage_of.get(i)
-            is_inside = phase is stage and (not stage.many or uses.get(i) is Use.PIECE)
+            is_inside = phase is stage and (not stage.sliced or uses.get(i) is Use.PIECE)
             if not is_inside:
                 nodes |= self._sources(i)
         return nodes
@@ -260,12 +260,12 @@ class SlicePhases:
         """
         for stage in self.stages:
             sent = self._sent(stage)
-            if not stage.many and not (self._fixed(sent[-1]) or self._batch_first(sent[-1])):
+            if not stage.sliced and not (self._fixed(sent[-1]) or self._batch_first(sent[-1])):
                 self._free.add(sent[-1])
                 return False
             if len(sent) > 1:
                 last = sent[-1]
-                if not stage.many and not self._fixed(last):
+                if not stage.sliced and not self._fixed(last):
                     self._free.add(last)
                 else:
                     self._apart.add(self._branch(last, stage))
@@ -301,7 +301,7 @@ class SlicePhases:
                     continue
                 inside = self.stage_of.get(user) is stage
                 uses = self.layouts.steps[user].uses
-                if not inside or (stage.many and uses.get(node) is not Use.PIECE):
+                if not inside or (stage.sliced and uses.get(node) is not Use.PIECE):
                     outside = True
             if outside:
                 sent.append(node)

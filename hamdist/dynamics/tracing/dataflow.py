@@ -78,8 +78,8 @@ class Flow:
                     live.add(i)
                     waiting += self.needs[i]
             # what writes to the memory of something that lives
-            held = {m for i in live for m in self.ops[i].memory}
-            waiting = [i for i, op in enumerate(self.ops) if i not in live and op.writes & held]
+            memory = {m for i in live for m in self.ops[i].memory}
+            waiting = [i for i, op in enumerate(self.ops) if i not in live and op.writes & memory]
             if not waiting:
                 return live
 

@@ -138,7 +138,7 @@ class _Join:
         return self._sizes[values]
 
     def _solved(self, values: tuple[int, ...]) -> SymbolicSize:
-        many = len(self._lengths)
+        lengths = len(self._lengths)
         sizes = torch.tensor(values, dtype=torch.float64)
         solution = (self._solves @ sizes).round()
         if not torch.equal(self._basis @ solution, sizes):
@@ -146,7 +146,7 @@ class _Join:
             batches = ", ".join(str(batch) for batch, _ in self._points)
             raise _Apart(f"a number is {numbers} where the batch is {batches}")
         more, per, *rest = map(int, solution.tolist())
-        parts = zip(self._lengths, rest[:many], rest[many:], strict=True)
+        parts = zip(self._lengths, rest[:lengths], rest[lengths:], strict=True)
         return SymbolicSize(per, more, tuple((dim, a, b) for dim, a, b in parts if a or b))
 
     def template(self, values: Sequence[Any]) -> Any:

@@ -89,8 +89,8 @@ def unpacked(
     """
     batch, dtype = h.shape[0], dtype or h.dtype
     first = sum(_columns(free, shape, batch) for free, shape in before)
-    many = _columns(form.free, dims, batch)
-    columns = h if many == h.shape[1] else h[:, first : first + many]
+    width = _columns(form.free, dims, batch)
+    columns = h if width == h.shape[1] else h[:, first : first + width]
     dims = list(dims)
     if form.free:
         return columns[0].reshape(dims).to(dtype)

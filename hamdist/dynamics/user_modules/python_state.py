@@ -137,10 +137,10 @@ def check_apart(blocks: Mapping[str, Sequence[nn.Module]]) -> None:
         parts = [part for module in modules for part in module.modules()]
         ids = {id(t) for part in parts for t in (part, *part.parameters())}
         for part in parts:
-            held = list(inside(part).ids.values())
-            for thing in [thing for thing in held if isinstance(thing, nn.Module)]:
-                held += [*thing.modules(), *thing.parameters()]
-            for stray in ({id(thing) for thing in held} & names.keys()) - ids:
+            values = list(inside(part).ids.values())
+            for thing in [thing for thing in values if isinstance(thing, nn.Module)]:
+                values += [*thing.modules(), *thing.parameters()]
+            for stray in ({id(thing) for thing in values} & names.keys()) - ids:
                 raise GraphError(
                     f"block {block!r}: a {type(part).__name__} holds {names[stray]} in a hook or "
                     "an attribute, so both would learn a copy of their own; keep the two in one "
@@ -165,13 +165,13 @@ def functions_of(model: nn.Module) -> list[str]:
 
 def modules_of(function: Any) -> list[nn.Module]:
     """List the modules that a loss is, is a method of, or refers to."""
-    held = Fingerprints()
-    held.add("", function)
+    fingerprints = Fingerprints()
+    fingerprints.add("", function)
     for used in functions_behind(function):
         read = {n: used.__globals__.get(n) for n in names_of_code(used.__code__)}
         cells = inspect.getclosurevars(used).nonlocals
-        held.add("names", (read, dict(cells), used.__defaults__))
-    return [value for value in held.ids.values() if isinstance(value, nn.Module)]
+        fingerprints.add("names", (read, dict(cells), used.__defaults__))
+    return [value for value in fingerprints.ids.values() if isinstance(value, nn.Module)]
 
 
 def names_in(part: nn.Module) -> set[str]:

@@ -62,13 +62,13 @@ class InProcessEngine:
         nodes = [make_node(plan, name, mailbox) for name in plan.graph.blocks]
         measured = [n for n in nodes if n.metrics is not None]
         live = live_of(stream)
-        snapshot_policy: InProcessSnapshots | None = None
+        supervision: InProcessSnapshots | None = None
         if sent_log is not None:
-            snapshot_policy = InProcessSnapshots(plan, [source, *nodes], mailbox, sent_log, live)
-            snapshot_policy.restore()
+            supervision = InProcessSnapshots(plan, [source, *nodes], mailbox, sent_log, live)
+            supervision.restore()
         reset_peak()
         keep_freed_memory()
-        writer = None if snapshot_policy is None else snapshot_policy.snapshot_writer
+        writer = None if supervision is None else supervision.snapshot_writer
         sampler = Sampler(plan, [source, *nodes], mailbox, writer=writer)
         started = time.perf_counter()
         due = latest = started
@@ -98,14 +98,14 @@ class InProcessEngine:
                 actors=actors,
                 alignment=alignments.of(actors),
                 network=network,
-                snapshots=[] if snapshot_policy is None else snapshot_policy.snapshots,
-                warnings=[] if snapshot_policy is None else snapshot_policy.warnings,
+                snapshots=[] if supervision is None else supervision.snapshots,
+                warnings=[] if supervision is None else supervision.warnings,
             )
 
         def between() -> None:
             nonlocal due, reported, cost, latest
-            if snapshot_policy is not None:
-                snapshot_policy.poll()
+            if supervision is not None:
+                supervision.poll()
             if not ending.reports:
                 return
             sampler.poll()
@@ -120,12 +120,8 @@ class InProcessEngine:
             reported = time.process_time()
             cost, latest = reported - begin, now + LATEST * PROGRESS_SECONDS
 
-        stop = (
-            source.stop.set
-            if snapshot_policy is None
-            else snapshot_policy.stopping(source.stop.set)
-        )
-        keep = None if snapshot_policy is None else snapshot_policy.request
+        stop = source.stop.set if supervision is None else supervision.stopping(source.stop.set)
+        keep = None if supervision is None else supervision.request
         ending = RunInterrupts(stop, on_progress, keep)
         source.waits_with(between)
         if live is not None:
@@ -133,14 +129,14 @@ class InProcessEngine:
                 node.live.send = live.send
             live.read_states = lambda: {n.name: n.state() for n in nodes}
 
-        with ending, snapshot_policy or nullcontext():
+        with ending, supervision or nullcontext():
             try:
-                action = None if snapshot_policy is None else snapshot_policy.snapshot_writer
+                action = None if supervision is None else supervision.snapshot_writer
                 run_loop(
-                    [source, *nodes],
+                    [*nodes, source],  # (a tick is over before the next sample is drawn)
                     between,
                     action,
-                    started=snapshot_policy is not None and snapshot_policy.on,
+                    started=supervision is not None and supervision.on,
                     after_step=None if digests is None else digests.after_step,
                     order=order_of(plan, plan.graph.blocks),
                 )
@@ -160,8 +156,8 @@ class InProcessEngine:
             seconds=report.seconds,
             startup={"blocks": started - created},
             placement=[list(plan.graph.blocks)],
-            snapshots=[] if snapshot_policy is None else snapshot_policy.snapshots,
-            warnings=[] if snapshot_policy is None else snapshot_policy.warnings,
+            snapshots=[] if supervision is None else supervision.snapshots,
+            warnings=[] if supervision is None else supervision.warnings,
         )
         return ending.note(outcome, failure)
 

@@ -18,7 +18,7 @@ from hamdist.dynamics.graph.graph import OUTPUT_KEY, Graph
 from hamdist.dynamics.user_modules.code_digest import code_digests
 from hamdist.dynamics.user_modules.copies import copied
 from hamdist.errors import HamdistWarning, SettingsError
-from hamdist.runtime.live.callbacks import Callback
+from hamdist.runtime.live.callbacks import Callback, check_callbacks
 from hamdist.runtime.live.journal import Journal, named, read_named
 from hamdist.runtime.live.run import LiveRun
 from hamdist.runtime.results.events import EventListener, FolderStarted
@@ -26,6 +26,7 @@ from hamdist.runtime.results.result import RunResult
 from hamdist.runtime.results.run_events import EventFile
 from hamdist.runtime.storage.snapshot_files import latest_complete
 from hamdist.runtime.storage.store import storage
+from hamdist.runtime.train.prepare import make_level, make_rule
 from hamdist.streams.iterable import IterableStream
 from hamdist.streams.live import LiveStream
 from hamdist.streams.sample import Sample
@@ -58,9 +59,7 @@ def live_run(
         repeats: the journal in `out` is read, and nothing is added to it.
         listeners: called with the run's events, which `out` gets as a file, too.
     """
-    for callback in callbacks:
-        if not isinstance(callback, Callback):
-            raise SettingsError(f"callbacks: {callback!r} is no hamdist.Callback; give one, made")
+    check_callbacks(callbacks)
     settings: Settings = work.keywords["settings"]
     if settings.level is Level.AUTO:
         raise SettingsError(
@@ -155,12 +154,13 @@ def _recorded(fields: Mapping[str, Any]) -> dict[str, Any]:
 
 def _digests(model: nn.Module | Graph, fields: Mapping[str, Any]) -> dict[str, str]:
     """Return digests of the user's code, by what it is to the run."""
-    rules = {f"the rule of {p}": r for p, r in (fields["rules"] or {}).items()}
-    named = {
-        n: fields[n] for n in ("loss", "phi", "optimizer", "scheduler", "level") if n in fields
-    }
-    code = {n: v for n, v in {**named, **rules}.items() if not isinstance(v, (str, Mapping))}
-    return code_digests({"the model": _modules(model), **code})
+    settings: Settings = fields["settings"]
+    named_rules = {**settings.learning.rules, **(fields["rules"] or {})}
+    rules = {f"the rule of {p}": make_rule(f"rules.{p}", rule) for p, rule in named_rules.items()}
+    code = {n: fields[n] for n in ("loss", "phi", "optimizer", "scheduler", "level") if n in fields}
+    if code.get("level") is None and settings.locality.level is not None:
+        code["level"] = make_level("locality.level", settings.locality.level)
+    return code_digests({"the model": _modules(model), **code, **rules})
 
 
 def _other_code(began: Mapping[str, Any], facts: Mapping[str, Any]) -> list[str]:

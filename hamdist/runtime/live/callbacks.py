@@ -4,7 +4,7 @@ them.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -122,10 +122,29 @@ class Callback:
         """
 
 
+HEARD: Mapping[type, str] = {
+    Answer: "on_sample",
+    WindowFull: "on_window",
+    SnapshotComplete: "on_snapshot",
+    ActorReplaced: "on_loss_of_actor",
+}
+
+
+def check_callbacks(callbacks: object) -> None:
+    """Raise SettingsError for what is no list of callbacks."""
+    if not isinstance(callbacks, Sequence):
+        raise SettingsError(f"callbacks is a {type(callbacks).__name__}; give a list of callbacks")
+    for callback in callbacks:
+        if not isinstance(callback, Callback):
+            raise SettingsError(f"callbacks: {callback!r} is no hamdist.Callback; give one, made")
+
+
 class Evaluation(Callback):
     """Evaluates the run on held-out data whenever `every` more samples have been answered.
 
-    The weights are those of one emission (a consistent cut), and nothing is learned of it.
+    The weights are those of one emission (a consistent cut), at level `backprop` in one process
+    those that have learned all samples so far, and nothing is learned of it. On Ray the network
+    goes on meanwhile: up to 64 samples may have been learned since.
 
     Args:
         x: the inputs, (N, ...).

@@ -21,20 +21,12 @@ from hamdist.dynamics.graph.graph import Graph
 from hamdist.dynamics.graph.inputs import NetworkInputs
 from hamdist.dynamics.objective.losses import Losses, make_losses
 from hamdist.errors import SettingsError, Stop, StreamError
-from hamdist.runtime.live.callbacks import Answer, Callback, LiveStatus, versions_of
+from hamdist.runtime.live.callbacks import HEARD, Answer, Callback, LiveStatus, versions_of
 from hamdist.runtime.live.journal import Journal
 from hamdist.runtime.nodes.emissions import Answered, HandedOver
 from hamdist.runtime.nodes.source import checker_of
 from hamdist.runtime.plan.plan import Plan
-from hamdist.runtime.results.events import (
-    ActorReplaced,
-    Evaluated,
-    EventListener,
-    RunEvent,
-    SettingsChanged,
-    SnapshotComplete,
-    WindowFull,
-)
+from hamdist.runtime.results.events import Evaluated, EventListener, RunEvent, SettingsChanged
 from hamdist.runtime.results.result import Progress, RunResult
 from hamdist.runtime.results.run_events import RunEvents
 from hamdist.runtime.results.scores import Scores, Targets, evaluate
@@ -51,8 +43,10 @@ class LiveRun:
     """A run that learns while one talks to it (`hamdist.start`); as a context it stops at the end.
 
     Calls may come from several threads; they are accepted one after the other, and this order is
-    the run. A call raises the error that has ended the run.
+    the run. A call raises the error that has ended the run. `interrupted`: a signal ends it.
     """
+
+    interrupted = False
 
     def __init__(
         self,
@@ -74,7 +68,7 @@ class LiveRun:
         self._from: dict[str, int] = {}  # by readout: the first number that is not there
         self._predicting: set[int] = set()  # by predict, which takes its answer itself
         self._progress: Progress | None = None
-        self._callbacks, self._calling = list(callbacks), False
+        self._callbacks, self._calling, self._stopped = list(callbacks), False, False
         self._events = RunEvents(settings, listeners, reader.spec.batch)
         self._happened: deque[Answer | RunEvent] = deque()
         self._wrappers: list[Chosen] = []
@@ -125,17 +119,22 @@ class LiveRun:
         while self._callbacks and self._happened and not self._calling:
             event, self._calling = self._happened.popleft(), True
             try:
-                for callback in self._callbacks:
-                    if isinstance(event, Answer):
-                        callback.on_sample(self, event)
-                    elif isinstance(event, WindowFull):
-                        callback.on_window(self, event)
-                    elif isinstance(event, SnapshotComplete):
-                        callback.on_snapshot(self, event)
-                    elif isinstance(event, ActorReplaced):
-                        callback.on_loss_of_actor(self, event)
+                if type(event) in HEARD:
+                    self._tell(HEARD[type(event)], event)
             finally:
                 self._calling = False
+
+    def _tell(self, what: str, *facts: object) -> None:
+        """Tell all callbacks. Raises Stop, if one of them did, behind the last one."""
+        stop: Stop | None = None
+        for callback in self._callbacks:
+            try:
+                getattr(callback, what)(self, *facts)
+            except Stop as raised:
+                stop = raised
+        if stop is not None:
+            self._stopped = True
+            raise stop
 
     def _say(self, entry: Entry, *, asks: set[int] | None = None, wait: bool) -> int:
         number = self._stream.say(entry, asks=asks, wait=wait)
@@ -306,8 +305,7 @@ class LiveRun:
             scores = evaluate(model, x, y, self._losses, ignore_index=ignored)
         answered = self.status().answered
         self._events.emit(Evaluated.of(scores, answered, **self._events.head))
-        for callback in self._callbacks:
-            callback.on_evaluate(self, scores, model)
+        self._tell("on_evaluate", scores, model)
         return scores
 
     def snapshot(self) -> str:
@@ -356,6 +354,8 @@ class LiveRun:
             self._journal.close()
         events, self._events = self._events, RunEvents(self.settings, (), None)
         if self.result is not None and self._error is None:
+            self.result.stopped |= self._stopped
+            self.result.interrupted |= self.interrupted
             events.finish(self.result)
         events.end(self._error)
 

@@ -324,8 +324,8 @@ def try_rules(plan: Plan) -> None:
         except Exception as error:
             raise GraphError(f"{who}, in a dry run: {type(error).__name__}: {error}") from error
         for key, value in vars(rule).items():
-            found = before.get(key, _bytes_of(getattr(type(rule), key, value)))
-            if _bytes_of(value) != found:
+            initial = before.get(key, _bytes_of(getattr(type(rule), key, value)))
+            if _bytes_of(value) != initial:
                 raise GraphError(
                     f"{who}: it changes self.{key}, but `self` holds constants, of which each "
                     "process has a copy: keep it in block.memory, which `start` returns, and draw "

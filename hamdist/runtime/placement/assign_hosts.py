@@ -109,11 +109,11 @@ def options_of_actors(
         ClusterError: the cluster cannot satisfy a request, whatever else runs on it.
     """
     shares = _shares(requests, hosts)
-    room = [_Room(host) for host in hosts]
+    room = [_Capacity(host) for host in hosts]
     for requirements, gpus in zip(requests, shares, strict=True):
         _check(requirements, gpus, room)
     _check_sums(requests, shares, hosts)
-    rooms: dict[int, _Room] = {}
+    rooms: dict[int, _Capacity] = {}
     bound = [i for i, d in enumerate(requests) if d.host is not None]
     free = [i for i, d in enumerate(requests) if d.host is None]
     for i in bound:
@@ -164,7 +164,7 @@ def reseated(
     """
     if was in {host.id for host in hosts}:
         return actor_options
-    room = {host.id: _Room(host) for host in hosts}
+    room = {host.id: _Capacity(host) for host in hosts}
     for node, other in reserved:
         if node in room and room[node].has(_as_requirements(other), other.gpus):
             room[node].take(_as_requirements(other), other.gpus)
@@ -180,7 +180,7 @@ def _as_requirements(actor_options: ActorOptions) -> ActorRequirements:
     )
 
 
-class _Room:
+class _Capacity:
     """Free capacity of a host."""
 
     def __init__(self, host: HostInfo) -> None:
@@ -213,9 +213,9 @@ class _Room:
 def _room_for(
     requirements: ActorRequirements,
     gpus: float,
-    order: Sequence[_Room],
-    everywhere: Sequence[_Room],
-) -> _Room:
+    order: Sequence[_Capacity],
+    everywhere: Sequence[_Capacity],
+) -> _Capacity:
     """Take room on the first host in `order` that has enough, and return it."""
     for room in order:
         if room.has(requirements, gpus):
@@ -253,7 +253,7 @@ def _gpus_of(hosts: Sequence[HostInfo]) -> str:
     return f"none of its {total:g} GPU(s)" if total else "no GPU"
 
 
-def _check(requirements: ActorRequirements, gpus: float, room: Sequence[_Room]) -> None:
+def _check(requirements: ActorRequirements, gpus: float, room: Sequence[_Capacity]) -> None:
     """Raise ClusterError if no single host could take the actor, were it alone."""
     called = [r for r in room if requirements.host is None or r.host.is_called(requirements.host)]
     if not called:
@@ -278,7 +278,7 @@ def _check(requirements: ActorRequirements, gpus: float, room: Sequence[_Room]) 
         )
 
 
-def _resources(room: Sequence[_Room]) -> str:
+def _resources(room: Sequence[_Capacity]) -> str:
     return ", ".join(sorted({name for r in room for name in r.host.resources})) or "none"
 
 

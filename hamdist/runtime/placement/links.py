@@ -101,8 +101,8 @@ class Probe:
         end = False
         while not end:
             end = self._endpoints.receive(there, NOW).end
-            came = torch.tensor(time.perf_counter(), dtype=torch.float64)
-            self._endpoints.send(back, Signal(NOW, came))
+            arrival = torch.tensor(time.perf_counter(), dtype=torch.float64)
+            self._endpoints.send(back, Signal(NOW, arrival))
 
     def measure(self, number: int, nbytes: int = 0, every: float = 0.0) -> Link:
         """Return the latency of a link, one way, and its rate once TCP has opened up, or that of
@@ -120,16 +120,16 @@ class Probe:
         trip = statistics.median(trips)  # (the first one opens what the others use again)
         seconds = min(max(ROUND_TRIPS * trip, SHORTEST), LONGEST)
         size = min(nbytes or LARGE, MOST // 2)
-        sent, came, _ = self._series(number, size, 2 * ROUNDS, seconds, every, trip)
-        half = len(came) // 2
-        took = came[-1] - came[half - 1]
-        rate = size * (len(came) - half) / took if took > 0 else math.inf
+        sent, arrivals, _ = self._series(number, size, 2 * ROUNDS, seconds, every, trip)
+        half = len(arrivals) // 2
+        took = arrivals[-1] - arrivals[half - 1]
+        rate = size * (len(arrivals) - half) / took if took > 0 else math.inf
         way = trip / 2
         if nbytes:
             pace = max(every, size / (SPARE * rate))
             seconds = max(seconds, min(3 * ROUNDS * pace, LONGEST))
-            sent, came, _ = self._series(number, size, ROUNDS, seconds, pace, trip)
-            way = max(way, (min(trips) / 2 + _lateness(sent, came)) / MARGIN)
+            sent, arrivals, _ = self._series(number, size, ROUNDS, seconds, pace, trip)
+            way = max(way, (min(trips) / 2 + _lateness(sent, arrivals)) / MARGIN)
         self._series(number, 1, 1, end=True)
         return Link(way, rate)
 
@@ -160,14 +160,14 @@ class Probe:
         payload = torch.zeros(nbytes, dtype=torch.uint8)
         first = min(3 * ROUNDS, max(1, FIRST_BYTES // nbytes))
         sent: list[float] = []
-        came: list[float] = []
+        arrivals: list[float] = []
         answered: list[float] = []
 
         def take() -> None:
             payload = self._endpoints.receive(back, NOW).payload
             if payload is None:
                 raise WireError(f"{back}: an answer without a time")
-            came.append(float(payload))
+            arrivals.append(float(payload))
             answered.append(time.perf_counter())
 
         while len(sent) < least or sent[-1] - sent[0] < seconds:
@@ -183,7 +183,7 @@ class Probe:
             self._endpoints.send(there, Signal(NOW, payload, end=end))
         while len(answered) < len(sent):
             take()
-        return sent, came, answered
+        return sent, arrivals, answered
 
     def close(self) -> None:
         """Close both ends."""

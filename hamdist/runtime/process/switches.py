@@ -112,17 +112,17 @@ def set_switches(switches: Switches) -> list[str]:
     """Set the switches of this process and thread; return those that could not be, and why."""
     here = _all()
     refused = []
-    for name, wanted in switches.items():
+    for name, value in switches.items():
         get, put = here.get(name, (lambda: None, lambda _: None))
-        if _read(get) == wanted:
+        if _read(get) == value:
             continue
         reason = "this torch cannot set it"
         try:
-            put(wanted)
+            put(value)
         except (AttributeError, RuntimeError, ValueError) as error:
             reason = str(error)
-        if _read(get) != wanted:
-            refused.append(f"torch's switch {name} cannot be {wanted!r} there ({reason})")
+        if _read(get) != value:
+            refused.append(f"torch's switch {name} cannot be {value!r} there ({reason})")
     return refused
 
 

@@ -105,12 +105,12 @@ class _Watch:
         self._network: PlacedNetwork | None = None
         self._alignments = Alignments(plan)
         self._head = HeadWatch()
-        self._policy = (
+        self._supervision = (
             None
             if plan.snapshot_policy is None
             else SnapshotSupervision(plan, worker_group, plan.snapshot_policy)
         )
-        keep = None if self._policy is None else self._policy.request
+        keep = None if self._supervision is None else self._supervision.request
         self._ending = RunInterrupts(self._stop.set, on_progress, keep)
         self.started = time.perf_counter()
 
@@ -144,16 +144,12 @@ class _Watch:
 
     def _follow(self, stop: threading.Event) -> None:
         end_by: float | None = None
-        snapshot_policy = self._policy
+        supervision = self._supervision
         while not self._worker_group.done:
             self._worker_group.wait(POLL_SECONDS)
             now = time.monotonic()
             # (a snapshot first)
-            if (
-                stop.is_set()
-                and end_by is None
-                and (snapshot_policy is None or snapshot_policy.last(now))
-            ):
+            if stop.is_set() and end_by is None and (supervision is None or supervision.last(now)):
                 end_by = now + END_SECONDS
                 self._worker_group.stop_stream()
             if end_by is not None and (now > end_by or self._lost_while_ending()):
@@ -163,9 +159,9 @@ class _Watch:
             if end_by is None and self._head_is_lost(now):
                 stop.set()  # the actors are there: what they have learned is fetched
                 continue
-            if snapshot_policy is not None and snapshot_policy.lost and not self._head_answers():
+            if supervision is not None and supervision.lost and not self._head_answers():
                 continue  # nothing can be replaced before it does
-            if snapshot_policy is not None and end_by is None and not self._mended(stop):
+            if supervision is not None and end_by is None and not self._mended(stop):
                 self._worker_group.call_off()
                 return
             self._report_progress()
@@ -202,7 +198,7 @@ class _Watch:
     def _lost_while_ending(self) -> bool:
         """Return True if an actor was lost while the run ends. A replacement would start behind the
         signals its neighbours wait for, and could not finish."""
-        lost = [] if self._policy is None else self._policy.lost
+        lost = [] if self._supervision is None else self._supervision.lost
         self._warnings += [f"{actor} while the run was ending" for actor in lost]
         return bool(lost)
 
@@ -210,8 +206,8 @@ class _Watch:
         """Take snapshots and replace lost actors. Returns False if that fails in a run that is to
         end anyway; otherwise raises the failure."""
         try:
-            if self._policy is not None:
-                self._policy.poll(time.monotonic())
+            if self._supervision is not None:
+                self._supervision.poll(time.monotonic())
         except (ClusterError, SnapshotError) as error:
             if not stop.is_set():
                 raise
@@ -235,7 +231,9 @@ class _Watch:
             silent = [str(actor) for actor in self._worker_group.silent(now)]
             text = explain(waits, ticks, silent, still)
             if over:
-                raise StallError(text + ("" if self._policy is None else self._policy.way_on))
+                raise StallError(
+                    text + ("" if self._supervision is None else self._supervision.way_on)
+                )
             self._warnings.append(text)
             self._note = text
         elif still == 0:
@@ -283,15 +281,15 @@ class _Watch:
                 actors=actors,
                 alignment=self._alignments.of(actors),
                 network=self._network,
-                snapshots=[] if self._policy is None else self._policy.snapshots,
+                snapshots=[] if self._supervision is None else self._supervision.snapshots,
                 warnings=self._all_warnings(),
                 note=self._note,
-                replaced=() if self._policy is None else tuple(self._policy.replaced),
+                replaced=() if self._supervision is None else tuple(self._supervision.replaced),
             )
         )
 
     def _all_warnings(self) -> list[str]:
-        return self._warnings + ([] if self._policy is None else self._policy.warnings)
+        return self._warnings + ([] if self._supervision is None else self._supervision.warnings)
 
     def _outcome(self, failure: HamdistError | None) -> Outcome:
         group = self._worker_group
@@ -301,8 +299,8 @@ class _Watch:
             **merged(reports, group.local_report),
             seconds=seconds or time.perf_counter() - self.started,
             placement=group.placement,
-            snapshots=[] if self._policy is None else self._policy.snapshots,
-            replaced=[] if self._policy is None else self._policy.replaced,
+            snapshots=[] if self._supervision is None else self._supervision.snapshots,
+            replaced=[] if self._supervision is None else self._supervision.replaced,
             warnings=self._all_warnings(),
         )
         outcome.windows = group.windows()

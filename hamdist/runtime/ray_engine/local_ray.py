@@ -164,14 +164,14 @@ def ray_environment(engine: EngineSettings) -> Iterator[None]:
     global _environment
     if _environment is None:
         _environment = {} if "ray" in sys.modules else dict(RAY_SETTINGS)
-    wanted = dict(_environment)
-    if wanted and engine.address is None:
-        wanted["RAY_AUTH_MODE"] = "token"
+    variables = dict(_environment)
+    if variables and engine.address is None:
+        variables["RAY_AUTH_MODE"] = "token"
     if engine.address is not None:
         # (Ray tries so often; a head that answers and refuses the token will go on to)
-        wanted["RAY_gcs_server_port_wait_time_s"] = str(TRIES)
+        variables["RAY_gcs_server_port_wait_time_s"] = str(TRIES)
     before = dict(os.environ)
-    for name, value in wanted.items():
+    for name, value in variables.items():
         os.environ.setdefault(name, value)
     try:
         yield

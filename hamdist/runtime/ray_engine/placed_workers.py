@@ -261,22 +261,22 @@ class PlacedWorkers:
         self, channel: Channel, node: str, key: str | None, receiver: WorkerHandle
     ) -> str:
         """Return the transport of a channel from a sender on `node`, whose `key` is checked."""
-        wanted = self._plan.engine.transport
-        if wanted is TransportKind.TCP or (wanted is TransportKind.AUTO and node != receiver.node):
+        kind = self._plan.engine.transport
+        if kind is TransportKind.TCP or (kind is TransportKind.AUTO and node != receiver.node):
             host = LOOPBACK if node == receiver.node else receiver.address
             return TCP + host if key is None else f"{TCP}{host} {key}"
         if node != receiver.node:
             raise ClusterError(
-                f"engine.transport {wanted.value!r}: {channel} crosses hosts; use 'auto' or 'tcp'"
+                f"engine.transport {kind.value!r}: {channel} crosses hosts; use 'auto' or 'tcp'"
             )
         best = local_way(channel)
-        if wanted is TransportKind.SHM and best != SHM:
+        if kind is TransportKind.SHM and best != SHM:
             raise ClusterError(
                 f"engine.transport 'shm': {channel} has room for {channel.capacity} signals, more "
                 f"than the {MAX_CAPACITY} that shared memory takes, or this platform has no such "
                 "memory; use 'auto' or 'ipc'"
             )
-        return IPC if wanted is TransportKind.IPC else best
+        return IPC if kind is TransportKind.IPC else best
 
     def _all(self, method: str, arguments: Callable[[int], tuple[Any, ...]]) -> list[Any]:
         """Call `method` of all actors at once and wait for all results."""

@@ -211,9 +211,9 @@ class Replacement:
         fresh = [actor for actor in lost if actor.name in self._fresh]
         _, dead = _all({actor.handle.close.remote(): actor for actor in fresh})
         self._present -= {actor.name for actor in dead}
-        gone = self._start([actor for actor in lost if actor not in fresh or actor in dead])
-        if gone:
-            return gone
+        lost_again = self._start([actor for actor in lost if actor not in fresh or actor in dead])
+        if lost_again:
+            return lost_again
         others = [actor for actor in worker_group.actors if actor not in lost]
         inside = worker_group.inside()
         numbers = [worker_group.actors.index(actor) for actor in lost]
@@ -234,16 +234,16 @@ class Replacement:
             ways = worker_group.binds(worker_group.actors.index(actor), inside, only=lost)
             if ways:
                 calls[actor.ask("bind_anew", ways)] = actor
-        opened, gone = _all(calls)
-        if gone:
-            return gone
+        opened, lost_again = _all(calls)
+        if lost_again:
+            return lost_again
         for addresses in opened:
             ends |= addresses
         calls = {actor.ask("connect", ends): actor for actor in lost}
         calls |= {actor.ask("connect_anew", ends): actor for actor in others}
-        again, gone = _all(calls)
-        if gone:
-            return gone
+        again, lost_again = _all(calls)
+        if lost_again:
+            return lost_again
         worker_group.start_again(lost)
         return int(sum(again)) + worker_group.connect_local(ends)
 
@@ -280,7 +280,7 @@ class Replacement:
                 f"within {START_SECONDS:.0f} s; the cluster may lack free CPUs (ray status shows "
                 "them). The run can go on from its latest snapshot (--resume)"
             )
-        gone = []
+        dead = []
         for call in done:
             handle = calls[call]
             actor, actor_options = losses[handle]
@@ -294,10 +294,10 @@ class Replacement:
                     {actor: ray.get(computing, timeout=ANSWER_SECONDS)}
                 )
             except (RayError, TimeoutError):  # its host has gone, as Ray has just noticed
-                gone.append(actor)
+                dead.append(actor)
             else:
                 self._fresh.add(actor.name)
-        return gone
+        return dead
 
 
 def _kill(actor: WorkerHandle, here: str) -> None:
@@ -316,7 +316,7 @@ def _all(calls: dict[Any, WorkerHandle]) -> tuple[list[Any], list[WorkerHandle]]
     SnapshotError of an actor that could not read its files."""
     waiting = list(calls)
     done, late = ray.wait(waiting, num_returns=len(waiting), timeout=ANSWER_SECONDS)
-    answers, gone = [], [calls[call] for call in late]
+    answers, dead = [], [calls[call] for call in late]
     for call in done:
         try:
             answers.append(ray.get(call))
@@ -324,8 +324,8 @@ def _all(calls: dict[Any, WorkerHandle]) -> tuple[list[Any], list[WorkerHandle]]
             cause = error.cause if isinstance(error, RayTaskError) else None
             if isinstance(cause, SnapshotError):
                 raise SnapshotError(f"{calls[call]}: {cause}") from None
-            gone.append(calls[call])
-    return answers, gone
+            dead.append(calls[call])
+    return answers, dead
 
 
 class Attempts:
@@ -346,7 +346,7 @@ class Attempts:
         saved: the tick of the latest snapshot.
         """
         furthest, times = self._progress.get(actor, (-1, 0))
-        came = max(saved, -1 if tick is None else tick)
-        times = 1 if came > furthest else times + 1
-        self._progress[actor] = max(came, furthest), times
+        reached = max(saved, -1 if tick is None else tick)
+        times = 1 if reached > furthest else times + 1
+        self._progress[actor] = max(reached, furthest), times
         return times

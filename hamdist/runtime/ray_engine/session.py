@@ -56,11 +56,11 @@ class Session:
     @property
     def lost(self) -> str:
         """Return the error about a local Ray that has ended; empty as long as it runs."""
-        gone = [name for process, name in self.needed.items() if not _runs(process)]
-        if not gone:
+        ended = [name for process, name in self.needed.items() if not _runs(process)]
+        if not ended:
             return ""
         return (
-            f"the local Ray has ended: its {' and '.join(gone)} is gone (was it killed, or out of "
+            f"the local Ray has ended: its {' and '.join(ended)} is gone (was it killed, or out of "
             "memory?); start the run again, outside of this hamdist.session() if there is one"
         )
 

@@ -137,7 +137,8 @@ class RunFacts:
             user reads.
         stream: counts of the stream (samples dropped, say), where it counts.
         stored: the most tokens whose activations a block kept at once, at level 'bptt'.
-        interrupted: Ctrl-C or SIGTERM ended the run; stopped: its `on_progress` did.
+        interrupted: Ctrl-C or SIGTERM ended the run; stopped: its `on_progress`
+            or a callback did.
         snapshots: the complete ones that are left, the latest last.
         replaced: actors that were lost.
         chosen: the settings that ran, of level 'auto'; why: the reasons.
@@ -231,7 +232,7 @@ class RunResult(RunFacts):
     def __repr__(self) -> str:
         facts = [f"{self.samples:,} samples in {self.seconds:.3g} s"]
         facts += ["interrupted"] if self.interrupted else []
-        facts += ["stopped by on_progress"] if self.stopped else []
+        facts += ["stopped"] if self.stopped else []
         for readout, windows in self.windows.items():
             if windows:
                 facts.append(f"{readout}: {_last(windows[-1])}")

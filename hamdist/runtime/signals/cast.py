@@ -49,13 +49,13 @@ class CastPlan:
         there = torch.cuda.device_count() if torch.cuda.is_available() else 0
         if self.device == "auto":
             return torch.device("cuda", 0) if there else CPU
-        wanted = torch.device(self.device)
-        if wanted.type == "cuda" and (wanted.index or 0) >= there:
+        device = torch.device(self.device)
+        if device.type == "cuda" and (device.index or 0) >= there:
             raise SettingsError(
                 f"block {self.block!r}: device {self.device!r}, but this process sees {there} "
                 "CUDA device(s); use 'auto', which takes the processor where there is none"
             )
-        return wanted
+        return device
 
 
 class CastBorder:

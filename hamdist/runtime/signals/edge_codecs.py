@@ -109,13 +109,13 @@ def _words(graph: Graph, engine: EngineSettings) -> Mapping[str, Compress]:
 def _feeds_back(feedback: Feedback, word: Compress, kind: Kind) -> bool:
     if word not in FED_BACK:
         return False
-    wanted = {
+    kinds = {
         Feedback.OFF: (),
         Feedback.ON: (Kind.STATE, Kind.MESSAGE),
         Feedback.STATES: (Kind.STATE,),
         Feedback.MESSAGES: (Kind.MESSAGE,),
     }
-    return kind in wanted[feedback]
+    return kind in kinds[feedback]
 
 
 def compression_warnings(channels: Channels, graph: Graph, engine: EngineSettings) -> list[str]:

@@ -75,10 +75,10 @@ class ChannelLog:
     def let_go(self, before: int) -> None:
         """Drop the signals with smaller numbers."""
         first, signals = self._logged
-        many = min(max(0, before - first), len(signals))
-        if many:
-            self._logged = (first + many, signals[many:])
-            self.nbytes -= sum(map(_nbytes, signals[:many]))
+        dropped = min(max(0, before - first), len(signals))
+        if dropped:
+            self._logged = (first + dropped, signals[dropped:])
+            self.nbytes -= sum(map(_nbytes, signals[:dropped]))
 
     def begin(self, posted: int, signals: list[Signal]) -> None:
         """Start from the latest `signals` of a snapshot, the last one numbered `posted`."""

@@ -149,8 +149,9 @@ def _axes(settings: Settings, level: Level, seen: LevelFacts) -> tuple[dict[str,
     learning, locality = settings.learning, settings.locality
     c = locality.speed if isinstance(locality.speed, int) else 1
     late, weights = 2 * seen.depth // c, sum(m * n for m, n in seen.layers)
-    said = learning.model_fields_set - _OF_AVERAGES or seen.own_steps or locality.double_buffered
-    if level is not Level.TRACE or late < LATE or said or locality.compensation or not weights:
+    stepped = bool(learning.model_fields_set - _OF_AVERAGES) or locality.double_buffered
+    stepped = stepped or seen.own_steps
+    if level is not Level.TRACE or late < LATE or stepped or locality.compensation or not weights:
         return {}, []
     more = sum(2 * m * n * (m + n) for m, n in seen.layers)
     cost = 1 + more / (3 * seen.batch * weights)

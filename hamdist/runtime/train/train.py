@@ -145,7 +145,7 @@ def train(
             named = {**(rules or {}), **settings.learning.rules, **(rules or {})}
             by_name = {p: make_rule(f"rules.{p}", r) for p, r in named.items()}
             more: dict[str, Any] = {"rules": by_name, "level": level or _named_level(settings)}
-            work = _Work(
+            work = _Arguments(
                 model, spec, settings, losses, policy, phi, known_by, optimizer=rule, **more
             )
             notes: list[str] = []
@@ -198,7 +198,7 @@ def _named_level(settings: Settings) -> OwnLevel | None:
 
 
 @dataclass(frozen=True)
-class _Work:
+class _Arguments:
     """Arguments of `train`, and the stream's identity (`known_by`, snapshots/resume.py). `keeps`:
     the folder of snapshots was given, or there is none."""
 
@@ -304,7 +304,7 @@ class _Work:
         then = snapshot.manifest
         return graph, replace(plan, skip=then.samples, passed=then.passed), notes
 
-    def in_folder_of_its_own(self, snapshot: Snapshot) -> _Work:
+    def in_folder_of_its_own(self, snapshot: Snapshot) -> _Arguments:
         """Keep a run that begins its ticks anew from writing among those of the snapshot's run."""
         snapshots = self.settings.snapshots
         if snapshots.path is None or storage(snapshots.path).where != snapshot.where:
@@ -314,7 +314,7 @@ class _Work:
         )
         return replace(self, settings=self.settings.model_copy(update={"snapshots": snapshots}))
 
-    def _kept_at(self, snapshot: Snapshot) -> _Work:
+    def _kept_at(self, snapshot: Snapshot) -> _Arguments:
         """Put new snapshots beside the one that the run goes on from, unless settings say so,
         and use measured delays again."""
         settings, keeps = self.settings, True
@@ -339,7 +339,7 @@ def plan_of(
     """
     rules = {p: make_rule(f"rules.{p}", rule) for p, rule in settings.learning.rules.items()}
     level = _named_level(settings)
-    work = _Work(model, spec, settings, None, None, None, rules=rules, level=level)
+    work = _Arguments(model, spec, settings, None, None, None, rules=rules, level=level)
     if snapshot is None:
         return work.planned()[1]
     work = work._kept_at(snapshot)
@@ -360,7 +360,7 @@ def snapshot_model(
     They are averages where `learning.average` asks for them, as in `RunResult.model`. Raises
     SnapshotError if they do not fit.
     """
-    graph = _Work(model, spec, settings, None, None, None).graph()
+    graph = _Arguments(model, spec, settings, None, None, None).graph()
     return weights_of(snapshot, graph, averaged=True)
 
 

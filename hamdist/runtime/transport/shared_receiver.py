@@ -172,13 +172,13 @@ class SharedReceiver:
             raise WireError(f"{channel}: a ring of format {form} for channel {number}, run {run:x}")
         fd = self._descriptor(stamp)
         try:
-            held = fcntl.fcntl(fd, fcntl.F_GET_SEALS)
+            sealed = fcntl.fcntl(fd, fcntl.F_GET_SEALS)
             size = os.fstat(fd).st_size
             whole = slots * slot_bytes == size and slot_bytes % ALIGNMENT == 0 and size > 0
-            if not whole or slots > channel.capacity or held & seals() != seals():
+            if not whole or slots > channel.capacity or sealed & seals() != seals():
                 raise WireError(
                     f"{channel}: a ring of {size} bytes with {slots} slots of {slot_bytes}, seals "
-                    f"{held:#x}"
+                    f"{sealed:#x}"
                 )
             ring = Ring(fd, slots, slot_bytes, writes=False)
         except OSError as error:  # no memory file: it has no seals

@@ -222,11 +222,11 @@ class ZmqReceiver:
         frames = self._early.pop(self._next)
         self._next += 1
         line.waiting = None
-        came = perf_counter()
-        line.waited += came - began
+        arrival = perf_counter()
+        line.waited += arrival - began
         message = frames[0].buffer[NUMBER.size if len(self._newest) > 1 else 0 :].tobytes()
         self._came.extend(self._packer.unpack(message, self._taker(frames)))
-        line.packed += perf_counter() - came
+        line.packed += perf_counter() - arrival
         return self._came.popleft()
 
     def _number(self, frames: Sequence[Any]) -> int:

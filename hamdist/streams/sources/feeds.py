@@ -180,14 +180,14 @@ def mqtt(
 
     if patience <= 0:
         raise SettingsError(f"mqtt: patience is {patience:g}; above 0")
-    came: queue.SimpleQueue[Any] = queue.SimpleQueue()
+    messages: queue.SimpleQueue[Any] = queue.SimpleQueue()
     line = paho.Client(
         CallbackAPIVersion.VERSION2, client_id=client, clean_session=False, manual_ack=True
     )
     if username is not None:
         line.username_pw_set(username, password)
     line.on_connect = lambda c, *_: c.subscribe(topic, qos=1)
-    line.on_message = lambda _, __, message: came.put(message)
+    line.on_message = lambda _, __, message: messages.put(message)
     line.reconnect_delay_set(1, 5)
     lost: float | None = time.monotonic()
     try:
@@ -195,7 +195,7 @@ def mqtt(
         line.loop_start()
         while True:
             try:
-                message = came.get(timeout=0.5)
+                message = messages.get(timeout=0.5)
             except queue.Empty:
                 lost = None if line.is_connected() else lost or time.monotonic()
                 if lost is not None and time.monotonic() - lost > patience:

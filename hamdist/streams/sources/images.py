@@ -206,18 +206,18 @@ class _Look:
     def of(
         cls, files: ImageFiles, dtype: torch.dtype, steps: int | None, permutation: int | None
     ) -> _Look:
-        many = math.prod(files.shape)
-        shape: tuple[int, ...] = (many,) if files.shape[0] == 1 else files.shape
+        pixels = math.prod(files.shape)
+        shape: tuple[int, ...] = (pixels,) if files.shape[0] == 1 else files.shape
         if steps is not None:
-            if many % steps:
+            if pixels % steps:
                 raise SettingsError(
-                    f"stream.images.steps is {steps}: an image of {files.title} has {many} "
+                    f"stream.images.steps is {steps}: an image of {files.title} has {pixels} "
                     "numbers, which is no multiple of it"
                 )
-            shape = (steps, many // steps)
+            shape = (steps, pixels // steps)
         order = None
         if permutation is not None:
-            order = torch.randperm(many, generator=torch.Generator().manual_seed(permutation))
+            order = torch.randperm(pixels, generator=torch.Generator().manual_seed(permutation))
         mean, std = (
             torch.tensor(t, dtype=dtype).reshape(1, -1, 1, 1) for t in (files.mean, files.std)
         )

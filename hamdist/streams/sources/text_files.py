@@ -69,11 +69,11 @@ def read_texts(path: Path | str, count: int | None, seed: int) -> Texts:
     else:
         raise StreamError(f"no texts in {place}: give {_LAYOUT}")
     for label, entries in enumerate(train):
-        wanted = 1 if count is None else (count + 1 - label) // 2
-        if len(entries) < wanted:
+        number = 1 if count is None else (count + 1 - label) // 2
+        if len(entries) < number:
             raise StreamError(
                 f"{place}: class {CLASSES[label]!r} has {len(entries)} texts to train on, "
-                f"{wanted} are needed: lower stream.sequences.count, or add texts"
+                f"{number} are needed: lower stream.sequences.count, or add texts"
             )
     return Texts(_chosen(train, count, seed), _chosen(test, HELD_OUT_MOST, 0))
 
@@ -117,9 +117,9 @@ def _split(entries: _ByClass) -> tuple[_ByClass, _ByClass]:
     train: list[list[str | Path]] = []
     test: list[list[str | Path]] = []
     for texts in entries:
-        held = set(range(2, len(texts), HELD_OUT_SHARE))
-        train.append([text for i, text in enumerate(texts) if i not in held])
-        test.append([texts[i] for i in sorted(held)])
+        held_out = set(range(2, len(texts), HELD_OUT_SHARE))
+        train.append([text for i, text in enumerate(texts) if i not in held_out])
+        test.append([texts[i] for i in sorted(held_out)])
     return (train[0], train[1]), (test[0], test[1])
 
 
@@ -128,8 +128,8 @@ def _chosen(entries: _ByClass, count: int | None, seed: int) -> list[tuple[Seque
     picked: list[tuple[str | Path, int]] = []
     for label, texts in enumerate(entries):
         order = torch.randperm(len(texts), generator=generator("texts", seed, label)).tolist()
-        many = len(texts) if count is None else (count + 1 - label) // 2
-        picked += [(texts[i], label) for i in order[:many]]
+        number = len(texts) if count is None else (count + 1 - label) // 2
+        picked += [(texts[i], label) for i in order[:number]]
     mixed = torch.randperm(len(picked), generator=generator("text order", seed)).tolist()
     return [(_tokens(picked[i][0]), picked[i][1]) for i in mixed]
 

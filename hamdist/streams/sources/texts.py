@@ -144,7 +144,7 @@ def load_glove(
             instead of one (names the line), or none of the words is in it.
     """
     place = Path(path).expanduser()
-    wanted = {word: number for number, word in enumerate(vocabulary.words)}
+    numbers = {word: number for number, word in enumerate(vocabulary.words)}
     by_word: dict[int, list[float]] = {}
     size = 0
     try:
@@ -159,8 +159,8 @@ def load_glove(
                         "is it a GloVe file?"
                     )
                 word = " ".join(fields[:-size])
-                if word in wanted:
-                    by_word[wanted[word]] = _numbers(fields[-size:], place, number)
+                if word in numbers:
+                    by_word[numbers[word]] = _numbers(fields[-size:], place, number)
     except (OSError, UnicodeDecodeError) as error:
         raise StreamError(f"{place}: cannot be read as UTF-8 text: {error}") from error
     if not by_word:

@@ -151,7 +151,7 @@ class StudySettings(Section):
     def _fair(self) -> StudySettings:
         budgets = {name: math.prod(map(len, s.tune.values())) for name, s in self.sides.items()}
         if len(set(budgets.values())) > 1:
-            counts = ", ".join(f"{name} {many}" for name, many in budgets.items())
+            counts = ", ".join(f"{name} {budget}" for name, budget in budgets.items())
             raise ValueError(
                 f"'sides': every side is tuned with the same budget, but the candidates in 'tune' "
                 f"are {counts}: give each as many"

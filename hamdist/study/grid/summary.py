@@ -111,8 +111,8 @@ def _until(goal: float | None, records: Sequence[RunRecord]) -> tuple[float | No
 
 def _mean_of_all(values: Sequence[float | None]) -> float | None:
     """Return the mean; None where one is missing."""
-    known = [value for value in values if value is not None]
-    return mean_of(known) if len(known) == len(values) else None
+    finished = [value for value in values if value is not None]
+    return mean_of(finished) if len(finished) == len(values) else None
 
 
 def _gaps(records: Sequence[RunRecord], baseline: Sequence[RunRecord]) -> list[float]:

@@ -79,8 +79,8 @@ def in_words(test: PairedTest, seeds: int) -> str:
     p = "p < 0.001" if test.p < 0.001 else f"p = {test.p:.2g}"
     if test.p < LEVEL:
         return f"differs from the baseline (paired t test over {seeds} seeds, {p})"
-    many = f"more than {MOST_SEEDS}" if test.seeds_to_tell is None else f"{test.seeds_to_tell}"
+    needed = f"more than {MOST_SEEDS}" if test.seeds_to_tell is None else f"{test.seeds_to_tell}"
     return (
         f"not told apart from the baseline with {seeds} seeds (paired t test, {p}); a gap of this "
-        f"size would take about {many} seeds"
+        f"size would take about {needed} seeds"
     )

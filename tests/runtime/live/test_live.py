@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import gc
 import os
+import signal
 import subprocess
 import sys
 import tempfile
@@ -553,14 +554,6 @@ def test_callbacks_are_told_what_happens(tmp_path):
     assert order == ["start", 0, 1, 2, "evaluate", 3, 4, 5, "evaluate", 6, "end"]
 
 
-class Settled(hamdist.Evaluation):
-    """Behind the update of the sample, which at speed inf comes with the next emission."""
-
-    def on_sample(self, run, answer):
-        run.settle()
-        super().on_sample(run, answer)
-
-
 def test_training_stops_early_and_gives_back_the_best_weights():
     """By hand: the loss on held-out data after every second step, and where it was least."""
     said, held_out = list(samples(40, seed=5)), next(iter(samples(1, seed=9, batch=6)))
@@ -586,9 +579,9 @@ def test_training_stops_early_and_gives_back_the_best_weights():
         classes=3,
         level="backprop",
         learning={"lr": 0.8},
-        callbacks=[Settled(*held_out, every=2), best, hamdist.EarlyStopping(3)],
+        callbacks=[hamdist.Evaluation(*held_out, every=2), hamdist.EarlyStopping(3), best],
     )
-    assert result.samples == stop
+    assert (result.samples, result.stopped) == (stop, True)
     loss, weights = min(seen, key=lambda one: one[0])
     assert best.best.loss == pytest.approx(loss)
     for name, weight in result.model.state_dict().items():
@@ -608,9 +601,45 @@ def test_a_stream_that_fails_beside_callbacks_leaves_what_was_learned():
     assert all(torch.equal(a, b) for a, b in left)
 
 
+class Raises(hamdist.Callback):
+    def __init__(self, error=None):
+        self.error = error
+
+    def on_sample(self, run, answer):
+        if answer.number == 3 and self.error is not None:
+            raise self.error
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_beside_callbacks_ends_the_stream(number):
+    def signalled():
+        for n, item in enumerate(samples(9)):
+            if n == 4:
+                signal.raise_signal(number)
+            yield item
+
+    given = {"classes": 3, "level": "trace", "callbacks": [hamdist.Callback()]}
+    result = hamdist.train(network(), signalled(), **given)
+    assert (result.samples, result.interrupted, result.stopped) == (4, True, False)
+    assert equal(result, hamdist.train(network(), samples(4), **given))
+
+
+def test_a_callback_that_stops_or_fails_leaves_the_others_and_the_result():
+    told = Told()
+    given = {"classes": 3, "level": "backprop"}
+    calls = [Raises(hamdist.Stop()), told]
+    result = hamdist.train(network(), samples(9), callbacks=calls, **given)
+    assert (result.samples, result.stopped) == (4, True)
+    assert told.told == ["start", 0, 1, 2, 3, "window", "end"]
+    with pytest.raises(KeyError) as caught:
+        hamdist.train(network(), samples(9), callbacks=[Raises(KeyError("mine"))], **given)
+    assert equal(getattr(caught.value, "result", None), result)
+
+
 @pytest.mark.parametrize(
     ("callbacks", "said"),
     [
+        (hamdist.Callback(), "callbacks is a Callback; give a list"),
         ([hamdist.EarlyStopping], "EarlyStopping'> is no hamdist.Callback; give one, made"),
         ([hamdist.EarlyStopping(3)], "EarlyStopping waits for evaluations, which nobody makes"),
         ([hamdist.BestWeights()], "BestWeights waits for evaluations, which nobody makes"),

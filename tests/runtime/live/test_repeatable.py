@@ -3,6 +3,9 @@ Oracle: the run's own weights, to the bit."""
 
 from __future__ import annotations
 
+import sys
+import warnings
+
 import pytest
 import torch
 from runtime.live.test_live import equal, network, samples, start
@@ -116,3 +119,31 @@ def test_a_run_that_went_on_with_other_settings_is_refused(name, snapshot, tmp_p
     fed(on, 2)
     with pytest.raises(SettingsError, match="went on otherwise"):
         hamdist.replay(tmp_path, network())
+
+
+def test_changed_code_that_settings_name_is_said(tmp_path, monkeypatch):
+    """A rule and a level, by the names of their file."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "path", [*sys.path])
+    text = """
+import hamdist
+from runtime.live.test_repeatable import Slow, Slower
+class Level(Slow):
+    def __init__(self):
+        super().__init__(3)
+class Rule(Slower):
+    def feedback(self, block):
+        return {}
+"""
+    file = tmp_path / "named_in_settings.py"
+    file.write_text(text)
+    rules = {"block*": f"{file.name}:Rule"}
+    fields = {"learning": {"rules": rules}, "locality": {"level": f"{file.name}:Level"}}
+    result = fed(start("trace", out="out", **fields), 3)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert equal(result, hamdist.replay("out", network()))
+    file.write_text(text.replace("return {}", "return dict()").replace("(3)", "(4)"))
+    monkeypatch.delitem(sys.modules, file.stem)
+    with pytest.warns(HamdistWarning, match=r"code of level, the code of the rule of block\*"):
+        hamdist.replay("out", network())

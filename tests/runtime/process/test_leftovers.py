@@ -65,7 +65,7 @@ def test_a_claim_of_this_process_holds_until_it_is_released(place):
 def test_what_is_young_of_another_kind_or_a_link_stays(place):
     young = place / "hd-0123456789abcde0"
     young.mkdir()
-    others = [old(place / "hdhead-1"), old(place / "hd-parcel-0")]
+    others = [old(place / "hdhead-1"), old(place / "hd-package-0")]
     target = old(place / "mine")
     link = place / "hd-fedcba9876543210"
     link.symlink_to(target)

@@ -271,7 +271,7 @@ def test_an_end_that_meets_with_a_loss(tmp_path, when):
         elif worker_group.asked and not worker_group.completed:
             worker_group.writes(worker_group.asked[-1])
 
-    watch._policy._recovery.replace = refused
+    watch._supervision._recovery.replace = refused
     worker_group.wait = answers
     stop = threading.Event()
     stop.set()
