@@ -18,7 +18,15 @@ from hamdist.streams.sources.characters import CharacterStream
 from hamdist.streams.sources.datasets import DataSet, digits, mnist1d
 from hamdist.streams.sources.drift import DriftStream
 from hamdist.streams.sources.feeds import files, mqtt, read_json, socket
-from hamdist.streams.sources.images import CIFAR10, FASHION_MNIST, MNIST, read_images
+from hamdist.streams.sources.images import (
+    CIFAR10,
+    FASHION_MNIST,
+    MNIST,
+    cifar10,
+    fashion_mnist,
+    mnist,
+    read_images,
+)
 from hamdist.streams.sources.sequences import TokenStream
 from hamdist.streams.sources.signals import SignalStream
 from hamdist.streams.sources.texts import Vocabulary, load_glove, token_sequences
@@ -53,8 +61,10 @@ __all__ = [
     "TokenStream",
     "Vocabulary",
     "Withhold",
+    "cifar10",
     "digits",
     "drifts",
+    "fashion_mnist",
     "files",
     "from_iterable",
     "from_loader",
@@ -62,6 +72,7 @@ __all__ = [
     "held_out_tokens",
     "load_glove",
     "make_stream",
+    "mnist",
     "mnist1d",
     "mqtt",
     "read_images",

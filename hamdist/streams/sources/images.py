@@ -11,6 +11,7 @@ import sys
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -162,6 +163,39 @@ def read_images(
     look = _Look.of(files, dtype, steps, permutation)
     train = ArrayStream(images, labels, batch, seed, classes=CLASSES)
     return DataSet(_Standardised(train, look), look(x), y.to(torch.int64))
+
+
+def mnist(
+    batch: int, seed: int, dtype: torch.dtype, path: Path | str | None = None, **options: Any
+) -> DataSet:
+    """Return MNIST: `read_images` of `MNIST`.
+
+    Args:
+        batch, seed, dtype, path, options: as of `read_images`.
+    """
+    return read_images(MNIST, batch, seed, dtype, path, **options)
+
+
+def fashion_mnist(
+    batch: int, seed: int, dtype: torch.dtype, path: Path | str | None = None, **options: Any
+) -> DataSet:
+    """Return Fashion-MNIST: `read_images` of `FASHION_MNIST`.
+
+    Args:
+        batch, seed, dtype, path, options: as of `read_images`.
+    """
+    return read_images(FASHION_MNIST, batch, seed, dtype, path, **options)
+
+
+def cifar10(
+    batch: int, seed: int, dtype: torch.dtype, path: Path | str | None = None, **options: Any
+) -> DataSet:
+    """Return CIFAR-10: `read_images` of `CIFAR10`.
+
+    Args:
+        batch, seed, dtype, path, options: as of `read_images`.
+    """
+    return read_images(CIFAR10, batch, seed, dtype, path, **options)
 
 
 def find_images(files: ImageFiles, path: Path | str | None = None) -> Path:
