@@ -181,7 +181,7 @@ def _wandb(folder: Path, settings: Settings) -> Tracker:
         "WANDB_MODE", "online" if "WANDB_API_KEY" in os.environ else "offline"
     )
     config = settings.model_dump(mode="json", exclude_unset=True)
-    own = wandb.run is None  # (else `init` gives the run that is open, which stays open)
+    begun_here = wandb.run is None  # (else `init` gives the run that is open, which stays open)
     run: Any = wandb.init(
         project="hamdist", name=settings.name, dir=folder, mode=mode, config=config
     )
@@ -196,7 +196,7 @@ def _wandb(folder: Path, settings: Settings) -> Tracker:
     def close() -> None:
         if (folder / REPORT).is_file():
             run.log_artifact(str(folder / REPORT), name="report", type="report")
-        if own:
+        if begun_here:
             run.finish()
 
     return Tracker(log, close=close, histograms=histograms)

@@ -268,41 +268,31 @@ class StreamSettings(Section):
 
     @model_validator(mode="after")
     def _parts_fit(self) -> StreamSettings:
-        if self.source is Source.SIGNAL and self.batch != 1:
-            raise ValueError(f"'batch' is {self.batch}, but a signal has one row: leave it out")
-        if self.canvas is not None and self.source not in _IMAGES:
-            raise ValueError(
-                f"'canvas' moves images, which source {self.source.value!r} has not: leave it out, "
-                f"or use {' or '.join(source.value for source in _IMAGES)}"
-            )
-        if self.canvas is not None and self.smooth is not None:
-            raise ValueError(
-                "'canvas' and 'smooth': each has frames of its own; leave one of them out"
-            )
-        if self.images != ImageSettings():
-            if self.source not in _FILES:
-                raise ValueError(
-                    f"'images' belongs to {', '.join(source.value for source in _FILES)}, not to "
-                    f"source {self.source.value!r}: leave it out"
-                )
-            if self.canvas is not None:
-                raise ValueError("'canvas' moves images, 'images' cuts them: give one")
+        source, canvas, images = self.source.value, self.canvas, self.images != ImageSettings()
         late, delay = self.late_targets, self.target_delay
-        if self.relearn in (Relearn.AGAIN, Relearn.TRACE) and self.pace is not None:
-            raise ValueError(
-                f"'relearn' is {self.relearn.value!r} with 'pace', whose samples come at times of "
-                "their own: use 'wait', whose scores know no delay"
-            )
-        if late and delay is not None and delay != late:
-            raise ValueError(
-                f"'late_targets' is {late} and 'target_delay' is {delay}: each target would meet "
-                "another sample than its own; give one of them, or both alike"
-            )
-        if max(late, delay or 0) > self.patience and not self.again:
-            raise ValueError(
-                f"targets come {max(late, delay or 0)} samples late, but 'patience' is "
-                f"{self.patience}: no sample would wait for its target; raise 'patience'"
-            )
+        most = max(late, delay or 0)
+        again = self.relearn in (Relearn.AGAIN, Relearn.TRACE)
+        faults: dict[str, object] = {
+            f"'batch' is {self.batch}, but a signal has one row: leave it out": self.source
+            is Source.SIGNAL
+            and self.batch != 1,
+            f"'canvas' moves images, which source {source!r} has not: leave it out, or use "
+            f"{' or '.join(s.value for s in _IMAGES)}": canvas and self.source not in _IMAGES,
+            "'canvas' and 'smooth': each has frames of its own; leave one of them out": canvas
+            and self.smooth,
+            f"'images' belongs to {', '.join(s.value for s in _FILES)}, not to source "
+            f"{source!r}: leave it out": images and self.source not in _FILES,
+            "'canvas' moves images, 'images' cuts them: give one": canvas and images,
+            f"'relearn' is {self.relearn and self.relearn.value!r} with 'pace', whose samples come "
+            "at times of their own: use 'wait', whose scores know no delay": again and self.pace,
+            f"'late_targets' is {late} and 'target_delay' is {delay}: each target would meet "
+            "another sample than its own; give one of them, or both alike": late
+            and delay not in (None, late),
+            f"targets come {most} samples late, but 'patience' is {self.patience}: no sample would "
+            "wait for its target; raise 'patience'": most > self.patience and not self.again,
+        }
+        for fault in (text for text, holds in faults.items() if holds):
+            raise ValueError(fault)
         return self
 
     @property

@@ -155,8 +155,8 @@ def _recorded(fields: Mapping[str, Any]) -> dict[str, Any]:
 def _digests(model: nn.Module | Graph, fields: Mapping[str, Any]) -> dict[str, str]:
     """Return digests of the user's code, by what it is to the run."""
     settings: Settings = fields["settings"]
-    given = {**settings.learning.rules, **(fields["rules"] or {})}
-    rules = {f"the rule of {p}": make_rule(f"rules.{p}", rule) for p, rule in given.items()}
+    named_rules = {**settings.learning.rules, **(fields["rules"] or {})}
+    rules = {f"the rule of {p}": make_rule(f"rules.{p}", rule) for p, rule in named_rules.items()}
     code = {n: fields[n] for n in ("loss", "phi", "optimizer", "scheduler", "level") if n in fields}
     if code.get("level") is None and settings.locality.level is not None:
         code["level"] = make_level("locality.level", settings.locality.level)

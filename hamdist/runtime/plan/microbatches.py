@@ -145,31 +145,27 @@ def microbatch_warnings(
     parts, notes = knobs.microbatches, []
     if auto:
         notes.append(f"locality.microbatches 'auto' is {parts}: batches have {spec.batch} row(s)")
+    if parts == 1:
+        return notes
     modules = [m for b in graph.blocks.values() for m in b.module.modules()]
     norms = [m for m in modules if isinstance(m, _BatchNorm) and m.training]
-    if parts != 1 and norms:
-        notes.append(
-            f"locality.microbatches {parts}: batch norms normalise each micro-batch by its own "
-            "statistics, and note them once each, so the run is not the one of the whole batch; "
-            "use LayerNorm or GroupNorm, or locality.microbatches 1"
-        )
-    mixing, outputs = ([], {}) if parts == 1 else _mixing(graph, inputs, spec.batch)
-    unlike = (
-        [] if parts == 1 else [n for n in graph.readouts if _is_no_mean(graph, spec, n, outputs)]
-    )
-    if unlike:
-        notes.append(
-            f"locality.microbatches {parts}: the loss of {', '.join(unlike)} is no mean over rows "
-            "(it adds them up, or divides by weights of classes), so the run is not the one of the "
-            "whole batch; make it one, or use level 'backprop'"
-        )
-    if mixing:
-        notes.append(
-            f"locality.microbatches {parts}: what block {mixing[0]!r} makes of a row depends on "
-            "the other rows of the batch, or on their number, so the run is not the one of the "
-            "whole batch; leave that out of the model, or use locality.microbatches 1"
-        )
-    return notes
+    mixing, outputs = _mixing(graph, inputs, spec.batch)
+    unlike = [n for n in graph.readouts if _is_no_mean(graph, spec, n, outputs)]
+    remedies = {
+        "batch norms normalise each micro-batch by its own statistics, and note them once "
+        "each": norms and "use LayerNorm or GroupNorm, or locality.microbatches 1",
+        f"the loss of {', '.join(unlike)} is no mean over rows (it adds them up, or divides by "
+        "weights of classes)": unlike and "make it one, or use level 'backprop'",
+        f"what block {''.join(mixing[:1])!r} makes of a row depends on the other rows of the "
+        "batch, or on their number": mixing
+        and "leave that out of the model, or use locality.microbatches 1",
+    }
+    return notes + [
+        f"locality.microbatches {parts}: {cause}, so the run is not the one of the whole batch; "
+        f"{remedy}"
+        for cause, remedy in remedies.items()
+        if remedy
+    ]
 
 
 # What torch, and checks in a loss of the user's own, raise of targets that they do not take.

@@ -42,9 +42,8 @@ _STUDIES = (
 )
 FILES = (  # what --overwrite may remove: whatever these commands write
     *(EVENTS, CONTROL, "metrics.jsonl", "runs.jsonl", "settings*.yaml", "summary.json"),
-    *("results.csv", "results.tex", "report.html", "gap.png", "records.npz", "records.html"),
+    *("results.csv", "results.tex", "report.html", "records.npz", "records.html"),
     *("model.safetensors", "plain.safetensors", "digests*.json", f"{RUNS}/*.json", *_STUDIES),
-    *("accuracy-rows.png", "accuracy-seconds.png", "energies.png", "weights.png", "tracking.png"),
 )
 
 

@@ -19,7 +19,7 @@ from hamdist.config import EngineKind, EngineSettings, Settings
 from hamdist.dynamics.graph.graph import BlockSpec, Graph
 from hamdist.dynamics.objective.losses import cross_entropy
 from hamdist.dynamics.rules.rule import BlockView, Messages, Rule, Updates
-from hamdist.errors import GraphError
+from hamdist.errors import DivergedError, GraphError
 from hamdist.runtime.plan.plan import Plan
 from hamdist.runtime.ray_engine.session import ray_session
 from hamdist.runtime.results.result import RunResult
@@ -130,8 +130,11 @@ class VerifiedRule:
             if hasattr(node.block, "rule"):
                 others = [t for block in tensors if block is not mine for t in block]
                 node.block.rule.call = partial(_with_nan, node.block.rule.call, others)
-        network.run(self._stream())
         clean = [t for block in self._run().blocks.values() for t in block.theta.values()]
+        try:
+            network.run(self._stream())
+        except DivergedError as error:
+            return Difference(torch.inf, f"it reads other blocks: {error}")
         dirty = [t for node in nodes for t in node.block.weights.theta]
         same = all(torch.equal(a, b) for a, b in zip(clean, dirty, strict=True))
         return Difference(0.0 if same else torch.inf, "" if same else "it reads other blocks")
