@@ -7,6 +7,7 @@ from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
+from torch.nn.utils import parametrize
 
 from hamdist.dynamics.user_modules.structure import tensors_in
 from hamdist.errors import GraphError, SettingsError
@@ -25,6 +26,8 @@ def copied(thing: T, memo: dict[int, Any] | None = None) -> T:
     memo = {} if memo is None else memo
     modules = thing if isinstance(thing, tuple) else (thing,)
     for part in (p for m in modules if isinstance(m, nn.Module) for p in m.modules()):
+        if parametrize.is_parametrized(part):
+            setattr(type(part), "__reduce_ex__", _reduced)  # noqa: B010
         for tensor in tensors_in(vars(part)):
             if not tensor.is_leaf:
                 memo[id(tensor)] = tensor.detach()
@@ -40,6 +43,21 @@ def copied(thing: T, memo: dict[int, Any] | None = None) -> T:
             if not p.is_leaf:  # of a scripted module, which torch copies with a history
                 p.detach_().requires_grad_()
     return copy_of_thing
+
+
+def _reduced(module: nn.Module, _: object) -> tuple[Any, ...]:
+    """Return how pickle makes a parametrized module again, which torch itself does not allow."""
+    return _parametrized, (type(module).__mro__[1], vars(module))
+
+
+def _parametrized(kind: type[nn.Module], state: dict[str, Any]) -> nn.Module:
+    module: Any = kind.__new__(kind)
+    vars(module).update(state)
+    parametrize._inject_new_class(module)
+    for name in module.parametrizations:
+        parametrize._inject_property(module, name)
+    setattr(type(module), "__reduce_ex__", _reduced)  # noqa: B010
+    return module  # type: ignore[no-any-return]
 
 
 def _uncopied(modules: tuple[Any, ...], memo: dict[int, Any], error: TypeError) -> str:

@@ -4,9 +4,13 @@ the last bit on Ray."""
 from __future__ import annotations
 
 import pytest
+import torch
 from dynamics.architectures import GPT, Config
 from dynamics.tracing.test_any_network import NETWORKS, made
 from runtime.engines.test_engines_equal import assert_equal
+from torch import nn
+from torch.nn.utils.parametrizations import spectral_norm, weight_norm
+from torch.nn.utils.parametrize import is_parametrized
 
 import hamdist
 from hamdist.streams import from_iterable
@@ -54,6 +58,22 @@ def test_cuts_inside_residual_branches_and_delays(session):
     apart = [["block0", "block2"], ["block1", "block3"]]  # so that every edge crosses
     alone = both("resnet", placement=apart, level="trace", partition={"cuts": cuts, "delay": 2})
     assert alone.staleness == 12
+
+
+@pytest.mark.ray
+def test_parametrized_modules_travel(session):
+    """torch itself refuses to pickle them."""
+
+    def run(engine):
+        torch.manual_seed(0)
+        layers = (spectral_norm(nn.Linear(6, 8)), nn.Tanh(), weight_norm(nn.Linear(8, 3)))
+        items = [(torch.randn(4, 6), torch.randint(3, (4,))) for _ in range(5)]
+        model = nn.Sequential(*layers)
+        return hamdist.train(model, items, level="trace", engine=engine, learning={"lr": 0.1})
+
+    ray = run({"kind": "ray", "actors": 2})
+    assert_equal(run({"kind": "inprocess"}), ray)
+    assert is_parametrized(ray.model[0], "weight")
 
 
 @pytest.mark.ray
