@@ -112,21 +112,27 @@ class RunOptions:
 
     def factory(self) -> ModelFactory | None:
         """Return the function that `--model` names. Raises SettingsError if there is none."""
+        if self.model is not None:
+            self._check_beside("model", self.model, "stabilise")
         return factory_of(self.model)
 
     def data(self, settings: Settings) -> DataFactory | None:
         """Return the data of the function that `--stream` names. Raises SettingsError."""
         if self.stream is None:
             return None
-        for text in self.set_ or []:
-            if text.startswith("stream.") and not text.startswith("stream.names"):
-                raise SettingsError(
-                    f"--set {text!r} beside --stream {self.stream!r}: the stream is your "
-                    "function's alone (of the section stream `names` are for it); change it there"
-                )
+        self._check_beside("stream", self.stream, "names")
         from hamdist.study.run.own_data import load_stream
 
         return load_stream(self.stream, settings.stream.names, settings.model_loss)
+
+    def _check_beside(self, section: str, function: str, used: str) -> None:
+        """Raise SettingsError for a setting of a section whose thing a function makes."""
+        for text in self.set_ or []:
+            if text.startswith(f"{section}.") and not text.startswith(f"{section}.{used}"):
+                raise SettingsError(
+                    f"--set {text!r} beside --{section} {function!r}: the {section} is your "
+                    f"function's alone (of the section {section} `{used}` counts); change it there"
+                )
 
 
 def names(text: str | None) -> list[str]:
