@@ -400,7 +400,7 @@ def test_a_rule_that_fails_leaves_what_was_learned(tiny, user_file):
     assert "ValueError: an odd sample" in done.output.splitlines()[-1]
     summary = json.loads(Path("out/summary.json").read_text())
     blocks = len(summary["placement"][0])
-    assert summary["samples"] == 5 + 2 * (blocks - 1) + 2
+    assert summary["samples"] == 5 + 2 * (blocks - 1) + 1
     assert "an odd sample" in summary["failure"]
     assert load_file("out/model.safetensors")
     ended = json.loads(Path("out/events.jsonl").read_text().splitlines()[-1])
