@@ -13,12 +13,10 @@ from __future__ import annotations
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable
-from functools import partial
 from typing import Any, TypeAlias
 
 import torch
 from torch import Size, Tensor, nn
-from torch.nn import functional
 
 from hamdist.dynamics.native.chain import Activation, Operation, OperationKind
 from hamdist.dynamics.native.convolution import Convolution
@@ -31,8 +29,6 @@ aten = torch.ops.aten
 KeptTensors = list[Any]
 Wanted: TypeAlias = tuple[bool, ...]  # by input of a kernel, whether its message is needed
 ToInputs: TypeAlias = tuple[Tensor | None, ...]  # by input, z^T df/dx
-ActivationForward: TypeAlias = Callable[[Tensor], Tensor]
-ActivationVjp: TypeAlias = Callable[[Tensor, Tensor], Tensor]  # of dL/dy, and y or x
 
 
 class Kernel(ABC):
@@ -205,7 +201,7 @@ class MaxPool2d(Unary):
     """PyTorch's largest of a window, whose place is kept."""
 
     def __init__(self, m: nn.MaxPool2d) -> None:
-        self._how = *_pairs(m.kernel_size, m.stride, m.padding, m.dilation), m.ceil_mode
+        self._how = *pairs(m.kernel_size, m.stride, m.padding, m.dilation), m.ceil_mode
 
     def forward(self, old: KeptTensors | None, x: Tensor) -> KeptTensors:  # noqa: ARG002
         y, places = aten.max_pool2d_with_indices(x, *self._how)
@@ -216,17 +212,8 @@ class MaxPool2d(Unary):
         return product
 
 
-def average(m: nn.AvgPool2d) -> tuple[ActivationForward, ActivationVjp]:
-    """Return y of x, and dL/dx of dL/dy and x, of means over windows."""
-    sizes = _pairs(m.kernel_size, m.stride, m.padding)
-    how = m.ceil_mode, m.count_include_pad, m.divisor_override
-    return (
-        m,
-        lambda z, x: aten.avg_pool2d_backward(z, x, *sizes, *how),
-    )
-
-
-def _pairs(*sizes: int | tuple[int, int]) -> list[list[int]]:
+def pairs(*sizes: int | tuple[int, int]) -> list[list[int]]:
+    """Return sizes of images or windows by row and column."""
     return [[size, size] if isinstance(size, int) else list(size) for size in sizes]
 
 
@@ -373,61 +360,3 @@ class Conv2d(Kernel):
             self._made[x.shape] = made if made is not None and made.pays else None
         made = self._made[x.shape]
         return made if x.dtype is self._w.dtype and x.is_cpu else None
-
-
-# -- activations: y = f(x), dL/dx = dL/dy f'(x), where f' is a function of y or of x ---------------
-
-# By kind: y of x; the same in the memory of x; dL/dx of dL/dy and y; what the C code has.
-FROM_RESULT: dict[type, tuple[ActivationForward, ActivationForward, ActivationVjp, Activation]] = {
-    nn.ReLU: (
-        torch.relu,
-        torch.relu_,
-        lambda z, y: aten.threshold_backward(z, y, 0),
-        Activation.RELU,
-    ),
-    nn.Tanh: (torch.tanh, torch.tanh_, aten.tanh_backward, Activation.TANH),
-    nn.Sigmoid: (torch.sigmoid, torch.sigmoid_, aten.sigmoid_backward, Activation.SIGMOID),
-}
-# By kind, of such a module: y of x; dL/dx of dL/dy and x.
-FROM_INPUT: dict[type, Callable[[Any], tuple[ActivationForward, ActivationVjp]]] = {
-    nn.AvgPool2d: average,
-    nn.AdaptiveAvgPool2d: lambda m: (m, aten._adaptive_avg_pool2d_backward),
-    nn.GELU: lambda m: (
-        partial(functional.gelu, approximate=m.approximate),
-        lambda z, x: aten.gelu_backward(z, x, approximate=m.approximate),
-    ),
-    nn.SiLU: lambda _: (functional.silu, aten.silu_backward),
-    nn.LeakyReLU: lambda m: (
-        partial(functional.leaky_relu, negative_slope=m.negative_slope),
-        lambda z, x: aten.leaky_relu_backward(z, x, m.negative_slope, False),
-    ),
-    nn.Softplus: lambda m: (
-        partial(functional.softplus, beta=m.beta, threshold=m.threshold),
-        lambda z, x: aten.softplus_backward(z, x, m.beta, m.threshold),
-    ),
-    nn.ELU: lambda m: (
-        partial(functional.elu, alpha=m.alpha),
-        lambda z, x: aten.elu_backward(z, m.alpha, 1.0, 1.0, False, x),
-    ),
-    **dict.fromkeys(
-        (nn.Hardtanh, nn.ReLU6),
-        lambda m: (
-            partial(functional.hardtanh, min_val=m.min_val, max_val=m.max_val),
-            lambda z, x: aten.hardtanh_backward(z, x, m.min_val, m.max_val),
-        ),
-    ),
-}
-
-# What a forward of one's own calls, as a module: with arguments, and of a value alone.
-POOLS: dict[object, Callable[..., nn.Module]] = {
-    functional.max_pool2d: nn.MaxPool2d,
-    functional.avg_pool2d: nn.AvgPool2d,
-    functional.adaptive_avg_pool2d: nn.AdaptiveAvgPool2d,
-}
-FUNCTIONS: dict[object, Callable[[], nn.Module]] = {
-    **dict.fromkeys((torch.relu, functional.relu, "relu"), nn.ReLU),
-    **dict.fromkeys((torch.tanh, functional.tanh, "tanh"), nn.Tanh),
-    **dict.fromkeys((torch.sigmoid, functional.sigmoid, "sigmoid"), nn.Sigmoid),
-    functional.gelu: nn.GELU,
-    functional.silu: nn.SiLU,
-}

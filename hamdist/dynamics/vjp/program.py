@@ -23,11 +23,8 @@ from hamdist.dynamics.vjp.attention import (
     in_projection,
     is_plain,
 )
+from hamdist.dynamics.vjp.functions import FROM_INPUT, FROM_RESULT, FUNCTIONS, POOLS
 from hamdist.dynamics.vjp.kernels import (
-    FROM_INPUT,
-    FROM_RESULT,
-    FUNCTIONS,
-    POOLS,
     Add,
     Conv2d,
     Embedding,

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from hamdist.dynamics.vjp.kernels import FUNCTIONS, POOLS
+from hamdist.dynamics.vjp.functions import FUNCTIONS, POOLS
 
 OWN = "torch.nn.modules."
 # Instructions that write, define or read anything but local variables.
