@@ -100,7 +100,11 @@ typedef INT NAME(Lanes) __attribute__((vector_size(VECTOR_BITS / 8)));
 #define LOW 0, 4, 1, 5
 #define HIGH 2, 6, 3, 7
 #endif
-#define LANES_OF(a, b, lanes) __builtin_shuffle(a, b, (NAME(Lanes)){lanes})
+#ifdef __clang__
+#define LANES_OF(a, b, ...) __builtin_shufflevector(a, b, __VA_ARGS__)
+#else
+#define LANES_OF(a, b, ...) __builtin_shuffle(a, b, (NAME(Lanes)){__VA_ARGS__})
+#endif
 
 /* Does a piece of work on `left` numbers from i on, for all i in steps of a vector. */
 #define ROW_OF(n, ...)                                                                             \
