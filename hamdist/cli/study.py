@@ -108,6 +108,9 @@ def _say_record(phase: str, done: int, total: int, record: RunRecord) -> None:
     from hamdist.display.table import percent
 
     level = record.settings["level"] if record.trains == "level" else record.trains
+    rules = record.settings.get("learning", {}).get("rules") or {}
+    for rule in dict.fromkeys(r if isinstance(r, str) else r["name"] for r in rules.values()):
+        level += f" with {rule}"
     outcome = record.failure or f"{percent(record.accuracy, digits=2)} %, {record.seconds:.1f} s"
     note(f"[{phase} {done}/{total}] {level}, seed {record.seed}: {outcome}")
 
