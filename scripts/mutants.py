@@ -177,8 +177,8 @@ MUTANTS = (
     ),
     Mutant(
         "schedule: a bundle may be as long as the edge's delay and one",
-        "return ALONE if self._own else Bundle(max(1, edge.delay // spacing), spacing)",
-        "return ALONE if self._own else Bundle(max(1, edge.delay // spacing + 1), spacing)",
+        "return ALONE if self._own_rounds else Bundle(max(1, edge.delay // spacing), spacing)",
+        "return ALONE if self._own_rounds else Bundle(max(1, edge.delay // spacing + 1), spacing)",
         "tests/dynamics/schedule/test_schedule_tables.py "
         "tests/runtime/placement/test_links.py -m 'not ray'",
     ),
