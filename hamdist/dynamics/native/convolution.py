@@ -9,9 +9,9 @@ from torch import Size, Tensor
 
 from hamdist.dynamics.native import rows
 
-# Where torch's library is not faster: weights that a cache holds, and images of so many places, or
-# little work, of which a call is a good part (scripts/bench/products --convolutions).
-WEIGHTS, PLACES, WORK = 1 << 16, 100, 1 << 21
+# Where torch's library is not faster: sums of few numbers over many places, or little work, of which
+# a call is a good part, and weights that a cache holds (scripts/bench/products --convolutions).
+NUMBERS, PLACES, WORK, WEIGHTS = 160, 100, 1 << 21, 1 << 16
 
 
 class Convolution:
@@ -47,14 +47,11 @@ class Convolution:
     def pays(self) -> bool:
         """Return True if the C code can make it in this process, and torch would not be faster."""
         images, outputs, height, width = self.out_shape
-        weights = outputs * self._kernel
-        work = images * weights * height * width
-        return (
-            rows.has_products(outputs)
-            and weights <= WEIGHTS
-            and work > 0
-            and (height * width >= PLACES or work <= WORK)
-        )
+        places, weights = height * width, outputs * self._kernel
+        work = images * weights * places
+        short = self._kernel <= NUMBERS and places >= PLACES
+        little = work <= WORK and (images == 1 or places >= PLACES // 3)
+        return rows.has_products(outputs) and 0 < work and weights <= WEIGHTS and (short or little)
 
     def forward(self, x: Tensor, w: Tensor, b: Tensor | None) -> Tensor:
         """Return y (B, O, ...) of x (B, C, ...), contiguous, with weights w (O, C, ...), b (O,)."""

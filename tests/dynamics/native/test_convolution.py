@@ -141,10 +141,12 @@ def test_where_torch_is_faster_it_makes_them(monkeypatch):
         shapes = (images, channels, size, size), (outputs, channels, 3, 3)
         return Convolution(*shapes, (1, 1), (1, 1), (1, 1)).pays
 
-    assert pays(32, 32, 32, 28)
+    assert pays(32, 3, 64, 32)
     assert pays(1, 32, 64, 7)  # little work
-    assert not pays(32, 32, 64, 7)  # small images
-    assert not pays(32, 256, 256, 28)  # many weights
+    assert not pays(32, 32, 32, 28)  # long sums
+    assert not pays(32, 3, 64, 7)  # small images
+    assert not pays(2, 64, 64, 2)  # hardly any place
+    assert not pays(32, 16, 500, 28)  # many weights
     assert not pays(0, 3, 8, 28)
     monkeypatch.setattr(torch, "get_num_threads", lambda: 2)
-    assert not pays(32, 32, 32, 28)
+    assert not pays(32, 3, 64, 32)
