@@ -9,7 +9,7 @@ from torch import Size, Tensor
 
 from hamdist.dynamics.native import rows
 
-# Where torch's library is not faster: sums of few numbers over many places, or little work, of which
+# Where torch's library is not faster: sums of few numbers over many places, or little work of which
 # a call is a good part, and weights that a cache holds (scripts/bench/products --convolutions).
 NUMBERS, PLACES, WORK, WEIGHTS = 160, 100, 1 << 21, 1 << 16
 
@@ -51,7 +51,7 @@ class Convolution:
         work = images * weights * places
         short = self._kernel <= NUMBERS and places >= PLACES
         little = work <= WORK and (images == 1 or places >= PLACES // 3)
-        return rows.has_products(outputs) and 0 < work and weights <= WEIGHTS and (short or little)
+        return rows.has_products(outputs) and work > 0 and weights <= WEIGHTS and (short or little)
 
     def forward(self, x: Tensor, w: Tensor, b: Tensor | None) -> Tensor:
         """Return y (B, O, ...) of x (B, C, ...), contiguous, with weights w (O, C, ...), b (O,)."""
