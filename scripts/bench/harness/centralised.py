@@ -33,6 +33,7 @@ class Centralised:
     def build(self, work: dict[str, Any], configurations: list[dict[str, Any]]) -> dict[str, str]:
         """The data and a step each. What a configuration could not do stands in the result."""
         self._steps.clear()
+        torch.compiler.reset()  # (it compiles one function eight times at most)
         items, model = cycle(Work.of(work).items()), Work.of(work).model()
         problems = {}
         for raw in configurations:
