@@ -114,7 +114,10 @@ def test_an_exception_in_a_users_module(command, folder):
     )
     os.environ["PYTHONPATH"] = str(folder)
     try:
-        process = command("run", "digits", *SMALL, "--steps", "90", "--model", "mine:make")
+        process = command(
+            *("run", "digits", "--engine", "ray", "--set", "engine.actors=2"),
+            *("--steps", "90", "--model", "mine:make"),
+        )
     finally:
         del os.environ["PYTHONPATH"]
     _, errors = process.communicate(timeout=110)

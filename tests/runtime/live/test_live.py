@@ -439,6 +439,7 @@ def lose_one(level, out, engine):
 @pytest.mark.slow
 @pytest.mark.parametrize("level", ["bptt", "pipeline", "backprop"])
 def test_a_lost_actor_loses_nothing_at_other_levels(level, session, tmp_path):
+    session.make_room()  # (or an idle actor of another test might be the one that is killed)
     lose_one(level, tmp_path, {"kind": "ray", "actors": 2})
 
 

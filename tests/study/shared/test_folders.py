@@ -28,14 +28,15 @@ steps: 12
 stream: {batch: 4}
 engine: {kind: inprocess}
 """
-# Makes the model; ends its process by kill -9 when the fourth run asks for it.
+# Makes the model; ends its process by kill -9 when the fourth run asks for it, behind the plans of
+# three levels.
 FOURTH = """
 import os, signal, torch
 
 def make():
     with open("calls", "a") as file:
         file.write(".")
-    if os.path.getsize("calls") == 4:
+    if os.path.getsize("calls") == 7:
         os.kill(os.getpid(), signal.SIGKILL)
     return torch.nn.Sequential(torch.nn.Linear(64, 8), torch.nn.Tanh(), torch.nn.Linear(8, 10))
 """
@@ -76,10 +77,10 @@ def test_a_killed_comparison_goes_on_where_it_was(folder):
     done = command(*COMPARE)
     assert done.exit_code == 0, done.output
     assert "Going on with the comparison in results/tiny" in done.stderr
-    assert os.path.getsize("calls") == 5  # one more run was made
+    assert os.path.getsize("calls") == 9  # one more run was made, and its plan before
     whole = command(*COMPARE, "--out", "whole")
     assert whole.exit_code == 0
-    assert os.path.getsize("calls") == 9
+    assert os.path.getsize("calls") == 16
     assert rows(out) == rows(folder / "whole")
     assert not json.loads((out / "summary.json").read_text())["interrupted"]
 
