@@ -38,7 +38,7 @@ def test_elsewhere_psutil_tells(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
 
 
 FAULTS = """
-import resource, sys
+import resource
 import torch
 from hamdist.runtime.process.usage import keep_freed_memory
 
@@ -46,8 +46,7 @@ def make():  # as activations of two layers
     kept = [torch.ones(900_000) for _ in range(2)]
     del kept[0], kept[0]
 
-if sys.argv[1] == "keep":
-    keep_freed_memory()
+keep_freed_memory()
 for _ in range(3):
     make()
 before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
@@ -57,12 +56,11 @@ print(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
 """
 
 
+@pytest.mark.slow  # (a kernel that takes idle pages away, beside other tests, makes more of them)
 @pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="other libraries have other ways")
 def test_freed_memory_is_kept_for_what_is_made_next() -> None:
-    pages = 20 * 2 * 900_000 * 4 // resource.getpagesize()
-
-    def faults(way: str) -> int:
-        command = [sys.executable, "-c", FAULTS, way]
-        return int(subprocess.run(command, check=True, capture_output=True, timeout=60).stdout)
-
-    assert 4 * faults("keep") < min(pages, faults("give back"))
+    """(Without it glibc faults in all pages of each round, or fewer, as it has adapted itself.)"""
+    of_a_round = 2 * 900_000 * 4 // resource.getpagesize()
+    command = [sys.executable, "-c", FAULTS]
+    done = subprocess.run(command, check=True, capture_output=True, timeout=60)
+    assert int(done.stdout) < 4 * of_a_round  # of 20 rounds
