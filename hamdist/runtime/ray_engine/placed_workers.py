@@ -66,6 +66,7 @@ class PlacedWorkers:
         self._keys: Keys | None = None  # this process's, where tcp sockets ask for one
         self._thread: threading.Thread | None = None
         self.local_report: WorkerReport | None = None
+        self._local_news: list[SnapshotNews] = []  # of its snapshots
         self.actors: list[WorkerHandle] = []
         # Calls of the latest keep() that have not been answered.
         self._keep_calls: list[Any] = []

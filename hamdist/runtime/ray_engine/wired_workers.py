@@ -183,7 +183,7 @@ class WiredWorkers(PlacedWorkers):
                 f"the stream has not yielded the next sample for {END_SECONDS:.0f} s, so it cannot "
                 "be drawn again from an earlier one; go on from the latest snapshot (--resume)"
             )
-        self._thread = self.local_report = None
+        self._thread, self.local_report, self._local_news = None, None, []
         self._local = Worker(plan.only([]), [], self._stream, self._keys)
 
     def _start_local(self) -> None:

@@ -14,7 +14,7 @@ from ray.exceptions import RayError, RayTaskError
 
 from hamdist.dynamics.objective.prequential import Window
 from hamdist.errors import ClusterError, HamdistError
-from hamdist.runtime.engines.worker_report import SnapshotNews, WorkerReport
+from hamdist.runtime.engines.worker_report import SnapshotNews, WorkerReport, WorkerStatus
 from hamdist.runtime.process.interrupts import deaf_to_interrupts
 from hamdist.runtime.ray_engine.cluster_hosts import last_line
 from hamdist.runtime.ray_engine.placed_workers import END_SECONDS, WorkerHandle
@@ -86,11 +86,26 @@ class WorkerGroup(WiredWorkers):
         all_news = [news for actor in self.actors for news in actor.snapshot_news]
         for actor in self.actors:
             actor.snapshot_news.clear()
-        if self._local is not None:
-            status = self._local.status(0, None)
-            all_news += [] if status.snapshot_news is None else [status.snapshot_news]
-            self.local_forgot = status.snapshot_news is not None and status.snapshot_news.forgot
+        self._local_status()
+        report = self.local_report
+        if report is not None and report.snapshot_news is not None:
+            self._local_news.append(report.snapshot_news)
+            report.snapshot_news = None
+        all_news, self._local_news = [*all_news, *self._local_news], []
         return all_news
+
+    def _local_status(self) -> WorkerStatus | None:
+        """Return the status of a stream that is drawn here, None if none is.
+
+        A status tells the news of snapshots once: they wait here for `new_snapshot_news`.
+        """
+        if self._local is None:
+            return None
+        status = self._local.status(0, None)
+        if status.snapshot_news is not None:
+            self._local_news.append(status.snapshot_news)
+            self.local_forgot = status.snapshot_news.forgot
+        return status
 
     def start(self) -> None:
         """Start `run` on all actors."""
@@ -179,8 +194,9 @@ class WorkerGroup(WiredWorkers):
 
     def samples(self) -> int:
         """Return the number of samples that have entered the network."""
-        if self._local is not None:
-            return self._local.status(0, None).samples
+        local = self._local_status()
+        if local is not None:
+            return local.samples
         reports = [a.report or a.status for a in self.actors]
         return max((k.samples for k in reports if k is not None), default=0)
 
@@ -200,8 +216,9 @@ class WorkerGroup(WiredWorkers):
         """Return the latest measurements by process."""
         reports = {a.name: a.report or a.status for a in self.actors}
         samples = {name: report.sample for name, report in reports.items() if report is not None}
-        if self._local is not None:
-            samples["driver"] = self._local.status(0, None).sample
+        local = self._local_status()
+        if local is not None:
+            samples["driver"] = local.sample
         return samples
 
     @contextlib.contextmanager

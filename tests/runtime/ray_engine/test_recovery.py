@@ -262,6 +262,20 @@ def test_a_stream_that_can_be_read_once(session, driver, leaves_no_socket, tmp_p
     assert result.replaced
 
 
+def test_a_short_run_leaves_the_snapshots_of_one_process(session, leaves_no_socket, tmp_path):
+    """It is over before the driver, which draws its stream, has looked at it once."""
+    small = lambda: nn.Sequential(nn.Linear(FEATURES, 8), nn.Tanh(), nn.Linear(8, 3))  # noqa: E731
+    left = []
+    for engine in (ALONE, {"kind": "ray", "actors": 2}):
+        kept = {"path": str(tmp_path / engine["kind"]), "every": 10, "keep": 9}
+        fields = {"level": "trace", "partition": {"blocks": 2}, "snapshots": kept}
+        source = from_iterable(iter(batches(40)), classes=3)
+        result = train(small(), source, settings(engine, 40, **fields))
+        left.append([snapshot.rpartition("-")[2] for snapshot in result.snapshots])
+    assert left[0] == left[1]
+    assert [int(tick) for tick in left[0]] == [10, 20, 30, 39]
+
+
 @pytest.mark.slow
 def test_too_many_kept_signals_make_a_snapshot(session, driver, leaves_no_socket, tmp_path):
     """Some 40 KiB a tick: without snapshots a minute's work would be kept."""
