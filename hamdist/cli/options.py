@@ -128,7 +128,8 @@ class RunOptions:
     def _check_beside(self, section: str, function: str, used: str) -> None:
         """Raise SettingsError for a setting of a section whose thing a function makes."""
         for text in self.set_ or []:
-            if text.startswith(f"{section}.") and not text.startswith(f"{section}.{used}"):
+            fields = parse_override(text).get(section)
+            if isinstance(fields, dict) and set(fields) - {used}:
                 raise SettingsError(
                     f"--set {text!r} beside --{section} {function!r}: the {section} is your "
                     f"function's alone (of the section {section} `{used}` counts); change it there"

@@ -110,9 +110,10 @@ def test_quiet_keeps_warnings(folder):
     done = command("run", "tiny.yaml", "--stream", "warns.py:data", *wrong)
     assert done.exit_code == 2
     assert "'stream.pace.period=1' beside --stream 'warns.py:data'" in " ".join(done.stderr.split())
-    done = command("run", "tiny.yaml", "--model", "warns.py:net", "--set", "model.width=4")
-    assert done.exit_code == 2
-    assert "'model.width=4' beside --model 'warns.py:net'" in " ".join(done.stderr.split())
+    for text in ("model.width=4", "model={width: 4}"):
+        done = command("run", "tiny.yaml", "--model", "warns.py:net", "--set", text)
+        assert done.exit_code == 2
+        assert f"'{text}' beside --model 'warns.py:net'" in " ".join(done.stderr.split())
 
 
 def test_verbose_tells_the_phases(folder):

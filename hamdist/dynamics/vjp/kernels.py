@@ -307,9 +307,9 @@ class Conv2d(Kernel):
     native: the C code makes images of shapes for which that pays (native/convolution.py).
     """
 
-    native = False
-
-    def __init__(self, module: nn.Conv2d, weights: tuple[int | None, ...]) -> None:
+    def __init__(
+        self, module: nn.Conv2d, weights: tuple[int | None, ...], *, native: bool = False
+    ) -> None:
         self.weights = weights
         self._w = module.weight.data
         self._b = None if module.bias is None else module.bias.data
@@ -317,13 +317,15 @@ class Conv2d(Kernel):
         # module.padding is a string only for 'same' and 'valid' (refused by program.py)
         self._how = (list(module.stride), [int(p) for p in padding], list(module.dilation))
         self._groups = module.groups
-        self._made: dict[Size, Convolution | None] = {}  # by shape of x
+        tensors = [t for t in (self._w, self._b) if t is not None]
+        self._native = native and self._groups == 1 and all(map(is_readable, tensors))
+        self._convolutions: dict[Size, Convolution | None] = {}  # by shape of x
 
     def forward(self, old: KeptTensors | None, x: Tensor) -> KeptTensors:  # noqa: ARG002
-        made = self._native_of(x)
-        if made is not None:
+        convolution = self.convolution(x)
+        if convolution is not None:
             x = x.contiguous()
-            return [made.forward(x, self._w, self._b), x]
+            return [convolution.forward(x, self._w, self._b), x]
         stride, padding, dilation = self._how
         y = torch.conv2d(x, self._w, self._b, stride, padding, dilation, self._groups)
         return [y, x]
@@ -331,14 +333,12 @@ class Conv2d(Kernel):
     def pull(self, saved: KeptTensors, z: Tensor, wanted: Wanted, g: Gradients | None) -> ToInputs:
         (_, x), (stride, padding, dilation) = saved, self._how
         mask = [wanted[0], *(g is not None and w is not None for w in self.weights)]
-        made = self._native_of(x)
-        to: Tensor | None
-        if made is not None:
-            to, both = made.pull(
-                x, self._w, z.contiguous(), message=wanted[0], gradients=any(mask[1:])
-            )
-            if g is not None and both is not None:
-                g.put(self.weights, (both[:, :-1].reshape(self._w.shape), both[:, -1]))
+        convolution = self.convolution(x)
+        if convolution is not None:
+            sums = {"message": wanted[0], "gradients": any(mask[1:])}
+            to, g_wb = convolution.pull(x, self._w, z.contiguous(), **sums)
+            if g is not None and g_wb is not None:
+                g.put(self.weights, (g_wb[:, :-1].reshape(self._w.shape), g_wb[:, -1]))
             return (to,)
         sizes = None if self._b is None else list(self._b.shape)
         to, g_w, g_b = aten.convolution_backward(
@@ -348,15 +348,12 @@ class Conv2d(Kernel):
             g.put(self.weights, (g_w, g_b))
         return (to if wanted[0] else None,)
 
-    def _native_of(self, x: Tensor) -> Convolution | None:
-        if not self.native:
+    def convolution(self, x: Tensor) -> Convolution | None:
+        """Return the C code's for images like x; None where torch makes them."""
+        if not self._native or x.dtype is not self._w.dtype or not x.is_cpu:
             return None
-        if x.shape not in self._made:
-            fits = self._groups == 1 and x.dim() == 4 and x.shape[1] == self._w.shape[1]
-            fits = fits and all(
-                is_readable(t) for t in (self._w, self._w if self._b is None else self._b)
-            )
+        if x.shape not in self._convolutions:
+            fits = x.dim() == 4 and x.shape[1] == self._w.shape[1]
             made = Convolution(x.shape, self._w.shape, *self._how) if fits else None
-            self._made[x.shape] = made if made is not None and made.pays else None
-        made = self._made[x.shape]
-        return made if x.dtype is self._w.dtype and x.is_cpu else None
+            self._convolutions[x.shape] = made if made is not None and made.pays else None
+        return self._convolutions[x.shape]

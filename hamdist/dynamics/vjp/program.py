@@ -46,7 +46,6 @@ WEIGHTED: dict[type, Callable[[Any, tuple[int | None, ...]], Kernel]] = {
     nn.Linear: Linear,
     NonDynamicallyQuantizableLinear: Linear,
     nn.LayerNorm: LayerNorm,
-    nn.Conv2d: Conv2d,
 }
 
 
@@ -186,13 +185,13 @@ class _Program:
         """Add the kernel of a layer. alone: it is the only reader of the value at `place`."""
         kind = type(m)
         if kind in WEIGHTED:
-            if kind is nn.Conv2d and (m.padding_mode != "zeros" or isinstance(m.padding, str)):
+            weights = self._index(m, "weight"), self._index(m, "bias")
+            return self._add(WEIGHTED[kind](m, weights), place)
+        if kind is nn.Conv2d:
+            if m.padding_mode != "zeros" or isinstance(m.padding, str):
                 raise _Unknown
             weights = self._index(m, "weight"), self._index(m, "bias")
-            kernel = WEIGHTED[kind](m, weights)
-            if isinstance(kernel, Conv2d):
-                kernel.native = self._native
-            return self._add(kernel, place)
+            return self._add(Conv2d(m, weights, native=self._native), place)
         if kind is nn.Embedding:
             if m.max_norm is not None or m.scale_grad_by_freq or m.sparse:
                 raise _Unknown

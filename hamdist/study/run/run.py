@@ -209,7 +209,6 @@ def run_level(
         warnings.warn(text, HamdistWarning, stacklevel=2)
     timeline = Timeline(on_progress)
     error: HamdistError | None = None
-    keep_freed_memory()
     joules = joules_from_now()
     try:
         result = _trained(level, model, stream, settings, timeline, resume)
@@ -278,6 +277,7 @@ def _trained(
             "compare with; use `hamdist run` (`hamdist verify --only tracking` proves it)"
         )
     frozen = level == FROZEN
+    keep_freed_memory()  # as the engines do
     return train_centralised(model, stream, settings, frozen=frozen, on_progress=timeline)
 
 

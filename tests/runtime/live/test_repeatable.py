@@ -28,16 +28,13 @@ class Slow(hamdist.OwnLevel):
             yield 2 * graph.depth - depth, block, "B", 0
 
 
-class Doubled(hamdist.Rule):
+class Scaled(hamdist.Rule):
+    def __init__(self, factor):
+        self.factor = factor
+
     def backward(self, block, kept, message):
         messages, g = block.vjp(kept, message)
-        return messages, {name: 2 * value for name, value in g.items()}
-
-
-class Slower(Doubled):
-    def backward(self, block, kept, message):
-        messages, g = block.vjp(kept, message)
-        return messages, {name: 0.5 * value for name, value in g.items()}
+        return messages, {name: self.factor * value for name, value in g.items()}
 
 
 def fed(run, many=6):
@@ -47,13 +44,18 @@ def fed(run, many=6):
     return run.result
 
 
-CODE = {
-    "optimizer": lambda params: torch.optim.Adam(params, lr=0.01),
-    "loss": lambda y, t: 3 * functional.cross_entropy(y, t),
-    "phi": lambda _: 0.5,
-    "rules": {"block*": Doubled()},
-    "level": Slow(3),
-}
+def code(scale):
+    """By argument of `start`."""
+    return {
+        "optimizer": lambda params: torch.optim.Adam(params, lr=0.01 * scale),
+        "loss": lambda y, t: 3 * scale * functional.cross_entropy(y, t),
+        "phi": lambda _: 0.5 / scale,
+        "rules": {"block*": Scaled(2 * scale)},
+        "level": Slow(2 + scale),
+    }
+
+
+CODE, OTHER = code(1), code(2)
 
 
 @pytest.mark.parametrize("name", CODE)
@@ -73,15 +75,6 @@ def test_rules_with_names_are_in_the_journal(rule, tmp_path):
     result = fed(start("trace", out=tmp_path, rules={"block*": rule}))
     assert equal(result, hamdist.replay(tmp_path, network()))
     assert not equal(result, fed(start("trace")))
-
-
-OTHER = {
-    "optimizer": lambda params: torch.optim.Adam(params, lr=0.02),
-    "loss": lambda y, t: 4 * functional.cross_entropy(y, t),
-    "phi": lambda _: 0.25,
-    "rules": {"block*": Slower()},
-    "level": Slow(4),
-}
 
 
 @pytest.mark.parametrize("name", CODE)
@@ -127,11 +120,13 @@ def test_changed_code_that_settings_name_is_said(tmp_path, monkeypatch):
     monkeypatch.setattr(sys, "path", [*sys.path])
     text = """
 import hamdist
-from runtime.live.test_repeatable import Slow, Slower
+from runtime.live.test_repeatable import Scaled, Slow
 class Level(Slow):
     def __init__(self):
         super().__init__(3)
-class Rule(Slower):
+class Rule(Scaled):
+    def __init__(self):
+        super().__init__(0.5)
     def feedback(self, block):
         return {}
 """
