@@ -1,4 +1,4 @@
-"""The process of the command: its standard streams, and Ctrl-C, from the first moment on.
+"""The process of the command: its standard streams, and the signals that end it.
 
 All else is imported inside.
 """
@@ -69,7 +69,10 @@ def _steady(stream: TextIO | None, number: int) -> TextIO:
 
 
 def main() -> None:
-    """Run the command in this process. Ctrl-C ends it with exit code 130, while it imports, too."""
+    """Run the command in this process. Ctrl-C ends it with exit code 130, while it imports, too.
+
+    So do SIGTERM and a terminal that closes: what it has begun to write is removed.
+    """
     seen = False
 
     def interrupted(_number: int, _frame: FrameType | None) -> None:
@@ -79,6 +82,9 @@ def main() -> None:
 
     if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
         signal.signal(signal.SIGINT, interrupted)
+    for number in (signal.SIGTERM, signal.SIGHUP):
+        if signal.getsignal(number) is signal.SIG_DFL:
+            signal.signal(number, signal.default_int_handler)
     try:
         steady_streams()
 
@@ -90,7 +96,7 @@ def main() -> None:
         app(obj=time.perf_counter() - (time.time() - psutil.Process().create_time()))
     except BaseException as error:
         # An import that is interrupted may end in another error, as that of numpy in torch.
-        if not seen or isinstance(error, SystemExit):
+        if not (seen or isinstance(error, KeyboardInterrupt)) or isinstance(error, SystemExit):
             raise
         sys.stderr.write("Interrupted.\n")
         sys.exit(INTERRUPTED)

@@ -129,6 +129,30 @@ def test_what_a_terminal_cannot_show_becomes_ascii():
     assert "• ±".encode("latin-1", "hamdist") == b"* \xb1"
 
 
+ENDING = """
+import os, signal
+from torch import nn
+
+def net():
+    os.kill(os.getpid(), signal.{})
+    return nn.Sequential(nn.Linear(64, 8), nn.Tanh(), nn.Linear(8, 10))
+"""
+
+
+def test_a_command_that_is_ended_before_its_run_leaves_nothing(tiny, tmp_path):
+    """By SIGTERM, or by a terminal that closes."""
+    started = {}
+    for name in ("SIGTERM", "SIGHUP"):
+        (tmp_path / f"{name.lower()}.py").write_text(ENDING.format(name))
+        words = ["run", tiny, "--model", f"{name.lower()}.py:net", "--out", name]
+        own = [sys.executable, "-m", "hamdist", *words]
+        started[name] = subprocess.Popen(own, stderr=subprocess.PIPE, text=True)
+    for name, process in started.items():
+        said = process.communicate(timeout=100)[1]
+        assert (process.returncode, said.splitlines()[-1]) == (130, "Interrupted."), said
+        assert not (tmp_path / name).exists()
+
+
 # -- every level -----------------------------------------------------------------------------------
 
 OF_LEVEL = {

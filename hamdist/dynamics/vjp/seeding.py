@@ -14,6 +14,7 @@ from torch.nn.modules.dropout import _DropoutNd
 from hamdist.dynamics.objective.losses import CrossEntropy, LossFunction, mse
 from hamdist.dynamics.saved_state.stateful import Stateful, check_names
 from hamdist.dynamics.tracing.traced_module import TracedModule
+from hamdist.dynamics.user_modules.generator import TURN
 from hamdist.errors import SnapshotError
 
 _RANDOM = (_DropoutNd, nn.RReLU, nn.FractionalMaxPool2d, nn.FractionalMaxPool3d)
@@ -49,6 +50,7 @@ class OwnGenerator(Stateful):
             self._inside_gpu = state["gpu"]
 
     def __enter__(self) -> None:
+        TURN.acquire()
         self._outside = torch.get_rng_state()
         torch.set_rng_state(self._inside)
         if self._gpu is not None:
@@ -61,6 +63,7 @@ class OwnGenerator(Stateful):
         if self._gpu is not None:
             self._inside_gpu = torch.cuda.get_rng_state(self._gpu)
             torch.cuda.set_rng_state(self._outside_gpu, self._gpu)
+        TURN.release()
 
 
 def seeded_loss(loss: LossFunction, seed: int, device: torch.device | None = None) -> LossFunction:

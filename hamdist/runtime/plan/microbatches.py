@@ -20,6 +20,7 @@ from hamdist.dynamics.objective.losses import CrossEntropy, model_loss, mse
 from hamdist.dynamics.schedule.levels import Locality
 from hamdist.dynamics.schedule.microbatches import auto_microbatches
 from hamdist.dynamics.user_modules.copies import copied
+from hamdist.dynamics.user_modules.generator import generator_kept
 from hamdist.errors import LevelError
 from hamdist.runtime.plan.checks import ruled
 from hamdist.streams.sample import SampleSpec
@@ -181,7 +182,7 @@ def _is_no_mean(graph: Graph, spec: SampleSpec, name: str, outputs: Mapping[str,
     numbers = torch.arange(math.prod(target.shape)).view(target.shape)
     values = numbers * target.classes // numbers.numel() if target.classes else numbers % 7 / 7
     t, half = values.to(target.dtype), len(y) // 2  # other classes in each half
-    with torch.no_grad(), torch.random.fork_rng(devices=[]), suppress(*_REFUSALS):
+    with torch.no_grad(), generator_kept(), suppress(*_REFUSALS):
         loss = copied(block.loss) if isinstance(block.loss, nn.Module) else block.loss
         whole, first, second = (
             float(loss(y[rows], t[rows])) * len(y[rows]) / len(y)  # type: ignore[misc]
@@ -202,7 +203,7 @@ def _mixing(
             module = copied(block.module).eval()
             parents = [whole[parent] for parent in block.parents]
             half = [h[: batch // 2] if len(h) == batch else h for h in parents]
-            with torch.no_grad(), torch.random.fork_rng(devices=[]):
+            with torch.no_grad(), generator_kept():
                 h = module(*combined(block.combine, [h_p.clone() for h_p in parents]))
                 try:
                     part = module(*combined(block.combine, half))

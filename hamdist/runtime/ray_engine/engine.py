@@ -32,7 +32,7 @@ from hamdist.runtime.plan.derived import network_of
 from hamdist.runtime.plan.plan import Plan
 from hamdist.runtime.process.interrupts import OnProgress, RunInterrupts
 from hamdist.runtime.process.startup import Startup, phases_to
-from hamdist.runtime.process.threads import cores
+from hamdist.runtime.process.threads import cores, torch_threads
 from hamdist.runtime.process.usage import peak_bytes, reset_peak
 from hamdist.runtime.ray_engine.auth_token import token_notes
 from hamdist.runtime.ray_engine.cluster_hosts import HEAD_SECONDS, HeadWatch, answers
@@ -66,6 +66,7 @@ class RayEngine:
                 except Unmeasured as reason:
                     notes += unmeasured_notes(str(reason), places, plan.replan is not None)
         with ExitStack() as stack:
+            stack.enter_context(torch_threads(plan.engine.threads))  # (of a worker in this process)
             with startup.phase("ray"):
                 session = stack.enter_context(ray_session(plan.engine))
             worker_group = stack.enter_context(WorkerGroup(plan, stream, session))
