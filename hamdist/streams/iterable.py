@@ -70,6 +70,7 @@ class IterableStream:
         arguments: names of the model's arguments.
         ragged: True: samples may have other shapes than the first; None: where the model allows.
         model_loss: name of the output that is the model's own loss.
+        spec: of the samples, where it is known.
     """
 
     portable: bool = False
@@ -86,6 +87,7 @@ class IterableStream:
         arguments: Sequence[str] | None = None,
         ragged: bool | None = None,
         model_loss: str | None = None,
+        spec: SampleSpec | None = None,
     ) -> None:
         _check_sizes(classes, outputs)
         if not isinstance(source, Iterable):
@@ -115,10 +117,11 @@ class IterableStream:
         first = next(samples, nothing)
         if first is nothing:
             raise StreamError(f"the source ({kind}) yields no sample")
-        ragged = is_ragged(iterator) if ragged is None else ragged
-        learned = _learn(self.sample(0, first, weigh=False), classes, outputs)
-        weighted = WEIGHT in (self._names or {}).values()
-        self._spec = replace(learned, ragged=ragged, weighted=weighted)
+        if spec is None:
+            spec = _learn(self.sample(0, first, weigh=False), classes, outputs)
+            ragged = is_ragged(iterator) if ragged is None else ragged
+            spec = replace(spec, ragged=ragged, weighted=WEIGHT in (self._names or {}).values())
+        self._spec = spec
         self._peeked: Iterator[Any] | None = chain([first], samples)
 
     @property
@@ -127,11 +130,7 @@ class IterableStream:
         return self._spec
 
     def live_spec(self, patience: int) -> SampleSpec:
-        """Return the spec of a live run whose samples are like the first sample.
-
-        Args:
-            patience: samples that may wait for their labels.
-        """
+        """Return the spec of a live run with such samples; patience: how many wait for labels."""
         return replace(self._spec, patience=patience, live=True, emissions=None)
 
     def samples(self) -> Iterator[Sample]:

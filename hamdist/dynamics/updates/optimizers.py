@@ -30,7 +30,7 @@ from hamdist.dynamics.graph.patterns import fitting
 from hamdist.dynamics.saved_state.stateful import Stateful, check_names
 from hamdist.dynamics.updates.constants import Dynamics
 from hamdist.dynamics.updates.weights import Weights
-from hamdist.dynamics.vjp.gradient import AtOnce, Gradient, dense
+from hamdist.dynamics.vjp.gradient import AtOnce, Gradient, Unused, dense
 from hamdist.errors import SettingsError
 
 OptimizerFunction: TypeAlias = "Callable[[list[nn.Parameter]], Optimizer | Sequence[Optimizer]]"
@@ -206,13 +206,18 @@ class BlockOptimizers(Stateful):
         groups = [group["param_groups"] for group in state["optimizers"]]
         self._began = copy.deepcopy([groups, state["schedulers"]])
 
-    def step(self, gradients: Sequence[Tensor], factor: float) -> None:
-        """Move the weights by `gradients`, with `factor` times the step sizes of the groups."""
+    def step(self, gradients: Sequence[Tensor | None], factor: float) -> None:
+        """Move the weights by `gradients`, with `factor` times the step sizes of the groups.
+
+        None: of a weight that was not used, which torch's optimisers leave as it is.
+        """
         groups = [group for opt in self.optimizers for group in opt.param_groups]
         rates = [group["lr"] for group in groups]
         places = [p.data for p in self._parameters]
         for p, g in zip(self._parameters, gradients, strict=True):
-            p.grad = g.clone()  # which some optimisers use up, as foreach with Nesterov's momentum
+            p.grad = (
+                None if g is None else g.clone()
+            )  # which some optimisers use up, as foreach with Nesterov's momentum
         if factor != 1:
             for group, rate in zip(groups, rates, strict=True):
                 group["lr"] = rate * factor
@@ -342,4 +347,6 @@ class OptimizerWeights(Weights):
         if not norm <= self._limit:
             raise OutOfRange("omega", norm)
         self.omega = gradients
-        self.optimizers.step(gradients, factor)
+        unused = [isinstance(g_i, Unused) for g_i in g]
+        used = [None if left else g_i for g_i, left in zip(gradients, unused, strict=True)]
+        self.optimizers.step(used, factor)

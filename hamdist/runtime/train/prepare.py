@@ -7,6 +7,7 @@ from typing import Any, TypeAlias
 
 import torch
 from torch import nn
+from torch.nn.modules.batchnorm import _NormBase
 
 from hamdist.config import EngineKind, Level, Readout, Settings, did_you_mean
 from hamdist.dynamics.graph.checks import check_parameters, check_shared_modules
@@ -27,6 +28,7 @@ from hamdist.dynamics.schedule.levels import Locality, make_locality
 from hamdist.dynamics.schedule.rounds import OwnLevel
 from hamdist.dynamics.user_modules.copies import copied, unwrapped
 from hamdist.dynamics.user_modules.hooks import check_hooks
+from hamdist.dynamics.vjp.seeding import random_parts
 from hamdist.errors import SettingsError
 from hamdist.loading import called, check_call, load_function
 from hamdist.runtime.nodes.weight_ports import against_ties
@@ -112,6 +114,7 @@ def _graph(
         check_shared_modules(model.blocks)
         return model.copy()
     model, notes = unwrapped(model)
+    notes += _evaluated(model)
     check_made(model, sent=settings.engine.kind is not EngineKind.INPROCESS)
     model_copy = copied(model)
     state = knobs.readout is Readout.STATE
@@ -142,6 +145,19 @@ def _graph(
     graph.example = by_parent(example)
     graph.notes[:0] = notes
     return graph
+
+
+def _evaluated(model: nn.Module) -> list[str]:
+    """Return a note about layers that do something else in training than as the model is set."""
+    norms = [m for m in model.modules() if isinstance(m, _NormBase) and m.track_running_stats]
+    parts = [part for part in (*random_parts(model), *norms) if getattr(part, "p", 1)]
+    kinds = sorted({type(part).__name__ for part in parts if not part.training})
+    if model.training or not kinds:
+        return []
+    return [
+        f"the model is in evaluation mode, so its {', '.join(kinds)} learn as they are there: call "
+        "model.train() before, and eval() of those parts alone that are to stay so"
+    ]
 
 
 def make_level(field: str, named: OwnLevel | str) -> OwnLevel:

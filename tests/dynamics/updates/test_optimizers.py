@@ -542,6 +542,22 @@ def test_no_optimiser_no_entry():
     assert over.for_level(Level.LOCAL).learning.optimizer is None
 
 
+def test_a_model_in_evaluation_mode_is_told():
+    model = nn.Sequential(nn.Linear(4, 3), nn.BatchNorm1d(3), nn.Dropout(0.5), nn.Linear(3, 2))
+    assert "evaluation" not in str(by_mode(model.double()))
+    model[1].eval()
+    assert "evaluation" not in str(by_mode(model))
+    told = "in evaluation mode, so its BatchNorm1d, Dropout learn as they are there"
+    assert told in str(by_mode(model.eval()))
+    assert "evaluation" not in str(by_mode(net().eval()))
+
+
+def by_mode(model):
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", HamdistWarning)
+        return train(lambda: model).warnings
+
+
 def test_a_model_that_is_frozen_as_a_whole_is_told():
     model = net().requires_grad_(False)
     with pytest.warns(HamdistWarning, match="no weight of the model learns"):
