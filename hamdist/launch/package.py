@@ -17,7 +17,7 @@ from typing import Any
 
 from pydantic import BaseModel, ConfigDict, ValidationError
 
-from hamdist.config import EngineKind, Settings, describe, to_yaml
+from hamdist.config import EngineKind, OptimizerSettings, Settings, describe, to_yaml
 from hamdist.errors import SettingsError
 from hamdist.loading import load_function
 
@@ -81,7 +81,7 @@ def on_ray(settings: Settings) -> Settings:
 def packed(settings: Settings, spec: JobSpec) -> Iterator[Path]:
     """Make the package in a temporary folder, which exists inside.
 
-    The modules of `spec` have been imported; those of rules and of a level are now.
+    The modules of `spec` have been imported; those of rules, level and optimiser are now.
     """
     files = _own_names(settings)
     for name, field in files.items():
@@ -100,30 +100,40 @@ def packed(settings: Settings, spec: JobSpec) -> Iterator[Path]:
 
 
 def in_package(settings: Settings) -> Settings:
-    """Return the settings of a package, which name rules and a level as the user has named them,
-    with the names of modules in its folder."""
+    """Return the settings of a package, which name rules, level and optimiser as the user has named
+    them, with the names of modules in its folder."""
     rules = {
         pattern: {**rule, "name": named_there(str(rule.get("name")))}
         if isinstance(rule, dict)
         else named_there(rule)
         for pattern, rule in settings.learning.rules.items()
     }
-    level = settings.locality.level
-    return with_names(settings, rules, None if level is None else named_there(level))
+    level, optimizer = settings.locality.level, settings.learning.optimizer
+    if optimizer is not None:
+        optimizer = optimizer.model_copy(update={"name": named_there(optimizer.name)})
+    return with_names(settings, rules, None if level is None else named_there(level), optimizer)
 
 
-def with_names(settings: Settings, rules: dict[str, Any], level: str | None) -> Settings:
-    """Return `settings` with rules, by pattern, and a level of other names."""
+def with_names(
+    settings: Settings,
+    rules: dict[str, Any],
+    level: str | None,
+    optimizer: OptimizerSettings | None,
+) -> Settings:
+    """Return `settings` with rules, by pattern, a level and an optimiser of other names."""
     update: dict[str, Any] = {}
-    if rules:
-        update["learning"] = settings.learning.model_copy(update={"rules": rules})
+    learning: dict[str, Any] = {"rules": rules} if rules else {}
+    learning |= {} if optimizer is None else {"optimizer": optimizer}
+    if learning:
+        update["learning"] = settings.learning.model_copy(update=learning)
     if level is not None:
         update["locality"] = settings.locality.model_copy(update={"level": level})
     return settings.model_copy(update=update)
 
 
 def _own_names(settings: Settings) -> dict[str, str]:
-    """Return the settings' fields by the rules and the level of the user's own that they name."""
+    """Return the settings' fields by the rules, the level and the optimiser of the user's own that
+    they name."""
     fields = {}
     for pattern, rule in settings.learning.rules.items():
         name = str(rule.get("name") if isinstance(rule, dict) else rule)
@@ -131,6 +141,9 @@ def _own_names(settings: Settings) -> dict[str, str]:
             fields[name] = f"learning.rules.{pattern}"
     if settings.locality.level is not None:
         fields[settings.locality.level] = "locality.level"
+    optimizer = settings.learning.optimizer
+    if optimizer is not None and optimizer.is_own:
+        fields[optimizer.name] = "learning.optimizer"
     return fields
 
 

@@ -463,7 +463,7 @@ def test_installed_code_does_not_travel():
     assert own_code("json:loads") is None
 
 
-def test_files_of_rules_and_levels_travel(tmp_path, monkeypatch):
+def test_files_of_rules_levels_and_optimisers_travel(tmp_path, monkeypatch):
     """The settings of the job name them as modules, which lie beside them."""
     file = tmp_path / "shipped_rules.py"
     file.write_text("import hamdist\nclass Mine(hamdist.Rule):\n    pass\n")
@@ -472,7 +472,10 @@ def test_files_of_rules_and_levels_travel(tmp_path, monkeypatch):
     rules = {"a": mine, "b": {"name": mine, "gain": 2}, "c": "kolen-pollack"}
     level = tmp_path / "shipped_levels.py"
     level.write_text("import hamdist\nclass Own(hamdist.OwnLevel):\n    pass\n")
-    own = {"learning": {"rules": rules}, "locality": {"level": f"{level}:Own"}}
+    steps = tmp_path / "shipped_steps.py"
+    steps.write_text("import torch\nclass Steps(torch.optim.SGD):\n    pass\n")
+    learning = {"rules": rules, "lr": 0.1, "optimizer": f"{steps}:Steps"}
+    own = {"learning": learning, "locality": {"level": f"{level}:Own"}}
     settings = Settings.model_validate(own)
     with packed(settings, JobSpec(id="x", model=None, storage=None, most=1)) as folder:
         sent = load_settings(str(folder / "settings.yaml"), [])
@@ -480,7 +483,9 @@ def test_files_of_rules_and_levels_travel(tmp_path, monkeypatch):
         there = loaded.learning.rules
         assert (folder / file.name).read_text() == file.read_text()
         assert (folder / level.name).read_text() == level.read_text()
+        assert (folder / steps.name).read_text() == steps.read_text()
         assert loaded.locality.level == "shipped_levels:Own"
+        assert loaded.learning.optimizer.name == "shipped_steps:Steps"
     renamed = "shipped_rules:Mine"
     assert there["a"] == renamed
     assert there["b"] == {"name": renamed, "gain": 2}

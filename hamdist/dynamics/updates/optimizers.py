@@ -12,6 +12,7 @@ A scheduler of torch.optim.lr_scheduler is stepped once per sample, with or with
 from __future__ import annotations
 
 import copy
+import functools
 import inspect
 import math
 import warnings
@@ -51,6 +52,7 @@ class OptimizerRule:
         lr: The step size of all blocks; lrs: of some, by pattern of their names.
         qualified: Weights are known by BLOCK.NAME in patterns, as those of a hand-built graph.
         kinds: The classes of the optimisers, by block.
+        own: The class, or the function, that `settings` names, where it is not torch's.
     """
 
     settings: OptimizerSettings | None = None
@@ -60,6 +62,7 @@ class OptimizerRule:
     lrs: Mapping[str, float] = field(default_factory=dict)
     qualified: bool = False
     kinds: Mapping[str, list[str]] = field(default_factory=dict)
+    own: Callable[..., Any] | None = None
 
     def full_name(self, block: str, name: str) -> str:
         """Return the name of a weight in patterns."""
@@ -76,7 +79,24 @@ class OptimizerRule:
         pattern = fitting(block, self.lrs)
         lr = self.lr if pattern is None else self.lrs[pattern]
         full = {self.full_name(block, name): p for name, p in named.items()}
-        return _by_settings(self.settings, lr, full)
+        if self.own is None:
+            return _by_settings(self.settings, lr, full)
+        return [self._own(self.settings, {**self.settings.options, "lr": lr}, block, full)]
+
+    def _own(
+        self,
+        s: OptimizerSettings,
+        options: Mapping[str, Any],
+        block: str,
+        named: Mapping[str, nn.Parameter],
+    ) -> Optimizer:
+        origin = f"learning.optimizer {s.name!r}"
+        make = functools.partial(self.own or optimizer_class(s.name), **options)
+        opt = _called(origin, block, make, _grouped(s, named))
+        if not isinstance(opt, Optimizer):
+            raise SettingsError(f"{origin} made {_kind(opt)}; name a torch.optim.Optimizer")
+        _check_optimizer(opt, block, list(named.values()))
+        return opt
 
     def _by_function(self, block: str, parameters: list[nn.Parameter]) -> list[Optimizer]:
         if self.function is None:

@@ -15,13 +15,7 @@ from hamdist.dynamics.graph.graph import Graph
 from hamdist.dynamics.graph.inputs import by_parent
 from hamdist.dynamics.objective.losses import Losses
 from hamdist.dynamics.partition.apply_settings import arranged
-from hamdist.dynamics.partition.split import (
-    Policy,
-    check_made,
-    is_chain,
-    split_module,
-    split_sequential,
-)
+from hamdist.dynamics.partition.split import Policy, check_made, split_module
 from hamdist.dynamics.rules.names import HOMES, built_in
 from hamdist.dynamics.rules.rule import Rule
 from hamdist.dynamics.schedule.levels import Locality, make_locality
@@ -119,28 +113,18 @@ def _graph(
     model_copy = copied(model)
     state = knobs.readout is Readout.STATE
     example = example_input(spec) if spec.inputs is None else example_inputs(spec)
-    if policy is None and callable(loss) and is_chain(model_copy, settings.partition):
-        graph = split_sequential(
-            model_copy,
-            loss,
-            settings.partition,
-            knobs.grouping,
-            example=example_input(spec),
-            state_readout=state,
-        )
-    else:
-        graph = split_module(
-            model_copy,
-            loss,
-            settings.partition,
-            knobs.grouping,
-            example=example,
-            targets=spec.targets,
-            policy=policy,
-            state_readout=state,
-            together=together,
-            ragged=spec.ragged and knobs.pulse,
-        )
+    graph = split_module(
+        model_copy,
+        loss,
+        settings.partition,
+        knobs.grouping,
+        example=example,
+        targets=spec.targets,
+        policy=policy,
+        state_readout=state,
+        together=together,
+        ragged=spec.ragged and knobs.pulse,
+    )
     graph.original = model  # what its forward has left behind stays with the blocks
     graph.example = by_parent(example)
     graph.notes[:0] = notes

@@ -15,7 +15,7 @@ from hamdist.config import Grouping, PartitionSettings, Settings
 from hamdist.dynamics.graph.merged import merged_module
 from hamdist.dynamics.objective.losses import mse
 from hamdist.dynamics.partition.cuts import balanced
-from hamdist.dynamics.partition.split import split_sequential
+from hamdist.dynamics.partition.split import split_module
 from hamdist.errors import GraphError
 from hamdist.runtime.train.prepare import as_graph
 from hamdist.streams.sample import SampleSpec
@@ -38,7 +38,7 @@ def five_layers():
 
 
 def split(model, grouping="layer", example=None, **partition):
-    return split_sequential(
+    return split_module(
         model,
         mse,
         PartitionSettings.model_validate(partition),
@@ -88,7 +88,7 @@ def test_delay_of_the_edges_between_blocks():
 
 
 def test_state_readout():
-    graph = split_sequential(
+    graph = split_module(
         five_layers(),
         mse,
         PartitionSettings(),
@@ -257,9 +257,9 @@ def test_balance_by_time_of_tokens():
 def test_errors():
     with pytest.raises(GraphError, match="empty nn.Sequential"):
         split(nn.Sequential())
-    with pytest.raises(GraphError, match="cut 'x' is no child of the model; known: 0, 1, 2"):
+    with pytest.raises(GraphError, match="cut 'x' is no module of the model; known: 0, 1, 2"):
         split(five_layers(), cuts=["3", "x"])
-    with pytest.raises(GraphError, match="cannot cut 10 modules into 11 blocks; use at most 10"):
+    with pytest.raises(GraphError, match="cannot cut the model into 11 blocks; use at most 10"):
         split(five_layers(), blocks=11)
     with pytest.raises(ValueError, match="'blocks' or 'cuts', not both"):
         PartitionSettings(blocks=2, cuts=("1",))
