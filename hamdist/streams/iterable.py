@@ -69,8 +69,7 @@ class IterableStream:
         names: what the keys of mappings mean.
         arguments: names of the model's arguments.
         ragged: True: samples may have other shapes than the first; None: where the model allows.
-        model_loss: name of the output that is the model's own loss.
-        spec: of the samples, where it is known.
+        model_loss: name of the output that is the model's own loss. spec: of samples, if known.
     """
 
     portable: bool = False
@@ -130,7 +129,11 @@ class IterableStream:
         return self._spec
 
     def live_spec(self, patience: int) -> SampleSpec:
-        """Return the spec of a live run with such samples; patience: how many wait for labels."""
+        """Return the spec of a live run whose samples are like the first sample.
+
+        Args:
+            patience: samples that may wait for their labels.
+        """
         return replace(self._spec, patience=patience, live=True, emissions=None)
 
     def samples(self) -> Iterator[Sample]:
