@@ -14,6 +14,7 @@ from torch.nn.modules.dropout import _DropoutNd
 from hamdist.dynamics.objective.losses import CrossEntropy, LossFunction, mse
 from hamdist.dynamics.saved_state.stateful import Stateful, check_names
 from hamdist.dynamics.tracing.traced_module import TracedModule
+from hamdist.dynamics.user_modules.copies import loss_copy
 from hamdist.errors import SnapshotError
 
 _RANDOM = (_DropoutNd, nn.RReLU, nn.FractionalMaxPool2d, nn.FractionalMaxPool3d)
@@ -64,10 +65,12 @@ class OwnGenerator(Stateful):
 
 
 def seeded_loss(loss: LossFunction, seed: int, device: torch.device | None = None) -> LossFunction:
-    """Return a user's loss, which may draw random numbers, so that all engines draw the same."""
+    """Return a copy of a user's loss, which may draw random numbers and keep state of its own, so
+    that every run and every readout begins with the same, in all engines.
+    """
     if loss is mse or isinstance(loss, CrossEntropy):
         return loss
-    return SeededLoss(loss, OwnGenerator(seed, device))
+    return SeededLoss(loss_copy(loss), OwnGenerator(seed, device))
 
 
 @dataclass(frozen=True, slots=True)

@@ -32,7 +32,7 @@ from hamdist.runtime.plan.derived import network_of
 from hamdist.runtime.plan.plan import Plan
 from hamdist.runtime.process.interrupts import OnProgress, RunInterrupts
 from hamdist.runtime.process.startup import Startup, phases_to
-from hamdist.runtime.process.threads import cores
+from hamdist.runtime.process.threads import cores, torch_threads
 from hamdist.runtime.process.usage import peak_bytes, reset_peak
 from hamdist.runtime.ray_engine.auth_token import token_notes
 from hamdist.runtime.ray_engine.cluster_hosts import HEAD_SECONDS, HeadWatch, answers
@@ -65,7 +65,7 @@ class RayEngine:
                     costs = measured if places else costs
                 except Unmeasured as reason:
                     notes += unmeasured_notes(str(reason), places, plan.replan is not None)
-        with ExitStack() as stack:
+        with torch_threads(plan.engine.threads), ExitStack() as stack:  # (of a stream drawn here)
             with startup.phase("ray"):
                 session = stack.enter_context(ray_session(plan.engine))
             worker_group = stack.enter_context(WorkerGroup(plan, stream, session))
