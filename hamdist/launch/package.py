@@ -25,6 +25,7 @@ SETTINGS = "settings.yaml"
 SPEC = "spec.json"
 SNAPSHOTS = "snapshots"
 INSTALLED = {"site-packages", "dist-packages"}
+APART = ("__main__", "hamdist")  # modules beside a user's that do not travel
 MOST_BYTES = 100 * 2**20
 
 
@@ -93,6 +94,7 @@ def packed(settings: Settings, spec: JobSpec) -> Iterator[Path]:
         named = {"--model": spec.model, "--stream": spec.stream}
         code = {own_code(name): option for option, name in named.items() if name is not None}
         code |= {own_code(name): field for name, field in files.items()}
+        code |= {beside: option for path, option in code.items() for beside in _beside(path)}
         for path, option in code.items():
             if path is not None:
                 _copy(path, folder, option)
@@ -184,6 +186,16 @@ def own_code(name: str) -> Path | None:
     installed = INSTALLED & set(path.parts)  # (of a user's or an outer environment, too)
     is_own = not installed and not path.is_relative_to(Path(sysconfig.get_path("stdlib")).resolve())
     return path if is_own else None
+
+
+def _beside(code: Path | None) -> set[Path]:
+    """Return the user's other modules in the folder of a file that have been imported here: those
+    that the file itself imports are among them."""
+    if code is None or code.is_dir():
+        return set()
+    names = [name for name in sys.modules if "." not in name and name not in APART]
+    paths = {path for name in names if (path := own_code(f"{name}:")) is not None}
+    return {path for path in paths if path.parent == code.parent and path != code}
 
 
 def _copy(code: Path, folder: Path, option: str) -> None:

@@ -457,6 +457,30 @@ def test_a_file_travels_by_its_name_alone(tmp_path, monkeypatch):
     assert (there, own_code(there)) == ("shipped_net:make", file)
 
 
+def test_what_a_file_imports_from_its_folder_travels(tmp_path, monkeypatch):
+    monkeypatch.setattr(sys, "path", [*sys.path])
+    files = {
+        "net_of_parts.py": "import torch\nimport part_of_net, parts_of_net.deep\n"
+        "def make(): return torch.nn.Linear(2, part_of_net.WIDTH)\n",
+        "part_of_net.py": "WIDTH = 3\n",
+        "parts_of_net/__init__.py": "",
+        "parts_of_net/deep.py": "",
+        "not_imported.py": "",
+    }
+    for name, text in files.items():
+        file = tmp_path / "nets" / name
+        file.parent.mkdir(parents=True, exist_ok=True)
+        file.write_text(text)
+    model = f"{tmp_path}/nets/net_of_parts.py:make"
+    load_factory(model)
+    spec = JobSpec(id="x", model=model, storage=None, most=1)
+    with packed(Settings(), spec) as folder:
+        sent = {str(f.relative_to(folder)) for f in folder.rglob("*") if f.is_file()}
+    for name in ("net_of_parts", "part_of_net", "parts_of_net", "parts_of_net.deep"):
+        del sys.modules[name]
+    assert sent == {"settings.yaml", "spec.json", *files} - {"not_imported.py"}
+
+
 def test_installed_code_does_not_travel():
     load_factory("torch.nn:Identity")
     assert own_code("torch.nn:Identity") is None
