@@ -23,7 +23,6 @@ from hamdist.dynamics.finite import Guard, unguarded
 from hamdist.dynamics.objective.losses import LossFunction, Slope, Weighted, loss_and_slope
 from hamdist.dynamics.saved_state.stateful import Stateful, check_names
 from hamdist.dynamics.updates.constants import Dynamics
-from hamdist.dynamics.user_modules.python_state import modules_of
 from hamdist.dynamics.vjp.gradient import AtOnce, Gradient
 from hamdist.dynamics.vjp.local_function import ForwardRecord, LocalFunction
 from hamdist.dynamics.vjp.seeding import SeededLoss
@@ -79,21 +78,17 @@ class ReadoutLoss(Stateful):
         self.error: Tensor | None = None  # the latest phi dL/dprediction
 
     def state_dict(self) -> dict[str, Any]:
-        return {"first_phi": self._first_phi, "random": self.random, "buffers": self._buffers()}
+        buffers = self._loss.buffers() if isinstance(self._loss, SeededLoss) else {}
+        return {"first_phi": self._first_phi, "random": self.random, "buffers": buffers}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         state = {"buffers": {}, **state}  # (of earlier versions)
         check_names("loss", state, ("first_phi", "random", "buffers"))
-        for name, value in state["buffers"].items():
-            self._buffers()[name].copy_(value)
+        if isinstance(self._loss, SeededLoss):
+            for name, buffer in self._loss.buffers().items():
+                buffer.copy_(state["buffers"].get(name, buffer))
         self._first_phi = state["first_phi"]
         self.random = state["random"]
-
-    def _buffers(self) -> dict[str, Tensor]:
-        """Return the buffers of the modules that a user's loss is, or refers to."""
-        loss = self._loss.loss if isinstance(self._loss, SeededLoss) else None
-        modules = enumerate(modules_of(loss.loss if isinstance(loss, Weighted) else loss))
-        return {f"{i}.{name}": b for i, module in modules for name, b in module.named_buffers()}
 
     @property
     def random(self) -> dict[str, Any] | None:
