@@ -43,6 +43,7 @@ from hamdist.runtime.train.arguments import check_arguments, functions_of, prepa
 from hamdist.runtime.train.prepare import NamedRule
 from hamdist.streams import Stream, from_iterable, make_stream
 from hamdist.streams.batch_names import Names
+from hamdist.streams.iterable import IterableStream
 from hamdist.streams.replay import drawn
 from hamdist.trackers import listeners_of
 
@@ -235,8 +236,12 @@ def _called_back(
     check_callbacks(callbacks)
     samples = iter(stream.samples())
     first, spec = next(samples), stream.spec
-    classes = {n: t.classes for n, t in (spec.targets or {}).items() if t.classes is not None}
-    reader = from_iterable([first], classes=classes or spec.classes)
+    if spec.patience:
+        raise SettingsError(
+            "callbacks: labels that come late reach a run with callbacks by `teach` alone "
+            "(hamdist.start); leave LateLabels out, or take Rejoin, or no callbacks"
+        )
+    reader = IterableStream([first], classes=None, outputs=None, copied=False, spec=spec)
     settings = work.keywords["settings"]
     if all(isinstance(callback, EarlyStopping) for callback in callbacks):
         raise SettingsError(

@@ -1,7 +1,7 @@
 """Functions that a user names on the command line: `package.module:function`, `file.py:function`.
 
 What is named is imported, so its code runs: a name may come from a command line or a program; of a
-settings file, from `learning.rules`, `locality.level` and `compare` alone.
+settings file, from `learning.rules`, `learning.optimizer`, `locality.level` and `compare` alone.
 """
 
 from __future__ import annotations

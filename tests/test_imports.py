@@ -78,7 +78,9 @@ ALLOWED = {
     "runtime/process": f"{RUNTIME} runtime/results",
     "runtime/storage": f"{RUNTIME} runtime/process",
     "runtime/transport": f"{RUNTIME} runtime/process runtime/signals",
-    "runtime/plan": (f"{RUNTIME} runtime/process runtime/results runtime/signals runtime/storage"),
+    "runtime/plan": (
+        f"{RUNTIME} loading runtime/process runtime/results runtime/signals runtime/storage"
+    ),
     "runtime/timing": f"{RUNTIME} runtime/plan runtime/signals",
     "runtime/nodes": f"{RUNTIME} runtime/plan runtime/results runtime/signals",
     "runtime/snapshots": (

@@ -68,23 +68,26 @@ def _steady(stream: TextIO | None, number: int) -> TextIO:
     )
 
 
+class Interrupted:
+    """A signal handler that raises KeyboardInterrupt, which an import may lose; `came`: it did."""
+
+    def __init__(self) -> None:
+        self.came = False
+
+    def __call__(self, _number: int, _frame: FrameType | None) -> None:
+        self.came = True
+        raise KeyboardInterrupt
+
+
 def main() -> None:
     """Run the command in this process. Ctrl-C ends it with exit code 130, while it imports, too.
 
     So do SIGTERM and a terminal that closes: what it has begun to write is removed.
     """
-    seen = False
-
-    def interrupted(_number: int, _frame: FrameType | None) -> None:
-        nonlocal seen
-        seen = True
-        raise KeyboardInterrupt
-
-    if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
-        signal.signal(signal.SIGINT, interrupted)
-    for number in (signal.SIGTERM, signal.SIGHUP):
-        if signal.getsignal(number) is signal.SIG_DFL:
-            signal.signal(number, signal.default_int_handler)
+    interrupted = Interrupted()
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+        if signal.getsignal(number) in (signal.SIG_DFL, signal.default_int_handler):
+            signal.signal(number, interrupted)
     try:
         steady_streams()
 
@@ -96,7 +99,7 @@ def main() -> None:
         app(obj=time.perf_counter() - (time.time() - psutil.Process().create_time()))
     except BaseException as error:
         # An import that is interrupted may end in another error, as that of numpy in torch.
-        if not (seen or isinstance(error, KeyboardInterrupt)) or isinstance(error, SystemExit):
+        if not interrupted.came or isinstance(error, SystemExit):
             raise
         sys.stderr.write("Interrupted.\n")
         sys.exit(INTERRUPTED)

@@ -105,7 +105,7 @@ def run_settings(
     if resume is not None and weights is not None:
         raise SettingsError("--resume and --weights: a run begins with one of them")
     at_level = settings.for_level(settings.level)
-    title = f"{at_level.name}, {at_level.level.value}"
+    title = f"{at_level.name}, {at_level.level_name}"
     with Display(at_level) as display, warning_at_once() as shown_warnings, ExitStack() as stack:
         display.note(f"{title}: starting (imports)")
         factory, data = options.factory(), options.data(at_level)

@@ -104,7 +104,7 @@ def _swept(
     rows += [
         [
             f"{result['samples_per_second']:,.1f}",
-            placed.settings.level.value,
+            placed.settings.level_name,
             str(len(placed.model.plan.graph.blocks)),
             str(len(placed.placement)),
             str(getattr(placed.settings.engine.compress, "value", "by edge")),

@@ -104,6 +104,11 @@ class Settings(Section):
     over the others."""
 
     @property
+    def level_name(self) -> str:
+        """Return the name of the level, or that of one's own."""
+        return (self.locality.level or self.level.value).rpartition("/")[2]
+
+    @property
     def model_loss(self) -> str | None:
         """Return the name of the output that is the model's own loss, if that is learned."""
         if not isinstance(self.loss, dict):

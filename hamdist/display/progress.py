@@ -130,5 +130,5 @@ def display_of(settings: Settings) -> RunDisplay:
 def shown(settings: Settings, batch: int | None, then: OnProgress | None) -> Iterator[Any]:
     """Yield an `on_progress` that shows a run's progress and calls `then`; None if it need not."""
     with display_of(settings) as display:
-        title = f"{settings.name}, {settings.level.value}"
+        title = f"{settings.name}, {settings.level_name}"
         yield then if display.silent else display.watch(title, batch, then=then)

@@ -83,7 +83,7 @@ def _run(folder: Path, lost: str | None) -> Ended:
         data = load_stream(spec.stream, settings.stream.names, settings.model_loss)
     resume = spec.resume if lost is None else _found_again(spec, lost)
     batch = settings.stream.batch if data is None else None
-    title = f"{settings.name}, {settings.level.value}"
+    title = f"{settings.name}, {settings.level_name}"
     tell(RunBegun.of(_as_given(settings, as_sent), title, batch))
     if spec.live is not None:
         warnings.showwarning = _warn
@@ -188,7 +188,8 @@ def _as_given(settings: Settings, as_sent: Settings) -> Settings:
     """Return the settings as the user can run them again, from elsewhere."""
     engine = settings.engine.model_copy(update={"address": None})
     settings = settings.model_copy(update={"engine": engine, "snapshots": as_sent.snapshots})
-    return with_names(settings, as_sent.learning.rules, as_sent.locality.level)
+    learning = as_sent.learning
+    return with_names(settings, learning.rules, as_sent.locality.level, learning.optimizer)
 
 
 class _Results:
@@ -236,7 +237,7 @@ def _files(folder: Path) -> list[Path]:
 
 def _teller(settings: Settings) -> Callable[[Progress], None]:
     """Return a function that writes the events of a run's progress into the log."""
-    events = ProgressEvents(settings.level.value, settings.seed)
+    events = ProgressEvents(settings.level_name, settings.seed)
 
     def note(progress: Progress) -> None:
         for event in events(progress):

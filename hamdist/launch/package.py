@@ -17,7 +17,7 @@ from typing import Any
 
 from pydantic import BaseModel, ConfigDict, ValidationError
 
-from hamdist.config import EngineKind, Settings, describe, to_yaml
+from hamdist.config import EngineKind, OptimizerSettings, Settings, describe, to_yaml
 from hamdist.errors import SettingsError
 from hamdist.loading import load_function
 
@@ -25,6 +25,7 @@ SETTINGS = "settings.yaml"
 SPEC = "spec.json"
 SNAPSHOTS = "snapshots"
 INSTALLED = {"site-packages", "dist-packages"}
+APART = ("__main__", "hamdist")  # modules beside a user's that do not travel
 MOST_BYTES = 100 * 2**20
 
 
@@ -81,7 +82,7 @@ def on_ray(settings: Settings) -> Settings:
 def packed(settings: Settings, spec: JobSpec) -> Iterator[Path]:
     """Make the package in a temporary folder, which exists inside.
 
-    The modules of `spec` have been imported; those of rules and of a level are now.
+    The modules of `spec` have been imported; those of rules, level and optimiser are now.
     """
     files = _own_names(settings)
     for name, field in files.items():
@@ -93,6 +94,7 @@ def packed(settings: Settings, spec: JobSpec) -> Iterator[Path]:
         named = {"--model": spec.model, "--stream": spec.stream}
         code = {own_code(name): option for option, name in named.items() if name is not None}
         code |= {own_code(name): field for name, field in files.items()}
+        code |= {beside: option for path, option in code.items() for beside in _beside(path)}
         for path, option in code.items():
             if path is not None:
                 _copy(path, folder, option)
@@ -100,30 +102,40 @@ def packed(settings: Settings, spec: JobSpec) -> Iterator[Path]:
 
 
 def in_package(settings: Settings) -> Settings:
-    """Return the settings of a package, which name rules and a level as the user has named them,
-    with the names of modules in its folder."""
+    """Return the settings of a package, which name rules, level and optimiser as the user has named
+    them, with the names of modules in its folder."""
     rules = {
         pattern: {**rule, "name": named_there(str(rule.get("name")))}
         if isinstance(rule, dict)
         else named_there(rule)
         for pattern, rule in settings.learning.rules.items()
     }
-    level = settings.locality.level
-    return with_names(settings, rules, None if level is None else named_there(level))
+    level, optimizer = settings.locality.level, settings.learning.optimizer
+    if optimizer is not None:
+        optimizer = optimizer.model_copy(update={"name": named_there(optimizer.name)})
+    return with_names(settings, rules, None if level is None else named_there(level), optimizer)
 
 
-def with_names(settings: Settings, rules: dict[str, Any], level: str | None) -> Settings:
-    """Return `settings` with rules, by pattern, and a level of other names."""
+def with_names(
+    settings: Settings,
+    rules: dict[str, Any],
+    level: str | None,
+    optimizer: OptimizerSettings | None,
+) -> Settings:
+    """Return `settings` with rules, by pattern, a level and an optimiser of other names."""
     update: dict[str, Any] = {}
-    if rules:
-        update["learning"] = settings.learning.model_copy(update={"rules": rules})
+    learning: dict[str, Any] = {"rules": rules} if rules else {}
+    learning |= {} if optimizer is None else {"optimizer": optimizer}
+    if learning:
+        update["learning"] = settings.learning.model_copy(update=learning)
     if level is not None:
         update["locality"] = settings.locality.model_copy(update={"level": level})
     return settings.model_copy(update=update)
 
 
 def _own_names(settings: Settings) -> dict[str, str]:
-    """Return the settings' fields by the rules and the level of the user's own that they name."""
+    """Return the settings' fields by the rules, the level and the optimiser of the user's own that
+    they name."""
     fields = {}
     for pattern, rule in settings.learning.rules.items():
         name = str(rule.get("name") if isinstance(rule, dict) else rule)
@@ -131,6 +143,9 @@ def _own_names(settings: Settings) -> dict[str, str]:
             fields[name] = f"learning.rules.{pattern}"
     if settings.locality.level is not None:
         fields[settings.locality.level] = "locality.level"
+    optimizer = settings.learning.optimizer
+    if optimizer is not None and optimizer.is_own:
+        fields[optimizer.name] = "learning.optimizer"
     return fields
 
 
@@ -171,6 +186,16 @@ def own_code(name: str) -> Path | None:
     installed = INSTALLED & set(path.parts)  # (of a user's or an outer environment, too)
     is_own = not installed and not path.is_relative_to(Path(sysconfig.get_path("stdlib")).resolve())
     return path if is_own else None
+
+
+def _beside(code: Path | None) -> set[Path]:
+    """Return the user's other modules in the folder of a file that have been imported here: those
+    that the file itself imports are among them."""
+    if code is None or code.is_dir():
+        return set()
+    names = [name for name in sys.modules if "." not in name and name not in APART]
+    paths = {path for name in names if (path := own_code(f"{name}:")) is not None}
+    return {path for path in paths if path.parent == code.parent and path != code}
 
 
 def _copy(code: Path, folder: Path, option: str) -> None:

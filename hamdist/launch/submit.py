@@ -46,7 +46,7 @@ def submit_run(
         resume: see `resumed_from`.
         live: see `JobSpec`.
     """
-    name = make_id(f"{settings.name}-{settings.level.value}")
+    name = make_id(f"{settings.name}-{settings.level_name}")
     spec = _spec(jobs, name, model).model_copy(
         update={
             "snapshots": kept_at(settings, jobs.cluster, name),
@@ -57,7 +57,7 @@ def submit_run(
     )
     metadata = {
         "kind": "run",
-        "level": settings.level.value,
+        "level": settings.level_name,
         "steps": "" if settings.steps is None else str(settings.steps),
     }
     return _submit(jobs, settings, spec, "hamdist.launch.guardian", metadata)

@@ -69,7 +69,7 @@ class IterableStream:
         names: what the keys of mappings mean.
         arguments: names of the model's arguments.
         ragged: True: samples may have other shapes than the first; None: where the model allows.
-        model_loss: name of the output that is the model's own loss.
+        model_loss: name of the output that is the model's own loss. spec: of samples, if known.
     """
 
     portable: bool = False
@@ -86,6 +86,7 @@ class IterableStream:
         arguments: Sequence[str] | None = None,
         ragged: bool | None = None,
         model_loss: str | None = None,
+        spec: SampleSpec | None = None,
     ) -> None:
         _check_sizes(classes, outputs)
         if not isinstance(source, Iterable):
@@ -115,10 +116,11 @@ class IterableStream:
         first = next(samples, nothing)
         if first is nothing:
             raise StreamError(f"the source ({kind}) yields no sample")
-        ragged = is_ragged(iterator) if ragged is None else ragged
-        learned = _learn(self.sample(0, first, weigh=False), classes, outputs)
-        weighted = WEIGHT in (self._names or {}).values()
-        self._spec = replace(learned, ragged=ragged, weighted=weighted)
+        if spec is None:
+            spec = _learn(self.sample(0, first, weigh=False), classes, outputs)
+            ragged = is_ragged(iterator) if ragged is None else ragged
+            spec = replace(spec, ragged=ragged, weighted=WEIGHT in (self._names or {}).values())
+        self._spec = spec
         self._peeked: Iterator[Any] | None = chain([first], samples)
 
     @property

@@ -122,6 +122,7 @@ class SampleSpec:
         tokens: number of different tokens, where u holds their numbers (int64, 0 ... tokens - 1).
         inputs: by name, where there are several; then u_shape and u_dtype are those of the first.
         example: the inputs of a real sample, by the names that blocks have for them, if available.
+        example_y: its target.
         patience: number of unlabelled samples that may wait for their label, of a live run or where
             labels come late (wrappers/late_targets.py); 0: a label comes with its sample or never.
         kept: blocks keep what they have of such a sample, and learn from that.
@@ -141,6 +142,7 @@ class SampleSpec:
     tokens: int | None = None
     inputs: Mapping[str, InputSpec] | None = None
     example: Mapping[str, Tensor] | None = field(default=None, compare=False, repr=False)
+    example_y: Target = field(default=None, compare=False, repr=False)
     patience: int = 0
     kept: bool = False
     emissions: int | None = 1
@@ -205,9 +207,9 @@ def parted(target: Tensor, spec: TargetSpec) -> tuple[Tensor, Tensor]:
 
 
 def with_example(spec: SampleSpec, first: Sample) -> SampleSpec:
-    """Return `spec` with the inputs of a real sample, for dry runs of models."""
+    """Return `spec` with the inputs and the target of a real sample, for dry runs of models."""
     several = {f"u.{name}": u for name, u in (first.inputs or {}).items()}
-    return replace(spec, example=several or {"u": first.u})
+    return replace(spec, example=several or {"u": first.u}, example_y=first.y)
 
 
 @runtime_checkable

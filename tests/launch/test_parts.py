@@ -458,13 +458,37 @@ def test_a_file_travels_by_its_name_alone(tmp_path, monkeypatch):
     assert (there, own_code(there)) == ("shipped_net:make", file)
 
 
+def test_what_a_file_imports_from_its_folder_travels(tmp_path, monkeypatch):
+    monkeypatch.setattr(sys, "path", [*sys.path])
+    files = {
+        "net_of_parts.py": "import torch\nimport part_of_net, parts_of_net.deep\n"
+        "def make(): return torch.nn.Linear(2, part_of_net.WIDTH)\n",
+        "part_of_net.py": "WIDTH = 3\n",
+        "parts_of_net/__init__.py": "",
+        "parts_of_net/deep.py": "",
+        "not_imported.py": "",
+    }
+    for name, text in files.items():
+        file = tmp_path / "nets" / name
+        file.parent.mkdir(parents=True, exist_ok=True)
+        file.write_text(text)
+    model = f"{tmp_path}/nets/net_of_parts.py:make"
+    load_factory(model)
+    spec = JobSpec(id="x", model=model, storage=None, most=1)
+    with packed(Settings(), spec) as folder:
+        sent = {str(f.relative_to(folder)) for f in folder.rglob("*") if f.is_file()}
+    for name in ("net_of_parts", "part_of_net", "parts_of_net", "parts_of_net.deep"):
+        del sys.modules[name]
+    assert sent == {"settings.yaml", "spec.json", *files} - {"not_imported.py"}
+
+
 def test_installed_code_does_not_travel():
     load_factory("torch.nn:Identity")
     assert own_code("torch.nn:Identity") is None
     assert own_code("json:loads") is None
 
 
-def test_files_of_rules_and_levels_travel(tmp_path, monkeypatch):
+def test_files_of_rules_levels_and_optimisers_travel(tmp_path, monkeypatch):
     """The settings of the job name them as modules, which lie beside them."""
     file = tmp_path / "shipped_rules.py"
     file.write_text("import hamdist\nclass Mine(hamdist.Rule):\n    pass\n")
@@ -473,7 +497,10 @@ def test_files_of_rules_and_levels_travel(tmp_path, monkeypatch):
     rules = {"a": mine, "b": {"name": mine, "gain": 2}, "c": "kolen-pollack"}
     level = tmp_path / "shipped_levels.py"
     level.write_text("import hamdist\nclass Own(hamdist.OwnLevel):\n    pass\n")
-    own = {"learning": {"rules": rules}, "locality": {"level": f"{level}:Own"}}
+    steps = tmp_path / "shipped_steps.py"
+    steps.write_text("import torch\nclass Steps(torch.optim.SGD):\n    pass\n")
+    learning = {"rules": rules, "lr": 0.1, "optimizer": f"{steps}:Steps"}
+    own = {"learning": learning, "locality": {"level": f"{level}:Own"}}
     settings = Settings.model_validate(own)
     with packed(settings, JobSpec(id="x", model=None, storage=None, most=1)) as folder:
         sent = load_settings(str(folder / "settings.yaml"), [])
@@ -481,7 +508,9 @@ def test_files_of_rules_and_levels_travel(tmp_path, monkeypatch):
         there = loaded.learning.rules
         assert (folder / file.name).read_text() == file.read_text()
         assert (folder / level.name).read_text() == level.read_text()
+        assert (folder / steps.name).read_text() == steps.read_text()
         assert loaded.locality.level == "shipped_levels:Own"
+        assert loaded.learning.optimizer.name == "shipped_steps:Steps"
     renamed = "shipped_rules:Mine"
     assert there["a"] == renamed
     assert there["b"] == {"name": renamed, "gain": 2}

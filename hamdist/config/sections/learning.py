@@ -189,9 +189,10 @@ class LearningSettings(Section):
     adaptive: AdaptiveSettings | None = None
     """Adam's step; not given: one rate for all of a block's weights."""
     optimizer: Annotated[OptimizerSettings | None, BeforeValidator(_name_alone)] = None
-    """One of torch.optim by its name, or a mapping with its arguments; it moves the weights, at
-    levels whose weights move when a message arrives. momentum, dampening, weight_decay and
-    adaptive are then among its arguments; lr, where it is not given, is torch's."""
+    """One of torch.optim by its name, `FILE.py:NAME` of another one, or a mapping with `name` and
+    its arguments; it moves the weights, at levels whose weights move when a message arrives.
+    momentum, dampening, weight_decay and adaptive are then among its arguments; lr, where it is
+    not given, is torch's."""
     average: Averaging = "off"
     """Moving average of each block's weights for evaluation and export: its decay, or a mapping."""
     clip: Annotated[ClipSettings | Literal["off"], _number_alone("norm")] = "off"
@@ -251,6 +252,8 @@ class LearningSettings(Section):
         lr, lr_is_set = self.optimizer.lr, "lr" in self.model_fields_set
         if lr is not None and lr_is_set and lr != self.lr:
             raise ValueError(f"'lr' is {self.lr:g} and 'optimizer.lr' {lr:g}: give one of them")
+        if self.optimizer.is_own and lr is None and not lr_is_set:
+            raise ValueError(f"optimizer {self.optimizer.name!r}: give its step size, lr")
         if not lr_is_set:  # (a dump of all fields has it then)
             self.__dict__["lr"] = self.optimizer.default_lr if lr is None else lr
         return self

@@ -1,4 +1,4 @@
-"""The section `learning.optimizer`: one of torch's optimisers by name, with its own arguments."""
+"""The section `learning.optimizer`: an optimiser by name, with its own arguments."""
 
 from __future__ import annotations
 
@@ -21,12 +21,14 @@ _REFUSALS = (ValueError, TypeError, RuntimeError, AttributeError, LookupError, A
 
 
 class OptimizerSettings(Section):
-    """One of torch.optim's optimisers; besides these fields it takes the arguments of its class."""
+    """An optimiser; besides these fields it takes the arguments of its class."""
 
     model_config = ConfigDict(extra="allow")
 
     name: str
-    """The class in lower case (`adamw`); of `muon`, weights that are no matrices go to AdamW."""
+    """The class of torch.optim in lower case (`adamw`); of `muon`, weights that are no matrices go
+    to AdamW. Or `FILE.py:NAME` or `package.module:NAME` of another class, or of a function of
+    parameters and arguments, whose code then runs; it needs an `lr`."""
     lr: Rate | None = None
     """Step size, instead of learning.lr."""
     groups: dict[str, dict[str, Any]] = {}
@@ -47,6 +49,8 @@ class OptimizerSettings(Section):
     def _torch_takes_them(self) -> OptimizerSettings:
         if self.rest and self.name != MUON:
             raise ValueError(f"'rest' belongs to name 'muon', not {self.name!r}: leave it out")
+        if self.is_own:
+            return self
         of_class = arguments(self.name)
         _check_known(self.options, of_class, self.name, "")
         of_groups = of_class
@@ -74,6 +78,12 @@ class OptimizerSettings(Section):
                     f"{where}torch.optim.{optimizer_class(name).__name__} does not take "
                     f"{options}: {type(error).__name__}: {error}"
                 ) from None
+
+    @property
+    def is_own(self) -> bool:
+        """Return True for a class or a function that is not torch's: it is tried when a run is
+        planned."""
+        return ":" in self.name
 
     @property
     def options(self) -> dict[str, Any]:
@@ -121,7 +131,8 @@ def optimizer_class(name: str) -> type[Optimizer]:
         since = "; torch has Muon from 2.9 on" if name == MUON else ""
         raise ValueError(
             f"torch {__version__} has no optimiser {name!r} that works here{since}; known: "
-            f"{', '.join(optimizers)} (any other: train(..., optimizer=FUNCTION))"
+            f"{', '.join(optimizers)} (any other: "
+            "FILE.py:NAME, or train(..., optimizer=FUNCTION))"
         )
     return optimizers[name]
 

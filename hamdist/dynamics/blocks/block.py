@@ -14,7 +14,7 @@ from hamdist.dynamics.saved_state.stateful import Stateful, popped
 from hamdist.dynamics.updates.accumulate import GradientSum
 from hamdist.dynamics.updates.constants import Dynamics
 from hamdist.dynamics.updates.weights import Weights
-from hamdist.dynamics.vjp.gradient import AtOnce, Gradient, norm_of
+from hamdist.dynamics.vjp.gradient import AtOnce, Gradient, Unused, norm_of
 from hamdist.dynamics.vjp.local_function import ForwardRecord, LocalFunction
 
 SUM = "gradients"  # its name in a snapshot, beside STATE
@@ -146,7 +146,17 @@ class Block(Stateful):
         elif g is None:
             self.weights.rest()
         else:
-            self.weights.move(g, self._factor(sample), tau)
+            self._move(g, self._factor(sample), tau)
+
+    def _move(self, g: Sequence[Gradient], factor: float, tau: float) -> None:
+        """Make one update. Weights that no pass has used stay, with omega and v, as in torch."""
+        unused = [i for i, g_i in enumerate(g) if isinstance(g_i, Unused)]
+        lists = self.weights.moving() if unused else ()
+        before = [{i: ts[i].clone() for i in unused if ts} for ts in lists]
+        self.weights.move(g, factor, tau)
+        for ts, olds in zip(self.weights.moving() if unused else (), before, strict=True):
+            for i, old in olds.items():
+                ts[i].copy_(old)
 
     @property
     def deferred(self) -> bool:
@@ -173,7 +183,7 @@ class Block(Stateful):
         if g is None:
             self.weights.rest()
         else:
-            self.weights.move(g, factor, tau)
+            self._move(g, factor, tau)
 
 
 class WeightBuffers(Stateful):

@@ -78,10 +78,15 @@ class ReadoutLoss(Stateful):
         self.error: Tensor | None = None  # the latest phi dL/dprediction
 
     def state_dict(self) -> dict[str, Any]:
-        return {"first_phi": self._first_phi, "random": self.random}
+        buffers = self._loss.buffers() if isinstance(self._loss, SeededLoss) else {}
+        return {"first_phi": self._first_phi, "random": self.random, "buffers": buffers}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        check_names("loss", state, ("first_phi", "random"))
+        state = {"buffers": {}, **state}  # (of earlier versions)
+        check_names("loss", state, ("first_phi", "random", "buffers"))
+        if isinstance(self._loss, SeededLoss):
+            for name, buffer in self._loss.buffers().items():
+                buffer.copy_(state["buffers"].get(name, buffer))
         self._first_phi = state["first_phi"]
         self.random = state["random"]
 

@@ -126,7 +126,7 @@ def loss_and_slope(
 def _by_autograd(loss: LossFunction, y: Tensor, target: Tensor) -> tuple[Tensor, Slope]:
     leaf = y.detach().requires_grad_()
     with torch.enable_grad():
-        value = loss(leaf, target)
+        value = loss(leaf.clone(), target)  # (which it may write to)
     if not isinstance(value, Tensor) or value.numel() != 1:
         received = f"shape {tuple(value.shape)}" if isinstance(value, Tensor) else repr(value)
         raise ValueError(

@@ -58,7 +58,7 @@ def assembled(
         blocks.append(
             BlockSpec(
                 name=run.name,
-                module=built.module(),
+                module=built.children() or built.module(),
                 parents=tuple(parents),
                 combine=Combine.ARGUMENTS,
                 delays=dict.fromkeys(between, delay),

@@ -1,7 +1,8 @@
 """Where the blocks of a traced model begin.
 
-A unit is a module with weights and what follows it without weights (Linear, then ReLU). Blocks are
-runs of units; where there are fewer units than blocks are asked for, of single steps.
+A unit is a module with weights and what follows it without weights (Linear, then ReLU); behind an
+invertible module what is not invertible belongs to the next one. Blocks are runs of units; where
+there are fewer units than blocks are asked for, of single steps.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ from typing import TypeAlias
 from torch import nn
 
 from hamdist.config import CutBalance, Grouping
+from hamdist.dynamics.modules.reversible import pieces_of
 from hamdist.dynamics.partition.assemble import OperationRun
 from hamdist.dynamics.tracing.dataflow import Flow
 from hamdist.dynamics.tracing.recorded_calls import Unfollowed, stays_whole
@@ -143,15 +145,25 @@ class Cuts:
 
     def units(self) -> list[int]:
         """Return the places where units begin."""
-        starts, weighted, legal = [0], False, {*self.legal}
+        starts, legal = [0], {*self.legal}
+        weighted = invertible = False  # the unit so far: has a layer; could be undone
         for place, i in enumerate(self._flow.order):
-            is_layer = self._flow.ops[i].node.op == "call_module" and self._flow.learned(i) > 0
-            new = place in self.forced or (is_layer and weighted and place in legal)
-            if place and new:
+            module = self._module(i)
+            is_layer = module is not None and self._flow.learned(i) > 0
+            undoable = module is not None and bool(pieces_of(module))
+            ends = weighted and (is_layer or (invertible and not undoable))
+            if place and (place in self.forced or (ends and place in legal)):
                 starts.append(place)
-                weighted = False
+                weighted, invertible = False, undoable
+            else:
+                invertible = undoable and (invertible or place == 0)
             weighted = weighted or is_layer
         return starts
+
+    def _module(self, i: int) -> nn.Module | None:
+        """Return the module that an op calls."""
+        node = self._flow.ops[i].node
+        return self._model.get_submodule(str(node.target)) if node.op == "call_module" else None
 
     def grouped(self, grouping: Grouping) -> list[int]:
         """Return the places where blocks begin by the grouping of locality."""

@@ -1,21 +1,13 @@
 """Cuts a model into blocks.
 
-An `nn.Sequential` becomes a chain of blocks, each an `nn.Sequential` of neighbouring children. Any
-other module is traced (dynamics/tracing), and its steps become blocks (cuts.py chooses where they
-begin, assemble.py makes them).
-
-In an `nn.Sequential` a unit is a child that has parameters together with the children without
-parameters behind it (Linear + ReLU); children without parameters at the front belong to the first
-unit, and those behind an invertible unit that are not invertible themselves to the next one.
-`grouping` makes one block of each unit, of two units, or of all; `blocks` balances any number of
-blocks by parameters or by measured time; `cuts` names the children that begin a block.
-The keys of the blocks' modules are the original ones.
+A model becomes a list of steps: an `nn.Sequential` its children, which are not looked into where
+the cuts do not ask for it, any other module what it does when it runs (dynamics/tracing). cuts.py
+chooses where blocks begin, assemble.py makes them. The keys of their weights are the original ones.
 """
 
 from __future__ import annotations
 
-from collections import OrderedDict
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import TypeGuard
 
 import torch
@@ -23,25 +15,24 @@ from torch import Tensor, fx, nn
 from torch.nn.parameter import UninitializedBuffer, UninitializedParameter
 
 from hamdist.config import CutBalance, Grouping, PartitionSettings
-from hamdist.dynamics.graph.graph import INPUT, BlockSpec, Graph
+from hamdist.dynamics.graph.graph import BlockSpec, Graph
 from hamdist.dynamics.graph.inputs import NetworkInputs, by_parent, called_by_parent, check_taken
-from hamdist.dynamics.modules.reversible import pieces_of
 from hamdist.dynamics.objective.losses import Losses, LossFunction, losses_of, mse, named
 from hamdist.dynamics.partition.assemble import OperationRun, assembled
-from hamdist.dynamics.partition.cuts import Cuts, Policy, balanced, stays
+from hamdist.dynamics.partition.cuts import Cuts, Policy, stays
 from hamdist.dynamics.partition.step_seconds import step_seconds
 from hamdist.dynamics.tracing.block_graph import one_block
 from hamdist.dynamics.tracing.dataflow import Flow
 from hamdist.dynamics.tracing.join_runs import Trace
 from hamdist.dynamics.tracing.program import Value, value_of
 from hamdist.dynamics.tracing.recorded_calls import Unfollowed, stays_whole
-from hamdist.dynamics.tracing.trace import trace, traced_whole
+from hamdist.dynamics.tracing.trace import chain_of_children, trace, traced_whole
 from hamdist.dynamics.user_modules.copies import overlaps
 from hamdist.dynamics.user_modules.hooks import is_usual
 from hamdist.dynamics.user_modules.python_state import is_foreign
 from hamdist.errors import GraphError
 
-__all__ = ["Policy", "check_made", "is_chain", "split_module", "split_sequential", "traced"]
+__all__ = ["Policy", "check_made", "split_module", "traced"]
 
 
 def check_made(model: nn.Module, *, sent: bool = False) -> None:
@@ -79,117 +70,6 @@ def check_made(model: nn.Module, *, sent: bool = False) -> None:
             )
 
 
-def is_chain(model: nn.Module, partition: PartitionSettings) -> TypeGuard[nn.Sequential]:
-    """Return True for an nn.Sequential that can be cut between its children by these settings."""
-    if not isinstance(model, nn.Sequential) or type(model).forward is not nn.Sequential.forward:
-        return False
-    if not is_usual(model):
-        return False
-    names = [name for name, child in model._modules.items() if child is not None]
-    deeper = any(cut not in names and "." in cut for cut in partition.cuts or ())
-    too_many = partition.blocks is not None and partition.blocks > len(names)
-    nested = any(len(list(child.children())) for child in model.children())
-    twice = {id(m) for m in model._modules.values()}  # its own code may keep something: look at it
-    if len(twice) < len(model._modules) and any(is_foreign(type(m)) for m in model.modules()):
-        return False
-    return not (deeper or (too_many and nested) or partition.balance is CutBalance.ACTIVATIONS)
-
-
-def split_sequential(
-    model: nn.Sequential,
-    loss: LossFunction,
-    partition: PartitionSettings,
-    grouping: Grouping,
-    *,
-    example: Tensor,
-    state_readout: bool = False,
-) -> Graph:
-    """Return the chain of blocks `block0` ... by `partition`, or else by `grouping`.
-
-    example: (B, ...) an input of the right shape and dtype, for the balance by time.
-    Raises GraphError for an empty model, an unknown cut, or more blocks than children.
-    """
-    children = [(name, m) for name, m in model._modules.items() if m is not None]
-    if not children:
-        raise GraphError("the model is an empty nn.Sequential; give it at least one module")
-
-    def graph(starts: Sequence[int]) -> Graph:
-        blocks: list[BlockSpec] = []
-        for i, (first, last) in enumerate(zip(starts, [*starts[1:], len(children)], strict=True)):
-            readout = last == len(children)
-            blocks.append(
-                BlockSpec(
-                    name=f"block{i}",
-                    module=nn.Sequential(OrderedDict(children[first:last])),
-                    parents=(blocks[-1].name if blocks else INPUT,),
-                    delays={blocks[-1].name: partition.delay} if blocks else {},
-                    loss=loss if readout else None,
-                    state=readout and state_readout,
-                )
-            )
-        return Graph(blocks, original=model)
-
-    def seconds(starts: Sequence[int]) -> list[float]:
-        return list(step_seconds(graph(starts).copy(), {INPUT: example}).values())
-
-    return graph(_starts(children, partition, grouping, seconds))
-
-
-def _starts(
-    children: Sequence[tuple[str, nn.Module]],
-    partition: PartitionSettings,
-    grouping: Grouping,
-    seconds: Callable[[Sequence[int]], list[float]],
-) -> list[int]:
-    """Return the indices of the children that begin a block.
-
-    seconds: from such indices to what a step of each block takes.
-    """
-    names = [name for name, _ in children]
-    if partition.cuts is not None:
-        for cut in partition.cuts:
-            if cut not in names:
-                raise GraphError(f"cut {cut!r} is no child of the model; known: {', '.join(names)}")
-        return sorted({0, *(names.index(cut) for cut in partition.cuts)})
-    units = _units(children)
-    if partition.blocks is None:
-        size = {Grouping.LAYER: 1, Grouping.GROUP: 2, Grouping.NETWORK: len(units)}[grouping]
-        return units[::size]
-    if partition.blocks > len(children):
-        raise GraphError(
-            f"cannot cut {len(children)} modules into {partition.blocks} blocks; "
-            f"use at most {len(children)}"
-        )
-    pieces = units if partition.blocks <= len(units) else list(range(len(children)))
-    ends = [*pieces[1:], len(children)]
-    if partition.balance is CutBalance.TIME:
-        costs = seconds(pieces)
-    else:
-        numbers = [sum(p.numel() for p in m.parameters()) for _, m in children]
-        costs = [float(sum(numbers[a:b])) for a, b in zip(pieces, ends, strict=True)]
-    return [pieces[i] for i in balanced(costs, partition.blocks)]
-
-
-def _units(children: Sequence[tuple[str, nn.Module]]) -> list[int]:
-    """Return the indices of the children that begin a unit."""
-    starts = [0]
-    weighted = invertible = False  # the unit so far: has a child with weights; could be undone
-    for i, (_, module) in enumerate(children):
-        has_weights = next(module.parameters(), None) is not None
-        undoable = bool(pieces_of(module))
-        if weighted and (has_weights or (invertible and not undoable)):
-            starts.append(i)
-            weighted = False
-            invertible = undoable
-        else:
-            invertible = undoable and (invertible or i == 0)
-        weighted = weighted or has_weights
-    return starts
-
-
-# -- any other module ----------------------------------------------------------------------------
-
-
 def split_module(
     model: nn.Module,
     loss: Losses,
@@ -215,11 +95,17 @@ def split_module(
     where blocks, cuts or a policy require more than that, for impossible cuts, and for outputs that
     the model does not have.
     """
+    if isinstance(model, nn.Sequential) and not any(m is not None for m in model._modules.values()):
+        raise GraphError("the model is an empty nn.Sequential; give it at least one module")
     check_taken(model, example)
     inputs = by_parent(example)
     divides = (partition.blocks or 1) > 1 or bool(partition.cuts) or policy is not None
+    chain = policy is None and callable(loss) and len(inputs) == 1
     try:
-        followed = trace(model, inputs, called_by_parent, ragged=ragged)
+        if chain and _is_chain(model, partition):
+            followed = chain_of_children(model, *inputs)
+        else:
+            followed = trace(model, inputs, called_by_parent, ragged=ragged)
     except Unfollowed as why:
         reason = stays_whole(why.module, model, why)
         if divides:
@@ -261,6 +147,22 @@ def split_module(
     built.notes += stays(followed.whole, model)
     built.one_length, built.one_row = followed.one_length, followed.one_row
     return built
+
+
+def _is_chain(model: nn.Module, partition: PartitionSettings) -> TypeGuard[nn.Sequential]:
+    """Return True for an nn.Sequential that these settings cut between its children."""
+    if not isinstance(model, nn.Sequential) or type(model).forward is not nn.Sequential.forward:
+        return False
+    if not is_usual(model):
+        return False
+    names = [name for name, child in model._modules.items() if child is not None]
+    deeper = any(cut not in names and "." in cut for cut in partition.cuts or ())
+    too_many = partition.blocks is not None and partition.blocks > len(names)
+    nested = any(len(list(child.children())) for child in model.children())
+    twice = {id(m) for m in model._modules.values()}  # its own code may keep something: look at it
+    if len(twice) < len(model._modules) and any(is_foreign(type(m)) for m in model.modules()):
+        return False
+    return not (deeper or (too_many and nested) or partition.balance is CutBalance.ACTIVATIONS)
 
 
 def traced(model: nn.Module, example: NetworkInputs) -> fx.Graph:

@@ -7,6 +7,7 @@ are its inputs.
 from __future__ import annotations
 
 import operator
+from collections import OrderedDict
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -103,6 +104,21 @@ class BlockGraph:
         self._first.replace_all_uses_with(self._inputs[parents[0]])
         self._graph.erase_node(self._first)
         return parents
+
+    def children(self) -> nn.Sequential | None:
+        """Return the block as a part of a model that is an nn.Sequential, where it only calls
+        children of the model, one behind the other.
+        """
+        before, *calls = list(self._graph.nodes)[:-1]
+        names = [str(call.target) for call in calls]
+        children = dict(self._model._modules)
+        if type(self._model).forward is not nn.Sequential.forward or len({*names}) < len(names):
+            return None
+        for call in calls:
+            if call.op != "call_module" or call.target not in children or call.args != (before,):
+                return None
+            before = call
+        return nn.Sequential(OrderedDict((name, self._parts[name]) for name in names))
 
     def module(self) -> TracedModule:
         """Return the module that runs the graph."""

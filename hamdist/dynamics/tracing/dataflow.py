@@ -47,7 +47,7 @@ class Flow:
     def __init__(
         self, trace: Trace, model: nn.Module, outputs: Sequence[Value], together: str | None = None
     ) -> None:
-        self._together = together
+        self._model, self._together = model, together
         self.trace = trace
         self.ops = trace.ops
         self.outputs = list(outputs)
@@ -88,7 +88,8 @@ class Flow:
         if op.node.op != "call_module":
             return {}
         prefix = f"{op.node.target}." if op.node.target else ""
-        return {id(t): n for n, t in self._tensors.items() if n.startswith(prefix)}
+        module = self._model.get_submodule(str(op.node.target))
+        return {id(t): f"{prefix}{name}" for name, t in _tensors(module)}
 
     def _moves_buffers(self, op: Op[ColumnForm]) -> bool:
         """Return True if an op may change buffers, and so is run even if nothing needs its result:

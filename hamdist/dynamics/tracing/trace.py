@@ -16,7 +16,7 @@ from posixpath import commonpath
 from typing import Any, TypeAlias
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor, fx, nn
 
 from hamdist.dynamics.tracing.join_runs import (
     Trace,
@@ -111,6 +111,30 @@ def traced_whole(
         reason = f"with other rows {why.reason}, so its rows are no batch"
         why = Unfollowed(reason, "", why.line)
     return Trace(run.graph, run.constants, run.origin, ops, {"": why})
+
+
+def chain_of_children(model: nn.Sequential, name: str) -> Trace:
+    """Return the children of `model` as steps, which are not run; name: of its input.
+
+    Nothing is known of a child but its weights, so each counts as one that draws random numbers,
+    which no other block may repeat, and that returns a batch of real numbers.
+    """
+    graph = fx.Graph()
+    node, form = graph.placeholder(name), ColumnForm((SymbolicSize(1),), torch.float32)
+    ops: list[Op[ColumnForm]] = []
+    for child, module in model._modules.items():
+        if module is not None:
+            node = graph.create_node("call_module", child, (node,))
+            node.meta["value"] = (len(ops), ())
+            ops.append(
+                Op(
+                    node, grad=True, where="", line="", modules=(), out={(): form},
+                    nodes={(): node}, random=True, varies=True, reads=set(), writes=set(),
+                    memory=set(),
+                )
+            )  # fmt: skip
+    graph.output(node)
+    return Trace(graph, [], {}, ops, {})
 
 
 def _of_one_run(op: TakenOp, batch: int) -> Op[ColumnForm]:

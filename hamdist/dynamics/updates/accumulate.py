@@ -21,10 +21,12 @@ from hamdist.dynamics.vjp.gradient import (
     Gradients,
     Outer,
     TableRows,
+    Unused,
     add_to,
     dense,
 )
 
+Sum: TypeAlias = Tensor | Unused | list[Factors]
 Copies: TypeAlias = dict[tuple[int, ...], Tensor]  # by the identities of what was copied
 
 
@@ -32,7 +34,7 @@ class GradientSum(Stateful):
     """The sum of the gradients of a function's weights, in separate memory."""
 
     def __init__(self) -> None:
-        self._sums: list[Tensor | list[Factors]] | None = None
+        self._sums: list[Sum] | None = None
 
     STATE = ("_sums",)
 
@@ -41,7 +43,7 @@ class GradientSum(Stateful):
         if isinstance(g, Gradients):
             g.complete()
         copies: Copies = {}
-        before = self._sums or [[] for _ in g]
+        before: Sequence[Sum] = self._sums or [[] for _ in g]
         self._sums = [_added(total, g_i, copies) for total, g_i in zip(before, g, strict=True)]
 
     def take(self) -> list[Gradient] | None:
@@ -50,10 +52,14 @@ class GradientSum(Stateful):
         copies: Copies = {}
         if sums is None:
             return None
-        return [total if isinstance(total, Tensor) else _joined(total, copies) for total in sums]
+        return [_joined(total, copies) if isinstance(total, list) else total for total in sums]
 
 
-def _added(total: Tensor | list[Factors], g_i: Gradient, copies: Copies) -> Tensor | list[Factors]:
+def _added(total: Sum, g_i: Gradient, copies: Copies) -> Sum:
+    if isinstance(g_i, Unused):
+        return g_i if isinstance(total, list) and not total else total
+    if isinstance(total, Unused):
+        total = []
     if isinstance(total, list):
         if not isinstance(g_i, Tensor) and _stays(total, g_i, copies):
             return [*total, _joined([g_i], copies)]

@@ -12,6 +12,7 @@ A scheduler of torch.optim.lr_scheduler is stepped once per sample, with or with
 from __future__ import annotations
 
 import copy
+import functools
 import inspect
 import math
 import warnings
@@ -30,7 +31,7 @@ from hamdist.dynamics.graph.patterns import fitting
 from hamdist.dynamics.saved_state.stateful import Stateful, check_names
 from hamdist.dynamics.updates.constants import Dynamics
 from hamdist.dynamics.updates.weights import Weights
-from hamdist.dynamics.vjp.gradient import AtOnce, Gradient, dense
+from hamdist.dynamics.vjp.gradient import AtOnce, Gradient, Unused, dense
 from hamdist.errors import SettingsError
 
 OptimizerFunction: TypeAlias = "Callable[[list[nn.Parameter]], Optimizer | Sequence[Optimizer]]"
@@ -51,6 +52,7 @@ class OptimizerRule:
         lr: The step size of all blocks; lrs: of some, by pattern of their names.
         qualified: Weights are known by BLOCK.NAME in patterns, as those of a hand-built graph.
         kinds: The classes of the optimisers, by block.
+        own: The class, or the function, that `settings` names, where it is not torch's.
     """
 
     settings: OptimizerSettings | None = None
@@ -60,6 +62,7 @@ class OptimizerRule:
     lrs: Mapping[str, float] = field(default_factory=dict)
     qualified: bool = False
     kinds: Mapping[str, list[str]] = field(default_factory=dict)
+    own: Callable[..., Any] | None = None
 
     def full_name(self, block: str, name: str) -> str:
         """Return the name of a weight in patterns."""
@@ -76,7 +79,24 @@ class OptimizerRule:
         pattern = fitting(block, self.lrs)
         lr = self.lr if pattern is None else self.lrs[pattern]
         full = {self.full_name(block, name): p for name, p in named.items()}
-        return _by_settings(self.settings, lr, full)
+        if self.own is None:
+            return _by_settings(self.settings, lr, full)
+        return [self._own(self.settings, {**self.settings.options, "lr": lr}, block, full)]
+
+    def _own(
+        self,
+        s: OptimizerSettings,
+        options: Mapping[str, Any],
+        block: str,
+        named: Mapping[str, nn.Parameter],
+    ) -> Optimizer:
+        origin = f"learning.optimizer {s.name!r}"
+        make = functools.partial(self.own or optimizer_class(s.name), **options)
+        opt = _called(origin, block, make, _grouped(s, named))
+        if not isinstance(opt, Optimizer):
+            raise SettingsError(f"{origin} made {_kind(opt)}; name a torch.optim.Optimizer")
+        _check_optimizer(opt, block, list(named.values()))
+        return opt
 
     def _by_function(self, block: str, parameters: list[nn.Parameter]) -> list[Optimizer]:
         if self.function is None:
@@ -206,13 +226,18 @@ class BlockOptimizers(Stateful):
         groups = [group["param_groups"] for group in state["optimizers"]]
         self._began = copy.deepcopy([groups, state["schedulers"]])
 
-    def step(self, gradients: Sequence[Tensor], factor: float) -> None:
-        """Move the weights by `gradients`, with `factor` times the step sizes of the groups."""
+    def step(self, gradients: Sequence[Tensor | None], factor: float) -> None:
+        """Move the weights by `gradients`, with `factor` times the step sizes of the groups.
+
+        None: of a weight that was not used, which torch's optimisers leave as it is.
+        """
         groups = [group for opt in self.optimizers for group in opt.param_groups]
         rates = [group["lr"] for group in groups]
         places = [p.data for p in self._parameters]
         for p, g in zip(self._parameters, gradients, strict=True):
-            p.grad = g.clone()  # which some optimisers use up, as foreach with Nesterov's momentum
+            p.grad = (
+                None if g is None else g.clone()
+            )  # which some optimisers use up, as foreach with Nesterov's momentum
         if factor != 1:
             for group, rate in zip(groups, rates, strict=True):
                 group["lr"] = rate * factor
@@ -342,4 +367,6 @@ class OptimizerWeights(Weights):
         if not norm <= self._limit:
             raise OutOfRange("omega", norm)
         self.omega = gradients
-        self.optimizers.step(gradients, factor)
+        unused = [isinstance(g_i, Unused) for g_i in g]
+        used = [None if left else g_i for g_i, left in zip(gradients, unused, strict=True)]
+        self.optimizers.step(used, factor)

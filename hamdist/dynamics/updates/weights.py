@@ -5,17 +5,15 @@
                 = theta_k - tau beta omega_k            (simultaneous)
 
 with g = phi dL/dtheta + z^T dh'/dtheta + r_w theta (HL Eq. 7 and Algorithm 1; the last term: NILP).
-With eta_omega = 1/tau, omega is the latest gradient, and a step is one of plain gradient descent
-with rate tau beta. Two recipes change the step, and nothing else of it:
+With eta_omega = 1/tau, omega is the latest gradient, and a step plain gradient descent's with rate
+tau beta. Two recipes change the step, and nothing else of it:
 
     clip        g <- g min(1, clip / |tau g|), the norm over all weights of the block together
     look-ahead  theta_{k+1} = theta_k - tau beta ( -s tau g_k + mu omega_{k+1} )
                 with mu = 1 - tau eta_omega
 
-Before all that the scale of the inputs of linear layers may be removed from their gradients
-(whitening.py). The second recipe is Nesterov's momentum as Sutskever et al. (2013) have it: the
-weights are where the momentum will have carried them. An average of the weights (average.py) is
-updated afterwards.
+The second is Nesterov's momentum as Sutskever et al. (2013) have it. Before all that the scale of
+a linear layer's inputs may be removed (whitening.py); an average (average.py) is updated behind it.
 """
 
 from __future__ import annotations
@@ -51,11 +49,9 @@ from hamdist.dynamics.vjp.gradient import (
 class Weights(Stateful):
     """theta (moved in place) and omega, as lists in the order of the function's parameters.
 
-    names: of the parameters, where their rates beta differ. average: of the weights, or None.
-
-    Where gradients come as factors (vjp/gradient.py) the update is fused: the product of the
-    factors is added to theta, and with eta_omega = 1/tau omega stays in factors as well, until it
-    is read.
+    names: of the parameters, where their rates beta differ. average: of the weights, or None. The
+    product of factors (vjp/gradient.py) is added to theta; with eta_omega = 1/tau omega stays in
+    factors as well, until it is read.
     """
 
     def __init__(
@@ -165,6 +161,10 @@ class Weights(Stateful):
             self._move(g, factor, tau)
             if self.average is not None:
                 self.average.update()
+
+    def moving(self) -> tuple[list[Tensor], ...]:
+        """Return theta, omega and v, each by weight (v may be empty)."""
+        return self.theta, self.omega, self._squares
 
     def predicted(self, updates: int, factor: float, tau: float) -> list[Tensor]:
         """Return theta after so many updates more along the present omega, in fresh tensors.

@@ -45,6 +45,14 @@ def copied(thing: T, memo: dict[int, Any] | None = None) -> T:
     return copy_of_thing
 
 
+def loss_copy(loss: T) -> T:
+    """Return a copy of a loss, with the state that it keeps; itself if it cannot be copied."""
+    try:
+        return copied(loss)
+    except (SettingsError, RuntimeError):  # (a lock, a file, a tensor with a history in it)
+        return loss
+
+
 def _reduced(module: nn.Module, _: object) -> tuple[Any, ...]:
     """Return how pickle makes a parametrized module again, which torch itself does not allow."""
     return _parametrized, (type(module).__mro__[1], vars(module))

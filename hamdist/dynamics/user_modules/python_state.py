@@ -165,13 +165,32 @@ def functions_of(model: nn.Module) -> list[str]:
 
 def modules_of(function: Any) -> list[nn.Module]:
     """List the modules that a loss is, is a method of, or refers to."""
+    return [value for value in _reached(function) if isinstance(value, nn.Module)]
+
+
+def weights_of(function: Any) -> list[str]:
+    """Name the weights, of modules or alone, that a loss refers to and that could learn."""
+    names = {
+        id(p): f"{name} of a {type(module).__name__}"
+        for module in modules_of(function)
+        for name, p in module.named_parameters()
+        if p.requires_grad
+    }
+    for value in _reached(function):
+        if isinstance(value, Tensor) and value.requires_grad and value.is_leaf:
+            names.setdefault(id(value), f"a tensor of shape {tuple(value.shape)}")
+    return list(names.values())
+
+
+def _reached(function: Any) -> list[Any]:
+    """List the values that a loss is, holds, or refers to."""
     fingerprints = Fingerprints()
     fingerprints.add("", function)
     for used in functions_behind(function):
         read = {n: used.__globals__.get(n) for n in names_of_code(used.__code__)}
         cells = inspect.getclosurevars(used).nonlocals
-        fingerprints.add("names", (read, dict(cells), used.__defaults__))
-    return [value for value in fingerprints.ids.values() if isinstance(value, nn.Module)]
+        fingerprints.add(f"names {id(used)}", (read, dict(cells), used.__defaults__))
+    return list(fingerprints.ids.values())
 
 
 def names_in(part: nn.Module) -> set[str]:

@@ -22,7 +22,7 @@ from hamdist.dynamics.graph.graph import Combine, combined
 from hamdist.dynamics.saved_state.stateful import Slot, graph_slots, nested_slots
 from hamdist.dynamics.tracing.traced_module import TracedModule
 from hamdist.dynamics.user_modules.python_state import SETS_REQUIRES_GRAD
-from hamdist.dynamics.vjp.gradient import AtOnce, Gradient
+from hamdist.dynamics.vjp.gradient import AtOnce, Gradient, Unused
 from hamdist.dynamics.vjp.layer_inputs import LayerInputs
 from hamdist.dynamics.vjp.local_function import ForwardRecord, ModuleFunction, Products
 from hamdist.dynamics.vjp.seeding import TORCHS, OwnGenerator, draws, foreign
@@ -147,15 +147,18 @@ class AutogradFunction(ModuleFunction):
                     if not weight.requires_grad:
                         raise RuntimeError(SETS_REQUIRES_GRAD.format(name)) from None
                 raise
-        grads = [
-            torch.zeros_like(w) if g is None else g.to_dense() if g.is_sparse else g
-            for g, w in zip(pulled, wrt, strict=True)
-        ]
-        to_inputs = iter(grads[:wanted])
+        grads = [g.to_dense() if g is not None and g.is_sparse else g for g in pulled]
+        to_inputs = (
+            torch.zeros_like(leaf) if m is None else m
+            for m, leaf in zip(grads[:wanted], wrt[:wanted], strict=True)
+        )
         per_parent = [
             None if leaf is None or not inputs else next(to_inputs) for leaf in record.leaves
         ]
-        g: list[Gradient] = list(grads[wanted:])
+        g: list[Gradient] = [
+            Unused(w.new_zeros(()), tuple(w.shape)) if g_w is None else g_w
+            for g_w, w in zip(grads[wanted:], wrt[wanted:], strict=True)
+        ]
         if self._watch is not None and weights:
             g = self._watch.watched(g, record.read)
         return per_parent, g

@@ -127,8 +127,30 @@ class TableRows:
         tensor.index_add_(0, self.index, self.z, alpha=alpha)
 
 
+@registered("Unused")
+@dataclass(slots=True)
+class Unused:
+    """g = 0, of a weight that a pass did not use: its step is left out, as torch's optimisers do.
+
+    zero: one number of its type.
+    """
+
+    zero: Tensor
+    shape: tuple[int, ...]
+    moved: bool = False
+
+    def dense(self) -> Tensor:
+        """Return g itself."""
+        return self.zero.new_zeros(self.shape)
+
+    def add_to(self, tensor: Tensor, alpha: float, beta: float = 1.0) -> None:  # noqa: ARG002
+        """Set tensor = beta tensor, in place."""
+        if beta != 1:
+            tensor.mul_(beta)
+
+
 Factors: TypeAlias = Outer | Column | TableRows
-Gradient: TypeAlias = Tensor | Factors
+Gradient: TypeAlias = Tensor | Factors | Unused
 
 
 def dense(g: Gradient) -> Tensor:
@@ -176,6 +198,8 @@ def norm_of(g: Sequence[Gradient]) -> float:
     """
     squares = 0.0
     for g_i in g:
+        if isinstance(g_i, Unused):
+            continue
         if isinstance(g_i, Outer):
             rows_, out, into = *g_i.z.shape, g_i.x.shape[1]
             if rows_ * (out + into) < out * into:
@@ -196,6 +220,8 @@ def bound(g: Sequence[Gradient]) -> float:
     shares: list[tuple[float, int, int]] = []  # a factor, and one or two of the norms
     last: Tensor | None = None  # a layer's matrix and bias have one z
     for g_i in g:
+        if isinstance(g_i, Unused):
+            continue
         if isinstance(g_i, Outer):
             shares.append((1.0, len(looked), len(looked) + 1))
             last = g_i.z

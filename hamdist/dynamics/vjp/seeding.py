@@ -11,10 +11,12 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.dropout import _DropoutNd
 
-from hamdist.dynamics.objective.losses import CrossEntropy, LossFunction, mse
+from hamdist.dynamics.objective.losses import CrossEntropy, LossFunction, Weighted, mse
 from hamdist.dynamics.saved_state.stateful import Stateful, check_names
 from hamdist.dynamics.tracing.traced_module import TracedModule
+from hamdist.dynamics.user_modules.copies import loss_copy
 from hamdist.dynamics.user_modules.generator import TURN
+from hamdist.dynamics.user_modules.python_state import modules_of
 from hamdist.errors import SnapshotError
 
 _RANDOM = (_DropoutNd, nn.RReLU, nn.FractionalMaxPool2d, nn.FractionalMaxPool3d)
@@ -67,10 +69,12 @@ class OwnGenerator(Stateful):
 
 
 def seeded_loss(loss: LossFunction, seed: int, device: torch.device | None = None) -> LossFunction:
-    """Return a user's loss, which may draw random numbers, so that all engines draw the same."""
+    """Return a copy of a user's loss, which may draw random numbers and keep state of its own, so
+    that every run and every readout begins with the same, in all engines.
+    """
     if loss is mse or isinstance(loss, CrossEntropy):
         return loss
-    return SeededLoss(loss, OwnGenerator(seed, device))
+    return SeededLoss(loss_copy(loss), OwnGenerator(seed, device))
 
 
 @dataclass(frozen=True, slots=True)
@@ -83,6 +87,12 @@ class SeededLoss:
     def __call__(self, prediction: Tensor, target: Tensor) -> Tensor:
         with self.generator:
             return self.loss(prediction, target)
+
+    def buffers(self) -> dict[str, Tensor]:
+        """Return the buffers of the modules that the loss is, or refers to."""
+        loss = self.loss.loss if isinstance(self.loss, Weighted) else self.loss
+        parts = enumerate(modules_of(loss))
+        return {f"{i}.{name}": b for i, module in parts for name, b in module.named_buffers()}
 
 
 def block_seed(run_seed: int, name: str) -> int:

@@ -24,7 +24,7 @@ from hamdist.dynamics.blocks.dissipation import dissipation_warnings
 from hamdist.dynamics.graph.inputs import INPUT, by_parent
 from hamdist.dynamics.schedule.hold import HoldSchedule
 from hamdist.dynamics.schedule.levels import make_locality
-from hamdist.dynamics.user_modules.python_state import modules_of
+from hamdist.dynamics.user_modules.python_state import weights_of
 from hamdist.dynamics.vjp.layer_inputs import LayerInputs
 from hamdist.runtime.placement.assign_blocks import Costs, split
 from hamdist.runtime.placement.requirements import idle_block_settings
@@ -65,7 +65,8 @@ def before(plan: Plan, settings: Settings) -> list[str]:
     auto = knobs.microbatches == "auto"
     sample = example_sample(plan.spec)
     inputs = {INPUT: sample.u} if sample.inputs is None else by_parent(sample.inputs)
-    notes += microbatch_warnings(plan.knobs, plan.graph, plan.spec, inputs, auto=auto)
+    of_plan = plan.knobs, plan.graph, plan.spec, inputs, plan.ignore_index
+    notes += microbatch_warnings(*of_plan, auto=auto)
     blocks = plan.graph.blocks.values()
     if not any(b.rule or any(p.requires_grad for p in b.module.parameters()) for b in blocks):
         notes.append("no weight of the model learns: all are frozen (requires_grad is False)")
@@ -121,13 +122,7 @@ def _losses(plan: Plan) -> list[str]:
             f"of the others, loss={{{readouts[0]!r}: 'cross-entropy'}}"
         )
     for name in readouts:
-        loss = plan.graph.blocks[name].loss
-        weights = [
-            f"{key} of a {type(module).__name__}"
-            for module in modules_of(loss)
-            for key, weight in module.named_parameters()
-            if weight.requires_grad
-        ]
+        weights = weights_of(plan.graph.blocks[name].loss)
         if weights:
             notes.append(
                 f"the loss of {name!r} has weights of its own, which are not learned: "

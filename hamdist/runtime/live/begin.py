@@ -21,6 +21,7 @@ from hamdist.errors import HamdistWarning, SettingsError
 from hamdist.runtime.live.callbacks import Callback, check_callbacks
 from hamdist.runtime.live.journal import Journal, named, read_named
 from hamdist.runtime.live.run import LiveRun
+from hamdist.runtime.plan.learners import own_optimizer
 from hamdist.runtime.results.events import EventListener, FolderStarted
 from hamdist.runtime.results.result import RunResult
 from hamdist.runtime.results.run_events import EventFile
@@ -160,6 +161,7 @@ def _digests(model: nn.Module | Graph, fields: Mapping[str, Any]) -> dict[str, s
     code = {n: fields[n] for n in ("loss", "phi", "optimizer", "scheduler", "level") if n in fields}
     if code.get("level") is None and settings.locality.level is not None:
         code["level"] = make_level("locality.level", settings.locality.level)
+    code["learning.optimizer"] = own_optimizer(settings.learning.optimizer)
     return code_digests({"the model": _modules(model), **code, **rules})
 
 

@@ -5,7 +5,7 @@ and which optimisers of torch's move the weights.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 
 from torch import nn
@@ -19,6 +19,7 @@ from hamdist.config import (
     HeadsSettings,
     LearningSettings,
     Memory,
+    OptimizerSettings,
     Settings,
 )
 from hamdist.dynamics.blocks.heads import make_head
@@ -28,6 +29,7 @@ from hamdist.dynamics.schedule.levels import Locality
 from hamdist.dynamics.updates.optimizers import ELEMENTWISE, BlockOptimizers, OptimizerRule
 from hamdist.dynamics.vjp.seeding import block_seed
 from hamdist.errors import LevelError, SettingsError
+from hamdist.loading import load_function
 
 BESIDE_MESSAGES = 0.3  # staleness.md: trace + local heads
 
@@ -133,6 +135,7 @@ def plan_optimizers(
     rule = dataclasses.replace(
         functions,
         settings=learning.optimizer,
+        own=own_optimizer(learning.optimizer),
         lr=learning.lr,
         lrs={p: b.lr for p, b in learning.blocks.items() if b.lr is not None},
         qualified=not graph.unsliced.was_cut,
@@ -148,6 +151,13 @@ def plan_optimizers(
     if settings.partition.slices:
         _check_slices(name, rule)
     return rule
+
+
+def own_optimizer(optimizer: OptimizerSettings | None) -> Callable[..., object] | None:
+    """Return what `learning.optimizer` names; None where it is torch's. Raises SettingsError."""
+    if optimizer is None or not optimizer.is_own:
+        return None
+    return load_function("learning.optimizer", optimizer.name)
 
 
 def _trained(graph: Graph, block: str) -> dict[str, nn.Parameter]:

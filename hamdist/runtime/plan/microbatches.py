@@ -10,20 +10,27 @@ from contextlib import suppress
 from dataclasses import replace
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from hamdist.config import Credit, LearningSettings, Memory, Settings
 from hamdist.dynamics.graph.graph import Graph
 from hamdist.dynamics.graph.spec import combined
-from hamdist.dynamics.objective.losses import CrossEntropy, model_loss, mse
+from hamdist.dynamics.objective.losses import (
+    CrossEntropy,
+    LossFunction,
+    class_axis,
+    counts,
+    model_loss,
+    mse,
+)
 from hamdist.dynamics.schedule.levels import Locality
 from hamdist.dynamics.schedule.microbatches import auto_microbatches
-from hamdist.dynamics.user_modules.copies import copied
+from hamdist.dynamics.user_modules.copies import copied, loss_copy
 from hamdist.dynamics.user_modules.generator import generator_kept
 from hamdist.errors import LevelError
 from hamdist.runtime.plan.checks import ruled
-from hamdist.streams.sample import SampleSpec
+from hamdist.streams.sample import SampleSpec, TargetSpec
 
 WIDE = torch.complex128  # (holds everything)
 CLOSE = 1e-3  # relative to the largest value; products of fewer rows round in another order
@@ -140,7 +147,13 @@ def _against(graph: Graph, learning: LearningSettings) -> list[str]:
 
 
 def microbatch_warnings(
-    knobs: Locality, graph: Graph, spec: SampleSpec, inputs: Mapping[str, Tensor], *, auto: bool
+    knobs: Locality,
+    graph: Graph,
+    spec: SampleSpec,
+    inputs: Mapping[str, Tensor],
+    ignore_index: int,
+    *,
+    auto: bool,
 ) -> list[str]:
     """Return warnings about micro-batches, whose number hamdist chose if `auto`."""
     parts, notes = knobs.microbatches, []
@@ -151,12 +164,13 @@ def microbatch_warnings(
     modules = [m for b in graph.blocks.values() for m in b.module.modules()]
     norms = [m for m in modules if isinstance(m, _BatchNorm) and m.training]
     mixing, outputs = _mixing(graph, inputs, spec.batch)
-    unlike = [n for n in graph.readouts if _is_no_mean(graph, spec, n, outputs)]
+    unlike = [n for n in graph.readouts if _is_no_mean(graph, spec, n, outputs[n], ignore_index)]
     remedies = {
         "batch norms normalise each micro-batch by its own statistics, and note them once "
         "each": norms and "use LayerNorm or GroupNorm, or locality.microbatches 1",
         f"the loss of {', '.join(unlike)} is no mean over rows (it adds them up, or divides by "
-        "weights of classes)": unlike and "make it one, or use level 'backprop'",
+        "weights of classes, or by how many it does not mask)": unlike
+        and "make it one, or use level 'backprop'",
         f"what block {''.join(mixing[:1])!r} makes of a row depends on the other rows of the "
         "batch, or on their number": mixing
         and "leave that out of the model, or use locality.microbatches 1",
@@ -173,23 +187,41 @@ def microbatch_warnings(
 _REFUSALS = (RuntimeError, ValueError, TypeError, LookupError, ArithmeticError, AssertionError)
 
 
-def _is_no_mean(graph: Graph, spec: SampleSpec, name: str, outputs: Mapping[str, Tensor]) -> bool:
+def _is_no_mean(graph: Graph, spec: SampleSpec, name: str, y: Tensor, ignore_index: int) -> bool:
     """Return True if a loss of the user's own is not the mean of those of two halves of a batch."""
-    block, target, y = graph.blocks[name], spec.target(name), outputs[name]
-    is_mean = block.loss in (None, mse) or isinstance(block.loss, CrossEntropy)
-    if is_mean or target is None or block.output is not None or spec.weighted:
+    loss, target = graph.blocks[name].loss, spec.target(name)
+    if loss is None or target is None or graph.blocks[name].output is not None:
         return False
-    numbers = torch.arange(math.prod(target.shape)).view(target.shape)
-    values = numbers * target.classes // numbers.numel() if target.classes else numbers % 7 / 7
-    t, half = values.to(target.dtype), len(y) // 2  # other classes in each half
+    if loss is mse or isinstance(loss, CrossEntropy) or spec.weighted:
+        return False
+    real = spec.example_y.get(name) if isinstance(spec.example_y, Mapping) else spec.example_y
+    trials = [] if real is None or len(real) != len(y) else [real]
+    with suppress(ValueError):  # (its classes have no axis that is known)
+        trials.append(_targets(target, y))
+    return any(_apart(loss, y, t, ignore_index) for t in trials)
+
+
+def _apart(loss: LossFunction, y: Tensor, t: Tensor, ignore_index: int) -> bool:
+    """Return True if the loss of a batch is not the mean of those of its two halves."""
+    half, loss = len(y) // 2, loss_copy(loss)
+    parts = [slice(None), slice(half), slice(half, None)]
+    counted = [counts(t[rows], ignore_index) for rows in parts]
     with torch.no_grad(), generator_kept(), suppress(*_REFUSALS):
-        loss = copied(block.loss) if isinstance(block.loss, nn.Module) else block.loss
         whole, first, second = (
-            float(loss(y[rows], t[rows])) * len(y[rows]) / len(y)  # type: ignore[misc]
-            for rows in (slice(None), slice(half), slice(half, None))
+            float(loss(y[rows].clone(), t[rows].clone())) * n / max(1, counted[0]) if n else 0.0
+            for rows, n in zip(parts, counted, strict=True)
         )
-        return abs(whole - first - second) > CLOSE * abs(whole)
+        return math.isfinite(whole) and not abs(whole - first - second) <= CLOSE * abs(whole)
     return False  # (it wants other targets than these)
+
+
+def _targets(spec: TargetSpec, y: Tensor) -> Tensor:
+    """Return targets for a prediction y, with other classes in each half of the batch."""
+    numbers = torch.arange(math.prod(spec.shape)).view(spec.shape)
+    if spec.dtype.is_floating_point:
+        return (numbers % 7 / 7).to(spec.dtype)
+    classes = spec.classes or y.shape[class_axis(y.shape, spec.shape)]
+    return (numbers * classes // numbers.numel()).to(spec.dtype)
 
 
 def _mixing(

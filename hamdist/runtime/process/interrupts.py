@@ -39,7 +39,8 @@ def hangup() -> tuple[int, ...]:
 
     It does not under `nohup`, nor where a program has a handler of its own.
     """
-    ends = signal.getsignal(signal.SIGHUP) in (signal.SIG_DFL, signal.default_int_handler)
+    handler = signal.getsignal(signal.SIGHUP)
+    ends = handler in (signal.SIG_DFL, signal.default_int_handler) or hasattr(handler, "came")
     return (signal.SIGHUP,) if ends else ()
 
 
@@ -49,7 +50,13 @@ def deaf_to_interrupts() -> AbstractContextManager[None]:
 
 
 def terminated_as_interrupted() -> AbstractContextManager[None]:
-    """Raise KeyboardInterrupt on SIGTERM and SIGHUP inside, so that all ends in order."""
+    """Raise KeyboardInterrupt on SIGTERM and SIGHUP inside, so that all ends in order.
+
+    It is raised at once for a signal that has come to the command (cli/process.py), but was lost:
+    where modules are imported, errors are passed over.
+    """
+    if getattr(signal.getsignal(signal.SIGTERM), "came", False):
+        raise KeyboardInterrupt
     return handled(signal.default_int_handler, signal.SIGTERM, *hangup())
 
 

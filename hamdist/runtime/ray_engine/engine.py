@@ -65,8 +65,7 @@ class RayEngine:
                     costs = measured if places else costs
                 except Unmeasured as reason:
                     notes += unmeasured_notes(str(reason), places, plan.replan is not None)
-        with ExitStack() as stack:
-            stack.enter_context(torch_threads(plan.engine.threads))  # (of a worker in this process)
+        with torch_threads(plan.engine.threads), ExitStack() as stack:  # (of a stream drawn here)
             with startup.phase("ray"):
                 session = stack.enter_context(ray_session(plan.engine))
             worker_group = stack.enter_context(WorkerGroup(plan, stream, session))

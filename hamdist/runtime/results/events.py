@@ -86,7 +86,7 @@ class RunBegun(RunEvent, name="run"):
     def of(cls, settings: Settings, title: str, batch: int | None = None) -> RunBegun:
         """Return the event of a run of `settings`."""
         raw = settings.model_dump(mode="json", exclude_unset=True)
-        engine, level = settings.engine.kind.value, settings.level.value
+        engine, level = settings.engine.kind.value, settings.level_name
         head: dict[str, Any] = {"level": level, "seed": settings.seed, "steps": settings.steps}
         return cls(title=title, engine=engine, settings=raw, batch=batch, **head)
 

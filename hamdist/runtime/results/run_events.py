@@ -226,7 +226,7 @@ class RunEvents:
         self, settings: Settings, listeners: Sequence[EventListener], batch: int | None
     ) -> None:
         self._listeners = list(listeners)
-        self._of = ProgressEvents(settings.level.value, settings.seed)
+        self._of = ProgressEvents(settings.level_name, settings.seed)
         self.head = self._of.head
         self._lock = threading.RLock()
         self.emit(RunBegun.of(settings, settings.name, batch))

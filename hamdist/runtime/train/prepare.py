@@ -7,6 +7,7 @@ from typing import Any, TypeAlias
 
 import torch
 from torch import nn
+from torch.nn.modules.batchnorm import _NormBase
 
 from hamdist.config import EngineKind, Level, Readout, Settings, did_you_mean
 from hamdist.dynamics.graph.checks import check_parameters, check_shared_modules
@@ -14,19 +15,14 @@ from hamdist.dynamics.graph.graph import Graph
 from hamdist.dynamics.graph.inputs import by_parent
 from hamdist.dynamics.objective.losses import Losses
 from hamdist.dynamics.partition.apply_settings import arranged
-from hamdist.dynamics.partition.split import (
-    Policy,
-    check_made,
-    is_chain,
-    split_module,
-    split_sequential,
-)
+from hamdist.dynamics.partition.split import Policy, check_made, split_module
 from hamdist.dynamics.rules.names import HOMES, built_in
 from hamdist.dynamics.rules.rule import Rule
 from hamdist.dynamics.schedule.levels import Locality, make_locality
 from hamdist.dynamics.schedule.rounds import OwnLevel
 from hamdist.dynamics.user_modules.copies import copied, unwrapped
 from hamdist.dynamics.user_modules.hooks import check_hooks
+from hamdist.dynamics.vjp.seeding import random_parts
 from hamdist.errors import SettingsError
 from hamdist.loading import called, check_call, load_function
 from hamdist.runtime.nodes.weight_ports import against_ties
@@ -112,36 +108,40 @@ def _graph(
         check_shared_modules(model.blocks)
         return model.copy()
     model, notes = unwrapped(model)
+    notes += _evaluated(model)
     check_made(model, sent=settings.engine.kind is not EngineKind.INPROCESS)
     model_copy = copied(model)
     state = knobs.readout is Readout.STATE
     example = example_input(spec) if spec.inputs is None else example_inputs(spec)
-    if policy is None and callable(loss) and is_chain(model_copy, settings.partition):
-        graph = split_sequential(
-            model_copy,
-            loss,
-            settings.partition,
-            knobs.grouping,
-            example=example_input(spec),
-            state_readout=state,
-        )
-    else:
-        graph = split_module(
-            model_copy,
-            loss,
-            settings.partition,
-            knobs.grouping,
-            example=example,
-            targets=spec.targets,
-            policy=policy,
-            state_readout=state,
-            together=together,
-            ragged=spec.ragged and knobs.pulse,
-        )
+    graph = split_module(
+        model_copy,
+        loss,
+        settings.partition,
+        knobs.grouping,
+        example=example,
+        targets=spec.targets,
+        policy=policy,
+        state_readout=state,
+        together=together,
+        ragged=spec.ragged and knobs.pulse,
+    )
     graph.original = model  # what its forward has left behind stays with the blocks
     graph.example = by_parent(example)
     graph.notes[:0] = notes
     return graph
+
+
+def _evaluated(model: nn.Module) -> list[str]:
+    """Return a note about layers that do something else in training than as the model is set."""
+    norms = [m for m in model.modules() if isinstance(m, _NormBase) and m.track_running_stats]
+    parts = [part for part in (*random_parts(model), *norms) if getattr(part, "p", 1)]
+    kinds = sorted({type(part).__name__ for part in parts if not part.training})
+    if model.training or not kinds:
+        return []
+    return [
+        f"the model is in evaluation mode, so its {', '.join(kinds)} learn as they are there: call "
+        "model.train() before, and eval() of those parts alone that are to stay so"
+    ]
 
 
 def make_level(field: str, named: OwnLevel | str) -> OwnLevel:

@@ -37,6 +37,7 @@ from hamdist.runtime.nodes.factory import try_rules
 from hamdist.runtime.placement.step_costs import example_input
 from hamdist.runtime.plan.checks import least_bytes
 from hamdist.runtime.plan.derived import replannable
+from hamdist.runtime.plan.learners import own_optimizer
 from hamdist.runtime.plan.plan import Plan, make_plan, make_snapshot_policy
 from hamdist.runtime.process.arithmetic import check_portable
 from hamdist.runtime.process.interrupts import OnProgress, terminated_as_interrupted
@@ -226,8 +227,10 @@ class _Arguments:
             model = {n: (b.module, b.output, b.loss) for n, b in model.blocks.items()}
         steps = self.optimizer and (self.optimizer.function, self.optimizer.scheduler)
         rules = {f"the rule of {pattern}": rule for pattern, rule in self.rules.items()}
-        several = {"the loss": self.loss, "phi": self.phi, "the optimizer": steps}
-        return code_digests({"the model": model, **several, "the level": self.level, **rules})
+        several: dict[str, Any] = {"the loss": self.loss, "phi": self.phi, "the optimizer": steps}
+        own = own_optimizer(self.settings.learning.optimizer)
+        several |= {"learning.optimizer": own, "the level": self.level}
+        return code_digests({"the model": model, **several, **rules})
 
     def planned(self, snapshot: Snapshot | None = None) -> tuple[Graph, Plan]:
         with unchanged(modules_of(self.model)):

@@ -113,6 +113,7 @@ class Cast(Chosen):
             inputs=several or old.inputs,
             targets=targets or old.targets,
             example=example or old.example,
+            example_y=self._target(old.example_y),
         )
 
     def _type(self, dtype: torch.dtype) -> torch.dtype:

@@ -44,6 +44,7 @@ from hamdist.dynamics.updates.optimizers import OptimizerRule
 from hamdist.dynamics.user_modules.copies import copied
 from hamdist.errors import BlockError, GraphError, SettingsError
 from hamdist.runtime.placement.step_costs import example_sample
+from hamdist.runtime.plan.learners import own_optimizer
 from hamdist.runtime.process.threads import cores, torch_threads
 from hamdist.runtime.process.usage import peak_bytes, reset_peak
 from hamdist.runtime.results.result import BlockProgress, Progress, RunResult
@@ -281,16 +282,15 @@ def _freeze(model: nn.Module) -> None:
 
 def _optimisers(model: nn.Module, learning: LearningSettings) -> list[torch.optim.Optimizer]:
     named = {name: p for name, p in model.named_parameters() if p.requires_grad}
-    weights = list(named.values())
-    if learning.optimizer is not None:
-        return OptimizerRule(learning.optimizer, lr=learning.lr).optimizers(CENTRALISED, named)
-    adaptive = learning.adaptive
+    optimizer, adaptive = learning.optimizer, learning.adaptive
+    if optimizer is not None:
+        rule = OptimizerRule(optimizer, lr=learning.lr, own=own_optimizer(optimizer))
+        return rule.optimizers(CENTRALISED, named)
     if adaptive is None:
         constants = (learning.lr, learning.momentum, learning.dampening, learning.weight_decay)
-        return [torch.optim.SGD(weights, *constants)]
-    betas = learning.momentum, adaptive.memory
-    decay = learning.weight_decay
-    return [torch.optim.AdamW(weights, learning.lr, betas, adaptive.epsilon, decay)]
+        return [torch.optim.SGD(named.values(), *constants)]
+    betas, decay = (learning.momentum, adaptive.memory), learning.weight_decay
+    return [torch.optim.AdamW(named.values(), learning.lr, betas, adaptive.epsilon, decay)]
 
 
 def _train(

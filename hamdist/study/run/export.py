@@ -95,7 +95,7 @@ def network_of_settings(
     if at_level.engine.kind is EngineKind.RAY:
         groups = place(plan.graph, at_level.engine, cores())
     actors = [NetworkActor(f"actor {i}", "", blocks) for i, blocks in enumerate(groups)]
-    return network_of(plan, actors), f"{at_level.name}, {at_level.level.value}"
+    return network_of(plan, actors), f"{at_level.name}, {at_level.level_name}"
 
 
 def network_of_folder(events: Path) -> tuple[PlacedNetwork, str]:

@@ -168,7 +168,7 @@ def run_level(
     Raises:
         HamdistError: of the settings, or of the run.
     """
-    level, engine = settings.level.value, settings.engine.kind.value
+    level, engine = settings.level_name, settings.engine.kind.value
     if baseline is not None:
         level, engine = baseline, PYTORCH
     dtype = torch_dtype(settings.dtype)

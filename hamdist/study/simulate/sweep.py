@@ -62,7 +62,7 @@ def _name(settings: Settings) -> str:
     codec = settings.engine.compress
     compress = codec.value if isinstance(codec, Compress) else "by edge"
     blocks = settings.partition.blocks or "default"
-    return f"{settings.level.value}, blocks {blocks}, compress {compress}"
+    return f"{settings.level_name}, blocks {blocks}, compress {compress}"
 
 
 def _variants(settings: Settings, levels: Sequence[Level | str]) -> Iterator[Settings]:

@@ -28,7 +28,7 @@ from hamdist.dynamics.partition.reversible_blocks import (
     recoveries,
     reversible_blocks,
 )
-from hamdist.dynamics.partition.split import split_sequential
+from hamdist.dynamics.partition.split import split_module
 from hamdist.errors import GraphError, LevelError, SettingsError
 from hamdist.models.build import make_model
 from hamdist.streams.sample import SampleSpec
@@ -208,7 +208,7 @@ def stack(depth: int, *behind: nn.Module, f=layer) -> nn.Sequential:
 
 
 def cut(model, grouping=Grouping.LAYER, **partition):
-    graph = split_sequential(
+    graph = split_module(
         model, mse, PartitionSettings(**partition), grouping, example=noise(1, 4, 2)
     )
     return [list(block.module._modules) for block in graph.blocks.values()]

@@ -11,11 +11,12 @@ import torch
 from dynamics.helpers import F64, linear, noise
 from torch import nn
 
+import hamdist
 from hamdist.config import Grouping, PartitionSettings, Settings
 from hamdist.dynamics.graph.merged import merged_module
 from hamdist.dynamics.objective.losses import mse
 from hamdist.dynamics.partition.cuts import balanced
-from hamdist.dynamics.partition.split import split_sequential
+from hamdist.dynamics.partition.split import split_module
 from hamdist.errors import GraphError
 from hamdist.runtime.train.prepare import as_graph
 from hamdist.streams.sample import SampleSpec
@@ -38,7 +39,7 @@ def five_layers():
 
 
 def split(model, grouping="layer", example=None, **partition):
-    return split_sequential(
+    return split_module(
         model,
         mse,
         PartitionSettings.model_validate(partition),
@@ -88,7 +89,7 @@ def test_delay_of_the_edges_between_blocks():
 
 
 def test_state_readout():
-    graph = split_sequential(
+    graph = split_module(
         five_layers(),
         mse,
         PartitionSettings(),
@@ -141,6 +142,27 @@ def test_merge_puts_changed_weights_at_their_keys():
     for key in keys:
         assert torch.equal(state[key], torch.full_like(state[key], number[key])), key
     assert all(torch.equal(t, before[k]) for k, t in model.state_dict().items())  # a copy
+
+
+def test_a_child_with_buffers_that_comes_twice_stays_in_one_block():
+    """Its running statistics are those of torch, which moves them twice a sample."""
+    norm = nn.BatchNorm1d(6, dtype=F64)
+    model = nn.Sequential(linear(6, 6, 0), norm, linear(6, 6, 1), norm, linear(6, 2, 2))
+    expected = copy.deepcopy(model)
+    stream = [(noise(n, 4, 6), noise(n + 9, 4, 2)) for n in range(5)]
+    result = hamdist.train(
+        model, stream, loss="mse", level="backprop", dtype="float64", learning={"lr": 0.1}
+    )
+    sgd = torch.optim.SGD(expected.parameters(), 0.1)
+    for u, y in stream:
+        sgd.zero_grad()
+        mse(expected(u), y).backward()
+        sgd.step()
+    assert list(result.blocks) == ["block0", "block1", "block2"]
+    for name, value in result.model.state_dict().items():
+        torch.testing.assert_close(value, expected.state_dict()[name], rtol=1e-12, atol=1e-12)
+    with pytest.raises(GraphError, match=r"no block can begin at '2': the weight '1.running_mean'"):
+        split(model, cuts=["2"])
 
 
 # -- balance -----------------------------------------------------------------------------------
@@ -257,9 +279,9 @@ def test_balance_by_time_of_tokens():
 def test_errors():
     with pytest.raises(GraphError, match="empty nn.Sequential"):
         split(nn.Sequential())
-    with pytest.raises(GraphError, match="cut 'x' is no child of the model; known: 0, 1, 2"):
+    with pytest.raises(GraphError, match="cut 'x' is no module of the model; known: 0, 1, 2"):
         split(five_layers(), cuts=["3", "x"])
-    with pytest.raises(GraphError, match="cannot cut 10 modules into 11 blocks; use at most 10"):
+    with pytest.raises(GraphError, match="cannot cut the model into 11 blocks; use at most 10"):
         split(five_layers(), blocks=11)
     with pytest.raises(ValueError, match="'blocks' or 'cuts', not both"):
         PartitionSettings(blocks=2, cuts=("1",))

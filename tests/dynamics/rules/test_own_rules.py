@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import threading
 
 import numpy as np
 import pytest
@@ -100,6 +101,66 @@ def test_weights_of_a_loss_are_named(loss):
     with pytest.warns(UserWarning, match="t of a Tempered"):
         result = learned(loss=loss)
     assert "weights of its own" in str(result.warnings)
+
+
+def test_a_weight_alone_is_named_too():
+    scale = nn.Parameter(torch.ones(3))
+    result = learned(loss=lambda p, y: functional.cross_entropy(p * scale, y))
+    assert "weights of its own, which are not learned: a tensor of shape (3,)" in str(
+        result.warnings
+    )
+
+
+class Centred(nn.Module):
+    """Keeps a mean of the predictions, and the number of its calls."""
+
+    def __init__(self):
+        super().__init__()
+        self.register_buffer("mean", torch.zeros(3))
+        self.calls = 0
+
+    def forward(self, p, y):
+        self.calls += 1
+        self.mean += 0.1 * (p.detach().mean(0) - self.mean)
+        return functional.cross_entropy(p - self.mean, y)
+
+
+def test_every_run_has_a_copy_of_a_loss_with_state(tmp_path):
+    """Oracle: the same loop in torch."""
+    model, own = net(), Centred()
+    optimiser = torch.optim.SGD(model.parameters(), 0.1)
+    for u, y in items():
+        optimiser.zero_grad()
+        own(model(u), y).backward()
+        optimiser.step()
+    loss = Centred()
+    first, again = learned(loss=loss), learned(loss=loss)
+    assert relative(first.model.parameters(), model.parameters()) < 1e-6
+    assert_equal(first, again)
+    assert (loss.calls, float(loss.mean.norm())) == (0, 0)
+    learned(loss=loss, steps=4, snapshots={"path": str(tmp_path), "every": 2})
+    with pytest.warns(UserWarning, match="going on from"):
+        assert_equal(first, learned(loss=loss, resume=tmp_path))
+
+
+@pytest.mark.parametrize("level", ["trace", "heads"])
+def test_a_loss_with_state_on_both_engines(session, level):
+    loss = Centred()
+    alone = learned(loss=loss, level=level)
+    spread = learned(loss=loss, level=level, engine={"kind": "ray", "actors": 2})
+    assert_equal(alone, spread)
+
+
+def test_a_loss_that_cannot_be_copied_is_used_itself():
+    loss = Centred()
+    loss.lock = threading.Lock()
+    learned(loss=loss)
+    assert loss.calls == len(items())
+
+
+def test_a_loss_may_write_to_the_prediction():
+    by_hand = learned(loss=lambda p, y: functional.cross_entropy(2 * p, y))
+    assert_equal(by_hand, learned(loss=lambda p, y: functional.cross_entropy(p.mul_(2), y)))
 
 
 def test_a_loss_without_weights_is_not():

@@ -542,8 +542,11 @@ def test_batch_norms_are_warned_of():
     assert "batch norms normalise each micro-batch" in told(model, batches([8] * 3), parts=2)
 
 
-LOSSES = {
-    "weights of classes": (nn.CrossEntropyLoss(torch.tensor([1, 4, 0.2]).double()), True),
+BY_CLASS = nn.CrossEntropyLoss(torch.tensor([1, 4, 0.2]).double())
+LOSSES: dict[str, Any] = {
+    "weights of classes": (BY_CLASS, True),
+    "weights of classes that nobody numbers": (BY_CLASS, True),
+    "a mask": (lambda y, t: functional.cross_entropy(y, t, ignore_index=0), True),
     "a sum": (lambda y, t: functional.cross_entropy(y, t, reduction="sum") / 9, True),
     "smoothed labels": (nn.CrossEntropyLoss(label_smoothing=0.1), False),
     "other targets alone": (lambda y, t: functional.cross_entropy(y, {0: t}[0]), False),
@@ -560,7 +563,7 @@ def test_losses_that_are_no_mean_over_rows_are_warned_of(kind):
             batches([8] * 3),
             level=level,
             loss=loss,
-            classes=CLASSES,
+            classes=CLASSES if "nobody" not in kind else None,
             learning={"lr": 0.1},
             dtype="float64",
             engine={"kind": "inprocess"},
@@ -591,3 +594,20 @@ def test_auto_says_its_number():
 def test_what_is_refused(fields, match):
     with pytest.raises(LevelError, match=match):
         learned(seeded(mlp), batches([B] * 2), **fields)
+
+
+def test_a_mask_that_the_targets_alone_show():
+    u, y = torch.randn(8, 4), torch.randn(8, 2)
+    y[:3] = 999.0
+
+    def loss(p, y):
+        return (p - y)[y < 999].square().mean()
+
+    with pytest.warns(HamdistWarning, match="is no mean over rows"):
+        hamdist.train(
+            nn.Sequential(nn.Linear(4, 2)),
+            [(u, y)],
+            level="pipeline",
+            loss=loss,
+            locality={"microbatches": 2},
+        )

@@ -4,7 +4,12 @@ oracles of their own (test_recipes.py)."""
 from __future__ import annotations
 
 import copy
+import importlib
+import linecache
+import re
+import sys
 import warnings
+from pathlib import Path
 
 import pytest
 import torch
@@ -533,6 +538,95 @@ def test_goes_on_with_another_step_size(tmp_path):
     assert relative(other.model.parameters(), still.model.parameters()) > 1e-3
 
 
+SIGNS = """
+import torch
+
+class Signs(torch.optim.Optimizer):
+    def __init__(self, params, lr=1.0, shrink=0.0):
+        super().__init__(params, {"lr": lr, "shrink": shrink})
+
+    @torch.no_grad()
+    def step(self, closure=None):
+        for group in self.param_groups:
+            for p in group["params"]:
+                p.mul_(1 - group["lr"] * group["shrink"]).sub_(group["lr"] * p.grad.sign())
+
+def signs(params, lr, shrink):
+    return Signs(params, lr, shrink)
+
+def none(params, lr):
+    return None
+"""
+
+
+@pytest.fixture
+def signs(tmp_path, monkeypatch):
+    """A file with an optimiser, and its step by hand."""
+    monkeypatch.setattr(sys, "path", [*sys.path])
+    (tmp_path / "own_signs.py").write_text(SIGNS)
+    yield f"{tmp_path}/own_signs.py"
+    sys.modules.pop("own_signs", None)
+
+
+@pytest.mark.parametrize("kind", ["Signs", "signs"])
+@pytest.mark.parametrize("engine", [{"kind": "inprocess"}, {"kind": "ray", "actors": 2}])
+def test_settings_name_an_optimiser_by_its_file(kind, engine, signs):
+    named = {"name": f"{signs}:{kind}", "shrink": 0.1, "groups": {"vectors": {"shrink": 0.0}}}
+    learning = {"lr": 1e-3, "optimizer": named, "blocks": {"block1": {"lr": 2e-3}}}
+    result = train(learning=learning, engine=engine)
+    expected = net()
+    for u, y in ITEMS:
+        gradients = torch.autograd.grad(mse(expected(u), y), list(expected.parameters()))
+        for (name, p), g in zip(expected.named_parameters(), gradients, strict=True):
+            lr = 2e-3 if name.startswith("1.") else 1e-3
+            shrink = 0.0 if p.ndim < 2 else 0.1
+            p.data = p.data * (1 - lr * shrink) - lr * g.sign()
+    assert list(result.blocks) == ["block0", "block1", "block2", "block3"]
+    assert relative(result.model.parameters(), expected.parameters()) <= 1e-12
+    del learning["blocks"]
+    plain = train(learning=learning)
+    chosen = Settings(learning=learning, steps=len(ITEMS), dtype="float64")
+    central = train_centralised(net(), source(), chosen, loss=mse)
+    assert relative(plain.model.parameters(), central.model.parameters()) <= 1e-12
+
+
+def test_an_optimiser_that_settings_name_goes_on_and_its_code_is_known(signs, tmp_path):
+    given = {"learning": {"lr": 1e-3, "optimizer": {"name": f"{signs}:Signs", "shrink": 0.1}}}
+    whole = kept(tmp_path / "a", **given)
+    found = sorted(tmp_path.glob("a/tick-*"))[1]
+    with pytest.warns(HamdistWarning, match="going on from"):
+        again = kept(tmp_path / "b", resume=found, **given)
+    assert relative(again.model.parameters(), whole.model.parameters()) == 0
+    sys.modules.pop("own_signs")
+    Path(signs).write_text(SIGNS.replace(".sign()", ".sign() * 1.0"))
+    importlib.invalidate_caches()
+    linecache.clearcache()
+    with pytest.warns(HamdistWarning, match="learning.optimizer"):
+        kept(tmp_path / "c", resume=found, **given)
+
+
+@pytest.mark.parametrize(
+    ("named", "text"),
+    [
+        ("gone.py:Signs", "learning.optimizer 'gone.py:Signs': there is no file 'gone.py'"),
+        ("FILE:Gone", "has no 'Gone'"),
+        ({"name": "FILE:Signs", "shrunk": 1}, "unexpected keyword argument 'shrunk'"),
+        ("FILE:none", "made a NoneType; name a torch.optim.Optimizer"),
+        ({"name": "FILE:Signs", "groups": {"gone*": {"lr": 1}}}, "groups"),
+    ],
+)
+def test_an_optimiser_that_settings_name_is_refused(named, text, signs):
+    own = {"name": named} if isinstance(named, str) else named
+    own = {**own, "name": own["name"].replace("FILE", signs)}
+    with pytest.raises(SettingsError, match=re.escape(text)):
+        train(learning={"lr": 1e-3, "optimizer": own})
+
+
+def test_an_optimiser_that_settings_name_needs_a_step_size():
+    with pytest.raises(ValueError, match="optimizer 'a.py:B': give its step size, lr"):
+        Settings(learning={"optimizer": "a.py:B"})
+
+
 def test_no_optimiser_no_entry():
     assert settings("trace").learning.optimizer is None
     assert Settings(learning={"optimizer": "off"}).learning.optimizer is None
@@ -540,6 +634,22 @@ def test_no_optimiser_no_entry():
         learning={"optimizer": "adamw"}, levels={"local": {"learning": {"optimizer": None}}}
     )
     assert over.for_level(Level.LOCAL).learning.optimizer is None
+
+
+def test_a_model_in_evaluation_mode_is_told():
+    model = nn.Sequential(nn.Linear(4, 3), nn.BatchNorm1d(3), nn.Dropout(0.5), nn.Linear(3, 2))
+    assert "evaluation" not in str(by_mode(model.double()))
+    model[1].eval()
+    assert "evaluation" not in str(by_mode(model))
+    told = "in evaluation mode, so its BatchNorm1d, Dropout learn as they are there"
+    assert told in str(by_mode(model.eval()))
+    assert "evaluation" not in str(by_mode(net().eval()))
+
+
+def by_mode(model):
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", HamdistWarning)
+        return train(lambda: model).warnings
 
 
 def test_a_model_that_is_frozen_as_a_whole_is_told():

@@ -18,6 +18,7 @@ from runtime.networks import (
 )
 
 from hamdist.config import Settings
+from hamdist.runtime.process.threads import torch_threads
 from hamdist.runtime.train.train import train
 from hamdist.streams import Sample, from_iterable
 from hamdist.study.report.digests_diff import partings
@@ -212,7 +213,9 @@ def test_uneven_last_batch_missing_targets_and_a_stream_of_the_driver(session, l
     def source():
         return stream(60, missing={0, 7, 8, 31}, last=1)
 
-    alone, spread = both(chain, source, engine, 60, **LEVELS[level])
+    with torch_threads(2):
+        alone, spread = both(chain, source, engine, 60, **LEVELS[level])
+        assert torch.get_num_threads() == 2  # (the driver's are its own)
     assert alone.samples == 60
     assert len(spread.placement) == engine["actors"]
     assert ("interleave" in engine) == (

@@ -694,6 +694,50 @@ def test_training_with_callbacks_is_training():
     assert plain.samples == called.samples == 6
 
 
+class AnyLength(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.embed, self.head = nn.Embedding(9, 4), nn.Linear(4, 3)
+
+    def forward(self, tokens):
+        return self.head(torch.tanh(self.embed(tokens).mean(1)))
+
+
+def lengths():
+    return [(torch.full((2, 2 + k % 3), k), y) for k, (_, y) in enumerate(samples(8))]
+
+
+STREAMS = {
+    "weights": lambda: hamdist.streams.from_iterable(
+        [(u, y, torch.rand(len(y))) for u, y in samples(8)],
+        classes=3,
+        names={0: "u", 1: "y", 2: "weight"},
+    ),
+    "lengths": lambda: hamdist.streams.from_iterable(lengths(), classes=3),
+    "a real target is missing at first": lambda: hamdist.streams.from_iterable(
+        [(u, u[:, :3] if k else None) for k, (u, _) in enumerate(samples(8))], outputs=3
+    ),
+}
+
+
+@pytest.mark.parametrize("kind", STREAMS)
+def test_callbacks_see_the_samples_of_any_stream(kind):
+    options = {"level": "backprop", "loss": "mse" if "real" in kind else "cross-entropy"}
+    runs = []
+    for callbacks in ([], [hamdist.Callback()]):
+        torch.manual_seed(0)
+        model = AnyLength() if kind == "lengths" else network()
+        runs.append(hamdist.train(model, STREAMS[kind](), callbacks=callbacks, **options))
+    assert equal(*runs)
+    assert runs[0].windows == runs[1].windows
+
+
+def test_late_labels_are_not_for_callbacks():
+    late = hamdist.streams.LateLabels(hamdist.streams.from_iterable(samples(8), classes=3), 2)
+    with pytest.raises(SettingsError, match="callbacks: labels that come late"):
+        hamdist.train(network(), late, level="backprop", callbacks=[hamdist.Callback()])
+
+
 def test_what_a_run_cannot_know_is_refused(tmp_path):
     model, example = nn.Linear(4, 3), (torch.zeros(2, 4), torch.tensor([0, 1]))
     by_function = {"optimizer": lambda params: torch.optim.SGD(params, lr=0.1)}

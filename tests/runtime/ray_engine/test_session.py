@@ -272,10 +272,3 @@ def test_standard_output_is_the_commands_alone(session, capsys):
     assert shown.out == ""
     assert "killed (OOM)" in shown.err
     assert "A worker died" not in shown.err
-
-
-@pytest.mark.ray
-def test_torch_has_as_many_threads_as_before(session, two_threads):
-    """Though the stream's worker computes in this process, on one thread."""
-    assert trained(steps=5).samples == 5
-    assert torch.get_num_threads() == 2
