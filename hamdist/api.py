@@ -211,6 +211,8 @@ def start(
         model = with_first_weights(model, read_beginning(out)[2])
     fields |= _named(trackers)
     work, reader = prepared(model, [example], settings, loss, classes, names, functions, fields)
+    if reader.spec.weighted:
+        raise SettingsError("names: a live run has no weights of rows, which feed does not take")
     own_settings = work.keywords["settings"]
     listeners = listeners_of(own_settings, trackers, None if out is None else Path(out))
     begin: dict[str, Any] = {

@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from typing import Any
 
-from torch.utils.data import DataLoader, IterableDataset
+from torch.utils.data import DataLoader, IterableDataset, default_collate
 
 from hamdist.errors import StreamError
 from hamdist.streams.batch_names import Names
@@ -50,12 +50,18 @@ def from_loader(
             f"from_loader got a {type(loader).__name__}: give a DataLoader (which also batches a "
             "map-style Dataset), an IterableDataset, or use from_iterable"
         )
-    copied = not isinstance(loader, DataLoader) or loader.batch_size is None
+    copied = replays = True
+    if isinstance(loader, DataLoader):
+        # A collate_fn of a user's own may fill one buffer again and again; workers send copies. A
+        # sampler may shuffle, and workers draw numbers.
+        copied = loader.collate_fn is not default_collate and not loader.num_workers
+        replays = loader.batch_size is None and isinstance(loader.dataset, IterableDataset)
     return IterableStream(
         loader,
         classes=classes,
         outputs=outputs,
         copied=copied,
+        replays=replays,
         epochs=epochs,
         names=names,
         arguments=arguments,

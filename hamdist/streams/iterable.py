@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from hamdist.errors import HamdistWarning, SettingsError, StreamError
-from hamdist.streams.batch_names import TUPLES, WEIGHT, Names, default_names, named_parts
+from hamdist.streams.batch_names import TARGETS, TUPLES, WEIGHT, Names, default_names, named_parts
 from hamdist.streams.check import check_numbers
 from hamdist.streams.epochs import AGAIN, Epochs, epoch_setters, is_ragged
 from hamdist.streams.sample import (
@@ -51,8 +51,6 @@ class _Fields(NamedTuple):
 
 
 _KEYS = _Fields._fields[:-1]  # of a dict
-
-
 # A number for every readout, or by the name of the readout.
 Sizes: TypeAlias = int | Mapping[str, int] | None
 
@@ -65,6 +63,7 @@ class IterableStream:
         classes: number of classes of integer targets, by readout where there are several.
         outputs: numbers of an output's features, likewise.
         copied: True: tensors of a sample are copied, since the source writes to them again.
+        replays: the source is sure to give the same samples again.
         epochs: how often the source is read; None: without an end.
         names: what the keys of mappings mean.
         arguments: names of the model's arguments.
@@ -81,6 +80,7 @@ class IterableStream:
         classes: Sizes,
         outputs: Sizes,
         copied: bool,
+        replays: bool = True,
         epochs: int | None = 1,
         names: Names | None = None,
         arguments: Sequence[str] | None = None,
@@ -94,12 +94,11 @@ class IterableStream:
             raise StreamError(f"a {type(source).__name__} cannot be iterated: give {batches}")
         if epochs is not None and epochs < 1:
             raise SettingsError(f"epochs is {epochs}; at least 1 is needed, or None for no end")
-        kind, iterator = type(source).__name__, source
+        self._kind, iterator = type(source).__name__, source
         seeded = bool(epoch_setters(source))
         if epochs != 1 or not isinstance(source, Iterator):
             source = Epochs(source, epochs)
         self._source = source
-        self._kind = kind
         self._classes = classes
         self._copied = copied
         self._names = None if names is None else {str(key): name for key, name in names.items()}
@@ -109,13 +108,11 @@ class IterableStream:
         # loader that shuffles by a global generator draws from it once, as without hamdist.
         samples = iter(source)
         self._again = samples is not source
-        # A loader may shuffle, and its workers draw numbers: it is not sure to give the same again,
-        # unless its order follows from the epoch.
-        self.replays = self._again and (copied or seeded)
+        self.replays = self._again and (replays or seeded)
         nothing = object()
         first = next(samples, nothing)
         if first is nothing:
-            raise StreamError(f"the source ({kind}) yields no sample")
+            raise StreamError(f"the source ({self._kind}) yields no sample")
         if spec is None:
             spec = _learn(self.sample(0, first, weigh=False), classes, outputs)
             ragged = is_ragged(iterator) if ragged is None else ragged
@@ -196,6 +193,8 @@ class IterableStream:
         if isinstance(sample, Sample):
             u = sample.u if sample.inputs is None else sample.inputs
             return _Fields(u, sample.y, sample.end, sample.time, sample.late, sample.key)
+        if not {*(self._names or TARGETS)}.isdisjoint(getattr(sample, "_fields", ())):
+            sample = sample._asdict()  # (a namedtuple, whose names say more than its places)
         if isinstance(sample, (tuple, list)) and self._names is not None:
             sample = {str(place): value for place, value in enumerate(sample)}
         if isinstance(sample, Mapping) and (self._names is not None or "u" not in sample):

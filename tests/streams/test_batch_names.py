@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections import UserDict
+from collections import UserDict, namedtuple
 from itertools import islice
 
 import pytest
@@ -181,3 +181,15 @@ def test_a_data_set_is_told_once_an_epoch():
     loader = DataLoader(rows, batch_size=2, sampler=ByEpoch())
     list(from_loader(loader, classes=2, epochs=2).samples())
     assert rows.told == loader.sampler.told == [0, 1]  # type: ignore[attr-defined]
+
+
+def test_a_namedtuple_has_names():
+    Batch = namedtuple("Batch", "label image")
+    y, u = torch.tensor([0, 1]), torch.ones(2, 3)
+    for names in (None, {"image": "u", "label": "y"}, {1: "u", 0: "y"}):
+        (sample,) = from_iterable([Batch(y, u)], classes=2, names=names).samples()
+        assert torch.equal(sample.u, u)
+        assert torch.equal(sample.y, y)
+    Pair = namedtuple("Pair", "features count")  # (no name of a target: by place)
+    (sample,) = from_iterable([Pair(u, y)], classes=2).samples()
+    assert torch.equal(sample.u, u)

@@ -8,7 +8,13 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from torch.utils.data import DataLoader, IterableDataset, TensorDataset
+from torch.utils.data import (
+    BatchSampler,
+    DataLoader,
+    IterableDataset,
+    RandomSampler,
+    TensorDataset,
+)
 
 from hamdist.errors import SettingsError, StreamError
 from hamdist.streams import IterableStream, Sample, Stream, from_iterable, from_loader
@@ -195,6 +201,25 @@ class TestLoader:
         for _ in range(2):  # two epochs: the generator goes on between them
             expected = [y.tolist() for _, y in plain]
             assert [s.y.tolist() for s in wrapped.samples() if s.y is not None] == expected
+
+    def test_a_buffer_that_collate_fn_fills_again(self) -> None:
+        buffer = torch.empty(2, 3)
+
+        def collate(rows: list[Any]) -> Any:
+            torch.stack([u for u, _ in rows], out=buffer)
+            return buffer, torch.stack([y for _, y in rows])
+
+        data = TensorDataset(torch.arange(12.0).view(4, 3), torch.zeros(4, dtype=torch.long))
+        stream = from_loader(DataLoader(data, 2, collate_fn=collate), classes=2)
+        first, second = [sample.u for sample in stream.samples()]
+        assert torch.equal(torch.cat([first, second]), data.tensors[0])
+
+    def test_which_loaders_give_the_same_again(self) -> None:
+        data = TensorDataset(torch.zeros(4, 3), torch.zeros(4, dtype=torch.long))
+        shuffled = BatchSampler(RandomSampler(data), 2, drop_last=False)
+        loaders = [DataLoader(data, 2), DataLoader(data, batch_sampler=shuffled)]
+        assert not any(from_loader(loader, classes=2).replays for loader in loaders)
+        assert from_loader(DataLoader(Batches(), batch_size=None), classes=2).replays
 
     def test_inputs_alone(self) -> None:
         loader = DataLoader(TensorDataset(torch.zeros(4, 2)), batch_size=2)

@@ -29,7 +29,15 @@ aten = torch.ops.aten
 
 
 def mse(prediction: Tensor, target: Tensor) -> Tensor:
-    """Return (1/B) sum_b 1/2 sum_j (y_bj - target_bj)^2. prediction and target: (B, O)."""
+    """Return (1/B) sum_b 1/2 sum_j (y_bj - target_bj)^2. prediction and target: (B, O).
+
+    Raises ValueError for other shapes, which torch would broadcast.
+    """
+    if prediction.shape != target.shape:
+        raise ValueError(
+            f"mse of a prediction {tuple(prediction.shape)} and a target {tuple(target.shape)}: "
+            "give both one shape"
+        )
     return 0.5 * (prediction - target).square().sum() / prediction.shape[0]
 
 

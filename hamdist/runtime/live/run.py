@@ -301,8 +301,8 @@ class LiveRun:
     def evaluate(self, x: NetworkInputs, y: Targets) -> Scores:
         """Return the scores of `model()` on x (N, ...) with targets y. Nothing is learned of it."""
         with torch.inference_mode(False):
-            model, ignored = self.model(), self.settings.ignore_index
-            scores = evaluate(model, x, y, self._losses, ignore_index=ignored)
+            model, ignored, spec = self.model(), self.settings.ignore_index, self._plan.spec
+            scores = evaluate(model, x, y, self._losses, ignore_index=ignored, spec=spec)
         answered = self.status().answered
         self._events.emit(Evaluated.of(scores, answered, **self._events.head))
         self._tell("on_evaluate", scores, model)

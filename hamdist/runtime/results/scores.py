@@ -27,7 +27,8 @@ from hamdist.dynamics.objective.losses import (
 from hamdist.dynamics.objective.prequential import count_correct
 from hamdist.errors import HamdistError, StreamError
 from hamdist.streams.check import check_finite
-from hamdist.streams.sample import Sample, Stream
+from hamdist.streams.iterable import IterableStream
+from hamdist.streams.sample import Sample, SampleSpec, Stream, TargetSpec
 
 CHUNK = 1024
 Targets: TypeAlias = Tensor | Mapping[str, Tensor]
@@ -56,14 +57,18 @@ def evaluate(
     loss: Losses,
     *,
     ignore_index: int = IGNORE_INDEX,
+    spec: SampleSpec | None = None,
 ) -> Scores:
     """Return the scores of `model` on x (N, ...) with targets y, (N,) classes or (N, O) values.
 
-    Several inputs and outputs are given by name. `loss` is a mean over the batch; targets of the
-    class `ignore_index` do not count. The model is set to evaluation meanwhile.
+    Tensors or numpy arrays; several inputs and outputs are given by name. `loss` is a mean over the
+    batch; targets of the class `ignore_index` do not count. The model is set to evaluation
+    meanwhile. spec: of the samples that were learned, whose kind of targets y has to have.
     """
-    targets = y if isinstance(y, Mapping) else None
-    return evaluate_samples(model, _chunks(x, y), loss, targets, ignore_index=ignore_index)
+    (whole,) = IterableStream([(x, y)], classes=None, outputs=None, copied=False).samples()
+    targets = whole.y if isinstance(whole.y, Mapping) else None
+    chunks = _chunks(whole.inputs or whole.u, whole.y)  # type: ignore[arg-type]  # (y is given)
+    return evaluate_samples(model, chunks, loss, targets, ignore_index=ignore_index, spec=spec)
 
 
 def evaluate_samples(
@@ -73,11 +78,12 @@ def evaluate_samples(
     targets: Collection[str] | None,
     *,
     ignore_index: int = IGNORE_INDEX,
+    spec: SampleSpec | None = None,
 ) -> Scores:
     """Return the scores of `model` over the rows of all samples that have a target.
 
     The model is set to evaluation meanwhile; `targets` names the outputs with targets, if they are
-    given by name.
+    given by name. spec: as of `evaluate`.
 
     Raises:
         StreamError: an output has no target at all, or the model or the loss refuses a sample.
@@ -97,6 +103,7 @@ def evaluate_samples(
             for name, tally in tallies.items():
                 target = sample.target(name)
                 if target is not None:
+                    _check_kind(n, name, target, None if spec is None else spec.target(name))
                     with _naming(n):
                         tally.add(predictions[name], target)
     if tallies is None:
@@ -110,6 +117,19 @@ def evaluate_samples(
     scores = {name: tally.scores() for name, tally in tallies.items()}
     main = main_output({name: part.accuracy for name, part in scores.items()})
     return Scores(scores[main].loss, scores[main].accuracy, scores, main)
+
+
+def _check_kind(n: int, name: str, y: Tensor, learned: TargetSpec | None) -> None:
+    """Raise StreamError for targets of another kind than those learned, which a loss may take."""
+    if learned is None:
+        return
+    kind = y.dim(), y.is_floating_point()
+    if kind != (len(learned.shape), learned.dtype.is_floating_point):
+        raise StreamError(
+            f"held-out sample {n}: the targets{f' of {name!r}' if name else ''} are {y.dtype} "
+            f"{tuple(y.shape)}, those that were learned {learned.dtype} {learned.shape}: give both "
+            "one kind"
+        )
 
 
 def _chunks(x: NetworkInputs, y: Targets) -> Iterator[Sample]:

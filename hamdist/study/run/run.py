@@ -319,8 +319,9 @@ def _score(
         return None
     if isinstance(model, MergedSequence):
         return evaluate_sequences(model, held, only_loss(settings), ignore_index=ignored)
-    targets = own_data.train.spec.targets if own_data is not None else None
-    return evaluate_samples(model, held.samples(), losses, targets, ignore_index=ignored)
+    spec = None if own_data is None else own_data.train.spec
+    targets = None if spec is None else spec.targets
+    return evaluate_samples(model, held.samples(), losses, targets, ignore_index=ignored, spec=spec)
 
 
 def _main_windows(result: RunResult, scores: Scores | None) -> list[Window]:

@@ -732,6 +732,35 @@ def test_callbacks_see_the_samples_of_any_stream(kind):
     assert runs[0].windows == runs[1].windows
 
 
+def test_what_is_held_out_is_of_the_kind_that_is_learned():
+    """Oracle: torch, on tensors of one shape."""
+    x, y = torch.randn(30, 4), torch.randn(30, 1)
+    items = [(u, u[:, :1]) for u, _ in samples(4)]
+
+    def scores(x, y, loss, items=items):
+        torch.manual_seed(0)
+        with hamdist.start(nn.Linear(4, 1), level="backprop", loss=loss, example=items[0]) as run:
+            return run.evaluate(x, y).loss, run.model()
+
+    def square(y, t):
+        return (y - t).square().mean()
+
+    for loss, factor in (("mse", 0.5), (square, 1.0)):
+        value, model = scores(x.numpy(), y.numpy(), loss)
+        assert value == pytest.approx(factor * square(model(x), y).item())
+        with pytest.raises(StreamError, match=r"targets are torch.float32 \(30,\), .* learned"):
+            scores(x, y[:, 0], loss)
+    with start("backprop") as run:
+        u, t = next(samples(1))
+        assert run.evaluate(u, t.int()) == run.evaluate(u, t)
+
+
+def test_weights_of_rows_are_not_for_live_runs():
+    example = (torch.zeros(2, 4), torch.tensor([0, 1]), torch.ones(2))
+    with pytest.raises(SettingsError, match="a live run has no weights of rows"):
+        hamdist.start(network(), example=example, classes=3, names={0: "u", 1: "y", 2: "weight"})
+
+
 def test_late_labels_are_not_for_callbacks():
     late = hamdist.streams.LateLabels(hamdist.streams.from_iterable(samples(8), classes=3), 2)
     with pytest.raises(SettingsError, match="callbacks: labels that come late"):
