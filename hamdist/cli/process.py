@@ -68,7 +68,7 @@ def _steady(stream: TextIO | None, number: int) -> TextIO:
     )
 
 
-class Interrupted:
+class Interrupts:
     """A signal handler that raises KeyboardInterrupt, which an import may lose; `came`: it did."""
 
     def __init__(self) -> None:
@@ -84,7 +84,7 @@ def main() -> None:
 
     So do SIGTERM and a terminal that closes: what it has begun to write is removed.
     """
-    interrupted = Interrupted()
+    interrupted = Interrupts()
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
         if signal.getsignal(number) in (signal.SIG_DFL, signal.default_int_handler):
             signal.signal(number, interrupted)
