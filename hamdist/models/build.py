@@ -47,6 +47,7 @@ from hamdist.dynamics.modules.recurrent import DiagonalCell, LeakyCell, Reads, R
 from hamdist.dynamics.modules.reversible import Coupling, MidpointStart
 from hamdist.dynamics.modules.subspace import in_subspace
 from hamdist.dynamics.objective.losses import LossFunction, make_loss
+from hamdist.dynamics.user_modules.generator import generator_kept
 from hamdist.errors import SettingsError
 from hamdist.loading import called, check_call, load_function, title
 from hamdist.models.networks import NETWORKS, make_network
@@ -186,7 +187,7 @@ def make_recurrent(
     below, inputs, outputs = INPUT, _inputs(settings, spec), _outputs(settings, spec)
     width = settings.width
     blocks = []
-    with torch.random.fork_rng(devices=[]):
+    with generator_kept():
         torch.manual_seed(seed)
         if spec.tokens is not None:
             embedding = nn.Embedding(spec.tokens, width, dtype=torch.float64)
@@ -352,7 +353,7 @@ def make_from_factory(
     torch's global generator is seeded with `seed` while the function runs and restored afterwards.
     Raises SettingsError where the function fails or returns something else than an `nn.Module`.
     """
-    with torch.random.fork_rng(devices=[]):
+    with generator_kept():
         torch.manual_seed(seed)
         model = called(option, factory)
     if not isinstance(model, nn.Module):

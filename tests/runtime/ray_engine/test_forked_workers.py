@@ -60,6 +60,9 @@ def forking():
 
 def test_a_fork_takes_over_the_script(folder, tmp_path, monkeypatch):
     monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
+    monkeypatch.setattr(sys, "path", [*filter(None, sys.path), tmp_path])  # (a Path is passed over)
+    monkeypatch.chdir(tmp_path)  # where a file has the name of a module of Python's
+    (tmp_path / "select.py").write_text("raise SystemExit('another module')")
     before = forking()
     with forked_workers(folder):
         (process,) = [p for p in forking() if p not in before]
