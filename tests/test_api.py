@@ -140,7 +140,8 @@ def test_shown_in_a_notebook():
 
 
 def test_a_stream_that_is_shorter_than_the_run():
-    (told,) = learned(loader(), steps=30).warnings
+    with pytest.warns(UserWarning, match="the stream ended after 12 of 30 samples"):
+        (told,) = learned(loader(), steps=30).warnings
     assert "the stream ended after 12 of 30 samples" in told
     assert not learned(loader(), steps=12).warnings
     assert not learned(item for _ in range(3) for item in loader()).warnings

@@ -5,7 +5,7 @@ together with gradients that are added up.
 from __future__ import annotations
 
 import math
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import replace
 
@@ -213,6 +213,19 @@ def _apart(loss: LossFunction, y: Tensor, t: Tensor, ignore_index: int) -> bool:
         )
         return math.isfinite(whole) and not abs(whole - first - second) <= CLOSE * abs(whole)
     return False  # (it wants other targets than these)
+
+
+def broadcasts(graph: Graph, name: str, shape: Sequence[int], spec: SampleSpec) -> bool:
+    """Return True if a loss mixes rows, as one of prediction (`shape`) and targets is a column."""
+    loss, target, batch = graph.blocks[name].loss, spec.target(name), spec.batch
+    if loss is None or target is None or graph.blocks[name].output is not None or spec.weighted:
+        return False
+    shapes = [tuple(shape), target.shape]
+    if {*shapes} != {(batch,), (batch, 1)} or not target.dtype.is_floating_point:
+        return False
+    draw = torch.Generator().manual_seed(0)
+    y, t = (torch.randn(shape, generator=draw, dtype=target.dtype) for shape in shapes)
+    return _apart(loss, y, t, 0)
 
 
 def _targets(spec: TargetSpec, y: Tensor) -> Tensor:

@@ -31,7 +31,7 @@ from hamdist.errors import (
     SettingsError,
     SnapshotError,
 )
-from hamdist.runtime.advice.advice import before, end_of_stream, of_resumed
+from hamdist.runtime.advice.advice import after, before, end_of_stream, of_resumed
 from hamdist.runtime.engines.inprocess import InProcessEngine
 from hamdist.runtime.nodes.factory import try_rules
 from hamdist.runtime.placement.step_costs import example_input
@@ -182,6 +182,8 @@ def train(
         if error is not None:
             error.result = result  # type: ignore[attr-defined]
             raise error
+        for text in [*ended, *after(plan, outcome)]:
+            warnings.warn(text, HamdistWarning, stacklevel=3)
         return result
 
 

@@ -163,6 +163,20 @@ def test_a_loss_may_write_to_the_prediction():
     assert_equal(by_hand, learned(loss=lambda p, y: functional.cross_entropy(p.mul_(2), y)))
 
 
+@pytest.mark.parametrize(
+    ("loss", "warned"),
+    [
+        (lambda p, y: (p - y).square().mean(), True),
+        (lambda p, y: (p[:, 0] - y).square().mean(), False),
+        (lambda p, y: functional.binary_cross_entropy_with_logits(p.flatten(), y.sigmoid()), False),
+    ],
+)
+def test_a_column_and_a_row_that_broadcast_are_told(loss, warned):
+    data = [(u, u[:, 0]) for u, _ in items()]
+    result = learned(nn.Sequential(nn.Linear(6, 1)), data, loss=loss, classes=None)
+    assert ("broadcasts them" in str(result.warnings)) == warned
+
+
 def test_a_loss_without_weights_is_not():
     result = learned(loss=nn.CrossEntropyLoss(weight=torch.ones(3)))
     assert "weights of its own" not in str(result.warnings)
