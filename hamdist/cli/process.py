@@ -14,7 +14,7 @@ import time
 from types import FrameType
 from typing import TextIO
 
-from hamdist.errors import INTERRUPTED
+from hamdist.errors import INTERRUPTED, WRONG_USAGE
 
 PLAIN = {"•": "*", "·": "-", "–": "-", "→": "->", "±": "+-", "×": "x", "≤": "<=", "≥": ">="}
 PLAIN |= {"τ": "tau", "η": "eta", "ω": "omega", "θ": "theta", "φ": "phi", "β": "beta"}
@@ -90,6 +90,11 @@ def main() -> None:
             signal.signal(number, interrupted)
     try:
         steady_streams()
+        try:
+            os.getcwd()
+        except FileNotFoundError:  # (Intel's MKL would end the process, with another reason)
+            sys.stderr.write("Error: the current folder is gone; change to another one\n")
+            sys.exit(WRONG_USAGE)
 
         import psutil
 
