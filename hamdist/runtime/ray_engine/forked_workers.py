@@ -48,13 +48,14 @@ def forked_workers(folder: str) -> Iterator[None]:
         return
     address = os.path.join(folder, "forks")
     command = f"{WITHOUT_CURRENT_FOLDER}from {__name__} import serve; serve()"
+    flags = ["-s"] if sys.flags.no_user_site else []
     # Ray gives a worker's libraries as many threads as it has processors, here before it is known.
     environment = {"OMP_NUM_THREADS": "1", **os.environ, **module_variables()}
     with socket.socket(socket.AF_UNIX) as listening:
         listening.bind(address)
         listening.listen(64)
         forking = subprocess.Popen(
-            [sys.executable, "-c", command, address, str(listening.fileno())],
+            [sys.executable, *flags, "-c", command, address, str(listening.fileno())],
             stdin=subprocess.PIPE,  # whose end ends the process
             stdout=subprocess.DEVNULL,
             stderr=subprocess.DEVNULL,

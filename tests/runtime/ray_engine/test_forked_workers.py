@@ -41,8 +41,9 @@ def start(tmp_path, mine):
     """Run the script as Ray's raylet runs that of a worker; returns what it prints."""
     script = tmp_path / "worker.py"
     script.write_text(SCRIPT)
+    language = worker_process.LANGUAGE  # (-s: as with PYTHONNOUSERSITE)
     ended = subprocess.run(
-        [sys.executable, worker_process.__file__, str(script), worker_process.LANGUAGE, "--a=1"],
+        [sys.executable, worker_process.__file__, "-s", str(script), language, "--a=1"],
         env={**os.environ, "MINE": mine, "PYTHONPATH": "of mine", **LARGE},
         cwd=tmp_path,
         capture_output=True,
