@@ -42,7 +42,7 @@ class RiverClassifier(base.Classifier):  # type: ignore[misc]
         return True
 
     def _row(self, x: dict[Any, Any], *, new: bool) -> torch.Tensor:
-        u = torch.zeros(1, self.features)
+        u = torch.zeros(1, self.features, dtype=torch.float32)
         for name, value in sorted(x.items(), key=lambda pair: str(pair[0])):
             if new and name not in self._places and len(self._places) < self.features:
                 self._places[name] = len(self._places)

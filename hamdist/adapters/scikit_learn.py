@@ -33,7 +33,7 @@ class Learner:
     its weights (momentum and the like begin anew). classes: None for real targets."""
 
     def __init__(self, network: nn.Module, classes: int | None, level: str, settings: Any) -> None:
-        self.model, self._classes, self._level = network, classes, level
+        self.model, self._classes, self._level = network.float(), classes, level  # (as inputs are)
         self._settings = {} if classes is not None else {"loss": "mse"}
         self._settings |= settings or {}
         self._run: LiveRun | None = None
@@ -61,7 +61,7 @@ class Learner:
         return torch.softmax(self.outputs(u), 1)
 
     def __getstate__(self) -> dict[str, Any]:
-        self.outputs(torch.zeros(1, next(self.model.parameters()).shape[1]))
+        self.outputs(next(self.model.parameters())[:1].detach())  # (any row will do)
         return {**self.__dict__, "_run": None}
 
     def __del__(self) -> None:

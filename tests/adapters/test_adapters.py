@@ -6,6 +6,7 @@ from copy import deepcopy
 
 import numpy as np
 import pytest
+import torch
 from sklearn.datasets import make_blobs, make_regression
 from sklearn.preprocessing import StandardScaler
 
@@ -55,6 +56,16 @@ def test_the_checks_of_scikit_learn(estimator, fail):
 
 
 @pytest.mark.slow
+def test_other_default_types():
+    """Inputs are float32, whatever torch makes of weights."""
+    X, y = make_blobs(40, random_state=0)
+    torch.set_default_dtype(torch.float64)
+    try:
+        assert Classifier(level="backprop").fit(X, y).score(X, y) > 0.8
+    finally:
+        torch.set_default_dtype(torch.float32)
+
+
 def test_the_checks_of_river():
     pytest.importorskip("river")
     from river import checks

@@ -206,7 +206,7 @@ def resolved(
     paced = settings.stream.pace is not None  # looking ahead would take its time
     frames, ends = None, False
     if not paced:
-        stream, frames, ends = looked_at(stream)
+        stream, frames, ends = looked_at(stream, settings.steps)
     modules = [m for b in graph.blocks.values() if b.module is not None for m in b.module.modules()]
     layers = [(m.in_features, m.out_features) for m in modules if isinstance(m, nn.Linear)]
     own_steps = own_steps or bool(graph.shared)
@@ -218,10 +218,13 @@ def resolved(
     return level_settings, stream, why
 
 
-def looked_at(stream: Stream) -> tuple[Stream, float | None, bool]:
-    """Return the stream, first samples put back, their S, and True if one ends a sequence."""
+def looked_at(stream: Stream, steps: int | None) -> tuple[Stream, float | None, bool]:
+    """Return the stream, first samples put back, their S, and True if one ends a sequence.
+
+    No more than `steps` are read: an iterator may have another use for the others.
+    """
     samples = stream.samples()
-    first = list(itertools.islice(samples, MOST_SAMPLES))
+    first = list(itertools.islice(samples, min(MOST_SAMPLES, steps or MOST_SAMPLES)))
     smoothness = Smoothness()
     for sample in first:
         smoothness.observe(sample.u)

@@ -195,16 +195,19 @@ def test_a_graph_with_cycles():
 def test_looking_takes_nothing_away():
     items = [(torch.full((2, 3), float(n)), torch.zeros(2, 3)) for n in range(100)]
     once = from_iterable(iter(items), outputs=3)
-    again, _, ends = looked_at(once)
+    again, _, ends = looked_at(once, None)
     assert [float(s.u[0, 0]) for s in again.samples()] == list(range(100))
     assert again.spec == once.spec
     assert not ends
     assert not replays(again)
+    samples = iter(items)
+    hamdist.train(nn.Linear(3, 3), samples, level="auto", loss="mse", steps=7)
+    assert len(list(samples)) == 93
 
 
 def test_what_replays_still_does():
     items = [(torch.full((2, 3), float(n)), torch.zeros(2, 3)) for n in range(100)]
-    again, _, _ = looked_at(from_iterable(items, outputs=3))
+    again, _, _ = looked_at(from_iterable(items, outputs=3), None)
     assert replays(again)
     for begin in (0, 40, 0, 99):
         numbers = [float(s.u[0, 0]) for s in samples_from(again, begin)]
