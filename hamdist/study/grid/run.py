@@ -90,6 +90,9 @@ def work(job: GridJob) -> RunRecord:
             return RunRecord(**_head(job), failure=str(error))
     if run.interrupted:
         raise KeyboardInterrupt
+    if run.held_out is not None and not math.isfinite(run.held_out.loss):
+        failure = f"the held-out loss is {run.held_out.loss}: use a smaller learning.lr"
+        return RunRecord(**_head(job), failure=failure)
     return _record(job, run, facts)
 
 

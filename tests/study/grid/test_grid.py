@@ -419,7 +419,8 @@ class TestWhole:
         assert all(block["last"] is not None for block in traced.blocks.values())
         assert not by_name["frozen"].records[0].blocks
 
-    def test_a_run_that_diverges_is_a_record(self) -> None:
+    @pytest.mark.parametrize("trains", [Trains.LEVEL, Trains.CENTRALISED])
+    def test_a_run_that_diverges_is_a_record(self, trains: Trains) -> None:
         raw = {
             "level": "trace",
             "steps": 60,
@@ -428,7 +429,7 @@ class TestWhole:
             "learning": {"lr": 1e6},
             "engine": {"actors": 1},
         }
-        found = work(GridJob(Trains.LEVEL, Settings.model_validate(raw)))
+        found = work(GridJob(trains, Settings.model_validate(raw)))
         assert found.failure
         assert found.accuracy is None
 
