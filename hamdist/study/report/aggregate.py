@@ -147,8 +147,10 @@ def _until(group: Sequence[Run], goal: float | None) -> tuple[float | None, floa
 
 
 def accuracy_of(run: Run) -> float | None:
-    """Return the held-out accuracy; None without one."""
-    return None if run.held_out is None else run.held_out.accuracy
+    """Return the held-out accuracy; None without one, NaN where the loss is not finite."""
+    if run.held_out is None or run.held_out.accuracy is None:
+        return None
+    return run.held_out.accuracy if math.isfinite(run.held_out.loss) else math.nan
 
 
 def loss_of(run: Run) -> float | None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 
 from hamdist.display.table import MISSING, Table, number, percent
@@ -217,7 +218,7 @@ def finished_line(run: Run) -> str:
         if run.failure is not None:
             return f"{head}, {run.failure}"
         return f"{head}, interrupted after {run.samples} samples" if run.interrupted else head
-    if run.held_out.accuracy is None:
+    if run.held_out.accuracy is None or not math.isfinite(run.held_out.loss):
         return f"{head}, held-out loss {number(run.held_out.loss)}"
     return f"{head}, held-out {percent(run.held_out.accuracy)} %"
 

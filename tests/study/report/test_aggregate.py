@@ -149,6 +149,11 @@ def test_divergence_is_said(losses: tuple[float, float]) -> None:
     assert math.isnan(trace.held_out_loss or 0.0)
     assert math.isnan(trace.loss_gap_spread or 0.0)
     assert any(note.startswith("diverged") and "seed 0" in note for note in trace.notes)
+    assert math.isnan(trace.held_out_accuracy or 0.0)  # that of numbers that mean nothing
+    assert math.isnan(trace.gap_to_backprop or 0.0)
+    assert trace.gap_test is None
+    table = comparison_table(aggregate(runs))
+    assert table.rows[1][table.titles.index("held-out, %")] == "not finite"
 
 
 def test_nothing_measured() -> None:
