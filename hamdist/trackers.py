@@ -328,9 +328,10 @@ def _until_it_fails(name: str, tracker: EventListener) -> EventListener:
         try:
             tracker(event)
         except Exception as error:  # noqa: BLE001 (of packages whose errors have no common root)
-            failed = True
+            first, failed = not failed, True
             text = f"trackers: {name} has failed, and gets no more: {type(error).__name__}: {error}"
-            warnings.warn(text, HamdistWarning, stacklevel=2)
+            if first:
+                warnings.warn(text, HamdistWarning, stacklevel=2)
 
     return take
 
