@@ -199,6 +199,7 @@ def test_no_bar_where_nobody_looks(model, capsys):
 def test_a_bar_on_a_terminal_unless_it_is_off(model, monkeypatch):
     def written(**metrics):
         file = io.StringIO()
+        file.isatty = lambda: True
         terminal = Console(file=file, force_terminal=True, width=100)
         monkeypatch.setattr(progress, "Console", lambda **_: terminal)
         hamdist.train(
