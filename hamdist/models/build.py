@@ -47,6 +47,7 @@ from hamdist.dynamics.modules.recurrent import DiagonalCell, LeakyCell, Reads, R
 from hamdist.dynamics.modules.reversible import Coupling, MidpointStart
 from hamdist.dynamics.modules.subspace import in_subspace
 from hamdist.dynamics.objective.losses import LossFunction, make_loss
+from hamdist.dynamics.user_modules.copies import in_type
 from hamdist.errors import SettingsError
 from hamdist.loading import called, check_call, load_function, title
 from hamdist.models.networks import NETWORKS, make_network
@@ -359,7 +360,13 @@ def make_from_factory(
         raise SettingsError(
             f"{option}: {title(factory)}() returned {type(model).__name__}, not a torch.nn.Module"
         )
-    return model.to(dtype)
+    tensors = (*model.parameters(), *model.buffers())
+    if dtype == torch.float64 and any(t.is_complex() for t in tensors):
+        raise SettingsError(
+            f"{option}: {title(factory)}() has complex weights, of which files of results "
+            "(safetensors) hold complex64 alone: leave dtype at float32"
+        )
+    return in_type(model, dtype)
 
 
 def make_from_settings(
