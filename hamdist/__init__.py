@@ -7,6 +7,7 @@ a run from fully local to exactly backpropagation.
 The public names are loaded when they are first used: `hamdist --help` need not wait for torch.
 """
 
+import random
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
@@ -88,7 +89,9 @@ def __getattr__(name: str) -> Any:
         return import_module("hamdist.streams")
     if name not in _HOME:
         raise AttributeError(f"module 'hamdist' has no attribute {name!r}")
+    before = random.getstate()
     home = import_module(_HOME[name])
+    random.setstate(before)  # (packages draw numbers when they are imported: rich does)
     return globals().get(name) or getattr(home, name)  # (`study`: the package, which can be called)
 
 

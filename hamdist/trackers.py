@@ -312,7 +312,28 @@ def open_trackers(settings: Settings, folder: Path) -> list[EventListener]:
 
     Raises SettingsError if a package is missing.
     """
-    return [_MAKERS[kind](folder, settings) for kind in dict.fromkeys(settings.trackers)]
+    kinds = dict.fromkeys(settings.trackers)
+    return [_until_it_fails(kind.value, _MAKERS[kind](folder, settings)) for kind in kinds]
+
+
+def _until_it_fails(name: str, tracker: EventListener) -> EventListener:
+    """Return a tracker whose first error (a full disk, a server that is gone) ends it, with a
+    warning, and not the run."""
+    failed = False
+
+    def take(event: RunEvent) -> None:
+        nonlocal failed
+        if failed and not isinstance(event, FolderEnded):  # (it is closed, though)
+            return
+        try:
+            tracker(event)
+        except Exception as error:  # noqa: BLE001 (of packages whose errors have no common root)
+            first, failed = not failed, True
+            text = f"trackers: {name} has failed, and gets no more: {type(error).__name__}: {error}"
+            if first:
+                warnings.warn(text, HamdistWarning, stacklevel=2)
+
+    return take
 
 
 def listeners_of(

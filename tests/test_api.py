@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import inspect
 import re
+import subprocess
+import sys
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
@@ -175,3 +178,26 @@ def test_the_weights_of_a_snapshot_are_averaged_as_those_of_the_result(tmp_path)
         torch.testing.assert_close(exported.detach(), average)
         assert k == 1 or not torch.equal(exported, theta)
     assert k > 5
+
+
+def test_python_draws_the_same_numbers_behind_the_first_use():
+    """Of the user's generator, though packages that are imported draw from it."""
+    code = (
+        "import random, hamdist; random.seed(3); first = random.random(); random.seed(3)\n"
+        "hamdist.train, hamdist.compare; assert random.random() == first"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True, timeout=100)
+
+
+def test_runs_in_threads_at_once_draw_what_each_draws_alone():
+    """Torch has one generator for all of them. Oracle: one after the other."""
+    draw = torch.Generator().manual_seed(2)
+    network = nn.Sequential(nn.Linear(3, 5), nn.Dropout(0.5), nn.Linear(5, 2))
+    rows = [(torch.randn(ROWS, 3, generator=draw), torch.zeros(ROWS).long()) for _ in range(100)]
+
+    def weights(seed):
+        result = hamdist.train(network, rows, classes=2, level="trace", seed=seed)
+        return result.model.state_dict()["0.weight"].tolist()
+
+    with ThreadPoolExecutor(4) as threads:
+        assert list(threads.map(weights, range(4))) == [weights(seed) for seed in range(4)]

@@ -28,7 +28,13 @@ from hamdist import errors
 from hamdist.config import Settings
 from hamdist.config.fields import SettingsFields
 from hamdist.runtime.engines import inprocess, worker_report
-from hamdist.runtime.results.events import ActorReplaced, RunBegun, RunFinished, WindowFull
+from hamdist.runtime.results.events import (
+    ActorReplaced,
+    FolderEnded,
+    RunBegun,
+    RunFinished,
+    WindowFull,
+)
 from hamdist.trackers import SpanTracker, open_trackers, scalars
 
 ROOT = Path(hamdist.__file__).parents[1]
@@ -107,6 +113,21 @@ class Wandb(ModuleType):
 
     def finish(self):
         self.run, self.finished = None, self.finished + 1
+
+
+def test_a_tracker_that_fails_does_not_end_the_run(here, monkeypatch):
+    fake, calls = Wandb(), []
+
+    def log(values):
+        calls.append(values)
+        raise OSError("the server is gone")
+
+    monkeypatch.setattr(fake, "log", log)
+    monkeypatch.setitem(sys.modules, "wandb", fake)
+    told = "trackers: wandb has failed, and gets no more: OSError: the server is gone"
+    with pytest.warns(errors.HamdistWarning, match=told):
+        assert trained("wandb").samples == 30
+    assert len(calls) == 1
 
 
 @pytest.mark.parametrize("opened", [False, True])
@@ -267,7 +288,7 @@ def test_prometheus(tmp_path):
     assert [(s.labels, s.value) for s in family.samples] == [(labels, 0.5)]
     with pytest.raises(hamdist.HamdistError, match="prometheus_port"):
         open_trackers(settings, tmp_path)
-    tracker.close()
+    tracker(FolderEnded())
 
 
 def test_the_dashboard_asks_for_what_prometheus_gets(here):

@@ -113,12 +113,10 @@ def _conclude(comparison: Comparison, out: Path) -> None:
     if rows:
         report(**comparison_summary(rows, interrupted=interrupted), out=str(out))
         _print_comparison(comparison.table, comparison.settings.name)
-    if interrupted:
+    if interrupted and rows:
         complain(
             f"Ended early: only the runs that finished are kept, in {out}; the same command goes "
             "on from there."
-            if rows
-            else "No run finished."
         )
     if (out / "report.html").exists():
         say(f"Report: {out / 'report.html'}")

@@ -85,7 +85,7 @@ def report(**parts: Any) -> None:
 def console(*, stderr: bool = False) -> Console:
     """Make a console, when needed, so that it writes to the current stream."""
     new = Console(stderr=stderr, highlight=False, quiet=OUTPUT.as_json and not stderr)
-    if not new.is_terminal:
+    if not new.file.isatty():
         new.width = PLAIN_WIDTH
     return new
 

@@ -1,4 +1,4 @@
-"""The process of the command: its standard streams, and Ctrl-C, from the first moment on.
+"""The process of the command: its standard streams, and the signals that end it.
 
 All else is imported inside.
 """
@@ -14,7 +14,7 @@ import time
 from types import FrameType
 from typing import TextIO
 
-from hamdist.errors import INTERRUPTED
+from hamdist.errors import INTERRUPTED, WRONG_USAGE
 
 PLAIN = {"•": "*", "·": "-", "–": "-", "→": "->", "±": "+-", "×": "x", "≤": "<=", "≥": ">="}
 PLAIN |= {"τ": "tau", "η": "eta", "ω": "omega", "θ": "theta", "φ": "phi", "β": "beta"}
@@ -68,19 +68,33 @@ def _steady(stream: TextIO | None, number: int) -> TextIO:
     )
 
 
-def main() -> None:
-    """Run the command in this process. Ctrl-C ends it with exit code 130, while it imports, too."""
-    seen = False
+class Interrupts:
+    """A signal handler that raises KeyboardInterrupt, which an import may lose; `came`: it did."""
 
-    def interrupted(_number: int, _frame: FrameType | None) -> None:
-        nonlocal seen
-        seen = True
+    def __init__(self) -> None:
+        self.came = False
+
+    def __call__(self, _number: int, _frame: FrameType | None) -> None:
+        self.came = True
         raise KeyboardInterrupt
 
-    if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
-        signal.signal(signal.SIGINT, interrupted)
+
+def main() -> None:
+    """Run the command in this process. Ctrl-C ends it with exit code 130, while it imports, too.
+
+    So do SIGTERM and a terminal that closes: what it has begun to write is removed.
+    """
+    interrupted = Interrupts()
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+        if signal.getsignal(number) in (signal.SIG_DFL, signal.default_int_handler):
+            signal.signal(number, interrupted)
     try:
         steady_streams()
+        try:
+            os.getcwd()
+        except FileNotFoundError:  # (Intel's MKL would end the process, with another reason)
+            sys.stderr.write("Error: the current folder is gone; change to another one\n")
+            sys.exit(WRONG_USAGE)
 
         import psutil
 
@@ -90,7 +104,7 @@ def main() -> None:
         app(obj=time.perf_counter() - (time.time() - psutil.Process().create_time()))
     except BaseException as error:
         # An import that is interrupted may end in another error, as that of numpy in torch.
-        if not seen or isinstance(error, SystemExit):
+        if not interrupted.came or isinstance(error, SystemExit):
             raise
         sys.stderr.write("Interrupted.\n")
         sys.exit(INTERRUPTED)

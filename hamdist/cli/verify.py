@@ -15,6 +15,7 @@ from rich.text import Text
 
 from hamdist.cli.console import console, report
 from hamdist.cli.options import JsonFileOption, json_file
+from hamdist.display.progress import is_screen
 from hamdist.errors import FAILED
 
 if TYPE_CHECKING:
@@ -89,7 +90,7 @@ def _verify(chosen: list[Topic], full: bool, json_: Path | None) -> None:
     begin = time.monotonic()
     out = console()
     rows: list[VerifyRow] = []
-    status = out.status("") if out.is_terminal else None
+    status = out.status("") if is_screen(out) else None
     last_topic = ""
 
     def starting(topic: Topic, check: Check) -> None:

@@ -33,6 +33,11 @@ def in_notebook() -> bool:
     return bool(shell) and hasattr(shell, "kernel")
 
 
+def is_screen(console: Console) -> bool:
+    """Return True if lines can be drawn anew, as not in a log that has colours (FORCE_COLOR)."""
+    return console.is_interactive and console.file.isatty()
+
+
 class RunDisplay:
     """Shows the progress of runs, until it is closed.
 
@@ -51,7 +56,7 @@ class RunDisplay:
         self._view: RunView | None = None
         if live and in_notebook():
             self._cell = import_module("IPython.display").display(Text(""), display_id=True)
-        elif live and console.is_terminal:
+        elif live and is_screen(console):
             self._live = Live(console=console, auto_refresh=False, transient=True)
 
     def __enter__(self) -> RunDisplay:

@@ -38,6 +38,7 @@ _TALKERS = (
 )
 # Both win over the address that Ray's client is given.
 _ELSEWHERE = ("RAY_ADDRESS", "RAY_API_SERVER_ADDRESS")
+_NO_PROXY = "no_proxy"
 
 
 def missing_extras() -> list[str]:
@@ -241,7 +242,8 @@ class Jobs:
         import requests
         from ray.exceptions import AuthenticationError
 
-        before = {v: os.environ.pop(v) for v in _ELSEWHERE if v in os.environ}
+        before = {v: os.environ.pop(v) for v in (*_ELSEWHERE, _NO_PROXY) if v in os.environ}
+        os.environ[_NO_PROXY] = "*"  # (`_knock` has reached the address without one)
         try:
             yield
         except AuthenticationError:
@@ -253,6 +255,7 @@ class Jobs:
         except (requests.RequestException, RuntimeError, ValueError, OSError) as error:
             raise ClusterError(self._said(str(error), name)) from None
         finally:
+            os.environ.pop(_NO_PROXY, None)
             os.environ.update(before)
 
     def _said(self, text: str, name: str | None) -> str:

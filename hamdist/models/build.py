@@ -48,6 +48,7 @@ from hamdist.dynamics.modules.reversible import Coupling, MidpointStart
 from hamdist.dynamics.modules.subspace import in_subspace
 from hamdist.dynamics.objective.losses import LossFunction, make_loss
 from hamdist.dynamics.user_modules.copies import in_type
+from hamdist.dynamics.user_modules.generator import generator_kept
 from hamdist.errors import SettingsError
 from hamdist.loading import called, check_call, load_function, title
 from hamdist.models.networks import NETWORKS, make_network
@@ -187,7 +188,7 @@ def make_recurrent(
     below, inputs, outputs = INPUT, _inputs(settings, spec), _outputs(settings, spec)
     width = settings.width
     blocks = []
-    with torch.random.fork_rng(devices=[]):
+    with generator_kept():
         torch.manual_seed(seed)
         if spec.tokens is not None:
             embedding = nn.Embedding(spec.tokens, width, dtype=torch.float64)
@@ -353,15 +354,14 @@ def make_from_factory(
     torch's global generator is seeded with `seed` while the function runs and restored afterwards.
     Raises SettingsError where the function fails or returns something else than an `nn.Module`.
     """
-    with torch.random.fork_rng(devices=[]):
+    with generator_kept():
         torch.manual_seed(seed)
         model = called(option, factory)
     if not isinstance(model, nn.Module):
         raise SettingsError(
             f"{option}: {title(factory)}() returned {type(model).__name__}, not a torch.nn.Module"
         )
-    tensors = (*model.parameters(), *model.buffers())
-    if dtype == torch.float64 and any(t.is_complex() for t in tensors):
+    if dtype == torch.float64 and any(t.is_complex() for t in model.parameters()):
         raise SettingsError(
             f"{option}: {title(factory)}() has complex weights, of which files of results "
             "(safetensors) hold complex64 alone: leave dtype at float32"

@@ -42,6 +42,7 @@ from torch import Tensor, nn
 
 from hamdist.config import ModelKind, ModelSettings
 from hamdist.dynamics.modules.prenorm import layer_norm
+from hamdist.dynamics.user_modules.generator import generator_kept
 from hamdist.errors import SettingsError
 from hamdist.models.lenet import PooledConvolution, lenet_layers
 from hamdist.streams.sample import SampleSpec
@@ -233,7 +234,7 @@ def make_network(
     `seed` alone decides the weights, up to rounding to `dtype`; torch's global generator is
     neither read nor moved. Raises SettingsError where model and stream cannot fit.
     """
-    with torch.random.fork_rng(devices=[]):
+    with generator_kept():
         torch.manual_seed(seed)
         model = NETWORKS[settings.kind](settings, spec, outputs).double()
         _draw(model)

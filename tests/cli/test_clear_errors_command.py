@@ -207,3 +207,13 @@ def test_ctrl_c_while_it_starts(tmp_path, imported):
     assert process.returncode == 130, errors
     assert "Traceback" not in errors
     assert "Interrupted" in errors
+
+
+def test_a_folder_that_is_gone_is_named(tmp_path):
+    """Before torch is imported, whose libraries end the process there with a reason of theirs."""
+    gone = 'mkdir gone && cd gone && rmdir ../gone && exec "$@"'
+    command = ["sh", "-c", gone, "sh", sys.executable, "-m", "hamdist", "run", "--out", "../out"]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=60)
+    assert done.returncode == 2
+    assert done.stderr == "Error: the current folder is gone; change to another one\n"
+    assert not (tmp_path / "out").exists()

@@ -116,6 +116,14 @@ def test_quiet_keeps_warnings(folder):
         assert f"'{text}' beside --model 'warns.py:net'" in " ".join(done.stderr.split())
 
 
+def test_colours_of_a_log_are_no_screen(monkeypatch):
+    """FORCE_COLOR, as hosted test machines set it, makes no live display."""
+    monkeypatch.setenv("FORCE_COLOR", "1")
+    assert "\x1b[?25l" not in command("run", "tiny.yaml").stderr  # (which hides the cursor)
+    done = command("verify", "--only", "digraphs")
+    assert "\x1b[?25l" not in done.output
+
+
 def test_verbose_tells_the_phases(folder):
     done = command("run", "tiny.yaml", "--out", "v", "-v")
     told = [line for line in done.stderr.splitlines() if "starting (" in line]

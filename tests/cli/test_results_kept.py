@@ -129,6 +129,37 @@ def test_what_a_terminal_cannot_show_becomes_ascii():
     assert "• ±".encode("latin-1", "hamdist") == b"* \xb1"
 
 
+ENDING = """
+import contextlib, os, signal
+from torch import nn
+
+def SIGTERM():
+    os.kill(os.getpid(), signal.SIGTERM)
+
+def SIGHUP():
+    os.kill(os.getpid(), signal.SIGHUP)
+
+def lost():
+    with contextlib.suppress(BaseException):  # as some imports do
+        SIGTERM()
+    return nn.Sequential(nn.Linear(64, 8), nn.Tanh(), nn.Linear(8, 10))
+"""
+
+
+def test_a_command_that_is_ended_before_its_run_leaves_nothing(tiny, tmp_path):
+    """By SIGTERM, or by a terminal that closes."""
+    (tmp_path / "ending.py").write_text(ENDING)
+    started = {}
+    for name in ("SIGTERM", "SIGHUP", "lost"):
+        words = ["run", tiny, "--model", f"ending.py:{name}", "--out", name]
+        own = [sys.executable, "-m", "hamdist", *words]
+        started[name] = subprocess.Popen(own, stderr=subprocess.PIPE, text=True)
+    for name, process in started.items():
+        said = process.communicate(timeout=100)[1]
+        assert (process.returncode, said.splitlines()[-1]) == (130, "Interrupted."), said
+        assert not (tmp_path / name).exists()
+
+
 # -- every level -----------------------------------------------------------------------------------
 
 OF_LEVEL = {

@@ -35,6 +35,7 @@ from hamdist.launch.events import (
     from_line,
     to_line,
 )
+from hamdist.launch.jobs_api import Jobs
 from hamdist.launch.package import (
     JobSpec,
     in_package,
@@ -669,6 +670,21 @@ def test_links_are_measured_encrypted():
     for probe in (mine, other):
         probe.call("close")
     assert link.seconds > 0
+
+
+def test_no_proxy_stands_before_the_cluster(monkeypatch):
+    """Of a loopback address, as a tunnel has it, a proxy knows nothing."""
+    requests = pytest.importorskip("requests")
+    pytest.importorskip("ray")
+    monkeypatch.setenv("http_proxy", "http://proxy.example:3128")
+    monkeypatch.setenv("no_proxy", "example.org")
+    jobs = object.__new__(Jobs)
+    with socket.create_server(("127.0.0.1", 0)) as there:
+        jobs.cluster = ClusterSettings(jobs=f"http://127.0.0.1:{there.getsockname()[1]}")
+        with jobs._asking():
+            assert requests.utils.get_environ_proxies(jobs.cluster.jobs) == {}
+    assert requests.utils.get_environ_proxies(jobs.cluster.jobs)
+    assert os.environ["no_proxy"] == "example.org"
 
 
 def test_another_hamdist_in_this_terminal():

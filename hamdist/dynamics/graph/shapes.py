@@ -12,6 +12,7 @@ from torch import Tensor, UntypedStorage, nn
 from hamdist.dynamics.graph.inputs import is_input
 from hamdist.dynamics.graph.spec import BlockSpec, Combine, Joining, ShapeMap, combined
 from hamdist.dynamics.user_modules.copies import copied
+from hamdist.dynamics.user_modules.generator import generator_kept
 from hamdist.dynamics.user_modules.python_state import changed_in, inside, is_foreign
 from hamdist.errors import GraphError
 
@@ -101,7 +102,7 @@ def _run_on(
         before = [(m, inside(m)) for m in probe.modules() if is_foreign(type(m))]
         weights = {n: (p, p.untyped_storage()) for n, p in probe.named_parameters()}
         try:
-            with torch.set_grad_enabled(grad), torch.random.fork_rng(devices=[]):
+            with torch.set_grad_enabled(grad), generator_kept():
                 output = probe(*combined(combine, [x.clone() for x in inputs]))
             _check_same(name, probe, weights)
             if moved is not None:

@@ -21,6 +21,7 @@ from torch import Tensor, nn
 
 from hamdist.dynamics.graph.inputs import NetworkInputs, by_parent, called_by_parent
 from hamdist.dynamics.user_modules.copies import copied
+from hamdist.dynamics.user_modules.generator import generator_kept
 from hamdist.errors import GraphError
 
 NORM_EPS = 1e-3
@@ -89,7 +90,7 @@ def linear_of(weight: Tensor, dtype: torch.dtype, *, bias: bool = True) -> nn.Li
     """Return a linear layer of these weights (O, I), its bias 0."""
     # Its own initialisation draws from the global generator, which is put back; and
     # nn.utils.skip_init would import half a second of torch for its meta tensors.
-    with torch.random.fork_rng(devices=[]):
+    with generator_kept():
         linear = nn.Linear(weight.shape[1], weight.shape[0], bias=bias, dtype=dtype)
     with torch.no_grad():
         linear.weight.copy_(weight)
@@ -194,7 +195,7 @@ def _watched(model: nn.Module, units: Sequence[_Unit], example: NetworkInputs) -
         watch(unit)
     modes = [(m, m.training) for m in model.modules()]
     try:
-        with torch.no_grad(), torch.random.fork_rng(devices=[]):
+        with torch.no_grad(), generator_kept():
             called_by_parent(model.eval(), by_parent(example))
     finally:
         for module, training in modes:

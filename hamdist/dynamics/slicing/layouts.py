@@ -40,6 +40,7 @@ from hamdist.dynamics.slicing.sliced_layers import (
     inputs_of,
     outputs_of,
 )
+from hamdist.dynamics.user_modules.generator import generator_kept
 from hamdist.dynamics.user_modules.hooks import is_usual
 from hamdist.dynamics.vjp.seeding import random_parts
 from hamdist.errors import GraphError
@@ -341,6 +342,6 @@ def dry_run(module: fx.GraphModule, inputs: list[Tensor]) -> dict[fx.Node, Any]:
             values[n] = super().run_node(n)
             return values[n]
 
-    with torch.no_grad(), torch.random.fork_rng(devices=[]):
+    with torch.no_grad(), generator_kept():
         Noting(module).run(*inputs)
     return values

@@ -31,6 +31,7 @@ from hamdist.dynamics.tracing.recorded_calls import OWN, Unfollowed, watch
 from hamdist.dynamics.tracing.recorder import record
 from hamdist.dynamics.tracing.signal_columns import ColumnForm
 from hamdist.dynamics.user_modules.copies import copied
+from hamdist.dynamics.user_modules.generator import generator_kept
 from hamdist.dynamics.user_modules.python_state import (
     Fingerprints,
     inside,
@@ -62,7 +63,7 @@ def trace(
     why = None
     if ragged:
         try:
-            with torch.random.fork_rng(devices=[]):
+            with generator_kept():
                 lengths = _lengths(probe, inputs, call)
             if lengths:
                 return _followed(probe, inputs, call, dict(whole), lengths)
@@ -83,7 +84,7 @@ def _followed(
 ) -> Trace:
     while True:
         try:
-            with torch.random.fork_rng(devices=[]), torch.enable_grad(), warnings.catch_warnings():
+            with generator_kept(), torch.enable_grad(), warnings.catch_warnings():
                 # (what follows from that is said as `Unfollowed`, with the user's own line)
                 warnings.filterwarnings("ignore", "Converting a tensor with requires_grad")
                 return _traced(probe, inputs, call, whole, lengths)
@@ -102,7 +103,7 @@ def traced_whole(
     """
     probe = copied(model)
     watch(probe)
-    with torch.random.fork_rng(devices=[]), torch.enable_grad():
+    with generator_kept(), torch.enable_grad():
         run = record(probe, {name: u.clone() for name, u in inputs.items()}, call, {""})
     batch = next(iter(inputs.values())).shape[0]
     ops = [_of_one_run(op, batch) for op in run.ops]

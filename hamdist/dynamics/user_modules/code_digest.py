@@ -143,4 +143,6 @@ def _set_by(kind: type) -> Iterator[str]:
 def _bytecode(code: CodeType) -> str:
     inner = [c for c in code.co_consts if isinstance(c, CodeType)]
     constants = [c for c in code.co_consts if not isinstance(c, CodeType)]
-    return "\n".join([code.co_code.hex(), repr(constants), *map(_bytecode, inner)])
+    # (the order of a set's elements is another one in every process)
+    texts = [repr(sorted(map(repr, c)) if isinstance(c, frozenset) else c) for c in constants]
+    return "\n".join([code.co_code.hex(), *texts, *map(_bytecode, inner)])

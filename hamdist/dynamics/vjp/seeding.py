@@ -15,6 +15,7 @@ from hamdist.dynamics.objective.losses import CrossEntropy, LossFunction, Weight
 from hamdist.dynamics.saved_state.stateful import Stateful, check_names
 from hamdist.dynamics.tracing.traced_module import TracedModule
 from hamdist.dynamics.user_modules.copies import loss_copy
+from hamdist.dynamics.user_modules.generator import TURN
 from hamdist.dynamics.user_modules.python_state import modules_of
 from hamdist.errors import SnapshotError
 
@@ -51,6 +52,7 @@ class OwnGenerator(Stateful):
             self._inside_gpu = state["gpu"]
 
     def __enter__(self) -> None:
+        TURN.acquire()
         self._outside = torch.get_rng_state()
         torch.set_rng_state(self._inside)
         if self._gpu is not None:
@@ -63,6 +65,7 @@ class OwnGenerator(Stateful):
         if self._gpu is not None:
             self._inside_gpu = torch.cuda.get_rng_state(self._gpu)
             torch.cuda.set_rng_state(self._outside_gpu, self._gpu)
+        TURN.release()
 
 
 def seeded_loss(loss: LossFunction, seed: int, device: torch.device | None = None) -> LossFunction:

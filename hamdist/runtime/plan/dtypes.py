@@ -17,6 +17,7 @@ from hamdist.dynamics.graph.graph import BlockSpec, Graph, ShapeMap, combined
 from hamdist.dynamics.graph.patterns import check_patterns, fitting
 from hamdist.dynamics.schedule.levels import Locality
 from hamdist.dynamics.user_modules.copies import copied, in_type
+from hamdist.dynamics.user_modules.generator import generator_kept
 from hamdist.errors import GraphError, LevelError
 from hamdist.runtime.signals.cast import CastPlan
 
@@ -134,5 +135,5 @@ def _tried(block: BlockSpec, before: ShapeMap, dtype: torch.dtype) -> torch.dtyp
 
 @torch.no_grad()
 def _run(module: nn.Module, inputs: list[Tensor]) -> object:
-    with torch.random.fork_rng(devices=[]):
+    with generator_kept():
         return copied(module)(*inputs)

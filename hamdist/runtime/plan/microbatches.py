@@ -27,6 +27,7 @@ from hamdist.dynamics.objective.losses import (
 from hamdist.dynamics.schedule.levels import Locality
 from hamdist.dynamics.schedule.microbatches import auto_microbatches
 from hamdist.dynamics.user_modules.copies import copied, loss_copy
+from hamdist.dynamics.user_modules.generator import generator_kept
 from hamdist.errors import LevelError
 from hamdist.runtime.plan.checks import ruled
 from hamdist.streams.sample import SampleSpec, TargetSpec
@@ -205,7 +206,7 @@ def _apart(loss: LossFunction, y: Tensor, t: Tensor, ignore_index: int) -> bool:
     half, loss = len(y) // 2, loss_copy(loss)
     parts = [slice(None), slice(half), slice(half, None)]
     counted = [counts(t[rows], ignore_index) for rows in parts]
-    with torch.no_grad(), torch.random.fork_rng(devices=[]), suppress(*_REFUSALS):
+    with torch.no_grad(), generator_kept(), suppress(*_REFUSALS):
         whole, first, second = (
             float(loss(y[rows].clone(), t[rows].clone())) * n / max(1, counted[0]) if n else 0.0
             for rows, n in zip(parts, counted, strict=True)
@@ -247,7 +248,7 @@ def _mixing(
             module = copied(block.module).eval()
             parents = [whole[parent] for parent in block.parents]
             half = [h[: batch // 2] if len(h) == batch else h for h in parents]
-            with torch.no_grad(), torch.random.fork_rng(devices=[]):
+            with torch.no_grad(), generator_kept():
                 h = module(*combined(block.combine, [h_p.clone() for h_p in parents]))
                 try:
                     part = module(*combined(block.combine, half))

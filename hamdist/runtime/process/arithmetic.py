@@ -29,6 +29,7 @@ from hamdist.config import Bits
 from hamdist.dynamics.native import rows
 from hamdist.dynamics.native.chain import Activation, NativeChain, Operation, OperationKind
 from hamdist.errors import SettingsError
+from hamdist.runtime.process.module_path import WITHOUT_CURRENT_FOLDER, module_variables
 from hamdist.runtime.process.portable import other_bits, portable_environment
 from hamdist.runtime.process.switches import Switches, read_switches
 from hamdist.runtime.process.threads import torch_threads
@@ -105,8 +106,8 @@ def _computed(threads: int, native: bool, _switches: tuple[Any, ...]) -> Arithme
     )
 
 
-_IN_ANOTHER = """
-import json, sys
+_IN_ANOTHER = f"""{WITHOUT_CURRENT_FOLDER}
+import json
 from hamdist.runtime.process.arithmetic import arithmetic
 from hamdist.runtime.process.switches import set_switches
 threads, native, switches = json.load(sys.stdin)
@@ -130,12 +131,11 @@ def check_portable(here: Arithmetic, switches: Switches, *, native: bool) -> Non
 
 @lru_cache
 def _of_a_portable_process(order: str) -> Arithmetic:
-    paths = {"PYTHONPATH": os.pathsep.join(path for path in sys.path if path)}
     try:
         done = subprocess.run(
             [sys.executable, "-c", _IN_ANOTHER],
             input=order,
-            env={**os.environ, **paths, **portable_environment()},
+            env={**os.environ, **module_variables(), **portable_environment()},
             capture_output=True,
             check=True,
             text=True,

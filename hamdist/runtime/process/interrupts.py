@@ -1,4 +1,4 @@
-"""The early end of a run: by Ctrl-C, by SIGTERM, or by its `on_progress`.
+"""The early end of a run: by Ctrl-C, SIGTERM, a terminal that closes, or its `on_progress`.
 
 Python calls signal handlers in the main thread alone: in other threads signals are not handled.
 """
@@ -20,11 +20,12 @@ OnProgress = Callable[[Progress], object]
 
 @contextmanager
 def handled(handler: Handler | signal.Handlers, *numbers: int) -> Iterator[None]:
-    """Set the handler of signals (SIGINT and SIGTERM), and set those of before again at the end."""
+    """Set the handler of signals (those that end a run), and set the old ones again at the end."""
     if threading.current_thread() is not threading.main_thread():
         yield
         return
-    before = {n: signal.signal(n, handler) for n in numbers or (signal.SIGINT, signal.SIGTERM)}
+    numbers = numbers or (signal.SIGINT, signal.SIGTERM, *hangup())
+    before = {n: signal.signal(n, handler) for n in numbers}
     try:
         yield
     finally:
@@ -33,14 +34,30 @@ def handled(handler: Handler | signal.Handlers, *numbers: int) -> Iterator[None]
             signal.signal(number, signal.SIG_DFL if old is None else old)
 
 
+def hangup() -> tuple[int, ...]:
+    """Return SIGHUP if a terminal that closes ends this process by it.
+
+    It does not under `nohup`, nor where a program has a handler of its own.
+    """
+    handler = signal.getsignal(signal.SIGHUP)
+    ends = handler in (signal.SIG_DFL, signal.default_int_handler) or hasattr(handler, "came")
+    return (signal.SIGHUP,) if ends else ()
+
+
 def deaf_to_interrupts() -> AbstractContextManager[None]:
-    """Ignore Ctrl-C and SIGTERM inside, so that cleaning up is not interrupted."""
+    """Ignore Ctrl-C, SIGTERM and SIGHUP inside, so that cleaning up is not interrupted."""
     return handled(signal.SIG_IGN)
 
 
 def terminated_as_interrupted() -> AbstractContextManager[None]:
-    """Raise KeyboardInterrupt on SIGTERM inside, so that what has started ends in order."""
-    return handled(signal.default_int_handler, signal.SIGTERM)
+    """Raise KeyboardInterrupt on SIGTERM and SIGHUP inside, so that all ends in order.
+
+    It is raised at once for a signal that has come to the command (cli/process.py), but was lost:
+    where modules are imported, errors are passed over.
+    """
+    if getattr(signal.getsignal(signal.SIGTERM), "came", False):
+        raise KeyboardInterrupt
+    return handled(signal.default_int_handler, signal.SIGTERM, *hangup())
 
 
 @contextmanager
@@ -65,7 +82,7 @@ def handlers_of_ours() -> Iterator[None]:
 
 
 class RunInterrupts:
-    """Ends a run early on request: at the first Ctrl-C or SIGTERM, or by `on_progress`.
+    """Ends a run early on request: at the first Ctrl-C, SIGTERM or SIGHUP, or by `on_progress`.
 
     As a context it handles the signals: the first one ends the stream, and samples under way are
     finished; the second one raises KeyboardInterrupt.

@@ -9,6 +9,11 @@ from contextlib import contextmanager
 
 import torch
 
+from hamdist.dynamics.user_modules.generator import TURN
+
+# (another thread may draw while a process is forked, and is not there in the child)
+os.register_at_fork(after_in_child=TURN._at_fork_reinit)  # type: ignore[attr-defined]
+
 
 def cores() -> int:
     """Return the number of processors that this process may use."""

@@ -24,6 +24,7 @@ from contextlib import contextmanager
 from importlib import import_module
 from pathlib import Path
 
+from hamdist.runtime.process.module_path import WITHOUT_CURRENT_FOLDER, module_variables
 from hamdist.runtime.ray_engine.worker_process import ADDRESS, FORKED
 
 # What workers import but Ray, which keeps the variables that it finds when it is imported.
@@ -46,14 +47,15 @@ def forked_workers(folder: str) -> Iterator[None]:
         yield
         return
     address = os.path.join(folder, "forks")
-    command = f"from {__name__} import serve; serve()"
+    command = f"{WITHOUT_CURRENT_FOLDER}from {__name__} import serve; serve()"
+    flags = ["-s"] if sys.flags.no_user_site else []
     # Ray gives a worker's libraries as many threads as it has processors, here before it is known.
-    environment = {"OMP_NUM_THREADS": "1", **os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
+    environment = {"OMP_NUM_THREADS": "1", **os.environ, **module_variables()}
     with socket.socket(socket.AF_UNIX) as listening:
         listening.bind(address)
         listening.listen(64)
         forking = subprocess.Popen(
-            [sys.executable, "-c", command, address, str(listening.fileno())],
+            [sys.executable, *flags, "-c", command, address, str(listening.fileno())],
             stdin=subprocess.PIPE,  # whose end ends the process
             stdout=subprocess.DEVNULL,
             stderr=subprocess.DEVNULL,
@@ -112,6 +114,6 @@ def _become(asking: socket.socket) -> None:
     if numpy := sys.modules.get("numpy"):
         numpy.random.seed()  # (Python's own is new in a fork, torch's the same in all processes)
     sys.argv = script
-    sys.path[0] = str(Path(script[0]).parent)
+    sys.path.insert(0, str(Path(script[0]).parent))
     runpy.run_path(script[0], run_name="__main__")
     sys.exit()

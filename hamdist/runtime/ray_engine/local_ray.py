@@ -40,6 +40,7 @@ PARAMETERS = {
     "include_log_monitor": False,  # what the workers print is not shown
     "setup_worker_path": str(Path(__file__).with_name("worker_process.py")),
 }
+WORKER_DIED = "A worker died or was killed"  # the begin of what Ray prints
 _environment: dict[str, str] | None = None  # what hamdist sets for Ray, once it has imported it
 
 
@@ -119,6 +120,29 @@ def _few_processes() -> Iterator[None]:
     finally:
         parameters.__init__ = start
         head.start_api_server = server
+
+
+@contextmanager
+def ray_messages() -> Iterator[None]:
+    """Show the errors that Ray prints inside on standard error, as standard output may be a JSON
+    document; without those of workers that died: a run tells of its own."""
+    from ray._private import worker
+
+    shown = getattr(worker, "print_to_stdstream", None)
+    if shown is None:
+        yield
+        return
+
+    def show(data: dict[str, Any], *more: Any, **named: Any) -> None:
+        lines = [line for line in data["lines"] if not line.startswith(WORKER_DIED)]
+        if lines:
+            shown({**data, "lines": lines, "is_err": True}, *more, **named)
+
+    worker.print_to_stdstream = show
+    try:
+        yield
+    finally:
+        worker.print_to_stdstream = shown
 
 
 @contextmanager

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import os
 import random
-import sys
 import threading
 import warnings
 from collections.abc import Callable, Mapping, Sequence
@@ -27,6 +25,7 @@ from hamdist.runtime.placement.links import Probe, cluster_of, pairs, signals_of
 from hamdist.runtime.placement.step_costs import source_host
 from hamdist.runtime.plan.plan import Plan
 from hamdist.runtime.process.arithmetic import Arithmetic
+from hamdist.runtime.process.module_path import module_folders
 from hamdist.runtime.process.portable import other_bits, portable_environment
 from hamdist.runtime.process.switches import Switches
 from hamdist.runtime.process.threads import cores
@@ -175,8 +174,8 @@ class PlacedWorkers:
 
     def way_to_compute(self) -> tuple[Switches, int, bool, list[str]]:
         """Return the arguments of `WorkerActor.compute_as`, called before an actor's blocks."""
-        path = [*sys.path, *([os.getcwd()] if "" in sys.path else [])]
-        return self._plan.switches, self._plan.engine.threads, self._plan.native, path
+        engine = self._plan.engine
+        return self._plan.switches, engine.threads, self._plan.native, module_folders()
 
     def unlike(self, answers: Mapping[WorkerHandle, tuple[Arithmetic, list[str]]]) -> list[str]:
         """Return a warning, already issued, for each actor that computes other bits than we do.

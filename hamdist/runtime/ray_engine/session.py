@@ -6,6 +6,7 @@ import atexit
 import gc
 import logging
 import os
+import sys
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager, suppress
@@ -30,15 +31,27 @@ from hamdist.runtime.ray_engine.auth_token import (
 )
 from hamdist.runtime.ray_engine.cluster_hosts import knock
 from hamdist.runtime.ray_engine.forked_workers import GONE_SECONDS
-from hamdist.runtime.ray_engine.local_ray import local_ray, ray_environment
+from hamdist.runtime.ray_engine.local_ray import local_ray, ray_environment, ray_messages
 
 CLOSING_SECONDS = 3 * GONE_SECONDS
 T = TypeVar("T")
 
-# A forked child (of a stream that loads its data in processes, say) does not collect what its
-# parent has left as garbage: a handle of Ray's would say its end on the parent's connections, whose
-# next question to Ray's head then has no answer, ever.
-os.register_at_fork(after_in_child=gc.freeze)
+_inherited = False  # Ray is up here, but it is that of the process that has forked this one
+
+
+def _leave_to_parent() -> None:
+    """Leave the Ray of the process that has forked this one alone (for a stream that loads its data
+    in processes, say).
+
+    What the parent has left as garbage is not collected: a handle of Ray's would say its end on the
+    parent's connections, whose next question to Ray's head then has no answer, ever.
+    """
+    global _inherited
+    gc.freeze()
+    _inherited = getattr(sys.modules.get("ray"), "is_initialized", bool)()
+
+
+os.register_at_fork(after_in_child=_leave_to_parent)
 
 
 class Session:
@@ -201,6 +214,11 @@ def ray_session(engine: EngineSettings, *, stays: bool = True) -> Iterator[Sessi
         ClusterError: no cluster answers at `engine.address`, the local Ray of the session around
             this one has ended, or another thread has a session.
     """
+    if _inherited:
+        raise ClusterError(
+            "this process is a fork of one that uses Ray, and cannot share its connections: start "
+            "it by the method 'spawn' (multiprocessing), or use --engine inprocess"
+        )
     current = _inside.get()
     if current is not None:
         if current.lost:
@@ -265,15 +283,9 @@ def _opened(engine: EngineSettings) -> _Standing:
 def _close_after(seconds: float) -> None:
     """Close the waiting session if it was not used for `seconds`, or when the process ends."""
     global _idle_over
-    owner = os.getpid()
-
-    def close() -> None:
-        if os.getpid() == owner:  # (a forked child runs its parent's exit handlers)
-            close_idle_session()
-
     atexit.unregister(close_idle_session)
     atexit.register(close_idle_session)
-    _idle_over = threading.Timer(seconds, close)
+    _idle_over = threading.Timer(seconds, close_idle_session)
     _idle_over.daemon = True
     _idle_over.start()
 
@@ -281,6 +293,8 @@ def _close_after(seconds: float) -> None:
 def close_idle_session() -> None:
     """End the local Ray that waits for the next run of this process, if there is one."""
     global _standing
+    if _inherited:  # (a forked child runs its parent's exit handlers)
+        return
     _closing.set()
     try:
         if not _one_at_a_time.acquire(blocking=False):
@@ -316,11 +330,11 @@ def _ray(engine: EngineSettings) -> Iterator[tuple[set[psutil.Process], int]]:
     if ray.is_initialized():
         yield set(), 0
     elif engine.address is not None:
-        with _joined(engine, engine.address):
+        with ray_messages(), _joined(engine, engine.address):
             yield set(), 0
     else:
         cpus = max(cores(), engine.processes() + engine.spares)
-        with local_ray(cpus) as processes:
+        with ray_messages(), local_ray(cpus) as processes:
             yield processes, cpus
 
 

@@ -14,6 +14,7 @@ import socket
 import sys
 
 LANGUAGE = "--language=PYTHON"
+FLAGS = ("-s", "-S")  # of Python, which Ray puts before the script if its driver has them
 ENVIRONMENT = "--serialized-runtime-env-context"
 ADDRESS = "HAMDIST_FORKED_WORKERS"  # environment variable: of the process that forks
 FORKED = b"forked"
@@ -28,7 +29,7 @@ def main() -> None:
         script = [setup_worker.__file__, *arguments]
     else:
         script = [a for a in arguments if a != LANGUAGE]
-        if ADDRESS in os.environ and _is_forked(script):
+        if ADDRESS in os.environ and _is_forked([a for a in script if a not in FLAGS]):
             return
     os.execv(sys.executable, [sys.executable, *script])
 

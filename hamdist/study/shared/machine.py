@@ -7,9 +7,12 @@ from __future__ import annotations
 import multiprocessing
 import os
 import signal
+import sys
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ProcessPoolExecutor
+from contextlib import contextmanager
+from types import ModuleType
 from typing import Any, TypeVar
 
 import psutil
@@ -38,8 +41,10 @@ class Processes:
         self.close()
 
     def submit(self, function: Callable[..., T], *arguments: Any) -> Future[T]:
-        """Have a process call `function`; return the future of its result."""
-        future = self._pool.submit(function, *arguments)
+        """Have a process call `function`, which is none of the main program's; return the future
+        of its result."""
+        with _no_main():
+            future = self._pool.submit(function, *arguments)
         self._futures.append(future)
         return future
 
@@ -53,6 +58,17 @@ class Processes:
                 # The pool's own thread may collect a process first, and notes that a moment later.
                 while process.is_alive():
                     process.join(0.01)
+
+
+@contextmanager
+def _no_main() -> Iterator[None]:
+    """Have processes that start inside not run the user's program again, which may be a script that
+    has no `if __name__ == "__main__"`, or come from standard input."""
+    main, sys.modules["__main__"] = sys.modules["__main__"], ModuleType("__main__")
+    try:
+        yield
+    finally:
+        sys.modules["__main__"] = main
 
 
 def _end_together() -> None:

@@ -96,7 +96,7 @@ def free_folder(
     """Return the folder for new results.
 
     It is `folder`, or the first of folder-2, folder-3, ... that is new or empty, which is reported.
-    Raises SettingsError if it cannot be written.
+    Raises SettingsError if it cannot be written, or is to be overwritten while it is.
 
     Args:
         folder: the first choice.
@@ -106,6 +106,15 @@ def free_folder(
     """
     prepare_folder(folder)
     if overwrite:
+        try:
+            EventFile(folder, say, "r+").close()
+        except FileNotFoundError:
+            pass
+        except BlockingIOError:
+            raise SettingsError(
+                f"--out {str(folder)!r}: another process writes its results there; wait for its "
+                "end, or name another folder"
+            ) from None
         for path in [path for pattern in FILES for path in folder.glob(pattern)]:
             path.unlink()
     if (overwrite or not any(folder.iterdir())) and take(folder):

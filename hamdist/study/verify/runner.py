@@ -40,6 +40,7 @@ TOPICS = {
     "engines": "one process and Ray",
 }
 MODULES = {"golden": "oracles.golden", "hamilton": "oracles.tick_golden"}
+ENDING = {signal.SIGINT, signal.SIGTERM, signal.SIGHUP}
 
 
 @dataclass(frozen=True, slots=True)
@@ -134,9 +135,9 @@ def run(
 
 @contextmanager
 def _noticing_interrupts() -> Iterator[Callable[[], bool]]:
-    """Yield a function that returns True if Ctrl-C was pressed. A run inside a check handles the
-    first one itself, and ends early as if nothing had failed. Outside the main thread signals are
-    not seen."""
+    """Yield a function that returns True if a signal has come that ends a command. A run inside a
+    check handles the first one itself, and ends early as if nothing had failed. Outside the main
+    thread signals are not seen."""
     if threading.current_thread() is not threading.main_thread():
         yield lambda: False
         return
@@ -147,7 +148,7 @@ def _noticing_interrupts() -> Iterator[Callable[[], bool]]:
 
     def interrupted() -> bool:
         try:
-            return signal.SIGINT in reading.recv(4096)
+            return not ENDING.isdisjoint(reading.recv(4096))
         except BlockingIOError:
             return False
 

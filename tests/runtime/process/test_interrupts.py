@@ -24,6 +24,9 @@ ENGINES = [
 ]
 
 
+ENDING = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+
+
 class Enough(Exception):
     pass
 
@@ -95,18 +98,19 @@ LOOKS = [
     (returned_an_instance, "stopped"),
     (raised, "stopped"),
     (signalled(signal.SIGTERM), "interrupted"),
+    (signalled(signal.SIGHUP), "interrupted"),
 ]
 ON_RAY = [pytest.mark.ray], [pytest.mark.ray, pytest.mark.slow]
 
 
 @pytest.mark.usefixtures("session")
-@pytest.mark.parametrize(  # (the last three are the first three before an engine sees them)
+@pytest.mark.parametrize(  # (the last four are the first three before an engine sees them)
     ("engine", "look", "word"),
     [(ENGINES[0], *look) for look in LOOKS]
     + [pytest.param(RAY, *look, marks=ON_RAY[n > 2]) for n, look in enumerate(LOOKS)],
 )
 def test_a_run_that_is_called_off_has_a_result(engine, look, word, tmp_path):
-    before = [signal.getsignal(n) for n in (signal.SIGINT, signal.SIGTERM)]
+    before = [signal.getsignal(n) for n in ENDING]
     once = []
 
     def first(progress):  # (a second signal would not wait for what is under way)
@@ -118,7 +122,7 @@ def test_a_run_that_is_called_off_has_a_result(engine, look, word, tmp_path):
     result = run(engine, tmp_path, first)
     assert {w for w in ("stopped", "interrupted") if getattr(result, w)} == {word}
     check(result, tmp_path)
-    assert [signal.getsignal(n) for n in (signal.SIGINT, signal.SIGTERM)] == before
+    assert [signal.getsignal(n) for n in ENDING] == before
 
 
 @pytest.mark.usefixtures("session")
@@ -144,6 +148,27 @@ def test_a_second_interrupt_in_one_process_keeps_the_weights():
     result = train(chain(), Twice(), Settings.model_validate({"level": "trace"}))
     assert result.interrupted
     assert 0 < result.samples < 20
+
+
+@pytest.mark.parametrize("own", [signal.SIG_IGN, lambda *_: None])
+def test_a_terminal_that_closes_does_what_the_program_says(own):
+    """Nothing under `nohup`, which ignores it, nor where it means something else to a program."""
+    reports = []
+
+    def look(progress):
+        os.kill(os.getpid(), signal.SIGHUP)
+        reports.append(progress)
+        return Stop if len(reports) > 8 else None
+
+    before = signal.signal(signal.SIGHUP, own)
+    try:
+        settings = Settings.model_validate({"level": "trace"})
+        result = train(chain(), EndlessStream(), settings, on_progress=look)
+        assert signal.getsignal(signal.SIGHUP) is own
+    finally:
+        signal.signal(signal.SIGHUP, before)
+    assert result.stopped
+    assert not result.interrupted
 
 
 def test_sigterm_before_the_first_tick_is_an_interrupt():

@@ -41,8 +41,9 @@ def start(tmp_path, mine):
     """Run the script as Ray's raylet runs that of a worker; returns what it prints."""
     script = tmp_path / "worker.py"
     script.write_text(SCRIPT)
+    language = worker_process.LANGUAGE  # (-s: as with PYTHONNOUSERSITE)
     ended = subprocess.run(
-        [sys.executable, worker_process.__file__, str(script), worker_process.LANGUAGE, "--a=1"],
+        [sys.executable, worker_process.__file__, "-s", str(script), language, "--a=1"],
         env={**os.environ, "MINE": mine, "PYTHONPATH": "of mine", **LARGE},
         cwd=tmp_path,
         capture_output=True,
@@ -60,6 +61,9 @@ def forking():
 
 def test_a_fork_takes_over_the_script(folder, tmp_path, monkeypatch):
     monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
+    monkeypatch.setattr(sys, "path", [*filter(None, sys.path), tmp_path])  # (a Path is passed over)
+    monkeypatch.chdir(tmp_path)  # where a file has the name of a module of Python's
+    (tmp_path / "select.py").write_text("raise SystemExit('another module')")
     before = forking()
     with forked_workers(folder):
         (process,) = [p for p in forking() if p not in before]

@@ -234,3 +234,41 @@ def test_a_ray_of_a_thread_does_not_outlast_it(monkeypatch):
         assert (closed == []) is there
         assert (cluster._standing is not None) is there
         monkeypatch.setattr(cluster, "_standing", None)
+
+
+@pytest.mark.ray
+def test_a_forked_process_has_no_ray(session):
+    """Its parent's goes on; what a child does at its end is not done to it."""
+    reader, writer = multiprocessing.Pipe(duplex=False)
+
+    def child():
+        try:
+            trained(steps=5)
+        except ClusterError as error:
+            writer.send(str(error))
+        waiting = ExitStack()
+        waiting.callback(writer.send, "closed")
+        cluster._standing = cluster._Standing(session, waiting, 4, set())
+        cluster.close_idle_session()
+        writer.send("end")
+
+    process = multiprocessing.get_context("fork").Process(target=child)
+    process.start()
+    process.join(60)
+    process.kill()
+    assert reader.recv().startswith("this process is a fork of one that uses Ray")
+    assert reader.recv() == "end"
+    assert trained(steps=5).samples == 5
+
+
+@pytest.mark.ray
+def test_standard_output_is_the_commands_alone(session, capsys):
+    """Ray would print there that an actor died, in the midst of a JSON document."""
+    from ray._private import worker
+
+    for text in ("A worker died or was killed while executing a task", "1 Workers killed (OOM)"):
+        worker.print_to_stdstream({"lines": [text], "pid": "raylet", "is_err": False}, False)
+    shown = capsys.readouterr()
+    assert shown.out == ""
+    assert "killed (OOM)" in shown.err
+    assert "A worker died" not in shown.err

@@ -7,6 +7,7 @@ import importlib
 import re
 import shutil
 import sys
+from types import FunctionType
 
 import pytest
 import torch
@@ -36,6 +37,7 @@ from runtime.networks import skip_graph as skips
 from torch import nn
 
 import hamdist
+from hamdist.dynamics.user_modules.code_digest import code_digests
 from hamdist.errors import SnapshotError
 from hamdist.runtime.train.train import train
 from hamdist.streams import Withhold, from_iterable
@@ -491,6 +493,21 @@ class Late(hamdist.OwnLevel):
             yield depth, block, "F", 0
             yield 2 * graph.depth - depth + LATE * (depth == 0), block, "B", 0
 """
+
+
+def test_code_without_source_is_the_same_in_every_process():
+    """The elements of a set come in another order there; here, in that of putting them in."""
+
+    def one_of(x):
+        return x in {0, 8}
+
+    digests, code = [], one_of.__code__
+    for order in ([0, 8], [8, 0]):
+        constants = [frozenset(order) if isinstance(c, frozenset) else c for c in code.co_consts]
+        same = code.replace(co_consts=tuple(constants), co_filename="<stdin>")
+        loss = FunctionType(same, {"__name__": "__main__"})
+        digests.append(code_digests({"the loss": loss}))
+    assert digests[0] == digests[1] != {}
 
 
 RULE_CHANGED = r"of the rule of \* have changed"

@@ -129,6 +129,17 @@ def test_a_run_is_kept_and_overwrites_nothing(folder):
     assert (folder / "own" / "model.safetensors").read_bytes() == before
 
 
+def test_a_folder_that_is_being_written_is_not_overwritten(folder):
+    with ResultFolder(folder / "o", say=print) as own:
+        own.emit(run_begun("trace", 0))
+        before = (folder / "o" / "events.jsonl").read_text()
+        done = command("run", "tiny.yaml", "--out", "o", "--overwrite")
+        assert done.exit_code == 2
+        assert "another process writes its results there" in " ".join(done.stderr.split())
+        assert (folder / "o" / "events.jsonl").read_text() == before
+    assert command("run", "tiny.yaml", "--out", "o", "--overwrite").exit_code == 0
+
+
 def run_begun(level, seed):
     return RunBegun(title="", engine="inprocess", level=level, seed=seed)
 

@@ -135,17 +135,18 @@ def test_what_a_topic_opened_is_closed_when_the_run_ends_early():
     assert closed == [True]
 
 
-def test_ctrl_c_ends_the_run_also_when_a_run_inside_a_check_takes_it_for_itself():
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
+def test_a_signal_ends_the_run_also_when_a_run_inside_a_check_takes_it_for_itself(number):
     def measure():
         with RunInterrupts(lambda: None, None) as ending:
-            os.kill(os.getpid(), signal.SIGINT)
+            os.kill(os.getpid(), number)
             assert ending.interrupted
         return 0.0
 
-    before = signal.getsignal(signal.SIGINT)
+    before = signal.getsignal(number)
     with pytest.raises(KeyboardInterrupt):
         rows_of(Check("interrupted", "", 0.0, measure))
-    assert signal.getsignal(signal.SIGINT) is before
+    assert signal.getsignal(number) is before
     assert signal.set_wakeup_fd(-1) == -1
 
 
