@@ -47,6 +47,7 @@ from hamdist.dynamics.modules.recurrent import DiagonalCell, LeakyCell, Reads, R
 from hamdist.dynamics.modules.reversible import Coupling, MidpointStart
 from hamdist.dynamics.modules.subspace import in_subspace
 from hamdist.dynamics.objective.losses import LossFunction, make_loss
+from hamdist.dynamics.user_modules.copies import in_type
 from hamdist.dynamics.user_modules.generator import generator_kept
 from hamdist.errors import SettingsError
 from hamdist.loading import called, check_call, load_function, title
@@ -360,7 +361,12 @@ def make_from_factory(
         raise SettingsError(
             f"{option}: {title(factory)}() returned {type(model).__name__}, not a torch.nn.Module"
         )
-    return model.to(dtype)
+    if dtype == torch.float64 and any(t.is_complex() for t in model.parameters()):
+        raise SettingsError(
+            f"{option}: {title(factory)}() has complex weights, of which files of results "
+            "(safetensors) hold complex64 alone: leave dtype at float32"
+        )
+    return in_type(model, dtype)
 
 
 def make_from_settings(

@@ -45,6 +45,18 @@ def copied(thing: T, memo: dict[int, Any] | None = None) -> T:
     return copy_of_thing
 
 
+def in_type(module: nn.Module, dtype: torch.dtype) -> nn.Module:
+    """Put a module's real tensors into a type, and complex ones into the complex type of it."""
+
+    def cast(t: Tensor) -> Tensor:
+        if t.is_complex():
+            return t.to(dtype.to_complex())
+        return t.to(dtype) if t.is_floating_point() else t
+
+    module._apply(cast)  # type: ignore[no-untyped-call]
+    return module
+
+
 def loss_copy(loss: T) -> T:
     """Return a copy of a loss, with the state that it keeps; itself if it cannot be copied."""
     try:

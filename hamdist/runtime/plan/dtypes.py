@@ -16,7 +16,7 @@ from hamdist.config import BlockDType, BlockEngineSettings, EngineSettings, Memo
 from hamdist.dynamics.graph.graph import BlockSpec, Graph, ShapeMap, combined
 from hamdist.dynamics.graph.patterns import check_patterns, fitting
 from hamdist.dynamics.schedule.levels import Locality
-from hamdist.dynamics.user_modules.copies import copied
+from hamdist.dynamics.user_modules.copies import copied, in_type
 from hamdist.dynamics.user_modules.generator import generator_kept
 from hamdist.errors import GraphError, LevelError
 from hamdist.runtime.signals.cast import CastPlan
@@ -82,7 +82,7 @@ def with_cast_plans(
         if dtype is not None:
             for module in (block.module, block.output):
                 if module is not None:
-                    module.to(dtype)
+                    in_type(module, dtype)
             with_inputs[name] = shapes[name][0], _tried(block, before, dtype)
         _check_autocast(name, block_setting, with_inputs[name][1])
         cast_plans[name] = CastPlan(

@@ -20,7 +20,7 @@ from hamdist.dynamics.rules.names import HOMES, built_in
 from hamdist.dynamics.rules.rule import Rule
 from hamdist.dynamics.schedule.levels import Locality, make_locality
 from hamdist.dynamics.schedule.rounds import OwnLevel
-from hamdist.dynamics.user_modules.copies import copied, unwrapped
+from hamdist.dynamics.user_modules.copies import copied, in_type, unwrapped
 from hamdist.dynamics.user_modules.hooks import check_hooks
 from hamdist.dynamics.vjp.seeding import random_parts
 from hamdist.errors import SettingsError
@@ -43,13 +43,14 @@ def in_dtype_of(settings: Settings, model: nn.Module | Graph, stream: Stream) ->
         return model, stream
     dtype = getattr(torch, settings.dtype.value)
     tensors = [t for m in modules_of(model) for t in (*m.parameters(), *m.buffers())]
-    if any(t.is_floating_point() and t.dtype != dtype for t in tensors):
+    kinds = {t.dtype for t in tensors if t.is_floating_point() or t.is_complex()}
+    if not kinds <= {dtype, dtype.to_complex()}:
         if isinstance(model, Graph):
             raise SettingsError(
                 f"dtype {settings.dtype.value!r}: the Graph has weights of another type; make its "
                 "modules in that type, or leave dtype out"
             )
-        model = copied(model).to(dtype)
+        model = in_type(copied(model), dtype)
     return model, in_dtype(stream, dtype)
 
 

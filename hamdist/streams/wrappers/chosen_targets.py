@@ -117,6 +117,8 @@ class Cast(Chosen):
         )
 
     def _type(self, dtype: torch.dtype) -> torch.dtype:
+        if dtype.is_complex:
+            return self._dtype.to_complex()
         return self._dtype if dtype.is_floating_point else dtype
 
     def _cast(self, value: Tensor) -> Tensor:

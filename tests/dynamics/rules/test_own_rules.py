@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import threading
 
@@ -19,6 +20,7 @@ from hamdist.cli import app
 from hamdist.dynamics.objective.losses import cross_entropy
 from hamdist.dynamics.rules.names import HOMES, built_in
 from hamdist.errors import BlockError, GraphError, SettingsError
+from hamdist.models.build import make_from_factory
 from hamdist.study.verify import runner
 from hamdist.study.verify.oracles import golden
 
@@ -64,6 +66,33 @@ def test_dtype_is_that_of_weights_and_stream():
     back = learned(net().double(), items(dtype=F64), dtype="float32")
     assert {p.dtype for p in back.model.parameters()} == {torch.float32}
     assert {p.dtype for p in learned(net().double(), items(dtype=F64)).model.parameters()} == {F64}
+
+
+class Complex(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.a, self.w = nn.Linear(6, 3), nn.Parameter(torch.randn(3, 3, dtype=torch.complex64))
+
+    def forward(self, x):
+        return (self.a(x).to(self.w.dtype) @ self.w).abs()
+
+
+def test_complex_weights_stay_complex():
+    """Oracle: the same run, all of it in that type before."""
+    model = Complex()
+    cast = learned(copy.deepcopy(model), dtype="float64").model
+    assert (cast.a.weight.dtype, cast.w.dtype) == (F64, torch.complex128)
+    by_hand = copy.deepcopy(model)
+    by_hand.a.double()
+    by_hand.w.data = by_hand.w.data.to(torch.complex128)
+    assert torch.equal(
+        learned(by_hand, items(dtype=torch.float32), dtype="float64").model.w, cast.w
+    )
+    assert torch.equal(learned(model, dtype="float32").model.w, learned(model).model.w)
+    made = make_from_factory(Complex, seed=0, dtype=torch.float32)  # as commands do
+    assert made.w.is_complex()
+    with pytest.raises(SettingsError, match="complex64 alone"):
+        make_from_factory(Complex, seed=0, dtype=F64)
 
 
 def test_dtype_on_both_engines(session):
