@@ -18,6 +18,7 @@ from hamdist.dynamics.graph.graph import BlockSpec, Graph, ShapeMap, combined
 from hamdist.dynamics.graph.inputs import INPUT, is_input
 from hamdist.dynamics.modules.reversible import pieces_of, undone
 from hamdist.dynamics.user_modules.copies import copied
+from hamdist.dynamics.user_modules.generator import generator_kept
 from hamdist.dynamics.vjp.seeding import random_parts
 from hamdist.errors import LevelError
 
@@ -169,10 +170,10 @@ def recoveries(graph: Graph, reversible: Collection[str], u: Tensor) -> list[Inv
         start = _before(graph, graph.blocks[chain[0]], u)
         x = start.clone()  # which a user's module might write to
         for name in chain:
-            with torch.random.fork_rng(devices=[]):
+            with generator_kept():
                 x = _evaluated(graph.blocks[name], x)
         for name in reversed(chain):
-            with torch.random.fork_rng(devices=[]):
+            with generator_kept():
                 x = undone(pieces_of(copied(graph.blocks[name].module)), x)
         size = torch.linalg.vector_norm(start.double())
         apart = torch.linalg.vector_norm((x - start).double())
@@ -187,7 +188,7 @@ def _before(graph: Graph, block: BlockSpec, u: Tensor) -> Tensor:
     if name == INPUT:
         return u
     parent = graph.blocks[name]
-    with torch.random.fork_rng(devices=[]):
+    with generator_kept():
         module = copied(parent.module)
         h: Tensor = module(*combined(parent.combine, [u.clone() for _ in parent.parents]))
     return h

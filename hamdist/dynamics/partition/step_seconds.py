@@ -17,6 +17,7 @@ from hamdist.dynamics.graph.graph import BlockSpec, Combine, Graph, combined
 from hamdist.dynamics.native import rows
 from hamdist.dynamics.updates.constants import Constant, Dynamics
 from hamdist.dynamics.updates.weights import Weights
+from hamdist.dynamics.user_modules.generator import generator_kept
 from hamdist.dynamics.vjp.autograd import AutogradFunction
 from hamdist.dynamics.vjp.closed import closed_cell
 from hamdist.dynamics.vjp.local_function import LocalFunction
@@ -37,7 +38,7 @@ def step_seconds(graph: Graph, inputs: Mapping[str, Tensor]) -> dict[str, float]
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     try:
-        with torch.random.fork_rng(devices=[]):
+        with generator_kept():
             for name, block in graph.blocks.items():
                 learned = [p not in inputs and h[p].is_floating_point() for p in block.parents]
                 arguments = combined(block.combine, [h[p] for p in block.parents])
