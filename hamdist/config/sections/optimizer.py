@@ -131,8 +131,7 @@ def optimizer_class(name: str) -> type[Optimizer]:
         since = "; torch has Muon from 2.9 on" if name == MUON else ""
         raise ValueError(
             f"torch {__version__} has no optimiser {name!r} that works here{since}; known: "
-            f"{', '.join(optimizers)} (any other: "
-            "FILE.py:NAME, or train(..., optimizer=FUNCTION))"
+            f"{', '.join(optimizers)} (any other: FILE.py:NAME, or train(..., optimizer=FUNCTION))"
         )
     return optimizers[name]
 

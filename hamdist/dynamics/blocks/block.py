@@ -151,10 +151,12 @@ class Block(Stateful):
     def _move(self, g: Sequence[Gradient], factor: float, tau: float) -> None:
         """Make one update. Weights that no pass has used stay, with omega and v, as in torch."""
         unused = [i for i, g_i in enumerate(g) if isinstance(g_i, Unused)]
-        lists = self.weights.moving() if unused else ()
-        before = [{i: ts[i].clone() for i in unused if ts} for ts in lists]
+        if not unused:
+            self.weights.move(g, factor, tau)
+            return
+        before = [{i: ts[i].clone() for i in unused if ts} for ts in self.weights.moving()]
         self.weights.move(g, factor, tau)
-        for ts, olds in zip(self.weights.moving() if unused else (), before, strict=True):
+        for ts, olds in zip(self.weights.moving(), before, strict=True):
             for i, old in olds.items():
                 ts[i].copy_(old)
 

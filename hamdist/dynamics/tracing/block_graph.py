@@ -109,15 +109,17 @@ class BlockGraph:
         """Return the block as a part of a model that is an nn.Sequential, where it only calls
         children of the model, one behind the other.
         """
-        before, *calls = list(self._graph.nodes)[:-1]
-        names = [str(call.target) for call in calls]
-        children = dict(self._model._modules)
-        if type(self._model).forward is not nn.Sequential.forward or len({*names}) < len(names):
+        if type(self._model).forward is not nn.Sequential.forward:
             return None
+        children = self._model._modules
+        before, *calls = list(self._graph.nodes)[:-1]
         for call in calls:
             if call.op != "call_module" or call.target not in children or call.args != (before,):
                 return None
             before = call
+        names = [str(call.target) for call in calls]
+        if len({*names}) < len(names):  # one child that is called twice
+            return None
         return nn.Sequential(OrderedDict((name, self._parts[name]) for name in names))
 
     def module(self) -> TracedModule:

@@ -81,22 +81,13 @@ class OptimizerRule:
         full = {self.full_name(block, name): p for name, p in named.items()}
         if self.own is None:
             return _by_settings(self.settings, lr, full)
-        return [self._own(self.settings, {**self.settings.options, "lr": lr}, block, full)]
-
-    def _own(
-        self,
-        s: OptimizerSettings,
-        options: Mapping[str, Any],
-        block: str,
-        named: Mapping[str, nn.Parameter],
-    ) -> Optimizer:
-        origin = f"learning.optimizer {s.name!r}"
-        make = functools.partial(self.own or optimizer_class(s.name), **options)
-        opt = _called(origin, block, make, _grouped(s, named))
+        origin = f"learning.optimizer {self.settings.name!r}"
+        make = functools.partial(self.own, **self.settings.options, lr=lr)
+        opt = _called(origin, block, make, _grouped(self.settings, full))
         if not isinstance(opt, Optimizer):
             raise SettingsError(f"{origin} made {_kind(opt)}; name a torch.optim.Optimizer")
         _check_optimizer(opt, block, list(named.values()))
-        return opt
+        return [opt]
 
     def _by_function(self, block: str, parameters: list[nn.Parameter]) -> list[Optimizer]:
         if self.function is None:
@@ -235,9 +226,8 @@ class BlockOptimizers(Stateful):
         rates = [group["lr"] for group in groups]
         places = [p.data for p in self._parameters]
         for p, g in zip(self._parameters, gradients, strict=True):
-            p.grad = (
-                None if g is None else g.clone()
-            )  # which some optimisers use up, as foreach with Nesterov's momentum
+            # (a clone: some optimisers use it up, as foreach with Nesterov's momentum)
+            p.grad = None if g is None else g.clone()
         if factor != 1:
             for group, rate in zip(groups, rates, strict=True):
                 group["lr"] = rate * factor
@@ -367,6 +357,6 @@ class OptimizerWeights(Weights):
         if not norm <= self._limit:
             raise OutOfRange("omega", norm)
         self.omega = gradients
-        unused = [isinstance(g_i, Unused) for g_i in g]
-        used = [None if left else g_i for g_i, left in zip(gradients, unused, strict=True)]
+        pairs = zip(g, gradients, strict=True)
+        used = [None if isinstance(g_i, Unused) else omega for g_i, omega in pairs]
         self.optimizers.step(used, factor)

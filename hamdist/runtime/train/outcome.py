@@ -13,7 +13,6 @@ from hamdist.dynamics.blocks.dissipation import dissipation_warnings
 from hamdist.dynamics.graph.graph import Graph
 from hamdist.dynamics.graph.merged import MergedSequence, merged_module
 from hamdist.errors import DivergedError
-from hamdist.runtime.advice.advice import after
 from hamdist.runtime.nodes.weight_ports import weight_lags
 from hamdist.runtime.plan.checks import carries
 from hamdist.runtime.plan.plan import Plan
@@ -54,7 +53,7 @@ def make_result(
         },
         "chosen": settings if why else None,
         "why": why,
-        "warnings": [*outcome.warnings, *after(plan, outcome)],
+        "warnings": list(outcome.warnings),
     }
     return RunResult(
         model=_merged(graph, plan, weights, averages),

@@ -178,11 +178,13 @@ def train(
         outcome.warnings[:0] = [*messages, *notes, *ended]
         if messages and outcome.samples == 0 and error is not None:
             raise error  # nothing was learned
+        behind = after(plan, outcome)
+        outcome.warnings += behind
         result = make_result(graph, plan, outcome, startup, settings, why)
         if error is not None:
             error.result = result  # type: ignore[attr-defined]
             raise error
-        for text in [*ended, *after(plan, outcome)]:
+        for text in [*ended, *behind]:
             warnings.warn(text, HamdistWarning, stacklevel=3)
         return result
 
