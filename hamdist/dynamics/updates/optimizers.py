@@ -105,8 +105,8 @@ class OptimizerRule:
         for opt in optimizers:
             if not isinstance(opt, Optimizer):
                 raise SettingsError(
-                    f"optimizer: the function returned a {type(opt).__name__} for block {block!r}; return "
-                    "a torch.optim.Optimizer of the parameters that it gets, or a list of some"
+                    f"optimizer: the function returned a {type(opt).__name__} for block {block!r}; "
+                    "return a torch.optim.Optimizer of the parameters that it gets, or a list of some"
                 )
             _check_optimizer(opt, block, parameters)
         seen = [id(p) for opt in optimizers for group in opt.param_groups for p in group["params"]]
@@ -129,8 +129,8 @@ class OptimizerRule:
         for lr in schedulers:
             if isinstance(lr, ReduceLROnPlateau) or not isinstance(lr, LRScheduler):
                 raise SettingsError(
-                    f"scheduler: the function returned a {type(lr).__name__}; return a scheduler of "
-                    "torch.optim.lr_scheduler whose step() needs no measured loss: it is stepped "
+                    f"scheduler: the function returned a {type(lr).__name__}; return a scheduler "
+                    "of torch.optim.lr_scheduler whose step() needs no measured loss: it is stepped "
                     "once per sample"
                 )
         return schedulers
@@ -156,9 +156,8 @@ def _check_optimizer(opt: Optimizer, block: str, parameters: Sequence[nn.Paramet
         )
     if not {"state", "param_groups"} <= opt.state_dict().keys():
         raise SettingsError(
-            f"optimizer: the state_dict() of {kind} has no 'state' or no 'param_groups', so that "
-            "no snapshot could hold it: call super().__init__(), and keep what changes in "
-            "self.state, as torch.optim.Optimizer does"
+            f"optimizer: the state_dict() of {kind} has no 'state' and 'param_groups' for snapshots"
+            ": call super().__init__(), and keep what changes in self.state, as torch does"
         )
     for group in opt.param_groups:
         if not all(id(p) in owned for p in group["params"]):
@@ -225,9 +224,9 @@ class BlockOptimizers(Stateful):
 
     def __init__(self, rule: OptimizerRule, block: str, named: Mapping[str, nn.Parameter]) -> None:
         self._names = {id(p): name for name, p in named.items()}
+        (first, p), *_ = named.items()
         self._parameters = list(named.values())
-        seed = block_seed(rule.seed, f"{block}/optimizer/{next(iter(named))}")
-        self._generator = OwnGenerator(seed, self._parameters[0].device)
+        self._generator = OwnGenerator(block_seed(rule.seed, f"{block}/{first}/steps"), p.device)
         with self._generator:
             self.optimizers = rule.optimizers(block, named)
         self._own = [o for o in self.optimizers if not type(o).__module__.startswith("torch.optim")]

@@ -153,7 +153,9 @@ def test_arguments_that_are_attributes_are_those_of_the_new_run(tmp_path):
 
 
 def test_a_state_that_no_snapshot_can_hold():
-    with pytest.raises(SettingsError, match=r"state_dict\(\) of Lookahead has no 'state'"):
+    with pytest.raises(
+        SettingsError, match=r"state_dict\(\) of Lookahead has no 'state' and 'param_groups'"
+    ):
         train(optimizer=lambda p: Lookahead(optim.SGD(p, 0.1)))
 
 
