@@ -106,7 +106,7 @@ class OptimizerRule:
             if not isinstance(opt, Optimizer):
                 raise SettingsError(
                     f"optimizer: the function returned a {type(opt).__name__} for block {block!r}; "
-                    "return a torch.optim.Optimizer of the parameters that it gets, or a list of some"
+                    "return a torch.optim.Optimizer of the parameters that it gets, or several"
                 )
             _check_optimizer(opt, block, parameters)
         seen = [id(p) for opt in optimizers for group in opt.param_groups for p in group["params"]]
@@ -130,8 +130,8 @@ class OptimizerRule:
             if isinstance(lr, ReduceLROnPlateau) or not isinstance(lr, LRScheduler):
                 raise SettingsError(
                     f"scheduler: the function returned a {type(lr).__name__}; return a scheduler "
-                    "of torch.optim.lr_scheduler whose step() needs no measured loss: it is stepped "
-                    "once per sample"
+                    "of torch.optim.lr_scheduler whose step() needs no measured loss: it is "
+                    "stepped once per sample"
                 )
         return schedulers
 
