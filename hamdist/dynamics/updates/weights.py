@@ -114,7 +114,12 @@ class Weights(Stateful):
         return abs(gain) * norm_of(g) if g else norm_of(self._omega or ())
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        super().load_state_dict(state)
+        """Continue from `state`; an average or statistics that only one run has begin anew."""
+        own = {"average": self.average, "_inputs": self._inputs}
+        apart = [n for n, part in own.items() if part is None or state.get(n) is None]
+        vars(self).update(dict.fromkeys(apart))
+        super().load_state_dict({**state, **dict.fromkeys(apart)})
+        vars(self).update({n: own[n] for n in apart})
         self._mine = False
 
     @property
