@@ -89,6 +89,7 @@ class Weights(Stateful):
         *("average", "_inputs", "_first_cost"),
     )
     ADDED: ClassVar[Mapping[str, Any]] = {"_first_cost": None}
+    OPTIONAL: ClassVar[tuple[str, ...]] = ("average", "_inputs")
 
     def state_dict(self) -> dict[str, Any]:
         """Return all but theta, which is in the state of the local function.
@@ -114,12 +115,7 @@ class Weights(Stateful):
         return abs(gain) * norm_of(g) if g else norm_of(self._omega or ())
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Continue from `state`; an average or statistics that only one run has begin anew."""
-        own = {"average": self.average, "_inputs": self._inputs}
-        apart = [n for n, part in own.items() if part is None or state.get(n) is None]
-        vars(self).update(dict.fromkeys(apart))
-        super().load_state_dict({**state, **dict.fromkeys(apart)})
-        vars(self).update({n: own[n] for n in apart})
+        super().load_state_dict(state)
         self._mine = False
 
     @property
