@@ -167,6 +167,18 @@ def test_updates_are_compared_with_backpropagation(level, lr, least, most, monke
     assert again == events
 
 
+def test_the_last_measurement_is_of_the_end():
+    """Of a run of less than a second, too. Oracles: the weights of the result, and all samples."""
+    seen, own = [], {"level": "trace", "learning": {"lr": 0.1}, "engine": {"kind": "inprocess"}}
+    result = hamdist.train(make(), list(batches()), trackers=[seen.append], **own)
+    last = by_name(seen, "blocks")[-1]
+    for name, block in result.blocks.items():
+        theta = math.sqrt(sum(float(t.square().sum()) for t in block.theta.values()))
+        assert last.norms[name].theta == pytest.approx(theta, rel=1e-6), name
+    assert sum(last.staleness["block0"].values()) == 40
+    assert by_name(seen, "progress")[-1].samples == 40
+
+
 def test_updates_by_several_samples_are_compared_at_the_weights_that_these_met(monkeypatch):
     """Oracle: at level `backprop` both are equal; the step before may still wait for its turn."""
     monkeypatch.setattr("hamdist.runtime.engines.inprocess.PROGRESS_SECONDS", 0.0)
@@ -279,6 +291,9 @@ def test_both_engines_tell_the_same(session, monkeypatch):
     [exact], [same] = by_name(alone, "alignment"), by_name(apart, "alignment")
     assert (exact.sample, set(exact.cosines)) == (20, {"block0", "block1", "block2"})
     assert (same.sample, same.cosines) == (20, exact.cosines)
+    ends = [by_name(events, "blocks")[-1].norms for events in (alone, apart)]
+    norms = [{name: n._replace(update=None) for name, n in end.items()} for end in ends]
+    assert norms[0] == norms[1]
     edges = by_name(apart, "edges")[-1].edges
     assert {name: e.bytes for name, e in edges.items() if e.bytes} == result.bytes_per_edge
     assert any(e.waited > 0 for e in edges.values())
