@@ -52,7 +52,9 @@ def latex(table: Table) -> str:
     columns = "l" + "r" * (len(table.titles) - 1)
     lines = [rf"\begin{{tabular}}{{{columns}}}", r"\toprule", titles, r"\midrule", *rows]
     return "\n".join(
-        [*lines, r"\bottomrule", r"\end{tabular}", *(f"% {n}" for n in table.notes), ""]
+        [*lines, r"\bottomrule", r"\end{tabular}"]
+        + [f"% {line}" for note in table.notes for line in note.splitlines()]
+        + [""]
     )
 
 
@@ -66,6 +68,7 @@ def csv_text(rows: Sequence[Mapping[str, Any]], columns: Sequence[str] = ()) -> 
 
 
 _LATEX = {"\\": r"\textbackslash{}", "–": "--", "±": r"$\pm$", "→": r"$\to$", "\n": ", "}
+_LATEX |= {c: f"${c}$" for c in "<>|"}  # (which are other signs in the usual fonts of text)
 
 
 def _in_latex(cell: str) -> str:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -20,11 +20,13 @@ from hamdist.study.run.measures import DriftRecovery, drift_fact
 class SummaryLine:
     """The summary of one cell.
 
+    Means over seeds are None where a run left the finite range.
+
     Attributes:
         accuracy: held out, over the seeds, as a share; loss if the targets are real values.
         spread: standard deviation over seeds.
         gap: accuracy minus that of the centralised side at the same point, by seed (below 0: behind
-            it); of losses the centralised one minus its own.
+            it); of losses its own minus the centralised one (above 0: behind it).
         gap_test: how sure the gap is.
         seconds: of a run.
         chosen: result of the tuning; tuned: its validation accuracy.
@@ -47,7 +49,7 @@ class SummaryLine:
     gap: float | None
     gap_spread: float | None
     prequential: float | None
-    seconds: float
+    seconds: float | None
     chosen: dict[str, Any]
     tuned: float | None
     notes: tuple[str, ...] = field(default_factory=tuple)
@@ -68,7 +70,6 @@ def summary(outcomes: Sequence[StudyOutcome], goal: float | None = None) -> list
 
 def _line(outcome: StudyOutcome, baseline: StudyOutcome, goal: float | None) -> SummaryLine:
     cell, records = outcome.cell, outcome.records
-    accuracies = [r.accuracy for r in records if r.accuracy is not None]
     losses = [math.nan if r.loss is None else r.loss for r in records]
     gaps = _gaps(records, baseline.records)
     rows_to_goal, seconds_to_goal = _until(goal, records)
@@ -78,22 +79,22 @@ def _line(outcome: StudyOutcome, baseline: StudyOutcome, goal: float | None) -> 
         memoryless=cell.memoryless,
         point=cell.point,
         seeds=len(records),
-        accuracy=mean_of(accuracies) if len(accuracies) == len(records) else None,
-        spread=spread_of(accuracies),
+        accuracy=_of_all(mean_of, [r.accuracy for r in records]),
+        spread=_of_all(spread_of, [r.accuracy for r in records]),
         loss=mean_of(losses),
         loss_spread=spread_of(losses),
         gap=mean_of(gaps),
         gap_spread=spread_of(gaps),
-        prequential=mean_of([r.prequential for r in records if r.prequential is not None]),
-        seconds=mean_of([r.seconds for r in records]) or 0.0,
+        prequential=_of_all(mean_of, [r.prequential for r in records]),
+        seconds=_of_all(mean_of, [r.seconds if r.failure is None else None for r in records]),
         chosen=dict(outcome.choice.chosen),
         tuned=outcome.choice.score,
         notes=tuple(_notes(outcome)),
         gap_test=paired_test(gaps),
         rows_to_goal=rows_to_goal,
         seconds_to_goal=seconds_to_goal,
-        cpu_seconds=_mean_of_all([r.cpu_seconds for r in records]),
-        joules=_mean_of_all([r.joules for r in records]),
+        cpu_seconds=_of_all(mean_of, [r.cpu_seconds for r in records]),
+        joules=_of_all(mean_of, [r.joules for r in records]),
         blocks=tuple({n: BlockFacts(**f) for n, f in r.blocks.items()} for r in records),
         diverged=all(r.failure is not None for r in records),
     )
@@ -106,13 +107,16 @@ def _until(goal: float | None, records: Sequence[RunRecord]) -> tuple[float | No
         next((p for p in r.curve if goal is not None and (p[2] or 0.0) >= goal), none)
         for r in records
     ]
-    return _mean_of_all([p[0] for p in reached]), _mean_of_all([p[1] for p in reached])
+    rows, seconds = [p[0] for p in reached], [p[1] for p in reached]
+    return _of_all(mean_of, rows), _of_all(mean_of, seconds)
 
 
-def _mean_of_all(values: Sequence[float | None]) -> float | None:
-    """Return the mean; None where one is missing."""
+def _of_all(
+    number: Callable[[Sequence[float]], float | None], values: Sequence[float | None]
+) -> float | None:
+    """Return a number of the values; None where one is missing."""
     finished = [value for value in values if value is not None]
-    return mean_of(finished) if len(finished) == len(values) else None
+    return number(finished) if len(finished) == len(values) else None
 
 
 def _gaps(records: Sequence[RunRecord], baseline: Sequence[RunRecord]) -> list[float]:
@@ -126,7 +130,7 @@ def _gaps(records: Sequence[RunRecord], baseline: Sequence[RunRecord]) -> list[f
         if record.accuracy is not None and than.accuracy is not None:
             gaps.append(record.accuracy - than.accuracy)
         elif record.loss is not None and than.loss is not None and record.failure is None:
-            gaps.append(than.loss - record.loss)
+            gaps.append(record.loss - than.loss)
     return gaps if len(gaps) == len(records) else []
 
 

@@ -117,14 +117,14 @@ def _all(
             *(_test(line, real_valued) if tested else []),
             *([] if real_valued else [percent(line.prequential)]),
             *([] if goal is None else [_until(line.rows_to_goal), _until(line.seconds_to_goal, 1)]),
-            f"{line.seconds:.1f}",
+            MISSING if line.seconds is None else f"{line.seconds:.1f}",
             *([number(line.cpu_seconds)] if processor else []),
             *([number(line.joules)] if joules else []),
             chosen(line.chosen),
         ]
         for line in lines
     ]
-    return Table(titles, rows, _notes(study, lines))
+    return Table(titles, rows, _notes(study, lines, real_valued))
 
 
 def _along(
@@ -196,10 +196,11 @@ def chosen(values: dict[str, Any]) -> str:
     )
 
 
-def _notes(study: StudySettings, lines: Sequence[SummaryLine]) -> list[str]:
+def _notes(study: StudySettings, lines: Sequence[SummaryLine], real_valued: bool) -> list[str]:
+    score = "loss" if real_valued else "accuracy"
     notes = [
         f"mean ± standard deviation over {study.seeds} seeds on the test part; {study.rows:,} "
-        "rows learned from by each run; gap: accuracy minus that of centralised backpropagation, "
+        f"rows learned from by each run; gap: {score} minus that of centralised backpropagation, "
         "by seed"
     ]
     candidates = len(next(iter(study.sides.values())).candidates)

@@ -147,15 +147,19 @@ def _until(group: Sequence[Run], goal: float | None) -> tuple[float | None, floa
 
 
 def accuracy_of(run: Run) -> float | None:
-    """Return the held-out accuracy; None without one, NaN where the loss is not finite."""
-    if run.held_out is None or run.held_out.accuracy is None:
+    """Return the held-out accuracy; None without one, NaN of a run that left the finite range."""
+    if run.held_out is None:
+        return math.nan if run.failure is not None and any(w.rows for w in run.windows) else None
+    if run.held_out.accuracy is None:
         return None
     return run.held_out.accuracy if math.isfinite(run.held_out.loss) else math.nan
 
 
 def loss_of(run: Run) -> float | None:
-    """Return the held-out loss; None without one."""
-    return None if run.held_out is None else run.held_out.loss
+    """Return the held-out loss; None without one, NaN of a run that left the finite range."""
+    if run.held_out is None:
+        return None if run.failure is None else math.nan
+    return run.held_out.loss
 
 
 def _present(values: Iterable[float | None]) -> list[float]:
@@ -219,7 +223,8 @@ def _notes(group: Sequence[Run], baseline: Sequence[Run]) -> list[str]:
             "lower learning.lr"
         )
     seconds = {run.seed: run.seconds for run in baseline}
-    both = [(run.seconds, seconds[run.seed]) for run in group if run.seed in seconds]
+    ended = [run for run in group if run.seed in seconds and run.failure is None]
+    both = [(run.seconds, seconds[run.seed]) for run in ended]
     level, central = sum(a for a, _ in both), sum(b for _, b in both)
     if group[0].level != CENTRALISED and 0 < central < level:
         notes.append(
@@ -284,7 +289,7 @@ def outputs_fact(run: Run) -> str:
 def outputs_notes(group: Sequence[Run]) -> list[str]:
     """Return the held-out scores of every output, as means over the runs."""
     scored = [run.held_out for run in group if run.held_out is not None and run.held_out.outputs]
-    if not scored:
+    if not scored or any(run.failure for run in group):
         return []
     parts = []
     for name in scored[0].outputs:

@@ -104,5 +104,5 @@ def _cells(facts: Sequence[BlockFacts]) -> list[str]:
         *([str(late[i]) for i in places] or [MISSING] * 3),
         *(number(mean(name)) for name in ("first", "last", "theta", "update")),
         percent(mean("dead")),
-        f"{max(memory) / KIB:,.1f}" if memory else MISSING,
+        f"{max(memory) / KIB:.1f}" if memory else MISSING,
     ]

@@ -113,11 +113,21 @@ def report_events(runs: Sequence[Run], folder: Path) -> list[RunEvent]:
 
 
 def recorded(folder: Path) -> list[RunEvent]:
-    """Return the events of a folder; none of runs that were made without one."""
+    """Return the events of a folder, of each run those of the last time that it was made; none of
+    runs that were made without one.
+    """
     try:
-        return list(read_events((folder / EVENTS).read_text("utf-8").splitlines()))
+        events = list(read_events((folder / EVENTS).read_text("utf-8").splitlines()))
     except OSError:
         return []
+    begun, made = dict[Any, int](), dict[Any, int]()
+    for place, event in enumerate(events):
+        head = event.level, event.seed
+        if isinstance(event, RunBegun):
+            begun[head] = place
+        elif isinstance(event, NetworkPlaced):  # (a run that is stored is only told again)
+            made[head] = begun.get(head, 0)
+    return [e for place, e in enumerate(events) if place >= made.get((e.level, e.seed), 0)]
 
 
 def comparison_summary(rows: Sequence[AggregateRow], *, interrupted: bool) -> dict[str, Any]:

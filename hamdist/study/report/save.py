@@ -242,8 +242,9 @@ def alignment_figures(
 
 
 def gap_figures(runs: Sequence[Run]) -> list[PageFigure]:
-    """Return the gap to centralised training by level: mean over seeds and standard deviation."""
-    scored = [run for run in runs if run.held_out is not None]
+    """Return the gap to centralised training by level: mean over seeds and standard deviation;
+    none of a level of which a run left the finite range, as in the table."""
+    scored = [run for run in runs if run.held_out is not None or run.failure is not None]
     real_valued = all(accuracy_of(run) is None for run in scored)
     baseline = [run for run in scored if run.level == CENTRALISED]
     levels = list(dict.fromkeys(run.level for run in scored if run.level != CENTRALISED))
@@ -251,8 +252,8 @@ def gap_figures(runs: Sequence[Run]) -> list[PageFigure]:
     for place, level in enumerate(levels):
         group = [run for run in scored if run.level == level]
         gaps = paired(group, baseline, loss_of if real_valued else accuracy_of)
-        gaps = [gap if real_valued else 100 * gap for gap in gaps if math.isfinite(gap)]
-        if gaps:
+        gaps = [gap if real_valued else 100 * gap for gap in gaps]
+        if gaps and all(map(math.isfinite, gaps)):
             spread = statistics.stdev(gaps) if len(gaps) > 1 else 0.0
             mean = statistics.fmean(gaps)
             curves.append(

@@ -522,7 +522,28 @@ class TestReport:
     def test_a_failed_seed_leaves_no_mean(self) -> None:
         _, trace = summary(outcomes(tiny(), [0.8, 0.9], [0.79, None]))
         assert (trace.accuracy, trace.gap) == (None, None)
+        assert (trace.spread, trace.prequential, trace.seconds) == (None, None, None)
         assert trace.notes == ("trace: seed 1: it blew up",)
+
+    def test_a_gap_of_losses_has_the_sign_of_compare(self) -> None:
+        """Its own minus the centralised one: 1.5 - 1 and 2.5 - 2, so above 0 it is worse."""
+        found = [
+            dataclasses.replace(
+                outcome,
+                records=[
+                    dataclasses.replace(r, accuracy=None, loss=loss)
+                    for r, loss in zip(outcome.records, losses, strict=True)
+                ],
+            )
+            for outcome, losses in zip(
+                outcomes(tiny(), [0.8, 0.9], [0.8, 0.9]), ([1.0, 2.0], [1.5, 2.5]), strict=True
+            )
+        ]
+        lines = summary(found)
+        assert lines[1].gap == 0.5
+        (table,) = study_tables(tiny(), lines).values()
+        assert table.rows[1][table.titles.index("loss gap")] == "0.5 ± 0"
+        assert "gap: loss minus that of centralised" in table.notes[0]
 
     def test_published_figures_and_rows_to_a_goal_stand_beside(self, tmp_path: Path) -> None:
         """The curves of `record` reach 50 % with their second point, and never 60 %."""

@@ -156,6 +156,19 @@ def test_divergence_is_said(losses: tuple[float, float]) -> None:
     assert table.rows[1][table.titles.index("held-out, %")] == "not finite"
 
 
+def test_a_seed_that_left_the_finite_range_leaves_no_mean() -> None:
+    """What the others came to is no mean of all three; nor is a short run a fast one."""
+    runs = [make_run("centralised", seed, accuracy=0.9, loss=0.3, seconds=1.0) for seed in range(3)]
+    runs += [make_run("trace", seed, accuracy=0.8, loss=0.5, seconds=2.0) for seed in range(2)]
+    runs.append(make_run("trace", 2, held_out=None, failure="left", seconds=0.1))
+    _, trace = aggregate(runs)
+    for score in ("held_out_accuracy", "held_out_loss", "gap_to_backprop", "loss_gap"):
+        assert math.isnan(getattr(trace, score)), score
+    assert (trace.gap_test, trace.loss_gap_test) == (None, None)
+    assert any(note.startswith("diverged") and "seed 2" in note for note in trace.notes)
+    assert any("2.0 times as fast (1 s against 2 s" in note for note in trace.notes)
+
+
 def test_nothing_measured() -> None:
     assert aggregate([]) == []
     row = aggregate([make_run("trace", windows=(), samples=0, seconds=0.0, peak_memory={})])[0]

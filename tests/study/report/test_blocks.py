@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from hamdist.dynamics.saved_state.block_memory import BlockMemory
 from hamdist.runtime.process import usage
-from hamdist.runtime.results.events import BlocksMeasured, UpdatesAligned
+from hamdist.runtime.results.events import BlocksMeasured, NetworkPlaced, RunBegun, UpdatesAligned
 from hamdist.runtime.results.measured import Norms
 from hamdist.study.report.blocks import block_facts, block_table
+from hamdist.study.report.files import recorded
 
 
 def measured(seed, late, norms):
@@ -40,6 +41,21 @@ def test_a_block_without_messages_has_no_staleness():
     (row,) = block_table({"trace": [facts]}).rows
     assert row[2:7] == ["–"] * 5
     assert row[-1] == "–"
+
+
+def test_a_run_that_was_made_anew_has_the_events_of_its_last_time(tmp_path):
+    """One that is stored is only told again."""
+
+    def made(cosine):
+        head = {"level": "trace", "seed": 0}
+        begun = RunBegun(title="x", engine="inprocess", **head)
+        network = NetworkPlaced(blocks=[], edges=[], actors=[], staleness=0, **head)
+        return [begun, network, UpdatesAligned(sample=1, cosines={"a": cosine}, **head)]
+
+    events = [*made(0.1), *made(0.9), made(0.0)[0]]
+    (tmp_path / "events.jsonl").write_text("\n".join(event.to_line() for event in events))
+    seen = [event for event in recorded(tmp_path) if isinstance(event, UpdatesAligned)]
+    assert [event.cosines for event in seen] == [{"a": 0.9}]
 
 
 def test_joules_of_all_packages(tmp_path, monkeypatch):

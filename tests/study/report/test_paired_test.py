@@ -59,7 +59,11 @@ def test_words():
 
 
 def test_latex():
-    table = Table(["level", "gap, %"], [["trace_1", "-0.1 ± 0.2"], ["a & b", "–"]], ["a note"])
+    table = Table(
+        ["level", "gap, %"],
+        [["trace_1", "-0.1 ± 0.2"], ["a & b", "–"], ["|x|", "< 0.1"]],
+        ["a\nnote"],
+    )
     assert latex(table).splitlines() == [
         r"\begin{tabular}{lr}",
         r"\toprule",
@@ -67,7 +71,9 @@ def test_latex():
         r"\midrule",
         r"trace\_1 & -0.1 $\pm$ 0.2 \\",
         r"a \& b & -- \\",
+        r"$|$x$|$ & $<$ 0.1 \\",
         r"\bottomrule",
         r"\end{tabular}",
-        "% a note",
+        "% a",
+        "% note",
     ]

@@ -177,6 +177,8 @@ def test_gaps_are_paired_by_seed(real_valued: bool) -> None:
     assert list(curve.y) == [pytest.approx(mean)]
     assert list(curve.spread) == [pytest.approx(spread)]
     assert gap_figures(runs[:2]) == []
+    gone = make_run("trace", 1, held_out=None, failure="left the finite range")
+    assert gap_figures([*runs[:3], gone]) == []  # as the table has it
 
 
 def test_joined_windows_cover_the_same_items() -> None:
