@@ -18,7 +18,7 @@ from hamdist.dynamics.blocks.pulse import PulseReadout
 from hamdist.dynamics.blocks.readout_loss import Reading, ReadoutLoss, plain, scaled, total
 from hamdist.dynamics.finite import StepFactor
 from hamdist.dynamics.rules.rule import MEMORY, BlockView, Rule, Updates
-from hamdist.dynamics.saved_state.stateful import Packing, Stateful, check_names
+from hamdist.dynamics.saved_state.stateful import PlainData, Stateful, check_names
 from hamdist.dynamics.updates.weights import Weights
 from hamdist.dynamics.vjp.gradient import norm_of
 from hamdist.errors import GraphError, SnapshotError
@@ -64,7 +64,7 @@ class AppliedRule(Stateful):
         live = [*self.view.theta.values()]
         live += self.learned.values() if method == "forward" else []
         try:
-            _PlainData(live).packed(value)
+            PlainData(live).packed(value)
         except SnapshotError as error:
             self._refuse(method, f"keeps no plain data: {error}")
 
@@ -179,21 +179,6 @@ def _kind(value: object) -> str:
         return _of(value.dtype, tuple(value.shape)) + layout
     length = f" of {len(value)}" if isinstance(value, (tuple, list)) else ""
     return f"a {type(value).__name__}{length}"
-
-
-class _PlainData(Packing):
-    """A packing that copies nothing. live: tensors that move in place."""
-
-    def __init__(self, live: Sequence[Tensor]) -> None:
-        super().__init__()
-        self._live = {t.untyped_storage().data_ptr() for t in live}
-
-    def _tensor(self, tensor: Tensor) -> dict[str, Any]:
-        if tensor.requires_grad:
-            raise SnapshotError("a tensor has a graph: detach it, or keep what it was made of")
-        if tensor.untyped_storage().data_ptr() in self._live:
-            raise SnapshotError("a tensor is a weight itself, which moves: keep a clone")
-        return {}
 
 
 class RuleBlock(SavesPasses):

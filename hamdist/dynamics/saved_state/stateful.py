@@ -17,12 +17,14 @@ from __future__ import annotations
 import dataclasses
 import math
 from collections import deque
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from contextlib import suppress
 from enum import Enum
 from typing import Any, ClassVar, TypeVar
 
+import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from hamdist.errors import SnapshotError
 
@@ -114,10 +116,13 @@ class Packing:
             return {"enum": _name(value), "name": value.name}
         if isinstance(value, int) and type(value) is int:
             return value
-        if isinstance(value, float):
+        if isinstance(value, float) and not isinstance(value, np.generic):
             return value if math.isfinite(value) else {"float": repr(value)}
         if isinstance(value, Tensor):
             return self._tensor(value)
+        if isinstance(value, (np.ndarray, np.generic)) and value.dtype.kind in "biufc":
+            number = isinstance(value, np.generic)
+            return {"numpy": self._tensor(torch.from_numpy(np.array(value))), "number": number}
         if isinstance(value, torch.Size):
             return {"size": list(value)}
         if isinstance(value, torch.dtype):
@@ -157,6 +162,41 @@ class Packing:
             self._alive.append(tensor)
         entry = {"tensor": place, "shape": list(tensor.shape), "strides": strides}
         return entry if tensor.is_cpu else {**entry, "gpu": True}
+
+
+class PlainData(Packing):
+    """A packing that copies nothing. live: tensors that move in place."""
+
+    def __init__(self, live: Iterable[Tensor] = ()) -> None:
+        super().__init__()
+        self._live = {t.untyped_storage().data_ptr() for t in live}
+
+    def _tensor(self, tensor: Tensor) -> dict[str, Any]:
+        if tensor.requires_grad:
+            raise SnapshotError("a tensor has a graph: detach it, or keep what it was made of")
+        if tensor.untyped_storage().data_ptr() in self._live:
+            raise SnapshotError("a tensor is a weight itself, which moves: keep a clone")
+        return {}
+
+
+_TORCHS = {*vars(nn.Module()), *vars(torch.optim.SGD([torch.zeros(1)], 0.1))} - {"training"}
+
+
+def plain_parts(values: Mapping[str, Any], live: Iterable[Tensor] = ()) -> dict[str, Any]:
+    """Return those attributes of a user's object that are plain data without memory of `live`."""
+    plain = {}
+    for name, value in values.items():
+        with suppress(SnapshotError, TypeError):  # (TypeError: a set that has no order)
+            if name not in _TORCHS:
+                PlainData(live).packed(value)
+                plain[name] = value
+    return plain
+
+
+def as_text(value: Any) -> str:
+    """Return a text that two values have in common if they are equal in all numbers."""
+    packing = Packing()
+    return repr([packing.packed(value), [t.tolist() for t in packing.tensors]])
 
 
 def _copied(tensor: Tensor) -> Tensor:
@@ -228,6 +268,7 @@ _FORMS: dict[str, Callable[[_Unpacking, Any], Any]] = {  # by the key that tells
     "enum": lambda _, data: _classes[data["enum"]][data["name"]],  # type: ignore[index]
     "size": lambda _, data: torch.Size(data["size"]),
     "dtype": _Unpacking._dtype,
+    "numpy": lambda it, data: it.unpacked(data["numpy"]).numpy()[() if data["number"] else ...],
     "float": lambda _, data: _FLOATS[data["float"]],
 }
 

@@ -17,9 +17,11 @@ import inspect
 import math
 import warnings
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 from typing import Any, ClassVar, TypeAlias
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
@@ -28,15 +30,17 @@ from torch.optim.lr_scheduler import LRScheduler, ReduceLROnPlateau
 from hamdist.config import MUON, VECTORS, OptimizerSettings, Order, optimizer_class
 from hamdist.dynamics.finite import OutOfRange, StepFactor
 from hamdist.dynamics.graph.patterns import fitting
-from hamdist.dynamics.saved_state.stateful import Stateful, check_names
+from hamdist.dynamics.saved_state.stateful import Stateful, as_text, check_names, plain_parts
 from hamdist.dynamics.updates.constants import Dynamics
 from hamdist.dynamics.updates.weights import Weights
 from hamdist.dynamics.vjp.gradient import AtOnce, Gradient, Unused, dense
+from hamdist.dynamics.vjp.seeding import OwnGenerator, block_seed
 from hamdist.errors import SettingsError
 
 OptimizerFunction: TypeAlias = "Callable[[list[nn.Parameter]], Optimizer | Sequence[Optimizer]]"
 SchedulerFunction: TypeAlias = Callable[[Optimizer], Any]
 
+_STATE = ("kinds", "optimizers", "schedulers", "began", "item", "own", "random")
 # Steps that take every number of a weight by itself: those of a slice are those of the whole.
 ELEMENTWISE = {
     *("SGD", "Adam", "AdamW", "RMSprop", "Adagrad", "Adadelta", "Adamax", "NAdam", "RAdam"),
@@ -53,6 +57,7 @@ class OptimizerRule:
         qualified: Weights are known by BLOCK.NAME in patterns, as those of a hand-built graph.
         kinds: The classes of the optimisers, by block.
         own: The class, or the function, that `settings` names, where it is not torch's.
+        seed: Of what a user's optimisers draw.
     """
 
     settings: OptimizerSettings | None = None
@@ -63,6 +68,7 @@ class OptimizerRule:
     qualified: bool = False
     kinds: Mapping[str, list[str]] = field(default_factory=dict)
     own: Callable[..., Any] | None = None
+    seed: int = 0
 
     def full_name(self, block: str, name: str) -> str:
         """Return the name of a weight in patterns."""
@@ -85,7 +91,9 @@ class OptimizerRule:
         make = functools.partial(self.own, **self.settings.options, lr=lr)
         opt = _called(origin, block, make, _grouped(self.settings, full))
         if not isinstance(opt, Optimizer):
-            raise SettingsError(f"{origin} made {_kind(opt)}; name a torch.optim.Optimizer")
+            raise SettingsError(
+                f"{origin} made a {type(opt).__name__}; name a torch.optim.Optimizer"
+            )
         _check_optimizer(opt, block, list(named.values()))
         return [opt]
 
@@ -97,8 +105,8 @@ class OptimizerRule:
         for opt in optimizers:
             if not isinstance(opt, Optimizer):
                 raise SettingsError(
-                    f"optimizer: the function returned {_kind(opt)} for block {block!r}; return "
-                    "a torch.optim.Optimizer of the parameters that it gets, or a list of some"
+                    f"optimizer: the function returned a {type(opt).__name__} for block {block!r}; "
+                    "return a torch.optim.Optimizer of the parameters that it gets, or several"
                 )
             _check_optimizer(opt, block, parameters)
         seen = [id(p) for opt in optimizers for group in opt.param_groups for p in group["params"]]
@@ -121,9 +129,9 @@ class OptimizerRule:
         for lr in schedulers:
             if isinstance(lr, ReduceLROnPlateau) or not isinstance(lr, LRScheduler):
                 raise SettingsError(
-                    f"scheduler: the function returned {_kind(lr)}; return a scheduler of "
-                    "torch.optim.lr_scheduler whose step() needs no measured loss: it is stepped "
-                    "once per sample"
+                    f"scheduler: the function returned a {type(lr).__name__}; return a scheduler "
+                    "of torch.optim.lr_scheduler whose step() needs no measured loss: it is "
+                    "stepped once per sample"
                 )
         return schedulers
 
@@ -138,10 +146,6 @@ def _called(option: str, block: str, function: Callable[[Any], Any], argument: A
         ) from error
 
 
-def _kind(value: object) -> str:
-    return f"a {type(value).__name__}"
-
-
 def _check_optimizer(opt: Optimizer, block: str, parameters: Sequence[nn.Parameter]) -> None:
     kind, owned = type(opt).__name__, {id(p) for p in parameters}
     closure = inspect.signature(opt.step).parameters.get("closure")
@@ -149,6 +153,11 @@ def _check_optimizer(opt: Optimizer, block: str, parameters: Sequence[nn.Paramet
         raise SettingsError(
             f"optimizer: {kind} asks for the loss again within a step (a closure), which a block "
             "does not have; use one that moves by the gradient alone"
+        )
+    if not {"state", "param_groups"} <= opt.state_dict().keys():
+        raise SettingsError(
+            f"optimizer: the state_dict() of {kind} has no 'state' and 'param_groups' for snapshots"
+            ": call super().__init__(), and keep what changes in self.state, as torch does"
         )
     for group in opt.param_groups:
         if not all(id(p) in owned for p in group["params"]):
@@ -198,24 +207,36 @@ def _fits(name: str, p: Tensor, pattern: str) -> bool:
     return p.ndim < 2 if pattern == VECTORS else fitting(name, [pattern]) is not None
 
 
+def _without_arrays(state: Any) -> Any:  # (torch's `load_state_dict` does not take them)
+    whole = not isinstance(state, Mapping)
+    return state if whole else {n: v for n, v in state.items() if not isinstance(v, np.ndarray)}
+
+
 class BlockOptimizers(Stateful):
     """The optimisers of one block, and their schedulers.
 
     Their state is what `state_dict` says, with weights by name instead of by number. A run that
     goes on with other arguments than before takes over the state of each weight; groups and
     schedulers begin as the new arguments say, the latter at the sample that has been reached.
+    A user's class has its plain attributes and optimisers inside it in the state, too, and draws
+    random numbers from a generator of the block's own.
     """
 
     def __init__(self, rule: OptimizerRule, block: str, named: Mapping[str, nn.Parameter]) -> None:
         self._names = {id(p): name for name, p in named.items()}
+        (first, p), *_ = named.items()
         self._parameters = list(named.values())
-        self.optimizers = rule.optimizers(block, named)
+        self._generator = OwnGenerator(block_seed(rule.seed, f"{block}/{first}/steps"), p.device)
+        with self._generator:
+            self.optimizers = rule.optimizers(block, named)
+        self._own = [o for o in self.optimizers if not type(o).__module__.startswith("torch.optim")]
+        self._made = [dict(vars(opt)) for opt in self._own]
+        inside = [v for o in self._own for v in vars(o).values() if isinstance(v, Optimizer)]
+        self._with_inside = [*self.optimizers, *inside]
         self._schedulers = rule.schedulers(block, self.optimizers)
         self._sample = 0  # which the schedulers stand at
-        self._began: Any = None  # the arguments that they were made with
-        state = self.state_dict()
-        groups = [group["param_groups"] for group in state["optimizers"]]
-        self._began = copy.deepcopy([groups, state["schedulers"]])
+        groups = [self._by_name(opt)["param_groups"] for opt in self._with_inside]
+        self._began: Any = copy.deepcopy([groups, self._scheduled()])  # their arguments
 
     def step(self, gradients: Sequence[Tensor | None], factor: float) -> None:
         """Move the weights by `gradients`, with `factor` times the step sizes of the groups.
@@ -228,19 +249,17 @@ class BlockOptimizers(Stateful):
         for p, g in zip(self._parameters, gradients, strict=True):
             # (a clone: some optimisers use it up, as foreach with Nesterov's momentum)
             p.grad = None if g is None else g.clone()
-        if factor != 1:
-            for group, rate in zip(groups, rates, strict=True):
-                group["lr"] = rate * factor
-        for opt in self.optimizers:
-            opt.step()
+        for group, rate in zip(groups, rates, strict=True):
+            group["lr"] = rate * factor
+        with self._generator if self._own else nullcontext():
+            for opt in self.optimizers:
+                opt.step()
         for p, place in zip(self._parameters, places, strict=True):
             if p.data_ptr() != place.data_ptr():  # an optimiser of a user's has put another there
                 p.data = place.copy_(p.data)
-        if factor != 1:
-            for group, rate in zip(groups, rates, strict=True):
-                group["lr"] = rate
-        for p in self._parameters:
             p.grad = None
+        for group, rate in zip(groups, rates, strict=True):
+            group["lr"] = rate
 
     @property
     def scheduled(self) -> bool:
@@ -258,30 +277,49 @@ class BlockOptimizers(Stateful):
             self._sample += 1
 
     def state_dict(self) -> dict[str, Any]:
-        """Return the state by the weights' names, in tensors that later steps overwrite."""
         return {
             "kinds": [type(opt).__name__ for opt in self.optimizers],
-            "optimizers": [self._by_name(opt) for opt in self.optimizers],
-            "schedulers": [opt.state_dict() for opt in self._schedulers],
+            "optimizers": [self._by_name(opt) for opt in self._with_inside],
+            "schedulers": self._scheduled(),
             "began": self._began,
             "item": self._sample,
+            "own": [self._attributes(*pair) for pair in zip(self._own, self._made, strict=True)],
+            "random": self._generator.state_dict() if self._own else None,
         }
 
+    def _attributes(self, opt: Optimizer, made: Mapping[str, Any]) -> dict[str, Any]:
+        """Return the plain attributes that may have changed since the object was made."""
+        plain = plain_parts(vars(opt), self._parameters)
+        fixed = (int, float, str, tuple, type(None))
+        return {n: v for n, v in plain.items() if not (isinstance(v, fixed) and v is made.get(n))}
+
+    def _scheduled(self) -> list[dict[str, Any]]:
+        """Return the states of the schedulers, without the functions that they are made of."""
+        return [plain_parts(scheduler.state_dict()) for scheduler in self._schedulers]
+
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Continue from `state`; raise SnapshotError where it is of other weights."""
-        check_names("optimiser", state, ("kinds", "optimizers", "schedulers", "began", "item"))
-        alike = state["began"] == self._began
+        state = {"own": [], "random": None, **state}  # (of earlier versions)
+        check_names("optimiser", state, _STATE)
+        alike = as_text(state["began"]) == as_text(self._began)
         kinds = [type(opt).__name__ for opt in self.optimizers]
         check_names("block's optimisers", dict.fromkeys(state["kinds"]), kinds)
-        for opt, saved in zip(self.optimizers, state["optimizers"], strict=True):
+        for own, attributes in zip(self._own, state["own"], strict=False):
+            vars(own).update(attributes)
+        if state["random"] is not None:
+            self._generator.load_state_dict(state["random"])
+        for opt, saved in zip(self._with_inside, state["optimizers"], strict=False):
             names = self._order(opt)
             then = [name for group in saved["param_groups"] for name in group["params"]]
             check_names("optimiser", dict.fromkeys(then), names)
             groups = saved["param_groups"] if alike else self._by_name(opt)["param_groups"]
             place = {name: i for i, name in enumerate(names)}
             numbered = [{**g, "params": [place[n] for n in g["params"]]} for g in groups]
-            state_by_place = {place.get(key, key): value for key, value in saved["state"].items()}
-            opt.load_state_dict({**saved, "state": state_by_place, "param_groups": numbered})
+            by_place = {place.get(k, k): _without_arrays(v) for k, v in saved["state"].items()}
+            here = list(opt.param_groups)
+            opt.load_state_dict({**saved, "state": by_place, "param_groups": numbered})
+            for group, values in zip(here, opt.param_groups, strict=True):
+                group.update(values)
+            opt.param_groups[:] = here  # (an optimiser inside another has the same groups)
             for p in self._parameters:  # (`load_state_dict` gives tensors the type of the weight)
                 if self._names[id(p)] in saved["state"]:
                     opt.state[p].update(saved["state"][self._names[id(p)]])

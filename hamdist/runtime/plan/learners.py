@@ -139,6 +139,7 @@ def plan_optimizers(
         lr=learning.lr,
         lrs={p: b.lr for p, b in learning.blocks.items() if b.lr is not None},
         qualified=not graph.unsliced.was_cut,
+        seed=settings.seed,
     )
     trained = {block: _trained(graph, block) for block in graph.blocks}
     if learning.optimizer is not None:

@@ -183,7 +183,12 @@ class ProcessSnapshots:
         samples = passed = 0
         for node in self._nodes:
             packing = Packing()
-            files.append((node.name, packing.packed(self._state(node)), packing.tensors))
+            try:
+                files.append((node.name, packing.packed(self._state(node)), packing.tensors))
+            except SnapshotError as error:  # (of a user's objects)
+                with self._lock:
+                    self._done.failure = f"{node.name!r}: {error}"
+                return
             if node.name == INPUT:
                 samples = int(getattr(node, "samples", 0))
                 passed = int(getattr(node, "passed", 0))
