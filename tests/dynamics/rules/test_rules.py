@@ -102,7 +102,9 @@ def test_feedback_alignment():
 @pytest.mark.parametrize("magnitude", ["uniform", "fixed"])
 def test_sign_symmetry(magnitude):
     net = run(SignSymmetry(magnitude))
-    size = {n: float(f"{root_mean_square(plain()[n][0]):.3g}") for n in (1, 2)}
+    size = {
+        n: torch.tensor(float(f"{root_mean_square(plain()[n][0]):.3g}"), dtype=F64) for n in (1, 2)
+    }
     if magnitude == "fixed":
         size = {1: memory(net, "b")["0.weight"], 2: memory(net, "r")["weight"]}
         assert min(float(s.min()) for s in size.values()) >= 0
