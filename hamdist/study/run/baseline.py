@@ -90,8 +90,7 @@ def train_centralised(
     if frozen:
         _freeze(trained)
     trainer = _Trainer(trained, settings, losses, stream.spec)
-    # (Samples whose labels come late are shown again, though their trace was to be kept: torch has
-    # no gradient of an old forward pass with today's weights.)
+    # (A sample whose label comes late is shown again: torch has no gradient of an old forward pass.)
     with generator_kept():
         torch.manual_seed(settings.seed)
         threads = _threads(trainer, stream.spec, settings)
