@@ -92,7 +92,13 @@ class Tracker:
             self.begin(run, to_yaml(Settings.model_validate(dict(event.settings)), only_set=True))
         elif isinstance(event, RunProgressed):
             self.samples = event.samples
-        at = event.last + 1 if isinstance(event, WindowFull) else self.samples
+        at = self.samples
+        if isinstance(event, WindowFull):
+            at = event.last + 1
+        elif isinstance(event, UpdatesAligned):
+            at = event.sample + 1
+        elif isinstance(event, Evaluated):
+            at = event.samples
         values = {n: v for n, v in scalars(event) if v is not None and math.isfinite(v)}
         if values:
             self.log(run, values, at)

@@ -153,6 +153,28 @@ def test_centralised_and_held_out():
     assert scores.accuracy == int((out.argmax(2) == y)[known].sum()) / int(known.sum())
 
 
+@pytest.mark.parametrize("kind", [nn.CrossEntropyLoss, nn.NLLLoss])
+def test_a_loss_of_torch_leaves_out_what_scores_do(kind):
+    def trained(**fields):
+        data = [(torch.randn(2, 3), torch.tensor([0, 1]))]
+        return hamdist.train(nn.Linear(3, 2), data, classes=2, level="backprop", **fields)
+
+    with pytest.raises(GraphError, match=r"leaves out targets of 0, ignore_index is -100"):
+        trained(loss=kind(ignore_index=0))
+    (windows,) = trained(loss=kind(ignore_index=0), ignore_index=0).windows.values()
+    assert windows[0].rows == 1
+
+
+def test_class_weights_count_in_all_pieces(monkeypatch):
+    """Oracle: the loss of all rows at once. The pieces have other classes each."""
+    monkeypatch.setattr("hamdist.runtime.results.scores.CHUNK", 8)
+    x, y = torch.randn(20, 3), torch.arange(20) // 10
+    y[3] = -100
+    model, loss = nn.Linear(3, 2), nn.CrossEntropyLoss(weight=torch.tensor([1.0, 9.0]))
+    scores = evaluate(model, x, y, loss)
+    assert scores.loss == pytest.approx(float(loss(model(x), y)), rel=1e-6)
+
+
 def test_a_graph_says_itself_what_is_left_out():
     blocks = [hamdist.BlockSpec("y", nn.Linear(3, 2), ("u",), loss=cross_entropy)]
     stream = from_iterable([(torch.randn(2, 3), torch.tensor([0, 1]))], classes=2)

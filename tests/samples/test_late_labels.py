@@ -321,6 +321,19 @@ def tagged(level="backprop", keys=None, kept=False, resume=None, patience=64, **
     return hamdist.train(three(), stream, settings(level, **given), resume=resume)
 
 
+def test_windows_of_labels_in_any_order_are_all_told(monkeypatch):
+    """Two samples a window, in the order of their labels; it goes from the earlier to the later."""
+    monkeypatch.setattr("hamdist.runtime.engines.inprocess.PROGRESS_SECONDS", 0.0)
+    order, seen = list(by_tags(three())), []
+    wanted = [(min(p), max(p)) for p in (order[i : i + 2] for i in range(0, len(order), 2))]
+    assert [last for _, last in wanted] != sorted(last for _, last in wanted)
+    two = settings(metrics={"window": 2}, partition={"blocks": 3})
+    result = hamdist.train(three(), LateLabels(Tagged()), two, trackers=[seen.append])
+    (windows,) = result.windows.values()
+    assert [(w.first, w.last) for w in windows] == wanted
+    assert [(e.first, e.last) for e in seen if e.name == "window"] == wanted
+
+
 @pytest.mark.parametrize("keys", [None, "row {}".format, lambda n: 1000 - n])
 def test_labels_by_tag_in_any_order_or_never(keys):
     own = three()

@@ -180,6 +180,26 @@ def test_labels_that_come_late_bring_theirs():
     assert losses_of(result) == pytest.approx(losses, abs=1e-12)
 
 
+@pytest.mark.parametrize("kind", KINDS)
+def test_updates_are_compared_with_the_gradient_of_the_weighted_loss(kind, monkeypatch):
+    """The oracle: at level `backprop` both are equal."""
+    monkeypatch.setattr("hamdist.runtime.engines.inprocess.PROGRESS_SECONDS", 0.0)
+    (_, loss, given), seen = KINDS[kind], []
+    made = [rows(n, **given) for n in range(4, 20)]
+    settings = {"engine": {"kind": "inprocess"}, "dtype": "float64", "metrics": {"alignment": 4}}
+    hamdist.train(
+        net(),
+        stream(made, **given),
+        level="backprop",
+        loss=loss,
+        trackers=[seen.append],
+        **settings,
+    )
+    cosines = [c for e in seen if e.name == "alignment" for c in e.cosines.values()]
+    assert len(cosines) > 3
+    assert min(cosines) > 1 - 1e-9
+
+
 def test_outputs_of_their_own_have_the_weights_of_the_row():
     class Two(nn.Module):
         def __init__(self):

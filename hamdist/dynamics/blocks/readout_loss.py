@@ -21,11 +21,11 @@ from torch import Tensor
 
 from hamdist.dynamics.finite import Guard, unguarded
 from hamdist.dynamics.objective.losses import LossFunction, Slope, Weighted, loss_and_slope
-from hamdist.dynamics.saved_state.stateful import Stateful, check_names
+from hamdist.dynamics.saved_state.stateful import Stateful, check_names, popped
 from hamdist.dynamics.updates.constants import Dynamics
 from hamdist.dynamics.vjp.gradient import AtOnce, Gradient
 from hamdist.dynamics.vjp.local_function import ForwardRecord, LocalFunction
-from hamdist.dynamics.vjp.seeding import SeededLoss
+from hamdist.dynamics.vjp.seeding import NO_MEMORY, SeededLoss
 
 
 @dataclass(frozen=True, slots=True)
@@ -78,28 +78,22 @@ class ReadoutLoss(Stateful):
         self.error: Tensor | None = None  # the latest phi dL/dprediction
 
     def state_dict(self) -> dict[str, Any]:
-        buffers = self._loss.buffers() if isinstance(self._loss, SeededLoss) else {}
-        return {"first_phi": self._first_phi, "random": self.random, "buffers": buffers}
+        return {"first_phi": self._first_phi, **self.memory}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        state = {"buffers": {}, **state}  # (of earlier versions)
-        check_names("loss", state, ("first_phi", "random", "buffers"))
-        if isinstance(self._loss, SeededLoss):
-            for name, buffer in self._loss.buffers().items():
-                buffer.copy_(state["buffers"].get(name, buffer))
-        self._first_phi = state["first_phi"]
-        self.random = state["random"]
+        self._first_phi, self.memory = popped(state, "first_phi")
 
     @property
-    def random(self) -> dict[str, Any] | None:
-        """Return the state of the random generator of a user's loss."""
-        loss = self._loss
-        return loss.generator.state_dict() if isinstance(loss, SeededLoss) else None
+    def memory(self) -> dict[str, Any]:
+        """Return what the calls of a user's loss change, in tensors that they leave alone."""
+        return self._loss.memory() if isinstance(self._loss, SeededLoss) else dict(NO_MEMORY)
 
-    @random.setter
-    def random(self, state: Mapping[str, Any] | None) -> None:
-        if isinstance(self._loss, SeededLoss) and state is not None:
-            self._loss.generator.load_state_dict(state)
+    @memory.setter
+    def memory(self, state: Mapping[str, Any]) -> None:
+        state = {**NO_MEMORY, **state}  # (earlier versions have less)
+        check_names("loss", state, NO_MEMORY)
+        if isinstance(self._loss, SeededLoss) and state["random"] is not None:
+            self._loss.remember(state)
 
     def take(
         self,

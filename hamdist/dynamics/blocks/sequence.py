@@ -135,12 +135,12 @@ class SequenceBlock(SavesPasses):
 
 
 class _Read(NamedTuple):
-    """One token as a readout saw it. random: state of the loss's random generator before it."""
+    """One token as a readout saw it. memory: of the loss, before it."""
 
     record: ForwardRecord
     slope: Slope | None
     target: Tensor | None
-    random: dict[str, Any] | None
+    memory: dict[str, Any] | None
 
 
 class SequenceReadout(SavesPasses):
@@ -163,18 +163,19 @@ class SequenceReadout(SavesPasses):
     STATE = ("cell", "weights", "_way_back", "stored", "_loss", "_taken")
 
     def held(self) -> Any:
-        return [(self.cell.held(r.record), r.target, r.random) for r in self._trace]
+        return [(self.cell.held(r.record), r.target, r.memory) for r in self._trace]
 
     def rebuild(self, records: Any) -> None:
-        now = self._loss.random
+        now = self._loss.memory
         self._trace.clear()
-        for record, target, random in records:
+        for record, target, memory in records:
             slope = None
-            if target is not None:  # the slope is made anew, with the numbers drawn then
-                self._loss.random = random
+            if target is not None:  # the slope is made anew, as the loss was then
+                if memory is not None:  # (earlier versions have its random numbers alone)
+                    self._loss.memory = memory if "random" in memory else {"random": memory}
                 slope = self._loss.value(record["output"], target)[1]
-            self._trace.append(_Read(self.cell.rebuilt(record), slope, target, random))
-        self._loss.random = now
+            self._trace.append(_Read(self.cell.rebuilt(record), slope, target, memory))
+        self._loss.memory = now
 
     def forward(
         self, sample: int, inputs: Sequence[Tensor], target: Tensor | None
@@ -182,9 +183,9 @@ class SequenceReadout(SavesPasses):
         """Return the reading (None without a target)."""
         record = self.run(sample, inputs)
         prediction = self.prediction = record.output.detach()
-        random = self._loss.random
+        memory = None if target is None else self._loss.memory
         loss = None if target is None else self._loss.value(prediction, target)
-        self._trace.append(_Read(record, None if loss is None else loss[1], target, random))
+        self._trace.append(_Read(record, None if loss is None else loss[1], target, memory))
         self.stored = self.most = max(self.stored, len(self._trace))
         if target is None or loss is None:
             return None

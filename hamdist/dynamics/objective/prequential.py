@@ -20,7 +20,8 @@ SMALL = 4096  # numbers of a prediction, up to which it is kept until then
 @registered("Window")
 @dataclass(frozen=True, slots=True)
 class Window:
-    """Sums over the samples first..last of the stream that had a target (a batch is one sample).
+    """Sums over samples of the stream that had a target (a batch is one sample): in the order of
+    their targets, so many, the earliest and the latest of which are `first` and `last`.
 
     loss: sum over samples of the batch-mean loss. correct, rows: rows predicted right, and rows in
     all, of class targets (both 0 for real-valued targets).
@@ -47,8 +48,8 @@ class Window:
 def merge_windows(windows: Sequence[Window]) -> Window:
     """Return the window that covers all of `windows` (given in order)."""
     return Window(
-        first=windows[0].first,
-        last=windows[-1].last,
+        first=min(w.first for w in windows),
+        last=max(w.last for w in windows),
         samples=sum(w.samples for w in windows),
         loss=sum(w.loss for w in windows),
         correct=sum(w.correct for w in windows),
@@ -170,7 +171,8 @@ def _window(looks: Sequence[_Look], ignore_index: int) -> Window:
     for guess, target in _guesses(looks):
         right, rated = _right(guess, target, ignore_index)
         correct, rows = correct + right, rows + rated
-    return Window(looks[0].sample, looks[-1].sample, len(looks), sum(losses), correct, rows)
+    numbers = [look.sample for look in looks]  # (of late labels in their order)
+    return Window(min(numbers), max(numbers), len(looks), sum(losses), correct, rows)
 
 
 def _guesses(looks: Sequence[_Look]) -> Iterator[tuple[Tensor, Tensor]]:

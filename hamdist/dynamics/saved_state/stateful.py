@@ -182,12 +182,24 @@ class PlainData(Packing):
 _TORCHS = {*vars(nn.Module()), *vars(torch.optim.SGD([torch.zeros(1)], 0.1))} - {"training"}
 
 
-def plain_parts(values: Mapping[str, Any], live: Iterable[Tensor] = ()) -> dict[str, Any]:
-    """Return those attributes of a user's object that are plain data without memory of `live`."""
-    plain = {}
+_FIXED = (int, float, str, tuple, type(None))
+
+
+def plain_parts(
+    values: Mapping[str, Any],
+    made: Mapping[str, Any] | None = None,
+    live: Iterable[Tensor] = (),
+) -> dict[str, Any]:
+    """Return those attributes of a user's object that are plain data without memory of `live`.
+
+    made: the attributes when it was made; of those that have not changed since, another run may
+    have others.
+    """
+    plain: dict[str, Any] = {}
     for name, value in values.items():
+        fixed = isinstance(value, _FIXED) and value is (made or {}).get(name, plain)
         with suppress(SnapshotError, TypeError):  # (TypeError: a set that has no order)
-            if name not in _TORCHS:
+            if not fixed and name not in _TORCHS:
                 PlainData(live).packed(value)
                 plain[name] = value
     return plain

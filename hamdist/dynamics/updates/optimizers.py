@@ -283,15 +283,12 @@ class BlockOptimizers(Stateful):
             "schedulers": self._scheduled(),
             "began": self._began,
             "item": self._sample,
-            "own": [self._attributes(*pair) for pair in zip(self._own, self._made, strict=True)],
+            "own": [
+                plain_parts(vars(opt), made, self._parameters)
+                for opt, made in zip(self._own, self._made, strict=True)
+            ],
             "random": self._generator.state_dict() if self._own else None,
         }
-
-    def _attributes(self, opt: Optimizer, made: Mapping[str, Any]) -> dict[str, Any]:
-        """Return the plain attributes that may have changed since the object was made."""
-        plain = plain_parts(vars(opt), self._parameters)
-        fixed = (int, float, str, tuple, type(None))
-        return {n: v for n, v in plain.items() if not (isinstance(v, fixed) and v is made.get(n))}
 
     def _scheduled(self) -> list[dict[str, Any]]:
         """Return the states of the schedulers, without the functions that they are made of."""

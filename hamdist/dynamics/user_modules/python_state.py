@@ -168,6 +168,11 @@ def modules_of(function: Any) -> list[nn.Module]:
     return [value for value in _reached(function) if isinstance(value, nn.Module)]
 
 
+def holders_in(function: Any) -> list[Any]:
+    """List the modules and the objects of users' classes that a loss is, holds, or refers to."""
+    return [v for v in _reached(function) if isinstance(v, nn.Module) or _has_state(v)]
+
+
 def weights_of(function: Any) -> list[str]:
     """Name the weights, of modules or alone, that a loss refers to and that could learn."""
     names = {

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import copy
 import hashlib
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,11 +13,11 @@ from torch import Tensor, nn
 from torch.nn.modules.dropout import _DropoutNd
 
 from hamdist.dynamics.objective.losses import CrossEntropy, LossFunction, Weighted, mse
-from hamdist.dynamics.saved_state.stateful import Stateful, check_names
+from hamdist.dynamics.saved_state.stateful import Stateful, check_names, plain_parts
 from hamdist.dynamics.tracing.traced_module import TracedModule
 from hamdist.dynamics.user_modules.copies import loss_copy
 from hamdist.dynamics.user_modules.generator import TURN
-from hamdist.dynamics.user_modules.python_state import modules_of
+from hamdist.dynamics.user_modules.python_state import holders_in
 from hamdist.errors import SnapshotError
 
 _RANDOM = (_DropoutNd, nn.RReLU, nn.FractionalMaxPool2d, nn.FractionalMaxPool3d)
@@ -74,25 +75,53 @@ def seeded_loss(loss: LossFunction, seed: int, device: torch.device | None = Non
     """
     if loss is mse or isinstance(loss, CrossEntropy):
         return loss
-    return SeededLoss(loss_copy(loss), OwnGenerator(seed, device))
+    own = loss_copy(loss)
+    inner = own.loss if isinstance(own, Weighted) else own
+    holders = holders_in(inner)
+    made = [dict(vars(part)) for part in holders]
+    return SeededLoss(own, OwnGenerator(seed, device), holders, made)
+
+
+NO_MEMORY: dict[str, Any] = {"random": None, "buffers": {}, "attributes": []}
 
 
 @dataclass(frozen=True, slots=True)
 class SeededLoss:
-    """A loss with a random generator of its own."""
+    """A loss with a random generator of its own. holders: the modules, and objects of a user's
+    classes, that it is or refers to, which may keep state; made: their attributes at first."""
 
     loss: LossFunction
     generator: OwnGenerator
+    holders: Sequence[Any]
+    made: Sequence[Mapping[str, Any]]
 
     def __call__(self, prediction: Tensor, target: Tensor) -> Tensor:
         with self.generator:
             return self.loss(prediction, target)
 
-    def buffers(self) -> dict[str, Tensor]:
-        """Return the buffers of the modules that the loss is, or refers to."""
-        loss = self.loss.loss if isinstance(self.loss, Weighted) else self.loss
-        parts = enumerate(modules_of(loss))
+    def _buffers(self) -> dict[str, Tensor]:
+        modules = [part for part in self.holders if isinstance(part, nn.Module)]
+        parts = enumerate(modules)
         return {f"{i}.{name}": b for i, module in parts for name, b in module.named_buffers()}
+
+    def memory(self) -> dict[str, Any]:
+        """Return random numbers, buffers and plain attributes, in tensors of their own."""
+        buffers = {name: b.clone() for name, b in self._buffers().items()}
+        pairs = zip(self.holders, self.made, strict=True)
+        attributes = [copy.deepcopy(plain_parts(vars(part), made)) for part, made in pairs]
+        return {
+            "random": self.generator.state_dict(),
+            "buffers": buffers,
+            "attributes": attributes,
+        }
+
+    def remember(self, memory: Mapping[str, Any]) -> None:
+        """Go on from what `memory` returned."""
+        self.generator.load_state_dict(memory["random"])
+        for part, values in zip(self.holders, memory["attributes"], strict=False):
+            vars(part).update(copy.deepcopy(values))
+        for name, buffer in self._buffers().items():
+            buffer.copy_(memory["buffers"].get(name, buffer))
 
 
 def block_seed(run_seed: int, name: str) -> int:

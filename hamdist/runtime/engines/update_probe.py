@@ -144,7 +144,7 @@ class Alignments:
     """Compares updates with backpropagation, as the parts of a probe come from the processes."""
 
     def __init__(self, plan: Plan) -> None:
-        self._graph = plan.graph
+        self._plan, self._graph = plan, plan.graph
         self._parts: dict[int, UpdateProbe] = {}
         self._latest: Alignment | None = None
 
@@ -181,6 +181,7 @@ class Alignments:
             for name, output in outputs.items():
                 target, function = sample.target(name), self._graph.blocks[name].loss
                 if target is not None and function is not None:
+                    function = self._plan.row_weighted(function, name)
                     loss = function(output, target) + (0 if loss is None else loss)
         if loss is None or not loss.requires_grad:
             return

@@ -222,6 +222,7 @@ class WorkerReport:
     blocks: dict[str, BlockState] = field(default_factory=dict)
     windows: dict[str, list[Window]] = field(default_factory=dict)
     samples: int = 0
+    rows: int = 0
     ticks: int = 0
     seconds: float = 0.0
     bytes_per_edge: dict[str, int] = field(default_factory=dict)
@@ -259,7 +260,7 @@ class WorkerReport:
                 node.metrics.flush()
                 self.windows[node.name] = node.metrics.windows
         if source is not None:
-            self.samples, self.stream = source.samples, source.counts
+            self.samples, self.rows, self.stream = source.samples, source.rows, source.counts
             self.failure = source.failure
             self.smoothness = source.smoothness.frames
         if mailbox.digests is not None:
@@ -275,6 +276,7 @@ def merged(
 
     stream: of a stream in the driver's process, which is none of those.
     """
+    timed = dict(reports) if stream is None else {"driver": stream, **reports}
     every = [*reports.values(), *([] if stream is None else [stream])]
     sent: dict[str, int] = {}
     compression: CompressionMap = {}
@@ -288,6 +290,7 @@ def merged(
         "windows": {name: windows for r in every for name, windows in r.windows.items()},
         "records": {name: rs for r in every for name, rs in r.records.items()},
         "samples": max((r.samples for r in every), default=0),
+        "rows": max((r.rows for r in every), default=0),
         "ticks": max((r.ticks for r in every), default=0),
         "smoothness": next((r.smoothness for r in every if r.smoothness is not None), None),
         "error": next((r.failure for r in every if r.failure is not None), None),
@@ -298,7 +301,7 @@ def merged(
         "peak_memory": {name: r.peak_memory for name, r in reports.items()},
         "block_memory": {name: part for r in every for name, part in r.block_memory.items()},
         "own_memory": {name: r.own_memory for name, r in reports.items()},
-        "time_use": {name: dict(r.sample.seconds) for name, r in reports.items()},
+        "time_use": {name: dict(r.sample.seconds) for name, r in timed.items()},
         "trace": {name: r.trace for name, r in reports.items()},
     }
 

@@ -40,7 +40,7 @@ from hamdist.dynamics.blocks.sequence import SequenceBlock, SequenceReadout
 from hamdist.dynamics.finite import StepFactor, bounded
 from hamdist.dynamics.graph.graph import INPUT, OUTPUT_KEY, Combine, Joining, combined
 from hamdist.dynamics.native import rows
-from hamdist.dynamics.objective.losses import LossFunction, Weighted
+from hamdist.dynamics.objective.losses import LossFunction
 from hamdist.dynamics.rules.rule import MEMORY, BlockView, Rule
 from hamdist.dynamics.schedule.hold import HoldSchedule
 from hamdist.dynamics.schedule.pulse import PulseSchedule
@@ -62,7 +62,6 @@ from hamdist.runtime.nodes.sequence import SequenceNode
 from hamdist.runtime.plan.checks import ruled
 from hamdist.runtime.plan.plan import Plan
 from hamdist.runtime.signals.cast import CastBorder
-from hamdist.streams.sample import parted
 
 
 def ticks_of(nodes: Sequence[PulseNode | HoldNode | SequenceNode]) -> int:
@@ -121,9 +120,7 @@ class _Parts(BlockParts):
     def make_loss(self, loss: LossFunction, seed_name: str) -> ReadoutLoss:
         """Make the loss of a readout, with random numbers drawn from the seed of that name."""
         plan = self._plan
-        target = plan.spec.target(plan.taught_by if self.spec.loss is None else self.name)
-        if plan.spec.weighted and target is not None:
-            loss = Weighted(loss, partial(parted, spec=target), plan.ignore_index)
+        loss = plan.row_weighted(loss, plan.taught_by if self.spec.loss is None else self.name)
         seeded = seeded_loss(loss, block_seed(plan.seed, seed_name), self.border.device)
         return ReadoutLoss(seeded, self.dynamics, self.guard, native=plan.native)
 

@@ -184,7 +184,8 @@ class PulseNode(BlockNode):
             self._recall(event, number)
             to_parents = self.block.backward(number, messages)
         self.seconds += perf_counter() - begin
-        if (version := self._versions.pop(event.sample, None)) is not None:
+        version = self._versions.pop(event.sample, None)
+        if version is not None and not (event.sample + 1) % self._schedule.parts:
             late = stamp.version - version
             self.staleness[late] = self.staleness.get(late, 0) + 1
         self._ports.to_parents(stamp, to_parents)

@@ -30,6 +30,8 @@ from hamdist.streams.replay import drawn, passed_over, replays, samples_from
 from hamdist.streams.sample import Emission, Emits, Sample, Stream, report_of
 from hamdist.streams.smoothness import Smoothness
 
+ADDED = ("emission", "rows")  # what files of earlier formats lack
+
 
 class SourceNode:
     """The stream: draws, checks and sends one sample every c ticks.
@@ -73,7 +75,7 @@ class SourceNode:
         self._check = checker_of(plan)
         self.smoothness = Smoothness()
         self._before = 0  # emissions that were not idle, of an earlier run
-        self._sent = 0
+        self._sent = self.rows = 0  # of the samples sent
         self.latest: tuple[int, Sample] | None = None
         self.stop = Flag()
         self.tick: int | None = self.event.tick
@@ -140,6 +142,7 @@ class SourceNode:
             "event": self.event,
             "tick": self.tick,
             "samples": self._sent,
+            "rows": self.rows,
             "drawn": self._count_drawn,
             "passed": self.passed,
             "next": None if ahead is None else _fields(ahead),
@@ -153,7 +156,7 @@ class SourceNode:
         """Continue from `state`, instead of `start`: the stream is drawn again up to there."""
         names = ("event", "tick", "samples", "drawn", "passed", "next", "tau", "time", "smoothness")
         emission = state.get("emission")
-        check_names("stream", {n: value for n, value in state.items() if n != "emission"}, names)
+        check_names("stream", {n: v for n, v in state.items() if n not in ADDED}, names)
         if self._plan.spec.patience and emission is None and state["drawn"]:
             raise SnapshotError(
                 "the state of a stream with late labels was saved by an earlier version of "
@@ -161,6 +164,7 @@ class SourceNode:
             )
         self._emission = None if emission is None else emission_of(emission)
         self.event, self.tick, self._sent = state["event"], state["tick"], state["samples"]
+        self.rows = state.get("rows", self._sent * self._plan.spec.batch)
         self._tau, self._check.last = state["tau"], state["time"]
         self.smoothness.load_state_dict(state["smoothness"])
         self._count_drawn = state["drawn"]
@@ -220,7 +224,8 @@ class SourceNode:
                 clock = torch.tensor(self._emission, dtype=torch.float64)
             for channel in self._clocks:
                 self._mailbox.post(channel, Signal(stamp, clock, sequence_end=end))
-        self._sent += self._emission is None or self._emission.kind is Emits.SAMPLE
+        if self._emission is None or self._emission.kind is Emits.SAMPLE:
+            self._sent, self.rows = self._sent + 1, self.rows + len(sample.u)
 
     def _following(self, *, last: bool) -> Event:
         """Return the next event. last: the sample was the last one of its sequence."""

@@ -148,10 +148,11 @@ def check_predictions(graph: Graph, shapes: ShapeMap, spec: SampleSpec, ignore_i
                 f"readout {name!r} has no targets in the stream, which has some for "
                 f"{', '.join(map(repr, spec.targets or ()))}; give it targets, or take its loss off"
             )
-        if isinstance(block.loss, CrossEntropy) and block.loss.ignore_index != ignore_index:
+        own = getattr(block.loss, "ignore_index", ignore_index)  # (torch has such losses, too)
+        if isinstance(own, int) and own != ignore_index:
             raise GraphError(
-                f"readout {name!r} leaves out targets of {block.loss.ignore_index}, ignore_index "
-                f"is {ignore_index}: give its BlockSpec loss=CrossEntropy({ignore_index})"
+                f"readout {name!r} leaves out targets of {own}, ignore_index is {ignore_index}, by "
+                "which scores go: give both one number"
             )
         if block.output is not None:  # its own shape was not derived
             continue

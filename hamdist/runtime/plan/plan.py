@@ -7,6 +7,7 @@ import math
 import os
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any, TypeAlias
 
 import torch
@@ -28,6 +29,7 @@ from hamdist.config import (
 from hamdist.dynamics.graph.checks import check_parameters
 from hamdist.dynamics.graph.graph import Graph, ShapeMap
 from hamdist.dynamics.native import rows
+from hamdist.dynamics.objective.losses import LossFunction, Weighted
 from hamdist.dynamics.partition.reversible_blocks import reversible_blocks
 from hamdist.dynamics.schedule.levels import Locality, make_locality
 from hamdist.dynamics.schedule.make import AnySchedule, make_schedule
@@ -57,7 +59,7 @@ from hamdist.runtime.signals.edge_codecs import compressed
 from hamdist.runtime.signals.signal import Channels, make_channels
 from hamdist.runtime.storage.snapshot_files import Snapshot
 from hamdist.runtime.storage.store import storage
-from hamdist.streams.sample import SampleSpec
+from hamdist.streams.sample import SampleSpec, parted
 
 Replan: TypeAlias = "Callable[[Mapping[str, int]], Plan]"
 
@@ -152,6 +154,13 @@ class Plan:
         if Compensation.DELAY_SCALED in self.knobs.compensation:
             factor *= float((1 + self.delay(block)) ** -self.knobs.delay_power)
         return factor
+
+    def row_weighted(self, loss: LossFunction, readout: str) -> LossFunction:
+        """Return the loss as the targets of a readout need it, with the weights of their rows."""
+        target = self.spec.target(readout)
+        if not self.spec.weighted or target is None:
+            return loss
+        return Weighted(loss, partial(parted, spec=target), self.ignore_index)
 
     def step_factor(self, sample: int) -> float:
         """Return the factor of the step size on `sample`, without the correction for a delay."""

@@ -112,7 +112,7 @@ class _Watch:
         )
         keep = None if self._supervision is None else self._supervision.request
         self._ending = RunInterrupts(self._stop.set, on_progress, keep)
-        self.started = time.perf_counter()
+        self.started, self._seconds = time.perf_counter(), 0.0
 
     def to_the_end(self) -> Outcome:
         """Follow the run until its stream ends, the user stops it, or an error ends it."""
@@ -128,6 +128,7 @@ class _Watch:
                     self._worker_group.call_off()
             except HamdistError as error:
                 failure = self._first(error)
+        self._seconds = time.perf_counter() - self.started
         self._report_progress()
         return self._outcome(failure)
 
@@ -293,14 +294,17 @@ class _Watch:
 
     def _outcome(self, failure: HamdistError | None) -> Outcome:
         group = self._worker_group
+        replaced = [] if self._supervision is None else self._supervision.replaced
         seconds = max((r.seconds for r in group.reports()), default=0.0)
+        if replaced or not seconds:  # (those count from their new start)
+            seconds = max(seconds, self._seconds)
         reports = {a.name: a.report for a in group.actors if a.report is not None}
         outcome = Outcome(
             **merged(reports, group.local_report),
-            seconds=seconds or time.perf_counter() - self.started,
+            seconds=seconds,
             placement=group.placement,
             snapshots=[] if self._supervision is None else self._supervision.snapshots,
-            replaced=[] if self._supervision is None else self._supervision.replaced,
+            replaced=replaced,
             warnings=self._all_warnings(),
         )
         outcome.windows = group.windows()

@@ -233,6 +233,7 @@ class RunFinished(RunEvent, name="finished"):
 
     samples: int
     seconds: float
+    resumed: int = 0
     stopped: bool = False
     interrupted: bool = False
     failure: str | None = None

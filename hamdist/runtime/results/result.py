@@ -118,7 +118,7 @@ class RunFacts:
 
     Attributes:
         samples: samples that entered; resumed: those of them before the snapshot that the run
-            resumed from.
+            resumed from; rows: of all of them.
         seconds: wall time from the first to the last tick, without that of the resumed samples;
             startup_seconds: the time before, startup: the same by phase (process/startup.py).
         predicted: samples a second by the timing model (runtime/timing), from the steps as measured
@@ -143,9 +143,9 @@ class RunFacts:
         replaced: actors that were lost.
         chosen: the settings that ran, of level 'auto'; why: the reasons.
         placement: the blocks of each process; can be given as `engine.placement`.
-        time_use: by process, seconds of the whole run ('total'), of processors on all its threads
-            ('cpu'), in the steps of its blocks ('step'), and over sockets in packing ('packing')
-            and blocked ('waiting').
+        time_use: by process (of one that replaces another, since it began), seconds of the whole
+            run ('total'), of processors on all its threads ('cpu'), in the steps of its blocks
+            ('step'), and over sockets in packing ('packing') and blocked ('waiting').
         trace: with `metrics.trace`, spans by process (`results.trace.chrome_trace` for Perfetto).
         digests: with `engine.digests`, of the signals that were 'sent' and 'taken' by channel
             ('state u->block0'), and of the 'weights' by block; `hamdist diff` compares two runs.
@@ -162,6 +162,7 @@ class RunFacts:
     peak_memory: dict[str, int]
     startup_seconds: float = 0.0
     predicted: float = 0.0
+    rows: int = 0
     staleness: int = 0
     resumed: int = 0
     smoothness: float | None = None
@@ -230,7 +231,8 @@ class RunResult(RunFacts):
     plain: nn.Module | None = None
 
     def __repr__(self) -> str:
-        facts = [f"{self.samples:,} samples in {self.seconds:.3g} s"]
+        facts = [f"{self.new_samples:,} samples in {self.seconds:.3g} s"]
+        facts += [f"gone on from sample {self.resumed:,}"] if self.resumed else []
         facts += ["interrupted"] if self.interrupted else []
         facts += ["stopped"] if self.stopped else []
         for readout, windows in self.windows.items():

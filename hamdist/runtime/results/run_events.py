@@ -41,6 +41,7 @@ from hamdist.runtime.results.measured import Replaced, summed
 
 if TYPE_CHECKING:  # (a command's folder is there before torch is imported)
     from hamdist.config import Settings
+    from hamdist.dynamics.objective.prequential import Window
     from hamdist.runtime.results.result import Progress, RunFacts
 
 LINES = 2000
@@ -74,7 +75,7 @@ class ProgressEvents:
 
     def __init__(self, level: str | None = None, seed: int | None = None) -> None:
         self.head: dict[str, Any] = {"level": level, "seed": seed}
-        self._last: dict[str, int] = {}  # sample of the last window, by readout
+        self._last: dict[str, Window] = {}  # the last window, by readout
         self._lost, self._aligned = 0, -1
         self._reported: set[str] = set()  # warnings, and paths of snapshots
         self._actors: Sequence[NetworkActor] | None = None
@@ -110,11 +111,9 @@ class ProgressEvents:
 
     def _windows(self, progress: Progress) -> Iterator[RunEvent]:
         for readout, windows in {progress.readout: progress.windows, **progress.others}.items():
-            last = self._last.get(readout, -1)
-            for window in windows:
-                if window.last > last:
-                    yield WindowFull.of(window, readout, progress.seconds, **self.head)
-                    self._last[readout] = window.last
+            for window in _behind(self._last.get(readout), windows):
+                yield WindowFull.of(window, readout, progress.seconds, **self.head)
+                self._last[readout] = window
 
     def _measured(self, progress: Progress) -> Iterator[RunEvent]:
         head, blocks = self.head, progress.blocks
@@ -152,6 +151,16 @@ class ProgressEvents:
             waiting={b.block: b.waiting for b in blocks if b.waiting is not None},
             **self.head,
         )
+
+
+def _behind(last: Window | None, windows: Sequence[Window]) -> Sequence[Window]:
+    """Return the windows behind `last`, which may have been joined with others since."""
+    if last is None:
+        return windows
+    place = next((i for i in reversed(range(len(windows))) if windows[i] == last), None)
+    if place is None:
+        return [window for window in windows if window.last > last.last]
+    return windows[place + 1 :]
 
 
 def _fields(of: PlacedNetwork | Replaced) -> dict[str, Any]:
@@ -205,7 +214,8 @@ def line_of(event: RunEvent) -> str | None:
         return f"{event.actor} was {event_text}, and {back}"
     if isinstance(event, RunFinished):
         how = "interrupted" if event.interrupted else "stopped" if event.stopped else "finished"
-        return f"{event.failure or how}: {event.samples} samples in {event.seconds:.1f} s"
+        new = event.samples - event.resumed
+        return f"{event.failure or how}: {new} samples in {event.seconds:.1f} s"
     texts: dict[type[RunEvent], str] = {
         RunBegun: "title",
         SnapshotComplete: "path",

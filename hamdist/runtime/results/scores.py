@@ -5,6 +5,7 @@ B: batch, N: rows of the held-out set, O: outputs, T: tokens of a sequence.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Collection, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -174,13 +175,17 @@ def _sequences(stream: Stream) -> Iterator[list[Sample]]:
 
 
 class _Tally:
-    """Sums over rows; `loss` is a mean over the rows that count."""
+    """Sums over rows; `loss` is a mean over the rows that count, by the weights of their classes if
+    it has some, as torch's cross-entropy.
+    """
 
     def __init__(self, loss: LossFunction, ignore_index: int) -> None:
         self._loss = loss
         self._ignore_index = ignore_index
+        weighs = isinstance(loss, (nn.CrossEntropyLoss, nn.NLLLoss))
+        self._weights = getattr(loss, "weight", None) if weighs else None
         self.rows = 0
-        self._total = 0.0
+        self._total = self._share = 0.0
         self._correct = 0
         self._counted = 0
 
@@ -189,15 +194,19 @@ class _Tally:
         rows = counts(target, self._ignore_index)
         if not rows:
             return
-        self._total += float(self._loss(prediction, target)) * rows
-        self.rows += rows
+        share: float = rows
+        if self._weights is not None and not target.is_floating_point():
+            share = float(self._weights[target[target != self._ignore_index]].sum())
+        if share:
+            self._total += float(self._loss(prediction, target)) * share
+        self.rows, self._share = self.rows + rows, self._share + share
         right, counted = count_correct(prediction, target, self._ignore_index)
         self._correct, self._counted = self._correct + right, self._counted + counted
 
     def scores(self) -> Scores:
         """Return the means over the rows so far."""
         accuracy = self._correct / self._counted if self._counted else None
-        return Scores(self._total / self.rows, accuracy)
+        return Scores(self._total / self._share if self._share else math.nan, accuracy)
 
 
 @contextmanager

@@ -121,7 +121,7 @@ def _record(job: GridJob, run: Run, facts: Mapping[str, BlockFacts]) -> RunRecor
     ]
     return RunRecord(
         **_head(job),
-        rows=run.samples * run.batch,
+        rows=run.rows,
         accuracy=None if run.held_out is None else run.held_out.accuracy,
         loss=None if run.held_out is None else run.held_out.loss,
         prequential=merge_windows(run.windows).accuracy if run.windows else None,

@@ -117,7 +117,7 @@ def run_title(run: Run, name: str) -> str:
 def run_facts(run: Run) -> dict[str, str]:
     """Return the results of a single run, by name."""
     facts = {
-        "samples": f"{run.samples:,} of {run.batch} rows, {run.ticks:,} ticks",
+        "samples": f"{run.samples:,} of {run.batch:.4g} rows, {run.ticks:,} ticks",
         "gone on from": f"sample {run.resumed:,}" if run.resumed else "",
         "chosen": "; ".join(run.why),
         "time": f"{run.seconds:.1f} s",

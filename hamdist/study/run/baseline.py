@@ -106,6 +106,7 @@ def train_centralised(
         blocks={},
         windows={name or CENTRALISED: metric.windows for name, metric in trainer.metrics.items()},
         samples=trainer.samples,
+        rows=trainer.rows,
         ticks=trainer.samples,
         seconds=seconds,
         startup_seconds=start - entered,
@@ -146,7 +147,7 @@ class _Trainer:
         average = learning.average
         theta = [p.data for p in model.parameters() if p.requires_grad]
         self.average = None if isinstance(average, str) else Average(theta, average)
-        self.samples = 0
+        self.samples = self.rows = 0
         self.updates = 0
 
     def show(self, sample: Sample) -> None:
@@ -167,7 +168,8 @@ class _Trainer:
             except Exception as error:
                 text = f"{type(error).__name__}: {error}"
                 raise BlockError(CENTRALISED, self.samples, text, traceback.format_exc()) from error
-        self.samples += emission.kind is Emits.SAMPLE
+        if emission.kind is Emits.SAMPLE:
+            self.samples, self.rows = self.samples + 1, self.rows + len(sample.u)
 
     def _predictions(self, sample: Sample) -> dict[str, Tensor]:
         if isinstance(self.model, MergedSequence):
@@ -253,10 +255,8 @@ class _Trainer:
                 "give the stream one target"
             )
         losses = losses_of(list(predictions), self.loss, self.targets)
-        window, limit = self._metrics.window, self._metrics.limit
-        self.metrics = {
-            name: Prequential(window, limit, ignore_index=self._ignore_index) for name in losses
-        }
+        of, ignored = self._metrics, self._ignore_index
+        self.metrics = {n: Prequential(of.window, of.limit, ignore_index=ignored) for n in losses}
         return losses
 
     def windows(self) -> list[Window]:

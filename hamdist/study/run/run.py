@@ -64,7 +64,8 @@ class Run(RunFacts):
     """A run's numbers.
 
     level: a level's name, 'centralised' or 'frozen'. engine: an engine's name, or 'pytorch'.
-    batch: rows of a sample. startup_seconds, startup: with what came before the engine.
+    batch: rows of a sample, in the mean.
+    startup_seconds, startup: with what came before the engine.
     windows: prequential, of the (last) readout; of a model of several outputs, of the one that
     `held_out` names as the main one. prequential: of such a model, all windows in one by output.
     window_seconds: when each window's last sample had entered, counted as `seconds` is (0 for those
@@ -84,7 +85,7 @@ class Run(RunFacts):
     level: str
     engine: str
     seed: int
-    batch: int
+    batch: int | float
     windows: Sequence[Window]
     window_seconds: Sequence[float]
     held_out: Scores | None
@@ -100,9 +101,10 @@ class Run(RunFacts):
 
     @property
     def cpu_seconds(self) -> float | None:
-        """Return the seconds of processors of all processes, while samples entered."""
+        """Return the seconds of processors of all processes, while samples entered; None where they
+        are not known, as of an actor that was lost."""
         spent = [use["cpu"] for use in self.time_use.values() if "cpu" in use]
-        return sum(spent) if spent else None
+        return sum(spent) if spent and not self.replaced else None
 
     @property
     def rows_per_second(self) -> float:
@@ -240,7 +242,7 @@ def run_level(
         level=level,
         engine=engine,
         seed=settings.seed,
-        batch=stream.spec.batch,
+        batch=_mean_batch(result, stream.spec),
         windows=windows,
         window_seconds=timeline.at(entered, (result.samples, result.seconds), result.resumed),
         held_out=scores,
@@ -331,6 +333,13 @@ def _main_windows(result: RunResult, scores: Scores | None) -> list[Window]:
         return windows[scores.main]
     totals = _by_output(result)
     return windows[main_output({n: w.accuracy for n, w in totals.items()})] if totals else []
+
+
+def _mean_batch(result: RunResult, spec: SampleSpec) -> int | float:
+    """Return the rows of a sample in the mean: batches may be uneven."""
+    if result.rows in (0, result.samples * spec.batch):
+        return spec.batch
+    return result.rows / result.samples
 
 
 def _by_output(result: RunResult) -> dict[str, Window]:

@@ -70,10 +70,11 @@ def _sentences(events: list[RunEvent]) -> Iterator[str]:
             f"drawing samples takes {share:.0%} of the time of {name}: a DataLoader with workers, "
             "or data that is prepared once, make it shorter"
         )
-    lost = [e.seconds for e in events if isinstance(e, ActorReplaced) and e.lost]
+    lost = [e for e in events if isinstance(e, ActorReplaced) and e.lost]
+    together = {(e.since, e.seconds): e.seconds for e in lost}
     if lost:
         subject = "1 actor was" if len(lost) == 1 else f"{len(lost)} actors were"
-        yield f"{subject} lost and replaced, which took {sum(lost):.1f} s"
+        yield f"{subject} lost and replaced, which took {sum(together.values()):.1f} s"
 
 
 def _most(shares: Shares, kind: str) -> list[tuple[str, float]]:

@@ -260,6 +260,17 @@ def test_a_stream_that_can_be_read_once(session, driver, leaves_no_socket, tmp_p
     odd = net((0, Once(31, tmp_path / "mark", "kill")))
     result = both(tmp_path, odd, lambda n: from_iterable(iter(batches(n)), classes=3))
     assert result.replaced
+    assert result.time_use["driver"]["cpu"] > 0
+
+
+def test_the_time_of_a_run_begins_with_its_first_actor(session, driver, leaves_no_socket, tmp_path):
+    """The only actor is lost: the one in its place has seen none of the time before."""
+    odd = net((0, Once(59, tmp_path / "mark", "kill")))
+    seen = []
+    note = {"on_progress": lambda progress: seen.append(progress.seconds)}
+    result = both(tmp_path, odd, engine={"actors": 1}, functions=note)
+    assert result.replaced
+    assert result.seconds == pytest.approx(max(seen), rel=0.1)  # (by the driver's clock)
 
 
 def test_a_short_run_leaves_the_snapshots_of_one_process(session, leaves_no_socket, tmp_path):

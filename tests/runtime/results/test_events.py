@@ -17,13 +17,14 @@ from hamdist.dynamics.objective.prequential import Window
 from hamdist.runtime.results.events import (
     NetworkPlaced,
     RunEvent,
+    RunFinished,
     WindowFull,
     from_values,
     read_events,
 )
 from hamdist.runtime.results.measured import EdgeCounts, ProcessSample, summed
-from hamdist.runtime.results.result import Progress
-from hamdist.runtime.results.run_events import ProgressEvents, ProgressPace, RunEvents
+from hamdist.runtime.results.result import Progress, RunResult
+from hamdist.runtime.results.run_events import ProgressEvents, ProgressPace, RunEvents, line_of
 from hamdist.study.report.save import alignment_figures
 
 
@@ -380,7 +381,26 @@ def test_callbacks_and_trackers_of_train_hear_an_evaluation(tmp_path, monkeypatc
     assert len(found) == 2  # after the second sample and, behind the last feed, the fourth
     [file] = tmp_path.glob("results/*/metrics.csv")
     lines = [line.split(",") for line in file.read_text().splitlines()]
-    assert [float(line[2]) for line in lines if line[1] == "held_out/loss"] == found
+    scored = [line for line in lines if line[1] == "held_out/loss"]
+    assert [float(line[2]) for line in scored] == found
+    at = [event.samples for event in by_name(heard, "evaluation")]
+    assert [int(line[3]) for line in scored] == at
+    assert at[-1] == 4
+
+
+def test_a_run_that_went_on_tells_what_it_has_done_itself():
+    facts = {"ticks": 0, "seconds": 2.0, "bytes_per_edge": {}, "peak_memory": {}}
+    result = RunResult(model=nn.Identity(), blocks={}, windows={}, samples=40, resumed=30, **facts)
+    assert repr(result) == "RunResult(10 samples in 2 s; gone on from sample 30)"
+    assert line_of(RunFinished.of(result, None)) == "finished: 10 samples in 2.0 s"
+
+
+def test_a_sample_in_micro_batches_counts_once(monkeypatch):
+    monkeypatch.setattr("hamdist.runtime.results.run_events.ProgressPace.due", lambda *_: True)
+    seen, parts = [], {"microbatches": 2}
+    own = {"level": "pipeline", "locality": parts, "engine": {"kind": "inprocess"}}
+    hamdist.train(make(), list(batches()), trackers=[seen.append], **own)
+    assert by_name(seen, "blocks")[-1].staleness == {"block0": {0: 40}, "block1": {0: 40}}
 
 
 def test_the_end_of_train_is_told_and_why():

@@ -7,6 +7,8 @@ import importlib
 import re
 import shutil
 import sys
+from dataclasses import replace
+from functools import partial
 from types import FunctionType
 
 import pytest
@@ -37,6 +39,7 @@ from runtime.networks import skip_graph as skips
 from torch import nn
 
 import hamdist
+from hamdist.dynamics.graph.graph import Graph
 from hamdist.dynamics.user_modules.code_digest import code_digests
 from hamdist.errors import SnapshotError
 from hamdist.runtime.train.train import train
@@ -222,6 +225,62 @@ def test_a_users_loss_with_random_numbers(tmp_path):
         return train(chain(), PortableStream(ITEMS), chosen, loss=loss, resume=resume)
 
     goes_on(run, tmp_path, 5)
+
+
+class Aged(nn.Module):
+    """A loss that keeps numbers, a list and a buffer; scale: of it, which stays."""
+
+    def __init__(self, scale=1.0):
+        super().__init__()
+        self.calls, self.means, self.scale = 0, [], scale
+        self.register_buffer("seen", torch.zeros(()))
+
+    def forward(self, y, target):
+        self.calls += 1
+        self.means = [*self.means[-2:], float(y.mean())]
+        self.seen += y.detach().abs().mean().to(self.seen)
+        weight = 1 + 1 / self.calls + sum(self.means) + self.seen / self.calls
+        return self.scale * weight * (y - target).square().mean()
+
+
+class AgedObject(Aged):
+    """The same, inside an object that is no module."""
+
+    def __new__(cls):
+        return partial(Aged.__call__, Aged())
+
+
+@pytest.mark.parametrize("level", ["trace", "bptt", "bptt in chunks"])
+@pytest.mark.parametrize("loss", [Aged, AgedObject])
+def test_a_users_loss_that_keeps_state(loss, level, tmp_path):
+    """At bptt in the midst of a sequence, whose slopes are made anew."""
+    graph = network("lstm")
+    blocks = [replace(b, loss=b.loss and loss()) for b in graph.blocks.values()]
+
+    def run(engine, resume, **fields):
+        truncation = 3 if "chunks" in level else None
+        chosen = sequence_settings(engine, truncation=truncation, **fields)
+        if level == "trace":
+            chosen = settings(engine, ITEMS, level="trace", loss="mse", **fields)
+            y = [(u, torch.eye(3)[y].to(u)) for u, y in batches(ITEMS)]
+            source = from_iterable(y, outputs=3)
+            return train(chain(), source, chosen, loss=loss(), resume=resume)
+        return train(Graph(blocks), PortableText(words=False), chosen, resume=resume)
+
+    goes_on(run, tmp_path, 5 if level == "trace" else 29)
+
+
+def test_what_a_loss_is_made_with_is_the_new_runs(tmp_path):
+    source = from_iterable([(u, torch.eye(3)[y].to(u)) for u, y in batches(ITEMS)], outputs=3)
+
+    def run(loss, resume=None, **fields):
+        chosen = settings(ALONE, ITEMS, level="trace", **fields)
+        return train(chain(), source, chosen, loss=loss, resume=resume)
+
+    run(Aged(), snapshots={"path": str(tmp_path), "every": 9, "keep": 99})
+    ends = [run(Aged(0.0), str(place)) for place in folders(tmp_path)[1:3]]
+    first, second = (list(end.model.parameters()) for end in ends)
+    assert not all(map(torch.equal, first, second))  # (each stands where it began)
 
 
 @pytest.mark.parametrize(

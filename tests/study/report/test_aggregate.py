@@ -9,6 +9,7 @@ from study.builders import make_run
 
 from hamdist.display.table import percent
 from hamdist.dynamics.objective.prequential import Window
+from hamdist.runtime.results.measured import Replaced
 from hamdist.study.report.aggregate import aggregate
 from hamdist.study.report.table import comparison_table
 
@@ -167,6 +168,13 @@ def test_a_seed_that_left_the_finite_range_leaves_no_mean() -> None:
     assert (trace.gap_test, trace.loss_gap_test) == (None, None)
     assert any(note.startswith("diverged") and "seed 2" in note for note in trace.notes)
     assert any("2.0 times as fast (1 s against 2 s" in note for note in trace.notes)
+
+
+def test_processor_time_that_went_with_an_actor_is_not_known() -> None:
+    used = {"actor 0": {"cpu": 1.5}, "actor 1": {"cpu": 2.0}}
+    lost = Replaced("actor 0", ["a"], 9, 5, 0.5, 3)
+    assert make_run("trace", time_use=used).cpu_seconds == 3.5
+    assert make_run("trace", time_use=used, replaced=[lost]).cpu_seconds is None
 
 
 def test_nothing_measured() -> None:

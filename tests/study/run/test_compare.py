@@ -8,6 +8,7 @@ from collections.abc import Callable
 import pytest
 import torch
 from torch import nn
+from torch.utils.data import DataLoader, TensorDataset
 
 from hamdist.config import EngineKind, Level, Settings
 from hamdist.dynamics.objective.losses import cross_entropy, mse
@@ -15,10 +16,12 @@ from hamdist.dynamics.objective.prequential import Window
 from hamdist.errors import SettingsError
 from hamdist.runtime.results.result import Progress, RunResult
 from hamdist.runtime.results.scores import evaluate
-from hamdist.streams import held_out
+from hamdist.streams import from_loader, held_out
 from hamdist.streams.sample import Stream
 from hamdist.study.run import run as runs
+from hamdist.study.run.baseline import CENTRALISED
 from hamdist.study.run.comparison import PlannedRun, compare, plan
+from hamdist.study.run.own_data import OwnData
 from hamdist.study.run.run import Timeline, run_level
 from hamdist.study.shared.recipes import load_settings, recipes
 
@@ -133,6 +136,22 @@ def test_interrupted_run_is_the_last(monkeypatch: pytest.MonkeyPatch) -> None:
     finished = list(compare(SETTINGS, plan(SETTINGS)))
     assert [run.interrupted for run in finished] == [False, False, False, True]
     assert finished[-1].held_out is None
+
+
+@pytest.mark.parametrize("baseline", [None, CENTRALISED])
+def test_rows_of_uneven_batches(baseline: str | None) -> None:
+    """40 rows are a batch of 32 and one of 8, three times over: 20 in the mean."""
+    whole = TensorDataset(torch.randn(40, 6), torch.zeros(40, dtype=torch.int64))
+    own = OwnData(from_loader(DataLoader(whole, batch_size=32), classes=2, epochs=3))
+    settings = SETTINGS.for_level(Level.TRACE)
+    run, _ = run_level(
+        settings,
+        baseline=baseline,
+        factory=lambda: nn.Sequential(nn.Linear(6, 4), nn.Tanh(), nn.Linear(4, 2)),
+        data=lambda _: own,
+    )
+    assert (run.samples, run.rows, run.batch) == (6, 120, 20)
+    assert run.rows_per_second == pytest.approx(120 / run.seconds)
 
 
 @pytest.mark.usefixtures("engines")

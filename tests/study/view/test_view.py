@@ -185,6 +185,13 @@ def test_an_actor_waits_for_edges_of_its_own(folder):
     assert texts[1] == "actor 2 waits 80% of its time, most of all for block1->block2 (3.0 s)"
 
 
+def test_actors_that_were_lost_together_took_the_time_once(folder):
+    lost = [Replaced(f"actor {i}", [], 5, 4, 2.0, 3) for i in (0, 1)]
+    folder.watch(begun(), lambda _: None)(progress(1.0, 20, replaced=lost))
+    [texts] = explain(read_events((folder.path / "events.jsonl").read_text().splitlines())).values()
+    assert "2 actors were lost and replaced, which took 2.0 s" in texts
+
+
 def test_text_cannot_leave_the_data_of_a_report():
     text = baked([begun()])
     assert text.count("<") == 2  # of the element itself
