@@ -90,7 +90,7 @@ def train_centralised(
     if frozen:
         _freeze(trained)
     trainer = _Trainer(trained, settings, losses, stream.spec)
-    # (A sample whose label comes late is shown again: torch has no gradient of an old forward pass.)
+    # (Where a label comes late the sample is shown again: torch has no gradient of an old pass.)
     with generator_kept():
         torch.manual_seed(settings.seed)
         threads = _threads(trainer, stream.spec, settings)
