@@ -360,7 +360,7 @@ class Graph:
 
     def draw(self) -> NetworkPicture:
         """Return a picture of the blocks and edges; `save` it as .svg or .dot."""
-        network = as_network(self.blocks, self.edges, self.depths, {}, {})
+        network = as_network(self.blocks, self.parameters(), self.edges, self.depths, {}, {})
         return network_picture(network, f"{len(self.blocks)} blocks")
 
     def _repr_svg_(self) -> str:

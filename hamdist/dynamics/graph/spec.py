@@ -6,7 +6,7 @@ The stream's input is the parent named `u`; nothing travels back to it.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from enum import Enum
 from itertools import accumulate
@@ -272,18 +272,22 @@ def named(blocks: Sequence[str]) -> str:
 
 def as_network(
     blocks: Mapping[str, BlockSpec],
+    learned: Mapping[str, Collection[str]],
     edges: Sequence[Edge],
     depths: Mapping[str, int],
     shapes: ShapeMap,
     lags: Mapping[str, int],
     actors: Sequence[NetworkActor] = (),
 ) -> PlacedNetwork:
-    """Return a network, with the shapes and the lags of messages of those blocks that have some."""
+    """Return a network, with the shapes and the lags of messages of those blocks that have some.
+
+    learned: by block the names of its own weights that move (`Graph.parameters`).
+    """
     described = []
     for name, spec in blocks.items():
         shape, dtype = shapes.get(name, ((), ""))
-        modules = [m for m in (spec.module, spec.output) if m is not None]
-        numbers = sum(p.numel() for m in modules for p in m.parameters())
+        weights = ((p + n, w) for p, m in spec.modules.items() for n, w in m.named_parameters())
+        numbers = sum(w.numel() for n, w in weights if n in learned[name])
         kind, loss = str(dtype).removeprefix("torch."), spec.loss is not None
         place = depths[name], lags.get(name)
         described.append(NetworkBlock(name, tuple(shape), kind, numbers, *place, loss))

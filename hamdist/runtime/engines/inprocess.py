@@ -80,7 +80,7 @@ class InProcessEngine:
 
         alignments = Alignments(plan)
 
-        def progress() -> Progress:
+        def progress(*, over: bool = False) -> Progress:
             actors = {DRIVER: sampler.sample()}
             windows = {n.name: list(n.metrics.windows) for n in measured if n.metrics}
             readout = next(iter(windows), "")
@@ -100,6 +100,7 @@ class InProcessEngine:
                 network=network,
                 snapshots=[] if supervision is None else supervision.snapshots,
                 warnings=[] if supervision is None else supervision.warnings,
+                over=over,
             )
 
         def between() -> None:
@@ -148,7 +149,8 @@ class InProcessEngine:
                 if node.metrics is not None:
                     node.metrics.flush()
         if ending.reports:
-            ending.report(progress())
+            sampler.measure()
+            ending.report(progress(over=True))
         report = WorkerReport(seconds=time.perf_counter() - started)
         report.take(nodes, source, mailbox, sampler)
         outcome = Outcome(

@@ -29,6 +29,8 @@ from hamdist.dynamics.schedule.hold import HoldSchedule
 from hamdist.dynamics.schedule.pulse import PulseSchedule
 from hamdist.dynamics.schedule.sequence import SequenceSchedule
 from hamdist.dynamics.vjp.gradient import norm_of
+from hamdist.runtime.nodes.loop import guarded
+from hamdist.runtime.nodes.pulse import PulseNode
 from hamdist.runtime.plan.plan import Plan
 from hamdist.runtime.results.measured import Alignment, ProcessSample
 
@@ -121,6 +123,8 @@ def update_probes(
 def _watch(node: Any, tick: int, probe: UpdateProbe) -> Iterator[None]:
     while (node.tick or 0) < tick:
         yield
+    if isinstance(node, PulseNode):
+        guarded(node, node.take_step)  # (by the samples before, if nothing has waited for it yet)
     probe.before[node.name] = _copies(node)
     rule = getattr(node.block, "rule", None)
     cosine = rule.feedback_cosine() if isinstance(rule, AppliedRule) else None

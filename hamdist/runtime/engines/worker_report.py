@@ -158,13 +158,17 @@ class Sampler:
             self._spent += perf_counter() - now
         if now < self._due:
             return
-        self._norms = {node.name: node.contents().norms() for node in self._nodes}
-        if self._draws:
-            self._histograms = {node.name: node.contents().histograms() for node in self._nodes}
+        self.measure()
         self._watched = self._watched or update_norms(self._moving, self._updates)
         after = perf_counter()
         self._due = after + max(PAUSE_SECONDS, (self._spent + after - now) / SHARE)
         self._spent = 0.0
+
+    def measure(self) -> None:
+        """Take the norms of all blocks (and their histograms) now."""
+        self._norms = {node.name: node.contents().norms() for node in self._nodes}
+        if self._draws:
+            self._histograms = {node.name: node.contents().histograms() for node in self._nodes}
 
     @property
     def _steps(self) -> dict[str, float]:
@@ -247,6 +251,7 @@ class WorkerReport:
     ) -> None:
         """Take what the blocks (`nodes`), the stream and the counts of a process have come to."""
         self.ticks = ticks_of(nodes)
+        sampler.measure()
         self.sample, self.trace = sampler.sample(), sampler.trace()
         self.peak_memory = peak_bytes()  # before the states are copied
         self.own_memory = own_bytes()

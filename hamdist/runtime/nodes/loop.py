@@ -62,12 +62,12 @@ def run_loop(
         BlockError: a block raised anything else; names the block and carries the traceback.
     """
     for node in () if started else nodes:
-        _guarded(node, node.start)
+        guarded(node, node.start)
     deferred: list[tuple[PulseNode, int]] = []
 
     def take_steps() -> None:
         for node, tick in deferred:
-            _guarded(node, node.take_step, tick)
+            guarded(node, node.take_step, tick)
             if after_step is not None:
                 after_step(node, tick)
         deferred.clear()
@@ -90,7 +90,7 @@ def run_loop(
                 take_steps()
                 action.reach(min(node.tick for node in nodes if node.tick is not None))
         node, tick = nodes[i], nodes[i].tick or 0
-        _guarded(node, node.step)
+        guarded(node, node.step)
         if isinstance(node, PulseNode) and node.deferred:
             deferred.append((node, tick))
         elif after_step is not None:
@@ -135,7 +135,8 @@ def _by_token(node: Any) -> tuple[int, ...]:
     return (event.span.number if event.span else 0, back, 0 if back else event.sample, event.tick)
 
 
-def _guarded(node: Node, act: Callable[[], None], tick: int | None = None) -> None:
+def guarded(node: Node, act: Callable[[], None], tick: int | None = None) -> None:
+    """Let a node act; raise DivergedError or BlockError, as of `tick` (None: the node's own)."""
     tick = node.tick or 0 if tick is None else tick
     try:
         act()

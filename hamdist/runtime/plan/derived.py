@@ -101,7 +101,10 @@ def network_of(plan: Plan, actors: Sequence[NetworkActor]) -> PlacedNetwork:
     """Return the network of `plan`, whose blocks live in `actors`."""
     graph = plan.graph
     lags = {name: plan.delay(name) for name in graph.blocks}
-    network = as_network(graph.blocks, graph.edges, graph.depths, plan.shapes, lags, actors)
+    learned = graph.parameters()
+    network = as_network(
+        graph.blocks, learned, graph.edges, graph.depths, plan.shapes, lags, actors
+    )
     return replace(network, staleness=plan.staleness)
 
 

@@ -129,7 +129,7 @@ class _Watch:
             except HamdistError as error:
                 failure = self._first(error)
         self._seconds = time.perf_counter() - self.started
-        self._report_progress()
+        self._report_progress(over=True)
         return self._outcome(failure)
 
     def _first(self, error: HamdistError) -> HamdistError:
@@ -240,7 +240,7 @@ class _Watch:
         elif still == 0:
             self._note = None
 
-    def _report_progress(self) -> None:
+    def _report_progress(self, *, over: bool = False) -> None:
         if not self._ending.reports:
             return
         blocks = []
@@ -286,6 +286,7 @@ class _Watch:
                 warnings=self._all_warnings(),
                 note=self._note,
                 replaced=() if self._supervision is None else tuple(self._supervision.replaced),
+                over=over,
             )
         )
 

@@ -76,6 +76,7 @@ class Progress:
         windows: of the first readout, called `readout`; others: those of the other readouts.
         actors: what each process has measured of itself; network: the blocks and their places.
         snapshots: the complete ones that are left; warnings: of the engine so far.
+        over: the run has ended.
     """
 
     seconds: float
@@ -94,6 +95,7 @@ class Progress:
     alignment: Alignment | None = None
     snapshots: Sequence[str] = field(default_factory=list)
     warnings: Sequence[str] = field(default_factory=list)
+    over: bool = False
 
 
 @dataclass(frozen=True, slots=True)

@@ -100,7 +100,7 @@ class ProgressEvents:
         if aligned is not None and aligned.sample > self._aligned:
             self._aligned = aligned.sample
             events.append(UpdatesAligned(**aligned._asdict(), **head))
-        if self._pace.due(progress.seconds, len(progress.blocks)):
+        if progress.over or self._pace.due(progress.seconds, len(progress.blocks)):
             events += self._measured(progress)
         return events
 

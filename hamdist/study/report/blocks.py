@@ -48,7 +48,7 @@ def block_facts(
     all_late, all_norms = (seen[-1].staleness, seen[-1].norms) if seen else ({}, {})
     probes = [e.cosines for e in events if isinstance(e, UpdatesAligned)]
     quarter = -(-len(probes) // 4)
-    first, last = probes[:quarter], probes[len(probes) - quarter :]
+    first, last = probes[:-1][:quarter], probes[len(probes) - quarter :]  # (one is the last)
     facts = {}
     for name in dict.fromkeys([*(seen[-1].updates if seen else ()), *memory]):
         norms, bytes_kept = all_norms.get(name), memory.get(name)

@@ -167,6 +167,30 @@ def test_updates_are_compared_with_backpropagation(level, lr, least, most, monke
     assert again == events
 
 
+def test_the_last_measurement_is_of_the_end():
+    """Of a run of less than a second, too. Oracles: the weights of the result, and all samples."""
+    seen, own = [], {"level": "trace", "learning": {"lr": 0.1}, "engine": {"kind": "inprocess"}}
+    result = hamdist.train(make(), list(batches()), trackers=[seen.append], **own)
+    last = by_name(seen, "blocks")[-1]
+    for name, block in result.blocks.items():
+        theta = math.sqrt(sum(float(t.square().sum()) for t in block.theta.values()))
+        assert last.norms[name].theta == pytest.approx(theta, rel=1e-6), name
+    assert sum(last.staleness["block0"].values()) == 40
+    assert by_name(seen, "progress")[-1].samples == 40
+
+
+def test_updates_by_several_samples_are_compared_at_the_weights_that_these_met(monkeypatch):
+    """Oracle: at level `backprop` both are equal; the step before may still wait for its turn."""
+    monkeypatch.setattr("hamdist.runtime.engines.inprocess.PROGRESS_SECONDS", 0.0)
+    own = {"locality": {"accumulate": 4}, "learning": {"lr": 0.5}, "engine": {"kind": "inprocess"}}
+    given = {"metrics": {"alignment": 4}, "dtype": "float64", **own}
+    seen = []
+    hamdist.train(make(), list(batches()), level="backprop", trackers=[seen.append], **given)
+    cosines = [c for event in by_name(seen, "alignment") for c in event.cosines.values()]
+    assert len(cosines) > 3
+    assert min(cosines) > 1 - 1e-12
+
+
 def test_frozen_blocks_have_no_alignment_and_hold_up_none(monkeypatch):
     monkeypatch.setattr("hamdist.runtime.engines.inprocess.PROGRESS_SECONDS", 0.0)
     seen, model = [], make()
@@ -176,7 +200,21 @@ def test_frozen_blocks_have_no_alignment_and_hold_up_none(monkeypatch):
     events = by_name(seen, "alignment")
     assert [event.sample for event in events] == [10, 20, 30]
     assert {name for event in events for name in event.cosines} == {"block1", "block2"}
+    learned = {block.name: block.parameters for block in by_name(seen, "network")[0].blocks}
+    assert learned == {"block0": 0, "block1": 72, "block2": 27}
     assert min(min(event.cosines.values()) for event in events) > 1 - 1e-5
+
+
+def test_shared_weights_are_parameters_of_their_owner_alone():
+    model, seen = make(), []
+    model[2].weight = nn.Parameter(model[2].weight[:, :6].clone())
+    model[2].in_features, model[0].weight = 6, model[2].weight
+    chain = nn.Sequential(model[0], nn.Tanh(), nn.Linear(8, 6), nn.Tanh(), model[2], model[4])
+    own = {"partition": {"blocks": 3}, "engine": {"kind": "inprocess"}, "trackers": [seen.append]}
+    result = hamdist.train(chain, list(batches()), level="trace", **own)
+    blocks = by_name(seen, "network")[0].blocks
+    assert sum(b.parameters for b in blocks) == sum(p.numel() for p in result.model.parameters())
+    assert len(blocks) == 3
 
 
 def test_feedback_matrices_are_compared_with_weights(monkeypatch):
@@ -253,6 +291,9 @@ def test_both_engines_tell_the_same(session, monkeypatch):
     [exact], [same] = by_name(alone, "alignment"), by_name(apart, "alignment")
     assert (exact.sample, set(exact.cosines)) == (20, {"block0", "block1", "block2"})
     assert (same.sample, same.cosines) == (20, exact.cosines)
+    ends = [by_name(events, "blocks")[-1].norms for events in (alone, apart)]
+    norms = [{name: n._replace(update=None) for name, n in end.items()} for end in ends]
+    assert norms[0] == norms[1]
     edges = by_name(apart, "edges")[-1].edges
     assert {name: e.bytes for name, e in edges.items() if e.bytes} == result.bytes_per_edge
     assert any(e.waited > 0 for e in edges.values())

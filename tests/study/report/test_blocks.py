@@ -37,9 +37,10 @@ def test_a_row_for_each_block_over_all_seeds():
 
 
 def test_a_block_without_messages_has_no_staleness():
-    facts = block_facts([measured(0, {}, Norms(None, None, 1.0, 2.0))], {})
+    probe = UpdatesAligned(level="trace", seed=0, sample=4, cosines={"a": 0.5})  # the last
+    facts = block_facts([measured(0, {}, Norms(None, None, 1.0, 2.0)), probe], {})
     (row,) = block_table({"trace": [facts]}).rows
-    assert row[2:7] == ["–"] * 5
+    assert row[2:7] == [*["–"] * 4, "0.5"]
     assert row[-1] == "–"
 
 
