@@ -7,9 +7,9 @@ import os
 import socket
 import subprocess
 import sys
-import time
 import tempfile
 import threading
+import time
 
 import psutil
 import pytest
