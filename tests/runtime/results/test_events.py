@@ -44,6 +44,7 @@ def events_of_run(level, **engine):
     reports, turn = [], ProgressEvents(level, 3)
 
     def note(progress):
+        assert progress.rows == 4 * progress.samples
         reports.extend(turn(progress))
 
     result = hamdist.train(
