@@ -8,6 +8,7 @@ import torch
 from river import base
 
 from hamdist.adapters.scikit_learn import Learner, MakesNetwork, small_network
+from hamdist.dynamics.user_modules.generator import generator_kept
 
 
 class RiverClassifier(base.Classifier):  # type: ignore[misc]
@@ -32,7 +33,7 @@ class RiverClassifier(base.Classifier):  # type: ignore[misc]
         self.level, self.settings, self.seed = level, settings, seed
         self._places: dict[Any, int] = {}
         self._labels: list[Any] = []
-        with torch.random.fork_rng(devices=[]):
+        with generator_kept():
             torch.manual_seed(seed)
             model = (network or small_network)(features, classes)
         self._learner = Learner(model, classes, level, settings)

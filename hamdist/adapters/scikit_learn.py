@@ -18,6 +18,7 @@ from sklearn.utils.validation import check_is_fitted, validate_data
 from torch import Tensor, nn
 
 from hamdist.api import start
+from hamdist.dynamics.user_modules.generator import generator_kept
 from hamdist.runtime.live.run import LiveRun
 
 MakesNetwork = Callable[[int, int], nn.Module]
@@ -86,7 +87,7 @@ class _Estimator(BaseEstimator):  # type: ignore[misc]
 
     def _begin(self, features: int, outputs: int, classes: int | None) -> None:
         random = check_random_state(self.random_state)
-        with torch.random.fork_rng(devices=[]):
+        with generator_kept():
             torch.manual_seed(random.randint(2**31))
             network = self.network(features, outputs)
         self.learner_ = Learner(network, classes, self.level, self.settings)

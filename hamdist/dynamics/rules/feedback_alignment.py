@@ -6,7 +6,8 @@
     sign symmetry         B = sign(W) |.|                    Liao, Leibo and Poggio 2016
     Kolen-Pollack         B moves by the update of W         Kolen and Pollack 1994
 
-B has the shape of W; layer norms, biases and activations between are passed exactly.
+B has the shape of W, and the size that W has at the start, so that messages are about as large as
+those of backpropagation; layer norms, biases and activations between are passed exactly.
 """
 
 from __future__ import annotations
@@ -22,9 +23,20 @@ from hamdist.dynamics.rules.rule import MEMORY, BlockView, Messages, Rule, Signa
 from hamdist.errors import SettingsError
 
 
-def drawn(block: BlockView) -> dict[str, Tensor]:
-    """Return a matrix for each weight matrix of the block, B ~ N(0, 1/fan_in)."""
-    return {n: block.randn_like(w) * w[0].numel() ** -0.5 for n, w in block.matrices.items()}
+def sizes_of(block: BlockView) -> dict[str, float]:
+    """Return the root mean square of each weight matrix; 1 / sqrt(fan-in) of one that is 0.
+
+    It has three digits: the order of the sum, which depends on threads, has no say in them.
+    """
+    return {
+        name: float(f"{float(w.double().square().mean().sqrt()):.3g}") or w[0].numel() ** -0.5
+        for name, w in block.matrices.items()
+    }
+
+
+def drawn(block: BlockView, sizes: Mapping[str, float]) -> dict[str, Tensor]:
+    """Return a matrix for each weight matrix of the block, B ~ N(0, size^2)."""
+    return {name: block.randn_like(w) * sizes[name] for name, w in block.matrices.items()}
 
 
 class FeedbackAlignment(Rule):
@@ -33,7 +45,7 @@ class FeedbackAlignment(Rule):
     on_readout = True
 
     def start(self, block: BlockView) -> dict[str, Any]:
-        return drawn(block)
+        return drawn(block, sizes_of(block))
 
     def feedback(self, block: BlockView) -> Mapping[str, Tensor]:
         """Return B by weight."""
@@ -47,8 +59,8 @@ class SignSymmetry(FeedbackAlignment):
     """Messages go through matrices with the signs of the weights (Liao et al. 2016, section 3).
 
     Args:
-        magnitude: `uniform`: that of the weights' initial spread, equal for all; `batchwise`: drawn
-            anew for each sample; `fixed`: drawn once.
+        magnitude: `uniform`: the root mean square of W at the start, equal for all; `batchwise`:
+            drawn anew for each sample, of that size; `fixed`: drawn once.
     """
 
     def __init__(self, magnitude: str = "fixed") -> None:
@@ -58,13 +70,17 @@ class SignSymmetry(FeedbackAlignment):
         self.magnitude = magnitude
 
     def start(self, block: BlockView) -> dict[str, Any]:
-        return {n: b.abs() for n, b in drawn(block).items()} if self.magnitude == "fixed" else {}
+        sizes = sizes_of(block)
+        if self.magnitude != "fixed":
+            return sizes
+        return {n: b.abs() for n, b in drawn(block, sizes).items()}
 
     def feedback(self, block: BlockView) -> Mapping[str, Tensor]:
-        if self.magnitude == "uniform":
-            return {n: w.sign() * w[0].numel() ** -0.5 for n, w in block.matrices.items()}
-        sizes = block.memory if self.magnitude == "fixed" else drawn(block)
-        return {n: w.sign() * sizes[n].abs() for n, w in block.matrices.items()}
+        # (snapshots of versions up to 0.1 lack sizes)
+        sizes = block.memory or {n: w[0].numel() ** -0.5 for n, w in block.matrices.items()}
+        if self.magnitude == "batchwise":
+            sizes = drawn(block, sizes)
+        return {n: w.sign() * abs(sizes[n]) for n, w in block.matrices.items()}
 
 
 class KolenPollack(FeedbackAlignment):
@@ -74,7 +90,7 @@ class KolenPollack(FeedbackAlignment):
     """
 
     def start(self, block: BlockView) -> dict[str, Any]:
-        return {name: nn.Parameter(b) for name, b in drawn(block).items()}
+        return {n: nn.Parameter(b) for n, b in super().start(block).items()}
 
     def backward(self, block: BlockView, kept: Any, message: Tensor) -> tuple[Messages, Updates]:
         messages, g = super().backward(block, kept, message)
@@ -84,17 +100,28 @@ class KolenPollack(FeedbackAlignment):
 class DirectFeedbackAlignment(Rule):
     """The readout's error goes to every block, through a fixed random matrix (Noekland 2016).
 
-    delta = f'(a) * (B e),        e = phi dL/dy (B, O),        B (n, O) of N(0, 1/n)
+    delta = f'(a) * (B e),        e = phi dL/dy (B, O),        B (n, O) of N(0, scale^2 / n)
 
-    so that |B e| is about |e| whatever the width, as with the W^T of a layer; n counts all channels
-    and positions of a convolution.
+    so that |B e| is about scale |e| whatever the width; n counts all channels and positions of a
+    convolution.
+
+    Args:
+        scale: size of the errors in a block, of the readout's. With less of it blocks take smaller
+            steps than the readout, at one learning rate.
     """
 
     signals = Signals(back="error")
 
+    def __init__(self, scale: float = 1.0) -> None:
+        if not (isinstance(scale, (int, float)) and 0 < scale < math.inf):
+            raise SettingsError(
+                f"direct-feedback-alignment: scale {scale!r}; give a positive number"
+            )
+        self.scale = float(scale)
+
     def start(self, block: BlockView) -> dict[str, Any]:
         drawn = block.randn_like(block.h.new_empty(block.outputs[-1], *block.shape))
-        return {"B": drawn * math.prod(block.shape) ** -0.5}
+        return {"B": drawn * self.scale * math.prod(block.shape) ** -0.5}
 
     def backward(self, block: BlockView, kept: Any, message: Tensor) -> tuple[Messages, Updates]:
         messages, g = block.vjp(kept, torch.tensordot(message, block.memory["B"], dims=1))

@@ -53,11 +53,13 @@ class Stateful:
     """An object whose state is the values of the attributes that STATE names.
 
     An attribute that is a `Stateful` itself contributes its state. ADDED: names in STATE that
-    files of earlier formats lack, with the values that they then get.
+    files of earlier formats lack, with the values that they then get. OPTIONAL: those that stay as
+    they are where one of two runs has none.
     """
 
     STATE: ClassVar[tuple[str, ...]] = ()
     ADDED: ClassVar[Mapping[str, Any]] = {}
+    OPTIONAL: ClassVar[tuple[str, ...]] = ()
 
     def state_dict(self) -> dict[str, Any]:
         """Return the state, in tensors that later steps may overwrite: `packed` copies them."""
@@ -73,6 +75,8 @@ class Stateful:
         check_names(type(self).__name__, state, self.STATE)
         for name in self.STATE:
             value = getattr(self, name)
+            if name in self.OPTIONAL and (value is None or state[name] is None):
+                continue
             if isinstance(value, Stateful):
                 value.load_state_dict(state[name])
             else:

@@ -40,6 +40,7 @@ from hamdist.errors import SettingsError
 OptimizerFunction: TypeAlias = "Callable[[list[nn.Parameter]], Optimizer | Sequence[Optimizer]]"
 SchedulerFunction: TypeAlias = Callable[[Optimizer], Any]
 
+_FORMS = ("amsgrad", "centered", "momentum")  # arguments that decide of the form of a state
 _STATE = ("kinds", "optimizers", "schedulers", "began", "item", "own", "random")
 # Steps that take every number of a weight by itself: those of a slice are those of the whole.
 ELEMENTWISE = {
@@ -233,7 +234,7 @@ class BlockOptimizers(Stateful):
         self._made = [dict(vars(opt)) for opt in self._own]
         inside = [v for o in self._own for v in vars(o).values() if isinstance(v, Optimizer)]
         self._with_inside = [*self.optimizers, *inside]
-        self._schedulers = rule.schedulers(block, self.optimizers)
+        self.schedulers = rule.schedulers(block, self.optimizers)
         self._sample = 0  # which the schedulers stand at
         groups = [self._by_name(opt)["param_groups"] for opt in self._with_inside]
         self._began: Any = copy.deepcopy([groups, self._scheduled()])  # their arguments
@@ -261,18 +262,13 @@ class BlockOptimizers(Stateful):
         for group, rate in zip(groups, rates, strict=True):
             group["lr"] = rate
 
-    @property
-    def scheduled(self) -> bool:
-        """Return True if there are schedulers."""
-        return bool(self._schedulers)
-
     def advance(self, sample: int) -> None:
         """Step the schedulers up to `sample`."""
         while self._sample < sample:
             with warnings.catch_warnings():
                 if not self._sample:  # (a sample without target has no step of the optimiser)
                     warnings.filterwarnings("ignore", r".*lr_scheduler\.step\(\)")
-                for opt in self._schedulers:
+                for opt in self.schedulers:
                     opt.step()
             self._sample += 1
 
@@ -292,7 +288,7 @@ class BlockOptimizers(Stateful):
 
     def _scheduled(self) -> list[dict[str, Any]]:
         """Return the states of the schedulers, without the functions that they are made of."""
-        return [plain_parts(scheduler.state_dict()) for scheduler in self._schedulers]
+        return [plain_parts(scheduler.state_dict()) for scheduler in self.schedulers]
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         state = {"own": [], "random": None, **state}  # (of earlier versions)
@@ -305,10 +301,15 @@ class BlockOptimizers(Stateful):
         if state["random"] is not None:
             self._generator.load_state_dict(state["random"])
         for opt, saved in zip(self._with_inside, state["optimizers"], strict=False):
-            names = self._order(opt)
-            then = [name for group in saved["param_groups"] for name in group["params"]]
+            names, was = self._order(opt), saved["param_groups"]
+            then = [name for group in was for name in group["params"]]
             check_names("optimiser", dict.fromkeys(then), names)
-            groups = saved["param_groups"] if alike else self._by_name(opt)["param_groups"]
+            groups = was if alike else self._by_name(opt)["param_groups"]
+            if (
+                len({str([[bool(g.get(n)) for n in _FORMS] for g in gs]) for gs in (was, groups)})
+                > 1
+            ):
+                continue  # (the state has another form, and begins anew)
             place = {name: i for i, name in enumerate(names)}
             numbered = [{**g, "params": [place[n] for n in g["params"]]} for g in groups]
             by_place = {place.get(k, k): _without_arrays(v) for k, v in saved["state"].items()}
@@ -322,7 +323,7 @@ class BlockOptimizers(Stateful):
                     opt.state[p].update(saved["state"][self._names[id(p)]])
         if alike:
             self._sample = state["item"]
-            for scheduler, saved in zip(self._schedulers, state["schedulers"], strict=True):
+            for scheduler, saved in zip(self.schedulers, state["schedulers"], strict=True):
                 scheduler.load_state_dict(saved)
 
     def _order(self, opt: Optimizer) -> list[str]:
@@ -357,7 +358,7 @@ class OptimizerWeights(Weights):
 
     def scaled_by(self, factor: StepFactor, sample_of: Callable[[int], int]) -> StepFactor:
         """Return the factor as `Weights.scaled_by`; the schedulers follow the samples."""
-        if not self.optimizers.scheduled:
+        if not self.optimizers.schedulers:
             return factor
 
         def followed(sample: int) -> float:

@@ -89,6 +89,7 @@ class Weights(Stateful):
         *("average", "_inputs", "_first_cost"),
     )
     ADDED: ClassVar[Mapping[str, Any]] = {"_first_cost": None}
+    OPTIONAL: ClassVar[tuple[str, ...]] = ("average", "_inputs")
 
     def state_dict(self) -> dict[str, Any]:
         """Return all but theta, which is in the state of the local function.
@@ -299,8 +300,7 @@ class Weights(Stateful):
         A bound of omega's norm follows from the factors; the norm itself is computed only where the
         bound is too large.
         """
-        waiting = [g_i for g_i in g if not has_moved(g_i)]
-        most = abs(gain) * bound(waiting)
+        most = abs(gain) * bound([g_i for g_i in g if not has_moved(g_i)])
         most += abs(keeps) * self._bound if keeps else 0.0
         if not most <= self._largest:
             omega: list[Tensor] = [dense(g_i) * gain for g_i in g]

@@ -20,6 +20,7 @@ from hamdist.config import Settings
 from hamdist.dynamics.graph.graph import Graph
 from hamdist.dynamics.graph.inputs import NetworkInputs
 from hamdist.dynamics.objective.losses import Losses, make_losses
+from hamdist.dynamics.user_modules.copies import loss_copy
 from hamdist.errors import SettingsError, Stop, StreamError
 from hamdist.runtime.live.callbacks import HEARD, Answer, Callback, LiveStatus, versions_of
 from hamdist.runtime.live.journal import Journal
@@ -302,7 +303,8 @@ class LiveRun:
         """Return the scores of `model()` on x (N, ...) with targets y. Nothing is learned of it."""
         with torch.inference_mode(False):
             model, ignored, spec = self.model(), self.settings.ignore_index, self._plan.spec
-            scores = evaluate(model, x, y, self._losses, ignore_index=ignored, spec=spec)
+            losses = loss_copy(self._losses)  # (one that keeps state is the user's)
+            scores = evaluate(model, x, y, losses, ignore_index=ignored, spec=spec)
         answered = self.status().answered
         self._events.emit(Evaluated.of(scores, answered, **self._events.head))
         self._tell("on_evaluate", scores, model)

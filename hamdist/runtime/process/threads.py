@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import time
 from collections.abc import Iterator
@@ -49,6 +50,17 @@ def pinned(processors: set[int] | None) -> Iterator[None]:
         yield
     finally:
         os.sched_setaffinity(0, before)
+
+
+def run_in_background() -> None:
+    """Have the calling thread take processors that are free, and interrupt no other when it wakes.
+
+    Linux calls it SCHED_BATCH. The thread that draws a stream is ahead of the actors, so it can
+    wait; without it, it takes the processor of an actor that the others wait for.
+    """
+    if hasattr(os, "SCHED_BATCH") and os.sched_getscheduler(0) == os.SCHED_OTHER:
+        with contextlib.suppress(OSError):  # (where a sandbox forbids it)
+            os.sched_setscheduler(0, os.SCHED_BATCH, os.sched_param(0))
 
 
 @contextmanager

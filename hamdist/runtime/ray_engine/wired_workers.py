@@ -18,6 +18,7 @@ from hamdist.runtime.placement.assign_hosts import ActorOptions
 from hamdist.runtime.placement.links import cluster_of, least_delays
 from hamdist.runtime.plan.plan import Plan
 from hamdist.runtime.process.startup import Startup
+from hamdist.runtime.process.threads import run_in_background
 from hamdist.runtime.ray_engine.placed_workers import (
     END_SECONDS,
     GATHER_SECONDS,
@@ -193,6 +194,8 @@ class WiredWorkers(PlacedWorkers):
 
     def _run_local(self) -> None:
         report = WorkerReport(error=StreamError("the thread of the stream ended before its time"))
+        if not self._plan.spec.live:  # (there somebody waits for it)
+            run_in_background()
         try:
             if self._local is not None:
                 report = self._local.run()

@@ -4,15 +4,16 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Mapping, Sized
+from collections.abc import Iterable, Mapping, Sized
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from hamdist.config import Decay, Settings
+from hamdist.config import Decay, HeadsSettings, LearningSettings, Settings
 from hamdist.dynamics.graph.graph import INPUT, OUTPUT_KEY, BlockSpec, Graph
 from hamdist.dynamics.graph.merged import merged_module
+from hamdist.dynamics.graph.patterns import fitting
 from hamdist.dynamics.saved_state.stateful import Packing
 from hamdist.dynamics.updates.learning_rate import StepCourse
 from hamdist.dynamics.user_modules.copies import copied
@@ -38,9 +39,25 @@ def differences(snapshot: Snapshot, plan: Plan, settings: Settings) -> list[str]
     The list is empty if the snapshot is of the same network at the same level.
     """
     now, before = _set_knobs(fingerprint(plan, settings)), _set_knobs(snapshot.manifest.network)
+    for network, learning in ((now, settings.learning), (before, earlier(snapshot).learning)):
+        network |= _state_forms(learning, plan.graph.blocks)
     if snapshot.manifest.format not in STATE_FORMATS:
         return ["the format of states"]
     return sorted(name for name in {*now, *before} if now.get(name) != before.get(name))
+
+
+def _state_forms(learning: LearningSettings, blocks: Iterable[str]) -> dict[str, Any]:
+    """Return what decides of which blocks the state has statistics of inputs, and heads."""
+    heads = learning.heads or HeadsSettings()
+    forms: dict[str, Any] = {"learning.inputs": [], "learning.heads": [heads.norm, heads.readout]}
+    for block in blocks:
+        pattern = fitting(block, learning.blocks)
+        own = None if pattern is None else learning.blocks[pattern]
+        for name in ("inputs", "heads"):
+            here = own and getattr(own, name)
+            chosen = getattr(learning, name) if here is None else here
+            forms[f"learning.{name}"].append(chosen not in (None, "off"))
+    return forms
 
 
 def _set_knobs(network: Mapping[str, Any]) -> dict[str, Any]:

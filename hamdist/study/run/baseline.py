@@ -42,6 +42,7 @@ from hamdist.dynamics.updates.average import Average
 from hamdist.dynamics.updates.learning_rate import StepCourse
 from hamdist.dynamics.updates.optimizers import OptimizerRule
 from hamdist.dynamics.user_modules.copies import copied
+from hamdist.dynamics.user_modules.generator import generator_kept
 from hamdist.errors import BlockError, GraphError, SettingsError
 from hamdist.runtime.placement.step_costs import example_sample
 from hamdist.runtime.plan.learners import own_optimizer
@@ -89,9 +90,8 @@ def train_centralised(
     if frozen:
         _freeze(trained)
     trainer = _Trainer(trained, settings, losses, stream.spec)
-    # (Samples whose labels come late are shown again, though their trace was to be kept: torch has
-    # no gradient of an old forward pass with today's weights.)
-    with torch.random.fork_rng(devices=[]):
+    # (Where a label comes late the sample is shown again: torch has no gradient of an old pass.)
+    with generator_kept():
         torch.manual_seed(settings.seed)
         threads = _threads(trainer, stream.spec, settings)
         torch.manual_seed(settings.seed)

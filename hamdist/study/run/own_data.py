@@ -18,6 +18,7 @@ from torch.utils.data import DataLoader, IterableDataset
 from hamdist.dynamics.graph.graph import Graph
 from hamdist.dynamics.graph.inputs import called as called_with
 from hamdist.dynamics.user_modules.copies import copied
+from hamdist.dynamics.user_modules.generator import generator_kept
 from hamdist.errors import SettingsError, StreamError
 from hamdist.loading import called, check_call, load_function, title
 from hamdist.runtime.placement.step_costs import example_input, example_inputs
@@ -110,7 +111,7 @@ def _maker(
     scored = {**read, "names": unweighted}
 
     def make(seed: int) -> OwnData:
-        with torch.random.fork_rng(devices=[]):
+        with generator_kept():
             torch.manual_seed(seed)
             result = called(option, function, **({"seed": seed} if takes_seed else {}))
             parts = list(result) if isinstance(result, tuple) and len(result) == 2 else [result]

@@ -5,6 +5,7 @@ The oracles take the random matrices out of the blocks' memory, and nothing else
 
 from __future__ import annotations
 
+import copy
 from dataclasses import replace
 
 import numpy as np
@@ -53,6 +54,10 @@ def memory(net, name):
     return {k: t.clone() for k, t in net.nodes[name].block.rule.view.memory.items()}
 
 
+def root_mean_square(w):
+    return float(w.detach().square().mean().sqrt())
+
+
 def weights(net):
     return [t for name in "abr" for t in net.theta(name)]
 
@@ -97,12 +102,32 @@ def test_feedback_alignment():
 @pytest.mark.parametrize("magnitude", ["uniform", "fixed"])
 def test_sign_symmetry(magnitude):
     net = run(SignSymmetry(magnitude))
-    size = {1: SIZES[1] ** -0.5, 2: SIZES[2] ** -0.5}
+    size = {
+        n: torch.tensor(float(f"{root_mean_square(plain()[n][0]):.3g}"), dtype=F64) for n in (1, 2)
+    }
     if magnitude == "fixed":
         size = {1: memory(net, "b")["0.weight"], 2: memory(net, "r")["weight"]}
         assert min(float(s.min()) for s in size.values()) >= 0
     expected = by_hand(lambda n, W, delta, e: delta @ (torch.sign(W) * size[n]))
     assert relative(weights(net.run()), expected) <= 1e-13
+
+
+@pytest.mark.parametrize("spread", [0.0, 3.0])
+def test_matrices_are_as_large_as_the_weights_at_the_start(spread):
+    """2,000 numbers: the relative spread of their root mean square is 1 / sqrt(4,000) = 1.6 %."""
+    wide = linear(50, 40, 0)
+    wide.weight.data *= spread
+    size = root_mean_square(wide.weight) or 50**-0.5
+    for name in ("feedback-alignment", "kolen-pollack", "sign-symmetry"):
+        layers = nn.Sequential(copy.deepcopy(wide), nn.Tanh())
+        blocks = [
+            BlockSpec("a", layer(5, 50, 0), ("u",)),
+            BlockSpec("b", layers, ("a",), rule=built_in(name)()),
+            BlockSpec("r", linear(40, 3, 0), ("b",), loss=cross_entropy),
+        ]
+        net = Network(Graph(blocks), settings("backprop", learning={"lr": LR}), items())
+        matrix = memory(net, "b")["0.weight"]
+        assert root_mean_square(matrix) == pytest.approx(size, rel=0.06)
 
 
 def test_batchwise_magnitudes_are_drawn_anew():

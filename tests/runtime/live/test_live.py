@@ -218,6 +218,25 @@ def test_weights_are_those_of_one_moment():
     assert (snapshot_free.fed, snapshot_free.answered, snapshot_free.waiting) == (5, 5, 0)
 
 
+class Calls(nn.Module):
+    """A loss that grows with its calls."""
+
+    def __init__(self):
+        super().__init__()
+        self.calls = 0
+
+    def forward(self, y, target):
+        self.calls += 1
+        return self.calls * nn.functional.cross_entropy(y, target)
+
+
+def test_an_evaluation_leaves_the_loss_as_it_was():
+    item, loss = next(iter(samples(1))), Calls()
+    with start("trace", loss=loss) as run:
+        assert run.evaluate(*item) == run.evaluate(*item)
+    assert loss.calls == 0
+
+
 def test_a_pause_holds_what_is_fed():
     said = list(samples(4))
     with start("trace") as run:

@@ -9,7 +9,7 @@ import threading
 
 import pytest
 import torch
-from runtime.networks import CLASSES, FEATURES, PortableStream, chain
+from runtime.networks import CLASSES, FEATURES, PortableStream, batches, chain
 from torch import nn
 
 from hamdist.config import EngineSettings, Pin, Settings, read_settings
@@ -17,6 +17,7 @@ from hamdist.runtime.advice.advice import thread_warnings
 from hamdist.runtime.process import threads
 from hamdist.runtime.process.threads import pinned, processors_of_actor
 from hamdist.runtime.train.train import train
+from hamdist.streams import from_iterable
 
 pytestmark = pytest.mark.timeout(90)
 
@@ -147,3 +148,24 @@ def test_where_the_blocks_of_an_actor_run(session, leaves_no_socket, pin):
 def test_off_as_yaml_reads_it():
     settings = read_settings("engine: {pin: off}", "here")
     assert settings.engine.pin is Pin.OFF
+
+
+@pytest.mark.ray
+@pytest.mark.skipif(not hasattr(os, "SCHED_BATCH"), reason="this system has no such threads")
+def test_the_thread_that_draws_a_stream_interrupts_no_actor(session, leaves_no_socket):
+    """It alone: the program's own threads are as they were."""
+    policies = set()
+
+    class Noting:
+        def __iter__(self):
+            for sample in batches(5):
+                policies.add(os.sched_getscheduler(0))
+                yield sample
+
+    source = from_iterable(Noting(), classes=CLASSES)
+    policies.clear()
+    engine = {"kind": "ray", "actors": 2}
+    settings = Settings.model_validate({"level": "trace", "engine": engine})
+    assert train(chain(), source, settings).samples == 5
+    assert policies == {os.SCHED_BATCH}
+    assert os.sched_getscheduler(0) == os.SCHED_OTHER

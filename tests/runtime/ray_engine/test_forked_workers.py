@@ -9,6 +9,7 @@ import subprocess
 import sys
 import tempfile
 import threading
+import time
 
 import psutil
 import pytest
@@ -56,7 +57,16 @@ def start(tmp_path, mine):
 
 
 def forking():
-    return [p for p in psutil.Process().children() if module.__name__ in " ".join(p.cmdline())]
+    return [p for p in psutil.Process().children() if module.__name__ in " ".join(command_of(p))]
+
+
+def command_of(process):
+    """Its command; for an instant within the exec that its parent has seen there is none yet."""
+    until = time.monotonic() + 10
+    while not (command := process.cmdline()) and time.monotonic() < until:
+        if process.status() == psutil.STATUS_ZOMBIE:
+            break
+    return command
 
 
 def test_a_fork_takes_over_the_script(folder, tmp_path, monkeypatch):

@@ -4,6 +4,7 @@ the same bits, at every level, in both engines."""
 from __future__ import annotations
 
 import importlib
+import itertools
 import re
 import shutil
 import sys
@@ -41,7 +42,7 @@ from torch import nn
 import hamdist
 from hamdist.dynamics.graph.graph import Graph
 from hamdist.dynamics.user_modules.code_digest import code_digests
-from hamdist.errors import SnapshotError
+from hamdist.errors import HamdistWarning, SnapshotError
 from hamdist.runtime.train.train import train
 from hamdist.streams import Withhold, from_iterable
 
@@ -494,6 +495,45 @@ def test_another_model(tmp_path):
     _, found = small(tmp_path)
     with pytest.raises(SnapshotError, match="weights"):
         train(chain(width=5), PortableStream(8), settings(ALONE, 8), resume=found[0])
+
+
+ROTATED = {"adaptive": {}, "inputs": {"rule": "rotated", "refresh": 4}}
+LEARNING = {
+    "plain": {},
+    "average": {"average": 0.9},
+    "average of a block": {"blocks": {"block1": {"average": 0.5}}},
+    "whitened": {"inputs": "whitened"},
+    "rotated": ROTATED,
+    "heads": {"heads": {"weight": 0.3}},
+    "heads without norm": {"heads": {"norm": False}},
+    "a head": {"blocks": {"block1": {"heads": 0.5}}},
+    "adam": {"optimizer": "adamw"},
+    "amsgrad": {"optimizer": {"name": "adamw", "amsgrad": True}, "average": 0.9},
+    "rmsprop": {"optimizer": {"name": "rmsprop"}},
+    "rmsprop, centred": {"optimizer": {"name": "rmsprop", "centered": True, "momentum": 0.5}},
+}
+
+
+def test_learning_that_changes_its_state_goes_on_or_takes_over_the_weights(tmp_path):
+    """The run goes on, says so, and takes snapshots; each beside its neighbours in the list."""
+
+    def run(name, resume=None, **fields):
+        given = {"partition": {"blocks": 3}, "learning": {"lr": 0.01, **LEARNING[name]}, **fields}
+        return train(
+            chain(), stream(12), settings(ALONE, 12, level="trace", **given), resume=resume
+        )
+
+    for name in LEARNING:
+        run(name, snapshots={"path": str(tmp_path / name), "every": 5, "keep": 9})
+    pairs = [*itertools.pairwise([*LEARNING, "plain"])]
+    for before, after in [*pairs, *(pair[::-1] for pair in pairs)]:
+        path = tmp_path / f"{before}, {after}"
+        kept = {"path": str(path), "every": 3, "keep": 9}
+        told = "the run goes on with other settings|was taken of another run"
+        with pytest.warns(HamdistWarning, match=told):
+            result = run(after, str(folders(tmp_path / before)[0]), snapshots=kept)
+        assert all(p.isfinite().all() for p in result.model.parameters())
+        assert len(folders(path)) > 1
 
 
 def test_other_settings_are_told(tmp_path):
