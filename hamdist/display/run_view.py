@@ -107,8 +107,9 @@ class RunView:
         ticks = max((block.tick for block in last.blocks), default=0)
         of = f"/{last.steps}" if last.steps is not None else ""
         rate = self._samples_per_second()
-        in_rows = self.batch is not None
-        speed = f"{rate * (self.batch or 1):,.0f} {'rows' if in_rows else 'samples'}/s"
+        batch = last.rows / last.samples if last.rows else self.batch  # (batches may be uneven)
+        in_rows = batch is not None
+        speed = f"{rate * (batch or 1):,.0f} {'rows' if in_rows else 'samples'}/s"
         facts = [f"sample {last.samples}{of}", f"tick {ticks}", speed]
         facts += _metrics(last)
         if (

@@ -407,6 +407,8 @@ def test_live_view() -> None:
     assert "waiting for block[0]->x" in text
     assert "computing" in text
     assert "and 4 more" in text
+    view.update(Progress(2.0, 20, 60, windows, blocks, rows=100))
+    assert "tick 28, 50 rows/s" in view.line  # of uneven batches, 5 in the mean
 
 
 def test_help_needs_no_torch() -> None:

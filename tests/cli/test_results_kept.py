@@ -314,7 +314,7 @@ def test_progress_does_not_fall_while_an_actor_is_replaced(monkeypatch):
     reached, windows = iter([120, 0, 130]), {"a": [window]}
     worker_group = SimpleNamespace(
         actors=[actor],
-        samples=lambda: next(reached),
+        samples=lambda: (n := next(reached), 4 * n),
         windows=lambda: windows,
         samples_of_processes=dict,
     )
@@ -327,7 +327,8 @@ def test_progress_does_not_fall_while_an_actor_is_replaced(monkeypatch):
     windows = {}
     watch._report_progress()
     watch._report_progress()
-    assert [progress.samples for progress in seen] == [120, 120, 130]
+    told = [(progress.samples, progress.rows) for progress in seen]
+    assert told == [(120, 480), (120, 480), (130, 520)]
     assert [list(progress.windows) for progress in seen] == [[window]] * 3
 
 

@@ -87,6 +87,7 @@ class InProcessEngine:
             return Progress(
                 seconds=time.perf_counter() - started,
                 samples=source.samples,
+                rows=source.rows,
                 steps=plan.steps,
                 resumed=plan.resumed,
                 windows=windows.pop(readout, []),

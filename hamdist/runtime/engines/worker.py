@@ -280,6 +280,7 @@ class Worker:
             ticks={n.name: n.event.tick for n in self._nodes},
             updates={n.name: n.block.weights.updates for n in self._nodes},
             samples=0 if self._source is None else self._source.samples,
+            rows=0 if self._source is None else self._source.rows,
             windows=windows[first:],
             first=first,
             joined=now,

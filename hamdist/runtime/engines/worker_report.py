@@ -352,3 +352,4 @@ class WorkerStatus:
     sample: ProcessSample
     wait: BlockedChannel | None
     snapshot_news: SnapshotNews | None = None
+    rows: int = 0

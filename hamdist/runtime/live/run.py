@@ -303,9 +303,9 @@ class LiveRun:
         """Return the scores of `model()` on x (N, ...) with targets y. Nothing is learned of it."""
         with torch.inference_mode(False):
             model, ignored, spec = self.model(), self.settings.ignore_index, self._plan.spec
+            answered = self.status().answered  # (others may feed meanwhile)
             losses = loss_copy(self._losses)  # (one that keeps state is the user's)
             scores = evaluate(model, x, y, losses, ignore_index=ignored, spec=spec)
-        answered = self.status().answered
         self._events.emit(Evaluated.of(scores, answered, **self._events.head))
         self._tell("on_evaluate", scores, model)
         return scores

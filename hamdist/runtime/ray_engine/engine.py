@@ -100,7 +100,7 @@ class _Watch:
         self._watchdog = Watchdog(plan.engine.stall_warning, plan.engine.stall_limit)
         self._warnings: list[str] = []
         self._note: str | None = None
-        self._samples = plan.resumed
+        self._samples = plan.resumed, 0  # and their rows
         self._windows: dict[str, list[Window]] = {}
         self._network: PlacedNetwork | None = None
         self._alignments = Alignments(plan)
@@ -272,7 +272,8 @@ class _Watch:
         self._ending.report(
             Progress(
                 seconds=time.perf_counter() - self.started,
-                samples=self._samples,
+                samples=self._samples[0],
+                rows=self._samples[1],
                 steps=self._plan.steps,
                 resumed=self._plan.resumed,
                 windows=self._windows.get(readout, []),
@@ -309,7 +310,7 @@ class _Watch:
             warnings=self._all_warnings(),
         )
         outcome.windows = group.windows()
-        outcome.samples = max(outcome.samples, group.samples())
+        outcome.samples = max(outcome.samples, group.samples()[0])
         outcome.peak_memory = {"driver": peak_bytes(), **outcome.peak_memory}
         return self._ending.note(outcome, failure)
 

@@ -192,13 +192,11 @@ class WorkerGroup(WiredWorkers):
         """Return the actors that have not answered for `seconds`."""
         return [a for a in self.actors if a.call is not None and now - a.called_at > seconds]
 
-    def samples(self) -> int:
-        """Return the number of samples that have entered the network."""
+    def samples(self) -> tuple[int, int]:
+        """Return the numbers of samples that have entered the network, and of their rows."""
         local = self._local_status()
-        if local is not None:
-            return local.samples
-        reports = [a.report or a.status for a in self.actors]
-        return max((k.samples for k in reports if k is not None), default=0)
+        reports = [a.report or a.status for a in self.actors] if local is None else [local]
+        return max(((k.samples, k.rows) for k in reports if k is not None), default=(0, 0))
 
     def windows(self) -> dict[str, list[Window]]:
         """Return the windows of all readouts, as far as they are known here."""

@@ -76,7 +76,7 @@ class Progress:
         windows: of the first readout, called `readout`; others: those of the other readouts.
         actors: what each process has measured of itself; network: the blocks and their places.
         snapshots: the complete ones that are left; warnings: of the engine so far.
-        over: the run has ended.
+        over: the run has ended; rows: of the samples, 0 where they are not counted.
     """
 
     seconds: float
@@ -96,6 +96,7 @@ class Progress:
     snapshots: Sequence[str] = field(default_factory=list)
     warnings: Sequence[str] = field(default_factory=list)
     over: bool = False
+    rows: int = 0
 
 
 @dataclass(frozen=True, slots=True)

@@ -25,6 +25,7 @@ from hamdist.runtime.results.events import (
 from hamdist.runtime.results.measured import EdgeCounts, ProcessSample, summed
 from hamdist.runtime.results.result import Progress, RunResult
 from hamdist.runtime.results.run_events import ProgressEvents, ProgressPace, RunEvents, line_of
+from hamdist.runtime.results.scores import evaluate
 from hamdist.study.report.save import alignment_figures
 
 
@@ -44,6 +45,7 @@ def events_of_run(level, **engine):
     reports, turn = [], ProgressEvents(level, 3)
 
     def note(progress):
+        assert progress.rows == 4 * progress.samples
         reports.extend(turn(progress))
 
     result = hamdist.train(
@@ -406,6 +408,23 @@ def test_a_live_run_tells_changes_and_evaluations(tmp_path):
     assert evaluation.accuracy == scores.accuracy
     assert sum(window.samples for window in by_name(heard, "window")) == 4
     assert by_name(heard, "finished")[0].samples == run.result.samples
+
+
+def test_an_evaluation_is_told_of_the_samples_that_its_weights_had_seen(monkeypatch):
+    """Others feed the run while it is scored."""
+    heard, u, y = [], torch.randn(4, 6), torch.zeros(4, dtype=torch.long)
+    own = {"level": "backprop", "engine": {"kind": "inprocess"}, "trackers": [heard.append]}
+    with hamdist.start(nn.Linear(6, 3), example=(u, y), classes=3, **own) as run:
+        run.feed(u, y)
+
+        def meanwhile(*arguments, **more):
+            run.feed(u, y)
+            return evaluate(*arguments, **more)
+
+        monkeypatch.setattr("hamdist.runtime.live.run.evaluate", meanwhile)
+        run.evaluate(u, y)
+        assert run.status().answered == 2
+    assert [event.samples for event in by_name(heard, "evaluation")] == [1]
 
 
 def test_callbacks_and_trackers_of_train_hear_an_evaluation(tmp_path, monkeypatch):
