@@ -202,7 +202,8 @@ class EngineSettings(Section):
     """How many processes; `auto`: as many as pay."""
     spares: Annotated[int, Field(ge=0)] = 0
     """Further processes that wait, with torch loaded, to replace lost actors: one is then replaced
-    without the seconds that a process takes to start. Each takes about 250 MiB (50 on a local
+    without the seconds that a process takes to start (0.3 s instead of 0.6 on a local Ray, where
+    it costs more than that if all processors are busy). Each takes about 250 MiB (50 on a local
     Ray), and the CPUs and GPUs of an actor."""
     placement: tuple[tuple[str, ...], ...] | None = None
     """The blocks of each actor, by name; not given: neighbours together, balanced."""
