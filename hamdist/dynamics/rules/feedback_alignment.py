@@ -76,7 +76,7 @@ class SignSymmetry(FeedbackAlignment):
         return {n: b.abs() for n, b in drawn(block, sizes).items()}
 
     def feedback(self, block: BlockView) -> Mapping[str, Tensor]:
-        # (snapshots of versions up to 0.1 lack sizes)
+        # (earlier snapshots have no sizes)
         sizes = block.memory or {n: w[0].numel() ** -0.5 for n, w in block.matrices.items()}
         if self.magnitude == "batchwise":
             sizes = drawn(block, sizes)

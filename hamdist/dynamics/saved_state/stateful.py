@@ -183,9 +183,7 @@ class PlainData(Packing):
         return {}
 
 
-_TORCHS = {*vars(nn.Module()), *vars(torch.optim.SGD([torch.zeros(1)], 0.1))} - {"training"}
-
-
+_OF_MODULES = vars(nn.Module()).keys() - {"training"}
 _FIXED = (int, float, str, tuple, type(None))
 
 
@@ -203,7 +201,7 @@ def plain_parts(
     for name, value in values.items():
         fixed = isinstance(value, _FIXED) and value is (made or {}).get(name, plain)
         with suppress(SnapshotError, TypeError):  # (TypeError: a set that has no order)
-            if not fixed and name not in _TORCHS:
+            if not fixed and name not in _OF_MODULES:
                 PlainData(live).packed(value)
                 plain[name] = value
     return plain

@@ -21,7 +21,6 @@ from contextlib import nullcontext
 from dataclasses import dataclass, field
 from typing import Any, ClassVar, TypeAlias
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
@@ -32,6 +31,7 @@ from hamdist.dynamics.finite import OutOfRange, StepFactor
 from hamdist.dynamics.graph.patterns import fitting
 from hamdist.dynamics.saved_state.stateful import Stateful, as_text, check_names, plain_parts
 from hamdist.dynamics.updates.constants import Dynamics
+from hamdist.dynamics.updates.optimizer_state import own_attributes, state_forms, without_arrays
 from hamdist.dynamics.updates.weights import Weights
 from hamdist.dynamics.vjp.gradient import AtOnce, Gradient, Unused, dense
 from hamdist.dynamics.vjp.seeding import OwnGenerator, block_seed
@@ -40,7 +40,6 @@ from hamdist.errors import SettingsError
 OptimizerFunction: TypeAlias = "Callable[[list[nn.Parameter]], Optimizer | Sequence[Optimizer]]"
 SchedulerFunction: TypeAlias = Callable[[Optimizer], Any]
 
-_FORMS = ("amsgrad", "centered", "momentum")  # arguments that decide of the form of a state
 _STATE = ("kinds", "optimizers", "schedulers", "began", "item", "own", "random")
 # Steps that take every number of a weight by itself: those of a slice are those of the whole.
 ELEMENTWISE = {
@@ -208,11 +207,6 @@ def _fits(name: str, p: Tensor, pattern: str) -> bool:
     return p.ndim < 2 if pattern == VECTORS else fitting(name, [pattern]) is not None
 
 
-def _without_arrays(state: Any) -> Any:  # (torch's `load_state_dict` does not take them)
-    whole = not isinstance(state, Mapping)
-    return state if whole else {n: v for n, v in state.items() if not isinstance(v, np.ndarray)}
-
-
 class BlockOptimizers(Stateful):
     """The optimisers of one block, and their schedulers.
 
@@ -280,7 +274,7 @@ class BlockOptimizers(Stateful):
             "began": self._began,
             "item": self._sample,
             "own": [
-                plain_parts(vars(opt), made, self._parameters)
+                plain_parts(own_attributes(opt), made, self._parameters)
                 for opt, made in zip(self._own, self._made, strict=True)
             ],
             "random": self._generator.state_dict() if self._own else None,
@@ -305,14 +299,11 @@ class BlockOptimizers(Stateful):
             then = [name for group in was for name in group["params"]]
             check_names("optimiser", dict.fromkeys(then), names)
             groups = was if alike else self._by_name(opt)["param_groups"]
-            if (
-                len({str([[bool(g.get(n)) for n in _FORMS] for g in gs]) for gs in (was, groups)})
-                > 1
-            ):
+            if state_forms(was) != state_forms(groups):
                 continue  # (the state has another form, and begins anew)
             place = {name: i for i, name in enumerate(names)}
             numbered = [{**g, "params": [place[n] for n in g["params"]]} for g in groups]
-            by_place = {place.get(k, k): _without_arrays(v) for k, v in saved["state"].items()}
+            by_place = {place.get(k, k): without_arrays(v) for k, v in saved["state"].items()}
             here = list(opt.param_groups)
             opt.load_state_dict({**saved, "state": by_place, "param_groups": numbered})
             for group, values in zip(here, opt.param_groups, strict=True):
