@@ -33,8 +33,7 @@ class RiverClassifier(base.Classifier):  # type: ignore[misc]
         self.level, self.settings, self.seed = level, settings, seed
         self._places: dict[Any, int] = {}
         self._labels: list[Any] = []
-        with generator_kept():
-            torch.manual_seed(seed)
+        with generator_kept(seed):
             model = (network or small_network)(features, classes)
         self._learner = Learner(model, classes, level, settings)
 

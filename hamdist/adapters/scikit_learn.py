@@ -87,8 +87,7 @@ class _Estimator(BaseEstimator):  # type: ignore[misc]
 
     def _begin(self, features: int, outputs: int, classes: int | None) -> None:
         random = check_random_state(self.random_state)
-        with generator_kept():
-            torch.manual_seed(random.randint(2**31))
+        with generator_kept(random.randint(2**31)):
             network = self.network(features, outputs)
         self.learner_ = Learner(network, classes, self.level, self.settings)
         self.order_ = random

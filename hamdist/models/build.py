@@ -188,8 +188,7 @@ def make_recurrent(
     below, inputs, outputs = INPUT, _inputs(settings, spec), _outputs(settings, spec)
     width = settings.width
     blocks = []
-    with generator_kept():
-        torch.manual_seed(seed)
+    with generator_kept(seed):
         if spec.tokens is not None:
             embedding = nn.Embedding(spec.tokens, width, dtype=torch.float64)
             blocks.append(BlockSpec("embedding", embedding, (INPUT,)))
@@ -354,8 +353,7 @@ def make_from_factory(
     torch's global generator is seeded with `seed` while the function runs and restored afterwards.
     Raises SettingsError where the function fails or returns something else than an `nn.Module`.
     """
-    with generator_kept():
-        torch.manual_seed(seed)
+    with generator_kept(seed):
         model = called(option, factory)
     if not isinstance(model, nn.Module):
         raise SettingsError(

@@ -234,8 +234,7 @@ def make_network(
     `seed` alone decides the weights, up to rounding to `dtype`; torch's global generator is
     neither read nor moved. Raises SettingsError where model and stream cannot fit.
     """
-    with generator_kept():
-        torch.manual_seed(seed)
+    with generator_kept(seed):
         model = NETWORKS[settings.kind](settings, spec, outputs).double()
         _draw(model)
     return model.to(dtype)

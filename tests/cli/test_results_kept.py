@@ -307,6 +307,7 @@ def test_progress_does_not_fall_while_an_actor_is_replaced(monkeypatch):
     """The source's actor is new and knows of no samples; the readout's has no windows yet."""
     pytest.importorskip("ray")
     from hamdist.runtime.ray_engine import engine
+    from hamdist.runtime.ray_engine.worker_group import Entered
 
     monkeypatch.setattr(engine, "network_of", lambda *_: None)
     window = Window(0, 9, 10, 1.0, 1, 10)
@@ -314,7 +315,7 @@ def test_progress_does_not_fall_while_an_actor_is_replaced(monkeypatch):
     reached, windows = iter([120, 0, 130]), {"a": [window]}
     worker_group = SimpleNamespace(
         actors=[actor],
-        samples=lambda: (n := next(reached), 4 * n),
+        entered=lambda: Entered(n := next(reached), 4 * n),
         windows=lambda: windows,
         samples_of_processes=dict,
     )

@@ -16,7 +16,13 @@ TURN = threading.RLock()
 
 
 @contextmanager
-def generator_kept() -> Iterator[None]:
-    """Leave torch's generator of the processor as it is; no other thread's run draws inside."""
+def generator_kept(seed: int | None = None) -> Iterator[None]:
+    """Leave torch's generator of the processor as it is; no other thread's run draws inside.
+
+    Args:
+        seed: of what is drawn inside; None: it goes on from where the generator is.
+    """
     with TURN, torch.random.fork_rng(devices=[]):
+        if seed is not None:
+            torch.manual_seed(seed)
         yield

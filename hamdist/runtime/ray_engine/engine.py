@@ -39,7 +39,7 @@ from hamdist.runtime.ray_engine.cluster_hosts import HEAD_SECONDS, HeadWatch, an
 from hamdist.runtime.ray_engine.placed_workers import END_SECONDS
 from hamdist.runtime.ray_engine.session import ray_session
 from hamdist.runtime.ray_engine.supervision import SnapshotSupervision
-from hamdist.runtime.ray_engine.worker_group import WorkerGroup
+from hamdist.runtime.ray_engine.worker_group import Entered, WorkerGroup
 from hamdist.runtime.results.result import BlockProgress, Outcome, Progress
 from hamdist.streams.sample import Stream
 
@@ -100,7 +100,7 @@ class _Watch:
         self._watchdog = Watchdog(plan.engine.stall_warning, plan.engine.stall_limit)
         self._warnings: list[str] = []
         self._note: str | None = None
-        self._samples = plan.resumed, 0  # and their rows
+        self._entered = Entered(plan.resumed)
         self._windows: dict[str, list[Window]] = {}
         self._network: PlacedNetwork | None = None
         self._alignments = Alignments(plan)
@@ -259,7 +259,7 @@ class _Watch:
                     )
                 )
         # An actor that is replaced begins behind where it was: what was reached stays reached.
-        self._samples = max(self._samples, self._worker_group.samples())
+        self._entered = max(self._entered, self._worker_group.entered())
         for name, windows in self._worker_group.windows().items():
             shown = self._windows.get(name)
             if windows and (not shown or windows[-1].last >= shown[-1].last):
@@ -272,8 +272,8 @@ class _Watch:
         self._ending.report(
             Progress(
                 seconds=time.perf_counter() - self.started,
-                samples=self._samples[0],
-                rows=self._samples[1],
+                samples=self._entered.samples,
+                rows=self._entered.rows,
                 steps=self._plan.steps,
                 resumed=self._plan.resumed,
                 windows=self._windows.get(readout, []),
@@ -310,7 +310,8 @@ class _Watch:
             warnings=self._all_warnings(),
         )
         outcome.windows = group.windows()
-        outcome.samples = max(outcome.samples, group.samples()[0])
+        entered = max(Entered(outcome.samples, outcome.rows), group.entered())
+        outcome.samples, outcome.rows = entered
         outcome.peak_memory = {"driver": peak_bytes(), **outcome.peak_memory}
         return self._ending.note(outcome, failure)
 

@@ -6,7 +6,7 @@ import contextlib
 import shutil
 import threading
 from collections.abc import Iterator, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import psutil
 import ray
@@ -26,6 +26,13 @@ ANSWER_SECONDS = 5.0
 OBEY_SECONDS = 2.0
 NEWS_SECONDS = 1.0  # of a call for news, which returns as soon as there is some
 PAUSE_SECONDS = 0.1  # until an actor that was lost is asked again
+
+
+class Entered(NamedTuple):
+    """Samples of the stream, and their rows."""
+
+    samples: int = 0
+    rows: int = 0
 
 
 class WorkerGroup(WiredWorkers):
@@ -192,11 +199,13 @@ class WorkerGroup(WiredWorkers):
         """Return the actors that have not answered for `seconds`."""
         return [a for a in self.actors if a.call is not None and now - a.called_at > seconds]
 
-    def samples(self) -> tuple[int, int]:
-        """Return the numbers of samples that have entered the network, and of their rows."""
+    def entered(self) -> Entered:
+        """Return how much of the stream has entered the network."""
         local = self._local_status()
         reports = [a.report or a.status for a in self.actors] if local is None else [local]
-        return max(((k.samples, k.rows) for k in reports if k is not None), default=(0, 0))
+        return max(
+            (Entered(k.samples, k.rows) for k in reports if k is not None), default=Entered()
+        )
 
     def windows(self) -> dict[str, list[Window]]:
         """Return the windows of all readouts, as far as they are known here."""

@@ -25,6 +25,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from hamdist.dynamics.user_modules.generator import generator_kept
 from hamdist.errors import StreamError, need_package
 from hamdist.streams import FASHION_MNIST, ArrayStream, Stream, read_images
 from hamdist.streams.sources.texts import classes_of, corpus, load_glove, padded
@@ -146,8 +147,7 @@ def make_model(name: str, inputs: int, classes: int, seed: int) -> nn.Sequential
     torch's initial weights are drawn from `seed` alone. `inputs`: features of a sample, or words of
     the vocabulary.
     """
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
+    with generator_kept(seed):
         body, head = MODELS[name](inputs, classes)
     return nn.Sequential(OrderedDict(body=body, head=head)).to(torch.float64)
 

@@ -91,8 +91,7 @@ def train_centralised(
         _freeze(trained)
     trainer = _Trainer(trained, settings, losses, stream.spec)
     # (Where a label comes late the sample is shown again: torch has no gradient of an old pass.)
-    with generator_kept():
-        torch.manual_seed(settings.seed)
+    with generator_kept(settings.seed):
         threads = _threads(trainer, stream.spec, settings)
         torch.manual_seed(settings.seed)
         with torch_threads(threads):

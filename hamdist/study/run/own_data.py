@@ -111,8 +111,7 @@ def _maker(
     scored = {**read, "names": unweighted}
 
     def make(seed: int) -> OwnData:
-        with generator_kept():
-            torch.manual_seed(seed)
+        with generator_kept(seed):
             result = called(option, function, **({"seed": seed} if takes_seed else {}))
             parts = list(result) if isinstance(result, tuple) and len(result) == 2 else [result]
             name = f"{option}: {title(function)}()"

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from hamdist.dynamics.graph.graph import INPUT, BlockSpec, Combine, Graph
 from hamdist.dynamics.objective.losses import cross_entropy
+from hamdist.dynamics.user_modules.generator import generator_kept
 from hamdist.streams.sample import Sample, SampleSpec
 
 FEATURES, CLASSES, BATCH = 6, 3, 4
@@ -21,8 +22,7 @@ T = TypeVar("T")
 
 def seeded(build: Callable[[], T], seed: int = 7) -> T:
     """Return `build()` with torch's global generator seeded, and restored afterwards."""
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
+    with generator_kept(seed):
         return build()
 
 

@@ -23,6 +23,7 @@ from hamdist.dynamics.graph.graph import INPUT, BlockSpec, Combine, Graph
 from hamdist.dynamics.modules.recurrent import Reads, RecurrentCell
 from hamdist.dynamics.objective.losses import mse
 from hamdist.dynamics.schedule.events import Phase
+from hamdist.dynamics.user_modules.generator import generator_kept
 from hamdist.errors import SettingsError
 from hamdist.runtime.nodes.node import Node
 from hamdist.runtime.nodes.sequence import SequenceNode
@@ -78,8 +79,7 @@ def graph_of(case: SequenceCase) -> Graph:
     """Return the network of a case."""
     blocks = []
     below, inputs = INPUT, case.inputs
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(3)
+    with generator_kept(3):
         for i in range(case.layers):
             cell = RecurrentCell(CELLS[case.kind](inputs, case.hidden, dtype=torch.float64))
             module = cell if i == 0 else Reads(cell, slice(0, case.hidden), None)
