@@ -15,7 +15,7 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import BaseModel, ValidationError
 
 from hamdist.config import EngineKind, OptimizerSettings, Settings, describe, to_yaml
 from hamdist.errors import SettingsError
@@ -29,7 +29,7 @@ APART = ("__main__", "hamdist")  # modules beside a user's that do not travel
 MOST_BYTES = 100 * 2**20
 
 
-class JobSpec(BaseModel):
+class JobSpec(BaseModel, extra="forbid", frozen=True):
     """Specification of a job.
 
     Attributes:
@@ -39,8 +39,6 @@ class JobSpec(BaseModel):
         snapshots: where the run keeps them; resume: those that it begins with.
         live: the interface and port on which a live run is served; None for a run of the stream.
     """
-
-    model_config = ConfigDict(extra="forbid", frozen=True)
 
     id: str
     model: str | None
