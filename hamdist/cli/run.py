@@ -107,8 +107,7 @@ def run_settings(
             ResultFolder(out, overwrite=overwrite, controls=True, say=display.say)
         )
         if forks:
-            section = at_level.snapshots.model_copy(update={"path": str(folder.path / "snapshots")})
-            at_level = at_level.model_copy(update={"snapshots": section})
+            at_level = at_level.changed(snapshots={"path": str(folder.path / "snapshots")})
 
         from hamdist.runtime.results.measured import chrome_trace
         from hamdist.study.report.files import final_events

@@ -48,13 +48,14 @@ def simulate(
     factory = options.factory()
 
     from hamdist.study.report.files import to_json
+    from hamdist.study.run.export import at_one_level
     from hamdist.study.shared.result_folder import write_file
     from hamdist.study.simulate.host_plan import read_host_plan
-    from hamdist.study.simulate.simulate import Planner, at_level
+    from hamdist.study.simulate.simulate import Planner
     from hamdist.study.simulate.simulate import learn as learn_it
     from hamdist.study.simulate.simulate import simulate as simulated
 
-    laid = at_level(loaded, loaded.level)
+    laid = at_one_level(loaded, loaded.level)
     cluster, notes = read_host_plan(hosts)
     for text in notes:
         warn(text)

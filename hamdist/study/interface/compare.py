@@ -188,7 +188,7 @@ def _watches(
         show = display.watch(title, batch, left)
         if folder is None:
             return show
-        event = RunBegun.of(settings.model_copy(update={"seed": run.seed}), title, batch)
+        event = RunBegun.of(settings.changed(seed=run.seed), title, batch)
         engine = event.engine if run.level is not None else "pytorch"
         return folder.watch(replace(event, level=run.name, engine=engine), show)
 

@@ -93,14 +93,10 @@ def recorded_run(folder: Path, factory: ModelFactory | None = None) -> RecordedR
     settings = read_settings(text, str(folder / SETTINGS))
     settings = settings.for_level(settings.level)
     pin(settings.engine)
-    alone = {"kind": EngineKind.INPROCESS, "placement": None}
-    where = settings.snapshots.path
-    update = {
-        "engine": settings.engine.model_copy(update=alone),
-        "snapshots": settings.snapshots.model_copy(update={"path": None}),
-    }
+    engine = {"kind": EngineKind.INPROCESS, "placement": None}
+    alone = settings.changed(engine=engine, snapshots={"path": None})
     digests = read_digests(folder)[DIGESTS] if (folder / DIGESTS).exists() else {}
-    return RecordedRun(folder, settings.model_copy(update=update), where, digests, factory)
+    return RecordedRun(folder, alone, settings.snapshots.path, digests, factory)
 
 
 @dataclass(frozen=True, slots=True)

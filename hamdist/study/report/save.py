@@ -91,11 +91,8 @@ def as_it_was(settings: Settings, run: Run) -> Settings:
     settings = run.chosen or settings
     if settings.partition.delays != "auto":
         return settings
-    partition = settings.partition.model_copy(update={"delays": dict(run.delays)})
-    engine = settings.engine
-    if engine.bundle == "auto":
-        engine = engine.model_copy(update={"bundle": "off"})
-    return settings.model_copy(update={"partition": partition, "engine": engine})
+    engine = {"bundle": "off"} if settings.engine.bundle == "auto" else {}
+    return settings.changed(partition={"delays": dict(run.delays)}, engine=engine)
 
 
 def save_blocks(folder: Path, table: Table) -> None:
