@@ -18,7 +18,7 @@ from hamdist.display.table import (
     html_notes,
     html_table,
     latex,
-    markdown,
+    markdown_page,
     number,
     percent,
 )
@@ -316,7 +316,8 @@ def save_study(
         row["published"] = None if entry is None else entry.accuracy
     write_file(folder / "study.json", to_json({"command": command, "rows": rows}, indent=2))
     write_file(folder / "study.csv", _csv(rows))
-    write_file(folder / "study.md", _markdown(study, tables, command))
+    settings = f"\n## Settings\n\n```yaml\n{study_yaml(study)}```\n"
+    write_file(folder / "study.md", markdown_page(study.name, command, tables) + settings)
     write_file(folder / "study.tex", "\n".join(map(latex, tables.values())))
     write_file(folder / "study.html", _html(study, tables, figures, command, outcomes))
     return tables
@@ -338,13 +339,6 @@ def _csv(rows: Sequence[Mapping[str, Any]]) -> str:
             flat[name] = "; ".join(f"{key}={value}" for key, value in row[name].items())
         records.append(flat_tests(flat))
     return csv_text(records)
-
-
-def _markdown(study: StudySettings, tables: Mapping[str, Table], command: str) -> str:
-    parts = [f"# {study.name}\n\n`{command}`\n"]
-    parts += [f"\n## {title}\n\n{markdown(table)}" for title, table in tables.items()]
-    parts.append(f"\n## Settings\n\n```yaml\n{study_yaml(study)}```\n")
-    return "".join(parts)
 
 
 def _html(
