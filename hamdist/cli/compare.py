@@ -69,10 +69,8 @@ def compare(
     plain = factory_of(baseline_model, "--baseline-model")
 
     from hamdist.study.interface.compare import Comparison, make_runs
-    from hamdist.study.run.comparison import run_key
     from hamdist.study.shared.named_code import code_of
 
-    code = code_of(loaded, options.model, options.stream, baseline_model)
     comparison = Comparison(settings=loaded)
     try:
         with Display(loaded) as display:
@@ -82,8 +80,7 @@ def compare(
                 factory=factory,
                 data=data,
                 plain=plain,
-                key=run_key(loaded, code),
-                made_of=code,
+                code=code_of(loaded, options.model, options.stream, baseline_model),
                 out=out or results_of(loaded.name),
                 overwrite=overwrite,
                 command=command_line(),

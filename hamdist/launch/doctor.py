@@ -285,22 +285,19 @@ def _links(findings: Findings) -> list[DoctorCheck]:
     for link in findings.links:
         ends = f"{findings.name(link.first)} - {findings.name(link.second)}"
         if link.error is not None:
-            checks.append(
-                DoctorCheck(
-                    "FAIL",
-                    f"{ends}: no signal came through ({link.error}); hamdist needs the TCP ports "
-                    "that the system hands out (net.ipv4.ip_local_port_range) open between hosts",
-                )
+            text = (
+                f"{ends}: no signal came through ({link.error}); hamdist needs the TCP ports that "
+                "the system hands out (net.ipv4.ip_local_port_range) open between hosts"
             )
+            checks.append(DoctorCheck("FAIL", text))
         elif link.seconds is not None and link.seconds > SLOW_SECONDS:
             text = f"{ends}: {1000 * link.seconds:.0f} ms a signal; partition.delays: auto hides it"
             checks.append(DoctorCheck("warning", text))
     if findings.links and not checks:
         checks.append(DoctorCheck("ok", f"links: {len(findings.links)} measured"))
     if findings.skipped:
-        checks.append(
-            DoctorCheck("warning", f"{findings.skipped} pairs of hosts were not measured")
-        )
+        text = f"{findings.skipped} pairs of hosts were not measured"
+        checks.append(DoctorCheck("warning", text))
     return checks
 
 
