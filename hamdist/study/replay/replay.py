@@ -96,15 +96,11 @@ def recorded_run(folder: Path, factory: ModelFactory | None = None) -> RecordedR
     settings = read_settings(text, str(folder / SETTINGS))
     settings = settings.for_level(settings.level)
     pin(settings.engine)
-    alone = {"kind": EngineKind.INPROCESS, "placement": None}
-    where = settings.snapshots.path
-    update = {
-        "engine": settings.engine.model_copy(update=alone),
-        "snapshots": settings.snapshots.model_copy(update={"path": None}),
-    }
+    engine = {"kind": EngineKind.INPROCESS, "placement": None}
+    alone = settings.changed(engine=engine, snapshots={"path": None})
     digests = read_digests(folder)[DIGESTS] if (folder / DIGESTS).exists() else {}
-    alone_settings = settings.model_copy(update=update)
-    return RecordedRun(folder, alone_settings, where, digests, factory, resumed=_resumed(folder))
+    where = settings.snapshots.path
+    return RecordedRun(folder, alone, where, digests, factory, resumed=_resumed(folder))
 
 
 def _resumed(folder: Path) -> int:
