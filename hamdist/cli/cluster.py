@@ -26,7 +26,14 @@ from hamdist.cli.console import (
     say_written,
     warn,
 )
-from hamdist.cli.options import OutOption, OverwriteOption, RunOptions, SettingsArgument
+from hamdist.cli.options import (
+    OutOption,
+    OverwriteOption,
+    RunOptions,
+    SettingsArgument,
+    argument,
+    option,
+)
 from hamdist.errors import FAILED, INTERRUPTED, ClusterError, SettingsError
 
 if TYPE_CHECKING:
@@ -36,26 +43,19 @@ if TYPE_CHECKING:
 
 ClusterOption = Annotated[
     str | None,
-    typer.Option(
-        "--cluster",
-        metavar="FILE|ADDRESS",
-        help="A cluster file, or http://HOST:PORT of Ray's Jobs API.",
+    option(
+        "A cluster file, or http://HOST:PORT of Ray's Jobs API.",
+        "FILE|ADDRESS",
         show_default="$HAMDIST_CLUSTER, or what `hamdist cluster start` started",
     ),
 ]
-FolderOption = Annotated[
-    Path | None, typer.Option("--folder", help="Where it lives.", show_default="~/.hamdist/cluster")
-]
+FolderOption = Annotated[Path | None, option("Where it lives.", show_default="~/.hamdist/cluster")]
 
 
 def cluster_start(
-    port: Annotated[int, typer.Option("--port", min=1, max=65535, help="Of Ray's head.")] = 6379,
-    jobs_port: Annotated[
-        int, typer.Option("--jobs-port", min=1, max=65535, help="Of its dashboard and Jobs API.")
-    ] = 8265,
-    cpus: Annotated[
-        int | None, typer.Option("--cpus", min=1, help="That Ray may hand out.")
-    ] = None,
+    port: Annotated[int, option("Of Ray's head.", min=1, max=65535)] = 6379,
+    jobs_port: Annotated[int, option("Of its dashboard and Jobs API.", min=1, max=65535)] = 8265,
+    cpus: Annotated[int | None, option("That Ray may hand out.", min=1)] = None,
     folder: FolderOption = None,
 ) -> None:
     """Start Ray on this machine, with a token, ready for `hamdist launch`."""
@@ -85,10 +85,9 @@ def cluster_stop(folder: FolderOption = None) -> None:
 def doctor(
     cluster: Annotated[
         str | None,
-        typer.Option(
-            "--cluster",
-            metavar="FILE|ADDRESS",
-            help="Look at all hosts of a cluster ('mine': of `hamdist cluster start`).",
+        option(
+            "Look at all hosts of a cluster ('mine': of `hamdist cluster start`).",
+            "FILE|ADDRESS",
             show_default="this host alone",
         ),
     ] = None,
@@ -204,7 +203,7 @@ def _print_results(results: Results) -> None:
         complain(f"The files are on {results.files_stay.host}: {results.files_stay.folder}")
 
 
-IdArgument = Annotated[str, typer.Argument(metavar="ID", help="See `hamdist runs`.")]
+IdArgument = Annotated[str, argument("See `hamdist runs`.", "ID")]
 
 
 def launch(
@@ -215,26 +214,13 @@ def launch(
     out: OutOption = None,
     overwrite: OverwriteOption = False,
     resume: Annotated[
-        str | None,
-        typer.Option(
-            "--resume", metavar="ID|PATH", help="Go on from the latest snapshot of a run."
-        ),
+        str | None, option("Go on from the latest snapshot of a run.", "ID|PATH")
     ] = None,
-    detach: Annotated[
-        bool, typer.Option("--detach", help="Print the run's id and do not follow it.")
-    ] = False,
-    live: Annotated[
-        bool, typer.Option("--live", help="Learn from what hamdist.attach(ID) says, not a stream.")
-    ] = False,
-    host: Annotated[
-        str, typer.Option("--host", help="With --live: the head's interface to listen on.")
-    ] = "127.0.0.1",
-    port: Annotated[
-        int, typer.Option("--port", min=0, max=65535, help="With --live; 0: any free one.")
-    ] = 0,
-    dry_run: Annotated[
-        bool, typer.Option("--dry-run", help="Print who would go where, and what is missing.")
-    ] = False,
+    detach: Annotated[bool, option("Print the run's id and do not follow it.")] = False,
+    live: Annotated[bool, option("Learn from what hamdist.attach(ID) says, not a stream.")] = False,
+    host: Annotated[str, option("With --live: the head's interface to listen on.")] = "127.0.0.1",
+    port: Annotated[int, option("With --live; 0: any free one.", min=0, max=65535)] = 0,
+    dry_run: Annotated[bool, option("Print who would go where, and what is missing.")] = False,
 ) -> None:
     """Run on a cluster, as a Ray job: it goes on when this terminal is closed."""
     if detach and out is not None:
@@ -276,8 +262,7 @@ def launch(
 
 def attach(
     id_: Annotated[
-        str | None,
-        typer.Argument(metavar="[ID]", help="See `hamdist runs`; none: the one that runs."),
+        str | None, argument("See `hamdist runs`; none: the one that runs.", "[ID]")
     ] = None,
     cluster: ClusterOption = None,
     out: OutOption = None,

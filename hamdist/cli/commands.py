@@ -10,6 +10,7 @@ from importlib import import_module
 from typing import Annotated, Any, cast, get_type_hints
 
 import typer
+from typer.models import OptionInfo
 
 from hamdist.cli import (
     cluster,
@@ -51,7 +52,8 @@ RUN_OPTIONS = {
 def with_output(command: Callable[..., None]) -> Callable[..., None]:
     """Return `command` with the options that all have (-v, -q, --json), errors as exit codes.
 
-    Its parameters of type RunOptions become the options that they name.
+    Its parameters of type RunOptions become the options that they name. An option has the name of
+    its parameter; a flag that is not set by itself has no `--no-...`.
     """
     hints = get_type_hints(command, include_extras=True)
     signature = inspect.signature(command)
@@ -66,6 +68,10 @@ def with_output(command: Callable[..., None]) -> Callable[..., None]:
             parameters += [RUN_OPTIONS[option] for option in outputs[name]]
         else:
             parameters.append(p.replace(annotation=hints[name], kind=p.KEYWORD_ONLY))
+    for p in parameters:
+        for info in getattr(p.annotation, "__metadata__", ()):
+            if isinstance(info, OptionInfo) and p.default is not True:
+                info.param_decls = (f"--{p.name.strip('_').replace('_', '-')}",)
     parameters += [
         inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=False, annotation=option)
         for name, option in OUTPUT_OPTIONS.items()

@@ -5,8 +5,6 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
-import typer
-
 from hamdist.cli.console import Display, complain, console, print_notes, report, say, study_table
 from hamdist.cli.options import (
     DEFAULT_SETTINGS,
@@ -17,6 +15,7 @@ from hamdist.cli.options import (
     factory_of,
     level_names,
     names,
+    option,
     without_none,
 )
 from hamdist.errors import SettingsError
@@ -33,33 +32,25 @@ FIRST_COST = "wall, s"  # title of the first column of costs
 def compare(
     settings: SettingsArgument = DEFAULT_SETTINGS,
     *,
-    levels: Annotated[
-        str | None, typer.Option("--levels", metavar="A,B", help="Levels to compare.")
-    ] = None,
+    levels: Annotated[str | None, option("Levels to compare.", "A,B")] = None,
     rules: Annotated[
         str | None,
-        typer.Option(
-            "--rules",
-            metavar="A,B",
-            help="Levels and rules of learning to compare (hamdist rules, or FILE.py:NAME).",
-        ),
+        option("Levels and rules of learning to compare (hamdist rules, or FILE.py:NAME).", "A,B"),
     ] = None,
-    seeds: Annotated[int | None, typer.Option("--seeds", min=1, help="How many seeds.")] = None,
+    seeds: Annotated[int | None, option("How many seeds.", min=1)] = None,
     options: Annotated[RunOptions, "engine seed steps set_ model stream stabilise"],
     baseline_model: Annotated[
         str | None,
-        typer.Option(
-            "--baseline-model",
-            metavar="FILE.py:FUNCTION",
-            help="Makes the module of centralised training, where it is another one; it begins "
+        option(
+            "Makes the module of centralised training, where it is another one; it begins "
             "with the model's weights where names and shapes fit.",
+            "FILE.py:FUNCTION",
         ),
     ] = None,
     out: Annotated[
         Path | None,
-        typer.Option(
-            "--out",
-            help="Folder for the result's files; a comparison that was ended goes on there.",
+        option(
+            "Folder for the result's files; a comparison that was ended goes on there.",
             show_default="results/NAME",
         ),
     ] = None,
@@ -78,10 +69,8 @@ def compare(
     plain = factory_of(baseline_model, "--baseline-model")
 
     from hamdist.study.interface.compare import Comparison, make_runs
-    from hamdist.study.run.comparison import run_key
     from hamdist.study.shared.named_code import code_of
 
-    code = code_of(loaded, options.model, options.stream, baseline_model)
     comparison = Comparison(settings=loaded)
     try:
         with Display(loaded) as display:
@@ -91,8 +80,7 @@ def compare(
                 factory=factory,
                 data=data,
                 plain=plain,
-                key=run_key(loaded, code),
-                made_of=code,
+                code=code_of(loaded, options.model, options.stream, baseline_model),
                 out=out or results_of(loaded.name),
                 overwrite=overwrite,
                 command=command_line(),

@@ -18,18 +18,27 @@ if TYPE_CHECKING:
     from hamdist.models.build import ModelFactory
     from hamdist.study.run.run import DataFactory
 
+
+def option(words: str, metavar: str | None = None, **more: Any) -> Any:
+    """Return an option that is called as its parameter is (`steps_ratio`, `set_`: --steps-ratio,
+    --set), with a help text and the name of its value; `more`: as of `typer.Option`."""
+    return typer.Option(metavar=metavar, help=words, **more)
+
+
+def argument(words: str, metavar: str, **more: Any) -> Any:
+    """Return an argument, with a help text and its name; `more`: as of `typer.Argument`."""
+    return typer.Argument(metavar=metavar, help=words, **more)
+
+
 SettingsArgument = Annotated[
-    str, typer.Argument(metavar="SETTINGS", help="A YAML file, or a recipe (`hamdist recipes`).")
+    str, argument("A YAML file, or a recipe (`hamdist recipes`).", "SETTINGS")
 ]
 # The recipe of a command without arguments: it learns from what scikit-learn ships.
 DEFAULT_SETTINGS = "digits"
-OutOption = Annotated[Path | None, typer.Option("--out", help="Folder for the result's files.")]
-OverwriteOption = Annotated[
-    bool, typer.Option("--overwrite", help="Write into the folder, though it is not empty.")
-]
+OutOption = Annotated[Path | None, option("Folder for the result's files.")]
+OverwriteOption = Annotated[bool, option("Write into the folder, though it is not empty.")]
 JsonFileOption = Annotated[
-    Path | None,
-    typer.Option("--json", metavar="FILE", help="Write the result there; -: print it alone."),
+    Path | None, option("Write the result there; -: print it alone.", "FILE")
 ]
 
 
@@ -39,44 +48,26 @@ class RunOptions:
 
     level: Annotated[
         str | None,
-        typer.Option(
-            "--level",
-            metavar="LEVEL",
-            help=f"Locality: {', '.join(v.value for v in Level)}; or your own, FILE.py:NAME.",
+        option(
+            f"Locality: {', '.join(v.value for v in Level)}; or your own, FILE.py:NAME.", "LEVEL"
         ),
     ] = None
-    engine: Annotated[
-        EngineKind | None, typer.Option("--engine", help="One process, or Ray actors.")
-    ] = None
-    seed: Annotated[int | None, typer.Option("--seed", min=0, help="The (first) seed.")] = None
-    steps: Annotated[int | None, typer.Option("--steps", min=1, help="Samples of the stream.")] = (
-        None
-    )
+    engine: Annotated[EngineKind | None, option("One process, or Ray actors.")] = None
+    seed: Annotated[int | None, option("The (first) seed.", min=0)] = None
+    steps: Annotated[int | None, option("Samples of the stream.", min=1)] = None
     set_: Annotated[
         list[str] | None,
-        typer.Option("--set", metavar="KEY=VALUE", help="Change a setting, e.g. stream.batch=8."),
+        option("Change a setting, e.g. stream.batch=8.", "KEY=VALUE"),
     ] = None
     model: Annotated[
-        str | None,
-        typer.Option(
-            "--model",
-            metavar="FILE.py:FUNCTION",
-            help="Makes the model (or PACKAGE.MODULE:FUNCTION).",
-        ),
+        str | None, option("Makes the model (or PACKAGE.MODULE:FUNCTION).", "FILE.py:FUNCTION")
     ] = None
     stream: Annotated[
         str | None,
-        typer.Option(
-            "--stream",
-            metavar="FILE.py:FUNCTION",
-            help="Makes the stream; or the stream and what is held out.",
-        ),
+        option("Makes the stream; or the stream and what is held out.", "FILE.py:FUNCTION"),
     ] = None
     stabilise: Annotated[
-        bool | None,
-        typer.Option(
-            "--stabilise", help="Normed inputs and scaled residuals for the model's layers."
-        ),
+        bool | None, option("Normed inputs and scaled residuals for the model's layers.")
     ] = None
 
     def changes(self) -> dict[str, Any]:

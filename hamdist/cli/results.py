@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from hamdist.cli.console import note, print_facts, print_rows, report, say
-from hamdist.cli.options import OverwriteOption, RunOptions
+from hamdist.cli.options import OverwriteOption, RunOptions, argument, option
 from hamdist.errors import FAILED, SettingsError
 from hamdist.study.shared.result_folder import results_of
 
@@ -20,10 +20,8 @@ if TYPE_CHECKING:
 
 
 def export(
-    snapshots: Annotated[
-        str, typer.Argument(metavar="DIR|URL", help="Snapshots of a run, or one.")
-    ],
-    file: Annotated[Path, typer.Argument(metavar="FILE", help="The safetensors file to write.")],
+    snapshots: Annotated[str, argument("Snapshots of a run, or one.", "DIR|URL")],
+    file: Annotated[Path, argument("The safetensors file to write.", "FILE")],
     *,
     options: Annotated[RunOptions, "model"],
 ) -> None:
@@ -38,7 +36,7 @@ def export(
 
 
 SHOWN = 5
-_Run = Annotated[Path, typer.Argument(metavar="RUN", help="Folder of --out, or digests.json.")]
+_Run = Annotated[Path, argument("Folder of --out, or digests.json.", "RUN")]
 
 
 def diff(first: _Run, second: _Run) -> None:
@@ -57,7 +55,7 @@ def diff(first: _Run, second: _Run) -> None:
         raise typer.Exit(FAILED)
 
 
-_OfReplay = Annotated[Path, typer.Argument(metavar="RUN", help="Folder of a run's --out.")]
+_OfReplay = Annotated[Path, argument("Folder of a run's --out.", "RUN")]
 
 
 def _recorded(folder: Path, options: RunOptions) -> RecordedRun:
@@ -70,19 +68,12 @@ def _recorded(folder: Path, options: RunOptions) -> RecordedRun:
 def rewind(
     folder: _OfReplay,
     *,
-    block: Annotated[str, typer.Option("--block", help="Its name.")],
-    tick: Annotated[int, typer.Option("--tick", min=0, help="Of the block.")],
-    out: Annotated[
-        Path | None,
-        typer.Option("--out", metavar="FILE", help="A safetensors file for all its tensors."),
-    ] = None,
-    record: Annotated[
-        Path | None,
-        typer.Option("--record", metavar="FILE", help="Write the signals that the block took."),
-    ] = None,
+    block: Annotated[str, option("Its name.")],
+    tick: Annotated[int, option("Of the block.", min=0)],
+    out: Annotated[Path | None, option("A safetensors file for all its tensors.", "FILE")] = None,
+    record: Annotated[Path | None, option("Write the signals that the block took.", "FILE")] = None,
     signals: Annotated[
-        Path | None,
-        typer.Option("--signals", metavar="FILE", help="Replay it alone, with those of --record."),
+        Path | None, option("Replay it alone, with those of --record.", "FILE")
     ] = None,
     options: Annotated[RunOptions, "model stream"],
 ) -> None:
@@ -122,16 +113,10 @@ def rewind(
 def fork(
     folder: _OfReplay,
     *,
-    without_sample: Annotated[
-        int | None,
-        typer.Option("--without-sample", metavar="N", min=0, help="Leave it out (from 0)."),
-    ] = None,
-    tick: Annotated[
-        int | None, typer.Option("--tick", min=0, help="Begin at the latest snapshot up to it.")
-    ] = None,
+    without_sample: Annotated[int | None, option("Leave it out (from 0).", "N", min=0)] = None,
+    tick: Annotated[int | None, option("Begin at the latest snapshot up to it.", min=0)] = None,
     out: Annotated[
-        Path | None,
-        typer.Option("--out", help="Folder for its files.", show_default="results/NAME-fork"),
+        Path | None, option("Folder for its files.", show_default="results/NAME-fork")
     ] = None,
     overwrite: OverwriteOption = False,
     options: Annotated[RunOptions, "set_ model stream"],
@@ -161,10 +146,7 @@ def bisect(
     second: _OfReplay,
     *,
     options: Annotated[RunOptions, "model stream"],
-    second_model: Annotated[
-        str | None,
-        typer.Option("--second-model", metavar="FILE.py:FUNCTION", help="Of the second run."),
-    ] = None,
+    second_model: Annotated[str | None, option("Of the second run.", "FILE.py:FUNCTION")] = None,
 ) -> None:
     """Name the first signal that differs in two runs, by replays. Exit code 0: equal, 1: one."""
     from hamdist.study.replay.replay import bisect as bisected

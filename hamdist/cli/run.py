@@ -18,7 +18,13 @@ from hamdist.cli.console import (
     warn,
     warning_at_once,
 )
-from hamdist.cli.options import DEFAULT_SETTINGS, OverwriteOption, RunOptions, SettingsArgument
+from hamdist.cli.options import (
+    DEFAULT_SETTINGS,
+    OverwriteOption,
+    RunOptions,
+    SettingsArgument,
+    option,
+)
 from hamdist.config import Settings
 from hamdist.errors import INTERRUPTED, SettingsError
 from hamdist.runtime.results.events import RunBegun
@@ -41,30 +47,18 @@ def run(
     *,
     options: Annotated[RunOptions, "level engine seed steps set_ model stream stabilise"],
     out: Annotated[
-        Path | None,
-        typer.Option(
-            "--out", help="Folder for the result's files.", show_default="results/NAME-TIME"
-        ),
+        Path | None, option("Folder for the result's files.", show_default="results/NAME-TIME")
     ] = None,
     overwrite: OverwriteOption = False,
-    snapshots: Annotated[
-        str | None, typer.Option("--snapshots", metavar="DIR|URL", help="Where to keep snapshots.")
-    ] = None,
+    snapshots: Annotated[str | None, option("Where to keep snapshots.", "DIR|URL")] = None,
     resume: Annotated[
-        str | None,
-        typer.Option("--resume", metavar="DIR|URL", help="Go on from the latest snapshot there."),
+        str | None, option("Go on from the latest snapshot there.", "DIR|URL")
     ] = None,
-    weights: Annotated[
-        Path | None,
-        typer.Option("--weights", metavar="FILE", help="Begin with a safetensors state_dict."),
-    ] = None,
+    weights: Annotated[Path | None, option("Begin with a safetensors state_dict.", "FILE")] = None,
     trace: Annotated[
-        Path | None,
-        typer.Option("--trace", metavar="FILE", help="Write a trace of its ticks, for Perfetto."),
+        Path | None, option("Write a trace of its ticks, for Perfetto.", "FILE")
     ] = None,
-    view: Annotated[
-        bool, typer.Option("--view", help="Show the run on a local page (see `hamdist view`).")
-    ] = False,
+    view: Annotated[bool, option("Show the run on a local page (see `hamdist view`).")] = False,
 ) -> None:
     """Train one network on a stream, at one level of locality."""
     changes: dict[str, Any] = {}
@@ -113,8 +107,7 @@ def run_settings(
             ResultFolder(out, overwrite=overwrite, controls=True, say=display.say)
         )
         if forks:
-            section = at_level.snapshots.model_copy(update={"path": str(folder.path / "snapshots")})
-            at_level = at_level.model_copy(update={"snapshots": section})
+            at_level = at_level.changed(snapshots={"path": str(folder.path / "snapshots")})
 
         from hamdist.runtime.results.measured import chrome_trace
         from hamdist.study.report.files import final_events

@@ -8,11 +8,10 @@ import signal
 from pathlib import Path
 from typing import Annotated, Any
 
-import typer
 from rich.text import Text
 
 from hamdist.cli.console import OUTPUT, console, report, say
-from hamdist.cli.options import DEFAULT_SETTINGS, RunOptions, SettingsArgument
+from hamdist.cli.options import DEFAULT_SETTINGS, RunOptions, SettingsArgument, argument, option
 from hamdist.errors import need_package
 
 
@@ -20,17 +19,14 @@ def serve(
     settings: SettingsArgument = DEFAULT_SETTINGS,
     *,
     options: Annotated[RunOptions, "level engine set_ model"],
-    port: Annotated[int, typer.Option("--port", min=0, max=65535, help="0: any free one.")] = 8000,
+    port: Annotated[int, option("0: any free one.", min=0, max=65535)] = 8000,
     host: Annotated[
-        str, typer.Option("--host", help="Interface; others than loopback are for safe networks.")
+        str, option("Interface; others than loopback are for safe networks.")
     ] = "127.0.0.1",
-    out: Annotated[
-        Path, typer.Option("--out", help="Folder of the journal and snapshots; an old one goes on.")
-    ] = Path("results/live"),
-    weights: Annotated[
-        str | None,
-        typer.Option("--weights", metavar="DIR|URL", help="Begin with those of a snapshot."),
-    ] = None,
+    out: Annotated[Path, option("Folder of the journal and snapshots; an old one goes on.")] = Path(
+        "results/live"
+    ),
+    weights: Annotated[str | None, option("Begin with those of a snapshot.", "DIR|URL")] = None,
 ) -> None:
     """Serve a run that learns from its clients, on this machine alone; Ctrl-C ends it.
 
@@ -72,7 +68,7 @@ def serve(
 
 
 def replay(
-    folder: Annotated[Path, typer.Argument(metavar="DIR", help="out= (or --out) of a live run.")],
+    folder: Annotated[Path, argument("out= (or --out) of a live run.", "DIR")],
     *,
     options: Annotated[RunOptions, "engine model"],
 ) -> None:

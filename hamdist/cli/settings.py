@@ -7,23 +7,18 @@ from importlib.resources import files
 from pathlib import Path
 from typing import Annotated
 
-import typer
 from rich.table import Table
 from rich.text import Text
 
 from hamdist.cli.console import OUTPUT, console, report, say
-from hamdist.cli.options import DEFAULT_SETTINGS
+from hamdist.cli.options import DEFAULT_SETTINGS, argument, option
 from hamdist.config import json_schema, read_yaml, template
 from hamdist.errors import SettingsError
 
 
 def init(
-    file: Annotated[Path, typer.Argument(metavar="[FILE]", help="Where to write it.")] = Path(
-        "settings.yaml"
-    ),
-    recipe: Annotated[
-        str, typer.Option("--recipe", metavar="NAME", help="Whose values it begins with.")
-    ] = DEFAULT_SETTINGS,
+    file: Annotated[Path, argument("Where to write it.", "[FILE]")] = Path("settings.yaml"),
+    recipe: Annotated[str, option("Whose values it begins with.", "NAME")] = DEFAULT_SETTINGS,
 ) -> None:
     """Write a settings file with a comment for every setting."""
     from hamdist.study.shared.recipes import load_settings

@@ -6,8 +6,6 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
-import typer
-
 from hamdist.cli.console import note, print_facts, print_rows, report, say, warn
 from hamdist.cli.options import (
     JsonFileOption,
@@ -16,6 +14,7 @@ from hamdist.cli.options import (
     SettingsArgument,
     json_file,
     level_names,
+    option,
 )
 from hamdist.config import EngineKind, Level
 from hamdist.errors import SettingsError
@@ -30,21 +29,12 @@ SHOWN = 8  # blocks of an actor
 def simulate(
     settings: SettingsArgument,
     *,
-    hosts: Annotated[
-        Path, typer.Option("--hosts", metavar="FILE", help="The cluster (how-to: simulate).")
-    ],
-    learn: Annotated[
-        bool, typer.Option("--learn", help="Learn in one process what the cluster would learn.")
-    ] = False,
-    sweep: Annotated[
-        bool, typer.Option("--sweep", help="Try cuts, placements, delays and codecs.")
-    ] = False,
-    levels: Annotated[
-        str | None, typer.Option("--levels", metavar="A,B", help="Levels for --sweep to try, too.")
-    ] = None,
+    hosts: Annotated[Path, option("The cluster (how-to: simulate).", "FILE")],
+    learn: Annotated[bool, option("Learn in one process what the cluster would learn.")] = False,
+    sweep: Annotated[bool, option("Try cuts, placements, delays and codecs.")] = False,
+    levels: Annotated[str | None, option("Levels for --sweep to try, too.", "A,B")] = None,
     out: Annotated[
-        Path | None,
-        typer.Option("--out", help="Folder of --sweep.", show_default="results/NAME-simulated"),
+        Path | None, option("Folder of --sweep.", show_default="results/NAME-simulated")
     ] = None,
     overwrite: OverwriteOption = False,
     json_: JsonFileOption = None,
@@ -58,13 +48,14 @@ def simulate(
     factory = options.factory()
 
     from hamdist.study.report.files import to_json
+    from hamdist.study.run.export import at_one_level
     from hamdist.study.shared.result_folder import write_file
     from hamdist.study.simulate.host_plan import read_host_plan
-    from hamdist.study.simulate.simulate import Planner, at_level
+    from hamdist.study.simulate.simulate import Planner
     from hamdist.study.simulate.simulate import learn as learn_it
     from hamdist.study.simulate.simulate import simulate as simulated
 
-    laid = at_level(loaded, loaded.level)
+    laid = at_one_level(loaded, loaded.level)
     cluster, notes = read_host_plan(hosts)
     for text in notes:
         warn(text)

@@ -16,8 +16,10 @@ from hamdist.cli.options import (
     OutOption,
     OverwriteOption,
     RunOptions,
+    argument,
     command_line,
     names,
+    option,
     without_none,
 )
 from hamdist.display.progress import PLAIN_SECONDS
@@ -28,28 +30,17 @@ if TYPE_CHECKING:
     from hamdist.study.grid.run import RunRecord
     from hamdist.study.propagation.study import SpeedRow
 
-StudyArgument = Annotated[
-    str, typer.Argument(metavar="SETTINGS", help="A study's YAML file, or a shipped one.")
-]
-StudySetOption = Annotated[
-    list[str] | None,
-    typer.Option("--set", metavar="KEY=VALUE", help="Change the study, e.g. seeds=5."),
-]
+StudyArgument = Annotated[str, argument("A study's YAML file, or a shipped one.", "SETTINGS")]
+StudySetOption = Annotated[list[str] | None, option("Change the study, e.g. seeds=5.", "KEY=VALUE")]
 StudyOutOption = Annotated[
     Path | None,
-    typer.Option(
-        "--out",
-        help="Folder for runs and report; a study that was ended goes on there.",
+    option(
+        "Folder for runs and report; a study that was ended goes on there.",
         show_default="results/NAME",
     ),
 ]
-ChosenOption = Annotated[
-    bool, typer.Option("--chosen", help="Tune nothing: take what the file names as `best`.")
-]
-WorkersOption = Annotated[
-    int | None,
-    typer.Option("--workers", min=1, help="Runs at a time.", show_default="one per core"),
-]
+ChosenOption = Annotated[bool, option("Tune nothing: take what the file names as `best`.")]
+WorkersOption = Annotated[int | None, option("Runs at a time.", min=1, show_default="one per core")]
 GRIDS = {  # by command: its help
     "levels": "Levels beside centralised backpropagation, each side tuned on a validation part.",
     "depth": "The same, against the number of layers (axes.depth).",
@@ -124,46 +115,30 @@ SEEDS = 2
 def speed(
     settings: Annotated[
         str | None,
-        typer.Argument(
-            metavar="[SETTINGS]",
-            help="A study's YAML file, or a shipped one: accuracy against c (axes.speed).",
+        argument(
+            "A study's YAML file, or a shipped one: accuracy against c (axes.speed).", "[SETTINGS]"
         ),
     ] = None,
     *,
     speeds: Annotated[
-        str | None,
-        typer.Option(
-            "--speeds", metavar="C,...", help="c, hops per second.", show_default="10..1000"
-        ),
+        str | None, option("c, hops per second.", "C,...", show_default="10..1000")
     ] = None,
-    steps_ratio: Annotated[
-        str | None,
-        typer.Option("--steps-ratio", metavar="A,...", help="c tau.", show_default="1,.5,.1"),
-    ] = None,
-    streams: Annotated[
-        str | None, typer.Option("--streams", metavar="A,B", help="static, smooth, random.")
-    ] = None,
-    seeds: Annotated[
-        int | None, typer.Option("--seeds", min=1, help="How many seeds.", show_default="2")
-    ] = None,
+    steps_ratio: Annotated[str | None, option("c tau.", "A,...", show_default="1,.5,.1")] = None,
+    streams: Annotated[str | None, option("static, smooth, random.", "A,B")] = None,
+    seeds: Annotated[int | None, option("How many seeds.", min=1, show_default="2")] = None,
     depth: Annotated[
-        int | None,
-        typer.Option("--depth", min=1, help="Layers of the tanh network.", show_default="3"),
+        int | None, option("Layers of the tanh network.", min=1, show_default="3")
     ] = None,
-    width: Annotated[
-        int | None, typer.Option("--width", min=1, help="Of its layers.", show_default="16")
-    ] = None,
+    width: Annotated[int | None, option("Of its layers.", min=1, show_default="16")] = None,
     options: Annotated[RunOptions, "model"],
     input_shape: Annotated[
-        str | None,
-        typer.Option("--input-shape", metavar="N,...", help="Of the model's input, without batch."),
+        str | None, option("Of the model's input, without batch.", "N,...")
     ] = None,
     set_: StudySetOption = None,
     chosen: ChosenOption = False,
     workers: WorkersOption = None,
     out: Annotated[
-        Path | None,
-        typer.Option("--out", help="Folder for the result's files.", show_default="results/speed"),
+        Path | None, option("Folder for the result's files.", show_default="results/speed")
     ] = None,
     overwrite: OverwriteOption = False,
 ) -> None:
@@ -237,28 +212,13 @@ def _speed(
 
 
 def recovery(
-    full: Annotated[
-        bool, typer.Option("--full", help="The paper's epochs: 40, for sequences 80.")
-    ] = False,
-    epochs: Annotated[
-        int | None, typer.Option("--epochs", min=1, help="Epochs.", show_default="1")
-    ] = None,
-    models: Annotated[
-        str | None,
-        typer.Option("--models", metavar="A,B", help="linear, mlp, resnet, vit, rnn, lstm."),
-    ] = None,
-    paper: Annotated[
-        bool, typer.Option("--paper", help="Dampen the first momentum step, too (HL App. E).")
-    ] = False,
-    images: Annotated[
-        Path | None, typer.Option("--images", help="Folder of IDX files, instead.")
-    ] = None,
-    texts: Annotated[
-        Path | None, typer.Option("--texts", help="Texts of two classes (pos, neg), instead.")
-    ] = None,
-    glove: Annotated[
-        Path | None, typer.Option("--glove", help="Word vectors of 50 numbers to begin with.")
-    ] = None,
+    full: Annotated[bool, option("The paper's epochs: 40, for sequences 80.")] = False,
+    epochs: Annotated[int | None, option("Epochs.", min=1, show_default="1")] = None,
+    models: Annotated[str | None, option("linear, mlp, resnet, vit, rnn, lstm.", "A,B")] = None,
+    paper: Annotated[bool, option("Dampen the first momentum step, too (HL App. E).")] = False,
+    images: Annotated[Path | None, option("Folder of IDX files, instead.")] = None,
+    texts: Annotated[Path | None, option("Texts of two classes (pos, neg), instead.")] = None,
+    glove: Annotated[Path | None, option("Word vectors of 50 numbers to begin with.")] = None,
     out: OutOption = None,
     overwrite: OverwriteOption = False,
 ) -> None:

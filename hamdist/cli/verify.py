@@ -14,7 +14,7 @@ from rich.table import Table
 from rich.text import Text
 
 from hamdist.cli.console import console, report
-from hamdist.cli.options import JsonFileOption, json_file
+from hamdist.cli.options import JsonFileOption, json_file, option
 from hamdist.display.progress import is_screen
 from hamdist.errors import FAILED
 
@@ -24,44 +24,22 @@ if TYPE_CHECKING:
 
 
 def verify(
-    full: Annotated[bool, typer.Option("--full", help="The papers' sizes (half an hour).")] = False,
-    golden: Annotated[
-        Path | None,
-        typer.Option("--golden", metavar="DIR", help="Folder of golden files (.npz), instead."),
-    ] = None,
-    only: Annotated[
-        list[str] | None, typer.Option("--only", metavar="TOPIC", help="One topic (repeatable).")
-    ] = None,
+    full: Annotated[bool, option("The papers' sizes (half an hour).")] = False,
+    golden: Annotated[Path | None, option("Folder of golden files (.npz), instead.", "DIR")] = None,
+    only: Annotated[list[str] | None, option("One topic (repeatable).", "TOPIC")] = None,
     json_: JsonFileOption = None,
     model: Annotated[
         str | None,
-        typer.Option(
-            "--model",
-            metavar="FILE.py:FUNCTION",
-            help="Verify the module that this function makes, and nothing else.",
-        ),
+        option("Verify the module that this function makes, and nothing else.", "FILE.py:FUNCTION"),
     ] = None,
     rule: Annotated[
-        str | None,
-        typer.Option("--rule", metavar="FILE.py:NAME", help="Verify this rule, and nothing else."),
+        str | None, option("Verify this rule, and nothing else.", "FILE.py:NAME")
     ] = None,
-    level: Annotated[
-        str | None,
-        typer.Option("--level", metavar="FILE.py:NAME", help="Verify this level of your own."),
-    ] = None,
-    input_shape: Annotated[
-        str | None,
-        typer.Option("--input-shape", metavar="3,28,28", help="Of --model, without the batch."),
-    ] = None,
-    classes: Annotated[
-        int | None, typer.Option("--classes", min=2, help="Of --model: targets are classes.")
-    ] = None,
-    batch: Annotated[
-        int | None, typer.Option("--batch", min=1, help="Of --model: rows.", show_default="4")
-    ] = None,
-    blocks: Annotated[
-        int | None, typer.Option("--blocks", min=1, help="Of --model: into how many blocks.")
-    ] = None,
+    level: Annotated[str | None, option("Verify this level of your own.", "FILE.py:NAME")] = None,
+    input_shape: Annotated[str | None, option("Of --model, without the batch.", "3,28,28")] = None,
+    classes: Annotated[int | None, option("Of --model: targets are classes.", min=2)] = None,
+    batch: Annotated[int | None, option("Of --model: rows.", min=1, show_default="4")] = None,
+    blocks: Annotated[int | None, option("Of --model: into how many blocks.", min=1)] = None,
 ) -> None:
     """Prove it: every statement of the papers against an oracle of its own."""
     json_ = json_file(json_)

@@ -10,12 +10,11 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
-import typer
 from rich.text import Text
 
 from hamdist.cli.cluster import ClusterOption, jobs_of
 from hamdist.cli.console import Display, complain, console, note, print_notes, report, say
-from hamdist.cli.options import DEFAULT_SETTINGS, RunOptions
+from hamdist.cli.options import DEFAULT_SETTINGS, RunOptions, argument, option
 from hamdist.errors import HamdistError, SettingsError
 from hamdist.runtime.results.run_events import EVENTS, EventFile, line_of
 from hamdist.study.shared.result_folder import results_of, write_file
@@ -27,18 +26,11 @@ if TYPE_CHECKING:
 
 def view(
     names: Annotated[
-        list[str] | None,
-        typer.Argument(metavar="[DIR|ID]...", help="Folders of results, or a launched run."),
+        list[str] | None, argument("Folders of results, or a launched run.", "[DIR|ID]...")
     ] = None,
-    latest: Annotated[
-        bool, typer.Option("--latest", help="The latest folder of results/ (as without DIR).")
-    ] = False,
-    port: Annotated[
-        int, typer.Option("--port", min=0, max=65535, help="Of the page; 0: any that is free.")
-    ] = 0,
-    browser: Annotated[
-        bool, typer.Option("--browser/--no-browser", help="Open the page in the browser.")
-    ] = True,
+    latest: Annotated[bool, option("The latest folder of results/ (as without DIR).")] = False,
+    port: Annotated[int, option("Of the page; 0: any that is free.", min=0, max=65535)] = 0,
+    browser: Annotated[bool, option("Open the page in the browser.")] = True,
     cluster: ClusterOption = None,
 ) -> None:
     """Show runs while they go on, or afterwards, on a local page; Ctrl-C ends it."""
@@ -65,9 +57,9 @@ def show_page(server: PageServer, *, browser: bool) -> None:
 def watch(
     name: Annotated[
         str | None,
-        typer.Argument(
-            metavar="[DIR|ID]",
-            help="Folder of results, or a launched run.",
+        argument(
+            "Folder of results, or a launched run.",
+            "[DIR|ID]",
             show_default="the latest of results/",
         ),
     ] = None,
@@ -88,10 +80,7 @@ def watch(
 
 def explain(
     folder: Annotated[
-        Path | None,
-        typer.Argument(
-            metavar="[DIR]", help="Folder of results.", show_default="the latest of results/"
-        ),
+        Path | None, argument("Folder of results.", "[DIR]", show_default="the latest of results/")
     ] = None,
 ) -> None:
     """Say in words where the time of runs went, and what to change."""
@@ -114,14 +103,11 @@ def _explain(folder: Path) -> None:
 
 def draw(
     settings: Annotated[
-        str,
-        typer.Argument(metavar="SETTINGS|DIR", help="A YAML file, a recipe, a folder of results."),
+        str, argument("A YAML file, a recipe, a folder of results.", "SETTINGS|DIR")
     ] = DEFAULT_SETTINGS,
     *,
     options: Annotated[RunOptions, "level engine set_ model stream"],
-    out: Annotated[
-        Path | None, typer.Option("--out", help="File, .svg or .dot.", show_default="NAME.svg")
-    ] = None,
+    out: Annotated[Path | None, option("File, .svg or .dot.", show_default="NAME.svg")] = None,
 ) -> None:
     """Draw the network of a run: blocks, shapes, edges, delays, actors; colour: late messages."""
     from hamdist.display.network import network_picture

@@ -135,6 +135,18 @@ class Settings(Section):
         """
         return _merged(self, level)
 
+    def changed(self, **fields: Any) -> Settings:
+        """Return these settings with other values, which are not checked.
+
+        Args:
+            **fields: by name; of a section those of its fields that change, as a mapping.
+        """
+        update = dict(fields)
+        for name, value in fields.items():
+            if isinstance(section := getattr(self, name), Section) and isinstance(value, Mapping):
+                update[name] = section.model_copy(update=value)
+        return self.model_copy(update=update)
+
 
 def settled(settings: Settings | None, fields: Mapping[str, Any]) -> Settings:
     """Return `settings` (None: the defaults) with `fields` laid over them. Raises SettingsError."""

@@ -43,6 +43,12 @@ def markdown(table: Table) -> str:
     return body + "".join(f"\n{note[0].upper()}{note[1:]}.\n" for note in table.notes)
 
 
+def markdown_page(title: str, command: str, tables: Mapping[str, Table]) -> str:
+    """Return tables by title as Markdown, below the command that made them."""
+    parts = (f"\n## {name}\n\n{markdown(table)}" for name, table in tables.items())
+    return f"# {title}\n\n`{command}`\n" + "".join(parts)
+
+
 def latex(table: Table) -> str:
     """Return the table as LaTeX (booktabs), its notes as comments."""
     titles, *rows = (

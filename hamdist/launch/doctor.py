@@ -19,7 +19,7 @@ from typing import Literal
 
 import psutil
 import torch
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import BaseModel, ValidationError
 
 from hamdist.dynamics.native import rows
 from hamdist.errors import ClusterError
@@ -34,7 +34,7 @@ from hamdist.study.report.files import versions
 SHARED = Path("/dev/shm")
 
 
-class HostFacts(BaseModel):
+class HostFacts(BaseModel, frozen=True):
     """Facts of a host.
 
     Attributes:
@@ -46,8 +46,6 @@ class HostFacts(BaseModel):
         token: Ray's token is required there.
         storage: the fault of the shared storage; empty: none, None: there is no storage.
     """
-
-    model_config = ConfigDict(frozen=True)
 
     name: str
     address: str = ""
@@ -113,14 +111,12 @@ SLOW_SECONDS = 0.2
 SAME = ("hamdist", "ray", "python", "torch")  # on all hosts, or nothing is equal to the bit
 
 
-class LinkFacts(BaseModel):
+class LinkFacts(BaseModel, frozen=True):
     """The link between two hosts, given by their index.
 
     `seconds`: of a small signal one way; `bytes_per_second`: of a large one (None: unknown);
     `error`: the reason of a failure.
     """
-
-    model_config = ConfigDict(frozen=True)
 
     first: int
     second: int
@@ -130,7 +126,7 @@ class LinkFacts(BaseModel):
     error: str | None = None
 
 
-class Findings(BaseModel):
+class Findings(BaseModel, frozen=True):
     """Facts of all hosts and links.
 
     Attributes:
@@ -138,8 +134,6 @@ class Findings(BaseModel):
         clocks: by host its clock less the head's, in seconds, and how far that may be wrong.
         skipped: pairs of hosts whose links were not measured.
     """
-
-    model_config = ConfigDict(frozen=True)
 
     hosts: list[HostFacts]
     unreached: dict[str, str] = {}
@@ -291,22 +285,19 @@ def _links(findings: Findings) -> list[DoctorCheck]:
     for link in findings.links:
         ends = f"{findings.name(link.first)} - {findings.name(link.second)}"
         if link.error is not None:
-            checks.append(
-                DoctorCheck(
-                    "FAIL",
-                    f"{ends}: no signal came through ({link.error}); hamdist needs the TCP ports "
-                    "that the system hands out (net.ipv4.ip_local_port_range) open between hosts",
-                )
+            text = (
+                f"{ends}: no signal came through ({link.error}); hamdist needs the TCP ports that "
+                "the system hands out (net.ipv4.ip_local_port_range) open between hosts"
             )
+            checks.append(DoctorCheck("FAIL", text))
         elif link.seconds is not None and link.seconds > SLOW_SECONDS:
             text = f"{ends}: {1000 * link.seconds:.0f} ms a signal; partition.delays: auto hides it"
             checks.append(DoctorCheck("warning", text))
     if findings.links and not checks:
         checks.append(DoctorCheck("ok", f"links: {len(findings.links)} measured"))
     if findings.skipped:
-        checks.append(
-            DoctorCheck("warning", f"{findings.skipped} pairs of hosts were not measured")
-        )
+        text = f"{findings.skipped} pairs of hosts were not measured"
+        checks.append(DoctorCheck("warning", text))
     return checks
 
 

@@ -69,8 +69,7 @@ def _run(folder: Path, lost: str | None) -> Ended:
     as_sent = load_settings(str(folder / SETTINGS), [here])
     settings = in_package(as_sent)
     if spec.snapshots is not None:
-        snapshots = as_sent.snapshots.model_copy(update={"path": spec.snapshots})
-        settings = settings.model_copy(update={"snapshots": snapshots})
+        settings = settings.changed(snapshots={"path": spec.snapshots})
     factory = None
     if spec.model is not None:
         from hamdist.models.build import load_factory
@@ -186,8 +185,7 @@ def _found_again(spec: JobSpec, lost: str) -> str | None:
 
 def _as_given(settings: Settings, as_sent: Settings) -> Settings:
     """Return the settings as the user can run them again, from elsewhere."""
-    engine = settings.engine.model_copy(update={"address": None})
-    settings = settings.model_copy(update={"engine": engine, "snapshots": as_sent.snapshots})
+    settings = settings.changed(engine={"address": None}, snapshots=as_sent.snapshots)
     learning = as_sent.learning
     return with_names(settings, learning.rules, as_sent.locality.level, learning.optimizer)
 

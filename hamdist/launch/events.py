@@ -187,8 +187,7 @@ class Results:
 
     def __init__(self, out: Path | None) -> None:
         self.out = out
-        self._file: File | None = None
-        self._part: BinaryIO | None = None
+        self._arriving: tuple[File, BinaryIO] | None = None
         self._hash = hashlib.sha256()
         self._got = 0
         self.written: list[str] = []
@@ -211,85 +210,76 @@ class Results:
         if not event.sent:
             self.left.append(event)
             return
-        self._file, self._hash, self._got = event, hashlib.sha256(), 0
-        if self.out is not None:
-            try:
-                self._part = self._path(event).open("wb")
-            except OSError as error:
-                raise self._unwritable(error) from None
+        part = Path(os.devnull) if self.out is None else self.out / f".{event.name}.part"
+        with self._writing():
+            self._arriving = event, part.open("wb")
+        self._hash, self._got = hashlib.sha256(), 0
         self._finish()
 
     def _take_part(self, event: FileChunk) -> None:
-        if self._file is None:
+        if self._arriving is None:
             raise ClusterError("the run's log is damaged: a part of no file")
+        file, part = self._arriving
         try:
             data = base64.b64decode(event.data, validate=True)
         except binascii.Error:
             data = b""
         self._got += len(data)
         self._hash.update(data)
-        try:
-            if self._part is not None:
-                self._part.write(data)
-        except OSError as error:
-            raise self._unwritable(error) from None
-        if not data or self._got > self._file.size:
+        with self._writing():
+            part.write(data)
+        if not data or self._got > file.size:
             self.close()
         self._finish()
 
     def _finish(self) -> None:
         """Give the file its name, once it is complete."""
-        if self._file is None or self._got < self._file.size:
+        if self._arriving is None or self._got < self._arriving[0].size:
             return
-        file, part = self._file, self._part
-        self._file, self._part = None, None
-        if part is None:
+        (file, part), self._arriving = self._arriving, None
+        with self._writing():
+            part.close()
+        if self.out is None:
             return
-        part.close()
         if self._hash.hexdigest() != file.sha256:
-            self._path(file).unlink()
+            Path(part.name).unlink()
             raise ClusterError(
                 f"{file.name} arrived damaged (its checksum differs); fetch it again (hamdist "
                 "attach)"
             )
-        if self.out is not None:
-            try:
-                self._path(file).replace(self.out / file.name)
-            except OSError as error:
-                raise self._unwritable(error, file.name) from None
-            if file.name not in self.written:
-                self.written.append(file.name)
+        with self._writing(file.name):
+            Path(part.name).replace(self.out / file.name)
+        if file.name not in self.written:
+            self.written.append(file.name)
 
-    def _unwritable(self, error: OSError, name: str = "") -> ClusterError:
-        where = str(self.out) if self.out is None or not name else str(self.out / name)
-        return ClusterError(
-            f"--out {where!r}: cannot be written: {error.strerror or error}; the results stay with "
-            "the run: hamdist attach fetches them again"
-        )
+    @contextlib.contextmanager
+    def _writing(self, name: str = "") -> Iterator[None]:
+        try:
+            yield
+        except OSError as error:
+            where = self.out if self.out is None or not name else self.out / name
+            raise ClusterError(
+                f"--out {str(where)!r}: cannot be written: {error.strerror or error}; the results "
+                "stay with the run: hamdist attach fetches them again"
+            ) from None
 
     def close(self) -> None:
         """Remove an incomplete file, if there is one, and raise ClusterError."""
-        file = self._file
+        arriving = self._arriving
         self.discard()
-        if file is not None:
+        if arriving is not None:
             raise ClusterError(
-                f"{file.name} did not arrive whole ({self._got} of {file.size} bytes); fetch it "
-                "again (hamdist attach)"
+                f"{arriving[0].name} did not arrive whole ({self._got} of {arriving[0].size} "
+                "bytes); fetch it again (hamdist attach)"
             )
 
     def discard(self) -> None:
         """Remove an incomplete file, if there is one."""
-        file, part = self._file, self._part
-        self._file, self._part = None, None
-        if part is not None:
+        if self._arriving is not None:
+            (_, part), self._arriving = self._arriving, None
             part.close()
-        if file is not None and self.out is not None:
-            self._path(file).unlink(missing_ok=True)
-
-    def _path(self, file: File) -> Path:
-        if self.out is None:
-            raise ValueError("no folder to write to")
-        return self.out / f".{file.name}.part"
+            if self.out is not None:
+                Path(part.name).unlink(missing_ok=True)
 
 
 def mirror_events(lines: Iterable[str], emit: EventListener) -> None:

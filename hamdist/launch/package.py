@@ -15,7 +15,7 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import BaseModel, ValidationError
 
 from hamdist.config import EngineKind, OptimizerSettings, Settings, describe, to_yaml
 from hamdist.errors import SettingsError
@@ -29,7 +29,7 @@ APART = ("__main__", "hamdist")  # modules beside a user's that do not travel
 MOST_BYTES = 100 * 2**20
 
 
-class JobSpec(BaseModel):
+class JobSpec(BaseModel, extra="forbid", frozen=True):
     """Specification of a job.
 
     Attributes:
@@ -39,8 +39,6 @@ class JobSpec(BaseModel):
         snapshots: where the run keeps them; resume: those that it begins with.
         live: the interface and port on which a live run is served; None for a run of the stream.
     """
-
-    model_config = ConfigDict(extra="forbid", frozen=True)
 
     id: str
     model: str | None
@@ -74,8 +72,7 @@ def on_ray(settings: Settings) -> Settings:
             f"engine.address {settings.engine.address!r}: --cluster says where a launched run "
             "goes; leave one of them out"
         )
-    engine = settings.engine.model_copy(update={"kind": EngineKind.RAY})
-    return settings.model_copy(update={"engine": engine})
+    return settings.changed(engine={"kind": EngineKind.RAY})
 
 
 @contextmanager
@@ -123,14 +120,9 @@ def with_names(
     optimizer: OptimizerSettings | None,
 ) -> Settings:
     """Return `settings` with rules, by pattern, a level and an optimiser of other names."""
-    update: dict[str, Any] = {}
-    learning: dict[str, Any] = {"rules": rules} if rules else {}
-    learning |= {} if optimizer is None else {"optimizer": optimizer}
-    if learning:
-        update["learning"] = settings.learning.model_copy(update=learning)
-    if level is not None:
-        update["locality"] = settings.locality.model_copy(update={"level": level})
-    return settings.model_copy(update=update)
+    learning = {k: v for k, v in {"rules": rules, "optimizer": optimizer}.items() if v}
+    sections = {"learning": learning, "locality": {} if level is None else {"level": level}}
+    return settings.changed(**{name: fields for name, fields in sections.items() if fields})
 
 
 def _own_names(settings: Settings) -> dict[str, str]:

@@ -8,6 +8,7 @@ import re
 import secrets
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 from hamdist.config import Settings, Spread
 from hamdist.errors import ClusterError, SettingsError
@@ -47,20 +48,12 @@ def submit_run(
         live: see `JobSpec`.
     """
     name = make_id(f"{settings.name}-{settings.level_name}")
-    spec = _spec(jobs, name, model).model_copy(
-        update={
-            "snapshots": kept_at(settings, jobs.cluster, name),
-            "resume": resume,
-            "live": live,
-            "stream": None if stream is None else named_there(stream),
-        }
-    )
-    metadata = {
-        "kind": "run",
-        "level": settings.level_name,
-        "steps": "" if settings.steps is None else str(settings.steps),
-    }
-    return _submit(jobs, settings, spec, "hamdist.launch.guardian", metadata)
+    own = {"model": model, "stream": stream}
+    more: dict[str, Any] = {k: None if v is None else named_there(v) for k, v in own.items()}
+    more |= {"snapshots": kept_at(settings, jobs.cluster, name), "resume": resume, "live": live}
+    steps = "" if settings.steps is None else str(settings.steps)
+    metadata = {"kind": "run", "level": settings.level_name, "steps": steps}
+    return _submit(jobs, settings, name, "guardian", metadata, **more)
 
 
 def kept_at(settings: Settings, cluster: ClusterSettings, name: str) -> str | None:
@@ -96,9 +89,8 @@ def resumed_from(name: str, cluster: ClusterSettings) -> str:
 
 def submit_checkup(jobs: Jobs) -> str:
     """Submit an examination of all hosts (doctor_job.py), and return its id."""
-    name = make_id("doctor")
-    spec = _spec(jobs, name, None)
-    return _submit(jobs, Settings(), spec, "hamdist.launch.doctor_job", {"kind": "doctor"})
+    metadata = {"kind": "doctor"}
+    return _submit(jobs, Settings(), make_id("doctor"), "doctor_job", metadata, model=None)
 
 
 def make_id(name: str) -> str:
@@ -107,18 +99,15 @@ def make_id(name: str) -> str:
     return f"{readable}-{secrets.token_hex(3)}"
 
 
-def _spec(jobs: Jobs, name: str, model: str | None) -> JobSpec:
-    cluster = jobs.cluster
-    model = None if model is None else named_there(model)
-    return JobSpec(id=name, model=model, storage=cluster.storage, most=cluster.fetch_mib * MIB)
-
-
 def _submit(
-    jobs: Jobs, settings: Settings, spec: JobSpec, module: str, metadata: dict[str, str]
+    jobs: Jobs, settings: Settings, name: str, module: str, metadata: dict[str, str], **more: Any
 ) -> str:
-    command = f"exec {jobs.cluster.python} -m {module}"
+    """Submit a job that runs a module of this folder; `more`: further fields of its `JobSpec`."""
+    cluster = jobs.cluster
+    spec = JobSpec(id=name, storage=cluster.storage, most=cluster.fetch_mib * MIB, **more)
+    command = f"exec {cluster.python} -m hamdist.launch.{module}"
     with packed(settings, spec) as folder:
-        return jobs.submit(command, folder, name=spec.id, metadata=metadata)
+        return jobs.submit(command, folder, name=name, metadata=metadata)
 
 
 # -- dry run ---------------------------------------------------------------------------------------

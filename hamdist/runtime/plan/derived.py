@@ -149,10 +149,8 @@ def replannable(
 
     Signals then go alone, unless `engine.bundle` is a number (placement/links.py).
     """
-    engine = settings.engine
-    if engine.bundle == "auto":
-        engine = engine.model_copy(update={"bundle": "off"})
-    planned = settings.model_copy(update={"engine": engine})
+    alone = {"bundle": "off"} if settings.engine.bundle == "auto" else {}
+    planned = settings.changed(engine=alone)
 
     def replan(delays: Mapping[str, int]) -> Plan:
         changed, level = delayed(graph, delays), plan.knobs.own

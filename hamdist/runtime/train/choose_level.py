@@ -202,7 +202,7 @@ def resolved(
     Returns:
         The settings, the stream with its first samples put back, and the reasons.
     """
-    graph = graph_of(settings.model_copy(update={"level": Level.TRACE}))
+    graph = graph_of(settings.changed(level=Level.TRACE))
     paced = settings.stream.pace is not None  # looking ahead would take its time
     frames, ends = None, False
     if not paced:

@@ -175,8 +175,7 @@ def settings_at(settings: Settings, level: Level | str) -> Settings:
         return settings.for_level(level)
     fields = level_fields("level", level)
     merged = settings.for_level(Level(fields["level"]))
-    locality = merged.locality.model_copy(update={**fields["locality"], "speed": None})
-    return merged.model_copy(update={"locality": locality})
+    return merged.changed(locality={**fields["locality"], "speed": None})
 
 
 NamedRule: TypeAlias = "Rule | str | Mapping[str, Any]"

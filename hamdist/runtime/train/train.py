@@ -316,23 +316,17 @@ class _Arguments:
         snapshots = self.settings.snapshots
         if snapshots.path is None or storage(snapshots.path).where != snapshot.where:
             return self
-        snapshots = snapshots.model_copy(
-            update={"path": f"{snapshot.where}/from-{snapshot.folder}"}
-        )
-        return replace(self, settings=self.settings.model_copy(update={"snapshots": snapshots}))
+        path = f"{snapshot.where}/from-{snapshot.folder}"
+        return replace(self, settings=self.settings.changed(snapshots={"path": path}))
 
     def _kept_at(self, snapshot: Snapshot) -> _Arguments:
         """Put new snapshots beside the one that the run goes on from, unless settings say so,
         and use measured delays again."""
         settings, keeps = self.settings, True
         if settings.snapshots.path is None:
-            snapshots = settings.snapshots.model_copy(update={"path": snapshot.where})
-            settings = settings.model_copy(update={"snapshots": snapshots})
-            keeps = False
+            settings, keeps = settings.changed(snapshots={"path": snapshot.where}), False
         if settings.partition.delays == "auto":
-            delays = {"delays": snapshot.manifest.delays}
-            partition = settings.partition.model_copy(update=delays)
-            settings = settings.model_copy(update={"partition": partition})
+            settings = settings.changed(partition={"delays": snapshot.manifest.delays})
         return replace(self, settings=settings, keeps=keeps)
 
 

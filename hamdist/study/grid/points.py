@@ -151,9 +151,8 @@ def _job(
         raise SettingsError(
             f"rows is {rows}, less than a batch of {settings.stream.batch} ({cell.label})"
         )
-    stream = settings.stream.model_copy(update={"evaluate": part})
-    more = {"seed": seed, "steps": steps, "stream": stream}
-    return GridJob(cell.trains, settings.model_copy(update=more))
+    scored = settings.changed(seed=seed, steps=steps, stream={"evaluate": part})
+    return GridJob(cell.trains, scored)
 
 
 def _settings(study: StudySettings, cell: GridCell, candidate: Candidate) -> Settings:

@@ -10,7 +10,7 @@ from typing import Any
 from hamdist.study.grid.points import Point
 from hamdist.study.grid.run import RunRecord, StudyOutcome
 from hamdist.study.grid.settings import Trains
-from hamdist.study.report.aggregate import mean_of, spread_of
+from hamdist.study.report.aggregate import mean_of, paired, spread_of, until
 from hamdist.study.report.blocks import BlockFacts
 from hamdist.study.report.paired_test import PairedTest, paired_test
 from hamdist.study.run.measures import DriftRecovery, drift_fact
@@ -72,7 +72,7 @@ def _line(outcome: StudyOutcome, baseline: StudyOutcome, goal: float | None) -> 
     cell, records = outcome.cell, outcome.records
     losses = [math.nan if r.loss is None else r.loss for r in records]
     gaps = _gaps(records, baseline.records)
-    rows_to_goal, seconds_to_goal = _until(goal, records)
+    rows_to_goal, seconds_to_goal = until(goal, (r.curve for r in records))
     return SummaryLine(
         side=cell.name,
         trains=cell.trains,
@@ -100,17 +100,6 @@ def _line(outcome: StudyOutcome, baseline: StudyOutcome, goal: float | None) -> 
     )
 
 
-def _until(goal: float | None, records: Sequence[RunRecord]) -> tuple[float | None, float | None]:
-    """Return rows and seconds to the first point of the curves with an accuracy of `goal`."""
-    none: Sequence[float | None] = (None, None)
-    reached = [
-        next((p for p in r.curve if goal is not None and (p[2] or 0.0) >= goal), none)
-        for r in records
-    ]
-    rows, seconds = [p[0] for p in reached], [p[1] for p in reached]
-    return _of_all(mean_of, rows), _of_all(mean_of, seconds)
-
-
 def _of_all(
     number: Callable[[Sequence[float]], float | None], values: Sequence[float | None]
 ) -> float | None:
@@ -121,16 +110,8 @@ def _of_all(
 
 def _gaps(records: Sequence[RunRecord], baseline: Sequence[RunRecord]) -> list[float]:
     """Return the gaps by seed; none unless both have finished with every seed of `records`."""
-    by_seed = {record.seed: record for record in baseline}
-    gaps = []
-    for record in records:
-        than = by_seed.get(record.seed)  # None if all candidates of the baseline diverged
-        if than is None:
-            continue
-        if record.accuracy is not None and than.accuracy is not None:
-            gaps.append(record.accuracy - than.accuracy)
-        elif record.loss is not None and than.loss is not None and record.failure is None:
-            gaps.append(record.loss - than.loss)
+    accuracies = paired(records, baseline, lambda r: r.accuracy)
+    gaps = accuracies or paired(records, baseline, lambda r: r.loss if r.failure is None else None)
     return gaps if len(gaps) == len(records) else []
 
 

@@ -5,7 +5,7 @@ files: Markdown, HTML, CSV, JSON, and the settings that made them.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from html import escape
 from pathlib import Path
 from typing import Any
@@ -18,7 +18,7 @@ from hamdist.display.table import (
     html_notes,
     html_table,
     latex,
-    markdown,
+    markdown_page,
     number,
     percent,
 )
@@ -88,42 +88,34 @@ def varied(study: StudySettings) -> list[Axis]:
 def _all(
     axes: Sequence[Axis], study: StudySettings, lines: Sequence[SummaryLine], real_valued: bool
 ) -> Table:
-    tested = any(line.gap_test is not None for line in lines)
     published = {name: s.published for name, s in study.sides.items() if s.published}
-    goal = study.goal
-    processor = any(line.cpu_seconds is not None for line in lines)
-    joules = any(line.joules is not None for line in lines)
-    titles = [
-        "side",
-        *(WORDS[axis] for axis in axes),
-        "held-out loss" if real_valued else "held-out, %",
-        *(["published, %"] if published else []),
-        "loss gap" if real_valued else "gap, points",
-        *(["95 %", "p"] if tested else []),
-        *([] if real_valued else ["prequential, %"]),
-        *([] if goal is None else [f"rows to {100 * goal:g} %", f"s to {100 * goal:g} %"]),
-        "s a run",
-        *(["CPU s"] if processor else []),
-        *(["J, whole machine"] if joules else []),
-        "chosen on validation",
-    ]
-    rows = [
-        [
-            line.side,
-            *(str(dict(line.point)[axis]) for axis in axes),
-            held_out(line, real_valued),
-            *([_published(published.get(line.side))] if published else []),
-            gap(line, real_valued),
-            *(_test(line, real_valued) if tested else []),
-            *([] if real_valued else [percent(line.prequential)]),
-            *([] if goal is None else [_until(line.rows_to_goal), _until(line.seconds_to_goal, 1)]),
-            MISSING if line.seconds is None else f"{line.seconds:.1f}",
-            *([number(line.cpu_seconds)] if processor else []),
-            *([number(line.joules)] if joules else []),
-            chosen(line.chosen),
-        ]
-        for line in lines
-    ]
+    goal = f"{100 * (study.goal or 0):g} %"
+    columns: dict[str, Callable[[SummaryLine], str]] = {
+        "side": lambda line: line.side,
+        **{WORDS[axis]: lambda line, axis=axis: str(dict(line.point)[axis]) for axis in axes},  # type: ignore[misc]
+        "held-out loss" if real_valued else "held-out, %": lambda line: held_out(line, real_valued),
+        "published, %": lambda line: _published(published.get(line.side)),
+        "loss gap" if real_valued else "gap, points": lambda line: gap(line, real_valued),
+        "95 %": lambda line: _test(line, real_valued)[0],
+        "p": lambda line: _test(line, real_valued)[1],
+        "prequential, %": lambda line: percent(line.prequential),
+        f"rows to {goal}": lambda line: _until(line.rows_to_goal),
+        f"s to {goal}": lambda line: _until(line.seconds_to_goal, 1),
+        "s a run": lambda line: MISSING if line.seconds is None else f"{line.seconds:.1f}",
+        "CPU s": lambda line: number(line.cpu_seconds),
+        "J, whole machine": lambda line: number(line.joules),
+        "chosen on validation": lambda line: chosen(line.chosen),
+    }
+    there = {
+        **dict.fromkeys(["95 %", "p"], any(line.gap_test is not None for line in lines)),
+        **dict.fromkeys([f"rows to {goal}", f"s to {goal}"], study.goal is not None),
+        "published, %": bool(published),
+        "prequential, %": not real_valued,
+        "CPU s": any(line.cpu_seconds is not None for line in lines),
+        "J, whole machine": any(line.joules is not None for line in lines),
+    }
+    titles = [title for title in columns if there.get(title, True)]
+    rows = [[columns[title](line) for title in titles] for line in lines]
     return Table(titles, rows, _notes(study, lines, real_valued))
 
 
@@ -324,7 +316,8 @@ def save_study(
         row["published"] = None if entry is None else entry.accuracy
     write_file(folder / "study.json", to_json({"command": command, "rows": rows}, indent=2))
     write_file(folder / "study.csv", _csv(rows))
-    write_file(folder / "study.md", _markdown(study, tables, command))
+    settings = f"\n## Settings\n\n```yaml\n{study_yaml(study)}```\n"
+    write_file(folder / "study.md", markdown_page(study.name, command, tables) + settings)
     write_file(folder / "study.tex", "\n".join(map(latex, tables.values())))
     write_file(folder / "study.html", _html(study, tables, figures, command, outcomes))
     return tables
@@ -346,13 +339,6 @@ def _csv(rows: Sequence[Mapping[str, Any]]) -> str:
             flat[name] = "; ".join(f"{key}={value}" for key, value in row[name].items())
         records.append(flat_tests(flat))
     return csv_text(records)
-
-
-def _markdown(study: StudySettings, tables: Mapping[str, Table], command: str) -> str:
-    parts = [f"# {study.name}\n\n`{command}`\n"]
-    parts += [f"\n## {title}\n\n{markdown(table)}" for title, table in tables.items()]
-    parts.append(f"\n## Settings\n\n```yaml\n{study_yaml(study)}```\n")
-    return "".join(parts)
 
 
 def _html(

@@ -113,8 +113,7 @@ def make_runs(
     factory: ModelFactory | None = None,
     data: DataFactory | None = None,
     plain: ModelFactory | None = None,
-    key: str | None = None,
-    made_of: str = "",
+    code: str | None = None,
     out: Path | None = None,
     overwrite: bool = False,
     command: str = "",
@@ -127,8 +126,8 @@ def make_runs(
         comparison: without runs.
         display: shows the progress.
         factory: makes the model; data: the stream of a seed; plain: the model of the baseline.
-        key: of the comparison; an earlier one of the same key that was ended goes on in `out`.
-        made_of: what tells these functions from others.
+        code: what tells these functions from others; an earlier comparison of the same settings
+            and code that was ended goes on in `out`. None: nothing does, and it begins anew.
         out: a folder for files.
         overwrite: write into it, though it is not empty.
         command: what the report says of its origin.
@@ -139,6 +138,7 @@ def make_runs(
         HamdistError: of the settings, or of a run.
     """
     settings, store, folder = comparison.settings, None, None
+    key = None if code is None else run_key(settings, code)
     planned = plan(settings)
     with ExitStack() as stack:
         if out is not None:
@@ -156,7 +156,7 @@ def make_runs(
         try:
             for run in runs_of(
                 settings, planned, factory=factory, data=data, plain=plain, on_progress=watch,
-                store=store, made_of=made_of,
+                store=store, made_of=code or "",
             ):  # fmt: skip
                 comparison.runs.append(run)
                 left.ended.append(run.startup_seconds + run.seconds)
@@ -188,7 +188,7 @@ def _watches(
         show = display.watch(title, batch, left)
         if folder is None:
             return show
-        event = RunBegun.of(settings.model_copy(update={"seed": run.seed}), title, batch)
+        event = RunBegun.of(settings.changed(seed=run.seed), title, batch)
         engine = event.engine if run.level is not None else "pytorch"
         return folder.watch(replace(event, level=run.name, engine=engine), show)
 
@@ -275,8 +275,7 @@ def compare(
                 factory=factory,
                 data=data,
                 plain=plain,
-                key=None if model or stream or baseline_model else run_key(whole, code_of(whole)),
-                made_of=code_of(whole),
+                code=None if model or stream or baseline_model else code_of(whole),
                 out=None if out is None else Path(out),
                 overwrite=overwrite,
                 command=f"hamdist.compare(..., out={str(out)!r})",

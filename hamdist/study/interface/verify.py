@@ -12,7 +12,7 @@ from hamdist.display.table import Table
 from hamdist.dynamics.user_modules.copies import copied
 from hamdist.errors import SettingsError
 from hamdist.models.build import ModelFactory, load_factory
-from hamdist.study.verify.runner import Topic, VerifyRow, own_model_topic, run, topics
+from hamdist.study.verify.runner import Topic, VerifyRow, run, topics
 from hamdist.study.verify.topics.own_model import VerifiedModel, parse_shape
 from hamdist.study.verify.topics.rule import VerifiedLevel, VerifiedRule
 
@@ -82,8 +82,7 @@ def chosen_topics(
         raise SettingsError(f"{extra} belongs to {option('model')}: give both")
     if alone:
         kind, name = alone[0]
-        verified = VerifiedRule(name) if kind == "rule" else VerifiedLevel(name)
-        return [Topic(kind, f"the {kind} {name}", lambda full: verified.checks(), answers=True)]  # noqa: ARG005
+        return _alone(kind, name, VerifiedRule(name) if kind == "rule" else VerifiedLevel(name))
     if model is None:
         names = [name.strip() for text in only for name in text.split(",") if name.strip()]
         return topics(names, golden)
@@ -100,7 +99,12 @@ def chosen_topics(
         )
     shape = parse_shape(input_shape) if isinstance(input_shape, str) else tuple(input_shape)
     factory: ModelFactory = load_factory(model) if isinstance(model, str) else _factory(model)
-    return [own_model_topic(VerifiedModel(factory, name, shape, classes, batch or ROWS, blocks))]
+    subject = VerifiedModel(factory, name, shape, classes, batch or ROWS, blocks)
+    return _alone("model", name, subject)
+
+
+def _alone(kind: str, name: str, verified: VerifiedModel | VerifiedRule) -> list[Topic]:
+    return [Topic(kind, f"the {kind} {name}", lambda full: verified.checks(), answers=True)]  # noqa: ARG005
 
 
 def _factory(model: nn.Module | ModelFactory) -> ModelFactory:

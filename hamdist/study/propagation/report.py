@@ -4,15 +4,16 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from html import escape
 from pathlib import Path
+from statistics import fmean
 
 import numpy as np
 
 from hamdist.display.figure import FigureCurve, PageFigure
-from hamdist.display.table import MISSING, Table, csv_text, markdown
+from hamdist.display.table import MISSING, Table, csv_text, markdown_page
 from hamdist.study.propagation.settling import CountRow
 from hamdist.study.propagation.streams import PERIOD, SWITCHED_ON, StreamKind
 from hamdist.study.propagation.study import SpeedResult, SpeedRow
@@ -52,15 +53,11 @@ def curves(rows: Sequence[SpeedRow]) -> list[Curve]:
             stream,
             c_tau,
             sorted(by_c),
-            [math.sqrt(_mean([r.error**2 for r in by_c[c]])) for c in sorted(by_c)],
-            [_mean([r.one_minus_cos for r in by_c[c]]) for c in sorted(by_c)],
+            [math.sqrt(fmean(r.error**2 for r in by_c[c])) for c in sorted(by_c)],
+            [fmean(r.one_minus_cos for r in by_c[c]) for c in sorted(by_c)],
         )
         for (stream, c_tau), by_c in groups.items()
     ]
-
-
-def _mean(values: Sequence[float]) -> float:
-    return sum(values) / len(values)
 
 
 def fits(curves: Sequence[Curve]) -> list[Fit]:
@@ -81,14 +78,12 @@ def fits(curves: Sequence[Curve]) -> list[Fit]:
 def speed_tables(result: SpeedResult) -> dict[str, Table]:
     """Return tables by title: error against c, 1 - cos against c, the ticks of static inputs."""
     drawn = curves(result.rows)
-    errors = {f.c_tau: f.error for f in fits(drawn)}
-    angles = {f.c_tau: f.one_minus_cos for f in fits(drawn)}
     tables = {
         "Relative error of local gradients, by c in hops per second": _against_c(
-            drawn, lambda c: c.error, errors, _facts(drawn)
+            drawn, "error", _facts(drawn)
         ),
         "1 - cos between local gradients and backpropagation's": _against_c(
-            drawn, lambda c: c.one_minus_cos, angles, []
+            drawn, "one_minus_cos", []
         ),
     }
     if result.counts:
@@ -98,18 +93,14 @@ def speed_tables(result: SpeedResult) -> dict[str, Table]:
     return tables
 
 
-def _against_c(
-    curves: Sequence[Curve],
-    values: Callable[[Curve], Sequence[float]],
-    slopes: dict[float, SlopeFit],
-    notes: Sequence[str],
-) -> Table:
+def _against_c(curves: Sequence[Curve], name: str, notes: Sequence[str]) -> Table:
     speeds = curves[0].speeds if curves else []
     titles = ["stream", "c τ", *(f"c = {c:g}" for c in speeds), "exponent"]
+    slopes: dict[float, SlopeFit] = {f.c_tau: getattr(f, name) for f in fits(curves)}
     rows = []
     for curve in curves:
         slope = slopes.get(curve.c_tau) if curve.stream == StreamKind.SMOOTH.value else None
-        cells = [_short(value) for value in values(curve)]
+        cells = [_short(value) for value in getattr(curve, name)]
         rows.append([curve.stream, f"{curve.c_tau:g}", *cells, _exponent(slope)])
     return Table(titles, rows, notes)
 
@@ -201,8 +192,7 @@ def save_speed(folder: Path, result: SpeedResult) -> None:
     title = escape(f"hamdist study speed: {result.network}")
     parts = [f"<h1>{title}</h1>", FIGURES]
     write_file(folder / "speed.html", page(title, parts, [baked(figures=figures)]))
-    tables = "".join(f"\n## {name}\n\n{markdown(t)}" for name, t in speed_tables(result).items())
-    text = f"# {result.network}\n\n`{result.command}`\n{tables}"
+    text = markdown_page(result.network, result.command, speed_tables(result))
     write_file(folder / "speed.md", text)
 
 

@@ -71,13 +71,8 @@ class TimedStream:
 
 def timed_stream(kind: StreamKind, values: StreamShapes, seed: int) -> TimedStream:
     """Return the stream of this kind and seed."""
-    make = {StreamKind.STATIC: _static, StreamKind.SMOOTH: _smooth, StreamKind.RANDOM: _noise}[kind]
-    u = make("u", values.u, seed)
-    if values.classes is None:
-        y = make("y", values.y, seed)
-    else:
-        moving = kind is StreamKind.RANDOM
-        y = (_classes if moving else _one_class)(values.y, values.classes, seed)
+    u = _course(kind, "u", values.u, None, seed)
+    y = _course(kind, "y", values.y, values.classes, seed)
     if kind is StreamKind.STATIC:
         return TimedStream(u, y, [SWITCHED_ON], begins=0.0, forgotten=1e-18)
     if kind is StreamKind.SMOOTH:
@@ -87,38 +82,23 @@ def timed_stream(kind: StreamKind, values: StreamShapes, seed: int) -> TimedStre
     return TimedStream(u, y, [PERIOD * (i + (i + x) / LOOKS) for i, x in enumerate(drawn)])
 
 
-def _static(name: str, shape: tuple[int, ...], seed: int) -> TimeCourse:
-    value = torch.randn(shape, generator=generator(f"static {name}", seed), dtype=F64)
-    return lambda _: value
+def _course(
+    kind: StreamKind, name: str, shape: tuple[int, ...], classes: int | None, seed: int
+) -> TimeCourse:
+    if kind is StreamKind.SMOOTH and classes is None:
+        drawn = generator(f"smooth {name}", seed)
+        w, p = (torch.rand(WAVES, *shape, generator=drawn, dtype=F64) for _ in range(2))
+        w, p = SLOWEST + (FASTEST - SLOWEST) * w, 2 * math.pi * p
+        return lambda t: math.sqrt(2 / WAVES) * torch.sin(w * t + p).sum(0)
 
+    def draw(purpose: str, *numbers: int) -> Tensor:
+        drawn = generator(f"{purpose} {name if classes is None else 'class'}", *numbers)
+        if classes is not None:
+            return torch.randint(classes, shape, generator=drawn)
+        return torch.randn(shape, generator=drawn, dtype=F64)
 
-def _smooth(name: str, shape: tuple[int, ...], seed: int) -> TimeCourse:
-    drawn = generator(f"smooth {name}", seed)
-    w, p = (torch.rand(WAVES, *shape, generator=drawn, dtype=F64) for _ in range(2))
-    w, p = SLOWEST + (FASTEST - SLOWEST) * w, 2 * math.pi * p
-    return lambda t: math.sqrt(2 / WAVES) * torch.sin(w * t + p).sum(0)
-
-
-def _noise(name: str, shape: tuple[int, ...], seed: int) -> TimeCourse:
-    def draw(n: int) -> Tensor:
-        return torch.randn(shape, generator=generator(f"random {name}", seed, n), dtype=F64)
-
-    return _held(draw)
-
-
-def _one_class(shape: tuple[int, ...], classes: int, seed: int) -> TimeCourse:
-    value = torch.randint(classes, shape, generator=generator("static class", seed))
-    return lambda _: value
-
-
-def _classes(shape: tuple[int, ...], classes: int, seed: int) -> TimeCourse:
-    def draw(n: int) -> Tensor:
-        return torch.randint(classes, shape, generator=generator("random class", seed, n))
-
-    return _held(draw)
-
-
-def _held(draw: Callable[[int], Tensor]) -> TimeCourse:
-    """Return the sample of the period in which t lies."""
-    latest = lru_cache(maxsize=1)(draw)
+    if kind is not StreamKind.RANDOM:
+        value = draw("static", seed)
+        return lambda _: value
+    latest = lru_cache(maxsize=1)(lambda n: draw("random", seed, n))
     return lambda t: latest(math.floor(t / PERIOD))

@@ -13,6 +13,7 @@ log2 of its ticks.
 from __future__ import annotations
 
 import dataclasses
+import json
 from collections.abc import Mapping
 from contextlib import suppress
 from dataclasses import dataclass, field
@@ -55,6 +56,7 @@ class RecordedRun:
         snapshots: where the run's snapshots lie, if it took any.
         digests: that the run recorded; empty without `engine.digests`.
         factory, data: of `--model` and `--stream`.
+        resumed: samples of the run that it has gone on from.
     """
 
     folder: Path
@@ -63,6 +65,7 @@ class RecordedRun:
     digests: RunDigests
     factory: ModelFactory | None = None
     data: DataFactory | None = None
+    resumed: int = 0
 
     def latest_before(self, tick: float, without: int | None = None) -> Snapshot | None:
         """Return the latest snapshot at or before a tick; None: only the beginning is.
@@ -93,14 +96,19 @@ def recorded_run(folder: Path, factory: ModelFactory | None = None) -> RecordedR
     settings = read_settings(text, str(folder / SETTINGS))
     settings = settings.for_level(settings.level)
     pin(settings.engine)
-    alone = {"kind": EngineKind.INPROCESS, "placement": None}
-    where = settings.snapshots.path
-    update = {
-        "engine": settings.engine.model_copy(update=alone),
-        "snapshots": settings.snapshots.model_copy(update={"path": None}),
-    }
+    engine = {"kind": EngineKind.INPROCESS, "placement": None}
+    alone = settings.changed(engine=engine, snapshots={"path": None})
     digests = read_digests(folder)[DIGESTS] if (folder / DIGESTS).exists() else {}
-    return RecordedRun(folder, settings.model_copy(update=update), where, digests, factory)
+    where = settings.snapshots.path
+    return RecordedRun(folder, alone, where, digests, factory, resumed=_resumed(folder))
+
+
+def _resumed(folder: Path) -> int:
+    """Return the samples of the run that a run has gone on from; 0 where no summary was written."""
+    try:
+        return int(json.loads((folder / "summary.json").read_text("utf-8"))["resumed"])
+    except (OSError, ValueError, KeyError, TypeError):
+        return 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -197,9 +205,15 @@ def _other(replay: Replay) -> str:
     miss = replay.missed
     if miss is None:
         return ""
+    began = 0 if replay.began is None else replay.began.manifest.samples
+    before = (
+        f"the run had gone on from sample {replay.run.resumed} of another, whose settings may have "
+        "been others, and no snapshot from there up to that tick is left (snapshots.keep); or "
+    )
     return (
         f"{str(replay.run.folder)!r}: its replay is not the run: at tick {miss.tick} block "
-        f"{miss.block!r} sent other bits ({miss.channel}); another model or stream (--model, "
+        f"{miss.block!r} sent other bits ({miss.channel}); "
+        f"{before if began < replay.run.resumed else ''}another model or stream (--model, "
         "--stream), other software or another processor, or the run's memory or network failed"
     )
 

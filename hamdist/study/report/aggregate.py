@@ -7,8 +7,9 @@ from __future__ import annotations
 
 import math
 import statistics
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 from hamdist.dynamics.graph.graph import INPUT
 from hamdist.dynamics.objective.prequential import merge_windows
@@ -87,7 +88,7 @@ def aggregate(runs: Iterable[Run]) -> list[AggregateRow]:
 
 
 def _row(group: Sequence[Run], baseline: Sequence[Run], goal: float | None) -> AggregateRow:
-    rows_to_goal, seconds_to_goal = _until(group, goal)
+    rows_to_goal, seconds_to_goal = until(goal, map(_curve, group))
     accuracies = _present(accuracy_of(run) for run in group)
     losses = _present(loss_of(run) for run in group)
     gaps = paired(group, baseline, accuracy_of)
@@ -132,18 +133,30 @@ def _goal(baseline: Sequence[Run]) -> float | None:
     return None if last is None else math.floor(100 * GOAL * last) / 100
 
 
-def _until(group: Sequence[Run], goal: float | None) -> tuple[float | None, float | None]:
-    """Return the rows and seconds until the runs reached `goal`, means over them."""
+def until(
+    goal: float | None, curves: Iterable[Iterable[Sequence[Any]]]
+) -> tuple[float | None, float | None]:
+    """Return the rows and seconds until the runs reached `goal`, means over them; None where one
+    did not.
+
+    Args:
+        goal: an accuracy; None: nothing reaches it.
+        curves: of each run (rows so far, seconds, accuracy, ...).
+    """
     reached = []
-    for run in group:
-        for window, seconds in zip(run.windows, run.window_seconds, strict=True):
-            if goal is not None and window.accuracy is not None and window.accuracy >= goal:
-                reached.append(((window.last + 1) * run.batch, seconds))
+    for curve in curves:
+        for rows, seconds, accuracy, *_ in curve:
+            if None not in (goal, accuracy) and accuracy >= goal:
+                reached.append((rows, seconds))
                 break
         else:
             return None, None
-    rows, seconds_of_runs = zip(*reached, strict=True)
-    return statistics.fmean(rows), statistics.fmean(seconds_of_runs)
+    return mean_of([p[0] for p in reached]), mean_of([p[1] for p in reached])
+
+
+def _curve(run: Run) -> Iterator[tuple[float, float, float | None]]:
+    for window, seconds in zip(run.windows, run.window_seconds, strict=True):
+        yield (window.last + 1) * run.batch, seconds, window.accuracy
 
 
 def accuracy_of(run: Run) -> float | None:
@@ -181,9 +194,9 @@ def spread_of(values: Sequence[float]) -> float | None:
 
 
 def paired(
-    minuend: Sequence[Run], subtrahend: Sequence[Run], value: Callable[[Run], float | None]
+    minuend: Iterable[Any], subtrahend: Iterable[Any], value: Callable[[Any], float | None]
 ) -> list[float]:
-    """Return the differences of `value`, for each seed that both have."""
+    """Return the differences of `value`, for each seed of which both have one."""
     others = {run.seed: value(run) for run in subtrahend}
     pairs = [(value(run), others.get(run.seed)) for run in minuend]
     return [a - b for a, b in pairs if a is not None and b is not None]

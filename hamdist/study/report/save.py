@@ -6,7 +6,6 @@ K: recorded ticks, O: outputs.
 from __future__ import annotations
 
 import math
-import statistics
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from html import escape
 from pathlib import Path
@@ -21,7 +20,7 @@ from hamdist.display.figure import FigureCurve, PageFigure
 from hamdist.display.table import Table, csv_text, latex
 from hamdist.dynamics.blocks.energy import Records, hamiltonian, lagrangian, robust_hamiltonian
 from hamdist.runtime.results.events import RunEvent, UpdatesAligned
-from hamdist.study.report.aggregate import accuracy_of, aggregate, loss_of, paired
+from hamdist.study.report.aggregate import AggregateRow, aggregate
 from hamdist.study.report.blocks import block_table, facts_of
 from hamdist.study.report.digests_diff import digests_json
 from hamdist.study.report.files import (
@@ -92,11 +91,8 @@ def as_it_was(settings: Settings, run: Run) -> Settings:
     settings = run.chosen or settings
     if settings.partition.delays != "auto":
         return settings
-    partition = settings.partition.model_copy(update={"delays": dict(run.delays)})
-    engine = settings.engine
-    if engine.bundle == "auto":
-        engine = engine.model_copy(update={"bundle": "off"})
-    return settings.model_copy(update={"partition": partition, "engine": engine})
+    engine = {"bundle": "off"} if settings.engine.bundle == "auto" else {}
+    return settings.changed(partition={"delays": dict(run.delays)}, engine=engine)
 
 
 def save_blocks(folder: Path, table: Table) -> None:
@@ -129,7 +125,7 @@ def save_comparison(
             write_file(folder / name, digests_json(run.digests))
     events, seen = report_events(runs, folder), recorded(folder)
     blocks = block_table(facts_of(runs, seen))
-    figures = gap_figures(runs) + alignment_figures(seen, {(run.level, run.seed) for run in runs})
+    figures = gap_figures(rows) + alignment_figures(seen, {(run.level, run.seed) for run in runs})
     if blocks is not None:
         save_blocks(folder, blocks)
     page = render(
@@ -241,25 +237,22 @@ def alignment_figures(
 # -- figures of comparisons ------------------------------------------------------------------------
 
 
-def gap_figures(runs: Sequence[Run]) -> list[PageFigure]:
+def gap_figures(rows: Sequence[AggregateRow]) -> list[PageFigure]:
     """Return the gap to centralised training by level: mean over seeds and standard deviation;
     none of a level of which a run left the finite range, as in the table."""
-    scored = [run for run in runs if run.held_out is not None or run.failure is not None]
-    real_valued = all(accuracy_of(run) is None for run in scored)
-    baseline = [run for run in scored if run.level == CENTRALISED]
-    levels = list(dict.fromkeys(run.level for run in scored if run.level != CENTRALISED))
+    real_valued = all(row.held_out_accuracy is None for row in rows)
+    levels = [row for row in rows if row.level != CENTRALISED]
     curves = []
-    for place, level in enumerate(levels):
-        group = [run for run in scored if run.level == level]
-        gaps = paired(group, baseline, loss_of if real_valued else accuracy_of)
-        gaps = [gap if real_valued else 100 * gap for gap in gaps]
-        if gaps and all(map(math.isfinite, gaps)):
-            spread = statistics.stdev(gaps) if len(gaps) > 1 else 0.0
-            mean = statistics.fmean(gaps)
-            curves.append(
-                FigureCurve(level, [place], [mean], [spread], style=(place, place), points=True)
-            )
+    for place, row in enumerate(levels):
+        gap, spread = row.loss_gap, row.loss_gap_spread
+        if not real_valued:
+            gap, spread = row.gap_to_backprop, row.gap_spread
+        if gap is not None and math.isfinite(gap):
+            unit, style = 1 if real_valued else 100, (place, place)
+            bar = [unit * (spread or 0.0)]
+            curves.append(FigureCurve(row.level, [place], [unit * gap], bar, style, points=True))
     worse = "above" if real_valued else "below"
     title = f"Gap to centralised backpropagation ({worse} 0: worse than it)"
     y_label = "held-out loss above centralised" if real_valued else "points of accuracy"
-    return [PageFigure(title, "level", y_label, curves, ticks=levels)] if curves else []
+    ticks = [row.level for row in levels]
+    return [PageFigure(title, "level", y_label, curves, ticks=ticks)] if curves else []

@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from functools import cache
+from typing import Any
 
 from hamdist.config import EngineKind, Level, Settings, SignedCourseSettings, Update
 from hamdist.dynamics.schedule.levels import PRESETS
@@ -57,19 +58,19 @@ class PlannedRun:
         """
         shows, kind = bool(settings.compare.rules), None
         settings = settings_at(settings, self.level or Level.BACKPROP)
-        learning, locality, dynamics = settings.learning, settings.locality, settings.dynamics
+        locality = settings.locality
+        changes: dict[str, Any] = {"learning": {}, "locality": {}, "dynamics": {}}
         if self.rule is not None:
             rule = make_rule("compare.rules", self.rule)
             kind = rule.presentation
-            learning = learning.model_copy(update={"rules": {"*": self.rule}})
+            changes["learning"] = {"rules": {"*": self.rule}}
         if kind == "hold" and locality.speed is None and locality.update is None:
-            locality = locality.model_copy(update={"speed": HELD, "update": Update.LAST})
+            changes["locality"] = {"speed": HELD, "update": Update.LAST}
             nudges = rule.nudges(HELD)
-            if nudges and dynamics.phi is None:
+            if nudges and settings.dynamics.phi is None:
                 phi = SignedCourseSettings(values=tuple(nudges), cycle=True)
-                dynamics = dynamics.model_copy(update={"phi": phi})
-        sections = {"learning": learning, "locality": locality, "dynamics": dynamics}
-        settings = settings.model_copy(update={"seed": self.seed, **sections})
+                changes["dynamics"] = {"phi": phi}
+        settings = settings.changed(seed=self.seed, **changes)
         shows = shows and self.level is not None
         return with_alignment(settings, ALIGNMENTS) if shows else settings
 
@@ -80,14 +81,14 @@ def with_alignment(settings: Settings, probes: int) -> Settings:
     As they are where they say it themselves, and where no update is of one sample alone (rules that
     carry traces from token to token among them).
     """
-    metrics, parts = settings.metrics, settings.locality.microbatches
+    parts = settings.locality.microbatches
     rules = [make_rule(f"rules.{name}", rule) for name, rule in settings.learning.rules.items()]
     whole = settings.level in (Level.AUTO, Level.BPTT, Level.PIPELINE) or parts not in (None, 1)
     whole = whole or any(rule.presentation == "sequence" for rule in rules)
-    if whole or metrics.alignment is not None:
+    if whole or settings.metrics.alignment is not None:
         return settings
     every = max(1, (settings.steps or 0) // probes)
-    return settings.model_copy(update={"metrics": metrics.model_copy(update={"alignment": every})})
+    return settings.changed(metrics={"alignment": every})
 
 
 def plan(settings: Settings) -> list[PlannedRun]:
@@ -205,8 +206,7 @@ def run_key(settings: Settings, *made_of: object) -> str:
 
 def _with_own_snapshots(settings: Settings, name: str) -> Settings:
     """Return the settings with a folder of its own for the run's snapshots, if it takes any."""
-    snapshots = settings.snapshots
-    if snapshots.path is None:
+    path = settings.snapshots.path
+    if path is None:
         return settings
-    path = f"{snapshots.path.rstrip('/')}/{name}-{settings.seed}"
-    return settings.model_copy(update={"snapshots": snapshots.model_copy(update={"path": path})})
+    return settings.changed(snapshots={"path": f"{path.rstrip('/')}/{name}-{settings.seed}"})

@@ -19,6 +19,7 @@ from hamdist.runtime.process.threads import cores
 from hamdist.runtime.results.events import NetworkPlaced, read_events
 from hamdist.runtime.snapshots.resume import earlier
 from hamdist.runtime.storage.snapshot_files import Snapshot, latest
+from hamdist.runtime.train.prepare import settings_at
 from hamdist.runtime.train.train import plan_of, snapshot_model
 from hamdist.streams.factory import make_stream
 from hamdist.streams.sample import Stream
@@ -80,6 +81,13 @@ def _model_and_stream(
 # -- pictures --------------------------------------------------------------------------------------
 
 
+def at_one_level(settings: Settings, level: Level | str) -> Settings:
+    """Return the settings of one level. Raises SettingsError for level 'auto'."""
+    if level is Level.AUTO:
+        raise SettingsError("level 'auto' is chosen when a run starts; name one: --level trace")
+    return settings_at(settings, level)
+
+
 def network_of_settings(
     settings: Settings, factory: ModelFactory | None = None, data: DataFactory | None = None
 ) -> tuple[PlacedNetwork, str]:
@@ -87,9 +95,7 @@ def network_of_settings(
 
     Raises HamdistError, as a run before it starts.
     """
-    if settings.level is Level.AUTO:
-        raise SettingsError("level 'auto' is chosen when a run starts; name one: --level trace")
-    at_level = settings.for_level(settings.level)
+    at_level = at_one_level(settings, settings.level)
     plan, _ = planned(at_level, factory, data)
     groups = [list(plan.graph.blocks)]
     if at_level.engine.kind is EngineKind.RAY:

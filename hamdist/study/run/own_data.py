@@ -66,7 +66,7 @@ def load_stream(
     """
     function = load_function(STREAM_OPTION, name)
     check_call(STREAM_OPTION, name, function, *(["seed"] if _takes_seed(function) else []))
-    return _maker(STREAM_OPTION, function, None, {"names": names, "model_loss": model_loss})
+    return _maker(STREAM_OPTION, function, None, None, {"names": names, "model_loss": model_loss})
 
 
 def data_of(
@@ -91,18 +91,16 @@ def data_of(
     function: Any = stream
     if not callable(stream) or isinstance(stream, Stream):
         function = lambda: stream  # noqa: E731
-    takes = _takes_seed(function)
-
-    def parts(seed: int) -> object:
-        result = function(seed=seed) if takes else function()
-        return result if held_out is None else (result, held_out)
-
-    parts.__qualname__ = title(function) if callable(stream) else type(stream).__name__
-    return _maker("stream", parts, classes, {"names": names, "model_loss": model_loss})
+        function.__qualname__ = type(stream).__name__
+    return _maker("stream", function, held_out, classes, {"names": names, "model_loss": model_loss})
 
 
 def _maker(
-    option: str, function: Callable[..., object], classes: Classes, read: dict[str, Any]
+    option: str,
+    function: Callable[..., object],
+    held_out: object,
+    classes: Classes,
+    read: dict[str, Any],
 ) -> Callable[[int], OwnData]:
     """Return a function that makes the data of a seed by a user's `function`."""
     takes_seed, names = _takes_seed(function), read["names"]
@@ -113,14 +111,15 @@ def _maker(
     def make(seed: int) -> OwnData:
         with generator_kept(seed):
             result = called(option, function, **({"seed": seed} if takes_seed else {}))
-            parts = list(result) if isinstance(result, tuple) and len(result) == 2 else [result]
+            both = result if held_out is None else (result, held_out)
+            parts = list(both) if isinstance(both, tuple) and len(both) == 2 else [both]
             name = f"{option}: {title(function)}()"
             train = _as_stream(parts[0], classes, read, name, "what to learn from")
             counted = _classes(train.spec)
-            held_out = [[part] if _single(part) else part for part in parts[1:]]
+            others = [[p] if _pair(p) or isinstance(p, Mapping) else p for p in parts[1:]]
             return OwnData(
                 train,
-                *(_as_stream(part, counted, scored, name, "what is held out") for part in held_out),
+                *(_as_stream(part, counted, scored, name, "what is held out") for part in others),
             )
 
     return make
@@ -148,11 +147,6 @@ def _pair(result: object) -> bool:
     )
 
 
-def _single(result: object) -> bool:
-    """Return True if `result` is one batch."""
-    return _pair(result) or isinstance(result, Mapping)
-
-
 def _as_stream(
     result: object, classes: Classes, read: dict[str, Any], name: str, part: str
 ) -> Stream:
@@ -169,15 +163,12 @@ def _as_stream(
             return from_iterable(result, classes=classes, **read)  # type: ignore[arg-type]  # (plain)
     except StreamError as error:
         raise StreamError(f"{name}, {part}: {error}") from error
+    kind = "one pair of tensors" if _pair(result) else type(result).__name__
     raise SettingsError(
-        f"{name} returned {_kind(result)}; return a stream (see "
+        f"{name} returned {kind}; return a stream (see "
         "hamdist.streams), a DataLoader or an iterable of (u, y), or a pair of these, the second "
         "of which is held out"
     )
-
-
-def _kind(result: object) -> str:
-    return "one pair of tensors" if _pair(result) else type(result).__name__
 
 
 def check_held_out(model: nn.Module, data: OwnData) -> None:

@@ -5,7 +5,8 @@ and weight costates at every t_k.
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple
 
 from torch import Tensor
 
@@ -41,6 +42,7 @@ class PlanNodes:
         run_loop([source, *self.nodes.values()], after_step=after_step)
 
 
+@dataclass
 class ModuleRecord:
     """omega and theta of one module at every t_k.
 
@@ -48,11 +50,10 @@ class ModuleRecord:
     block in the sequential order): those of t_k stand there after tick k, others before it.
     """
 
-    def __init__(self, weights: Weights, *, late: bool) -> None:
-        self.weights = weights
-        self.late = late
-        self.omega: list[list[Tensor]] = []
-        self.theta: list[list[Tensor]] = []
+    weights: Weights
+    late: bool = False
+    omega: list[list[Tensor]] = field(default_factory=list)
+    theta: list[list[Tensor]] = field(default_factory=list)
 
     def copy_weights(self) -> None:
         """Add copies of omega and theta as they are now."""
@@ -60,36 +61,29 @@ class ModuleRecord:
         self.theta.append([t.clone() for t in self.weights.theta])
 
 
-class NodeRecord:
-    """A node of a held block, with the records of its module and of its output module."""
+class NodeRecord(NamedTuple):
+    """A node of a held block, with the records of its module and of its output module, if any."""
 
-    def __init__(self, node: HoldNode, *, sequential: bool) -> None:
-        self.node = node
-        block = node.block
-        self.module = ModuleRecord(block.weights, late=sequential and isinstance(block, HoldBlock))
-        self.output: ModuleRecord | None = None
-        if isinstance(block, HoldBlock) and block.output_weights is not None:
-            self.output = ModuleRecord(block.output_weights, late=False)
-
-    @property
-    def modules(self) -> list[ModuleRecord]:
-        """Return the records of both modules, or of the one there is."""
-        return [self.module] if self.output is None else [self.module, self.output]
+    node: HoldNode
+    modules: list[ModuleRecord]
 
 
-class RecordedNodes:
+class RecordedNodes(PlanNodes):
     """The nodes of a plan whose blocks are held, with a record of each (`records`)."""
 
     def __init__(self, plan: Plan) -> None:
-        self._nodes = PlanNodes(plan)
-        sequential = plan.knobs.order is Order.SEQUENTIAL
+        super().__init__(plan)
         self.records: dict[str, NodeRecord] = {}
-        for name, node in self._nodes.nodes.items():
+        for name, node in self.nodes.items():
             if not isinstance(node, HoldNode):
                 raise TypeError(f"block {name!r} is not one that steps in every tick")
-            self.records[name] = NodeRecord(node, sequential=sequential)
+            block, late = node.block, plan.knobs.order is Order.SEQUENTIAL
+            modules = [ModuleRecord(block.weights, late and isinstance(block, HoldBlock))]
+            if isinstance(block, HoldBlock) and block.output_weights is not None:
+                modules.append(ModuleRecord(block.output_weights))
+            self.records[name] = NodeRecord(node, modules)
 
-    def run(self, stream: Stream) -> None:
+    def record(self, stream: Stream) -> None:
         """Run the whole stream, and record."""
         for record in self.records.values():
             for module in record.modules:
@@ -97,8 +91,7 @@ class RecordedNodes:
                     module.copy_weights()
 
         def copy_weights(node: Node, _tick: int) -> None:
-            if node.name in self.records:
-                for module in self.records[node.name].modules:
-                    module.copy_weights()
+            for module in self.records[node.name].modules if node.name in self.records else ():
+                module.copy_weights()
 
-        self._nodes.run(stream, copy_weights)
+        self.run(stream, copy_weights)

@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from hamdist.config import EngineKind, Level, Settings, Spread
+from hamdist.config import EngineKind, Settings, Spread
 from hamdist.errors import ClusterError, SettingsError
 from hamdist.models.build import ModelFactory
 from hamdist.runtime.placement.assign_blocks import groups_of, options_of_groups, place, split
@@ -26,7 +26,6 @@ from hamdist.runtime.timing.disturbances import COPY_BYTES_PER_SECOND, Disturban
 from hamdist.runtime.timing.model import TimingModel
 from hamdist.runtime.timing.simulations import EventSimulation, Recursion
 from hamdist.runtime.timing.timed_graph import Period, TimedGraph
-from hamdist.runtime.train.prepare import settings_at
 from hamdist.study.run.export import planned
 from hamdist.study.run.run import DataFactory, Run, run_level
 
@@ -107,12 +106,7 @@ class PlacedRun:
             "blocks": pins or settings.engine.blocks,
             "bundle": "off" if self.model.plan.engine.bundle == "auto" else settings.engine.bundle,
         }
-        return settings.model_copy(
-            update={
-                "engine": settings.engine.model_copy(update=engine),
-                "partition": settings.partition.model_copy(update={"delays": self.delays}),
-            }
-        )
+        return settings.changed(engine=engine, partition={"delays": self.delays})
 
 
 def _block_bytes(plan: Plan, settings: Settings) -> dict[str, int]:
@@ -214,15 +208,14 @@ class Planner:
 
     def with_least_delays(self, placed: PlacedRun) -> PlacedRun:
         """Return the candidate with the fewest delays that keep every actor busy."""
-        engine = placed.settings.engine
-        if engine.bundle == "auto":  # (a bundle would use the delays up, as in a run)
-            engine = engine.model_copy(update={"bundle": "off"})
-        plan = dataclasses.replace(placed.model.plan, engine=engine)
+        settings = placed.settings
+        if settings.engine.bundle == "auto":  # (a bundle would use the delays up, as in a run)
+            settings = settings.changed(engine={"bundle": "off"})
+        plan = dataclasses.replace(placed.model.plan, engine=settings.engine)
         model = dataclasses.replace(placed.model, plan=plan)
         cluster = as_measured(model, placed.placement, placed.hosts, self.cluster)
         delays = least_delays(model, placed.placement, placed.hosts, cluster)
         model = dataclasses.replace(model, plan=with_delays(plan, delays))
-        settings = placed.settings.model_copy(update={"engine": engine})
         return self._candidate(settings, model, [*map(list, placed.placement)], [*placed.hosts])
 
     def best(self, settings: Settings) -> PlacedRun:
@@ -233,13 +226,6 @@ class Planner:
         if settings.partition.delays == "auto":
             by_rate = sorted(map(self.with_least_delays, by_rate), key=lambda placed: -placed.rate)
         return next((placed for placed in by_rate if not placed.too_full()), by_rate[0])
-
-
-def at_level(settings: Settings, level: Level | str) -> Settings:
-    """Return the settings of one level. Raises SettingsError for level 'auto'."""
-    if level is Level.AUTO:
-        raise SettingsError("level 'auto' is chosen when a run starts; name one: --level trace")
-    return settings_at(settings, level)
 
 
 def simulate(placed: PlacedRun, seed: int = 0) -> dict[str, Any]:
@@ -355,10 +341,9 @@ def learn(
 
     The digest is that of all weights; seconds are those of the cluster, by `stages` of `simulate`.
     """
-    chosen = placed.chosen()
-    update: dict[str, Any] = {"kind": EngineKind.INPROCESS, "placement": None, "digests": True}
-    update["blocks"] = placed.settings.engine.blocks
-    settings = chosen.model_copy(update={"engine": chosen.engine.model_copy(update=update)})
+    engine: dict[str, Any] = {"kind": EngineKind.INPROCESS, "placement": None, "digests": True}
+    blocks = placed.settings.engine.blocks
+    settings = placed.chosen().changed(engine={**engine, "blocks": blocks})
     run, _ = run_level(settings, factory=factory, data=data)
     curve = [
         {"seconds": seconds_after(w.last + 1, stages), "loss": w.mean_loss, "accuracy": w.accuracy}

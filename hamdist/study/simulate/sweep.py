@@ -8,8 +8,9 @@ from pathlib import Path
 
 from hamdist.config import Compress, Level, Settings, to_yaml
 from hamdist.errors import ClusterError, GraphError, LevelError, SettingsError
+from hamdist.study.run.export import at_one_level
 from hamdist.study.shared.result_folder import write_file
-from hamdist.study.simulate.simulate import PlacedRun, Planner, at_level
+from hamdist.study.simulate.simulate import PlacedRun, Planner
 
 BLOCKS = (2, 3, 4, 6, 8, 12, 16)
 CODECS = (Compress.NONE, Compress.BF16, Compress.INT8, Compress.INT4)
@@ -67,17 +68,15 @@ def _name(settings: Settings) -> str:
 
 def _variants(settings: Settings, levels: Sequence[Level | str]) -> Iterator[Settings]:
     """Yield settings of each level, cut and codec; those that are given come first."""
-    part, engine = settings.partition, settings.engine
-    cuts = [part]
+    part, given = settings.partition, settings.engine.compress
+    cuts = [part.blocks]
     if part.cuts is None and not part.slices:
-        cuts += [part.model_copy(update={"blocks": n}) for n in BLOCKS if n != part.blocks]
-    codecs = [engine.compress, *(codec for codec in CODECS if codec != engine.compress)]
-    for level, blocks, codec in itertools.product(
-        dict.fromkeys([settings.level, *levels]), cuts, codecs
-    ):
-        compress = engine.model_copy(update={"compress": codec})
-        varied = settings.model_copy(update={"partition": blocks, "engine": compress})
-        yield at_level(varied, level)
+        cuts += [n for n in BLOCKS if n != part.blocks]
+    codecs = [given, *(codec for codec in CODECS if codec != given)]
+    all_levels = dict.fromkeys([settings.level, *levels])
+    for level, blocks, codec in itertools.product(all_levels, cuts, codecs):
+        cut = {} if blocks == part.blocks else {"blocks": blocks}
+        yield at_one_level(settings.changed(partition=cut, engine={"compress": codec}), level)
 
 
 def _apart(runs: Sequence[PlacedRun]) -> list[PlacedRun]:

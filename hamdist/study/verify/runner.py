@@ -21,7 +21,6 @@ from hamdist.errors import SettingsError
 from hamdist.runtime.process.threads import torch_threads
 from hamdist.study.verify.oracles import golden
 from hamdist.study.verify.oracles.check import FAULTS, Check, Difference, failure, reason
-from hamdist.study.verify.topics import own_model
 
 # Each is a module of `topics`, or in MODULES, with a function checks(full).
 TOPICS = {
@@ -93,15 +92,6 @@ def topics(only: Sequence[str], folder: Path | None) -> list[Topic]:
     chosen = [name for name in TOPICS if name in only or not only]
     paths = golden.files(folder or golden.shipped()) if "golden" in chosen else []
     return [Topic(name, TOPICS[name], partial(_checks_of, name, paths)) for name in chosen]
-
-
-def own_model_topic(verified: own_model.VerifiedModel) -> Topic:
-    """Return the topic about a user's own module."""
-
-    def checks(full: bool) -> Generator[Check, None, None]:  # noqa: ARG001
-        yield from own_model.checks(verified)
-
-    return Topic("model", f"the model {verified.name}", checks, answers=True)
 
 
 def _checks_of(topic: str, paths: Sequence[Path], full: bool) -> Generator[Check, None, None]:

@@ -170,15 +170,15 @@ def test_gaps_are_paired_by_seed(real_valued: bool) -> None:
         for level, accuracies in (("centralised", (0.9, 0.8)), ("trace", (0.8, 0.5)))
         for seed, accuracy in enumerate(accuracies)
     ]
-    [figure] = gap_figures(runs)
+    [figure] = gap_figures(aggregate(runs))
     [curve] = figure.curves
     assert (curve.label, list(figure.ticks)) == ("trace", ["trace"])
     mean, spread = (0.2, 0.02**0.5) if real_valued else (-20.0, 100 * 0.02**0.5)
     assert list(curve.y) == [pytest.approx(mean)]
     assert list(curve.spread) == [pytest.approx(spread)]
-    assert gap_figures(runs[:2]) == []
+    assert gap_figures(aggregate(runs[:2])) == []
     gone = make_run("trace", 1, held_out=None, failure="left the finite range")
-    assert gap_figures([*runs[:3], gone]) == []  # as the table has it
+    assert gap_figures(aggregate([*runs[:3], gone])) == []  # as the table has it
 
 
 def test_joined_windows_cover_the_same_items() -> None:

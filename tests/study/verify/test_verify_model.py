@@ -24,7 +24,7 @@ from hamdist.study.propagation.gradients import (
 )
 from hamdist.study.propagation.streams import StreamKind, timed_stream
 from hamdist.study.verify.topics import backpropagation, own_model
-from hamdist.study.verify.topics.own_model import VerifiedModel, checks
+from hamdist.study.verify.topics.own_model import VerifiedModel
 
 NETS = """
 import torch
@@ -181,7 +181,7 @@ def test_a_module_that_returns_several_things():
             return super().forward(x), x
 
     with pytest.raises(Exception, match="returns tuple, not a tensor"):
-        list(checks(VerifiedModel(lambda: Two(6, 3), "two", (6,))))
+        list(VerifiedModel(lambda: Two(6, 3), "two", (6,)).checks())
 
 
 def test_too_slow_a_speed_is_said(monkeypatch):
@@ -189,7 +189,7 @@ def test_too_slow_a_speed_is_said(monkeypatch):
     own = VerifiedModel(
         lambda: nn.Sequential(nn.Linear(6, 4), nn.Tanh(), nn.Linear(4, 3)), "small", (6,)
     )
-    *_, last = checks(own)
+    *_, last = own.checks()
     found = last.measure()
     assert found.difference > last.bound
     assert found.where == "not up to c = 2 hops per second"

@@ -272,7 +272,7 @@ def run_ticks(ticks: Ticks) -> dict[str, Array]:
             block.z = torch.tensor(ticks.data[f"z.{node.name}"][0])
     for node, module in modules:
         module.weights.omega = [torch.tensor(ticks.data[f"om.{key}"][0]) for key in node.keys]
-    network.run(stream)
+    network.record(stream)
     entries = recorded(ticks, {b: r.node.records() for b, r in network.records.items()})
     for node, module in modules:
         for i, key in enumerate(node.keys):

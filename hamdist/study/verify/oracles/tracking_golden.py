@@ -109,8 +109,8 @@ def track(data: GoldenData, graph: Graph, K: int) -> dict[str, Array]:
         block.weights.omega = [P0[rows, : len(x0)].contiguous()]
         if P0.shape[1] > len(x0):
             block.weights.omega.append(P0[rows, -1].contiguous())
-    network.run(stream)
-    modules = [record.module for record in network.records.values()]
+    network.record(stream)
+    modules = [record.modules[0] for record in network.records.values()]
     ours = {
         "W": np.concatenate([_joined(module.theta, K) for module in modules], axis=1),
         "P": np.concatenate([_joined(module.omega, K) for module in modules], axis=1),

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -135,10 +136,10 @@ def _check(
         metrics={"window": 1},
     )
     title = f"{name}: losses and weights of {samples} steps"
-    return Check(title, ORACLE, BOUND, lambda: _apart(build, samples, settings))
+    return Check(title, ORACLE, BOUND, partial(apart_from_sgd, build, samples, settings))
 
 
-def _apart(build: Callable[[], nn.Module], samples: int, settings: Settings) -> float:
+def apart_from_sgd(build: Callable[[], nn.Module], samples: int, settings: Settings) -> float:
     """Return the largest difference between losses, and between weights at the end."""
     module = build()
     model = skip_graph(module) if isinstance(module, Skips) else module

@@ -142,14 +142,18 @@ def _compared(case: _Case, placement: Placement) -> Difference:
     graph = as_graph(_model(case), settings, stream.spec, cross_entropy)
     plan = make_plan(graph, settings, stream.spec)
     network = RecordedNodes(plan)
-    network.run(stream)
+    network.record(stream)
     records = [*network.records.values()]
     readout = records[-1].node.metrics
     losses = np.array([] if readout is None else [w.loss for w in readout.windows])
     pairs = {"L": (losses, data["L"]), "L of torch": (losses, data["torch_loss"])}
     snap = data["snap"].tolist()
-    omega = [_joined(moment) for moment in zip(*(r.module.omega for r in records), strict=False)]
-    theta = [_joined(moment) for moment in zip(*(r.module.theta for r in records), strict=False)]
+    omega = [
+        _joined(moment) for moment in zip(*(r.modules[0].omega for r in records), strict=False)
+    ]
+    theta = [
+        _joined(moment) for moment in zip(*(r.modules[0].theta for r in records), strict=False)
+    ]
     for i, key in enumerate(case.keys):
         pairs[f"om.{key}"] = np.stack([omega[k][i] for k in snap]), data[f"om.{key}"]
         pairs[f"th.{key}"] = np.stack([theta[k][i] for k in snap]), data[f"th.{key}"]

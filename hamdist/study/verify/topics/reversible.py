@@ -25,7 +25,7 @@ from hamdist.study.verify.oracles import golden
 from hamdist.study.verify.oracles.check import Check, Difference, absolute, largest
 from hamdist.study.verify.oracles.golden import ORACLE, RTOL, Array, GoldenData, entry, number
 from hamdist.study.verify.oracles.networks import CLASSES, F64, FEATURES, Draws, dense, seeded
-from hamdist.study.verify.topics.backpropagation import sgd
+from hamdist.study.verify.topics.backpropagation import apart_from_sgd, sgd
 
 BOUND = 1e-10
 WIDTH = 8
@@ -141,13 +141,7 @@ def _trained(blocks: int, depth: int, samples: int) -> float:
         metrics={"window": 1},
         partition={"cuts": ["1", *map(str, range(1 + size, 2 + depth, size))]},
     )
-    result = train(seeded(lambda: midpoint_layers(depth)), Draws(samples), settings)
-    plain = seeded(lambda: midpoint_layers(depth))
-    (curve,) = sgd(plain, Draws(samples), settings.learning)
-    (windows,) = result.windows.values()
-    pairs = [(torch.tensor([w.mean_loss for w in windows], dtype=F64), curve)]
-    pairs += zip(result.model.parameters(), plain.parameters(), strict=True)
-    return max(absolute(a, b) for a, b in pairs)
+    return apart_from_sgd(lambda: seeded(partial(midpoint_layers, depth)), samples, settings)
 
 
 # -- golden files ----------------------------------------------------------------------------------

@@ -9,10 +9,8 @@ A horizon is one period of the sinusoid, 2 pi seconds. K: ticks.
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from functools import cache
+from functools import cache, partial
 from typing import Any
-
-import numpy as np
 
 from hamdist.config import Settings
 from hamdist.dynamics.blocks.energy import Records
@@ -20,7 +18,7 @@ from hamdist.errors import DivergedError
 from hamdist.models.tracker import tracker
 from hamdist.runtime.train.train import train
 from hamdist.streams import make_stream
-from hamdist.study.run.measures import Tracking, follow, rms, seconds, signals
+from hamdist.study.run.measures import Tracking, Trajectory, follow, rms, seconds, signals
 from hamdist.study.shared.recipes import load_settings
 from hamdist.study.verify.oracles.check import Check, Difference
 from hamdist.study.verify.oracles.networks import F64
@@ -40,62 +38,35 @@ def checks(full: bool) -> Iterator[Check]:
         0.0,
         _blows_up,
     )
-    yield from _sinusoid(10 * HORIZON if full else 4000)
-    yield from _offset(10 * HORIZON if full else 3000)
+    long = 10 * HORIZON
+    ticks = long if full else 4000
+    error = cache(partial(_error, ticks))
+    title = f"{_title('sinusoid', ticks)}, after the first second"
+    yield Check(title, STATED, 0.02, lambda: rms(error()))
     if full:
-        yield from _with_jumps("patched", 10 * HORIZON)
-        yield from _with_jumps("constants", 16_000)
-    else:
-        yield from _with_jumps("patched", 8000, dwell=4.0)
-
-
-def _sinusoid(ticks: int) -> Iterator[Check]:
-    @cache
-    def error() -> tuple[np.ndarray, float]:
-        _, y, target = _followed(ticks)
-        return (y - target)[SETTLED:], rms(target)
-
-    def share() -> float:
-        values, size = error()
-        return rms(values) / size
-
-    def drift() -> float:
-        values, _ = error()
-        half = HORIZON // 2  # the error of a sinusoid has half its period
-        return rms(values[-half:]) / rms(values[:half]) - 1
-
-    yield Check(f"{_title('sinusoid', ticks)}, after the first second", STATED, 0.02, share)
-    if ticks < 2 * HORIZON:
-        return
-    yield Check(
-        f"tracking the sinusoid: growth of the error over {ticks / HORIZON:.1f} horizons",
-        "no drift: equations.md (NILP)",
-        0.05,
-        drift,
-    )
-
-
-def _offset(ticks: int) -> Iterator[Check]:
-    """.5 + .3 sin t, without a bias."""
-
-    def share() -> float:
-        _, y, target = _followed(ticks, PURE, kind="offset")
-        return rms((y - target)[SETTLED:]) / rms(target)
-
+        title = f"tracking the sinusoid: growth of the error over {ticks / HORIZON:.1f} horizons"
+        yield Check(title, "no drift: equations.md (NILP)", 0.05, lambda: _growth(error()))
+    ticks = long if full else 3000
+    offset = partial(_error, ticks, PURE, kind="offset")  # .5 + .3 sin t, without a bias
     title = _title("sinusoid with an offset, without bias, eta = 70", ticks)
-    yield Check(f"{title}, after the first second", STATED, 0.04, share)
+    yield Check(f"{title}, after the first second", STATED, 0.04, lambda: rms(offset()))
+    patched = "signal of cosines and constants"
+    if full:
+        yield from _with_jumps(patched, long, kind="patched")
+        yield from _with_jumps("signal of constants", 16_000, kind="constants")
+    else:
+        yield from _with_jumps(patched, 8000, kind="patched", dwell=4.0)
 
 
-def _with_jumps(kind: str, ticks: int, **signal: Any) -> Iterator[Check]:
+def _with_jumps(name: str, ticks: int, **signal: Any) -> Iterator[Check]:
     @cache
     def tracking() -> Tracking:
-        times, y, target = _followed(ticks, kind=kind, **signal)
+        times, y, target = _followed(ticks, **signal)
         result = follow(y, target, times)
         if result is None or result.settled is None:
             raise ValueError("the target does not jump")
         return result
 
-    name = "signal of cosines and constants" if kind == "patched" else f"signal of {kind}"
     yield Check(_title(name, ticks), STATED, 0.27, lambda: tracking().share)
     title = f"{_title(name, ticks)}, outside 0.3 s after each jump"
     yield Check(title, STATED, 0.09, lambda: tracking().settled or 0.0)
@@ -103,6 +74,18 @@ def _with_jumps(kind: str, ticks: int, **signal: Any) -> Iterator[Check]:
 
 def _title(target: str, ticks: int) -> str:
     return f"tracking the {target} ({ticks:,} ticks): rms error / rms of the target"
+
+
+def _error(ticks: int, *overrides: Mapping[str, Any], **signal: Any) -> Trajectory:
+    """Return the error behind the first second, in rms of the target."""
+    _, y, target = _followed(ticks, *overrides, **signal)
+    error: Trajectory = (y - target)[SETTLED:] / rms(target)
+    return error
+
+
+def _growth(error: Trajectory) -> float:
+    half = HORIZON // 2  # the error of a sinusoid has half its period
+    return rms(error[-half:]) / rms(error[:half]) - 1
 
 
 def _settings(ticks: int, *overrides: Mapping[str, Any], **signal: Any) -> Settings:
@@ -119,7 +102,7 @@ def _run(settings: Settings) -> dict[str, Records]:
 
 def _followed(
     ticks: int, *overrides: Mapping[str, Any], **signal: Any
-) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+) -> tuple[Trajectory, Trajectory, Trajectory]:
     """Return times, output and target, (K,) and (K, 1)."""
     settings = _settings(ticks, *overrides, **signal)
     curves = signals(_run(settings)["x"])
