@@ -19,7 +19,7 @@ from hamdist.runtime.results.result import Outcome, Progress
 
 Handler = Callable[[int, FrameType | None], object]
 OnProgress = Callable[[Progress], object]
-Result = TypeVar("Result")
+T = TypeVar("T")
 
 
 @contextmanager
@@ -96,7 +96,7 @@ class ProgramSignals:
     def __init__(self) -> None:
         self._handlers = {n: signal.getsignal(n) for n in (signal.SIGINT, *terminating())}
 
-    def passed(self, result: Result, numbers: Sequence[int]) -> Result:
+    def passed(self, result: T, numbers: Sequence[int]) -> T:
         """Return the result of a run that `numbers` have ended, if they leave the program on."""
         once = numbers.count(signal.SIGINT) == 1
         for number in dict.fromkeys(numbers):
