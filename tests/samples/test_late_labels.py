@@ -241,8 +241,9 @@ def test_a_kept_trace_goes_on(tmp_path, level, step):
         return kept(5, level, engine={**engine, "step": step}, resume=resume, **fields)
 
     goes_on(of, tmp_path, 4 if level == "trace" else 23)
-    whole, folder = of({}, None), folders(tmp_path)[-1]
-    assert_equal(whole, of({}, folder))
+    whole, behind = of({}, None), of({}, folders(tmp_path)[-1])
+    assert_equal(whole, behind)
+    assert behind.stream == whole.stream
 
 
 def test_traces_are_let_go_when_they_have_learned():
