@@ -46,10 +46,10 @@ ClusterOption = Annotated[
     option(
         "A cluster file, or http://HOST:PORT of Ray's Jobs API.",
         "FILE|ADDRESS",
-        show_default="$HAMDIST_CLUSTER, or what `hamdist cluster start` started",
+        shown="$HAMDIST_CLUSTER, or what `hamdist cluster start` started",
     ),
 ]
-FolderOption = Annotated[Path | None, option("Where it lives.", show_default="~/.hamdist/cluster")]
+FolderOption = Annotated[Path | None, option("Where it lives.", shown="~/.hamdist/cluster")]
 
 
 def cluster_start(
@@ -88,7 +88,7 @@ def doctor(
         option(
             "Look at all hosts of a cluster ('mine': of `hamdist cluster start`).",
             "FILE|ADDRESS",
-            show_default="this host alone",
+            shown="this host alone",
         ),
     ] = None,
 ) -> None:

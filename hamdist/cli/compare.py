@@ -51,7 +51,7 @@ def compare(
         Path | None,
         option(
             "Folder for the result's files; a comparison that was ended goes on there.",
-            show_default="results/NAME",
+            shown="results/NAME",
         ),
     ] = None,
     overwrite: OverwriteOption = False,

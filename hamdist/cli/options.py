@@ -19,15 +19,20 @@ if TYPE_CHECKING:
     from hamdist.study.run.run import DataFactory
 
 
-def option(words: str, metavar: str | None = None, **more: Any) -> Any:
+def option(words: str, metavar: str | None = None, *, shown: str | bool = True, **more: Any) -> Any:
     """Return an option that is called as its parameter is (`steps_ratio`, `set_`: --steps-ratio,
-    --set), with a help text and the name of its value; `more`: as of `typer.Option`."""
-    return typer.Option(metavar=metavar, help=words, **more)
+    --set).
+
+    Args:
+        words: its help; metavar: the name of its value; shown: its default in words.
+        more: as of `typer.Option`.
+    """
+    return typer.Option(metavar=metavar, help=words, show_default=shown, **more)
 
 
-def argument(words: str, metavar: str, **more: Any) -> Any:
-    """Return an argument, with a help text and its name; `more`: as of `typer.Argument`."""
-    return typer.Argument(metavar=metavar, help=words, **more)
+def argument(words: str, metavar: str, *, shown: str | bool = True) -> Any:
+    """Return an argument, of the same words as an `option`."""
+    return typer.Argument(metavar=metavar, help=words, show_default=shown)
 
 
 SettingsArgument = Annotated[
@@ -56,8 +61,7 @@ class RunOptions:
     seed: Annotated[int | None, option("The (first) seed.", min=0)] = None
     steps: Annotated[int | None, option("Samples of the stream.", min=1)] = None
     set_: Annotated[
-        list[str] | None,
-        option("Change a setting, e.g. stream.batch=8.", "KEY=VALUE"),
+        list[str] | None, option("Change a setting, e.g. stream.batch=8.", "KEY=VALUE")
     ] = None
     model: Annotated[
         str | None, option("Makes the model (or PACKAGE.MODULE:FUNCTION).", "FILE.py:FUNCTION")

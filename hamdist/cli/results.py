@@ -115,9 +115,7 @@ def fork(
     *,
     without_sample: Annotated[int | None, option("Leave it out (from 0).", "N", min=0)] = None,
     tick: Annotated[int | None, option("Begin at the latest snapshot up to it.", min=0)] = None,
-    out: Annotated[
-        Path | None, option("Folder for its files.", show_default="results/NAME-fork")
-    ] = None,
+    out: Annotated[Path | None, option("Folder for its files.", shown="results/NAME-fork")] = None,
     overwrite: OverwriteOption = False,
     options: Annotated[RunOptions, "set_ model stream"],
 ) -> None:

@@ -47,7 +47,7 @@ def run(
     *,
     options: Annotated[RunOptions, "level engine seed steps set_ model stream stabilise"],
     out: Annotated[
-        Path | None, option("Folder for the result's files.", show_default="results/NAME-TIME")
+        Path | None, option("Folder for the result's files.", shown="results/NAME-TIME")
     ] = None,
     overwrite: OverwriteOption = False,
     snapshots: Annotated[str | None, option("Where to keep snapshots.", "DIR|URL")] = None,

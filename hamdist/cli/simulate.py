@@ -34,7 +34,7 @@ def simulate(
     sweep: Annotated[bool, option("Try cuts, placements, delays and codecs.")] = False,
     levels: Annotated[str | None, option("Levels for --sweep to try, too.", "A,B")] = None,
     out: Annotated[
-        Path | None, option("Folder of --sweep.", show_default="results/NAME-simulated")
+        Path | None, option("Folder of --sweep.", shown="results/NAME-simulated")
     ] = None,
     overwrite: OverwriteOption = False,
     json_: JsonFileOption = None,
