@@ -214,16 +214,10 @@ def read_host_plan(path: Path) -> tuple[ClusterModel, list[str]]:
         for at in times or [0.0]
     ]
     here = product_seconds() if any(host.product for host in plan.hosts) else 1.0
+    speeds = [h.speed or 1.0 if h.product is None else here / h.product for h in plan.hosts]
     hosts = [
-        HostModel(
-            host.name,
-            host.cores,
-            (host.speed or 1.0) if host.product is None else here / host.product,
-            host.memory,
-            host.up,
-            host.down,
-        )
-        for host in plan.hosts
+        HostModel(h.name, h.cores, speed, h.memory, h.up, h.down)
+        for h, speed in zip(plan.hosts, speeds, strict=True)
     ]
     failures = FailureModel(**dict(plan.failures))
     guessed = [f"{host.name} ({host.machine})" for host in plan.hosts if host.machine is not None]

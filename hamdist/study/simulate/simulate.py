@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from hashlib import blake2b
 from typing import Any
@@ -220,12 +220,15 @@ class Planner:
 
     def best(self, settings: Settings) -> PlacedRun:
         """Return the fastest way to run settings, by the model, that the hosts have memory for."""
-        by_rate = sorted(
-            self.candidates(settings, self.model(settings)), key=lambda placed: -placed.rate
-        )
+        placed = fastest_first(self.candidates(settings, self.model(settings)))
         if settings.partition.delays == "auto":
-            by_rate = sorted(map(self.with_least_delays, by_rate), key=lambda placed: -placed.rate)
-        return next((placed for placed in by_rate if not placed.too_full()), by_rate[0])
+            placed = fastest_first(map(self.with_least_delays, placed))
+        return next((one for one in placed if not one.too_full()), placed[0])
+
+
+def fastest_first(runs: Iterable[PlacedRun]) -> list[PlacedRun]:
+    """Return the candidates by the samples a second of the model."""
+    return sorted(runs, key=lambda placed: -placed.rate)
 
 
 def simulate(placed: PlacedRun, seed: int = 0) -> dict[str, Any]:
