@@ -183,21 +183,17 @@ class Replay(Digests):
         if state is not None:
             super().load_state_dict(state)
 
-    def check(self) -> None:
-        """Raise SettingsError if the replay is not the run, to the bit."""
-        if self.missed is not None:
-            raise SettingsError(_other(self))
-
-
-def _other(replay: Replay) -> str:
-    miss = replay.missed
-    if miss is None:
-        return ""
-    return (
-        f"{str(replay.run.folder)!r}: its replay is not the run: at tick {miss.tick} block "
-        f"{miss.block!r} sent other bits ({miss.channel}); another model or stream (--model, "
-        "--stream), other software or another processor, or the run's memory or network failed"
-    )
+    @property
+    def fault(self) -> str | None:
+        """Return why the replay is not the run, to the bit; None: it is, as far as is known."""
+        miss = self.missed
+        if miss is None:
+            return None
+        return (
+            f"{str(self.run.folder)!r}: its replay is not the run: at tick {miss.tick} block "
+            f"{miss.block!r} sent other bits ({miss.channel}); another model or stream (--model, "
+            "--stream), other software or another processor, or the run's memory or network failed"
+        )
 
 
 def from_snapshot(
@@ -239,7 +235,8 @@ def rewind(run: RecordedRun, block: str, tick: int, *, records: bool = False) ->
 
 def met(seen: Replay, tick: int) -> Replay:
     """Return a replay that has met the run, and its block at a tick; raise as `rewind`."""
-    seen.check()
+    if seen.fault is not None:
+        raise SettingsError(seen.fault)
     if seen.state is None:
         before = "" if seen.latest is None else f"; the latest tick before is {seen.latest}"
         raise SettingsError(f"--tick {tick}: block {seen.block!r} does nothing then{before}")
@@ -288,7 +285,7 @@ def bisect(first: RecordedRun, second: RecordedRun) -> FirstParting | None:
     earliest = sent[0]
     last = inf if earliest.tick is None else earliest.tick
     replays = [replay(run, equal, last) for run in (first, second)]
-    cause = next((_other(seen) for seen in replays if seen.missed is not None), None)
+    cause = next((seen.fault for seen in replays if seen.fault is not None), None)
     if cause is None:
         for step, other in zip(*(seen.course for seen in replays), strict=False):
             if step != other:
