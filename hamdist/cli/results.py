@@ -61,8 +61,8 @@ _OfReplay = Annotated[Path, argument("Folder of a run's --out.", "RUN")]
 def _recorded(folder: Path, options: RunOptions) -> RecordedRun:
     from hamdist.study.replay.replay import recorded_run
 
-    run = recorded_run(folder, options.factory())
-    return replace(run, data=options.data(run.settings))
+    run = recorded_run(folder)
+    return replace(run, own=options.functions(run.settings))
 
 
 def rewind(

@@ -115,7 +115,7 @@ def draw(
         network, name = network_of_folder(_with_events(Path(settings)) / EVENTS)
     else:
         loaded = options.load(settings)
-        network, name = network_of_settings(loaded, options.factory(), options.data(loaded))
+        network, name = network_of_settings(loaded, options.functions(loaded))
     file = out or Path(f"{results_of(name).name}.svg")
     if file.suffix not in (".svg", ".dot"):
         raise SettingsError(f"--out {str(file)!r}: name a file that ends in .svg or .dot")

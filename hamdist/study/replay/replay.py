@@ -24,7 +24,6 @@ from torch import Tensor
 
 from hamdist.config import EngineKind, Settings, read_settings
 from hamdist.errors import SettingsError
-from hamdist.models.build import ModelFactory
 from hamdist.runtime.engines.inprocess import InProcessEngine
 from hamdist.runtime.plan.plan import Plan
 from hamdist.runtime.process.portable import pin
@@ -36,7 +35,7 @@ from hamdist.runtime.storage.store import storage
 from hamdist.streams.sample import Stream
 from hamdist.study.report.digests_diff import Parting, RunDigests, compared, read_digests
 from hamdist.study.run.export import planned
-from hamdist.study.run.run import DataFactory
+from hamdist.study.run.own_data import NO_FUNCTIONS, OwnFunctions
 
 SETTINGS, DIGESTS = "settings.yaml", "digests.json"
 
@@ -54,15 +53,14 @@ class RecordedRun:
         settings: for one process, without snapshots of its own.
         snapshots: where the run's snapshots lie, if it took any.
         digests: that the run recorded; empty without `engine.digests`.
-        factory, data: of `--model` and `--stream`.
+        own: of `--model` and `--stream`.
     """
 
     folder: Path
     settings: Settings
     snapshots: str | None
     digests: RunDigests
-    factory: ModelFactory | None = None
-    data: DataFactory | None = None
+    own: OwnFunctions = NO_FUNCTIONS
 
     def latest_before(self, tick: float, without: int | None = None) -> Snapshot | None:
         """Return the latest snapshot at or before a tick; None: only the beginning is.
@@ -79,7 +77,7 @@ class RecordedRun:
         return self.latest_before(snapshot.tick - 1, without)
 
 
-def recorded_run(folder: Path, factory: ModelFactory | None = None) -> RecordedRun:
+def recorded_run(folder: Path) -> RecordedRun:
     """Read the folder of a run; if its bits are portable, this process will compute such.
 
     Raises SettingsError if it is no such folder.
@@ -96,7 +94,7 @@ def recorded_run(folder: Path, factory: ModelFactory | None = None) -> RecordedR
     engine = {"kind": EngineKind.INPROCESS, "placement": None}
     alone = settings.changed(engine=engine, snapshots={"path": None})
     digests = read_digests(folder)[DIGESTS] if (folder / DIGESTS).exists() else {}
-    return RecordedRun(folder, alone, settings.snapshots.path, digests, factory)
+    return RecordedRun(folder, alone, settings.snapshots.path, digests)
 
 
 @dataclass(frozen=True, slots=True)
@@ -202,7 +200,7 @@ def from_snapshot(
     """Return the plan and the stream of a replay that begins at a snapshot, and its watch."""
     if snapshot is not None and not snapshot.digests:
         run = dataclasses.replace(run, digests={})  # (the digests would begin in its midst)
-    plan, stream = planned(run.settings, run.factory, run.data, snapshot)
+    plan, stream = planned(run.settings, run.own, snapshot)
     if block is not None and block not in plan.graph.blocks:
         blocks = ", ".join(plan.graph.blocks)
         raise SettingsError(f"--block {block!r}: no block of the run; there are {blocks}")
