@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from typing import Any
 
 import yaml
@@ -11,13 +12,14 @@ from hamdist.errors import SettingsError
 # More than any settings have; beyond it a few lines of text could take minutes or the whole stack.
 MAX_NESTING = 50
 MAX_VALUES = 10_000
+_LEADING_ZERO = re.compile(r"[-+]?0[\d_]+")  # which YAML 1.1 reads as octal
 
 
 class _PlainLoader(yaml.SafeLoader):
     """Loader of plain values, without the surprises of YAML.
 
-    1:30 is no 90, no name is given twice, no tag names a type, and an alias counts as many values
-    as it repeats.
+    1:30 is no 90, 010 no 8, no name is given twice, no tag names a type, and an alias counts as
+    many values as it repeats.
     """
 
     def __init__(self, text: str) -> None:
@@ -33,6 +35,11 @@ class _PlainLoader(yaml.SafeLoader):
         value = getattr(event, "value", "")
         if any("\ud800" <= character <= "\udfff" for character in value):
             raise ValueError(f"line {line}: {value!r} has a lone surrogate, which is no character")
+        if getattr(event, "style", "") is None and _LEADING_ZERO.fullmatch(value):
+            raise ValueError(
+                f"line {line}: {value}: some read a number that begins with 0 as octal; write it "
+                f"without, or '{value}' if it is text"
+            )
         if isinstance(event, yaml.AliasEvent) and anchor not in self._sizes:
             raise ValueError(f"line {line}: *{anchor} stands before the end of &{anchor}")
         self._values += self._sizes[anchor] if isinstance(event, yaml.AliasEvent) else 1

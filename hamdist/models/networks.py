@@ -25,7 +25,8 @@ has, without affine weights, eps = 1e-3. It is not a batch norm, as in He et al.
 value for one row, and its statistics tie the rows of a batch together, so that a message which
 comes late would meet those of other samples and of older weights.
 
-W ~ N(0, gain/fan_in), the gain 2 before a relu and 1 elsewhere; b = 0; embeddings and places
+W ~ N(0, gain/fan_in), the gain 2 before a relu and 1 elsewhere; of a lenet uniform, of variance
+2/(fan_in + fan_out), as its source has it (Glorot and Bengio 2010); b = 0; embeddings and places
 N(0, 1) and N(0, 0.02^2); LSTMs as torch draws them.
 
 B: batch, C: channels, T: tokens, H: width, A: heads, D = H/A.
@@ -44,7 +45,7 @@ from hamdist.config import ModelKind, ModelSettings
 from hamdist.dynamics.modules.prenorm import layer_norm
 from hamdist.dynamics.user_modules.generator import generator_kept
 from hamdist.errors import SettingsError
-from hamdist.models.lenet import PooledConvolution, lenet_layers
+from hamdist.models.lenet import lenet_layers
 from hamdist.streams.sample import SampleSpec
 
 STAGES = 4
@@ -236,19 +237,20 @@ def make_network(
     """
     with generator_kept(seed):
         model = NETWORKS[settings.kind](settings, spec, outputs).double()
-        _draw(model)
+        _draw(model, xavier=settings.kind is ModelKind.LENET)
     return model.to(dtype)
 
 
-def _draw(model: nn.Module) -> None:
+def _draw(model: nn.Module, *, xavier: bool) -> None:
     """Draw the weights of all modules but LSTMs, in the order of the modules."""
-    rectified = [m.conv for m in model.modules() if isinstance(m, PooledConvolution)]
     for module in model.modules():
         if isinstance(module, (nn.Linear, nn.Conv2d)):
-            before_relu = isinstance(module, nn.Conv2d) and module.kernel_size == (3, 3)
-            gain = 2.0 if before_relu or module in rectified else 1.0
-            fan_in = module.weight[0].numel()
-            nn.init.normal_(module.weight, std=math.sqrt(gain / fan_in))
+            if xavier:
+                nn.init.xavier_uniform_(module.weight)
+            else:
+                before_relu = isinstance(module, nn.Conv2d) and module.kernel_size == (3, 3)
+                gain = 2.0 if before_relu else 1.0
+                nn.init.normal_(module.weight, std=math.sqrt(gain / module.weight[0].numel()))
             nn.init.zeros_(module.bias)  # type: ignore[arg-type]  # all of them have one
         elif isinstance(module, nn.Embedding):
             nn.init.normal_(module.weight)

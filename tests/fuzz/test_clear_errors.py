@@ -73,6 +73,8 @@ def test_one_error_that_names_it(arguments, words, tmp_path, monkeypatch):
         ("level: trace\nsteps: 3\nlevel: local\n", "line 3: 'level' is given twice"),
         ("model: {width: 8, depth: 2, width: 9}\n", "line 1: 'width' is given twice"),
         ("steps: 1:30\n", "steps: .*1:30"),
+        ("steps: 4\nseed: 010\n", "line 2: 010: .*octal; write it without, or '010' if"),
+        ("stream: {batch: -032}\n", "line 1: -032: .*octal"),
         ("name: 'a\0b'", "YAML"),
     ],
 )

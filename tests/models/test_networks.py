@@ -229,6 +229,19 @@ def test_variances():
         assert float(weight.var()) * weight[0].numel() / gain == pytest.approx(1, abs=tolerance)
 
 
+def test_weights_of_lenet_are_those_of_its_source():
+    """Glorot and Bengio 2010, Eq. 16: uniform between -a and a, a^2 = 6 / (fan_in + fan_out)."""
+    spec = SampleSpec((1, 784), torch.float32, (1,), torch.int64, classes=10)
+    model = make_model(ModelSettings(kind=ModelKind.LENET), spec, seed=3, dtype=F64)
+    fans = {"stem.conv": 175, "layer0.conv": 550, "layer1.conv": 3400, "layer2": 204, "head": 94}
+    for name, fan in fans.items():
+        weight = model.get_parameter(f"{name}.weight")
+        limit = math.sqrt(6 / fan)
+        assert 0.9 * limit < float(weight.abs().max()) <= limit
+        assert float(weight.square().mean()) == pytest.approx(limit**2 / 3, rel=0.3)
+        assert not model.get_parameter(f"{name}.bias").any()
+
+
 def test_resnet_is_resnet_18_like():
     """Two layers by stage, channels times 1, 2, 4, 8."""
     spec = SampleSpec((1, 784), torch.float32, (1,), torch.int64, classes=10)

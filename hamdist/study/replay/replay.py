@@ -13,6 +13,7 @@ log2 of its ticks.
 from __future__ import annotations
 
 import dataclasses
+import json
 from collections.abc import Mapping
 from contextlib import suppress
 from dataclasses import dataclass, field
@@ -54,6 +55,7 @@ class RecordedRun:
         snapshots: where the run's snapshots lie, if it took any.
         digests: that the run recorded; empty without `engine.digests`.
         own: of `--model` and `--stream`.
+        resumed: samples of the run that it has gone on from.
     """
 
     folder: Path
@@ -61,6 +63,7 @@ class RecordedRun:
     snapshots: str | None
     digests: RunDigests
     own: OwnFunctions = NO_FUNCTIONS
+    resumed: int = 0
 
     def latest_before(self, tick: float, without: int | None = None) -> Snapshot | None:
         """Return the latest snapshot at or before a tick; None: only the beginning is.
@@ -94,7 +97,15 @@ def recorded_run(folder: Path) -> RecordedRun:
     engine = {"kind": EngineKind.INPROCESS, "placement": None}
     alone = settings.changed(engine=engine, snapshots={"path": None})
     digests = read_digests(folder)[DIGESTS] if (folder / DIGESTS).exists() else {}
-    return RecordedRun(folder, alone, settings.snapshots.path, digests)
+    return RecordedRun(folder, alone, settings.snapshots.path, digests, resumed=_resumed(folder))
+
+
+def _resumed(folder: Path) -> int:
+    """Return the samples of the run that a run has gone on from; 0 where no summary was written."""
+    try:
+        return int(json.loads((folder / "summary.json").read_text("utf-8"))["resumed"])
+    except (OSError, ValueError, KeyError, TypeError):
+        return 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -184,12 +195,18 @@ class Replay(Digests):
     @property
     def fault(self) -> str | None:
         """Return why the replay is not the run, to the bit; None: it is, as far as is known."""
-        miss = self.missed
+        miss, began = self.missed, 0 if self.began is None else self.began.manifest.samples
         if miss is None:
             return None
+        before = (
+            f"the run had gone on from sample {self.run.resumed} of another, whose settings may "
+            "have been others, and no snapshot from there up to that tick is left "
+            "(snapshots.keep); or "
+        )
         return (
             f"{str(self.run.folder)!r}: its replay is not the run: at tick {miss.tick} block "
-            f"{miss.block!r} sent other bits ({miss.channel}); another model or stream (--model, "
+            f"{miss.block!r} sent other bits ({miss.channel}); "
+            f"{before if began < self.run.resumed else ''}another model or stream (--model, "
             "--stream), other software or another processor, or the run's memory or network failed"
         )
 

@@ -177,6 +177,22 @@ def test_a_block_alone_that_computes_other_bits_is_named(runs, tmp_path):
     assert "no file of a snapshot" in command(*words, "--model", right, *signals, code=1)
 
 
+def test_ticks_before_a_run_that_was_resumed_with_other_settings(runs, tmp_path):
+    """They are another run's: the error says so; behind a snapshot of its own it is the same."""
+    (right,) = models(runs, "right")
+    words = ["run", runs / "s.yaml", "--model", right, "--set", "snapshots.keep=1"]
+    command(*words, "--snapshots", tmp_path / "s", "--steps", 300, "--out", tmp_path / "first")
+    resume = ["--resume", tmp_path / "s", "--snapshots", tmp_path / "s", "--steps", 600]
+    command(*words, *resume, "--set", "learning.lr=0.01", "--out", tmp_path / "second")
+    rewind = ["rewind", tmp_path / "second", "--model", right, "--block", "block1", "--tick"]
+    found = command(*rewind, 400, code=2)
+    assert "the run had gone on from sample 300 of another, whose settings may have" in found
+    assert "--model" in found
+    (last,) = (tmp_path / "s").glob("tick-*")
+    tick = int(last.name[-12:]) + 1
+    assert json.loads(command(*rewind, tick, "--json"))["began"] == str(last)
+
+
 def test_a_fork_without_a_sample_is_a_run_that_never_had_it(runs, tmp_path):
     """Sample 1111 is left out from the snapshot of tick 1000 on; the run that never had it draws
     from a stream that lacks it."""
