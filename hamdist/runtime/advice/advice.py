@@ -30,7 +30,7 @@ from hamdist.runtime.placement.assign_blocks import Costs, split
 from hamdist.runtime.placement.requirements import idle_block_settings
 from hamdist.runtime.placement.step_costs import example_sample
 from hamdist.runtime.plan.dtypes import block_settings
-from hamdist.runtime.plan.microbatches import broadcasts, microbatch_warnings
+from hamdist.runtime.plan.microbatches import microbatch_warnings, row_warnings
 from hamdist.runtime.plan.plan import Plan
 from hamdist.runtime.process.threads import cores
 from hamdist.runtime.results.result import Outcome
@@ -123,12 +123,7 @@ def _losses(plan: Plan) -> list[str]:
             f"of the others, loss={{{readouts[0]!r}: 'cross-entropy'}}"
         )
     for name in readouts:
-        if broadcasts(plan.graph, name, plan.shapes[name][0], plan.spec):
-            notes.append(
-                f"of the prediction of {name!r} and its targets one is a column, (B, 1), and the "
-                "other is (B,), and the loss mixes rows: most likely torch broadcasts them to "
-                "(B, B); give both one shape"
-            )
+        notes += row_warnings(plan.graph, name, plan.shapes[name], plan.spec)
         weights = weights_of(plan.graph.blocks[name].loss)
         if weights:
             notes.append(

@@ -5,7 +5,7 @@ together with gradients that are added up.
 from __future__ import annotations
 
 import math
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import replace
 
@@ -189,16 +189,23 @@ _REFUSALS = (RuntimeError, ValueError, TypeError, LookupError, ArithmeticError, 
 
 def _is_no_mean(graph: Graph, spec: SampleSpec, name: str, y: Tensor, ignore_index: int) -> bool:
     """Return True if a loss of the user's own is not the mean of those of two halves of a batch."""
+    return any(_apart(loss, y, t, ignore_index) for loss, t in _trials(graph, spec, name, y))
+
+
+def _trials(
+    graph: Graph, spec: SampleSpec, name: str, y: Tensor
+) -> Iterator[tuple[LossFunction, Tensor]]:
+    """Yield the loss of a readout with targets for a prediction y, if it is the user's own."""
     loss, target = graph.blocks[name].loss, spec.target(name)
     if loss is None or target is None or graph.blocks[name].output is not None:
-        return False
+        return
     if loss is mse or isinstance(loss, CrossEntropy) or spec.weighted:
-        return False
+        return
     real = spec.example_y.get(name) if isinstance(spec.example_y, Mapping) else spec.example_y
-    trials = [] if real is None or len(real) != len(y) else [real]
+    if real is not None and len(real) == len(y):
+        yield loss, real
     with suppress(ValueError):  # (its classes have no axis that is known)
-        trials.append(_targets(target, y))
-    return any(_apart(loss, y, t, ignore_index) for t in trials)
+        yield loss, _targets(target, y)
 
 
 def _apart(loss: LossFunction, y: Tensor, t: Tensor, ignore_index: int) -> bool:
@@ -215,17 +222,46 @@ def _apart(loss: LossFunction, y: Tensor, t: Tensor, ignore_index: int) -> bool:
     return False  # (it wants other targets than these)
 
 
-def broadcasts(graph: Graph, name: str, shape: Sequence[int], spec: SampleSpec) -> bool:
-    """Return True if a loss mixes rows, as one of prediction (`shape`) and targets is a column."""
-    loss, target, batch = graph.blocks[name].loss, spec.target(name), spec.batch
-    if loss is None or target is None or graph.blocks[name].output is not None or spec.weighted:
-        return False
-    shapes = [tuple(shape), target.shape]
-    if {*shapes} != {(batch,), (batch, 1)} or not target.dtype.is_floating_point:
-        return False
-    draw = torch.Generator().manual_seed(0)
-    y, t = (torch.randn(shape, generator=draw, dtype=target.dtype) for shape in shapes)
-    return _apart(loss, y, t, 0)
+def row_warnings(
+    graph: Graph, name: str, of: tuple[Sequence[int], torch.dtype], spec: SampleSpec
+) -> list[str]:
+    """Return a warning where a loss of the user's own mixes rows, or adds them up.
+
+    of: shape and type of the prediction. It adds up if it is twice as large for the rows once more.
+    """
+    shape, dtype = of
+    draw, target = torch.Generator().manual_seed(0), spec.target(name)
+    y = torch.randn(shape, generator=draw).to(dtype)
+    for loss, t in _trials(graph, spec, name, y):
+        real = target is not None and target.dtype.is_floating_point
+        if real and {tuple(shape), tuple(t.shape)} == {(spec.batch,), (spec.batch, 1)}:
+            if not _apart(loss, y, t, 0):
+                continue
+            return [
+                f"of the prediction of {name!r} and its targets one is a column, (B, 1), and the "
+                "other is (B,), and the loss mixes rows: most likely torch broadcasts them to "
+                "(B, B); give both one shape"
+            ]
+        if loss_copy(loss) is loss and getattr(loss, "__closure__", loss) is not None:
+            continue  # (it may keep what it is called with)
+        with torch.no_grad(), generator_kept(), suppress(*_REFUSALS):
+            once, twice = (float(loss_copy(loss)(*map(rows, (y, t)))) for rows in (_once, _twice))
+            if math.isfinite(once) and once and abs(twice - 2 * once) <= CLOSE * abs(once):
+                return [
+                    f"the loss of {name!r} adds up rows (for twice as many it is twice as large), "
+                    "where a mean is meant: steps grow with the batch, and losses of other "
+                    "batches, as held-out ones, are no mean; divide by the rows, as "
+                    "reduction='mean' does"
+                ]
+    return []
+
+
+def _once(tensor: Tensor) -> Tensor:
+    return tensor.clone()
+
+
+def _twice(tensor: Tensor) -> Tensor:
+    return torch.cat([tensor, tensor])
 
 
 def _targets(spec: TargetSpec, y: Tensor) -> Tensor:

@@ -206,6 +206,21 @@ def test_a_column_and_a_row_that_broadcast_are_told(loss, warned):
     assert ("broadcasts them" in str(result.warnings)) == warned
 
 
+@pytest.mark.parametrize(
+    ("loss", "warned"),
+    [
+        (nn.CrossEntropyLoss(reduction="sum"), True),
+        (lambda p, y: functional.cross_entropy(p, y, reduction="sum"), True),
+        (nn.CrossEntropyLoss(), False),
+        (lambda p, y: functional.cross_entropy(p, y) + 0.1, False),
+        (lambda p, y: functional.multi_margin_loss(p, y).sqrt(), False),
+        (lambda p, y: functional.nll_loss(p.log_softmax(1), y, reduction="sum") / len(y), False),
+    ],
+)
+def test_a_loss_that_adds_up_rows_is_told(loss, warned):
+    assert ("adds up rows" in str(learned(loss=loss).warnings)) == warned
+
+
 def test_a_loss_without_weights_is_not():
     result = learned(loss=nn.CrossEntropyLoss(weight=torch.ones(3)))
     assert "weights of its own" not in str(result.warnings)
