@@ -78,13 +78,17 @@ def scalars(event: RunEvent) -> Iterator[tuple[str, float | None]]:
 
 @dataclass
 class Tracker:
-    """A listener that logs the scalars of events, counted in samples, until the folder ends."""
+    """A listener that logs the scalars of events, counted in samples, until the folder ends.
+
+    gauges: what is not finite is logged, too, for the value before would stay.
+    """
 
     log: Log
     begin: Callable[[str, str], object] = lambda *_: None  # run, settings as YAML
     close: Callable[[], object] = lambda: None
     histograms: LogHistograms = lambda *_: None
     samples: int = 0
+    gauges: bool = False
 
     def __call__(self, event: RunEvent) -> None:
         run = "-".join(str(part) for part in (event.level, event.seed) if part is not None)
@@ -99,7 +103,8 @@ class Tracker:
             at = event.sample + 1
         elif isinstance(event, Evaluated):
             at = event.samples
-        values = {n: v for n, v in scalars(event) if v is not None and math.isfinite(v)}
+        pairs = [(n, v) for n, v in scalars(event) if v is not None]
+        values = {n: v for n, v in pairs if self.gauges or math.isfinite(v)}
         if values:
             self.log(run, values, at)
         if isinstance(event, BlocksMeasured) and event.histograms:
@@ -223,7 +228,7 @@ def _prometheus(_: Path, settings: Settings) -> Tracker:
         for name, value in values.items():
             gauge.labels(run, name).set(value)
 
-    return Tracker(log, close=server.shutdown)
+    return Tracker(log, close=server.shutdown, gauges=True)
 
 
 def _ray(_: Path, settings: Settings) -> Tracker:
@@ -238,7 +243,7 @@ def _ray(_: Path, settings: Settings) -> Tracker:
         for name, value in values.items() if ray.is_initialized() else ():
             gauge.set(value, {"run": run, "name": name})
 
-    return Tracker(log)
+    return Tracker(log, gauges=True)
 
 
 class SpanTracker:

@@ -281,11 +281,14 @@ def test_prometheus(tmp_path):
     [tracker] = open_trackers(settings, tmp_path)
     head = {"level": "trace", "seed": 0, "readout": "out", "first": 0, "last": 9, "samples": 10}
     tracker(WindowFull(loss=0.5, accuracy=None, correct=0, rows=0, seconds=1.0, **head))
-    tracker(WindowFull(loss=math.nan, accuracy=None, correct=0, rows=0, seconds=1.0, **head))
-    text = urllib.request.urlopen(f"http://127.0.0.1:{port}/metrics", timeout=10).read().decode()
-    [family] = text_string_to_metric_families(text)
-    labels = {"run": "trace-0", "name": "out/loss"}
-    assert [(s.labels, s.value) for s in family.samples] == [(labels, 0.5)]
+    shown = []
+    for loss in (None, math.nan, math.inf):  # (the loss that was finite would be a wrong one)
+        if loss is not None:
+            tracker(WindowFull(loss=loss, accuracy=None, correct=0, rows=0, seconds=1.0, **head))
+        with urllib.request.urlopen(f"http://127.0.0.1:{port}/metrics", timeout=10) as page:
+            [family] = text_string_to_metric_families(page.read().decode())
+        shown += [(s.labels["run"], s.labels["name"], str(s.value)) for s in family.samples]
+    assert shown == [("trace-0", "out/loss", loss) for loss in ("0.5", "nan", "inf")]
     with pytest.raises(hamdist.HamdistError, match="prometheus_port"):
         open_trackers(settings, tmp_path)
     tracker(FolderEnded())
