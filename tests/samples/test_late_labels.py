@@ -19,6 +19,7 @@ from hamdist.errors import LevelError, SettingsError
 from hamdist.streams import Delayed, LateLabels, Paced, Rejoin, Sample, from_iterable, make_stream
 from hamdist.streams.sample import Emits
 from hamdist.study.run.baseline import train_centralised
+from hamdist.study.run.comparison import with_alignment
 
 B, F, C, ITEMS = 3, 5, 4, 40
 MISSING = {4, 17}
@@ -230,6 +231,7 @@ def test_a_kept_trace_meets_its_label(delay, level, speed, c, step):
     assert result.staleness == delay + (4 // c + 1) // 2
     assert result.samples == ITEMS
     assert "learned with the trace of that time" in str(result.warnings)
+    assert "metrics.alignment" not in str(result.warnings)
 
 
 @pytest.mark.parametrize("step", ["auto", "autograd"])
@@ -244,6 +246,14 @@ def test_a_kept_trace_goes_on(tmp_path, level, step):
     whole, behind = of({}, None), of({}, folders(tmp_path)[-1])
     assert_equal(whole, behind)
     assert behind.stream == whole.stream
+
+
+def test_no_alignment_is_measured_where_traces_are_kept():
+    assert "alignment, which compares passes, has no" in str(kept(4, metrics={"alignment": 3}))
+    late = Settings(level="trace", steps=40, stream=StreamSettings(late_targets=2, relearn="trace"))
+    assert with_alignment(late, 4).metrics.alignment is None
+    at_once = late.model_copy(update={"stream": StreamSettings()})
+    assert with_alignment(at_once, 4).metrics.alignment == 10
 
 
 def test_traces_are_let_go_when_they_have_learned():

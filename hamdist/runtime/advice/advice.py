@@ -100,6 +100,8 @@ def _late(plan: Plan, settings: Settings) -> list[str]:
         then = "shown again when its label comes, to learn from: two passes, its input waits, too"
         if plan.spec.kept:
             then = f"learned with the trace of that time: every block keeps {late} samples more"
+            if plan.metrics.alignment is not None:  # (a label comes beside another sample)
+                then += "; metrics.alignment, which compares passes, has no figures then"
         return [
             f"labels come up to {late} samples late: a sample is scored by its prediction from "
             f"when it came (as many predictions wait, {late * nbytes / 1024:.1f} KiB), and {then}"

@@ -85,6 +85,7 @@ def with_alignment(settings: Settings, probes: int) -> Settings:
     rules = [make_rule(f"rules.{name}", rule) for name, rule in settings.learning.rules.items()]
     whole = settings.level in (Level.AUTO, Level.BPTT, Level.PIPELINE) or parts not in (None, 1)
     whole = whole or any(rule.presentation == "sequence" for rule in rules)
+    whole = whole or settings.stream.relearn == "trace"
     if whole or settings.metrics.alignment is not None:
         return settings
     every = max(1, (settings.steps or 0) // probes)
