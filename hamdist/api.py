@@ -35,7 +35,7 @@ from hamdist.runtime.live.callbacks import (
     check_callbacks,
 )
 from hamdist.runtime.live.run import LiveRun
-from hamdist.runtime.process.interrupts import RunInterrupts
+from hamdist.runtime.process.interrupts import ProgramSignals, RunInterrupts
 from hamdist.runtime.results.events import EventListener
 from hamdist.runtime.results.result import Progress, RunResult
 from hamdist.runtime.results.run_events import RunEvents
@@ -123,22 +123,28 @@ def train(
             whose processes have ended by then, a StreamError, BlockError, StallError or
             ClusterError. Of a run that had got its first sample, `error.result` is the result up
             to there.
+        SystemExit: SIGTERM has ended the run, and ends the program, which has no handler of its
+            own; KeyboardInterrupt: Ctrl-C came a second time. Both have the `result`, too.
     """
     functions = {"phi": phi, "optimizer": optimizer, "scheduler": scheduler}
     check_arguments(model, settings, functions, on_progress)
     code, changes = {**functions, "rules": rules}, dict[str, Any](fields)
     changes |= _named(trackers)
     work, read = prepared(model, stream, settings, loss, classes, names, code, changes)
-    if not callbacks:
+    if callbacks and (on_progress is not None or resume is not None):
+        raise SettingsError("callbacks: leave on_progress and resume out (start has resume)")
+    with ProgramSignals() as program:
+        if callbacks:
+            result = _called_back(work, model, read, callbacks, trackers)
+            return program.passed(result, result.signals)
         own_settings, batch = work.keywords["settings"], read.spec.batch
         with (
             shown(own_settings, batch, on_progress) as show,
             RunEvents(own_settings, listeners_of(own_settings, trackers), batch) as events,
         ):
-            return events.finish(work(stream=read, on_progress=events.over(show), resume=resume))
-    if on_progress is not None or resume is not None:
-        raise SettingsError("callbacks: leave on_progress and resume out (start has resume)")
-    return _called_back(work, model, read, callbacks, trackers)
+            result = work(stream=read, on_progress=events.over(show), resume=resume)
+            events.finish(result)
+        return program.passed(result, result.signals)
 
 
 def _named(trackers: Sequence[str | EventListener]) -> dict[str, Any]:
@@ -258,14 +264,19 @@ def _called_back(
             for n in count() if settings.steps is None else range(settings.steps):
                 sample = drawn(samples, n) if n else first
                 run.interrupted = ending.interrupted
-                if sample is None or run.interrupted:
+                if run.interrupted:
+                    break
+                if sample is None:
+                    run.ran_out()
                     break
                 u = sample.u if sample.inputs is None else sample.inputs
                 run.feed(u, sample.y, end=sample.end)
-    except Exception as error:
+    except BaseException as error:
         error.result = getattr(error, "result", None) or run.result  # type: ignore[attr-defined]
         raise
-    return run.stop()
+    result = run.stop()
+    result.signals = ending.signals
+    return result
 
 
 def replay(

@@ -5,6 +5,7 @@ All else is imported inside.
 
 from __future__ import annotations
 
+import atexit
 import codecs
 import io
 import os
@@ -82,12 +83,14 @@ class Interrupts:
 def main() -> None:
     """Run the command in this process. Ctrl-C ends it with exit code 130, while it imports, too.
 
-    So do SIGTERM and a terminal that closes: what it has begun to write is removed.
+    So do SIGTERM and a terminal that closes: what it has begun to write is removed. While Python
+    itself ends, they change the exit code no more.
     """
     interrupted = Interrupts()
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
         if signal.getsignal(number) in (signal.SIG_DFL, signal.default_int_handler):
             signal.signal(number, interrupted)
+            atexit.register(signal.signal, number, signal.SIG_IGN)
     try:
         steady_streams()
         try:

@@ -43,6 +43,7 @@ class LiveStream:
         wanted: 'cut' or 'snapshot', while somebody waits for it.
         tick: of the next emission; drain: idle ones until nothing is under way; whole: nothing may
             be emitted within a sequence but its tokens. The engine sets these.
+        ran_out: who feeds it has no more to give, and was not told to stop.
     """
 
     portable = False
@@ -65,7 +66,7 @@ class LiveStream:
         self.send: Callable[[Any], object] = lambda _: None  # takes what blocks have for the driver
         self.started: Callable[..., object] = lambda *_: None  # called before the first tick
         self.tick = self.drain = self.blocks = 0
-        self.whole = False
+        self.whole = self.ran_out = False
         self._idle, self._lockstep, self._log, self._nothing = idle, lockstep, log, nothing
         self._changed = threading.Condition()
         self._queue: deque[Entry] = deque()

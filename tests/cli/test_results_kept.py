@@ -160,6 +160,36 @@ def test_a_command_that_is_ended_before_its_run_leaves_nothing(tiny, tmp_path):
         assert not (tmp_path / name).exists()
 
 
+DEAF = """
+import os, signal, sys
+from hamdist.cli.process import main
+
+class Last:
+    def __del__(self):
+        os.kill(os.getpid(), signal.SIGTERM)
+
+last, sys.argv = Last(), ["hamdist", "recipes"]
+main()
+"""
+
+
+def test_a_signal_while_python_ends_changes_no_exit_code(tmp_path):
+    """All was written by then."""
+    ended = subprocess.run([sys.executable, "-c", DEAF], capture_output=True, timeout=100)
+    assert (ended.returncode, ended.stderr) == (0, b"")
+
+
+def test_ctrl_c_in_the_held_out_evaluation_keeps_what_was_learned(tiny, tmp_path, monkeypatch):
+    def interrupted(*_):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("hamdist.study.run.run._score", interrupted)
+    result = CliRunner().invoke(app, ["run", tiny, "--out", str(tmp_path / "out")])
+    assert result.exit_code == 130
+    assert {path.name for path in (tmp_path / "out").iterdir()} > OF_A_RUN
+    assert json.loads((tmp_path / "out" / "summary.json").read_text())["interrupted"]
+
+
 # -- every level -----------------------------------------------------------------------------------
 
 OF_LEVEL = {

@@ -232,16 +232,24 @@ def test_a_kept_trace_meets_its_label(delay, level, speed, c, step):
     assert "learned with the trace of that time" in str(result.warnings)
 
 
+@pytest.mark.parametrize("step", ["auto", "autograd"])
 @pytest.mark.parametrize("level", ["trace", "backprop"])
-def test_a_kept_trace_goes_on(tmp_path, level):
+def test_a_kept_trace_goes_on(tmp_path, level, step):
     """From each snapshot: in the first samples without a label, in the midst, behind the end."""
 
     def of(engine, resume, **fields):
-        return kept(5, level, engine=engine, resume=resume, **fields)
+        return kept(5, level, engine={**engine, "step": step}, resume=resume, **fields)
 
     goes_on(of, tmp_path, 4 if level == "trace" else 23)
-    whole, folder = kept(5, level), folders(tmp_path)[-1]
-    assert_equal(whole, kept(5, level, resume=folder))
+    whole, behind = of({}, None), of({}, folders(tmp_path)[-1])
+    assert_equal(whole, behind)
+    assert behind.stream == whole.stream
+
+
+def test_traces_are_let_go_when_they_have_learned():
+    """Their number is that of the samples that wait, whatever the stream's length."""
+    few, many = (kept(4, steps=steps).block_memory for steps in (15, ITEMS))
+    assert {n: m.samples for n, m in few.items()} == {n: m.samples for n, m in many.items()}
 
 
 @pytest.mark.ray

@@ -36,6 +36,7 @@ from hamdist.runtime.process.threads import cores
 from hamdist.runtime.results.result import Outcome
 from hamdist.runtime.signals.edge_codecs import compression_warnings
 from hamdist.runtime.transport.gpu_ring import Refusal
+from hamdist.streams.live import live_of
 from hamdist.streams.replay import drops, replays
 from hamdist.streams.sample import Stream
 from hamdist.streams.wrappers.without_sample import WithoutSample
@@ -308,7 +309,9 @@ def after(plan: Plan, outcome: Outcome) -> list[str]:
 def end_of_stream(plan: Plan, outcome: Outcome, stream: Stream) -> list[str]:
     """Warn if the stream ended before the run had all its samples."""
     samples = plan.skip + outcome.samples + isinstance(stream, WithoutSample)
-    if plan.steps is None or outcome.interrupted or samples >= plan.steps:
+    live = live_of(stream)
+    asked = outcome.interrupted or outcome.stopped or (live is not None and not live.ran_out)
+    if plan.steps is None or asked or samples >= plan.steps:
         return []
     return [
         f"the stream ended after {samples:,} of {plan.steps:,} samples (steps): go through it more "

@@ -335,6 +335,10 @@ class LiveRun:
 
     # -- ending ---------------------------------------------------------------------------------
 
+    def ran_out(self) -> None:
+        """Note that what feeds the run has no more."""
+        self._stream.ran_out = True
+
     def stop(self) -> RunResult:
         """End the stream behind what was fed, and return the result, as of `hamdist.train`."""
         self._end()

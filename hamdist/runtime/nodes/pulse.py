@@ -253,14 +253,14 @@ class PulseNode(BlockNode):
     ) -> Reading | None:
         """Answer a sample that has come; score its answer of then when its label has come."""
         y, let_go = block.prediction, None
+        waits = emission.waits and emission.kind is Emits.SAMPLE
         if emission.kind is Emits.SAMPLE and y is not None:
             if self._answers:
                 self.live.answer(emission, y, version, event)
-            let_go = self.live.ask(emission, y) if emission.waits else None
+            let_go = self.live.ask(emission, y) if waits else None
         if isinstance(block, KeepingReadout):
-            block.keep(
-                self.live.number(event.sample), emission.number if emission.waits else None, let_go
-            )
+            sample = emission.number if waits else None
+            block.keep(self.live.number(event.sample), sample, let_go)
         earlier = self.live.earlier_prediction(emission) if emission.kind is Emits.AGAIN else None
         self.live.forget(event.sample)
         if emission.kind is not Emits.AGAIN:

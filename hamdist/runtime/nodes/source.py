@@ -30,7 +30,7 @@ from hamdist.streams.replay import drawn, passed_over, replays, samples_from
 from hamdist.streams.sample import Emission, Emits, Sample, Stream, report_of
 from hamdist.streams.smoothness import Smoothness
 
-ADDED = ("emission", "rows")  # what files of earlier formats lack
+ADDED = ("emission", "rows", "counts")  # what files of earlier formats lack
 
 
 class SourceNode:
@@ -83,6 +83,7 @@ class SourceNode:
         self._count_drawn = 0  # drawn
         self.failure: StreamError | None = None  # of the stream, behind its first sample
         self.seconds = 0.0  # of drawing samples
+        self._counts: dict[str, int] | None = None  # of a stream that was over, and is not drawn
 
     @property
     def device(self) -> torch.device:
@@ -91,7 +92,7 @@ class SourceNode:
     @property
     def counts(self) -> dict[str, int]:
         """Return the counts of the stream, such as dropped samples."""
-        return report_of(self._stream)
+        return report_of(self._stream) if self._counts is None else self._counts
 
     @property
     def samples(self) -> int:
@@ -143,6 +144,7 @@ class SourceNode:
             "tick": self.tick,
             "samples": self._sent,
             "rows": self.rows,
+            "counts": self.counts,
             "drawn": self._count_drawn,
             "passed": self.passed,
             "next": None if ahead is None else _fields(ahead),
@@ -173,6 +175,8 @@ class SourceNode:
             self._events = self._plan.schedule.emissions(self.event.sample + 1)
         if self.tick is not None:
             self._drawn = self._behind(self._count_drawn, state["passed"])
+        else:
+            self._counts = state.get("counts")
 
     def step(self) -> None:
         stamp = Stamp(self.event.tick, self.event.sample, 0)

@@ -140,8 +140,8 @@ class RunFacts:
             user reads.
         stream: counts of the stream (samples dropped, say), where it counts.
         stored: the most tokens whose activations a block kept at once, at level 'bptt'.
-        interrupted: Ctrl-C or SIGTERM ended the run; stopped: its `on_progress`
-            or a callback did.
+        interrupted: Ctrl-C or SIGTERM ended the run (signals: their numbers, in order); stopped:
+            its `on_progress` or a callback did.
         snapshots: the complete ones that are left, the latest last.
         replaced: actors that were lost.
         chosen: the settings that ran, of level 'auto'; why: the reasons.
@@ -189,6 +189,7 @@ class RunFacts:
     rounding: dict[str, Rounding] = field(default_factory=dict)
     digests: dict[str, DigestMap] = field(default_factory=dict, metadata=APART)
     trace: dict[str, list[TraceSpan]] = field(default_factory=dict, metadata=APART)
+    signals: list[int] = field(default_factory=list, metadata=APART)
 
     @property
     def new_samples(self) -> int:

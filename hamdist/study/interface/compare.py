@@ -20,7 +20,7 @@ from hamdist.dynamics.objective.prequential import merge_windows
 from hamdist.dynamics.user_modules.copies import copied
 from hamdist.errors import HamdistError, SettingsError
 from hamdist.models.build import ModelFactory
-from hamdist.runtime.process.interrupts import OnProgress
+from hamdist.runtime.process.interrupts import OnProgress, ProgramSignals
 from hamdist.runtime.results.events import EventListener, RunBegun
 from hamdist.study.report.aggregate import AggregateRow, aggregate
 from hamdist.study.report.files import final_events
@@ -239,7 +239,7 @@ def compare(
 
     Returns:
         The runs with their table and curves. The first Ctrl-C during a run ends the comparison
-        (`interrupted`).
+        (`interrupted`); SIGTERM, and a second Ctrl-C, as of `train`.
 
     Raises:
         HamdistError: as of `train`; `error.result` is the comparison up to there.
@@ -268,7 +268,7 @@ def compare(
     if stream is not None:
         data = data_of(stream, held_out, names or whole.stream.names, whole.model_loss, classes)
     try:
-        with display_of(whole) as display:
+        with ProgramSignals() as program, display_of(whole) as display:
             make_runs(
                 comparison,
                 display,
@@ -284,7 +284,8 @@ def compare(
     except HamdistError as error:
         error.result = comparison
         raise
-    return comparison
+    signals = comparison.runs[-1].signals if comparison.runs else []
+    return program.passed(comparison, signals)
 
 
 def _factory(name: str, model: object) -> ModelFactory:

@@ -227,6 +227,8 @@ def run_level(
             scores = _score(result.model, result, settings, own_data)
             if result.plain is not None:
                 plain_scores = _score(result.plain, result, settings, own_data)
+    except KeyboardInterrupt:  # what was learned is not lost with it
+        result.interrupted, scores = True, None
     except StreamError as wrong:  # of a user's own data; what was learned is not lost with it
         notes.append(f"no held-out score: {wrong}")
         warnings.warn(notes[-1], HamdistWarning, stacklevel=2)

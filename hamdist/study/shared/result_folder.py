@@ -79,9 +79,15 @@ def write_file(path: Path, content: str | bytes) -> None:
 
 @contextlib.contextmanager
 def written_at_the_end() -> Iterator[None]:
-    """Raise what cannot be written as an error of a run that was made, not of its settings."""
+    """Raise what cannot be written as an error of a run that was made, not of its settings.
+
+    Ctrl-C and SIGTERM are delayed, so that half of the files is never missing.
+    """
+    from hamdist.runtime.process.interrupts import interrupts_delayed  # (imports torch)
+
     try:
-        yield
+        with interrupts_delayed():
+            yield
     except SettingsError as error:
         raise HamdistError(str(error)) from None
 

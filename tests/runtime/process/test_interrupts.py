@@ -5,14 +5,16 @@ from __future__ import annotations
 import os
 import signal
 import threading
+from itertools import islice
 
 import pytest
 import torch
 from runtime.networks import EndlessStream, chain
 
+import hamdist
 from hamdist import Stop
 from hamdist.config import Settings
-from hamdist.runtime.process.interrupts import handlers_of_ours
+from hamdist.runtime.process.interrupts import handlers_of_ours, interrupts_delayed
 from hamdist.runtime.storage.snapshot_files import latest
 from hamdist.runtime.train.train import train
 
@@ -221,3 +223,116 @@ def test_outside_the_main_thread_signals_are_left_alone():
     thread.start()
     thread.join(60)
     assert results[0].stopped
+
+
+# -- the program around a run ----------------------------------------------------------------------
+
+
+def program(*numbers, callbacks=(), phase=None):
+    """Train as a program does, which gets signals `numbers` at its tenth sample, or in a phase."""
+
+    class Signalled(EndlessStream):
+        def samples(self):
+            for n, sample in enumerate(super().samples()):
+                for number in numbers if n == 10 else ():
+                    signal.raise_signal(number)
+                yield sample
+
+    def look(progress):
+        if progress.phase == phase is not None:
+            signal.raise_signal(numbers[0])
+
+    more = {"callbacks": callbacks} if callbacks else {"on_progress": look}
+    stream = EndlessStream() if phase else Signalled()
+    return hamdist.train(chain(), stream, level="trace", steps=100_000, **more)
+
+
+@pytest.mark.parametrize("callbacks", [(), (hamdist.Callback(),)])
+@pytest.mark.parametrize(
+    ("numbers", "error", "code"),
+    [
+        ((signal.SIGTERM,), SystemExit, 143),
+        ((signal.SIGHUP,), SystemExit, 129),
+        ((signal.SIGINT, signal.SIGINT), KeyboardInterrupt, None),
+    ],
+)
+def test_a_signal_that_ends_a_program_does_so_behind_its_run(numbers, error, code, callbacks):
+    """As the system says (128 + n), with what was learned; a loop over seeds does not go on."""
+    before = [signal.getsignal(n) for n in ENDING]
+    with pytest.raises(error) as caught:
+        program(*numbers, callbacks=callbacks)
+    assert getattr(caught.value, "code", None) == code
+    if len(numbers) == 1:
+        assert caught.value.result.interrupted
+        assert 9 <= caught.value.result.samples <= 11
+    assert [signal.getsignal(n) for n in ENDING] == before
+
+
+def test_the_first_ctrl_c_returns_the_result():
+    result = program(signal.SIGINT)
+    assert (result.interrupted, result.samples) == (True, 11)
+    assert result.warnings == []
+
+
+def test_sigterm_before_the_first_tick_ends_the_program():
+    with pytest.raises(SystemExit) as caught:
+        program(signal.SIGTERM, phase="plan")
+    assert caught.value.code == 143
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_handler_of_the_program_is_called_behind_the_run(number):
+    calls = []
+    before = signal.signal(number, lambda n, _: calls.append(n))
+    try:
+        result = program(number)
+    finally:
+        signal.signal(number, before)
+    assert (calls, result.interrupted) == ([number], True)
+
+
+def test_a_program_that_ignores_sigterm_is_not_ended():
+    before = signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    try:
+        settings = Settings.model_validate({"level": "trace", "steps": 30})
+        result = train(chain(), EndlessStream(), settings, on_progress=signalled(signal.SIGTERM))
+    finally:
+        signal.signal(signal.SIGTERM, before)
+    assert (result.interrupted, result.samples) == (False, 30)
+
+
+@pytest.mark.parametrize("callbacks", [False, True])
+def test_a_run_that_was_stopped_is_not_told_of_a_short_stream(callbacks):
+    """Oracle: one whose stream is short is."""
+
+    class Stops(hamdist.Callback):
+        def on_sample(self, run, answer):
+            if answer.number == 5:
+                raise Stop
+
+    more = {"callbacks": [Stops()]} if callbacks else {"on_progress": returned}
+    result = hamdist.train(chain(), EndlessStream(), level="trace", steps=10_000, **more)
+    assert (result.stopped, result.warnings) == (True, [])
+    samples = islice(EndlessStream().samples(), 3)
+    batches = [(sample.u, sample.y) for sample in samples]
+    short = hamdist.train(
+        chain(),
+        batches,
+        level="trace",
+        steps=9,
+        **{"callbacks": [hamdist.Callback()]} if callbacks else {},
+    )
+    assert "the stream ended after 3 of 9 samples" in short.warnings[0]
+
+
+def _write(files):
+    with interrupts_delayed():
+        signal.raise_signal(signal.SIGINT)
+        files.append("whole")
+
+
+def test_signals_that_come_while_files_are_written_wait():
+    files: list[str] = []
+    with pytest.raises(KeyboardInterrupt):
+        _write(files)
+    assert files == ["whole"]

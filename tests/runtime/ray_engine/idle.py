@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import json
 import os
 import signal
@@ -48,9 +49,16 @@ def mine(_number, _frame):
     raise SystemExit(3)
 
 
+def native_handler():
+    """The address (first in a sigaction) of one of those that Ray's C++ has of its own."""
+    action = (ctypes.c_void_p * 32)()
+    ctypes.CDLL(None).sigaction(signal.SIGTRAP, None, action)  # (Python's own has no other part)
+    return action[0]
+
+
 def main():
     signal.signal(signal.SIGTERM, mine)
-    environment = dict(os.environ)
+    environment, native = dict(os.environ), native_handler()
     report = {}
     with hamdist.session(actors=2):
         report["inside"] = [run(), run()]
@@ -64,6 +72,7 @@ def main():
     report["runs"] = [run(), run()]
     report["environment"] = os.environ == environment
     report["handler"] = signal.getsignal(signal.SIGTERM) is mine
+    report["native"] = native_handler() == native
     sys.stdout.write(json.dumps(report) + "\n")
 
 

@@ -118,6 +118,7 @@ def test_a_local_ray_waits_for_the_next_run(tmp_path):
     assert report["inside"][0]["raylet"] != report["runs"][0]["raylet"]
     assert report["environment"]
     assert report["handler"]
+    assert report["native"]
     assert left == []
     assert "SIGTERM" not in ended.stderr
 
