@@ -19,7 +19,7 @@ a linear layer's inputs may be removed (whitening.py); an average (average.py) i
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any, ClassVar
 
 import torch
@@ -316,15 +316,20 @@ class Weights(Stateful):
         if self.theta:
             self.omega = self._moved(None if g is None else all_dense(g), tau, -self._sign * tau)
 
-    def conclude(self, factor: float, tau: float) -> None:
-        """Move theta with the omega of several `integrate`; r_w theta counts once."""
+    def conclude(self, factor: float, tau: float, unused: Collection[int] = ()) -> None:
+        """Move theta with the omega of several `integrate`; r_w theta counts once. Those at the
+        places `unused` stay.
+        """
         self.updates += 1
         if not self.theta:
             return
+        before = {i: self.theta[i].clone() for i in unused}
         if self._cost:
             costs = torch._foreach_mul(self.theta, self._cost_now())
             self.omega = list(torch._foreach_add(self.omega, costs, alpha=-self._sign * tau))
         self._move_theta(tau * factor)
+        for i, old in before.items():
+            self.theta[i].copy_(old)
         if self.average is not None:
             self.average.update()
 
