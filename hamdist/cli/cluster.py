@@ -46,10 +46,10 @@ ClusterOption = Annotated[
     option(
         "A cluster file, or http://HOST:PORT of Ray's Jobs API.",
         "FILE|ADDRESS",
-        show_default="$HAMDIST_CLUSTER, or what `hamdist cluster start` started",
+        shown="$HAMDIST_CLUSTER, or what `hamdist cluster start` started",
     ),
 ]
-FolderOption = Annotated[Path | None, option("Where it lives.", show_default="~/.hamdist/cluster")]
+FolderOption = Annotated[Path | None, option("Where it lives.", shown="~/.hamdist/cluster")]
 
 
 def cluster_start(
@@ -88,7 +88,7 @@ def doctor(
         option(
             "Look at all hosts of a cluster ('mine': of `hamdist cluster start`).",
             "FILE|ADDRESS",
-            show_default="this host alone",
+            shown="this host alone",
         ),
     ] = None,
 ) -> None:
@@ -237,7 +237,7 @@ def launch(
     run_settings = on_ray(loaded.for_level(loaded.level))
     keeps_snapshots = kept_at(run_settings, where, "") is not None
     results = results_in(None if dry_run else out, overwrite)
-    factory, data = options.factory(), options.data(run_settings)
+    own = options.functions(run_settings)
 
     from hamdist.launch.jobs_api import Jobs
 
@@ -246,7 +246,7 @@ def launch(
         from hamdist.launch.submit import dry_run as work_out
 
         named = {"--model": options.model, "--stream": options.stream}
-        _print_plan(work_out(run_settings, named, factory, data, where, jobs.hosts()))
+        _print_plan(work_out(run_settings, named, own, where, jobs.hosts()))
         return
 
     if not keeps_snapshots:

@@ -12,7 +12,6 @@ from hamdist.cli.options import (
     RunOptions,
     SettingsArgument,
     command_line,
-    factory_of,
     level_names,
     names,
     option,
@@ -51,7 +50,7 @@ def compare(
         Path | None,
         option(
             "Folder for the result's files; a comparison that was ended goes on there.",
-            show_default="results/NAME",
+            shown="results/NAME",
         ),
     ] = None,
     overwrite: OverwriteOption = False,
@@ -65,8 +64,7 @@ def compare(
         "seeds": seeds,
     }
     loaded = options.load(settings, **without_none({"compare": without_none(compared) or None}))
-    factory, data = options.factory(), options.data(loaded)
-    plain = factory_of(baseline_model, "--baseline-model")
+    own = options.functions(loaded, baseline_model)
 
     from hamdist.study.interface.compare import Comparison, make_runs
     from hamdist.study.shared.named_code import code_of
@@ -77,9 +75,7 @@ def compare(
             make_runs(
                 comparison,
                 display,
-                factory=factory,
-                data=data,
-                plain=plain,
+                own=own,
                 code=code_of(loaded, options.model, options.stream, baseline_model),
                 out=out or results_of(loaded.name),
                 overwrite=overwrite,

@@ -22,7 +22,7 @@ from rich.table import Table
 from rich.text import Text
 
 from hamdist.display.progress import RunDisplay
-from hamdist.errors import INTERRUPTED, ChoiceWarning, HamdistError, exit_code
+from hamdist.errors import FAILED, INTERRUPTED, ChoiceWarning, HamdistError, exit_code
 
 if TYPE_CHECKING:
     from hamdist.config import Settings
@@ -38,9 +38,13 @@ LOGGER = logging.getLogger("hamdist")
 
 @dataclass
 class CommandOutput:
-    """The results of the running command; `as_json` prints them as one JSON document."""
+    """The results of the running command; `as_json` prints them as one JSON document.
+
+    alone: the command makes nothing else.
+    """
 
     as_json: bool = False
+    alone: bool = False
     document: Any = field(default_factory=dict)
 
 
@@ -62,19 +66,21 @@ LINES = LineHandler()
 @contextmanager
 def output(*, as_json: bool, level: int) -> Iterator[None]:
     """Hold the output of one command: lines from `level` on, and with `as_json` its document."""
-    OUTPUT.as_json, OUTPUT.document = as_json, {}
+    OUTPUT.as_json, OUTPUT.alone, OUTPUT.document = as_json, False, {}
     before = [*LOGGER.handlers], LOGGER.propagate, LOGGER.level
     LOGGER.handlers[:], LOGGER.propagate = [LINES], False
     LOGGER.setLevel(level)
     try:
         yield
     finally:
-        LOGGER.handlers[:], LOGGER.propagate, LOGGER.level = before
         if OUTPUT.as_json:
             from hamdist.study.report.files import to_json
 
             sys.stdout.write(to_json(OUTPUT.document, indent=2))
             sys.stdout.flush()
+        if OUTPUT.alone:
+            _check_printed()
+        LOGGER.handlers[:], LOGGER.propagate, LOGGER.level = before
 
 
 def report(**parts: Any) -> None:
@@ -93,6 +99,15 @@ def console(*, stderr: bool = False) -> Console:
 def say(text: str) -> None:
     """Print a line of the result, which the screen may break but not we."""
     console().print(Text(text), soft_wrap=True)
+
+
+def _check_printed() -> None:
+    """End the command as failed if what it said went to a disk that is full."""
+    sys.stdout.flush()
+    full = getattr(getattr(getattr(sys.stdout, "buffer", None), "raw", None), "full", None)
+    if full is not None:
+        complain(f"Error: standard output cannot be written: {full.strerror}")
+        raise typer.Exit(FAILED)
 
 
 def say_written(out: Path) -> None:

@@ -16,18 +16,23 @@ from hamdist.errors import SettingsError
 
 if TYPE_CHECKING:
     from hamdist.models.build import ModelFactory
-    from hamdist.study.run.run import DataFactory
+    from hamdist.study.run.own_data import OwnFunctions
 
 
-def option(words: str, metavar: str | None = None, **more: Any) -> Any:
+def option(words: str, metavar: str | None = None, *, shown: str | bool = True, **more: Any) -> Any:
     """Return an option that is called as its parameter is (`steps_ratio`, `set_`: --steps-ratio,
-    --set), with a help text and the name of its value; `more`: as of `typer.Option`."""
-    return typer.Option(metavar=metavar, help=words, **more)
+    --set).
+
+    Args:
+        words: its help; metavar: the name of its value; shown: its default in words.
+        more: as of `typer.Option`.
+    """
+    return typer.Option(metavar=metavar, help=words, show_default=shown, **more)
 
 
-def argument(words: str, metavar: str, **more: Any) -> Any:
-    """Return an argument, with a help text and its name; `more`: as of `typer.Argument`."""
-    return typer.Argument(metavar=metavar, help=words, **more)
+def argument(words: str, metavar: str, *, shown: str | bool = True) -> Any:
+    """Return an argument, of the same words as an `option`."""
+    return typer.Argument(metavar=metavar, help=words, show_default=shown)
 
 
 SettingsArgument = Annotated[
@@ -56,8 +61,7 @@ class RunOptions:
     seed: Annotated[int | None, option("The (first) seed.", min=0)] = None
     steps: Annotated[int | None, option("Samples of the stream.", min=1)] = None
     set_: Annotated[
-        list[str] | None,
-        option("Change a setting, e.g. stream.batch=8.", "KEY=VALUE"),
+        list[str] | None, option("Change a setting, e.g. stream.batch=8.", "KEY=VALUE")
     ] = None
     model: Annotated[
         str | None, option("Makes the model (or PACKAGE.MODULE:FUNCTION).", "FILE.py:FUNCTION")
@@ -101,20 +105,24 @@ class RunOptions:
         pin(settings.engine)
         return settings
 
+    def functions(self, settings: Settings, plain: str | None = None) -> OwnFunctions:
+        """Return the functions that `--model` and `--stream` name, and that of `--baseline-model`.
+
+        Raises SettingsError if there is none such.
+        """
+        for section, function, used in (
+            ("model", self.model, "stabilise"),
+            ("stream", self.stream, "names"),
+        ):
+            if function is not None:
+                self._check_beside(section, function, used)
+        from hamdist.study.run.own_data import load_functions
+
+        return load_functions(settings, self.model, self.stream, plain)
+
     def factory(self) -> ModelFactory | None:
         """Return the function that `--model` names. Raises SettingsError if there is none."""
-        if self.model is not None:
-            self._check_beside("model", self.model, "stabilise")
-        return factory_of(self.model)
-
-    def data(self, settings: Settings) -> DataFactory | None:
-        """Return the data of the function that `--stream` names. Raises SettingsError."""
-        if self.stream is None:
-            return None
-        self._check_beside("stream", self.stream, "names")
-        from hamdist.study.run.own_data import load_stream
-
-        return load_stream(self.stream, settings.stream.names, settings.model_loss)
+        return self.functions(Settings()).model
 
     def _check_beside(self, section: str, function: str, used: str) -> None:
         """Raise SettingsError for a setting of a section whose thing a function makes."""
@@ -154,15 +162,6 @@ def without_none(options: dict[str, Any]) -> dict[str, Any]:
 
 
 STANDARD_OUTPUT = Path("-")
-
-
-def factory_of(name: str | None, option: str = "--model") -> ModelFactory | None:
-    """Return the model's function that `option` names. Raises SettingsError if there is none."""
-    if name is None:
-        return None
-    from hamdist.models.build import load_factory
-
-    return load_factory(name, option)
 
 
 def command_line() -> str:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import atexit
 import codecs
+import errno
 import io
 import os
 import signal
@@ -25,14 +26,20 @@ class SteadyFile(io.FileIO):
     """A standard stream that ignores errors of writing when it is full or closed.
 
     So the files of a run do not depend on who reads its output.
+
+    Attributes:
+        full: the latest error of a full disk.
     """
+
+    full: OSError | None = None
 
     def write(self, data: object, /) -> int:
         """Write `data` (bytes-like), and return its length whatever becomes of it."""
         whole = memoryview(data)  # type: ignore[arg-type]
         try:
             return super().write(whole) or 0
-        except OSError:
+        except OSError as error:
+            self.full = error if error.errno in (errno.ENOSPC, errno.EDQUOT) else self.full
             return whole.nbytes
 
 

@@ -61,8 +61,8 @@ _OfReplay = Annotated[Path, argument("Folder of a run's --out.", "RUN")]
 def _recorded(folder: Path, options: RunOptions) -> RecordedRun:
     from hamdist.study.replay.replay import recorded_run
 
-    run = recorded_run(folder, options.factory())
-    return replace(run, data=options.data(run.settings))
+    run = recorded_run(folder)
+    return replace(run, own=options.functions(run.settings))
 
 
 def rewind(
@@ -115,9 +115,7 @@ def fork(
     *,
     without_sample: Annotated[int | None, option("Leave it out (from 0).", "N", min=0)] = None,
     tick: Annotated[int | None, option("Begin at the latest snapshot up to it.", min=0)] = None,
-    out: Annotated[
-        Path | None, option("Folder for its files.", show_default="results/NAME-fork")
-    ] = None,
+    out: Annotated[Path | None, option("Folder for its files.", shown="results/NAME-fork")] = None,
     overwrite: OverwriteOption = False,
     options: Annotated[RunOptions, "set_ model stream"],
 ) -> None:

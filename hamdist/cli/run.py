@@ -47,7 +47,7 @@ def run(
     *,
     options: Annotated[RunOptions, "level engine seed steps set_ model stream stabilise"],
     out: Annotated[
-        Path | None, option("Folder for the result's files.", show_default="results/NAME-TIME")
+        Path | None, option("Folder for the result's files.", shown="results/NAME-TIME")
     ] = None,
     overwrite: OverwriteOption = False,
     snapshots: Annotated[str | None, option("Where to keep snapshots.", "DIR|URL")] = None,
@@ -102,7 +102,7 @@ def run_settings(
     title = f"{at_level.name}, {at_level.level_name}"
     with Display(at_level) as display, warning_at_once() as shown_warnings, ExitStack() as stack:
         display.note(f"{title}: starting (imports)")
-        factory, data = options.factory(), options.data(at_level)
+        own = options.functions(at_level)
         folder = stack.enter_context(
             ResultFolder(out, overwrite=overwrite, controls=True, say=display.say)
         )
@@ -126,12 +126,11 @@ def run_settings(
             write_file(trace, chrome_trace({}))  # (it can be written)
         display.say(f"Results go to {folder.path}")
         imports = {} if began is None else {"imports": time.perf_counter() - began}
-        batch = at_level.stream.batch if data is None else None
+        batch = at_level.stream.batch if own.data is None else None
         show = display.watch(title, batch)
         result, model = run_level(
             at_level,
-            factory=factory,
-            data=data,
+            own=own,
             on_progress=folder.watch(RunBegun.of(at_level, title, batch), show),
             before=imports,
             resume=resume,

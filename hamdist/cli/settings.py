@@ -38,6 +38,7 @@ def schema() -> None:
     record |= json_schema()
     report(**record)
     say(json.dumps(record, indent=2))
+    OUTPUT.alone = True
 
 
 def recipes() -> None:

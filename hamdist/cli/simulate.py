@@ -34,7 +34,7 @@ def simulate(
     sweep: Annotated[bool, option("Try cuts, placements, delays and codecs.")] = False,
     levels: Annotated[str | None, option("Levels for --sweep to try, too.", "A,B")] = None,
     out: Annotated[
-        Path | None, option("Folder of --sweep.", show_default="results/NAME-simulated")
+        Path | None, option("Folder of --sweep.", shown="results/NAME-simulated")
     ] = None,
     overwrite: OverwriteOption = False,
     json_: JsonFileOption = None,
@@ -45,7 +45,6 @@ def simulate(
         raise SettingsError("--levels, --out and --overwrite belong to --sweep")
     json_ = json_file(json_)
     loaded = options.load(settings, engine={"kind": EngineKind.RAY.value})
-    factory = options.factory()
 
     from hamdist.study.report.files import to_json
     from hamdist.study.run.export import at_one_level
@@ -59,8 +58,8 @@ def simulate(
     cluster, notes = read_host_plan(hosts)
     for text in notes:
         warn(text)
-    data = options.data(laid)
-    planner = Planner(cluster, factory, data)
+    own = options.functions(laid)
+    planner = Planner(cluster, own)
     folder = out or results_of(f"{laid.name}-simulated")
     if sweep:
         others = level_names(levels) if levels else []
@@ -73,7 +72,7 @@ def simulate(
         warn(f"memory: {text}")
     if learn:
         note("learning in one process with these delays ...")
-        _, learned = learn_it(placed, result["stages"], factory, data)
+        _, learned = learn_it(placed, result["stages"], own)
         result |= learned
     _print(result)
     report(**result)

@@ -35,12 +35,11 @@ StudySetOption = Annotated[list[str] | None, option("Change the study, e.g. seed
 StudyOutOption = Annotated[
     Path | None,
     option(
-        "Folder for runs and report; a study that was ended goes on there.",
-        show_default="results/NAME",
+        "Folder for runs and report; a study that was ended goes on there.", shown="results/NAME"
     ),
 ]
 ChosenOption = Annotated[bool, option("Tune nothing: take what the file names as `best`.")]
-WorkersOption = Annotated[int | None, option("Runs at a time.", min=1, show_default="one per core")]
+WorkersOption = Annotated[int | None, option("Runs at a time.", min=1, shown="one per core")]
 GRIDS = {  # by command: its help
     "levels": "Levels beside centralised backpropagation, each side tuned on a validation part.",
     "depth": "The same, against the number of layers (axes.depth).",
@@ -120,16 +119,12 @@ def speed(
         ),
     ] = None,
     *,
-    speeds: Annotated[
-        str | None, option("c, hops per second.", "C,...", show_default="10..1000")
-    ] = None,
-    steps_ratio: Annotated[str | None, option("c tau.", "A,...", show_default="1,.5,.1")] = None,
+    speeds: Annotated[str | None, option("c, hops per second.", "C,...", shown="10..1000")] = None,
+    steps_ratio: Annotated[str | None, option("c tau.", "A,...", shown="1,.5,.1")] = None,
     streams: Annotated[str | None, option("static, smooth, random.", "A,B")] = None,
-    seeds: Annotated[int | None, option("How many seeds.", min=1, show_default="2")] = None,
-    depth: Annotated[
-        int | None, option("Layers of the tanh network.", min=1, show_default="3")
-    ] = None,
-    width: Annotated[int | None, option("Of its layers.", min=1, show_default="16")] = None,
+    seeds: Annotated[int | None, option("How many seeds.", min=1, shown="2")] = None,
+    depth: Annotated[int | None, option("Layers of the tanh network.", min=1, shown="3")] = None,
+    width: Annotated[int | None, option("Of its layers.", min=1, shown="16")] = None,
     options: Annotated[RunOptions, "model"],
     input_shape: Annotated[
         str | None, option("Of the model's input, without batch.", "N,...")
@@ -138,7 +133,7 @@ def speed(
     chosen: ChosenOption = False,
     workers: WorkersOption = None,
     out: Annotated[
-        Path | None, option("Folder for the result's files.", show_default="results/speed")
+        Path | None, option("Folder for the result's files.", shown="results/speed")
     ] = None,
     overwrite: OverwriteOption = False,
 ) -> None:
@@ -213,7 +208,7 @@ def _speed(
 
 def recovery(
     full: Annotated[bool, option("The paper's epochs: 40, for sequences 80.")] = False,
-    epochs: Annotated[int | None, option("Epochs.", min=1, show_default="1")] = None,
+    epochs: Annotated[int | None, option("Epochs.", min=1, shown="1")] = None,
     models: Annotated[str | None, option("linear, mlp, resnet, vit, rnn, lstm.", "A,B")] = None,
     paper: Annotated[bool, option("Dampen the first momentum step, too (HL App. E).")] = False,
     images: Annotated[Path | None, option("Folder of IDX files, instead.")] = None,

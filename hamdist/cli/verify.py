@@ -38,7 +38,7 @@ def verify(
     level: Annotated[str | None, option("Verify this level of your own.", "FILE.py:NAME")] = None,
     input_shape: Annotated[str | None, option("Of --model, without the batch.", "3,28,28")] = None,
     classes: Annotated[int | None, option("Of --model: targets are classes.", min=2)] = None,
-    batch: Annotated[int | None, option("Of --model: rows.", min=1, show_default="4")] = None,
+    batch: Annotated[int | None, option("Of --model: rows.", min=1, shown="4")] = None,
     blocks: Annotated[int | None, option("Of --model: into how many blocks.", min=1)] = None,
 ) -> None:
     """Prove it: every statement of the papers against an oracle of its own."""

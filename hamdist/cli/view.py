@@ -58,9 +58,7 @@ def watch(
     name: Annotated[
         str | None,
         argument(
-            "Folder of results, or a launched run.",
-            "[DIR|ID]",
-            show_default="the latest of results/",
+            "Folder of results, or a launched run.", "[DIR|ID]", shown="the latest of results/"
         ),
     ] = None,
     cluster: ClusterOption = None,
@@ -80,7 +78,7 @@ def watch(
 
 def explain(
     folder: Annotated[
-        Path | None, argument("Folder of results.", "[DIR]", show_default="the latest of results/")
+        Path | None, argument("Folder of results.", "[DIR]", shown="the latest of results/")
     ] = None,
 ) -> None:
     """Say in words where the time of runs went, and what to change."""
@@ -107,7 +105,7 @@ def draw(
     ] = DEFAULT_SETTINGS,
     *,
     options: Annotated[RunOptions, "level engine set_ model stream"],
-    out: Annotated[Path | None, option("File, .svg or .dot.", show_default="NAME.svg")] = None,
+    out: Annotated[Path | None, option("File, .svg or .dot.", shown="NAME.svg")] = None,
 ) -> None:
     """Draw the network of a run: blocks, shapes, edges, delays, actors; colour: late messages."""
     from hamdist.display.network import network_picture
@@ -117,7 +115,7 @@ def draw(
         network, name = network_of_folder(_with_events(Path(settings)) / EVENTS)
     else:
         loaded = options.load(settings)
-        network, name = network_of_settings(loaded, options.factory(), options.data(loaded))
+        network, name = network_of_settings(loaded, options.functions(loaded))
     file = out or Path(f"{results_of(name).name}.svg")
     if file.suffix not in (".svg", ".dot"):
         raise SettingsError(f"--out {str(file)!r}: name a file that ends in .svg or .dot")

@@ -12,7 +12,9 @@ from hamdist.config.messages import describe as describe
 from hamdist.config.messages import did_you_mean as did_you_mean
 from hamdist.config.reading import checked as checked
 from hamdist.config.reading import mapping as mapping
+from hamdist.config.reading import nested as nested
 from hamdist.config.reading import parse_override as parse_override
+from hamdist.config.reading import read_mapping as read_mapping
 from hamdist.config.reading import read_settings as read_settings
 from hamdist.config.reading import to_yaml as to_yaml
 from hamdist.config.safe_yaml import read_yaml as read_yaml

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any, TypeVar
 
 import yaml
@@ -69,9 +70,22 @@ def parse_override(text: str) -> dict[str, Any]:
     parts = key.split(".")
     if len(parts) > MAX_NESTING:
         raise SettingsError(f"--set {text!r}: a key of {len(parts)} parts")
-    for part in reversed(parts):
-        parsed = {part: parsed}
-    return dict(parsed)
+    return nested(parts, parsed)
+
+
+def nested(path: Sequence[str], value: Any) -> dict[str, Any]:
+    """Return ('stream', 'batch'), 8 as {'stream': {'batch': 8}}."""
+    for part in reversed(path):
+        value = {part: value}
+    return dict(value)
+
+
+def read_mapping(path: Path, origin: str) -> dict[str, Any]:
+    """Read a YAML file that is a mapping. Raises SettingsError that begins with `origin`."""
+    try:
+        return mapping(read_yaml(path.read_text("utf-8-sig"), origin), origin)
+    except (OSError, UnicodeDecodeError) as error:
+        raise SettingsError(f"{origin}: cannot be read: {error}") from None
 
 
 def to_yaml(settings: Settings, *, only_set: bool = False) -> str:

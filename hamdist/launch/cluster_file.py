@@ -20,7 +20,7 @@ from urllib.parse import urlsplit
 
 from pydantic import AfterValidator, Field, StringConstraints
 
-from hamdist.config import Positive, Section, checked, mapping, read_yaml
+from hamdist.config import Positive, Section, checked, read_mapping
 from hamdist.errors import SettingsError
 
 VARIABLE = "HAMDIST_CLUSTER"
@@ -102,12 +102,8 @@ def find_cluster(name: str | None) -> ClusterSettings:
 
 def read_cluster(path: Path) -> ClusterSettings:
     """Read a cluster file. Raises SettingsError naming the file, and the line or the field."""
-    try:
-        text = path.read_text("utf-8-sig")
-    except (OSError, UnicodeDecodeError) as error:
-        raise SettingsError(f"--cluster {str(path)!r}: cannot be read: {error}") from None
     origin = f"--cluster {str(path)!r}"
-    raw = mapping(read_yaml(text, origin), origin)
+    raw = read_mapping(path, origin)
     if "jobs" not in raw and isinstance(raw.get("address"), str):
         raw["jobs"] = f"http://{raw['address'].rpartition(':')[0]}:{JOBS_PORT}"
     return _with_token(raw, origin)

@@ -70,23 +70,16 @@ def _run(folder: Path, lost: str | None) -> Ended:
     settings = in_package(as_sent)
     if spec.snapshots is not None:
         settings = settings.changed(snapshots={"path": spec.snapshots})
-    factory = None
-    if spec.model is not None:
-        from hamdist.models.build import load_factory
+    from hamdist.study.run.own_data import load_functions
 
-        factory = load_factory(spec.model)
-    data = None
-    if spec.stream is not None:
-        from hamdist.study.run.own_data import load_stream
-
-        data = load_stream(spec.stream, settings.stream.names, settings.model_loss)
+    own = load_functions(settings, spec.model, spec.stream)
     resume = spec.resume if lost is None else _found_again(spec, lost)
-    batch = settings.stream.batch if data is None else None
+    batch = settings.stream.batch if own.data is None else None
     title = f"{settings.name}, {settings.level_name}"
     tell(RunBegun.of(_as_given(settings, as_sent), title, batch))
     if spec.live is not None:
         warnings.showwarning = _warn
-        return _serve(spec, settings, factory)
+        return _serve(spec, settings, own.model)
 
     from hamdist.study.report.save import save_run
     from hamdist.study.report.table import run_facts, run_title
@@ -94,14 +87,8 @@ def _run(folder: Path, lost: str | None) -> Ended:
 
     with warnings.catch_warnings():
         warnings.showwarning = _warn
-        run, model = run_level(
-            settings,
-            factory=factory,
-            data=data,
-            on_progress=_teller(settings),
-            resume=resume,
-            partial=True,
-        )
+        show = _teller(settings)
+        run, model = run_level(settings, own=own, on_progress=show, resume=resume, partial=True)
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # it has ended; what is left is to hand it over
     if run.chosen is not None:
         run.chosen = _as_given(run.chosen, as_sent)

@@ -15,12 +15,12 @@ from hamdist.errors import ClusterError, SettingsError
 from hamdist.launch.cluster_file import ClusterSettings
 from hamdist.launch.jobs_api import Jobs
 from hamdist.launch.package import JobSpec, named_there, own_code, packed, snapshots_in
-from hamdist.models.build import ModelFactory
 from hamdist.runtime.placement.assign_blocks import by_parameters, options_of_groups, place
 from hamdist.runtime.placement.assign_hosts import ActorOptions, HostInfo
 from hamdist.runtime.plan.plan import Plan
 from hamdist.study.run.export import planned
-from hamdist.study.run.run import DataFactory, torch_dtype
+from hamdist.study.run.own_data import OwnFunctions
+from hamdist.study.run.run import torch_dtype
 
 MIB = 2**20
 LONGEST = 40
@@ -156,8 +156,7 @@ class DryRun:
 def dry_run(
     settings: Settings,
     named: Mapping[str, str | None],
-    factory: ModelFactory | None,
-    data: DataFactory | None,
+    own: OwnFunctions,
     cluster: ClusterSettings,
     hosts: Sequence[HostInfo],
 ) -> DryRun:
@@ -166,14 +165,14 @@ def dry_run(
     Args:
         settings: those of one level, on Ray.
         named: the function by option ('--model', '--stream'), if one was given.
-        factory, data: results of these functions.
+        own: these functions.
         cluster: the cluster's settings.
         hosts: of the cluster.
 
     Raises:
         SettingsError, GraphError, LevelError: no cluster could run the settings.
     """
-    plan, _ = planned(settings, factory, data)
+    plan, _ = planned(settings, own)
     cpus = int(sum(host.cpus for host in hosts))
     groups = place(plan.graph, plan.engine, max(1, cpus))
     missing = [] if hosts else ["the cluster has no host that is alive"]

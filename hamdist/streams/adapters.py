@@ -7,14 +7,18 @@ by a DataLoader, or by x[None].
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
+import numpy as np
+from torch import Tensor
 from torch.utils.data import DataLoader, IterableDataset, default_collate
 
 from hamdist.errors import StreamError
 from hamdist.streams.batch_names import Names
 from hamdist.streams.iterable import IterableStream, Sizes
+
+_ARRAYS, _LISTS = (Tensor, np.ndarray), (list, tuple)
 
 
 def from_loader(
@@ -127,6 +131,7 @@ def from_iterable(
             other `epochs` than 1.
         SettingsError: `classes` and `outputs` for the same readout, or a number below 1.
     """
+    _check_batches(iterable)
     return IterableStream(
         iterable,
         classes=classes,
@@ -138,3 +143,24 @@ def from_iterable(
         model_loss=model_loss,
         ragged=ragged,
     )
+
+
+def _check_batches(iterable: object) -> None:
+    """Raise StreamError for a whole data set: rows, a dict of arrays, or the pair (X, Y).
+
+    (An array of three axes may be batches of inputs, and a list of inputs alike is some.)
+    """
+    entries = list(iterable.values()) if isinstance(iterable, Mapping) else iterable
+    if isinstance(iterable, _ARRAYS):
+        entries = [iterable] if iterable.ndim < 3 else []
+    arrays = [a for a in entries if isinstance(a, _ARRAYS)] if isinstance(entries, _LISTS) else []
+    if isinstance(iterable, _LISTS):
+        kinds = {(tuple(a.shape[1:]), a.dtype) for a in arrays}
+        pair = len(arrays) == len(iterable) == 2
+        arrays = arrays if pair and (isinstance(iterable, tuple) or len(kinds) > 1) else []
+    if arrays:
+        raise StreamError(
+            f"a {type(iterable).__name__} of {' and '.join(str(tuple(a.shape)) for a in arrays)} "
+            "is a whole data set, not its batches: give DataLoader(TensorDataset(x, y), "
+            "batch_size=32, shuffle=True), or [(x, y)] for one batch of all rows"
+        )

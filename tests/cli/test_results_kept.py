@@ -160,6 +160,21 @@ def test_a_command_that_is_ended_before_its_run_leaves_nothing(tiny, tmp_path):
         assert not (tmp_path / name).exists()
 
 
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="no device that is full")
+def test_a_schema_that_cannot_be_printed_is_an_error():
+    """A file that is cut off is no schema; a reader that has had enough (`| head`) is no fault."""
+    own = [sys.executable, "-m", "hamdist", "schema"]
+    for words in ([], ["--json"]):
+        with Path("/dev/full").open("w") as full:
+            ended = subprocess.run([*own, *words], stdout=full, stderr=-1, text=True, timeout=100)
+        wanted = "Error: standard output cannot be written: No space left on device\n"
+        assert (ended.returncode, ended.stderr) == (1, wanted)
+    reading, writing = os.pipe()
+    os.close(reading)
+    assert subprocess.run(own, stdout=writing, timeout=100).returncode == 0
+    os.close(writing)
+
+
 DEAF = """
 import os, signal, sys
 from hamdist.cli.process import main

@@ -52,7 +52,7 @@ from hamdist.runtime.placement.links import Probe
 from hamdist.runtime.results.events import RunBegun, Warned
 from hamdist.runtime.results.result import BlockProgress, Progress
 from hamdist.runtime.results.run_events import ProgressEvents, ProgressPace
-from hamdist.study.run.own_data import load_stream
+from hamdist.study.run.own_data import OwnFunctions, load_stream
 from hamdist.study.shared.recipes import load_settings
 
 # -- the cluster file ------------------------------------------------------------------------------
@@ -439,7 +439,7 @@ def test_a_dry_run_with_a_stream_of_ones_own(tmp_path, monkeypatch):
     settings = load_settings("digits", [{"engine": {"actors": 1}}])
     own = on_ray(settings.for_level(settings.level))
     data = load_stream(name)
-    found = dry_run(own, {"--stream": name}, None, data, ClusterSettings(), [host(1)])
+    found = dry_run(own, {"--stream": name}, OwnFunctions(None, data), ClusterSettings(), [host(1)])
     # theta and omega, float32: 20 inputs and 3 outputs, where digits has 64 and 10
     weights = (20 * 64 + 64) + 2 * (64 * 64 + 64) + (64 * 3 + 3)
     assert [round(size * 2**20) for *_, size in found.actors] == [2 * 4 * weights]
@@ -551,7 +551,7 @@ def host(number, cpus=2.0, **resources):
 def work_out(hosts, **engine):
     settings = load_settings("digits", [{"engine": engine}])
     own = on_ray(settings.for_level(settings.level))
-    return dry_run(own, {}, None, None, ClusterSettings(), hosts)
+    return dry_run(own, {}, OwnFunctions(), ClusterSettings(), hosts)
 
 
 def test_a_dry_run_says_who_goes_where():

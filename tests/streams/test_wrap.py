@@ -301,6 +301,21 @@ class TestErrors:
         with pytest.raises(StreamError, match=message):
             from_iterable([item], classes=classes)
 
+    @pytest.mark.parametrize(
+        "whole",
+        [(U, Y), [U, Y], (U.numpy(), Y.numpy()), (U, U), {"x": U, "label": Y}, U, Y.numpy()],
+    )
+    def test_a_whole_data_set_is_no_stream(self, whole: Any) -> None:
+        with pytest.raises(
+            StreamError, match=r"is a whole data set, .*batch_size=32.*\[\(x, y\)\]"
+        ):
+            from_iterable(whole, classes=3)
+
+    @pytest.mark.parametrize("batches", [[U, U], [U, U, U], [U], torch.stack([U, U]), [(U, Y)]])
+    def test_batches_are_no_whole_data_set(self, batches: Any) -> None:
+        stream = from_iterable(batches, classes=3)
+        assert all(torch.equal(sample.u, U) for sample in stream.samples())
+
     def test_arguments(self) -> None:
         with pytest.raises(SettingsError, match="not both"):
             from_iterable([U], classes=2, outputs=2)

@@ -5,12 +5,13 @@ from __future__ import annotations
 import threading
 import time
 from collections.abc import Sequence
+from pickle import PicklingError
 from typing import Any
 
 import ray
 
 from hamdist.config import DeviceSignals
-from hamdist.errors import ClusterError, StreamError
+from hamdist.errors import ClusterError, SettingsError, StreamError
 from hamdist.runtime.engines.worker import ReceivingEnds, Worker
 from hamdist.runtime.engines.worker_report import WorkerReport
 from hamdist.runtime.placement.assign_blocks import Costs, place
@@ -31,6 +32,7 @@ from hamdist.runtime.ray_engine.placed_workers import (
 from hamdist.runtime.signals.signal import Channel
 from hamdist.runtime.transport.shared_memory import GPU_SCHEME
 from hamdist.streams.replay import replays
+from hamdist.streams.sample import Stream
 
 
 class WiredWorkers(PlacedWorkers):
@@ -82,8 +84,13 @@ class WiredWorkers(PlacedWorkers):
 
         ends: ReceivingEnds = {}
         with startup.phase("blocks"):
-            for opened in self._all("prepare", arguments):
-                ends |= opened
+            try:
+                for opened in self._all("prepare", arguments):
+                    ends |= opened
+            except (TypeError, PicklingError):
+                if text := _unsendable(plan, self._stream if self._portable else None):
+                    raise SettingsError(text) from None
+                raise
         with startup.phase("sockets"):
             self._all("call", lambda _: ("connect", ends))
             if not self._portable:
@@ -210,3 +217,26 @@ class WiredWorkers(PlacedWorkers):
             self._thread.join(END_SECONDS)
         if self._thread is None or not self._thread.is_alive():  # a user's iterator may hang
             self._local.close()
+
+
+def _unsendable(plan: Plan, stream: Stream | None) -> str:
+    """Return what of the user's cannot be sent to an actor, and what to do; nothing if all can."""
+    parts: dict[str, object] = {
+        "the stream": stream,
+        "the optimizer": plan.optimizer,
+        "phi, or another function of time,": plan.dynamics,
+        "the level": plan.schedule,
+    }
+    for name, block in plan.graph.blocks.items():
+        parts |= {f"the loss of {name!r}": block.loss, f"the rule of {name!r}": block.rule}
+        parts |= {f"the module of {name!r}": (block.module, block.output)}
+    for what, part in parts.items():
+        try:
+            ray.cloudpickle.dumps(part)
+        except (TypeError, PicklingError) as error:
+            return (
+                f"{what} cannot be sent to an actor ({error}): make what it holds or refers to (a "
+                "lock, an open file) where it is used, or take engine.kind 'inprocess'"
+                + ("; a stream with portable = False is drawn here" if part is stream else "")
+            )
+    return ""

@@ -280,8 +280,14 @@ def _dumped(claim: dict[str, Any]) -> bytes:
 
 
 def _take(store: Storage, mine: dict[str, Any]) -> None:
-    if store.create(CLAIM, _dumped(mine)):
-        return
+    try:
+        if store.create(CLAIM, _dumped(mine)):
+            return
+    except SnapshotError as error:
+        raise SnapshotError(
+            f"{error}; a run that goes on writes beside the snapshot it goes on from, unless "
+            "snapshots.path (--snapshots) names another folder: give one that can be written"
+        ) from None
     other = _read(store)
     if other is not None and _goes_on(other, mine["host"]):
         raise SnapshotError(

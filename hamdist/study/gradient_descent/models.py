@@ -98,14 +98,6 @@ class LastState(nn.Module):
         return states[:, -1]
 
 
-def _linear(features: int, classes: int) -> tuple[nn.Module, nn.Module]:
-    return nn.Linear(features, classes, bias=False), Shift(classes)
-
-
-def _mlp(features: int, classes: int) -> tuple[nn.Module, nn.Module]:
-    return nn.Sequential(nn.Linear(features, HIDDEN), nn.Tanh()), nn.Linear(HIDDEN, classes)
-
-
 def _resnet(_: int, classes: int) -> tuple[nn.Module, nn.Module]:
     alpha = 1 / math.sqrt(RESIDUAL_BLOCKS)
     body = nn.Sequential(
@@ -132,8 +124,11 @@ def _recurrent(
 
 
 MODELS: Mapping[str, Callable[[int, int], tuple[nn.Module, nn.Module]]] = {
-    "linear": _linear,
-    "mlp": _mlp,
+    "linear": lambda n, classes: (nn.Linear(n, classes, bias=False), Shift(classes)),
+    "mlp": lambda n, classes: (
+        nn.Sequential(nn.Linear(n, HIDDEN), nn.Tanh()),
+        nn.Linear(HIDDEN, classes),
+    ),
     "resnet": _resnet,
     "vit": _vit,
     "rnn": partial(_recurrent, nn.RNN),

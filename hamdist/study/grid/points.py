@@ -16,7 +16,7 @@ from typing import Any
 
 from pydantic import ValidationError
 
-from hamdist.config import EngineKind, Level, Memory, Settings, Split, describe, merge
+from hamdist.config import EngineKind, Level, Memory, Settings, Split, describe, merge, nested
 from hamdist.dynamics.schedule.levels import make_locality
 from hamdist.errors import SettingsError
 from hamdist.study.grid.settings import Axis, SideSettings, StudySettings, Trains, trains_of
@@ -158,8 +158,8 @@ def _job(
 def _settings(study: StudySettings, cell: GridCell, candidate: Candidate) -> Settings:
     """Merge `run`, the point, the side's `set` and the candidate, in this order."""
     raw: dict[str, Any] = {"name": study.name, "engine": {"kind": "inprocess", "actors": 1}}
-    layers = [study.run, *(_nested(_AXES[axis], value) for axis, value in cell.point)]
-    layers += [cell.side.set, *(_nested(key.split("."), value) for key, value in candidate.items())]
+    layers = [study.run, *(nested(_AXES[axis], value) for axis, value in cell.point)]
+    layers += [cell.side.set, *(nested(key.split("."), value) for key, value in candidate.items())]
     for layer in layers:
         raw = merge(raw, layer)
     for field in ("seed", "steps", "level", "levels", "compare"):
@@ -187,9 +187,3 @@ def _check_run(study: StudySettings) -> None:
         Settings.model_validate(study.run)
     except ValidationError as error:
         raise SettingsError(f"in 'run': {describe(error)}") from None
-
-
-def _nested(path: list[str] | tuple[str, ...], value: Any) -> dict[str, Any]:
-    for part in reversed(path):
-        value = {part: value}
-    return dict(value)

@@ -119,21 +119,16 @@ def _record(job: GridJob, run: Run, facts: Mapping[str, BlockFacts]) -> RunRecor
         ((w.last + 1) * run.batch, at[w.last], w.accuracy, w.mean_loss)
         for w in joined(run.windows, POINTS)
     ]
+    same = ("rows", "seconds", "smoothness", "staleness", "failure", "cpu_seconds", "joules")
     return RunRecord(
         **_head(job),
-        rows=run.rows,
+        **{name: getattr(run, name) for name in same},
         accuracy=None if run.held_out is None else run.held_out.accuracy,
         loss=None if run.held_out is None else run.held_out.loss,
         prequential=merge_windows(run.windows).accuracy if run.windows else None,
-        seconds=run.seconds,
-        smoothness=run.smoothness,
-        staleness=run.staleness,
-        failure=run.failure,
         warnings=tuple(run.warnings),
         curve=curve,
         drifts=[dataclasses.astuple(recovery) for recovery in run.drifts],
-        cpu_seconds=run.cpu_seconds,
-        joules=run.joules,
         blocks={name: dataclasses.asdict(values) for name, values in facts.items()},
     )
 

@@ -25,7 +25,7 @@ from hamdist.display.table import (
 from hamdist.runtime.results.events import RunEvent, WindowFull
 from hamdist.study.grid.points import GridCell, Point, label_of
 from hamdist.study.grid.run import PROBES, StudyOutcome
-from hamdist.study.grid.settings import Axis, PublishedSettings, StudySettings, Trains, study_yaml
+from hamdist.study.grid.settings import Axis, StudySettings, Trains, study_yaml
 from hamdist.study.grid.summary import SummaryLine, summary
 from hamdist.study.report.blocks import block_table
 from hamdist.study.report.files import facts, flat_tests, to_json
@@ -88,13 +88,14 @@ def varied(study: StudySettings) -> list[Axis]:
 def _all(
     axes: Sequence[Axis], study: StudySettings, lines: Sequence[SummaryLine], real_valued: bool
 ) -> Table:
-    published = {name: s.published for name, s in study.sides.items() if s.published}
+    sides = study.sides.items()
+    published = {name: f"{s.published.accuracy:g}" for name, s in sides if s.published}
     goal = f"{100 * (study.goal or 0):g} %"
     columns: dict[str, Callable[[SummaryLine], str]] = {
         "side": lambda line: line.side,
         **{WORDS[axis]: lambda line, axis=axis: str(dict(line.point)[axis]) for axis in axes},  # type: ignore[misc]
         "held-out loss" if real_valued else "held-out, %": lambda line: held_out(line, real_valued),
-        "published, %": lambda line: _published(published.get(line.side)),
+        "published, %": lambda line: published.get(line.side, MISSING),
         "loss gap" if real_valued else "gap, points": lambda line: gap(line, real_valued),
         "95 %": lambda line: _test(line, real_valued)[0],
         "p": lambda line: _test(line, real_valued)[1],
@@ -171,10 +172,6 @@ def _test(line: SummaryLine, real_valued: bool) -> list[str]:
     p = line.gap_test.p
     shown = "< 0.001" if p < 0.001 else f"{p:.2g}"
     return [interval(line.gap_test, 1.0 if real_valued else 100.0), shown]
-
-
-def _published(published: PublishedSettings | None) -> str:
-    return MISSING if published is None else f"{published.accuracy:g}"
 
 
 def _until(reached: float | None, digits: int = 0) -> str:

@@ -29,8 +29,8 @@ from hamdist.study.report.table import comparison_table, finished_line
 from hamdist.study.run.baseline import CENTRALISED
 from hamdist.study.run.comparison import PlannedRun, plan, run_key
 from hamdist.study.run.comparison import compare as runs_of
-from hamdist.study.run.own_data import data_of
-from hamdist.study.run.run import DataFactory, Run
+from hamdist.study.run.own_data import NO_FUNCTIONS, OwnFunctions, data_of
+from hamdist.study.run.run import Run
 from hamdist.study.shared.named_code import code_of
 from hamdist.study.shared.recipes import load_settings
 from hamdist.study.shared.result_folder import RUNS, ResultFolder, Store, written_at_the_end
@@ -110,9 +110,7 @@ def make_runs(
     comparison: Comparison,
     display: RunDisplay,
     *,
-    factory: ModelFactory | None = None,
-    data: DataFactory | None = None,
-    plain: ModelFactory | None = None,
+    own: OwnFunctions = NO_FUNCTIONS,
     code: str | None = None,
     out: Path | None = None,
     overwrite: bool = False,
@@ -125,7 +123,7 @@ def make_runs(
     Args:
         comparison: without runs.
         display: shows the progress.
-        factory: makes the model; data: the stream of a seed; plain: the model of the baseline.
+        own: a user's functions, instead of what the settings name.
         code: what tells these functions from others; an earlier comparison of the same settings
             and code that was ended goes on in `out`. None: nothing does, and it begins anew.
         out: a folder for files.
@@ -151,13 +149,12 @@ def make_runs(
             comparison.folder = folder.path
         elif settings.trackers or listeners:
             raise SettingsError("trackers: a comparison has them for its folder; give out, too")
-        left, batch = TimeLeft(), None if data else settings.stream.batch
+        left, batch = TimeLeft(), None if own.data else settings.stream.batch
         watch = _watches(display, folder, planned, settings, batch, left)
         try:
             for run in runs_of(
-                settings, planned, factory=factory, data=data, plain=plain, on_progress=watch,
-                store=store, made_of=code or "",
-            ):  # fmt: skip
+                settings, planned, own=own, on_progress=watch, store=store, made_of=code or ""
+            ):
                 comparison.runs.append(run)
                 left.ended.append(run.startup_seconds + run.seconds)
                 say(finished_line(run))
@@ -272,9 +269,7 @@ def compare(
             make_runs(
                 comparison,
                 display,
-                factory=factory,
-                data=data,
-                plain=plain,
+                own=OwnFunctions(factory, data, plain),
                 code=None if model or stream or baseline_model else code_of(whole),
                 out=None if out is None else Path(out),
                 overwrite=overwrite,

@@ -200,17 +200,13 @@ def run_study(
             network = subject.make(seed)
             blocks, weights = len(network.graph.blocks), network.backprop.weights
             for kind, a, c in points:
-                rows.append(_row(network, kind, a, c, seed))
+                stream = timed_stream(kind, network.values, seed)
+                exact = exact_gradients(network, stream)
+                local, ticks = local_gradients(network, stream, c, a)
+                errors = relative_error(local, exact), one_minus_cos(local, exact)
+                rows.append(SpeedRow(kind.value, a, c, seed, *errors, ticks))
                 on_progress(len(rows), study.seeds * len(points), rows[-1])
             if StreamKind.STATIC in study.streams and is_chain(network):
                 counts += tick_counts(network, study.steps, seed)
     words = f"{subject.words}, {blocks} block{'s' * (blocks > 1)}, {weights:,} weights"
     return SpeedResult(study, words, command, rows, counts)
-
-
-def _row(network: Network, kind: StreamKind, a: float, c: float, seed: int) -> SpeedRow:
-    stream = timed_stream(kind, network.values, seed)
-    exact = exact_gradients(network, stream)
-    local, ticks = local_gradients(network, stream, c, a)
-    error, angle = relative_error(local, exact), one_minus_cos(local, exact)
-    return SpeedRow(kind.value, a, c, seed, error, angle, ticks)

@@ -25,7 +25,6 @@ from torch import Tensor
 
 from hamdist.config import EngineKind, Settings, read_settings
 from hamdist.errors import SettingsError
-from hamdist.models.build import ModelFactory
 from hamdist.runtime.engines.inprocess import InProcessEngine
 from hamdist.runtime.plan.plan import Plan
 from hamdist.runtime.process.portable import pin
@@ -37,7 +36,7 @@ from hamdist.runtime.storage.store import storage
 from hamdist.streams.sample import Stream
 from hamdist.study.report.digests_diff import Parting, RunDigests, compared, read_digests
 from hamdist.study.run.export import planned
-from hamdist.study.run.run import DataFactory
+from hamdist.study.run.own_data import NO_FUNCTIONS, OwnFunctions
 
 SETTINGS, DIGESTS = "settings.yaml", "digests.json"
 
@@ -55,7 +54,7 @@ class RecordedRun:
         settings: for one process, without snapshots of its own.
         snapshots: where the run's snapshots lie, if it took any.
         digests: that the run recorded; empty without `engine.digests`.
-        factory, data: of `--model` and `--stream`.
+        own: of `--model` and `--stream`.
         resumed: samples of the run that it has gone on from.
     """
 
@@ -63,8 +62,7 @@ class RecordedRun:
     settings: Settings
     snapshots: str | None
     digests: RunDigests
-    factory: ModelFactory | None = None
-    data: DataFactory | None = None
+    own: OwnFunctions = NO_FUNCTIONS
     resumed: int = 0
 
     def latest_before(self, tick: float, without: int | None = None) -> Snapshot | None:
@@ -82,7 +80,7 @@ class RecordedRun:
         return self.latest_before(snapshot.tick - 1, without)
 
 
-def recorded_run(folder: Path, factory: ModelFactory | None = None) -> RecordedRun:
+def recorded_run(folder: Path) -> RecordedRun:
     """Read the folder of a run; if its bits are portable, this process will compute such.
 
     Raises SettingsError if it is no such folder.
@@ -99,8 +97,7 @@ def recorded_run(folder: Path, factory: ModelFactory | None = None) -> RecordedR
     engine = {"kind": EngineKind.INPROCESS, "placement": None}
     alone = settings.changed(engine=engine, snapshots={"path": None})
     digests = read_digests(folder)[DIGESTS] if (folder / DIGESTS).exists() else {}
-    where = settings.snapshots.path
-    return RecordedRun(folder, alone, where, digests, factory, resumed=_resumed(folder))
+    return RecordedRun(folder, alone, settings.snapshots.path, digests, resumed=_resumed(folder))
 
 
 def _resumed(folder: Path) -> int:
@@ -195,27 +192,23 @@ class Replay(Digests):
         if state is not None:
             super().load_state_dict(state)
 
-    def check(self) -> None:
-        """Raise SettingsError if the replay is not the run, to the bit."""
-        if self.missed is not None:
-            raise SettingsError(_other(self))
-
-
-def _other(replay: Replay) -> str:
-    miss = replay.missed
-    if miss is None:
-        return ""
-    began = 0 if replay.began is None else replay.began.manifest.samples
-    before = (
-        f"the run had gone on from sample {replay.run.resumed} of another, whose settings may have "
-        "been others, and no snapshot from there up to that tick is left (snapshots.keep); or "
-    )
-    return (
-        f"{str(replay.run.folder)!r}: its replay is not the run: at tick {miss.tick} block "
-        f"{miss.block!r} sent other bits ({miss.channel}); "
-        f"{before if began < replay.run.resumed else ''}another model or stream (--model, "
-        "--stream), other software or another processor, or the run's memory or network failed"
-    )
+    @property
+    def fault(self) -> str | None:
+        """Return why the replay is not the run, to the bit; None: it is, as far as is known."""
+        miss, began = self.missed, 0 if self.began is None else self.began.manifest.samples
+        if miss is None:
+            return None
+        before = (
+            f"the run had gone on from sample {self.run.resumed} of another, whose settings may "
+            "have been others, and no snapshot from there up to that tick is left "
+            "(snapshots.keep); or "
+        )
+        return (
+            f"{str(self.run.folder)!r}: its replay is not the run: at tick {miss.tick} block "
+            f"{miss.block!r} sent other bits ({miss.channel}); "
+            f"{before if began < self.run.resumed else ''}another model or stream (--model, "
+            "--stream), other software or another processor, or the run's memory or network failed"
+        )
 
 
 def from_snapshot(
@@ -224,7 +217,7 @@ def from_snapshot(
     """Return the plan and the stream of a replay that begins at a snapshot, and its watch."""
     if snapshot is not None and not snapshot.digests:
         run = dataclasses.replace(run, digests={})  # (the digests would begin in its midst)
-    plan, stream = planned(run.settings, run.factory, run.data, snapshot)
+    plan, stream = planned(run.settings, run.own, snapshot)
     if block is not None and block not in plan.graph.blocks:
         blocks = ", ".join(plan.graph.blocks)
         raise SettingsError(f"--block {block!r}: no block of the run; there are {blocks}")
@@ -257,7 +250,8 @@ def rewind(run: RecordedRun, block: str, tick: int, *, records: bool = False) ->
 
 def met(seen: Replay, tick: int) -> Replay:
     """Return a replay that has met the run, and its block at a tick; raise as `rewind`."""
-    seen.check()
+    if seen.fault is not None:
+        raise SettingsError(seen.fault)
     if seen.state is None:
         before = "" if seen.latest is None else f"; the latest tick before is {seen.latest}"
         raise SettingsError(f"--tick {tick}: block {seen.block!r} does nothing then{before}")
@@ -306,7 +300,7 @@ def bisect(first: RecordedRun, second: RecordedRun) -> FirstParting | None:
     earliest = sent[0]
     last = inf if earliest.tick is None else earliest.tick
     replays = [replay(run, equal, last) for run in (first, second)]
-    cause = next((_other(seen) for seen in replays if seen.missed is not None), None)
+    cause = next((seen.fault for seen in replays if seen.fault is not None), None)
     if cause is None:
         for step, other in zip(*(seen.course for seen in replays), strict=False):
             if step != other:

@@ -56,12 +56,9 @@ def paired_test(differences: Sequence[float]) -> PairedTest | None:
     error = spread / math.sqrt(n)
     half = float(stdtrit(n - 1, 1 - LEVEL / 2)) * error
     p = 2.0 * float(stdtr(n - 1, -abs(mean) / error))
-    return PairedTest(mean - half, mean + half, p, _seeds_to_tell(abs(mean) / spread))
-
-
-def _seeds_to_tell(effect: float) -> int | None:
-    """Return the least number of pairs for a mean of `effect` standard deviations."""
-    return next((n for n in range(2, MOST_SEEDS + 1) if _power(effect, n) >= POWER), None)
+    effect = abs(mean) / spread
+    told = next((k for k in range(2, MOST_SEEDS + 1) if _power(effect, k) >= POWER), None)
+    return PairedTest(mean - half, mean + half, p, told)
 
 
 def _power(effect: float, n: int) -> float:

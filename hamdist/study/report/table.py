@@ -31,7 +31,7 @@ _COUNTS = {  # what streams count
 def comparison_table(rows: Sequence[AggregateRow]) -> Table:
     """Return accuracies in %, gaps in points, spreads behind a ±; or else losses."""
     real_valued = all(row.held_out_accuracy is None for row in rows)
-    columns = _score_columns(real_valued) | _cost_columns()
+    columns = _score_columns(real_valued) | COSTS
     if all(row.gap_test is None and row.loss_gap_test is None for row in rows):
         del columns["95 %"]
     notes = [f"{row.level}: {note}" for row in rows for note in row.notes]
@@ -99,14 +99,13 @@ def _score_columns(real_valued: bool) -> dict[str, Callable[[AggregateRow], str]
     }
 
 
-def _cost_columns() -> dict[str, Callable[[AggregateRow], str]]:
-    return {
-        "wall, s": lambda row: f"{row.wall_seconds:.1f}",
-        "rows/s": lambda row: f"{row.rows_per_second:,.0f}",
-        "KiB per edge, sample": lambda row: f"{row.bytes_per_edge / KIB:.1f}",
-        "peak, MiB": lambda row: processes(row.peak_memory_by_process),
-        "staleness": lambda row: str(row.staleness),
-    }
+COSTS: dict[str, Callable[[AggregateRow], str]] = {
+    "wall, s": lambda row: f"{row.wall_seconds:.1f}",
+    "rows/s": lambda row: f"{row.rows_per_second:,.0f}",
+    "KiB per edge, sample": lambda row: f"{row.bytes_per_edge / KIB:.1f}",
+    "peak, MiB": lambda row: processes(row.peak_memory_by_process),
+    "staleness": lambda row: str(row.staleness),
+}
 
 
 def run_title(run: Run, name: str) -> str:
@@ -127,7 +126,7 @@ def run_facts(run: Run) -> dict[str, str]:
         **_scores(run),
         "drifts": drift_fact(run.drifts),
         "staleness": f"{run.staleness} samples",
-        "delays, ticks": _delays(run.delays),
+        "delays, ticks": ", ".join(f"{edge} {n}" for edge, n in run.delays.items() if n != 1),
         "stream": ", ".join(_counts(run.stream)),
         "tokens stored at once": ", ".join(f"{name} {n}" for name, n in run.stored.items()),
         "peak memory, MiB": ", ".join(processes(run.peak_memory).splitlines()),
@@ -151,11 +150,6 @@ def _predicted(run: Run) -> str:
     if not run.predicted or not run.seconds:
         return ""
     return f"predicted {run.predicted:,.0f}, measured {run.new_samples / run.seconds:,.0f}"
-
-
-def _delays(delays: Mapping[str, int]) -> str:
-    """Return the delays that are not 1."""
-    return ", ".join(f"{edge} {ticks}" for edge, ticks in delays.items() if ticks != 1)
 
 
 def _counts(counts: Mapping[str, int]) -> Iterator[str]:

@@ -124,26 +124,18 @@ class _Trainer:
     def __init__(
         self, model: nn.Module, settings: Settings, loss: Losses, spec: SampleSpec
     ) -> None:
-        learning = settings.learning
-        self._spec = spec
+        self._settings, self._spec = settings, spec
         self._waiting: dict[int, dict[str, Tensor]] = {}  # predictions that wait for their labels
-        self._truncation = settings.locality.truncation
-        self._carries = settings.dynamics.reset.h is Reset.NEVER
         self._states: dict[str, Tensor] | None = None  # of a recurrent network, of the token before
         self._tokens: list[list[Tensor]] = []  # losses, since the latest step
-        self.model = model
-        self.loss = loss
-        self.targets = spec.targets
+        self.model, self.loss = model, loss
         self._losses: dict[str, LossFunction] | None = None
-        self._metrics = settings.metrics
-        self._ignore_index = settings.ignore_index
-        self.course = StepCourse(learning, settings.steps)
-        self.optimisers = _optimisers(model, learning)
-        self._clip = learning.network_clip
-        groups = [group for optimizer in self.optimisers for group in optimizer.param_groups]
-        self._rates = [group["lr"] for group in groups]
+        self.course = StepCourse(settings.learning, settings.steps)
+        self.optimisers = _optimisers(model, settings.learning)
+        self._groups = [group for optimizer in self.optimisers for group in optimizer.param_groups]
+        self._rates = [group["lr"] for group in self._groups]
         self.metrics: dict[str, Prequential] = {}
-        average = learning.average
+        average = settings.learning.average
         theta = [p.data for p in model.parameters() if p.requires_grad]
         self.average = None if isinstance(average, str) else Average(theta, average)
         self.samples = self.rows = 0
@@ -153,7 +145,7 @@ class _Trainer:
         """Test on the sample, then train on it; a sample without target only counts. One whose
         label comes late passes twice (streams/wrappers/late_targets.py)."""
         emission = sample.emission or Emission(Emits.SAMPLE, 0, self.samples, waits=False)
-        names = [ONLY] if self.targets is None else self.targets
+        names = self._spec.targets or [ONLY]
         waits = emission.kind is Emits.SAMPLE and emission.waits
         shown = waits or isinstance(self.model, MergedSequence)
         if shown or any(sample.target(name) is not None for name in names):
@@ -189,14 +181,14 @@ class _Trainer:
         earlier = self._waiting.pop(emission.number, None)
         predictions = self._predictions(sample)
         losses = self._losses = self._losses or self._losses_of(predictions)
-        values = []
+        values, ignored = [], self._settings.ignore_index
         for name, loss in losses.items():
             y = sample.target(name)
             of, plain = self._spec.target(name), y
             if y is not None and of is not None and self._spec.weighted:
                 plain = parted(y, of)[0]
-                loss = Weighted(loss, partial(parted, spec=of), self._ignore_index)
-            if y is not None and plain is not None and counts(plain, self._ignore_index):
+                loss = Weighted(loss, partial(parted, spec=of), ignored)
+            if y is not None and plain is not None and counts(plain, ignored):
                 values.append(loss(predictions[name], y))
                 scored, value = predictions[name].detach(), values[-1].detach()
                 if earlier is not None:
@@ -218,20 +210,20 @@ class _Trainer:
         if not isinstance(self.model, MergedSequence):
             return values
         self._tokens.append(values)
-        if not end and len(self._tokens) != self._truncation:
+        if not end and len(self._tokens) != self._settings.locality.truncation:
             return []
         values, self._tokens = [v for token in self._tokens for v in token], []
         states = {n: h.detach() for n, h in (self._states or {}).items()}
-        self._states = states if self._carries or not end else None
+        carries = self._settings.dynamics.reset.h is Reset.NEVER
+        self._states = states if carries or not end else None
         return values
 
     def _move(self) -> None:
-        factor = self.course(self.samples)
-        groups = [group for optimizer in self.optimisers for group in optimizer.param_groups]
-        for group, rate in zip(groups, self._rates, strict=True):
+        factor, clip = self.course(self.samples), self._settings.learning.network_clip
+        for group, rate in zip(self._groups, self._rates, strict=True):
             group["lr"] = rate * factor
-        if self._clip is not None:
-            torch.nn.utils.clip_grad_norm_(self.model.parameters(), self._clip)
+        if clip is not None:
+            torch.nn.utils.clip_grad_norm_(self.model.parameters(), clip)
         for optimizer in self.optimisers:
             optimizer.step()
 
@@ -247,14 +239,15 @@ class _Trainer:
 
     def _losses_of(self, predictions: dict[str, Tensor]) -> dict[str, LossFunction]:
         """Return the losses of the outputs that have one; each gets metrics of its own."""
-        if list(predictions) == [ONLY] and self.targets is not None:
+        targets = self._spec.targets
+        if list(predictions) == [ONLY] and targets is not None:
             raise GraphError(
-                f"the stream has targets by readout ({', '.join(map(repr, self.targets))}), but "
+                f"the stream has targets by readout ({', '.join(map(repr, targets))}), but "
                 "the model returns one tensor: return a dict of predictions by these names, or "
                 "give the stream one target"
             )
-        losses = losses_of(list(predictions), self.loss, self.targets)
-        of, ignored = self._metrics, self._ignore_index
+        losses = losses_of(list(predictions), self.loss, targets)
+        of, ignored = self._settings.metrics, self._settings.ignore_index
         self.metrics = {n: Prequential(of.window, of.limit, ignore_index=ignored) for n in losses}
         return losses
 
@@ -310,14 +303,14 @@ def _train(
             trainer.show(sample)
             now = time.perf_counter()
             if on_progress is not None and now - reported >= PROGRESS_SECONDS:
-                on_progress(_progress(trainer, settings.steps, now - start))
+                on_progress(_progress(trainer, steps, now - start))
                 reported = now
     except KeyboardInterrupt:
         interrupted = True
     for metrics in trainer.metrics.values():
         metrics.flush()
     if on_progress is not None:
-        on_progress(_progress(trainer, settings.steps, time.perf_counter() - start))
+        on_progress(_progress(trainer, steps, time.perf_counter() - start))
     return interrupted
 
 

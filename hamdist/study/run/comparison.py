@@ -14,14 +14,14 @@ from typing import Any
 from hamdist.config import EngineKind, Level, Settings, SignedCourseSettings, Update
 from hamdist.dynamics.schedule.levels import PRESETS
 from hamdist.errors import BlockError, SettingsError
-from hamdist.models.build import ModelFactory
 from hamdist.runtime.plan.checks import PRESENTED
 from hamdist.runtime.process.interrupts import OnProgress
 from hamdist.runtime.ray_engine.session import ray_session
 from hamdist.runtime.train.prepare import make_level, make_rule, settings_at
 from hamdist.study.run.baseline import CENTRALISED
 from hamdist.study.run.export import planned as plan_run
-from hamdist.study.run.run import DataFactory, Run, run_level
+from hamdist.study.run.own_data import NO_FUNCTIONS, OwnFunctions
+from hamdist.study.run.run import Run, run_level
 from hamdist.study.shared.result_folder import Store
 
 KEY_LENGTH = 20
@@ -135,9 +135,7 @@ def compare(
     settings: Settings,
     planned: Sequence[PlannedRun],
     *,
-    factory: ModelFactory | None = None,
-    data: DataFactory | None = None,
-    plain: ModelFactory | None = None,
+    own: OwnFunctions = NO_FUNCTIONS,
     on_progress: Callable[[PlannedRun], OnProgress] | None = None,
     store: Store[Run] | None = None,
     made_of: str = "",
@@ -151,7 +149,6 @@ def compare(
     Args:
         store: stores the finished runs; stored ones are not made again.
         made_of: further dependencies of the runs, as text (the user's code).
-        plain: makes the module of the baseline, if it is another one than the levels'.
     """
     runs = []
     for each in planned:
@@ -159,7 +156,7 @@ def compare(
         key = run_key(run_settings, each.name, made_of)
         stored = None if store is None else store.find(key)
         runs.append((each, run_settings, key, stored))
-    _check([r for each, r, _, stored in runs if each.level and not stored], factory, data)
+    _check([r for each, r, _, stored in runs if each.level and not stored], own)
     with ExitStack() as stack:
         for each, run_settings, key, stored in runs:
             callback = None if on_progress is None else on_progress(each)
@@ -168,14 +165,11 @@ def compare(
                 continue
             if each.level is not None and run_settings.engine.kind is EngineKind.RAY:
                 stack.enter_context(ray_session(run_settings.engine))
-            baseline, module = (CENTRALISED, plain) if each.level is None else (None, None)
+            baseline = CENTRALISED if each.level is None else None
             try:
-                run, _ = run_level(
-                    run_settings, baseline=baseline, factory=factory, data=data, plain=module,
-                    on_progress=callback,
-                )  # fmt: skip
+                run, _ = run_level(run_settings, baseline=baseline, own=own, on_progress=callback)
             except BlockError as error:
-                if module is None or error.tick:
+                if baseline is None or own.plain is None or error.tick:
                     raise
                 raise SettingsError(f"--baseline-model, first sample: {error.message}") from error
             run.level = each.name
@@ -186,16 +180,14 @@ def compare(
                 return
 
 
-def _check(
-    runs: Sequence[Settings], factory: ModelFactory | None, data: DataFactory | None
-) -> None:
+def _check(runs: Sequence[Settings], own: OwnFunctions) -> None:
     """Plan the levels with their first seed: what cannot run is found before anything does."""
-    once = None if data is None else cache(data)
+    own = own._replace(data=own.data and cache(own.data))
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # (the run says it again)
         for settings in runs:
             if settings.level is not Level.AUTO and settings.seed == runs[0].seed:
-                plan_run(settings, factory, once)
+                plan_run(settings, own)
 
 
 def run_key(settings: Settings, *made_of: object) -> str:

@@ -21,9 +21,9 @@ from hamdist.runtime.snapshots.resume import earlier
 from hamdist.runtime.storage.snapshot_files import Snapshot, latest
 from hamdist.runtime.train.prepare import settings_at
 from hamdist.runtime.train.train import plan_of, snapshot_model
-from hamdist.streams.factory import make_stream
 from hamdist.streams.sample import Stream
-from hamdist.study.run.run import DataFactory, build, torch_dtype
+from hamdist.study.run.own_data import NO_FUNCTIONS, OwnFunctions
+from hamdist.study.run.run import build, stream_of, torch_dtype
 
 
 def exported(
@@ -36,7 +36,7 @@ def exported(
     """
     snapshot = latest(where, say)
     settings = earlier(snapshot)
-    model, stream = _model_and_stream(settings, factory)
+    model, stream = _model_and_stream(settings, OwnFunctions(factory))
     learned = snapshot_model(snapshot, model, stream.spec, settings)
     state = {k: v.detach().clone().contiguous() for k, v in learned.state_dict().items()}
     return state, str(snapshot)
@@ -49,33 +49,25 @@ def initial_model(settings: Settings, factory: ModelFactory | None, weights: str
     """
     if settings.model.stabilise:
         raise SettingsError("model.stabilise: give a model that has its normalisation, by --model")
-    model, stream = _model_and_stream(settings, factory)
+    model, stream = _model_and_stream(settings, OwnFunctions(factory))
     if weights is not None:
         model.load_state_dict(exported(weights, factory, lambda _: None)[0])
     return model, next(iter(stream.samples())), stream.spec.classes
 
 
 def planned(
-    settings: Settings,
-    factory: ModelFactory | None,
-    data: DataFactory | None,
-    snapshot: Snapshot | None = None,
+    settings: Settings, own: OwnFunctions, snapshot: Snapshot | None = None
 ) -> tuple[Plan, Stream]:
     """Return the plan with which a run of `settings` would begin, and its stream; with a snapshot,
     that of a run that goes on from there and takes no further ones."""
-    model, stream = _model_and_stream(settings, factory, data)
+    model, stream = _model_and_stream(settings, own)
     return plan_of(model, settings, stream.spec, snapshot), stream
 
 
-def _model_and_stream(
-    settings: Settings, factory: ModelFactory | None, data: DataFactory | None = None
-) -> tuple[Any, Stream]:
+def _model_and_stream(settings: Settings, own: OwnFunctions) -> tuple[Any, Stream]:
     dtype = torch_dtype(settings.dtype)
-    if data is None:
-        stream = make_stream(settings.stream, seed=settings.seed, dtype=dtype)
-    else:
-        stream = data(settings.seed).in_dtype(dtype).train
-    return build(settings, stream.spec, factory, dtype), stream
+    stream = stream_of(settings, own.data and own.data(settings.seed).in_dtype(dtype))
+    return build(settings, stream.spec, own.model, dtype), stream
 
 
 # -- pictures --------------------------------------------------------------------------------------
@@ -89,14 +81,14 @@ def at_one_level(settings: Settings, level: Level | str) -> Settings:
 
 
 def network_of_settings(
-    settings: Settings, factory: ModelFactory | None = None, data: DataFactory | None = None
+    settings: Settings, own: OwnFunctions = NO_FUNCTIONS
 ) -> tuple[PlacedNetwork, str]:
     """Return the network and its title; blocks are placed by `engine.placement` or parameters.
 
     Raises HamdistError, as a run before it starts.
     """
     at_level = at_one_level(settings, settings.level)
-    plan, _ = planned(at_level, factory, data)
+    plan, _ = planned(at_level, own)
     groups = [list(plan.graph.blocks)]
     if at_level.engine.kind is EngineKind.RAY:
         groups = place(plan.graph, at_level.engine, cores())

@@ -1,4 +1,4 @@
-"""A stream that a user's own function makes (`--stream file.py:function`)."""
+"""What a user's own functions make: the model, and the stream (`--stream file.py:function`)."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import inspect
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -15,12 +15,14 @@ from safetensors.torch import load
 from torch import nn
 from torch.utils.data import DataLoader, IterableDataset
 
+from hamdist.config import Settings
 from hamdist.dynamics.graph.graph import Graph
 from hamdist.dynamics.graph.inputs import called as called_with
 from hamdist.dynamics.user_modules.copies import copied
 from hamdist.dynamics.user_modules.generator import generator_kept
 from hamdist.errors import SettingsError, StreamError
 from hamdist.loading import called, check_call, load_function, title
+from hamdist.models.build import BASELINE_OPTION, ModelFactory, load_factory
 from hamdist.runtime.placement.step_costs import example_input, example_inputs
 from hamdist.streams import Stream, from_iterable, from_loader
 from hamdist.streams.batch_names import WEIGHT, Names
@@ -45,9 +47,40 @@ class OwnData:
         return OwnData(in_dtype(self.train, dtype), held_out)
 
 
+DataFactory = Callable[[int], OwnData]
+
+
+class OwnFunctions(NamedTuple):
+    """A user's functions, each instead of what settings name; None: as the settings say.
+
+    Attributes:
+        model: makes the model.
+        data: makes the stream of a seed.
+        plain: makes the module of centralised training, from the model's weights (`beside`).
+    """
+
+    model: ModelFactory | None = None
+    data: DataFactory | None = None
+    plain: ModelFactory | None = None
+
+
+NO_FUNCTIONS = OwnFunctions()
+
+
+def load_functions(
+    settings: Settings, model: str | None, stream: str | None, plain: str | None = None
+) -> OwnFunctions:
+    """Return the functions that options have named. Raises SettingsError if they cannot be used."""
+    return OwnFunctions(
+        None if model is None else load_factory(model),
+        None if stream is None else load_stream(stream, settings.stream.names, settings.model_loss),
+        None if plain is None else load_factory(plain, BASELINE_OPTION),
+    )
+
+
 def load_stream(
     name: str, names: Names | None = None, model_loss: str | None = None
-) -> Callable[[int], OwnData]:
+) -> DataFactory:
     """Return a function that makes the stream of a seed by the user's function `name`.
 
     The function is called anew for every run, with `seed=` if it takes one, while torch's global
@@ -75,7 +108,7 @@ def data_of(
     names: Names | None,
     model_loss: str | None,
     classes: Classes,
-) -> Callable[[int], OwnData]:
+) -> DataFactory:
     """Return a function that makes the stream of a seed: of one that can be drawn again, or a
     function as of `load_stream`. Raises SettingsError for an iterator.
 
@@ -101,7 +134,7 @@ def _maker(
     held_out: object,
     classes: Classes,
     read: dict[str, Any],
-) -> Callable[[int], OwnData]:
+) -> DataFactory:
     """Return a function that makes the data of a seed by a user's `function`."""
     takes_seed, names = _takes_seed(function), read["names"]
     # (the scores of what is held out count every row once)

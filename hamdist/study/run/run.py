@@ -6,7 +6,7 @@ Everything that a comparison needs of a run is in a `Run`; the trained model com
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -50,13 +50,18 @@ from hamdist.streams.sample import SampleSpec, Stream
 from hamdist.streams.wrappers.without_sample import WithoutSample
 from hamdist.study.run.baseline import CENTRALISED, FROZEN, baseline_warnings, train_centralised
 from hamdist.study.run.measures import DriftRecovery, Tracking, advice, recoveries, tracking
-from hamdist.study.run.own_data import OwnData, beside, check_held_out, warmed
+from hamdist.study.run.own_data import (
+    NO_FUNCTIONS,
+    OwnData,
+    OwnFunctions,
+    beside,
+    check_held_out,
+    warmed,
+)
 from hamdist.study.shared.machine import check_size, check_time
 
 PYTORCH = "pytorch"
 TIMELINE_LIMIT = 4096
-
-DataFactory = Callable[[int], OwnData]
 
 
 @dataclass(slots=True, kw_only=True)
@@ -141,9 +146,7 @@ def run_level(
     settings: Settings,
     *,
     baseline: str | None = None,
-    factory: ModelFactory | None = None,
-    data: DataFactory | None = None,
-    plain: ModelFactory | None = None,
+    own: OwnFunctions = NO_FUNCTIONS,
     on_progress: OnProgress | None = None,
     before: Mapping[str, float] | None = None,
     resume: str | Path | None = None,
@@ -158,9 +161,7 @@ def run_level(
     Args:
         baseline: trains centralised instead (baseline.py): CENTRALISED, or FROZEN, the last layer
             alone.
-        factory, data: make the model, and the stream of a seed, instead of those that the settings
-            name.
-        plain: makes the module that a baseline trains instead, from the model's weights (`beside`).
+        own: makes the model and the stream, instead of those that the settings name.
         before: what came before this call and belongs to the run's start (seconds by phase).
         resume: a folder of snapshots that the run goes on from.
         weights: a safetensors file that it begins with.
@@ -177,23 +178,20 @@ def run_level(
     startup = Startup(phases_to(on_progress, settings.steps))
     startup.add(before or {})
     with startup.phase("data"):
-        check_size(settings, own_model=factory is not None, own_data=data is not None)
-        notes = [] if factory is not None or data is not None else check_time(settings)
-        own_data = None if data is None else data(settings.seed).in_dtype(dtype)
-        if own_data is None:
-            stream = make_stream(settings.stream, seed=settings.seed, dtype=dtype)
-        else:
-            stream = own_data.train
+        check_size(settings, own_model=own.model is not None, own_data=own.data is not None)
+        notes = [] if own.model is not None or own.data is not None else check_time(settings)
+        own_data = None if own.data is None else own.data(settings.seed).in_dtype(dtype)
+        stream = stream_of(settings, own_data)
         if without is not None:
             stream = WithoutSample(stream, without, settings.steps)
-        model = build(settings, stream.spec, factory, dtype)
+        model = build(settings, stream.spec, own.model, dtype)
         if weights is not None:
             model = warmed(model, weights)
         notes += advice(settings)
         rules = [] if isinstance(model, Graph) else functions_of(model)
-        if plain is not None:
+        if baseline is not None and own.plain is not None:
             seed, option = settings.seed, BASELINE_OPTION
-            plain_model = make_from_factory(plain, seed=seed, dtype=dtype, option=option)
+            plain_model = make_from_factory(own.plain, seed=seed, dtype=dtype, option=option)
             notes.append(beside(plain_model, model))
             model = plain_model
         elif engine == PYTORCH and rules:
@@ -283,6 +281,13 @@ def _trained(
     frozen = level == FROZEN
     keep_freed_memory()  # as the engines do
     return train_centralised(model, stream, settings, frozen=frozen, on_progress=timeline)
+
+
+def stream_of(settings: Settings, own_data: OwnData | None) -> Stream:
+    """Return the user's stream, else that of the settings."""
+    if own_data is not None:
+        return own_data.train
+    return make_stream(settings.stream, seed=settings.seed, dtype=torch_dtype(settings.dtype))
 
 
 def build(

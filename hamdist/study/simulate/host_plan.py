@@ -20,7 +20,7 @@ from typing import Annotated, Any
 
 from pydantic import BeforeValidator, Field, model_validator
 
-from hamdist.config import Above0, Rate, Section, checked, mapping, read_yaml
+from hamdist.config import Above0, Rate, Section, checked, mapping, read_mapping
 from hamdist.errors import SettingsError
 from hamdist.runtime.process.threads import product_seconds
 from hamdist.runtime.timing.cluster_model import ClusterModel, FailureModel, HostModel, Link
@@ -200,11 +200,7 @@ def read_host_plan(path: Path) -> tuple[ClusterModel, list[str]]:
     Raises SettingsError naming the file, and the line or the field.
     """
     origin = f"--hosts {str(path)!r}"
-    try:
-        raw = mapping(read_yaml(path.read_text("utf-8-sig"), origin), origin)
-    except (OSError, UnicodeDecodeError) as error:
-        raise SettingsError(f"{origin}: cannot be read: {error}") from None
-    plan = checked(HostPlanSettings, raw, origin)
+    plan = checked(HostPlanSettings, read_mapping(path, origin), origin)
     named = list(enumerate(plan.hosts))
     pairs = {(i, j): f"{a.name}->{b.name}" for i, a in named for j, b in named if i != j}
     courses = {pair: _course(plan.links, key, origin) for pair, key in pairs.items()}
@@ -214,16 +210,10 @@ def read_host_plan(path: Path) -> tuple[ClusterModel, list[str]]:
         for at in times or [0.0]
     ]
     here = product_seconds() if any(host.product for host in plan.hosts) else 1.0
+    speeds = [h.speed or 1.0 if h.product is None else here / h.product for h in plan.hosts]
     hosts = [
-        HostModel(
-            host.name,
-            host.cores,
-            (host.speed or 1.0) if host.product is None else here / host.product,
-            host.memory,
-            host.up,
-            host.down,
-        )
-        for host in plan.hosts
+        HostModel(h.name, h.cores, speed, h.memory, h.up, h.down)
+        for h, speed in zip(plan.hosts, speeds, strict=True)
     ]
     failures = FailureModel(**dict(plan.failures))
     guessed = [f"{host.name} ({host.machine})" for host in plan.hosts if host.machine is not None]

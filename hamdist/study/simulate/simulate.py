@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from hashlib import blake2b
 from typing import Any
@@ -13,7 +13,6 @@ import numpy as np
 
 from hamdist.config import EngineKind, Settings, Spread
 from hamdist.errors import ClusterError, SettingsError
-from hamdist.models.build import ModelFactory
 from hamdist.runtime.placement.assign_blocks import groups_of, options_of_groups, place, split
 from hamdist.runtime.placement.assign_hosts import HostInfo
 from hamdist.runtime.placement.links import as_measured, least_delays
@@ -27,7 +26,8 @@ from hamdist.runtime.timing.model import TimingModel
 from hamdist.runtime.timing.simulations import EventSimulation, Recursion
 from hamdist.runtime.timing.timed_graph import Period, TimedGraph
 from hamdist.study.run.export import planned
-from hamdist.study.run.run import DataFactory, Run, run_level
+from hamdist.study.run.own_data import OwnFunctions
+from hamdist.study.run.run import Run, run_level
 
 WORKER_BYTES = 170 * 2**20  # of an actor's process without blocks (docs: concepts/limits)
 STEPS, EVENTS = 2_000_000, 100_000  # activities that are simulated, at most
@@ -133,21 +133,18 @@ class Planner:
 
     Args:
         cluster: hosts and links.
-        factory: makes the model, instead of `settings.model`.
-        data: makes the stream of a seed, instead of `settings.stream`.
+        own: makes the model and the stream, instead of those that the settings name.
     """
 
-    def __init__(
-        self, cluster: ClusterModel, factory: ModelFactory | None, data: DataFactory | None
-    ) -> None:
-        self.cluster, self._factory, self._data = cluster, factory, data
+    def __init__(self, cluster: ClusterModel, own: OwnFunctions) -> None:
+        self.cluster, self._own = cluster, own
 
     def model(self, settings: Settings) -> TimingModel:
         """Return the measured steps of settings.
 
         Raises SettingsError where they cannot be measured, and what `train` raises before a start.
         """
-        plan, stream = planned(settings, self._factory, self._data)
+        plan, stream = planned(settings, self._own)
         tokens = {}
         if plan.knobs.sequence:
             drawn = zip(range(SAMPLES_TO_COUNT), stream.samples(), strict=False)
@@ -220,12 +217,15 @@ class Planner:
 
     def best(self, settings: Settings) -> PlacedRun:
         """Return the fastest way to run settings, by the model, that the hosts have memory for."""
-        by_rate = sorted(
-            self.candidates(settings, self.model(settings)), key=lambda placed: -placed.rate
-        )
+        placed = fastest_first(self.candidates(settings, self.model(settings)))
         if settings.partition.delays == "auto":
-            by_rate = sorted(map(self.with_least_delays, by_rate), key=lambda placed: -placed.rate)
-        return next((placed for placed in by_rate if not placed.too_full()), by_rate[0])
+            placed = fastest_first(map(self.with_least_delays, placed))
+        return next((one for one in placed if not one.too_full()), placed[0])
+
+
+def fastest_first(runs: Iterable[PlacedRun]) -> list[PlacedRun]:
+    """Return the candidates by the samples a second of the model."""
+    return sorted(runs, key=lambda placed: -placed.rate)
 
 
 def simulate(placed: PlacedRun, seed: int = 0) -> dict[str, Any]:
@@ -332,10 +332,7 @@ def _snapshots(placed: PlacedRun, timed: TimedGraph) -> SnapshotModel | None:
 
 
 def learn(
-    placed: PlacedRun,
-    stages: Sequence[Mapping[str, Any]],
-    factory: ModelFactory | None,
-    data: DataFactory | None,
+    placed: PlacedRun, stages: Sequence[Mapping[str, Any]], own: OwnFunctions
 ) -> tuple[Run, dict[str, Any]]:
     """Learn in one process what the candidate will, and return the run and its figures.
 
@@ -344,7 +341,7 @@ def learn(
     engine: dict[str, Any] = {"kind": EngineKind.INPROCESS, "placement": None, "digests": True}
     blocks = placed.settings.engine.blocks
     settings = placed.chosen().changed(engine={**engine, "blocks": blocks})
-    run, _ = run_level(settings, factory=factory, data=data)
+    run, _ = run_level(settings, own=own)
     curve = [
         {"seconds": seconds_after(w.last + 1, stages), "loss": w.mean_loss, "accuracy": w.accuracy}
         for w in run.windows

@@ -10,7 +10,7 @@ from hamdist.config import Compress, Level, Settings, to_yaml
 from hamdist.errors import ClusterError, GraphError, LevelError, SettingsError
 from hamdist.study.run.export import at_one_level
 from hamdist.study.shared.result_folder import write_file
-from hamdist.study.simulate.simulate import PlacedRun, Planner
+from hamdist.study.simulate.simulate import PlacedRun, Planner, fastest_first
 
 BLOCKS = (2, 3, 4, 6, 8, 12, 16)
 CODECS = (Compress.NONE, Compress.BF16, Compress.INT8, Compress.INT4)
@@ -38,25 +38,21 @@ def sweep(
     for variant in _variants(settings, levels):
         try:
             model = planner.model(variant)
-            here = list(planner.candidates(variant, model))
+            here = fastest_first(planner.candidates(variant, model))
         except (ClusterError, GraphError, LevelError, SettingsError) as error:
             fault = error
             continue
-        here.sort(key=lambda placed: -placed.rate)
         later = [planner.with_least_delays(placed) for placed in here[: 2 * KEPT]]
         here = later if variant.partition.delays == "auto" else [*here, *later]
         full += [text for placed in here for text in placed.too_full()]
-        here = sorted(
-            (placed for placed in here if not placed.too_full()), key=lambda placed: -placed.rate
-        )
+        here = fastest_first(placed for placed in here if not placed.too_full())
         if here:
             say(f"{_name(variant)}: {here[0].rate:,.0f} samples/s, {here[0].period.words}")
         runs += here[:KEPT]
-    runs.sort(key=lambda placed: -placed.rate)
     if not runs:
         why = full[0] if full else str(fault)
         raise SettingsError(f"--sweep: no way to run these settings on these hosts: {why}")
-    return _apart(runs)
+    return _apart(fastest_first(runs))
 
 
 def _name(settings: Settings) -> str:

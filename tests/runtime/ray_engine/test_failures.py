@@ -238,6 +238,30 @@ def test_more_actors_than_blocks_is_refused_before_anything_starts(session):
         )
 
 
+class Locked(PortableStream):
+    def __init__(self, items):
+        super().__init__(items)
+        self.lock = threading.Lock()
+
+
+@pytest.mark.parametrize("what", ["the stream", "the loss of 'block3'", "the optimizer"])
+def test_what_cannot_be_sent_to_an_actor_is_named(session, leaves_no_socket, what):
+    lock = threading.Lock()
+
+    def loss(prediction, target):
+        with lock:
+            return nn.functional.cross_entropy(prediction, target)
+
+    def optimizer(parameters):
+        with lock:
+            return torch.optim.SGD(parameters, lr=0.1)
+
+    more = {"the loss of 'block3'": {"loss": loss}, "the optimizer": {"optimizer": optimizer}}
+    source = Locked(9) if what == "the stream" else PortableStream(9)
+    with pytest.raises(SettingsError, match=rf"^{what} cannot be sent .*lock.* 'inprocess'"):
+        train(chain(), source, settings(), **more.get(what, {}))
+
+
 def test_an_error_outside_the_tree_of_a_loss_is_the_readouts(leaves_nothing):
     def loss(prediction, target):
         raise ZeroDivisionError("in the loss")

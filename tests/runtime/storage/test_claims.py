@@ -169,3 +169,15 @@ def test_python_state_that_begins_anew_is_said(tmp_path):
     words = "is in no snapshot and begins anew"
     assert not any(words in text for text in first.warnings)
     assert any(words in text for text in on.warnings)
+
+
+def test_a_folder_that_cannot_be_written_says_how_to_go_on(tmp_path):
+    """As one that is mounted read-only, from which a run is resumed."""
+    (tmp_path / "file").touch()
+    with pytest.raises(SnapshotError, match=r"Not a directory; .* \(--snapshots\) names another"):
+        _claim(tmp_path / "file" / "folder")
+
+
+def _claim(folder):
+    with claimed(str(folder), 7):
+        pass

@@ -21,7 +21,7 @@ from hamdist.streams.sample import Stream
 from hamdist.study.run import run as runs
 from hamdist.study.run.baseline import CENTRALISED
 from hamdist.study.run.comparison import PlannedRun, compare, plan
-from hamdist.study.run.own_data import OwnData
+from hamdist.study.run.own_data import OwnData, OwnFunctions
 from hamdist.study.run.run import Timeline, run_level
 from hamdist.study.shared.recipes import load_settings, recipes
 
@@ -147,8 +147,9 @@ def test_rows_of_uneven_batches(baseline: str | None) -> None:
     run, _ = run_level(
         settings,
         baseline=baseline,
-        factory=lambda: nn.Sequential(nn.Linear(6, 4), nn.Tanh(), nn.Linear(4, 2)),
-        data=lambda _: own,
+        own=OwnFunctions(
+            lambda: nn.Sequential(nn.Linear(6, 4), nn.Tanh(), nn.Linear(4, 2)), lambda _: own
+        ),
     )
     assert (run.samples, run.rows, run.batch) == (6, 120, 20)
     assert run.rows_per_second == pytest.approx(120 / run.seconds)
@@ -174,7 +175,11 @@ def test_numbers_of_a_run() -> None:
 
 
 def test_a_users_model_is_made_anew_per_seed(engines: Engines) -> None:
-    list(compare(SETTINGS, plan(SETTINGS), factory=lambda: nn.Sequential(nn.Linear(64, 10))))
+    list(
+        compare(
+            SETTINGS, plan(SETTINGS), own=OwnFunctions(lambda: nn.Sequential(nn.Linear(64, 10)))
+        )
+    )
     weights = [model[0].weight for model, _, _ in engines.calls]
     assert weights[0].shape == (10, 64)
     assert torch.equal(weights[0], weights[1])

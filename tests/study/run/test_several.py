@@ -27,7 +27,7 @@ from hamdist.study.report.files import run_summary
 from hamdist.study.report.table import comparison_table, run_facts
 from hamdist.study.run.baseline import train_centralised
 from hamdist.study.run.comparison import compare, plan
-from hamdist.study.run.own_data import load_stream
+from hamdist.study.run.own_data import OwnFunctions, load_stream
 from hamdist.study.run.run import run_level
 
 STEPS, LR = 12, 0.1
@@ -247,7 +247,7 @@ def test_compare_with_a_stream_of_ones_own():
          "compare": {"levels": ["backprop"], "seeds": 2}}
     )  # fmt: skip
     data = load_stream("user_two.py:data")
-    runs = list(compare(own, plan(own), factory=TwoByTwo, data=data))
+    runs = list(compare(own, plan(own), own=OwnFunctions(TwoByTwo, data)))
     assert [(r.level, r.seed) for r in runs] == [
         ("centralised", 2), ("centralised", 3), ("backprop", 2), ("backprop", 3)
     ]  # fmt: skip
@@ -316,7 +316,7 @@ def one_net(name, **fields):
     from hamdist.models.build import load_factory
 
     return run_level(
-        own, factory=load_factory("user_two:net"), data=load_stream(f"user_two:{name}")
+        own, own=OwnFunctions(load_factory("user_two:net"), load_stream(f"user_two:{name}"))
     )
 
 
