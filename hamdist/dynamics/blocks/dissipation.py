@@ -19,7 +19,13 @@ from hamdist.dynamics.updates.constants import Dynamics
 def least_dissipation(
     c: float, *, phi: float, beta: float, weight_cost: float, gain: float = 1.0
 ) -> float:
-    """Return 2 K/c, the eta_omega in 1/seconds above which weights on a cycle do not swing up."""
+    """Return 2 K/c, the eta_omega in 1/seconds above which weights on a cycle do not swing up.
+
+    Args:
+        c: speed of propagation, in hops a second.
+        phi, beta, weight_cost: of Hamilton's equations; the last is r_w above.
+        gain: g, from the weight to the output.
+    """
     return 2 * beta * (phi * gain**2 + weight_cost) / c
 
 

@@ -20,6 +20,7 @@ from hamdist.dynamics.blocks.microbatch_reading import MicrobatchReading
 from hamdist.dynamics.blocks.readout_loss import Reading, ReadoutLoss, plain, scaled, total
 from hamdist.dynamics.modules.reversible import InversePass, pieces_of
 from hamdist.dynamics.updates.constants import constant_tau
+from hamdist.dynamics.vjp.gradient import with_unused
 from hamdist.dynamics.vjp.local_function import ForwardRecord
 
 
@@ -103,6 +104,7 @@ class ReversibleBlock(Block):
         self._hands_back = hands_back
         self._tau = constant_tau(parts.dynamics)
         trained = [p for p in self.cell.module.parameters() if p.requires_grad]
+        self._trained = trained
         self._rewinder = InversePass(pieces_of(self.cell.module), trained)
 
     STATE = ("cell", "weights")
@@ -130,7 +132,7 @@ class ReversibleBlock(Block):
         del from_child, z
         x, to_parent, g = self._rewinder.back(held)
         self._guard("h", x)
-        self.learn_from(sample, g, self._tau)
+        self.learn_from(sample, with_unused(g, self._trained), self._tau)
         if self._wanted == [False]:
             return [None]
         return [with_state(to_parent, x) if self._hands_back else to_parent]

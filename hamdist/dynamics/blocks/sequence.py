@@ -18,8 +18,8 @@ B: batch.
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Sequence
-from typing import Any, NamedTuple
+from collections.abc import Mapping, Sequence
+from typing import Any, ClassVar, NamedTuple
 
 from torch import Tensor
 
@@ -28,14 +28,15 @@ from hamdist.dynamics.blocks.readout_loss import Reading, ReadoutLoss, scaled, t
 from hamdist.dynamics.objective.losses import Slope
 from hamdist.dynamics.saved_state.stateful import Stateful
 from hamdist.dynamics.updates.constants import constant_tau
-from hamdist.dynamics.vjp.gradient import Gradient
+from hamdist.dynamics.vjp.gradient import Gradient, Unused
 from hamdist.dynamics.vjp.local_function import ForwardRecord
 
 
 class WayBack(Stateful):
     """The weights of one block during the reverse pass of a sequence.
 
-    Where no message came during the whole pass, theta and omega stay as they were.
+    Where no message came during the whole pass, theta and omega stay as they were; so do those of
+    weights that no token has used, as with torch's optimisers.
     """
 
     def __init__(self, parts: BlockParts) -> None:
@@ -45,27 +46,36 @@ class WayBack(Stateful):
         self._factor = parts.factor
         self._before = parts.weights.omega
         self._came = False
+        self._unused: list[int] | None = None  # places of weights; None: no gradient has come
 
-    STATE = ("_before", "_came")
+    STATE = ("_before", "_came", "_unused")
+    ADDED: ClassVar[Mapping[str, Any]] = {"_unused": []}
 
     def begin(self) -> None:
         """Set omega_0 = mu omega."""
         self._before = self.weights.omega
-        self._came = False
+        self._came, self._unused = False, None
         self.weights.fade(self._momentum)
 
     def add(self, g: Sequence[Gradient] | None) -> None:
         """Set omega_{j+1}, with g_j (None: zero)."""
-        self._came = self._came or g is not None
+        if g is not None:
+            unused = [i for i, g_i in enumerate(g) if isinstance(g_i, Unused)]
+            before = unused if self._unused is None else self._unused
+            self._came, self._unused = True, [i for i in unused if i in before]
         self.weights.integrate(g, self._tau)
 
     def end(self, sample: int) -> None:
         """Move theta. sample: the last token."""
-        if self._came:
-            self.weights.conclude(self._factor(sample), self._tau)
-        else:
+        if not self._came:
             self.weights.omega = self._before
             self.weights.rest()
+            return
+        unused = self._unused or ()
+        self.weights.conclude(self._factor(sample), self._tau, unused)
+        if unused:
+            omega = zip(self._before, self.weights.omega, strict=True)
+            self.weights.omega = [old if i in unused else o for i, (old, o) in enumerate(omega)]
 
 
 class SequenceBlock(SavesPasses):

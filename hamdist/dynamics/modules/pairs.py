@@ -16,12 +16,12 @@ class InverseStep(NamedTuple):
     """Result of one map run backwards.
 
     x: its input; message: the vector-Jacobian product for x, of its shape; g: gradients by
-    parameter of the map.
+    parameter of the map, None of one that it has not used.
     """
 
     x: Tensor
     message: Tensor
-    g: list[Tensor]
+    g: list[Tensor | None]
 
 
 class InvertibleMap(nn.Module, ABC):

@@ -259,12 +259,9 @@ class InversePass:
             y, message, piece_g = piece.back(y, message)
             for place, term in zip(places, piece_g, strict=True):
                 before = g[place]
-                g[place] = term if before is None else before + term
-        whole = [
-            torch.zeros_like(p) if term is None else term
-            for p, term in zip(self._parameters, g, strict=True)
-        ]
-        return InverseStep(y, message, whole)
+                if term is not None:
+                    g[place] = term if before is None else before + term
+        return InverseStep(y, message, g)
 
 
 def _field(f: nn.Module, leak: float, h: Tensor) -> Tensor:
@@ -282,8 +279,9 @@ def _field(f: nn.Module, leak: float, h: Tensor) -> Tensor:
 
 def _pull(
     f: nn.Module, leak: float, h: Tensor, cotangent: Tensor, theta: Sequence[Tensor]
-) -> tuple[Tensor, Tensor, list[Tensor]]:
-    """Return f(h) - lambda h, and cotangent^T of its derivatives by h and theta, by one call."""
+) -> tuple[Tensor, Tensor, list[Tensor | None]]:
+    """Return f(h) - lambda h, and cotangent^T of its derivatives by h and theta, by one call; None
+    for weights that f has not used."""
     leaf = h.detach().requires_grad_()
     wrt = [leaf, *theta]
     with torch.enable_grad():
@@ -291,8 +289,8 @@ def _pull(
     pulled: Sequence[Tensor | None] = [None] * len(wrt)
     if value.requires_grad:
         pulled = torch.autograd.grad(value, wrt, cotangent, allow_unused=True)
-    to_h, *g = [torch.zeros_like(w) if d is None else d for d, w in zip(pulled, wrt, strict=True)]
-    return value.detach(), to_h, g
+    to_h, *g = pulled
+    return value.detach(), torch.zeros_like(leaf) if to_h is None else to_h, g
 
 
 def _finite(name: str, value: float) -> float:

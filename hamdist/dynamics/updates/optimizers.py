@@ -16,7 +16,7 @@ import functools
 import inspect
 import math
 import warnings
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, field
 from typing import Any, ClassVar, TypeAlias
@@ -362,11 +362,12 @@ class OptimizerWeights(Weights):
         """Return None: the optimiser gets whole gradients."""
         return None
 
-    def conclude(self, factor: float, tau: float) -> None:  # noqa: ARG002
+    def conclude(self, factor: float, tau: float, unused: Collection[int] = ()) -> None:  # noqa: ARG002
         """Move theta by the gradient that several `integrate` have gathered."""
         self.updates += 1
         if self.theta:
-            self.optimizers.step(self.omega, factor)
+            used = [None if i in unused else g_i for i, g_i in enumerate(self.omega)]
+            self.optimizers.step(used, factor)
             if self.average is not None:
                 self.average.update()
 

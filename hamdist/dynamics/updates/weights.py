@@ -19,7 +19,7 @@ a linear layer's inputs may be removed (whitening.py); an average (average.py) i
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any, ClassVar
 
 import torch
@@ -67,8 +67,7 @@ class Weights(Stateful):
         self._factors: tuple[Sequence[Gradient], float] | None = None  # omega = number times these
         self._mine = True  # no reader of `omega` holds its tensors
         self._rates = dynamics.rates([""] * len(self.theta) if names is None else names)
-        self._sign = dynamics.sign
-        self._eta = dynamics.eta_omega
+        self._sign, self._eta = dynamics.sign, dynamics.eta_omega
         self._cost = dynamics.weight_cost
         self._first_cost = dynamics.first_cost if dynamics.weight_cost else None
         self._decay, self._limit = dynamics.decay, dynamics.limit
@@ -316,14 +315,16 @@ class Weights(Stateful):
         if self.theta:
             self.omega = self._moved(None if g is None else all_dense(g), tau, -self._sign * tau)
 
-    def conclude(self, factor: float, tau: float) -> None:
-        """Move theta with the omega of several `integrate`; r_w theta counts once."""
+    def conclude(self, factor: float, tau: float, unused: Collection[int] = ()) -> None:
+        """Move theta by the omega of several `integrate`; r_w theta counts once. unused: stay."""
         self.updates += 1
         if not self.theta:
             return
         if self._cost:
             costs = torch._foreach_mul(self.theta, self._cost_now())
             self.omega = list(torch._foreach_add(self.omega, costs, alpha=-self._sign * tau))
+        if unused:
+            self.omega = [o * 0 if i in unused else o for i, o in enumerate(self.omega)]
         self._move_theta(tau * factor)
         if self.average is not None:
             self.average.update()
@@ -338,8 +339,7 @@ class Weights(Stateful):
     def clear(self) -> None:
         """Set omega = 0."""
         self._omega = self._factors = None
-        self._mine = True
-        self._bound = 0.0
+        self._mine, self._bound = True, 0.0
 
     def energies(self) -> tuple[float, float, float]:
         """Return (1/2 sum beta |omega|^2, r_w/2 |theta|^2, |theta|)."""

@@ -22,7 +22,7 @@ from hamdist.dynamics.graph.graph import Combine, combined
 from hamdist.dynamics.saved_state.stateful import Slot, graph_slots, nested_slots
 from hamdist.dynamics.tracing.traced_module import TracedModule
 from hamdist.dynamics.user_modules.python_state import SETS_REQUIRES_GRAD
-from hamdist.dynamics.vjp.gradient import AtOnce, Gradient, Unused
+from hamdist.dynamics.vjp.gradient import AtOnce, with_unused
 from hamdist.dynamics.vjp.layer_inputs import LayerInputs
 from hamdist.dynamics.vjp.local_function import ForwardRecord, ModuleFunction, Products
 from hamdist.dynamics.vjp.seeding import TORCHS, OwnGenerator, draws, foreign
@@ -155,10 +155,7 @@ class AutogradFunction(ModuleFunction):
         per_parent = [
             None if leaf is None or not inputs else next(to_inputs) for leaf in record.leaves
         ]
-        g: list[Gradient] = [
-            Unused(w.new_zeros(()), tuple(w.shape)) if g_w is None else g_w
-            for g_w, w in zip(grads[wanted:], wrt[wanted:], strict=True)
-        ]
+        g = with_unused(grads[wanted:], wrt[wanted:])
         if self._watch is not None and weights:
             g = self._watch.watched(g, record.read)
         return per_parent, g

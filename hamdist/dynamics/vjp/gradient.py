@@ -153,6 +153,14 @@ Factors: TypeAlias = Outer | Column | TableRows
 Gradient: TypeAlias = Tensor | Factors | Unused
 
 
+def with_unused(g: Sequence[Tensor | None], weights: Sequence[Tensor]) -> list[Gradient]:
+    """Return the gradients of `weights`, with `Unused` in the place of None."""
+    return [
+        Unused(w.new_zeros(()), tuple(w.shape)) if g_i is None else g_i
+        for g_i, w in zip(g, weights, strict=True)
+    ]
+
+
 def dense(g: Gradient) -> Tensor:
     """Return g as a tensor like its weight."""
     return g if isinstance(g, Tensor) else g.dense()

@@ -50,11 +50,20 @@ class Kernel(ABC):
 
     @abstractmethod
     def pull(self, saved: KeptTensors, z: Tensor, wanted: Wanted, g: Gradients | None) -> ToInputs:
-        """Return z^T df/dx per input (None where not wanted); put z^T df/dtheta into `g`."""
+        """Return z^T df/dx per input (None where not wanted); put z^T df/dtheta into `g`.
+
+        Args:
+            saved: what `forward` has returned for these inputs.
+            z: cotangent of the output, of its shape.
+            wanted: by input, whether its product is.
+            g: collects the gradients of the weights; None: they stay where they are.
+        """
 
 
 def like(old: KeptTensors | None, place: int, shape: tuple[int, ...], x: Tensor) -> Tensor:
-    """Return memory for a result: that of an earlier call, where it fits."""
+    """Return memory for a result of `shape`: entry `place` of an earlier call's tensors, where that
+    fits; else new memory, of the type and on the device of x.
+    """
     if old is not None:
         memory = old[place]
         if memory is not None and memory.shape == shape:

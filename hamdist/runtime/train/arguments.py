@@ -43,7 +43,13 @@ def prepared(
     functions: Mapping[str, Any],
     fields: dict[str, Any],
 ) -> tuple[partial[RunResult], Any]:
-    """Return the call that runs, and the stream: what `train` and `start` have in common."""
+    """Return the call that runs, and the stream: what `train` and `start` have in common.
+
+    Args:
+        model, stream, settings, loss, classes, names: as in `train`.
+        functions: its other arguments that are no settings (`functions_of`).
+        fields: sections of settings given as arguments, which go over `settings`.
+    """
     rules = functions["rules"]
     if rules is not None and not isinstance(rules, Mapping):
         raise SettingsError(f"rules is {rules!r}; give a dict by block or pattern: {{'*': ...}}")

@@ -69,7 +69,16 @@ def graph_in_blocks(
     settings: Settings,
     rules: Mapping[str, Rule] | None = None,
 ) -> Graph:
-    """Return the graph of blocks, with its slices, delays and rules."""
+    """Return the graph of blocks, with its slices, delays and rules.
+
+    Args:
+        model: of the user; a graph has its blocks already.
+        spec: of the stream's samples.
+        loss: by output, or one for all.
+        policy: places the cuts, instead of `settings.partition`.
+        settings: of one level.
+        rules: by block or pattern; None: the level's own.
+    """
     graph = as_graph(model, settings, spec, loss, policy)
     knobs = make_locality(settings.level, settings.locality)
     in_blocks = arranged(graph, settings.partition, knobs, spec.u_shape, spec.u_dtype, spec.parents)

@@ -250,7 +250,12 @@ def local_gradients(
     c_tau: float,
     target: TargetOf = TargetOf.CURRENT,
 ) -> tuple[list[Tensor], int]:
-    """Return the local gradient (P,) at each of the stream's looks, and the number of ticks run."""
+    """Return the local gradient (P,) at each of the stream's looks, and the number of ticks run.
+
+    Args:
+        c, c_tau: speed in hops a second, and the hops that a signal takes in a tick.
+        target: with which input's label a prediction is compared.
+    """
     tau = c_tau / c
     settle = ticks_to_settle(network.hops, c_tau, stream.forgotten) + 1
     windows = [_window(stream, t, tau, settle) for t in stream.looks]

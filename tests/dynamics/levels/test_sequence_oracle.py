@@ -8,11 +8,12 @@ import copy
 import pytest
 import torch
 from dynamics.helpers import F64, mlp
-from dynamics.sequences import KINDS, O, Tangle, Torch, learn, losses, stacked, tangle, text
+from dynamics.sequences import KINDS, H, I, O, Tangle, Torch, learn, losses, stacked, tangle, text
 from torch import nn
 
 import hamdist
-from hamdist.dynamics.graph.graph import BlockSpec, Graph
+from hamdist.dynamics.graph.graph import BlockSpec, Combine, Graph
+from hamdist.dynamics.modules.recurrent import RecurrentCell
 from hamdist.dynamics.objective.losses import mse
 from hamdist.errors import LevelError
 from hamdist.streams import from_iterable
@@ -134,6 +135,51 @@ def test_weight_cost_counts_once_per_sequence():
     learning = {"lr": 0.1, "momentum": 0.5}
     result = run(graph, data, learning=learning, dynamics={"tau": 0.5, "weight_cost": 0.4})
     assert_weights(result, net)
+
+
+class Ways(nn.Module):
+    """Uses one of two layers, by the sign of what comes."""
+
+    def __init__(self):
+        super().__init__()
+        self.ways = nn.ModuleList([nn.Linear(I, I, dtype=F64) for _ in range(2)])
+
+    def forward(self, u):
+        return self.ways[int(u.sum() > 0)](u)
+
+
+SGD = {"lr": 0.1, "momentum": 0.9}
+
+
+@pytest.mark.parametrize("optimizer", [None, lambda params: torch.optim.SGD(params, **SGD)])
+@pytest.mark.parametrize("truncation", [None, 2])
+def test_weights_that_no_token_uses_stay(truncation, optimizer):
+    """As with torch.optim, which passes over weights without a gradient: their momentum, too."""
+    cell = RecurrentCell(nn.RNNCell(I, H, dtype=F64))
+    graph = Graph(
+        [
+            BlockSpec("e", Ways(), ("u",)),
+            BlockSpec("a", cell, ("e", "a"), combine=Combine.ARGUMENTS, shape=(H,)),
+            BlockSpec("y", nn.Linear(H, O, dtype=F64), ("a",), loss=mse),
+        ]
+    )
+
+    class Unrolled(Tangle):
+        def forward(self, u, keep):
+            e, a, y = self.blocks.values()
+            h, found = torch.zeros(u.shape[1], H, dtype=F64), []
+            for t, token in enumerate(u):
+                h = a.cell(e(token), h.detach() if t == len(u) - keep else h)
+                found.append([y(h)] if t >= len(u) - keep else None)
+            return found
+
+    data, net = text([4, 3, 5, 2, 4]), Unrolled(graph)
+    for s, u in enumerate(data.u):
+        u.abs_().mul_(1 if s in (0, 3) else -1)
+    data.u[2][-1].abs_()  # a sequence of both signs
+    learn(net, data, truncation, **SGD)
+    fields = {"learning": SGD} if optimizer is None else {"optimizer": optimizer}
+    assert_weights(run(graph, data, truncation, **fields), net)
 
 
 @pytest.mark.parametrize("truncation", [None, 2])

@@ -104,9 +104,11 @@ def test_products_from_the_output_are_those_of_autograd(name):
     back = InversePass(pieces_of(module), parameters).back(held)
     assert not held
     torch.testing.assert_close(back.x, x.detach(), rtol=1e-12, atol=1e-12)
-    for found, exact, like in zip([back.message, *back.g], expected, [x, *parameters], strict=True):
-        exact = torch.zeros_like(like) if exact is None else exact
-        torch.testing.assert_close(found, exact, rtol=1e-12, atol=1e-12)
+    for found, exact in zip([back.message, *back.g], expected, strict=True):
+        if exact is None:
+            assert found is None
+        else:
+            torch.testing.assert_close(found, exact, rtol=1e-12, atol=1e-12)
 
 
 def test_midpoint_is_the_rule():

@@ -9,6 +9,8 @@ from torch import nn
 from torch.nn import functional
 
 import hamdist
+from hamdist.dynamics.modules.pairs import MeanHalf, ToPair
+from hamdist.dynamics.modules.reversible import Coupling
 
 
 class Sometimes(nn.Module):
@@ -83,3 +85,34 @@ def test_snapshots_know_them(tmp_path):
     hamdist.train(network(), items, steps=6, snapshots=kept, **run)
     resumed = hamdist.train(network(), items, resume=tmp_path, **run).model.state_dict()
     assert all(torch.equal(resumed[name], weight) for name, weight in whole.items())
+
+
+class Half(nn.Module):
+    """F of a coupling: one of two layers, by what comes."""
+
+    def __init__(self):
+        super().__init__()
+        self.ways = nn.ModuleList([nn.Linear(4, 4), nn.Linear(4, 4)])
+
+    def forward(self, x):
+        return torch.tanh(self.ways[int(x.sum() > 0)](x))
+
+
+@pytest.mark.parametrize(
+    ("fields", "optimizer"), [(OWN, sgd), ({"optimizer": sgd}, sgd), ({"optimizer": adamw}, adamw)]
+)
+def test_those_of_reversible_blocks_stay_too(fields, optimizer):
+    def build():
+        torch.manual_seed(0)
+        layers = [ToPair(), Coupling(Half()), Coupling(Half()), MeanHalf(), nn.Linear(4, 3)]
+        return nn.Sequential(*layers).double()
+
+    model = build()
+    steps = optimizer(model.parameters())
+    for u, y in samples():
+        steps.zero_grad()
+        functional.cross_entropy(model(u), y).backward()
+        steps.step()
+    found = hamdist.train(build(), samples(), level="reversible", **fields).model.state_dict()
+    for name, weight in model.state_dict().items():
+        torch.testing.assert_close(found[name], weight, rtol=0, atol=1e-12)
