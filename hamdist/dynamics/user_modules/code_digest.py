@@ -14,7 +14,7 @@ from collections.abc import Iterator, Mapping
 from contextlib import suppress
 from enum import Enum
 from functools import partial
-from types import CodeType, FunctionType, MethodType, ModuleType
+from types import BuiltinFunctionType, CodeType, FunctionType, MethodType, ModuleType
 from typing import Any
 
 import numpy as np
@@ -37,6 +37,21 @@ def code_digests(made_of: Mapping[str, Any]) -> dict[str, str]:
     values = {name: value for name, value in made_of.items() if value is not None}
     texts = {name: "\n".join(_Reader().read(value)) for name, value in values.items()}
     return {n: hashlib.sha256(t.encode()).hexdigest()[:16] for n, t in texts.items() if t}
+
+
+def may_keep_state(function: Any) -> bool:
+    """Return True if a function may change what outlives a call: it has a closure, sets a global,
+    or refers to a container or an object that is no loss of torch's."""
+    if not isinstance(function, FunctionType):
+        return False
+    steps = [(step.opname, step.argval) for step in dis.get_instructions(function)]
+    read = {name for op, name in steps if op == "LOAD_GLOBAL"} & function.__globals__.keys()
+    fixed = (*_SIMPLE, ModuleType, FunctionType, BuiltinFunctionType, type, nn.modules.loss._Loss)
+    return (
+        function.__closure__ is not None
+        or any(op == "STORE_GLOBAL" or isinstance(name, CodeType) for op, name in steps)
+        or not all(isinstance(function.__globals__[name], fixed) for name in read)
+    )
 
 
 class _Reader:

@@ -8,6 +8,7 @@ import math
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import replace
+from types import FunctionType
 
 import torch
 from torch import Tensor
@@ -26,6 +27,7 @@ from hamdist.dynamics.objective.losses import (
 )
 from hamdist.dynamics.schedule.levels import Locality
 from hamdist.dynamics.schedule.microbatches import auto_microbatches
+from hamdist.dynamics.user_modules.code_digest import may_keep_state
 from hamdist.dynamics.user_modules.copies import copied, loss_copy
 from hamdist.dynamics.user_modules.generator import generator_kept
 from hamdist.errors import LevelError
@@ -242,7 +244,8 @@ def row_warnings(
                 "other is (B,), and the loss mixes rows: most likely torch broadcasts them to "
                 "(B, B); give both one shape"
             ]
-        if loss_copy(loss) is loss and getattr(loss, "__closure__", loss) is not None:
+        plain = isinstance(loss, FunctionType) and not may_keep_state(loss)
+        if not plain and loss_copy(loss) is loss:
             continue  # (it may keep what it is called with)
         with torch.no_grad(), generator_kept(), suppress(*_REFUSALS):
             once, twice = (float(loss_copy(loss)(*map(rows, (y, t)))) for rows in (_once, _twice))

@@ -221,6 +221,25 @@ def test_a_loss_that_adds_up_rows_is_told(loss, warned):
     assert ("adds up rows" in str(learned(loss=loss).warnings)) == warned
 
 
+CALLS = []
+
+
+def test_a_loss_that_keeps_what_it_is_called_with_is_called_by_samples_alone():
+    def of_a_closure(p, y):
+        del kept[:0]
+        return of_a_global(p, y)
+
+    def of_a_global(p, y):
+        CALLS.append(len(y))
+        return functional.cross_entropy(p, y, reduction="sum")
+
+    kept = []
+    for loss in (of_a_global, of_a_closure):
+        CALLS.clear()
+        learned(loss=loss)
+        assert len(CALLS) == len(items())
+
+
 def test_a_loss_without_weights_is_not():
     result = learned(loss=nn.CrossEntropyLoss(weight=torch.ones(3)))
     assert "weights of its own" not in str(result.warnings)
