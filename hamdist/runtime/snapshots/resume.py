@@ -85,6 +85,17 @@ def other_code(snapshot: Snapshot, now: Mapping[str, str]) -> list[str]:
     ]
 
 
+def outside(before: Mapping[str, str], now: Mapping[str, str]) -> list[str]:
+    """Warn of functions whose constants have others' digests than before the run (in this process;
+    those of actors are gone)."""
+    return [
+        f"{name} has changed what it refers to outside of itself, as a global: no snapshot holds "
+        "that, each actor has its own, and a next run begins with it; keep it in an object (self)"
+        for name in before
+        if now.get(name) != before[name]
+    ]
+
+
 def changed(snapshot: Snapshot, settings: Settings) -> list[str]:
     """Return the settings that differ from the snapshot's run without preventing a resume."""
     now = settings.model_dump(mode="json")

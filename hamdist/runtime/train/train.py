@@ -57,6 +57,7 @@ from hamdist.runtime.snapshots.resume import (
     other_bits_than,
     other_code,
     other_stream,
+    outside,
     weights_of,
     with_weights,
 )
@@ -166,6 +167,7 @@ def train(
         if live is not None:
             live.started(stream, graph, plan)
         kept_at = None if plan.snapshot_policy is None else plan.snapshot_policy.path
+        functions = work.functions()
         with claimed(kept_at, plan.run):
             outcome = make_engine(settings).run(plan, stream, on_progress)
         if plan.replan is not None and outcome.delays:
@@ -178,7 +180,7 @@ def train(
         outcome.warnings[:0] = [*messages, *notes, *ended]
         if messages and outcome.samples == 0 and error is not None:
             raise error  # nothing was learned
-        behind = after(plan, outcome)
+        behind = [*after(plan, outcome), *outside(functions, work.functions())]
         outcome.warnings += behind
         result = make_result(graph, plan, outcome, startup, settings, why)
         if error is not None:
@@ -229,12 +231,16 @@ class _Arguments:
         model: Any = self.model
         if isinstance(model, Graph):
             model = {n: (b.module, b.output, b.loss) for n, b in model.blocks.items()}
+        return {**code_digests({"the model": model}), **self.functions()}
+
+    def functions(self) -> dict[str, str]:
+        """Return those of all but the model."""
         steps = self.optimizer and (self.optimizer.function, self.optimizer.scheduler)
         rules = {f"the rule of {pattern}": rule for pattern, rule in self.rules.items()}
         several: dict[str, Any] = {"the loss": self.loss, "phi": self.phi, "the optimizer": steps}
         own = own_optimizer(self.settings.learning.optimizer)
         several |= {"learning.optimizer": own, "the level": self.level}
-        return code_digests({"the model": model, **several, **rules})
+        return code_digests({**several, **rules})
 
     def planned(self, snapshot: Snapshot | None = None) -> tuple[Graph, Plan]:
         with unchanged(modules_of(self.model)):

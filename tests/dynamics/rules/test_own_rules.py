@@ -240,6 +240,22 @@ def test_a_loss_that_keeps_what_it_is_called_with_is_called_by_samples_alone():
         assert len(CALLS) == len(items())
 
 
+STEPS, WARMTH = [0], 1.0
+
+
+def test_a_loss_that_changes_a_global_is_told():
+    def warmed(p, y):
+        STEPS[0] += 1
+        return functional.cross_entropy(p, y) * min(1.0, STEPS[0] / 5)
+
+    def warm(p, y):
+        return WARMTH * functional.cross_entropy(p, y) * (STEPS[0] > 0)
+
+    assert "the loss has changed what it refers to" in str(learned(loss=warmed).warnings)
+    assert "has changed" not in str(learned(loss=warm).warnings)
+    assert "has changed" not in str(learned(loss=Centred()).warnings)
+
+
 def test_a_loss_without_weights_is_not():
     result = learned(loss=nn.CrossEntropyLoss(weight=torch.ones(3)))
     assert "weights of its own" not in str(result.warnings)
