@@ -40,6 +40,7 @@ from hamdist.runtime.results.events import (
     WindowFull,
 )
 from hamdist.runtime.results.measured import Histogram
+from hamdist.runtime.results.run_events import cut_off
 
 LOOPBACK = "127.0.0.1"
 REPORT = "report.html"
@@ -120,6 +121,8 @@ class Tracker:
 def _csv(folder: Path, _: Settings) -> Tracker:
     file = (folder / "metrics.csv").open("a", newline="", encoding="utf-8", buffering=1)
     writer = csv.writer(file, lineterminator="\n")
+    if cut_off(folder / "metrics.csv"):
+        file.write("\n")
     if not file.tell():
         writer.writerow(("run", "name", "value", "samples"))
 
@@ -357,7 +360,12 @@ def listeners_of(
     functions = [tracker for tracker in trackers if not isinstance(tracker, str)]
     if not settings.trackers:
         return functions
-    return [*open_trackers(settings, folder or _folder(settings.name)), *functions]
+    where = folder or _folder(settings.name)
+    try:
+        where.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise SettingsError(f"trackers: {str(where)!r}: {error.strerror or error}") from None
+    return [*open_trackers(settings, where), *functions]
 
 
 def _folder(name: str) -> Path:

@@ -458,3 +458,25 @@ def test_what_is_no_tracker_is_named(trackers: Any) -> None:
         errors.SettingsError, match="trackers: .*" + re.escape(repr(trackers).strip("[]"))
     ):
         hamdist.train(nn.Linear(2, 2), [], trackers=trackers)
+
+
+def test_trackers_of_a_live_run_have_its_folder_and_go_on_behind_a_line_that_was_cut_off(tmp_path):
+    out, (example, *_) = tmp_path / "new" / "o", list(batches())
+    given: dict[str, Any] = {"example": example, "classes": 3, "level": "trace", "out": out}
+    lines = []
+    for resume in (None, out):
+        with hamdist.start(nn.Linear(6, 3), trackers=["csv"], resume=resume, **given) as run:
+            run.feed(*example)
+        lines += [(out / "metrics.csv").read_text().splitlines()]
+        (out / "metrics.csv").write_text("\n".join(lines[-1])[:-1])  # killed within a line
+    assert lines[1][: len(lines[0]) - 1] == lines[0][:-1]
+    assert all(line.count(",") == 3 for line in lines[1])
+    assert {line.split(",")[0] for line in lines[1]} == {"run", "trace-0"}
+
+
+def test_a_folder_that_trackers_cannot_write_is_named(tmp_path):
+    (tmp_path / "file").touch()
+    with pytest.raises(errors.SettingsError, match="trackers: .*file/o': Not a directory"):
+        hamdist.start(
+            nn.Linear(6, 3), example=next(batches()), out=tmp_path / "file" / "o", trackers=["csv"]
+        )

@@ -167,6 +167,12 @@ def _fields(of: PlacedNetwork | Replaced) -> dict[str, Any]:
     return {field.name: getattr(of, field.name) for field in dataclasses.fields(of)}
 
 
+def cut_off(path: Path) -> bool:
+    """Return True if a file ends within a line, as of a process that was killed."""
+    with path.open("rb") as file:
+        return file.seek(0, 2) > 0 and file.seek(-1, 2) >= 0 and file.read(1) != b"\n"
+
+
 class EventFile:
     """`events.jsonl` of a folder, locked while it is open, a line an event, flushed at once.
 
@@ -185,6 +191,8 @@ class EventFile:
             raise
         except OSError:  # a file system without locks
             pass
+        if mode == "a" and cut_off(folder / EVENTS):
+            self._file.write("\n")
 
     def __call__(self, event: RunEvent) -> None:
         """Write an event."""

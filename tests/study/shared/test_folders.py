@@ -214,3 +214,15 @@ def test_folders_that_cannot_be(folder):
     for wrong in (folder / "file", folder / "file" / "deeper", folder / "a\0b"):
         with pytest.raises(SettingsError, match="cannot write there"):
             free_folder(wrong, overwrite=False, say=print)
+
+
+def test_events_go_on_behind_a_line_that_was_cut_off(folder):
+    """By a process that was killed: its line is lost, and no other one."""
+    with ResultFolder(folder / "o", key="k", say=print) as one:
+        path = one.path / "events.jsonl"
+    path.write_bytes(path.read_bytes()[:-9])
+    with ResultFolder(folder / "o", key="k", say=print) as two:
+        assert two.goes_on
+    lines = path.read_text().splitlines()
+    names = [json.loads(line)["event"] for line in (lines[0], *lines[2:])]
+    assert names == ["started", "started", "ended"]
