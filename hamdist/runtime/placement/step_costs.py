@@ -40,7 +40,7 @@ from hamdist.runtime.nodes.source import SourceNode
 from hamdist.runtime.placement.assign_blocks import Costs, by_parameters
 from hamdist.runtime.plan.derived import sent_bytes
 from hamdist.runtime.plan.plan import Plan
-from hamdist.runtime.process.interrupts import deaf_to_interrupts
+from hamdist.runtime.process.interrupts import interrupts_delayed
 from hamdist.runtime.process.threads import cores, torch_threads
 from hamdist.runtime.process.usage import keep_freed_memory
 from hamdist.runtime.timing.cluster_model import LOCAL_SECONDS
@@ -181,14 +181,14 @@ def _in_child(work: Callable[[], _Answer], seconds: float) -> _Answer:
                 os._exit(0)
 
     with reader:
-        with writer, warnings.catch_warnings(), deaf_to_interrupts():
-            warnings.simplefilter("ignore", DeprecationWarning)  # of a fork beside other threads
-            # Out of a new thread: the child's first one then has no pool of OpenMP threads yet,
-            # which it would wait for, as they were not copied.
-            thread = threading.Thread(target=fork)
-            thread.start()
-            thread.join()
         try:
+            with writer, warnings.catch_warnings(), interrupts_delayed():
+                warnings.simplefilter("ignore", DeprecationWarning)  # of a fork beside threads
+                # Out of a new thread: the child's first one then has no pool of OpenMP threads yet,
+                # which it would wait for, as they were not copied.
+                thread = threading.Thread(target=fork)
+                thread.start()
+                thread.join()
             if not reader.poll(seconds):
                 return f"the first samples took more than {seconds:g} s"
             answer: _Answer = json.loads(reader.recv_bytes())

@@ -33,6 +33,7 @@ from hamdist.runtime.placement.step_costs import (
     wants_costs,
 )
 from hamdist.runtime.plan.plan import make_plan
+from hamdist.runtime.process.interrupts import terminated_as_interrupted
 from hamdist.runtime.timing.cluster_model import BYTES_PER_SECOND, LOCAL_SECONDS
 from hamdist.runtime.train.prepare import as_graph
 
@@ -314,3 +315,19 @@ def test_one_actor_says_why(fields, costs, words):
 @pytest.mark.parametrize("engine", [{"actors": 1}, {"placement": ALONE}])
 def test_one_actor_that_was_asked_for_is_no_news(engine):
     assert placement_notes(plan_of(chain(), engine=engine), ALONE, None) == []
+
+
+def test_a_signal_while_the_child_is_forked_is_not_lost(monkeypatch):
+    """It may be the only one that a scheduler sends; the child, which has it too, ends as ever."""
+    fork, children = os.fork, []
+
+    def signalled():
+        os.kill(os.getpid(), signal.SIGTERM)
+        children.append(fork())
+        return children[-1]
+
+    monkeypatch.setattr("os.fork", signalled)
+    with pytest.raises(KeyboardInterrupt, match="SIGTERM"), terminated_as_interrupted():
+        module._in_child(lambda: "measured", 20)
+    with pytest.raises(ProcessLookupError):
+        os.kill(children[0], 0)
