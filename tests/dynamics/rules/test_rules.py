@@ -99,6 +99,57 @@ def test_feedback_alignment():
     assert relative(expected, by_hand(lambda n, W, delta, e: delta @ W)) > 1e-3
 
 
+class SentThrough(torch.autograd.Function):
+    """A convolution by W, whose message to its input goes through B."""
+
+    @staticmethod
+    def forward(ctx, x, W, b, B):
+        ctx.save_for_backward(x, B)
+        return functional.conv2d(x, W, b)
+
+    @staticmethod
+    def backward(ctx, delta):
+        x, B = ctx.saved_tensors
+        to_x = torch.nn.grad.conv2d_input(x.shape, B, delta)
+        return to_x, torch.nn.grad.conv2d_weight(x, B.shape, delta), delta.sum((0, 2, 3)), None
+
+
+def test_feedback_alignment_of_pooled_convolutions():
+    """As a LeNet has them; oracle: autograd, with the message of the second one by hand."""
+
+    def layers(inputs, outputs, seed):
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(seed)
+            conv = nn.Conv2d(inputs, outputs, 3, dtype=F64)
+        return nn.Sequential(conv, nn.ReLU(), nn.MaxPool2d(2))
+
+    first, second, last = layers(1, 2, 0), layers(2, 3, 1), linear(12, 3, 2)
+    rule = built_in("feedback-alignment")()
+    blocks = [
+        BlockSpec("a", copy.deepcopy(first), ("u",), rule=rule),
+        BlockSpec("b", nn.Sequential(*copy.deepcopy(second), nn.Flatten()), ("a",), rule=rule),
+        BlockSpec("r", copy.deepcopy(last), ("b",), loss=cross_entropy, rule=rule),
+    ]
+    u, y = noise(1, 5, B, 1, 14, 14), torch.randint(3, (5, B))
+    data = list(zip(u, y, strict=True))
+    net = Network(Graph(blocks), settings("backprop", learning={"lr": LR}), data)
+    through, to_last = memory(net, "b")["0.weight"], memory(net, "r")["weight"]
+    theta = [*first.parameters(), *second.parameters(), *last.parameters()]
+    for x, t in data:
+        h = first(x)
+        conv = second[0]
+        h = second[1:](SentThrough.apply(h, conv.weight, conv.bias, through)).flatten(1)
+        prediction = last(h.detach())
+        e = (torch.softmax(prediction, 1) - functional.one_hot(t, 3)) / B
+        g = torch.autograd.grad(cross_entropy(prediction, t), list(last.parameters()))
+        below = torch.autograd.grad(h, theta[:4], e.detach() @ to_last)
+        with torch.no_grad():
+            for w, dw in zip(theta, [*below, *g], strict=True):
+                w -= LR * dw
+    found = [t for name in "abr" for t in net.run().theta(name)]
+    assert relative(found, theta) <= 1e-13
+
+
 @pytest.mark.parametrize("magnitude", ["uniform", "fixed"])
 def test_sign_symmetry(magnitude):
     net = run(SignSymmetry(magnitude))
