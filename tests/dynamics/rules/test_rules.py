@@ -14,6 +14,7 @@ import torch
 from dynamics.helpers import F64, Network, layer, linear, noise, relative, settings
 from torch import nn
 from torch.nn import functional
+from torch.nn import grad as torch_grad
 
 import hamdist
 from hamdist.dynamics.graph.graph import BlockSpec, Graph
@@ -110,8 +111,8 @@ class SentThrough(torch.autograd.Function):
     @staticmethod
     def backward(ctx, delta):
         x, B = ctx.saved_tensors
-        to_x = torch.nn.grad.conv2d_input(x.shape, B, delta)
-        return to_x, torch.nn.grad.conv2d_weight(x, B.shape, delta), delta.sum((0, 2, 3)), None
+        to_x = torch_grad.conv2d_input(x.shape, B, delta)
+        return to_x, torch_grad.conv2d_weight(x, B.shape, delta), delta.sum((0, 2, 3)), None
 
 
 def test_feedback_alignment_of_pooled_convolutions():
