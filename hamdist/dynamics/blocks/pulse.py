@@ -103,9 +103,8 @@ class ReversibleBlock(Block):
         self.z: Tensor | None = None
         self._hands_back = hands_back
         self._tau = constant_tau(parts.dynamics)
-        trained = [p for p in self.cell.module.parameters() if p.requires_grad]
-        self._trained = trained
-        self._rewinder = InversePass(pieces_of(self.cell.module), trained)
+        self._trained = [p for p in self.cell.module.parameters() if p.requires_grad]
+        self._rewinder = InversePass(pieces_of(self.cell.module), self._trained)
 
     STATE = ("cell", "weights")
 

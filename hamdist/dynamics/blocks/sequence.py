@@ -46,7 +46,7 @@ class WayBack(Stateful):
         self._factor = parts.factor
         self._before = parts.weights.omega
         self._came = False
-        self._unused: list[int] | None = None  # places of weights; None: no gradient has come
+        self._unused: list[int] = []  # places of weights that no gradient of the pass was about
 
     STATE = ("_before", "_came", "_unused")
     ADDED: ClassVar[Mapping[str, Any]] = {"_unused": []}
@@ -54,15 +54,14 @@ class WayBack(Stateful):
     def begin(self) -> None:
         """Set omega_0 = mu omega."""
         self._before = self.weights.omega
-        self._came, self._unused = False, None
+        self._came, self._unused = False, list(range(len(self._before)))
         self.weights.fade(self._momentum)
 
     def add(self, g: Sequence[Gradient] | None) -> None:
         """Set omega_{j+1}, with g_j (None: zero)."""
         if g is not None:
-            unused = [i for i, g_i in enumerate(g) if isinstance(g_i, Unused)]
-            before = unused if self._unused is None else self._unused
-            self._came, self._unused = True, [i for i in unused if i in before]
+            self._came = True
+            self._unused = [i for i in self._unused if isinstance(g[i], Unused)]
         self.weights.integrate(g, self._tau)
 
     def end(self, sample: int) -> None:
@@ -71,11 +70,12 @@ class WayBack(Stateful):
             self.weights.omega = self._before
             self.weights.rest()
             return
-        unused = self._unused or ()
-        self.weights.conclude(self._factor(sample), self._tau, unused)
-        if unused:
-            omega = zip(self._before, self.weights.omega, strict=True)
-            self.weights.omega = [old if i in unused else o for i, (old, o) in enumerate(omega)]
+        self.weights.conclude(self._factor(sample), self._tau, self._unused)
+        if self._unused:
+            omega = list(self.weights.omega)
+            for i in self._unused:
+                omega[i] = self._before[i]
+            self.weights.omega = omega
 
 
 class SequenceBlock(SavesPasses):
