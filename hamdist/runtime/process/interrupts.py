@@ -117,7 +117,8 @@ class ProgramSignals:
         return self
 
     def __exit__(self, _: object, error: BaseException | None, *__: object) -> None:
-        if isinstance(error, KeyboardInterrupt) and error.args:
+        # (a KeyboardInterrupt of the user's own code has another text, or none)
+        if isinstance(error, KeyboardInterrupt) and str(error) in signal.Signals.__members__:
             self.passed(getattr(error, "result", None), [signal.Signals[str(error)]])
 
 

@@ -11,6 +11,7 @@ import contextlib
 import dataclasses
 import fcntl
 import logging
+import os
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -170,7 +171,10 @@ def _fields(of: PlacedNetwork | Replaced) -> dict[str, Any]:
 def cut_off(path: Path) -> bool:
     """Return True if a file ends within a line, as of a process that was killed."""
     with path.open("rb") as file:
-        return file.seek(0, 2) > 0 and file.seek(-1, 2) >= 0 and file.read(1) != b"\n"
+        if not file.seek(0, os.SEEK_END):
+            return False
+        file.seek(-1, os.SEEK_END)
+        return file.read(1) != b"\n"
 
 
 class EventFile:

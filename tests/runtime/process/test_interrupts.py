@@ -280,6 +280,15 @@ def test_sigterm_before_the_first_tick_ends_the_program():
     assert caught.value.code == 143
 
 
+def test_an_interrupt_of_the_users_own_code_comes_out_as_it_is():
+    def look(_):
+        raise KeyboardInterrupt("enough")
+
+    settings = Settings.model_validate({"level": "trace"})
+    with pytest.raises(KeyboardInterrupt, match="enough"):
+        hamdist.train(chain(), EndlessStream(), settings, on_progress=look)
+
+
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_a_handler_of_the_program_is_called_behind_the_run(number):
     calls = []
