@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import asyncio
 import atexit
 import contextlib
 import contextvars
 import copy
 import threading
 from collections import deque
-from collections.abc import AsyncIterator, Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from typing import Any
 
@@ -22,7 +21,14 @@ from hamdist.dynamics.graph.inputs import NetworkInputs
 from hamdist.dynamics.objective.losses import Losses, make_losses
 from hamdist.dynamics.user_modules.copies import loss_copy
 from hamdist.errors import SettingsError, Stop, StreamError
-from hamdist.runtime.live.callbacks import HEARD, Answer, Callback, LiveStatus, versions_of
+from hamdist.runtime.live.callbacks import (
+    HEARD,
+    Answer,
+    Callback,
+    LiveStatus,
+    Predictions,
+    versions_of,
+)
 from hamdist.runtime.live.journal import Journal
 from hamdist.runtime.nodes.emissions import Answered, HandedOver
 from hamdist.runtime.nodes.source import checker_of
@@ -324,6 +330,12 @@ class LiveRun:
         return LiveStatus(fed, answered, waiting, stream.paused, self._progress)
 
     @property
+    def can_be_cut(self) -> bool:
+        """Return True unless `model()` would have to wait for the end of a sequence."""
+        within = self._stream.whole and self._stream.accepted.open
+        return self.result is not None or not within or self._stream.read_states is not None
+
+    @property
     def running(self) -> bool:
         """Return True until the run is stopped, or has failed."""
         return self._thread.is_alive()
@@ -372,29 +384,3 @@ class LiveRun:
         stops = error is None or isinstance(error, Stop)
         self.stop() if stops else self._end()
         return stops
-
-
-class Predictions:
-    """The predictions of a run, for `for` and `async for`."""
-
-    def __init__(self, run: LiveRun, follow: bool) -> None:
-        self._run, self._follow, self._number = run, follow, 0
-
-    def __iter__(self) -> Iterator[tuple[int, Answer]]:
-        return self
-
-    def __next__(self) -> tuple[int, Answer]:
-        answers = self._run._following(self._number, self._follow)
-        if answers is None:
-            raise StopIteration
-        self._number = answers[0] + 1
-        return answers
-
-    def __aiter__(self) -> AsyncIterator[tuple[int, Answer]]:
-        return self
-
-    async def __anext__(self) -> tuple[int, Answer]:
-        answers = await asyncio.to_thread(next, self, None)
-        if answers is None:
-            raise StopAsyncIteration
-        return answers
