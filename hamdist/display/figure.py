@@ -63,7 +63,14 @@ class SvgPicture:
         return self.svg
 
     def save(self, path: str | Path) -> Path:
-        """Write the picture to `path` (.svg), and return that. Raises OSError."""
+        """Write the picture into a file, and return its path.
+
+        Args:
+            path: of the file, .svg.
+
+        Raises:
+            OSError: it cannot be written.
+        """
         Path(path).write_text(self.svg, "utf-8")
         return Path(path)
 

@@ -4,7 +4,8 @@ them.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+import asyncio
+from collections.abc import AsyncIterator, Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -12,8 +13,6 @@ from torch import Tensor, nn
 
 from hamdist.dynamics.graph.inputs import NetworkInputs
 from hamdist.errors import SettingsError, Stop
-from hamdist.runtime.nodes.emissions import Answered
-from hamdist.runtime.plan.plan import Plan
 from hamdist.runtime.results.events import ActorReplaced, SnapshotComplete, WindowFull
 from hamdist.runtime.results.result import Progress, RunResult
 from hamdist.runtime.results.scores import Scores, Targets
@@ -37,14 +36,6 @@ class Answer:
         return self._versions()
 
 
-def versions_of(plan: Plan, news: Answered) -> dict[str, int]:
-    """Return `Answer.versions`."""
-    edges = [edge for edge in plan.graph.edges if not edge.from_input]
-    sent = {edge.parent: plan.schedule.state(edge, news.event) for edge in edges}
-    others = {name: stamp.version for name, stamp in sent.items() if stamp is not None}
-    return {**others, news.readout: news.version}
-
-
 @dataclass(frozen=True, slots=True)
 class LiveStatus:
     """Samples that were `fed`, and `answered`; what is `waiting` for the network; the engine's
@@ -55,6 +46,32 @@ class LiveStatus:
     waiting: int
     paused: bool
     progress: Progress | None
+
+
+class Predictions:
+    """The predictions of a live run, for `for` and `async for`."""
+
+    def __init__(self, run: Any, follow: bool) -> None:
+        self._run, self._follow, self._number = run, follow, 0
+
+    def __iter__(self) -> Iterator[tuple[int, Answer]]:
+        return self
+
+    def __next__(self) -> tuple[int, Answer]:
+        answers: tuple[int, Answer] | None = self._run._following(self._number, self._follow)
+        if answers is None:
+            raise StopIteration
+        self._number = answers[0] + 1
+        return answers
+
+    def __aiter__(self) -> AsyncIterator[tuple[int, Answer]]:
+        return self
+
+    async def __anext__(self) -> tuple[int, Answer]:
+        answers = await asyncio.to_thread(next, self, None)
+        if answers is None:
+            raise StopAsyncIteration
+        return answers
 
 
 class Callback:

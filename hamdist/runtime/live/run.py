@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import asyncio
 import atexit
 import contextlib
 import contextvars
 import copy
 import threading
 from collections import deque
-from collections.abc import AsyncIterator, Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from typing import Any
 
@@ -22,7 +21,7 @@ from hamdist.dynamics.graph.inputs import NetworkInputs
 from hamdist.dynamics.objective.losses import Losses, make_losses
 from hamdist.dynamics.user_modules.copies import loss_copy
 from hamdist.errors import SettingsError, Stop, StreamError
-from hamdist.runtime.live.callbacks import HEARD, Answer, Callback, LiveStatus, versions_of
+from hamdist.runtime.live.callbacks import HEARD, Answer, Callback, LiveStatus, Predictions
 from hamdist.runtime.live.journal import Journal
 from hamdist.runtime.nodes.emissions import Answered, HandedOver
 from hamdist.runtime.nodes.source import checker_of
@@ -40,7 +39,7 @@ from hamdist.streams.sample import Sample, SampleSpec, Stream
 from hamdist.streams.wrappers.chosen_targets import Chosen
 
 
-class LiveRun:
+class LiveRun(contextlib.AbstractContextManager["LiveRun"]):
     """A run that learns while one talks to it (`hamdist.start`); as a context it stops at the end.
 
     Calls may come from several threads; they are accepted one after the other, and this order is
@@ -155,8 +154,7 @@ class LiveRun:
             return
         del self._parts[news.number]
         prediction = parts if len(parts) > 1 else news.prediction
-        versions = partial(versions_of, self._plan, news)
-        answer = Answer(news.number, prediction, versions)
+        answer = Answer(news.number, prediction, partial(news.versions, self._plan))
         self._answers[news.number] = answer
         if self._callbacks:
             self._happened.append(answer)
@@ -190,7 +188,14 @@ class LiveRun:
         return self._say(Entry("feed", sample=sample), wait=wait)
 
     def predict(self, u: Any, *, end: bool = False, wait: bool = True) -> Answer:
-        """Feed a sample without a label, and return its prediction. No weight moves by it."""
+        """Feed a sample without a label, and return its prediction. No weight moves by it.
+
+        Args:
+            u, end, wait: as of `feed`.
+
+        Raises:
+            StreamError: the sample does not fit, or the run is paused or ends before the answer.
+        """
         if self._stream.paused:
             raise StreamError("the run is paused, so no answer comes: go_on() first")
         entry = Entry("feed", sample=self._sample(self._stream.accepted.fed, u, None, end))
@@ -205,8 +210,15 @@ class LiveRun:
     def teach(self, number: int, y: Any, *, wait: bool = True) -> None:
         """Give the label of an earlier sample, which passes the network once more to be learned.
 
-        The score is that of the prediction of then (progressive validation with delay). Raises
-        StreamError if the sample waits for no label, or if the level cannot show it again.
+        The score is that of the prediction of then (progressive validation with delay).
+
+        Args:
+            number: of the sample, as `feed` has returned it.
+            y: its label, (B,) classes or (B, O) values; a dict by readout where there are several.
+            wait: as of `feed`.
+
+        Raises:
+            StreamError: the sample waits for no label, or the level cannot show it again.
         """
         if not self._plan.knobs.pulse:
             raise StreamError(
@@ -223,7 +235,11 @@ class LiveRun:
     def set(self, *, learning: Mapping[str, float]) -> None:
         """Change the learning rate from the next sample on: `learning={"lr": 0.05}`.
 
-        Blocks with a rate of their own keep its ratio to the others'.
+        Args:
+            learning: `lr` alone. Blocks with a rate of their own keep its ratio to the others'.
+
+        Raises:
+            SettingsError: another field, or a run whose step size does not come from `lr`.
         """
         lr_before, lr = self.settings.learning.lr, learning.get("lr")
         if set(learning) != {"lr"} or not isinstance(lr, (int, float)) or not lr >= 0:
@@ -260,8 +276,10 @@ class LiveRun:
     def predictions(self, *, follow: bool = False) -> Predictions:
         """Return pairs of number and answer of fed samples, in order, each once.
 
-        Of those that nobody takes the latest `patience` stay. follow: go on with samples to come,
-        until the run ends; else end with those fed by now.
+        Of those that nobody takes the latest `patience` stay.
+
+        Args:
+            follow: go on with samples to come, until the run ends; else end with those fed by now.
         """
         return Predictions(self, follow)
 
@@ -300,7 +318,12 @@ class LiveRun:
         return {name: t.detach().clone() for name, t in self.model().state_dict().items()}
 
     def evaluate(self, x: NetworkInputs, y: Targets) -> Scores:
-        """Return the scores of `model()` on x (N, ...) with targets y. Nothing is learned of it."""
+        """Return the scores of `model()` on held-out data. Nothing is learned of it.
+
+        Args:
+            x: inputs (N, ...), or a dict of them by name.
+            y: targets, (N,) classes or (N, O) values, or a dict of them by readout.
+        """
         with torch.inference_mode(False):
             model, ignored, spec = self.model(), self.settings.ignore_index, self._plan.spec
             answered = self.status().answered  # (others may feed meanwhile)
@@ -311,7 +334,12 @@ class LiveRun:
         return scores
 
     def snapshot(self) -> str:
-        """Take a snapshot; return its place, for `resume`. Raises SettingsError, SnapshotError."""
+        """Take a snapshot; return its place, for `resume`.
+
+        Raises:
+            SettingsError: the run keeps none.
+            SnapshotError: it cannot be written.
+        """
         if self._plan.snapshot_policy is None:
             raise SettingsError("snapshot: the run keeps none: give out=, or snapshots={'path': .}")
         return str(self._stream.request("snapshot"))
@@ -365,36 +393,8 @@ class LiveRun:
             events.finish(self.result)
         events.end(self._error)
 
-    def __enter__(self) -> LiveRun:
-        return self
-
     def __exit__(self, _: object, error: BaseException | None, *__: object) -> bool:
         stops = error is None or isinstance(error, Stop)
         self.stop() if stops else self._end()
         return stops
 
-
-class Predictions:
-    """The predictions of a run, for `for` and `async for`."""
-
-    def __init__(self, run: LiveRun, follow: bool) -> None:
-        self._run, self._follow, self._number = run, follow, 0
-
-    def __iter__(self) -> Iterator[tuple[int, Answer]]:
-        return self
-
-    def __next__(self) -> tuple[int, Answer]:
-        answers = self._run._following(self._number, self._follow)
-        if answers is None:
-            raise StopIteration
-        self._number = answers[0] + 1
-        return answers
-
-    def __aiter__(self) -> AsyncIterator[tuple[int, Answer]]:
-        return self
-
-    async def __anext__(self) -> tuple[int, Answer]:
-        answers = await asyncio.to_thread(next, self, None)
-        if answers is None:
-            raise StopAsyncIteration
-        return answers

@@ -16,6 +16,7 @@ from torch import Tensor
 from hamdist.dynamics.finite import StepFactor
 from hamdist.dynamics.saved_state.stateful import Stateful
 from hamdist.dynamics.schedule.events import Event
+from hamdist.runtime.plan.plan import Plan
 from hamdist.runtime.signals.signal import Signal
 from hamdist.streams.sample import Emission, Emits
 
@@ -28,6 +29,13 @@ class Answered(NamedTuple):
     prediction: Tensor
     version: int
     event: Event
+
+    def versions(self, plan: Plan) -> dict[str, int]:
+        """Return by block the version of the weights that the sample has met on its way."""
+        edges = [edge for edge in plan.graph.edges if not edge.from_input]
+        sent = {edge.parent: plan.schedule.state(edge, self.event) for edge in edges}
+        others = {name: stamp.version for name, stamp in sent.items() if stamp is not None}
+        return {**others, self.readout: self.version}
 
 
 class HandedOver(NamedTuple):

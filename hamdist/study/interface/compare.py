@@ -76,7 +76,11 @@ class Comparison:
         return frame(columns([(head, window) for head, run in heads for window in run.windows]))
 
     def plot(self, ax: Any = None) -> Any:
-        """Return the curves by level, over all seeds, as a picture (see `RunResult.plot`)."""
+        """Return the curves by level, over all seeds, as a picture.
+
+        Args:
+            ax: as of `RunResult.plot`.
+        """
         groups: dict[str, list[Run]] = {}
         for run in self.runs:
             groups.setdefault(run.level, []).append(run)
@@ -97,7 +101,14 @@ class Comparison:
         return self.table._repr_html_() + picture
 
     def save(self, command: str) -> None:
-        """Write the report and its data into the folder, if there is one and a run has ended."""
+        """Write the report and its data into the folder, if there is one and a run has ended.
+
+        Args:
+            command: what the report says of its origin.
+
+        Raises:
+            HamdistError: a file cannot be written.
+        """
         if self.folder is not None and self.runs:
             ended = self.interrupted
             with written_at_the_end():
