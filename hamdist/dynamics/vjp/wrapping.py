@@ -34,11 +34,9 @@ class WrappingFunction(LocalFunction):
         self.inner = inner
 
     def state_dict(self) -> dict[str, Any]:
-        """Return the state of `inner`."""
         return self.inner.state_dict()
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Continue from `state`."""
         self.inner.load_state_dict(state)
 
     def forward(self, inputs: Sequence[Tensor], wanted: Sequence[bool]) -> Any:

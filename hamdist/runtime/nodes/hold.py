@@ -219,7 +219,6 @@ class HoldNode(BlockNode):
         return k - self._schedule.target_lag(self.name) >= self._clock.h_since
 
     def records(self) -> Records | None:
-        """Return the recorded energies; None if recording is off."""
         return None if self._recorder is None else self._recorder.records()
 
     def contents(self) -> BlockContents:

@@ -268,7 +268,6 @@ class PulseNode(BlockNode):
         return None if earlier is None or reading is None else block.scored(earlier, reading)
 
     def contents(self) -> BlockContents:
-        """Return the tensors of the block; a readout has no state."""
         block = self.block
         h, z = (None, None) if isinstance(block, PulseReadout) else (block.h, block.z)
         return BlockContents([("", block.cell, block.weights)], h, z)

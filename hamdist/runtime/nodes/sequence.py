@@ -138,7 +138,6 @@ class SequenceNode(BlockNode):
             self.live.forget(last)
 
     def contents(self) -> BlockContents:
-        """Return the tensors of the block; a readout has no state."""
         block = self.block
         h, z = (block.h, block.z) if isinstance(block, SequenceBlock) else (None, None)
         return BlockContents([("", block.cell, block.weights)], h, z)

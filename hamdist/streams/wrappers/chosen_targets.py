@@ -65,7 +65,6 @@ class Chosen(Derived):
         return replace(spec, **of_target)
 
     def samples(self) -> Iterator[Sample]:
-        """Return the samples from sample 0 on."""
         return self.chosen(self._stream.samples())
 
     def passed(self) -> int:
@@ -130,7 +129,6 @@ class Cast(Chosen):
         return None if y is None else self._cast(y)
 
     def chosen(self, samples: Iterator[Sample]) -> Iterator[Sample]:
-        """Yield `samples` as this stream gives them."""
         for sample in samples:
             yield replace(
                 sample,

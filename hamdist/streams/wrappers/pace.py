@@ -72,7 +72,6 @@ class Paced(Derived):
         self._counts = self._no_counts()
 
     def report(self) -> dict[str, int]:
-        """Return the counts, with those of the wrapped stream."""
         return {**report_of(self._stream), **self._counts}
 
     def samples(self) -> Iterator[Sample]:

@@ -78,7 +78,6 @@ class Smooth(Derived):
             _as_images(spec.u_shape, motion)
 
     def samples(self) -> Iterator[Sample]:
-        """Yield the samples from sample 0 on; u has the shape of the wrapped stream's."""
         for number, sample in enumerate(self._faded()):
             if self._motion is Motion.FADE:
                 yield sample
