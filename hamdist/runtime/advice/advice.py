@@ -184,7 +184,7 @@ def open_endpoints(engine: EngineSettings) -> list[str]:
     ]
 
 
-def lending_notes(engine: EngineSettings, shared: int, refusals: Sequence[Refusal]) -> list[str]:
+def gpu_signal_notes(engine: EngineSettings, shared: int, refusals: Sequence[Refusal]) -> list[str]:
     """Warn, once for each reason, if signals between GPUs of one host go through host memory.
 
     `shared` is the number of channels that were tested before the start.

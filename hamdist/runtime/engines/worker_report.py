@@ -325,13 +325,13 @@ class BlockedChannel:
 class SnapshotNews:
     """Files written since the last status, the failure of one, and the bytes of kept signals.
 
-    `forgot` says that signals were dropped: no process can restart from the latest snapshot.
+    `dropped` says that signals were dropped: no process can restart from the latest snapshot.
     """
 
     written: list[WrittenFiles]
     failure: str | None
     nbytes: int
-    forgot: bool = False
+    dropped: bool = False
 
 
 @dataclass(frozen=True, slots=True)

@@ -83,14 +83,14 @@ class Callback:
     """
 
     def on_start(self, run: Any) -> None:
-        """Hear that the run has begun.
+        """Handle the start of the run.
 
         Args:
             run: the `LiveRun`.
         """
 
     def on_sample(self, run: Any, answer: Any) -> None:
-        """Hear that a sample has been answered.
+        """Handle the answer to a sample.
 
         Args:
             run: the `LiveRun`.
@@ -98,7 +98,7 @@ class Callback:
         """
 
     def on_window(self, run: Any, event: WindowFull) -> None:
-        """Hear that a window of prequential metrics is full.
+        """Handle a full window of prequential metrics.
 
         Args:
             run: the `LiveRun`.
@@ -106,7 +106,7 @@ class Callback:
         """
 
     def on_evaluate(self, run: Any, scores: Scores, model: nn.Module) -> None:
-        """Hear that `run.evaluate` has scored a model.
+        """Handle the scores of `run.evaluate`.
 
         Args:
             run: the `LiveRun`.
@@ -115,7 +115,7 @@ class Callback:
         """
 
     def on_snapshot(self, run: Any, event: SnapshotComplete) -> None:
-        """Hear that a snapshot is complete.
+        """Handle a complete snapshot.
 
         Args:
             run: the `LiveRun`.
@@ -123,7 +123,7 @@ class Callback:
         """
 
     def on_loss_of_actor(self, run: Any, event: ActorReplaced) -> None:
-        """Hear that an actor was lost, and has been replaced.
+        """Handle the replacement of a lost actor.
 
         Args:
             run: the `LiveRun`.
@@ -131,7 +131,7 @@ class Callback:
         """
 
     def on_end(self, run: Any, result: RunResult) -> None:
-        """Hear that the run has ended.
+        """Handle the end of the run.
 
         Args:
             run: the `LiveRun`.
@@ -139,7 +139,7 @@ class Callback:
         """
 
 
-HEARD: Mapping[type, str] = {
+METHOD_OF: Mapping[type, str] = {
     Answer: "on_sample",
     WindowFull: "on_window",
     SnapshotComplete: "on_snapshot",

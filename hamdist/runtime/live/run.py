@@ -21,7 +21,7 @@ from hamdist.dynamics.graph.inputs import NetworkInputs
 from hamdist.dynamics.objective.losses import Losses, make_losses
 from hamdist.dynamics.user_modules.copies import loss_copy
 from hamdist.errors import SettingsError, Stop, StreamError
-from hamdist.runtime.live.callbacks import HEARD, Answer, Callback, LiveStatus, Predictions
+from hamdist.runtime.live.callbacks import METHOD_OF, Answer, Callback, LiveStatus, Predictions
 from hamdist.runtime.live.journal import Journal
 from hamdist.runtime.nodes.emissions import Answered, HandedOver
 from hamdist.runtime.nodes.source import checker_of
@@ -119,8 +119,8 @@ class LiveRun(contextlib.AbstractContextManager["LiveRun"]):
         while self._callbacks and self._happened and not self._calling:
             event, self._calling = self._happened.popleft(), True
             try:
-                if type(event) in HEARD:
-                    self._tell(HEARD[type(event)], event)
+                if type(event) in METHOD_OF:
+                    self._tell(METHOD_OF[type(event)], event)
             finally:
                 self._calling = False
 

@@ -78,7 +78,7 @@ class LiveBlock(Stateful):
             super().load_state_dict(state)
             self._rates = [(r[0], r[1], r[2] if len(r) > 2 else 0) for r in self._rates]
 
-    def hear(
+    def receive(
         self, pulse: int, clock: Callable[[], Signal | None], state: Callable[[], object]
     ) -> Emission | None:
         """Note what the stream says of the emission that passes; None if it says nothing.

@@ -120,7 +120,7 @@ class _Parts(BlockParts):
     def make_loss(self, loss: LossFunction, seed_name: str) -> ReadoutLoss:
         """Make the loss of a readout, with random numbers drawn from the seed of that name."""
         plan = self._plan
-        loss = plan.row_weighted(loss, plan.taught_by if self.spec.loss is None else self.name)
+        loss = plan.row_weighted(loss, plan.label_readout if self.spec.loss is None else self.name)
         seeded = seeded_loss(loss, block_seed(plan.seed, seed_name), self.border.device)
         return ReadoutLoss(seeded, self.dynamics, self.guard, native=plan.native)
 
@@ -204,7 +204,7 @@ class _Parts(BlockParts):
         applied.move_by(weights, self._scaled(weights, partial(plan.block_factor, name)))
         return applied
 
-    def make_taught(self) -> HeadUpdate | None:
+    def make_head_update(self) -> HeadUpdate | None:
         """Make the update of the block's local readout; None if the block has none."""
         plan = self._plan
         heads = plan.heads
@@ -249,7 +249,7 @@ def _pulse_block(
         return PulseReadout(p, p.loss, hands_back, reading)
     if p.name in plan.reversible:
         return ReversibleBlock(p, hands_back=any(hands_back))
-    taught = p.make_taught()
+    taught = p.make_head_update()
     if plan.knobs.credit is Credit.HEADS:
         return HeadBlock(p, taught)
     predicts = Compensation.WEIGHT_PREDICTION in plan.knobs.compensation
@@ -376,7 +376,7 @@ def _try(plan: Plan, name: str, applied: AppliedRule) -> None:
     h, kept = applied.forward(0, inputs)
     applied.check_plain("forward", kept)
     if applied.learns:
-        y = plan.spec.target(plan.taught_by) if rule.signals.label else None
+        y = plan.spec.target(plan.label_readout) if rule.signals.label else None
         label = None if y is None else torch.zeros(y.shape, dtype=y.dtype, device=h.device)
         applied.gradients(applied.call("learn", 0, len(h), kept, label), 0, 1.0)
     if applied.listens:

@@ -92,7 +92,7 @@ class HoldNode(BlockNode):
         event = self.event
         clock = None if self._clock.stopped else self._ports.clock(event)
         if self.live.patience and clock is not None and not clock.end:
-            self.live.hear(event.sample, lambda: clock, self.state)
+            self.live.receive(event.sample, lambda: clock, self.state)
             self.live.forget(event.sample - self._schedule.idle)
             clock = replace(clock, payload=None)  # (what is left concerns the clock)
         self._clock.advance(event.tick, event.tick % self._schedule.c == 0, clock)

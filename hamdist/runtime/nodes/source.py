@@ -218,7 +218,7 @@ class SourceNode:
             payload = None if y is None else ready(y)
             self._mailbox.post(channel, Signal(stamp, payload, sequence_end=end))
         if self._labels:
-            y = sample.target(self._plan.taught_by)
+            y = sample.target(self._plan.label_readout)
             label = None if y is None else ready(y)
             for channel in self._labels:
                 self._mailbox.post(channel, Signal(stamp, label, sequence_end=end))

@@ -190,7 +190,7 @@ class Plan:
         return manifest.samples - manifest.skip
 
     @property
-    def taught_by(self) -> str:
+    def label_readout(self) -> str:
         """Return the readout whose labels travel with the signal."""
         return self.graph.readouts[0] if self.heads is None else self.heads.readout
 

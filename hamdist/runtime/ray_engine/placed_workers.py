@@ -73,7 +73,7 @@ class PlacedWorkers:
         self._called_off = False
         self.arithmetic = [plan.arithmetic]  # of all kinds of processes that the run has had
         self.notes: list[str] = []  # what there is to say of the actors before the first tick
-        self.local_forgot = False  # as WorkerHandle.forgot, of a stream in this process
+        self.local_dropped = False  # as WorkerHandle.dropped, of a stream in this process
         self.gpu_channels = 0  # channels between GPUs of one host, at the start
         self.links: dict[tuple[int, int], Link] = {}  # by pair of actors, if they were measured
         # Told of an actor that died, or ended with an error; answers whether it is replaced.
@@ -317,7 +317,7 @@ class WorkerHandle:
 
     snapshot_news: list[SnapshotNews] = field(default_factory=list)
     kept_bytes: int = 0
-    forgot: bool = False  # it has let signals go that a successor of a neighbour would need
+    dropped: bool = False  # it has let signals go that a successor of a neighbour would need
 
     def ask(self, method: str, *arguments: Any, run: int | None = None) -> Any:
         """Call a method of the actor's worker (`WorkerActor.call`); return Ray's reference."""
@@ -345,7 +345,7 @@ class WorkerHandle:
         self.status = status
         if status.snapshot_news is not None:
             self.snapshot_news.append(status.snapshot_news)
-            self.kept_bytes, self.forgot = status.snapshot_news.nbytes, status.snapshot_news.forgot
+            self.kept_bytes, self.dropped = status.snapshot_news.nbytes, status.snapshot_news.dropped
         self.windows = [*self.windows[: status.first], *status.windows]
         self.joined = status.joined
 

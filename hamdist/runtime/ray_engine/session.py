@@ -20,7 +20,7 @@ from pydantic import ValidationError
 from hamdist.config import EngineSettings, describe
 from hamdist.errors import ClusterError, HamdistError, SettingsError
 from hamdist.runtime.placement.assign_hosts import ActorOptions
-from hamdist.runtime.process.interrupts import deaf_to_interrupts, handlers_of_ours
+from hamdist.runtime.process.interrupts import interrupts_ignored, signal_handlers_kept
 from hamdist.runtime.process.threads import cores
 from hamdist.runtime.ray_engine.auth_token import (
     REMEDY,
@@ -29,7 +29,7 @@ from hamdist.runtime.ray_engine.auth_token import (
     is_refusal,
     refused,
 )
-from hamdist.runtime.ray_engine.cluster_hosts import knock
+from hamdist.runtime.ray_engine.cluster_hosts import check_listening
 from hamdist.runtime.ray_engine.forked_workers import GONE_SECONDS
 from hamdist.runtime.ray_engine.local_ray import local_ray, ray_environment, ray_messages
 
@@ -310,7 +310,7 @@ def close_idle_session() -> None:
 
 
 def _end_idle(opened: Session) -> None:
-    with deaf_to_interrupts():
+    with interrupts_ignored():
         opened.make_room()
 
 
@@ -345,8 +345,8 @@ def _joined(engine: EngineSettings, address: str) -> Iterator[None]:
 
     check_token(address)
     try:
-        knock(address)
-        with handlers_of_ours():
+        check_listening(address)
+        with signal_handlers_kept():
             ray.init(address=address, logging_level=logging.ERROR, log_to_driver=False)
     except (OSError, RuntimeError, ValueError, RayError) as error:
         if is_refusal(error):
@@ -360,7 +360,7 @@ def _joined(engine: EngineSettings, address: str) -> Iterator[None]:
         check_joined(engine)
         yield
     finally:
-        with deaf_to_interrupts():
+        with interrupts_ignored():
             ray.shutdown()
 
 

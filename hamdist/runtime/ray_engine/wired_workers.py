@@ -97,7 +97,7 @@ class WiredWorkers(PlacedWorkers):
                 self._local = Worker(plan.only([]), [], self._stream, self._keys)
                 self._local.connect(ends)
             if any(end.address.startswith(GPU_SCHEME) for end in ends.values()):
-                self._lend()
+                self._offer_gpu_memory()
         return plan
 
     def _all_or_none(self, options_of_actors: Sequence[ActorOptions]) -> list[Any]:
@@ -125,10 +125,10 @@ class WiredWorkers(PlacedWorkers):
             time.sleep(random_numbers.uniform(0, patience))
             patience *= 2
 
-    def _lend(self) -> None:
+    def _offer_gpu_memory(self) -> None:
         """Have actors test if signals can stay on GPUs. Raises ClusterError where they must."""
         self._all("call", lambda _: ("answer_offers",))
-        answers = self._all("call", lambda _: ("hear_answers",))
+        answers = self._all("call", lambda _: ("read_answers",))
         self.gpu_channels = sum(offered for offered, _ in answers)
         refusals = [refusal for _, refused in answers for refusal in refused]
         if refusals and self._plan.engine.device_signals is DeviceSignals.IPC:

@@ -15,7 +15,7 @@ from ray.exceptions import RayError, RayTaskError
 from hamdist.dynamics.objective.prequential import Window
 from hamdist.errors import ClusterError, HamdistError
 from hamdist.runtime.engines.worker_report import SnapshotNews, WorkerReport, WorkerStatus
-from hamdist.runtime.process.interrupts import deaf_to_interrupts
+from hamdist.runtime.process.interrupts import interrupts_ignored
 from hamdist.runtime.ray_engine.cluster_hosts import last_line
 from hamdist.runtime.ray_engine.placed_workers import END_SECONDS, WorkerHandle
 from hamdist.runtime.ray_engine.wired_workers import WiredWorkers
@@ -44,7 +44,7 @@ class WorkerGroup(WiredWorkers):
 
     def __exit__(self, *_: object) -> None:
         """End everything that was started, in whatever state it is."""
-        with deaf_to_interrupts():
+        with interrupts_ignored():
             self._end_local()
             self._end_actors()
             shutil.rmtree(socket_folder(self._plan.run), ignore_errors=True)
@@ -64,8 +64,8 @@ class WorkerGroup(WiredWorkers):
         self._keep_calls = [actor.ask("keep", tick, run=run) for actor in self.running.values()]
         self._too_late = self._local is not None and not self._local.keep(tick)
 
-    def heard(self, seconds: float) -> None:
-        """Wait until all actors have heard of the latest `keep`, so long at most."""
+    def wait_for_keep(self, seconds: float) -> None:
+        """Wait until all actors have received the latest `keep`, so long at most."""
         if self._keep_calls:
             ray.wait(self._keep_calls, num_returns=len(self._keep_calls), timeout=seconds)
 
@@ -111,7 +111,7 @@ class WorkerGroup(WiredWorkers):
         status = self._local.status(0, None)
         if status.snapshot_news is not None:
             self._local_news.append(status.snapshot_news)
-            self.local_forgot = status.snapshot_news.forgot
+            self.local_dropped = status.snapshot_news.dropped
         return status
 
     def start(self) -> None:
@@ -299,9 +299,9 @@ class WorkerGroup(WiredWorkers):
         killed = [actor for actor in self.actors if actor not in obedient]
         for actor in killed:
             ray.kill(actor.handle)
-        self._outlast(killed)
+        self._wait_until_gone(killed)
 
-    def _outlast(self, killed: Sequence[WorkerHandle]) -> None:
+    def _wait_until_gone(self, killed: Sequence[WorkerHandle]) -> None:
         """Wait until the processes of killed actors on this host are gone."""
         here = ray.get_runtime_context().get_node_id() if killed else ""
         processes = []

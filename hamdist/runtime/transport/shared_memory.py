@@ -53,7 +53,7 @@ SEALS = ("F_SEAL_SHRINK", "F_SEAL_GROW", "F_SEAL_SEAL")
 _TURN = struct.pack("ll", 0, TURN_MS * 1000)
 
 SCHEME = "shm://"
-GPU_SCHEME = "gpu://"  # the same, to a receiver that can be lent memory of a GPU
+GPU_SCHEME = "gpu://"  # the same, to a receiver that can map memory of a GPU
 # Bytes up to which a payload travels in the packet. Measured (2 cores, both neighbours' signals,
 # medians of a tick, packet / slot): 47 / 56 us at 4 KiB, 42 / 46 at 8, 58 / 56 at 16, 61 / 64 at
 # 32. Up to 8 KiB the packet wins, then it is equal, and short packets need less of the buffer.

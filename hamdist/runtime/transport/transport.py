@@ -196,7 +196,7 @@ class Endpoints:
             if isinstance(end, SharedReceiver):
                 end.answer()
 
-    def hear_answers(self) -> None:
+    def read_answers(self) -> None:
         """Take the answers to this process's own offers; before any signal is sent."""
         for end in self._out.values():
             if isinstance(end, SharedSender):

@@ -257,7 +257,7 @@ def beside(plain: nn.Module, model: nn.Module | Graph) -> str:
     )
 
 
-def warmed(model: nn.Module | Graph, file: Path) -> nn.Module:
+def with_saved_weights(model: nn.Module | Graph, file: Path) -> nn.Module:
     """Return `model` with the weights of a `state_dict` in a safetensors file.
 
     Raises SettingsError naming the file if it has none, or those of another model.

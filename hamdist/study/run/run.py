@@ -56,7 +56,7 @@ from hamdist.study.run.own_data import (
     OwnFunctions,
     beside,
     check_held_out,
-    warmed,
+    with_saved_weights,
 )
 from hamdist.study.shared.machine import check_size, check_time
 
@@ -186,7 +186,7 @@ def run_level(
             stream = WithoutSample(stream, without, settings.steps)
         model = build(settings, stream.spec, own.model, dtype)
         if weights is not None:
-            model = warmed(model, weights)
+            model = with_saved_weights(model, weights)
         notes += advice(settings)
         rules = [] if isinstance(model, Graph) else functions_of(model)
         if baseline is not None and own.plain is not None:
