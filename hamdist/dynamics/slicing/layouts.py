@@ -1,4 +1,4 @@
-"""How the values inside a sliced block lie over its slices, operation by operation.
+"""Layouts of the values inside a sliced block over its slices, operation by operation.
 
     Whole   every reader needs all of it: it is joined before it is read, or computed in one place
     Split   slice i has its own part of one axis (neurons, channels, heads)

@@ -1,5 +1,5 @@
-"""What a process of a run measures, between two steps of its nodes, and what it tells of itself:
-while it runs, and at its end.
+"""Measurements of a process of a run, between two steps of its nodes, and its reports: while it
+runs, and at its end.
 """
 
 from __future__ import annotations

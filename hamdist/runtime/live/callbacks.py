@@ -1,6 +1,4 @@
-"""What a live run answers, and the functions that it calls as things happen, with three users of
-them.
-"""
+"""Answers of a live run, and the functions that it calls as things happen, with uses of them."""
 
 from __future__ import annotations
 

@@ -1,5 +1,5 @@
-"""What a block hears of each emission of the stream in a live run and where labels come late, and
-what it has for the driver.
+"""Emissions of the stream as a block receives them, in a live run and where labels come late, and
+what it sends to the driver.
 
 The stream tells every block on its clock channel (node.py) whether an emission is idle, a sample,
 or an earlier one whose label has come, and the factor of the step size from then on. Idle emissions

@@ -1,4 +1,4 @@
-"""What a run of settings would begin with, its picture, and the weights of one under way."""
+"""The model and plan that a run of settings begins with, its picture, and a snapshot's weights."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What a user's own functions make: the model, and the stream (`--stream file.py:function`)."""
+"""Models and streams made by a user's functions (`--model`, `--stream file.py:function`)."""
 
 from __future__ import annotations
 
