@@ -110,7 +110,7 @@ def _told(
     beside = [line for line in lines or () if line.point == best.point]
     return {
         "study": wanted.study,
-        "settings": f"hamdist/studies/{wanted.study}.yaml",
+        "settings": f"hamdist/recipes/studies/{wanted.study}.yaml",
         "side": best.side,
         "chosen": best.chosen,
         "seeds": best.seeds,
