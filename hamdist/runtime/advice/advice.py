@@ -39,7 +39,7 @@ from hamdist.runtime.transport.gpu_ring import Refusal
 from hamdist.streams.live import live_of
 from hamdist.streams.replay import drops, replays
 from hamdist.streams.sample import Stream
-from hamdist.streams.wrappers.without_sample import WithoutSample
+from hamdist.streams.wrappers.derived import WithoutSample
 
 # Samples of one sequence from which on it looks as if the ends had been forgotten.
 LONG_SEQUENCE = 100

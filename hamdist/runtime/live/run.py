@@ -36,7 +36,7 @@ from hamdist.streams.entries import Entry
 from hamdist.streams.iterable import IterableStream
 from hamdist.streams.live import LiveStream
 from hamdist.streams.sample import Sample, SampleSpec, Stream
-from hamdist.streams.wrappers.chosen_targets import Chosen
+from hamdist.streams.wrappers.derived import Chosen
 
 
 class LiveRun(contextlib.AbstractContextManager["LiveRun"]):

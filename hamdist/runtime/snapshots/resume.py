@@ -25,7 +25,7 @@ from hamdist.runtime.snapshots.catalogue import fingerprint
 from hamdist.runtime.storage.snapshot_files import STATE_FORMATS, Snapshot, settings_of
 from hamdist.streams.replay import drawn, drops, replays, samples_from
 from hamdist.streams.sample import Stream
-from hamdist.streams.wrappers.without_sample import WithoutSample
+from hamdist.streams.wrappers.derived import WithoutSample
 
 MAY_CHANGE = ("learning", "dynamics", "stream", "steps")
 

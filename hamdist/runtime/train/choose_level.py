@@ -36,7 +36,7 @@ from hamdist.errors import ChoiceWarning
 from hamdist.streams.replay import samples_from
 from hamdist.streams.sample import Sample, Stream
 from hamdist.streams.smoothness import MOST_SAMPLES, Smoothness
-from hamdist.streams.wrappers.chosen_targets import Derived
+from hamdist.streams.wrappers.derived import Derived
 
 ROUND_TRIPS = 2.5
 SHARE_OF_THE_RUN = 10

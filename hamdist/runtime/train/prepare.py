@@ -29,7 +29,7 @@ from hamdist.runtime.nodes.weight_ports import against_ties
 from hamdist.runtime.placement.step_costs import example_input, example_inputs
 from hamdist.runtime.plan.checks import with_rules
 from hamdist.streams.sample import SampleSpec, Stream
-from hamdist.streams.wrappers.chosen_targets import in_dtype
+from hamdist.streams.wrappers.derived import in_dtype
 
 
 def in_dtype_of(settings: Settings, model: nn.Module | Graph, stream: Stream) -> tuple[Any, Stream]:

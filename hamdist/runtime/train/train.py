@@ -75,7 +75,7 @@ from hamdist.runtime.train.prepare import (
 )
 from hamdist.streams.live import live_of
 from hamdist.streams.sample import SampleSpec, Stream, with_example
-from hamdist.streams.wrappers.chosen_targets import with_targets_of
+from hamdist.streams.wrappers.derived import with_targets_of
 
 OWN = "hamdist."  # streams of this package, which know what they give
 

@@ -20,7 +20,7 @@ from hamdist.streams.sample import (
     check_stream,
     report_of,
 )
-from hamdist.streams.wrappers.chosen_targets import Derived
+from hamdist.streams.wrappers.derived import Derived
 from hamdist.streams.wrappers.pace import Paced
 
 

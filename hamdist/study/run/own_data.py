@@ -27,7 +27,7 @@ from hamdist.runtime.placement.step_costs import example_input, example_inputs
 from hamdist.streams import Stream, from_iterable, from_loader
 from hamdist.streams.batch_names import WEIGHT, Names
 from hamdist.streams.sample import SampleSpec
-from hamdist.streams.wrappers.chosen_targets import in_dtype
+from hamdist.streams.wrappers.derived import in_dtype
 
 STREAM_OPTION = "--stream"
 

@@ -47,7 +47,7 @@ from hamdist.runtime.results.scores import Scores, evaluate, evaluate_samples, e
 from hamdist.runtime.train.train import train
 from hamdist.streams import drifts, held_out, held_out_tokens, make_stream
 from hamdist.streams.sample import SampleSpec, Stream
-from hamdist.streams.wrappers.without_sample import WithoutSample
+from hamdist.streams.wrappers.derived import WithoutSample
 from hamdist.study.run.baseline import CENTRALISED, FROZEN, baseline_warnings, train_centralised
 from hamdist.study.run.measures import DriftRecovery, Tracking, advice, recoveries, tracking
 from hamdist.study.run.own_data import (

@@ -1,16 +1,18 @@
-"""Streams made of others: without the targets of readouts, or in another floating-point type."""
+"""Streams made of others: without the targets of readouts, in another type, without a sample."""
 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Collection, Iterator, Mapping
 from dataclasses import replace
+from itertools import islice
 
 import torch
 from torch import Tensor
 
+from hamdist.errors import StreamError
 from hamdist.streams.replay import drops, passed_over, replays, samples_from
-from hamdist.streams.sample import Sample, SampleSpec, Stream, Target, report_of
+from hamdist.streams.sample import Sample, SampleSpec, Stream, Target, check_stream, report_of
 
 
 def with_targets_of(stream: Stream, readouts: Collection[str]) -> Stream:
@@ -137,3 +139,28 @@ class Cast(Chosen):
                 late=sample.late and {n: self._target(y) for n, y in sample.late.items()},
                 inputs=sample.inputs and {n: self._cast(u) for n, u in sample.inputs.items()},
             )
+
+
+class WithoutSample(Derived):
+    """The first `number` samples of a stream (None: all), but for one."""
+
+    def __init__(self, stream: Stream, sample: int, number: int | None) -> None:
+        check_stream("WithoutSample", stream)
+        if not replays(stream):
+            raise StreamError(
+                "--without-sample: the stream does not give the same samples again; give one that "
+                "does (--stream)"
+            )
+        super().__init__(stream)
+        self._sample, self._number = sample, number
+
+    @property
+    def unaltered(self) -> Stream:
+        """Return the stream with that sample."""
+        return self._stream
+
+    def samples(self) -> Iterator[Sample]:
+        """Yield the samples that are left, from the first one on."""
+        for n, sample in enumerate(islice(self._stream.samples(), self._number)):
+            if n != self._sample:
+                yield sample
