@@ -143,15 +143,25 @@ def identity(stream: Stream, example: Mapping[str, Tensor] | None) -> dict[str, 
 
 
 def other_stream(snapshot: Snapshot, now: Mapping[str, str]) -> list[str]:
-    """Return a warning if the stream is not the one of the snapshot's run."""
+    """Return a warning if the stream is not the one of the snapshot's run.
+
+    Of a class only the name counts: later versions may have it in another module.
+    """
     before = snapshot.manifest.stream
     names = [name for name in before if name in now and before[name] != now[name]]
+    if "class" in names and _bare(before["class"]) == _bare(now["class"]):
+        names.remove("class")
     if not names:
         return []
     each = "; ".join(f"{name}: {before[name]}, now {now[name]}" for name in names)
     return [
         f"the stream is not that of {snapshot} ({each}): its place in it is that of another one"
     ]
+
+
+def _bare(class_name: str) -> str:
+    """Return the name of a class without its module."""
+    return class_name.rpartition(".")[2]
 
 
 def origin(snapshot: Snapshot) -> str:
