@@ -98,7 +98,7 @@ class AxisScale:
         return [n * step for n in range(first, last + 1)]
 
 
-def drawn(figure: PageFigure, ax: Any = None) -> Any:
+def draw_figure(figure: PageFigure, ax: Any = None) -> Any:
     """Return the lines of a figure as an `SvgPicture`, or on `ax`, axes of matplotlib's."""
     if ax is None:
         return figure_svg(figure)

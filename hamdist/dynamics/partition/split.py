@@ -17,7 +17,7 @@ from torch.nn.parameter import UninitializedBuffer, UninitializedParameter
 from hamdist.config import CutBalance, Grouping, PartitionSettings
 from hamdist.dynamics.graph.graph import BlockSpec, Graph
 from hamdist.dynamics.graph.inputs import NetworkInputs, by_parent, called_by_parent, check_taken
-from hamdist.dynamics.objective.losses import Losses, LossFunction, losses_of, mse, named
+from hamdist.dynamics.objective.losses import Losses, LossFunction, losses_of, mse, named_parts
 from hamdist.dynamics.partition.assemble import OperationRun, assembled
 from hamdist.dynamics.partition.cuts import Cuts, Policy, stays
 from hamdist.dynamics.partition.step_seconds import step_seconds
@@ -215,7 +215,7 @@ def _outputs(
     followed: Trace, loss: Losses, targets: Collection[str] | None
 ) -> tuple[list[str], list[Value], list[LossFunction]]:
     """Return names (of the only one: ''), values and losses of the outputs that have a loss."""
-    outputs = [(name, value_of(node)) for name, node in named(followed.output)]
+    outputs = [(name, value_of(node)) for name, node in named_parts(followed.output)]
     refs = {name: value for name, value in outputs if value is not None}
     if not refs:
         raise GraphError(

@@ -59,7 +59,7 @@ from hamdist.runtime.nodes.hold import HoldNode
 from hamdist.runtime.nodes.mailbox import Mailbox
 from hamdist.runtime.nodes.pulse import PulseNode
 from hamdist.runtime.nodes.sequence import SequenceNode
-from hamdist.runtime.plan.checks import ruled
+from hamdist.runtime.plan.checks import rules_by_block
 from hamdist.runtime.plan.plan import Plan
 from hamdist.runtime.signals.cast import CastBorder
 
@@ -298,7 +298,7 @@ def try_rules(plan: Plan) -> None:
 
     Raises GraphError, which names the rule, the block and the method.
     """
-    rules = ruled(plan.graph)
+    rules = rules_by_block(plan.graph)
     plan = replace(plan, graph=plan.graph.copy()) if rules else plan
     for name, rule in rules.items():
         who = f"rule {type(rule).__name__} of block {name!r}"

@@ -26,7 +26,7 @@ from hamdist.runtime.signals.cast import CPU
 from hamdist.runtime.signals.signal import Aborted, Signal, ready
 from hamdist.streams.check import Checker
 from hamdist.streams.live import live_of
-from hamdist.streams.replay import drawn, passed_over, replays, samples_from
+from hamdist.streams.replay import next_sample, passed_over, replays, samples_from
 from hamdist.streams.sample import Emission, Emits, Sample, Stream, report_of
 from hamdist.streams.smoothness import Smoothness
 
@@ -281,7 +281,7 @@ class SourceNode:
             return None
         begin = perf_counter()
         try:
-            sample = drawn(self._drawn, n, Aborted)
+            sample = next_sample(self._drawn, n, Aborted)
             if sample is None:
                 return None
             emission = sample.emission

@@ -31,7 +31,7 @@ from hamdist.dynamics.user_modules.code_digest import may_keep_state
 from hamdist.dynamics.user_modules.copies import copied, loss_copy
 from hamdist.dynamics.user_modules.generator import generator_kept
 from hamdist.errors import LevelError
-from hamdist.runtime.plan.checks import ruled
+from hamdist.runtime.plan.checks import rules_by_block
 from hamdist.streams.sample import SampleSpec, TargetSpec
 
 WIDE = torch.complex128  # (holds everything)
@@ -56,7 +56,7 @@ def cut_batches(knobs: Locality, graph: Graph, spec: SampleSpec, settings: Setti
         parts * knobs.accumulate > 1
         or knobs.clip < math.inf
         or _against_sums(graph, learning)
-        or ruled(graph)
+        or rules_by_block(graph)
     )
     if spec.kept and (summed or not keeps_passes):
         raise LevelError(
@@ -106,7 +106,7 @@ def _network_clip(knobs: Locality, graph: Graph, learning: LearningSettings) -> 
     reasons = _against_parts(learning, "sample", "one")
     if learning.dampening:
         reasons.append("learning.dampening, which scales the loss, so the norm, from step to step")
-    reasons += [f"a rule (block {block!r}), whose step is its own" for block in ruled(graph)]
+    reasons += [f"a rule (block {block!r}), whose step is its own" for block in rules_by_block(graph)]
     reasons += [
         f"learning.blocks.{block}.clip, another one"
         for block, settings in learning.blocks.items()

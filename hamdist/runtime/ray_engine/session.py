@@ -27,7 +27,7 @@ from hamdist.runtime.ray_engine.auth_token import (
     check_joined,
     check_token,
     is_refusal,
-    refused,
+    token_error,
 )
 from hamdist.runtime.ray_engine.cluster_hosts import check_listening
 from hamdist.runtime.ray_engine.forked_workers import GONE_SECONDS
@@ -350,7 +350,7 @@ def _joined(engine: EngineSettings, address: str) -> Iterator[None]:
             ray.init(address=address, logging_level=logging.ERROR, log_to_driver=False)
     except (OSError, RuntimeError, ValueError, RayError) as error:
         if is_refusal(error):
-            raise refused(address) from None
+            raise token_error(address) from None
         raise ClusterError(
             f"engine.address {address!r}: no Ray cluster answers there "
             f"({str(error).splitlines()[0]}); start one (ray start --head), correct the address, "

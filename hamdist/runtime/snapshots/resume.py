@@ -23,7 +23,7 @@ from hamdist.runtime.process.portable import other_bits
 from hamdist.runtime.process.switches import other_switches
 from hamdist.runtime.snapshots.catalogue import fingerprint
 from hamdist.runtime.storage.snapshot_files import STATE_FORMATS, Snapshot, settings_of
-from hamdist.streams.replay import drawn, drops, replays, samples_from
+from hamdist.streams.replay import next_sample, drops, replays, samples_from
 from hamdist.streams.sample import Stream
 from hamdist.streams.wrappers.derived import WithoutSample
 
@@ -187,7 +187,7 @@ def ended(snapshot: Snapshot, settings: Settings, stream: Stream) -> str:
     if over or stream.spec.patience or drops(stream):
         return ""
     n = skip + node["drawn"]
-    if replays(stream) and drawn(samples_from(stream, n, node["passed"]), n) is None:
+    if replays(stream) and next_sample(samples_from(stream, n, node["passed"]), n) is None:
         return ""
     return "its stream was over, and the samples"
 

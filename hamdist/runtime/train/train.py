@@ -64,7 +64,7 @@ from hamdist.runtime.snapshots.resume import (
 from hamdist.runtime.storage.snapshot_files import Snapshot, check_usable, latest
 from hamdist.runtime.storage.store import claimed, storage
 from hamdist.runtime.train.choose_level import resolved
-from hamdist.runtime.train.outcome import explained, make_result
+from hamdist.runtime.train.outcome import with_cause, make_result
 from hamdist.runtime.train.prepare import (
     NamedRule,
     graph_in_blocks,
@@ -174,7 +174,7 @@ def train(
             plan = plan.replan(outcome.delays)
         error = outcome.error
         if isinstance(error, DivergedError):
-            error = explained(error, plan)
+            error = with_cause(error, plan)
         messages = [str(error)] if isinstance(error, HamdistError) else []
         ended = [] if error is not None else end_of_stream(plan, outcome, stream)
         outcome.warnings[:0] = [*messages, *notes, *ended]

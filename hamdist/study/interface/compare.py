@@ -10,8 +10,8 @@ from typing import TYPE_CHECKING, Any
 
 from torch import nn
 
-from hamdist.config import Settings, settled
-from hamdist.display.figure import drawn
+from hamdist.config import Settings, settings_with
+from hamdist.display.figure import draw_figure
 from hamdist.display.progress import RunDisplay, display_of
 from hamdist.display.run_view import TimeLeft
 from hamdist.display.table import Table, frame
@@ -90,7 +90,7 @@ class Comparison:
             ]
             for level, runs in groups.items()
         }
-        return drawn(windows_figure(self.settings.name, curves, baseline=CENTRALISED), ax)
+        return draw_figure(windows_figure(self.settings.name, curves, baseline=CENTRALISED), ax)
 
     def __repr__(self) -> str:
         whole = ", interrupted" if self.interrupted else ""
@@ -260,7 +260,7 @@ def compare(
     changed: dict[str, Any] = {**fields, "compare": {n: v for n, v in compared.items() if v}}
     changed |= {} if loss is None else {"loss": loss}
     chosen = [v for v in trackers if isinstance(v, str)]
-    whole = settled(settings, changed | ({"trackers": chosen} if chosen else {}))
+    whole = settings_with(settings, changed | ({"trackers": chosen} if chosen else {}))
     comparison = Comparison(settings=whole)
     if stream is None and held_out is not None:
         raise SettingsError("held_out belongs to stream: give both")

@@ -25,7 +25,7 @@ import torch
 from torch import Tensor, nn
 
 from hamdist.config import EngineSettings, FirstStep, LearningSettings, Reset, Settings
-from hamdist.dynamics.graph.inputs import called
+from hamdist.dynamics.graph.inputs import call_model
 from hamdist.dynamics.graph.merged import MergedSequence
 from hamdist.dynamics.objective.losses import (
     ONLY,
@@ -50,8 +50,8 @@ from hamdist.runtime.process.threads import cores, torch_threads
 from hamdist.runtime.process.usage import peak_bytes, reset_peak
 from hamdist.runtime.results.result import BlockProgress, Progress, RunResult
 from hamdist.runtime.train.prepare import in_dtype_of
-from hamdist.streams.replay import drawn
-from hamdist.streams.sample import Emission, Emits, Sample, SampleSpec, Stream, parted, report_of
+from hamdist.streams.replay import next_sample
+from hamdist.streams.sample import Emission, Emits, Sample, SampleSpec, Stream, split_weights, report_of
 
 CENTRALISED = "centralised"
 FROZEN = "frozen"
@@ -168,7 +168,7 @@ class _Trainer:
             first, *more = self.model.readouts
             states = self._states
             return {n: states[n] for n in (first, *more)} if more else {ONLY: states[first]}
-        return tensors(called(self.model, sample.u if sample.inputs is None else sample.inputs))
+        return tensors(call_model(self.model, sample.u if sample.inputs is None else sample.inputs))
 
     def _predict(self, sample: Sample, number: int) -> None:
         """Keep the predictions, which are scored when the label has come."""
@@ -186,8 +186,8 @@ class _Trainer:
             y = sample.target(name)
             of, plain = self._spec.target(name), y
             if y is not None and of is not None and self._spec.weighted:
-                plain = parted(y, of)[0]
-                loss = Weighted(loss, partial(parted, spec=of), ignored)
+                plain = split_weights(y, of)[0]
+                loss = Weighted(loss, partial(split_weights, spec=of), ignored)
             if y is not None and plain is not None and counts(plain, ignored):
                 values.append(loss(predictions[name], y))
                 scored, value = predictions[name].detach(), values[-1].detach()
@@ -297,7 +297,7 @@ def _train(
     steps, samples = settings.steps, iter(stream.samples())
     try:
         while steps is None or trainer.samples < steps:
-            sample = drawn(samples, trainer.samples)
+            sample = next_sample(samples, trainer.samples)
             if sample is None:
                 break
             trainer.show(sample)

@@ -54,7 +54,7 @@ from hamdist.study.run.own_data import (
     NO_FUNCTIONS,
     OwnData,
     OwnFunctions,
-    beside,
+    load_matching,
     check_held_out,
     with_saved_weights,
 )
@@ -192,7 +192,7 @@ def run_level(
         if baseline is not None and own.plain is not None:
             seed, option = settings.seed, BASELINE_OPTION
             plain_model = make_from_factory(own.plain, seed=seed, dtype=dtype, option=option)
-            notes.append(beside(plain_model, model))
+            notes.append(load_matching(plain_model, model))
             model = plain_model
         elif engine == PYTORCH and rules:
             notes.append(

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 from hamdist.study.grid.settings import StudySettings, Trains, trains_of
 from hamdist.study.grid.summary import SummaryLine
-from hamdist.study.grid.tables import chosen, gap, held_out
+from hamdist.study.grid.tables import values_text, gap, held_out
 from harness.figures import Row, Target, missing
 from harness.output import table
 
@@ -121,7 +121,7 @@ def _told(
 
 
 def _profile(best: SummaryLine) -> str:
-    return "; ".join(best.notes) or f"{best.side} with {chosen(best.chosen)}"
+    return "; ".join(best.notes) or f"{best.side} with {values_text(best.chosen)}"
 
 
 def targets(made: Sequence[Row]) -> str:
@@ -144,7 +144,7 @@ def side_table(lines: Sequence[SummaryLine]) -> str:
             line.side,
             held_out(line, False),
             gap(line, False),
-            chosen(line.chosen),
+            values_text(line.chosen),
         ]
         for line in lines
     ]

@@ -21,7 +21,7 @@ from hamdist.dynamics.updates.constants import Constant, Dynamics
 from hamdist.dynamics.updates.weights import Weights
 from hamdist.dynamics.vjp.autograd import AutogradFunction
 from hamdist.dynamics.vjp.closed import closed_cell
-from hamdist.dynamics.vjp.gradient import all_dense, bound
+from hamdist.dynamics.vjp.gradient import all_dense, norm_bound
 
 TIGHT = {"rtol": 1e-12, "atol": 1e-12}  # (biases of keys: gradients are what round-off leaves)
 
@@ -478,8 +478,8 @@ def test_the_bound_is_one_and_the_norm_decides():
     ours, _ = pair(lambda: nn.Linear(6, 3, dtype=F64))
     _, g = ours.pull(ours.forward([noise(0, 4, 6)], [False]), noise(1, 4, 3))
     norm = float(torch.cat([t.flatten() for t in all_dense(g)]).norm())
-    assert norm < bound(g)
-    limit = (norm + bound(g)) / 4  # omega is half the gradient
+    assert norm < norm_bound(g)
+    limit = (norm + norm_bound(g)) / 4  # omega is half the gradient
     weights = Weights(ours.theta, constants(2.0, limit=limit), Order.OMEGA_FIRST)
     weights.move(g, 1.0, 0.5)
     assert weights.updates == 1
