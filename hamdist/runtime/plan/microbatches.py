@@ -248,7 +248,9 @@ def row_warnings(
         if not plain and loss_copy(loss) is loss:
             continue  # (it may keep what it is called with)
         with torch.no_grad(), generator_kept(), suppress(*_REFUSALS):
-            once, twice = (float(loss_copy(loss)(*map(rows, (y, t)))) for rows in (_once, _twice))
+            once, twice = (
+                float(loss_copy(loss)(torch.cat([y] * n), torch.cat([t] * n))) for n in (1, 2)
+            )
             if math.isfinite(once) and once and abs(twice - 2 * once) <= CLOSE * abs(once):
                 return [
                     f"the loss of {name!r} adds up rows (for twice as many it is twice as large), "
@@ -257,14 +259,6 @@ def row_warnings(
                     "reduction='mean' does"
                 ]
     return []
-
-
-def _once(tensor: Tensor) -> Tensor:
-    return tensor.clone()
-
-
-def _twice(tensor: Tensor) -> Tensor:
-    return torch.cat([tensor, tensor])
 
 
 def _targets(spec: TargetSpec, y: Tensor) -> Tensor:

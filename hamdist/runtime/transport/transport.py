@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import contextlib
 import threading
-from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 from hamdist.dynamics.schedule.events import Stamp
@@ -78,7 +77,7 @@ class Endpoints:
         self._in: dict[int, Receiver] = {}
         self._out: dict[int, Sender] = {}
         self._zmq: zmq.Context[Any] | None = None
-        self._waits: dict[int, float] = {}
+        self.waits: dict[int, float] = {}  # seconds by number of the channel
 
     @property
     def waiting(self) -> BlockedCall | None:
@@ -90,15 +89,10 @@ class Endpoints:
         """Return the seconds of 'waiting' (inside calls of the system) and of 'packing'."""
         return {"waiting": self._context.waited, "packing": self._context.packed}
 
-    @property
-    def waits(self) -> Mapping[int, float]:
-        """Return the seconds of waiting by number of the channel."""
-        return self._waits
-
     def _waited(self, channel: Channel, before: float) -> None:
         if self._context.waited > before:
             spent = self._context.waited - before
-            self._waits[channel.number] = self._waits.get(channel.number, 0.0) + spent
+            self.waits[channel.number] = self.waits.get(channel.number, 0.0) + spent
 
     def bind(
         self, channel: Channel, way: str, limit: int = -1, memory: GpuMemory | None = None
