@@ -58,7 +58,7 @@ def called_by_parent(model: nn.Module, inputs: Mapping[str, Tensor]) -> Any:
     return call_model(model, {name.removeprefix(INPUT + "."): u for name, u in inputs.items()})
 
 
-def check_taken(model: nn.Module, u: NetworkInputs) -> None:
+def check_inputs(model: nn.Module, u: NetworkInputs) -> None:
     """Check that `model.forward` takes the several inputs.
 
     Raises:

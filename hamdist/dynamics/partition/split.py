@@ -16,7 +16,7 @@ from torch.nn.parameter import UninitializedBuffer, UninitializedParameter
 
 from hamdist.config import CutBalance, Grouping, PartitionSettings
 from hamdist.dynamics.graph.graph import BlockSpec, Graph
-from hamdist.dynamics.graph.inputs import NetworkInputs, by_parent, called_by_parent, check_taken
+from hamdist.dynamics.graph.inputs import NetworkInputs, by_parent, called_by_parent, check_inputs
 from hamdist.dynamics.objective.losses import Losses, LossFunction, losses_of, mse, named_parts
 from hamdist.dynamics.partition.assemble import OperationRun, assembled
 from hamdist.dynamics.partition.cuts import Cuts, Policy, stays
@@ -97,7 +97,7 @@ def split_module(
     """
     if isinstance(model, nn.Sequential) and not any(m is not None for m in model._modules.values()):
         raise GraphError("the model is an empty nn.Sequential; give it at least one module")
-    check_taken(model, example)
+    check_inputs(model, example)
     inputs = by_parent(example)
     divides = (partition.blocks or 1) > 1 or bool(partition.cuts) or policy is not None
     chain = policy is None and callable(loss) and len(inputs) == 1
@@ -178,7 +178,7 @@ def traced(model: nn.Module, example: NetworkInputs) -> fx.Graph:
     Raises:
         GraphError: the model does something that cannot be followed.
     """
-    check_taken(model, example)
+    check_inputs(model, example)
     inputs = by_parent(example)
     try:
         steps = trace(model, inputs, called_by_parent)

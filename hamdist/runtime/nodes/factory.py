@@ -49,7 +49,7 @@ from hamdist.dynamics.updates.optimizers import OptimizerWeights
 from hamdist.dynamics.updates.weights import Weights
 from hamdist.dynamics.vjp.autocast import AutocastFunction
 from hamdist.dynamics.vjp.autograd import AutogradFunction
-from hamdist.dynamics.vjp.closed import closed_cell
+from hamdist.dynamics.vjp.closed import make_closed
 from hamdist.dynamics.vjp.local_function import LocalFunction
 from hamdist.dynamics.vjp.seeding import OwnGenerator, block_seed, draws, seeded_loss
 from hamdist.dynamics.vjp.wrapping import JoinedFunction, TiedFunction
@@ -96,7 +96,7 @@ class _Parts(BlockParts):
         for module in (self.spec.module, self.spec.output):
             if module is not None and self.border.device.type != "cpu":
                 module.to(self.border.device)
-        self.cell = self.make_cell(self.spec.module, name)
+        self.cell = self.make_function(self.spec.module, name)
         ties = [tie for tie in plan.graph.ties if name in (tie.owner, tie.user)]
         if ties:
             shared = [key for tie in ties if tie.user == name for key in tie.theirs]
@@ -124,17 +124,17 @@ class _Parts(BlockParts):
         seeded = seeded_loss(loss, block_seed(plan.seed, seed_name), self.border.device)
         return ReadoutLoss(seeded, self.dynamics, self.guard, native=plan.native)
 
-    def make_cell(self, module: nn.Module, seed_name: str) -> LocalFunction:
+    def make_function(self, module: nn.Module, seed_name: str) -> LocalFunction:
         """Make the local function of the block's module, or of its output module."""
         combine, parents = self.spec.combine, len(self.spec.parents)
         if module is self.spec.output:
             combine, parents = Combine.ARGUMENTS, 1
         if isinstance(combine, Joining):
-            inner = self._cell(module, seed_name, combine.then, len(combine.joins))
+            inner = self._function_of(module, seed_name, combine.then, len(combine.joins))
             return JoinedFunction(inner, combine)
-        return self._cell(module, seed_name, combine, parents)
+        return self._function_of(module, seed_name, combine, parents)
 
-    def _cell(
+    def _function_of(
         self, module: nn.Module, seed_name: str, combine: Combine, parents: int
     ) -> LocalFunction:
         if self.spec.rule is not None:  # which linearises the module itself
@@ -154,7 +154,7 @@ class _Parts(BlockParts):
             return AutocastFunction(module, combine, seed, device, stash=stash, watched=watched)
         convolves = watched and any(isinstance(m, nn.Conv2d) for m in module.modules())
         if not stash and not convolves and self._plan.engine.step is not StepKind.AUTOGRAD:
-            closed = closed_cell(module, combine, seed, parents, native=native)
+            closed = make_closed(module, combine, seed, parents, native=native)
             if closed is not None:
                 return closed
         return AutogradFunction(module, combine, seed, stash=stash, device=device, watched=watched)
@@ -212,7 +212,7 @@ class _Parts(BlockParts):
             return None
         module = heads.make(self.name, plan.shapes, plan.seed).to(self.border.device)
         seed_name = f"{self.name}/head"
-        cell = self._cell(module, seed_name, Combine.CONCAT, 1)
+        cell = self._function_of(module, seed_name, Combine.CONCAT, 1)
         dynamics = replace(self.dynamics, average=None, betas=())
         loss = plan.graph.blocks[heads.readout].loss
         if loss is None:  # (a readout has one)
@@ -272,7 +272,7 @@ def _hold_block(plan: Plan, p: _Parts) -> HoldBlock | HoldReadout:
         return RelaxingBlock(p, h, p.make_rule(p.spec.rule), plan.schedule.c)
     output = output_weights = None
     if p.spec.output is not None:
-        output = p.make_cell(p.spec.output, f"{p.name}/{OUTPUT_KEY}")
+        output = p.make_function(p.spec.output, f"{p.name}/{OUTPUT_KEY}")
         output_weights = p.make_weights(output, OUTPUT_KEY)
     retrospect = None
     if Compensation.RETROSPECTIVE in knobs.compensation and isinstance(plan.schedule, HoldSchedule):
