@@ -229,7 +229,7 @@ def launch(
         raise SettingsError("--stream with --live: a live run has no stream but its clients")
     from hamdist.launch.cluster_file import find_cluster
     from hamdist.launch.package import on_ray
-    from hamdist.launch.submit import NOTHING_KEPT, snapshots_path, resumed_from, submit_run
+    from hamdist.launch.submit import NOTHING_KEPT, resumed_from, snapshots_path, submit_run
 
     where = find_cluster(cluster)
     begin = None if resume is None else resumed_from(resume, where)

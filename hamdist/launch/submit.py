@@ -50,7 +50,11 @@ def submit_run(
     name = make_id(f"{settings.name}-{settings.level_name}")
     own = {"model": model, "stream": stream}
     more: dict[str, Any] = {k: None if v is None else named_there(v) for k, v in own.items()}
-    more |= {"snapshots": snapshots_path(settings, jobs.cluster, name), "resume": resume, "live": live}
+    more |= {
+        "snapshots": snapshots_path(settings, jobs.cluster, name),
+        "resume": resume,
+        "live": live,
+    }
     steps = "" if settings.steps is None else str(settings.steps)
     metadata = {"kind": "run", "level": settings.level_name, "steps": steps}
     return _submit(jobs, settings, name, "guardian", metadata, **more)

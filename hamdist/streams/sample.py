@@ -188,7 +188,7 @@ class SampleSpec:
 
 
 def with_weights(y: Tensor, weights: Tensor) -> Tensor:
-    """Return y (B, ...) and the weights of its rows, (B,), bit for bit as one tensor, for `split_weights`:
+    """Return y (B, ...) and the weights of its rows, (B,), as one tensor for `split_weights`:
     (B, n + 1) of int64, the n numbers of a row and its weight, real ones as bits of their float64.
     """
     rows = y.reshape(len(y), -1)

@@ -21,7 +21,7 @@ from hamdist.dynamics.objective.prequential import Window
 from hamdist.errors import ClusterError, SettingsError
 from hamdist.launch import local_cluster as one_host
 from hamdist.launch.cluster_file import ClusterSettings, find_cluster
-from hamdist.launch.doctor import Findings, LinkFacts, host_facts, verdicts, storage_fault
+from hamdist.launch.doctor import Findings, LinkFacts, host_facts, storage_fault, verdicts
 from hamdist.launch.doctor_job import HostProbe
 from hamdist.launch.driver import _as_given
 from hamdist.launch.events import (
@@ -45,7 +45,7 @@ from hamdist.launch.package import (
     packed,
     read_spec,
 )
-from hamdist.launch.submit import dry_run, snapshots_path, make_id, resumed_from
+from hamdist.launch.submit import dry_run, make_id, resumed_from, snapshots_path
 from hamdist.models.build import load_factory
 from hamdist.runtime.placement.assign_hosts import HostInfo
 from hamdist.runtime.placement.links import Probe

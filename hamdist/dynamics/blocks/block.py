@@ -96,12 +96,16 @@ class Block(Stateful):
     def run(self, sample: int, inputs: Sequence[Tensor]) -> ForwardRecord:
         """Return the record of a forward pass with the weights that a sample meets."""
         record: ForwardRecord
-        at = None if self.buffers is None else self.buffers.theta(sample)
+        at = self._theta_of(sample)
         if at is None:
             record = self.cell.forward(inputs, self._wanted)
         else:
             record = self.cell.forward_at(at, inputs, self._wanted)
         return record
+
+    def _theta_of(self, sample: int) -> Sequence[Tensor] | None:
+        """Return the weights that a sample meets; None for the latest."""
+        return None if self.buffers is None else self.buffers.theta(sample)
 
     def memory(self, modules: Sequence[nn.Module]) -> BlockMemory:
         """Return the bytes that the block has of its own. modules: those of its functions."""

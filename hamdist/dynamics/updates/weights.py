@@ -39,9 +39,9 @@ from hamdist.dynamics.vjp.gradient import (
     add_to,
     all_dense,
     all_moved,
-    norm_bound,
     dense,
     has_moved,
+    norm_bound,
     norm_of,
 )
 

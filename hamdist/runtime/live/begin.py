@@ -128,7 +128,11 @@ def _write_beginning(
         resumes = snapshots is not None and latest_complete(storage(snapshots)) is not None
         return resume if Path(resume) != journal.folder else snapshots if resumes else None
     u = example.u if example.inputs is None else example.inputs
-    tensors = {**named_tensors("u", u), **named_tensors("y", example.y), **named_tensors("weights", _weights(model))}
+    tensors = {
+        **named_tensors("u", u),
+        **named_tensors("y", example.y),
+        **named_tensors("weights", _weights(model)),
+    }
     journal.write({"event": "begin", **facts}, tensors)
     return None
 

@@ -80,7 +80,10 @@ class Journal:
             line["rate"] = entry.rate
         if sample is not None:
             u = sample.u if sample.inputs is None else sample.inputs
-            tensors = {**(named_tensors("u", u) if entry.event == "feed" else {}), **named_tensors("y", sample.y)}
+            tensors = {
+                **(named_tensors("u", u) if entry.event == "feed" else {}),
+                **named_tensors("y", sample.y),
+            }
             line |= {"end": True} if sample.end else {}
         self.write(line, tensors)
 

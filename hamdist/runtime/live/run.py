@@ -397,4 +397,3 @@ class LiveRun(contextlib.AbstractContextManager["LiveRun"]):
         stops = error is None or isinstance(error, Stop)
         self.stop() if stops else self._end()
         return stops
-

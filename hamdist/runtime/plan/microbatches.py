@@ -106,7 +106,9 @@ def _network_clip(knobs: Locality, graph: Graph, learning: LearningSettings) -> 
     reasons = _against_parts(learning, "sample", "one")
     if learning.dampening:
         reasons.append("learning.dampening, which scales the loss, so the norm, from step to step")
-    reasons += [f"a rule (block {block!r}), whose step is its own" for block in rules_by_block(graph)]
+    reasons += [
+        f"a rule (block {block!r}), whose step is its own" for block in rules_by_block(graph)
+    ]
     reasons += [
         f"learning.blocks.{block}.clip, another one"
         for block, settings in learning.blocks.items()

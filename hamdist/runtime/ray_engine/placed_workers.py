@@ -340,7 +340,10 @@ class WorkerHandle:
         self.status = status
         if status.snapshot_news is not None:
             self.snapshot_news.append(status.snapshot_news)
-            self.kept_bytes, self.dropped = status.snapshot_news.nbytes, status.snapshot_news.dropped
+            self.kept_bytes, self.dropped = (
+                status.snapshot_news.nbytes,
+                status.snapshot_news.dropped,
+            )
         self.windows = [*self.windows[: status.first], *status.windows]
         self.joined = status.joined
 

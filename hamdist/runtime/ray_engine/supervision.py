@@ -91,7 +91,11 @@ class SnapshotSupervision:
 
     def _on_lost(self, actor: WorkerHandle, error: HamdistError | None, loss: HamdistError) -> bool:
         recovery = self._recovery
-        if recovery is None or self._dropped or (error is not None and not recovery.is_retryable(error)):
+        if (
+            recovery is None
+            or self._dropped
+            or (error is not None and not recovery.is_retryable(error))
+        ):
             return False
         tick = error.tick if isinstance(error, BlockError) else actor.tick
         self._losses.append(ActorLoss(actor, tick, loss, actor.report))

@@ -48,7 +48,8 @@ class Code(ABC):
             x: N vectors, (N, n), of a floating-point type.
 
         Returns:
-            (N, ...), `nbytes(n)` bytes of each; None if numbers would be lost: x then goes as it is.
+            (N, ...), `nbytes(n)` bytes of each; None, so that x goes as it is, if numbers would
+            be lost.
         """
 
     @abstractmethod

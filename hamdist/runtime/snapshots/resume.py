@@ -23,7 +23,7 @@ from hamdist.runtime.process.portable import other_bits
 from hamdist.runtime.process.switches import other_switches
 from hamdist.runtime.snapshots.catalogue import fingerprint
 from hamdist.runtime.storage.snapshot_files import STATE_FORMATS, Snapshot, settings_of
-from hamdist.streams.replay import next_sample, drops, replays, samples_from
+from hamdist.streams.replay import drops, next_sample, replays, samples_from
 from hamdist.streams.sample import Stream
 from hamdist.streams.wrappers.derived import WithoutSample
 

@@ -64,7 +64,7 @@ from hamdist.runtime.snapshots.resume import (
 from hamdist.runtime.storage.snapshot_files import Snapshot, check_usable, latest
 from hamdist.runtime.storage.store import claimed, storage
 from hamdist.runtime.train.choose_level import resolved
-from hamdist.runtime.train.outcome import with_cause, make_result
+from hamdist.runtime.train.outcome import make_result, with_cause
 from hamdist.runtime.train.prepare import (
     NamedRule,
     graph_in_blocks,

@@ -317,7 +317,15 @@ class SharedSender:
             channel = self._channel
             fits = (s if s is not None and s >= channel.capacity else None for s in self._under_way)
             self._under_way = deque(fits)
-            head = (RING_MAGIC, RING_FORMAT, 0, channel.number, self._context.run, slots, slot_bytes)
+            head = (
+                RING_MAGIC,
+                RING_FORMAT,
+                0,
+                channel.number,
+                self._context.run,
+                slots,
+                slot_bytes,
+            )
             self._packet(RING_HEADER.pack(*head), stamp)
             self._packet(RING_MAGIC, stamp, fd)
         finally:

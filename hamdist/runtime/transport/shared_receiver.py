@@ -51,7 +51,9 @@ class SharedReceiver:
         self._came: deque[Signal] = deque()
         self._received = 0
         self._ring: Ring | None = None
-        self._gpu_receiver = None if memory is None else GpuRingReceiver(memory, channel, context.run)
+        self._gpu_receiver = (
+            None if memory is None else GpuRingReceiver(memory, channel, context.run)
+        )
         self._sender = 0  # its process
         self._lost = False  # with signals that cannot be trusted: nothing behind them counts
         self._socket: socket.socket | None = None

@@ -134,9 +134,13 @@ class Endpoints:
             return ZmqReceiver(context, channel, self._zmq_context(), None)
         host = bare.removeprefix(TCP)
         if key is None:
-            return ZmqReceiver(context, channel, self._zmq_context(), host, None, limit, self._ports)
+            return ZmqReceiver(
+                context, channel, self._zmq_context(), host, None, limit, self._ports
+            )
         self.allow(key)
-        return ZmqReceiver(context, channel, self._zmq_context(), host, self._key_gate, limit, self._ports)
+        return ZmqReceiver(
+            context, channel, self._zmq_context(), host, self._key_gate, limit, self._ports
+        )
 
     def allow(self, key: str) -> None:
         """Allow the holder of a public key to send to this process; called before it connects."""
@@ -180,7 +184,9 @@ class Endpoints:
             return self._reach(context, channel, address, limit, gpu_sender)
 
         end = (
-            make(self._context) if log is None else ReplaySender(self._context, channel, log, first, make)
+            make(self._context)
+            if log is None
+            else ReplaySender(self._context, channel, log, first, make)
         )
         self._out[channel.number] = end
 

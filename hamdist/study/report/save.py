@@ -63,7 +63,9 @@ def save_run(folder: Path, run: Run, model: nn.Module, settings: Settings) -> No
         if figures:
             title = escape(f"hamdist: what {settings.name} recorded")
             parts = [f"<h1>{title}</h1>", FIGURES]
-            write_file(folder / "records.html", html_page(title, parts, [data_script(figures=figures)]))
+            write_file(
+                folder / "records.html", html_page(title, parts, [data_script(figures=figures)])
+            )
     if run.digests:
         write_file(folder / "digests.json", digests_json(run.digests))
 

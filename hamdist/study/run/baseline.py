@@ -51,7 +51,15 @@ from hamdist.runtime.process.usage import peak_bytes, reset_peak
 from hamdist.runtime.results.result import BlockProgress, Progress, RunResult
 from hamdist.runtime.train.prepare import in_dtype_of
 from hamdist.streams.replay import next_sample
-from hamdist.streams.sample import Emission, Emits, Sample, SampleSpec, Stream, split_weights, report_of
+from hamdist.streams.sample import (
+    Emission,
+    Emits,
+    Sample,
+    SampleSpec,
+    Stream,
+    report_of,
+    split_weights,
+)
 
 CENTRALISED = "centralised"
 FROZEN = "frozen"

@@ -54,8 +54,8 @@ from hamdist.study.run.own_data import (
     NO_FUNCTIONS,
     OwnData,
     OwnFunctions,
-    load_matching,
     check_held_out,
+    load_matching,
     with_saved_weights,
 )
 from hamdist.study.shared.machine import check_size, check_time

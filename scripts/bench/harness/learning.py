@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 from hamdist.study.grid.settings import StudySettings, Trains, trains_of
 from hamdist.study.grid.summary import SummaryLine
-from hamdist.study.grid.tables import values_text, gap, held_out
+from hamdist.study.grid.tables import gap, held_out, values_text
 from harness.figures import Row, Target, missing
 from harness.output import table
 

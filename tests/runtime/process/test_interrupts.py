@@ -14,7 +14,7 @@ from runtime.networks import EndlessStream, chain
 import hamdist
 from hamdist import Stop
 from hamdist.config import Settings
-from hamdist.runtime.process.interrupts import signal_handlers_kept, interrupts_delayed
+from hamdist.runtime.process.interrupts import interrupts_delayed, signal_handlers_kept
 from hamdist.runtime.storage.snapshot_files import latest
 from hamdist.runtime.train.train import train
 

@@ -13,7 +13,7 @@ import hamdist
 from hamdist.config import Level, Settings, read_settings
 from hamdist.dynamics.schedule.levels import make_locality
 from hamdist.errors import ChoiceWarning, LevelError
-from hamdist.runtime.train.choose_level import LevelFacts, settings_at_level, inspect_stream
+from hamdist.runtime.train.choose_level import LevelFacts, inspect_stream, settings_at_level
 from hamdist.runtime.train.train import train
 from hamdist.streams import from_iterable
 from hamdist.streams.replay import replays, samples_from
