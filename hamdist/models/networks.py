@@ -11,7 +11,7 @@
                    layer0 ...  h' = h + alpha attention(LN(h)),  h'' = h' + alpha mlp(LN(h'))
     gpt            embedding   h = W[u] + place
                    layer0 ...  as vit, the attention causal
-    lstm-layers    embedding   h = W[u]
+    lstm-layers    embedding   h = W[u], of rows of numbers h = W u + b
                    layer0 ...  as vit, an nn.LSTM over the whole sequence in place of the attention
 
     head           y = W LN(h) + b: of the mean over pixels or patches; of texts at the last token
@@ -314,8 +314,11 @@ def _gpt(settings: ModelSettings, spec: SampleSpec, outputs: int) -> nn.Sequenti
 
 
 def _lstm_layers(settings: ModelSettings, spec: SampleSpec, outputs: int) -> nn.Sequential:
-    tokens, _ = _text(settings, spec)
-    first = nn.Embedding(tokens, settings.width)
+    first: nn.Module
+    if len(spec.u_shape) == 3 and spec.u_dtype.is_floating_point:
+        first = nn.Linear(spec.u_shape[2], settings.width)
+    else:
+        first = nn.Embedding(_text(settings, spec)[0], settings.width)
     mixes: list[nn.Module] = [Recurrence(settings.width) for _ in range(settings.depth)]
     return _layers("embedding", first, mixes, settings, _token_head(settings, spec, outputs))
 

@@ -194,6 +194,17 @@ def test_formulas(kind):
     torch.testing.assert_close(model(u), expected, rtol=1e-12, atol=1e-12)
 
 
+def test_a_sequence_of_rows_of_numbers():
+    spec = SampleSpec((3, 7, 2), F64, (3,), torch.int64, classes=4)
+    own = ModelSettings(kind=ModelKind.LSTM_LAYERS, width=5, depth=3)
+    model = shaken(make_model(own, spec, seed=1, dtype=F64))
+    u = torch.randn(3, 7, 2, dtype=F64, generator=torch.Generator().manual_seed(2))
+    p = model.state_dict()
+    h = tokens(p, u @ p["embedding.weight"].T + p["embedding.bias"], recurrence)[:, -1]
+    expected = h @ p["head.linear.weight"].T + p["head.linear.bias"]
+    torch.testing.assert_close(model(u), expected, rtol=1e-12, atol=1e-12)
+
+
 def test_targets_at_every_token_or_at_the_last_one():
     last = SampleSpec((3, 6), torch.int64, (3,), torch.int64, classes=4, tokens=97)
     each = SampleSpec((3, 6), torch.int64, (3, 6), torch.int64, classes=4, tokens=97)

@@ -47,7 +47,7 @@ class LiveStatus:
 
 
 class Predictions:
-    """The predictions of a live run, for `for` and `async for`."""
+    """The predictions of a run, for `for` and `async for`."""
 
     def __init__(self, run: Any, follow: bool) -> None:
         self._run, self._follow, self._number = run, follow, 0
@@ -159,7 +159,8 @@ class Evaluation(Callback):
 
     The weights are those of one emission (a consistent cut), at level `backprop` in one process
     those that have learned all samples so far, and nothing is learned of it. On Ray the network
-    goes on meanwhile: up to 64 samples may have been learned since.
+    goes on meanwhile: up to 64 samples may have been learned since, of which there is no evaluation
+    more, as there is one of all that a journal repeats. Sequences come to their end first.
 
     Args:
         x: the inputs, (N, ...).
@@ -174,10 +175,17 @@ class Evaluation(Callback):
         if every < 1:
             raise SettingsError(f"Evaluation: every is {every}; at least 1")
         self.x, self.y, self.every = x, y, every
+        self._due, self._scored = False, 0  # samples that the latest evaluation has seen
+
+    def on_start(self, run: Any) -> None:  # noqa: ARG002
+        """Begin anew."""
+        self._due, self._scored = False, 0
 
     def on_sample(self, run: Any, answer: Any) -> None:
         """Evaluate, if it is time."""
-        if (answer.number + 1) % self.every == 0:
+        self._due |= (answer.number + 1) % self.every == 0 and answer.number >= self._scored
+        if self._due and run.can_be_cut:
+            self._due, self._scored = False, run.status().answered
             run.evaluate(self.x, self.y)
 
 
@@ -202,19 +210,30 @@ class EndsWhen(Callback):
 class EarlyStopping(Callback):
     """Stops the run when `patience` evaluations in a row were not better than the best.
 
+    It begins anew with each run. One that goes on with its journal (`start(resume=)`) is told
+    nothing of evaluations before, unless it gets the same object.
+
     Args:
         patience: number of evaluations.
         accuracy: True: more accuracy is better; False: less loss.
         least: the difference from which on scores are better.
 
     Raises:
-        SettingsError: by `on_evaluate`, for `accuracy` of targets that are no classes.
+        SettingsError: `patience` is below 1; by `on_evaluate`, for `accuracy` of targets that are
+            no classes.
     """
 
     def __init__(self, patience: int = 3, *, accuracy: bool = False, least: float = 0.0) -> None:
+        if patience < 1:
+            raise SettingsError(f"{type(self).__name__}: patience is {patience}; at least 1")
         self.patience, self.accuracy, self.least = patience, accuracy, least
         self.best: Scores | None = None
         self.worse = 0
+
+    def on_start(self, run: Any) -> None:
+        """Begin anew, unless the run goes on."""
+        if not run.status().fed:
+            self.best, self.worse = None, 0
 
     def better(self, scores: Scores) -> bool:
         """Return True, and remember the scores, if they are the best so far.
@@ -246,6 +265,12 @@ class BestWeights(EarlyStopping):
     """Keeps the weights of the best evaluation, and gives them to `result.model` at the end."""
 
     weights: dict[str, Tensor] | None = None
+
+    def on_start(self, run: Any) -> None:
+        """Begin anew, unless the run goes on."""
+        super().on_start(run)
+        if self.best is None:
+            self.weights = None
 
     def on_evaluate(self, run: Any, scores: Scores, model: nn.Module) -> None:  # noqa: ARG002
         """Keep the weights, if they are the best so far."""

@@ -274,9 +274,7 @@ class LiveRun(contextlib.AbstractContextManager["LiveRun"]):
     # -- looking --------------------------------------------------------------------------------
 
     def predictions(self, *, follow: bool = False) -> Predictions:
-        """Return pairs of number and answer of fed samples, in order, each once.
-
-        Of those that nobody takes the latest `patience` stay.
+        """Return pairs of number and answer, in order, each once; `patience` of them wait.
 
         Args:
             follow: go on with samples to come, until the run ends; else end with those fed by now.
@@ -292,9 +290,8 @@ class LiveRun(contextlib.AbstractContextManager["LiveRun"]):
             missing = any(last >= max(number, self._from.get(name, 0)) for name in readouts)
             if missing and not self._stream.paused:
                 self._stream.awaited.add(last)
-            numbers.extend(
-                n for n in sorted(self._answers) if n >= number and n not in self._predicting
-            )
+            free = sorted(self._answers.keys() - self._predicting)
+            numbers.extend(n for n in free if n >= number)
             return bool(numbers) or not (follow or missing)
 
         self._stream.wait(there)
@@ -303,9 +300,8 @@ class LiveRun(contextlib.AbstractContextManager["LiveRun"]):
     def model(self) -> nn.Module:
         """Return a plain module with the weights (or their averages) as they are now.
 
-        All blocks' are of one emission of the stream (a consistent cut), and nothing waits for it.
-        What is under way has not been learned yet: `settle` first, where it should be. Once the run
-        has ended, those of its result.
+        All blocks' are of one emission (a consistent cut); nothing waits for it. What is under way
+        has not been learned yet: `settle` first. Once the run has ended, those of its result.
         """
         if self.result is not None and self._error is None:
             return copy.deepcopy(self.result.model)
@@ -347,9 +343,14 @@ class LiveRun(contextlib.AbstractContextManager["LiveRun"]):
     def status(self) -> LiveStatus:
         """Return where the run stands."""
         stream, readouts = self._stream, self._plan.graph.readouts
-        answered = min(self._from.get(name, 0) for name in readouts)
-        fed, waiting = stream.accepted.fed, stream.waiting
-        return LiveStatus(fed, answered, waiting, stream.paused, self._progress)
+        answered, fed = min(self._from.get(name, 0) for name in readouts), stream.accepted.fed
+        return LiveStatus(fed, answered, stream.waiting, stream.paused, self._progress)
+
+    @property
+    def can_be_cut(self) -> bool:
+        """Return True unless `model()` would have to wait for the end of a sequence."""
+        within = self._stream.whole and self._stream.accepted.open
+        return self.result is not None or not within or self._stream.read_states is not None
 
     @property
     def running(self) -> bool:

@@ -232,7 +232,7 @@ class PlacedWorkers:
     def _measured(
         self, number: int, first: WorkerHandle, second: WorkerHandle, nbytes: int, every: float
     ) -> Link:
-        answered = second.ask("answer", number)
+        answered = second.ask("answer", number, nbytes)
         measured = first.ask("measure", number, nbytes, every)
         try:
             link, _ = ray.get([measured, answered], timeout=START_SECONDS)

@@ -16,7 +16,17 @@ from typing import Any
 
 from pydantic import ValidationError
 
-from hamdist.config import EngineKind, Level, Memory, Settings, Split, describe, merge, nested
+from hamdist.config import (
+    EngineKind,
+    Level,
+    Memory,
+    Reset,
+    Settings,
+    Split,
+    describe,
+    merge,
+    nested,
+)
 from hamdist.dynamics.schedule.levels import make_locality
 from hamdist.errors import SettingsError
 from hamdist.study.grid.settings import Axis, SideSettings, StudySettings, Trains, trains_of
@@ -35,6 +45,7 @@ _AXES = {
 _NO_MATTER = frozenset({"name", "compare", "levels"})
 # ... and of centralised training: it knows neither blocks nor ticks.
 _LEVELS_ALONE = frozenset({"level", "partition", "locality", "dynamics"})
+_BASELINES = ("accumulate", "truncation")  # of `locality`, what centralised training follows, too
 
 Point = tuple[tuple[Axis, Any], ...]
 Candidate = Mapping[str, Any]
@@ -56,6 +67,11 @@ class GridJob:
         """
         left_out = _NO_MATTER if self.trains is Trains.LEVEL else _NO_MATTER | _LEVELS_ALONE
         raw = self.settings.model_dump(mode="json", exclude_defaults=True, exclude=set(left_out))
+        if self.trains is not Trains.LEVEL:
+            locality, reset = self.settings.locality, self.settings.dynamics.reset.h
+            known = {name: getattr(locality, name) for name in _BASELINES}
+            known |= {"reset": reset.value} if reset is Reset.NEVER else {}
+            raw |= {name: value for name, value in known.items() if value is not None}
         code = [code] if (code := code_of(self.settings)) else []
         text = json.dumps([self.trains.value, raw, *code], sort_keys=True, ensure_ascii=False)
         return hashlib.sha256(text.encode()).hexdigest()[:KEY_LENGTH]

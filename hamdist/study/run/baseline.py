@@ -78,9 +78,10 @@ def train_centralised(
     """Train a copy of `model` on `stream` with backpropagation; with `frozen` the last
     child of it that has weights alone.
 
-    Uses `settings.learning`, `steps`, `loss` (unless `loss` is given), `seed` (of what the model
-    draws from torch's global generator, which is put back afterwards), `metrics`, and `engine`:
-    as many threads as a run with that engine has, or one where a short trial finds one faster.
+    Uses `settings.learning`, `locality.accumulate`, `steps`, `loss` (unless `loss` is given),
+    `seed` (of what the model draws from torch's global generator, which is put back afterwards),
+    `metrics`, and `engine`: as many threads as a run with that engine has, or one where a short
+    trial finds one faster.
     Ctrl-C ends the training with what was reached (`interrupted`).
 
     Of a model that returns several outputs the losses add up, and `windows` has those of each.
@@ -146,8 +147,8 @@ class _Trainer:
         average = settings.learning.average
         theta = [p.data for p in model.parameters() if p.requires_grad]
         self.average = None if isinstance(average, str) else Average(theta, average)
-        self.samples = self.rows = 0
-        self.updates = 0
+        self.samples = self.rows = self.updates = 0
+        self._group, self._gathered = settings.locality.accumulate or 1, False
 
     def show(self, sample: Sample) -> None:
         """Test on the sample, then train on it; a sample without target only counts. One whose
@@ -156,17 +157,18 @@ class _Trainer:
         names = self._spec.targets or [ONLY]
         waits = emission.kind is Emits.SAMPLE and emission.waits
         shown = waits or isinstance(self.model, MergedSequence)
-        if shown or any(sample.target(name) is not None for name in names):
-            try:
-                if waits:
-                    self._predict(sample, emission.number)
-                else:
-                    self._learn(sample, emission)
-            except GraphError:
-                raise
-            except Exception as error:
-                text = f"{type(error).__name__}: {error}"
-                raise BlockError(CENTRALISED, self.samples, text, traceback.format_exc()) from error
+        try:
+            if waits:
+                self._predict(sample, emission.number)
+            elif shown or any(sample.target(name) is not None for name in names):
+                self._learn(sample, emission)
+            if self._gathered and (self.samples + 1) % self._group == 0:
+                self._move()
+        except GraphError:
+            raise
+        except Exception as error:
+            text = f"{type(error).__name__}: {error}"
+            raise BlockError(CENTRALISED, self.samples, text, traceback.format_exc()) from error
         if emission.kind is Emits.SAMPLE:
             self.samples, self.rows = self.samples + 1, self.rows + len(sample.u)
 
@@ -206,12 +208,12 @@ class _Trainer:
         values = self._closed(values, end=sample.end)
         if not values:
             return
-        self.model.zero_grad()
+        if not self._gathered:
+            self.model.zero_grad()
+        if self._group > 1:
+            values = [value / self._group for value in values]
         torch.autograd.backward(values)
-        self._move()
-        self.updates += 1
-        if self.average is not None:
-            self.average.update()
+        self._gathered = True
 
     def _closed(self, values: list[Tensor], *, end: bool) -> list[Tensor]:
         """Return the losses of this step; none where tokens of its sequence are still to come."""
@@ -234,6 +236,10 @@ class _Trainer:
             torch.nn.utils.clip_grad_norm_(self.model.parameters(), clip)
         for optimizer in self.optimisers:
             optimizer.step()
+        self._gathered = False
+        self.updates += 1
+        if self.average is not None:
+            self.average.update()
 
     def averaged(self) -> nn.Module | None:
         """Return the model with the average of its weights, if there is one."""

@@ -36,7 +36,7 @@ class Pace:
 class Contest:
     """What was found on one work. turns: seconds a step by side. configurations: what each side
     was. pilots: seconds a step of the configurations that it was chosen from. parts: where a tick's
-    time goes. told: what hamdist warned of."""
+    time goes. told: what hamdist warned of. activations: at level `pipeline` (ours.activations)."""
 
     work: Work
     turns: dict[str, Spread] = field(default_factory=dict)
@@ -45,6 +45,7 @@ class Contest:
     parts: dict[str, dict[str, float]] = field(default_factory=dict)
     problems: dict[str, str] = field(default_factory=dict)
     told: set[str] = field(default_factory=set)
+    activations: list[tuple[int, float]] = field(default_factory=list)
 
     def median(self, side: str) -> float:
         return self.turns[side].median
@@ -148,6 +149,8 @@ class Lineup:
                 found.median(level), None if floor is None else floor.median, ours_of.time_use()
             )
             found.told |= ours_of.told
+        if PIPELINE in self._ours:
+            found.activations = self._ours[PIPELINE].activations()
         if BACKPROP in found.turns:
             floor = found.turns.get(ALONE)
             found.parts[BACKPROP] = explain.parts(

@@ -1,7 +1,8 @@
 """The targets of learning: which study shows each, and the rows from what the studies found: pure.
 
 A gap is the side's accuracy minus centralised backpropagation's, in points, the mean over seeds
-paired by seed; an accuracy is in per cent. Each condition of a target is a row of its own.
+paired by seed; an accuracy is in per cent. Each condition of a target is a row of its own. Gaps of
+CLOSE points and less are judged by MANY seeds; the 95 % interval says whether they are proved.
 """
 
 from __future__ import annotations
@@ -12,10 +13,12 @@ from dataclasses import dataclass
 from hamdist.study.grid.settings import StudySettings, Trains, trains_of
 from hamdist.study.grid.summary import SummaryLine
 from hamdist.study.grid.tables import gap, held_out, values_text
+from hamdist.study.report.table import interval
 from harness.figures import Row, Target, missing
 from harness.output import table
 
 POINTS, PERCENT = "points", "%"
+CLOSE, MANY = 0.3, 5
 
 
 @dataclass(frozen=True)
@@ -82,7 +85,10 @@ def _gap(wanted: Wanted, lines: Sequence[SummaryLine] | None) -> Row:
     if own is None:
         return missing(name, target, _not_run(wanted))
     value = None if own.gap is None else round(100 * own.gap, 6)
-    return Row(name, value, target, {}, _told(wanted, own, lines), _profile(own), POINTS)
+    told = _told(wanted, own, lines)
+    if own.gap_test is not None:
+        told["95 % interval"] = [100 * own.gap_test.low, 100 * own.gap_test.high]
+    return Row(name, value, target, {}, told, _profile(own), POINTS)
 
 
 def _accuracy(wanted: Wanted, lines: Sequence[SummaryLine] | None) -> Row:
@@ -133,8 +139,18 @@ def targets(made: Sequence[Row]) -> str:
             value = f"{row.ratio:.2f} %"
         verdict = f"**{row.verdict}**" if row.reached is False else row.verdict
         unit = " %" if row.unit == PERCENT else ""
-        lines.append([row.name, value, f"{row.target}{unit}", verdict])
-    return table(["what", "found", "target", ""], lines)
+        ends = row.configuration.get("95 % interval")
+        between = "" if ends is None else "{:+.2f} to {:+.2f}".format(*ends)
+        verdict += _unproved(row, ends)
+        lines.append([row.name, value, between, f"{row.target}{unit}", verdict])
+    return table(["what", "found", "95 %", "target", ""], lines)
+
+
+def _unproved(row: Row, ends: Sequence[float] | None) -> str:
+    """What a verdict lacks where the interval reaches over the target."""
+    if ends is None or row.target is None or not ends[0] < row.target.bound <= ends[1]:
+        return ""
+    return ", not proved" if row.reached else ", within the noise"
 
 
 def side_table(lines: Sequence[SummaryLine]) -> str:
@@ -144,11 +160,12 @@ def side_table(lines: Sequence[SummaryLine]) -> str:
             line.side,
             held_out(line, False),
             gap(line, False),
+            interval(None if line.trains is Trains.CENTRALISED else line.gap_test, 100),
             values_text(line.chosen),
         ]
         for line in lines
     ]
-    return table(["side", "held-out, %", "gap, points", "step"], cells)
+    return table(["side", "held-out, %", "gap, points", "95 %", "step"], cells)
 
 
 def frozen_is_there(lines: Sequence[SummaryLine]) -> bool:

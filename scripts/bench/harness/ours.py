@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import warnings
 from dataclasses import dataclass, replace
+from itertools import count
 from typing import Any
 
 from torch import nn
@@ -15,6 +16,7 @@ from hamdist.runtime.results.result import RunResult
 from harness.works import LR, Cycled, Work, pace
 
 WARM_UP = 0.2
+SHORT = 0.05  # seconds of a run that is not timed
 
 
 @dataclass(frozen=True)
@@ -106,6 +108,27 @@ class Ours:
             mine = [i for i, key in enumerate(layers) if key in keys]
             found.append((mine[0], mine[-1] + 1))
         return found
+
+    def activations(self) -> list[tuple[int, float]]:
+        """Of each actor, bytes of the activations that its blocks kept at most, and what 1F1B
+        promises: at depth l of D of min(M, D - l + 1) micro-batches, 1/M of a whole sample's each.
+        It has run at level `pipeline`."""
+        result, parts = self.results[-1], self.configuration.microbatches or 1
+        alone = replace(
+            self.configuration, level="backprop", kind="inprocess", microbatches=None, interleave=1
+        )
+        whole = Ours(self.work, alone)
+        whole._settings = _as_in(result, whole._settings)
+        whole.run(SHORT)
+        of_a_sample = {name: m.samples or 0 for name, m in whole.results[-1].block_memory.items()}
+        behind = dict(zip(reversed(whole.results[-1].blocks), count(), strict=False))
+        return [
+            (
+                sum(result.block_memory[name].samples or 0 for name in blocks),
+                sum(of_a_sample[n] * min(parts, behind[n] + 1) / parts for n in blocks),
+            )
+            for blocks in result.placement
+        ]
 
     def time_use(self) -> dict[str, dict[str, float]]:
         """Seconds a sample by process and by what they were spent on, over all runs; empty where

@@ -37,6 +37,7 @@ PIPELINE_TARGETS = {
     CENTRALISED: ("one process with one thread", Target(1.7)),
     PIPELINING: ("torch.distributed.pipelining", Target(1.3)),
 }
+ACTIVATIONS_TARGET = Target(1.01, at_least=False)
 LOCAL_TARGET = Target(0.9)
 EXCHANGE_TARGET = Target(3.0, at_least=False)
 BACKPROP_WORKS = (256, 1), (1024, 1)
@@ -73,6 +74,25 @@ def pipeline_rows(contests: Exact) -> list[Row]:
         )
         for work, contest in contests.items()
         for side, (words, target) in PIPELINE_TARGETS.items()
+    ]
+
+
+def activation_rows(contests: Exact) -> list[Row]:
+    """The activations that an actor keeps at level `pipeline`, of what 1F1B promises: the worst
+    actor's."""
+    return [
+        Row(
+            f"pipeline, 2 actors, {work}: activations kept, against 1F1B",
+            max(kept / promised for kept, promised in contest.activations if promised),
+            ACTIVATIONS_TARGET,
+            configuration={
+                PIPELINE: contest.configurations[PIPELINE],
+                "kept, promised": contest.activations,
+            },
+            profile=f"kept, promised (bytes, by actor): {contest.activations}",
+            unit="bytes",
+        )
+        for work, contest in contests.items()
     ]
 
 

@@ -61,7 +61,7 @@ LEVELS = {
     "pipeline": {"level": "pipeline", "locality": {"microbatches": 3}},
     "pipeline, clipped": {
         "level": "pipeline",
-        "locality": {"microbatches": 3},
+        "locality": {"microbatches": 3, "accumulate": 2},
         "learning": {"lr": 0.05, "momentum": 0.5, "clip": {"norm": 0.5, "of": "network"}},
     },
     "double-buffered": {

@@ -7,7 +7,16 @@ import torch
 from runtime.engines.test_engines_equal import assert_equal, both
 from runtime.networks import PortableStream, chain, skip_graph
 
+from hamdist.config.sections.optimizer import known_optimizers
+
 AVERAGE = {"decay": 0.9, "every": 2}
+OPTIMISERS = {
+    "sgd": {"momentum": 0.9, "nesterov": True},
+    "adam": {"amsgrad": True},
+    "adagrad": {"lr_decay": 0.1},
+    "adafactor": {"weight_decay": 0.1},
+    "lion": {},
+}
 RECIPES = {
     "heads": {"level": "heads", "learning": {"average": AVERAGE, "clip": 0.5}},
     "heads, c = 2": {
@@ -77,6 +86,15 @@ RECIPES = {
         "level": "heads",
         "learning": {"optimizer": {"name": "rmsprop", "momentum": 0.5}, "lr": 0.01},
     },
+    **{
+        f"pipeline, {name}": {
+            "level": "pipeline",
+            "locality": {"microbatches": 3},
+            "learning": {"optimizer": {"name": name, **options}, "lr": 0.01, "warmup": 5},
+        }
+        for name, options in OPTIMISERS.items()
+        if name in known_optimizers()
+    },
     "local": {
         "level": "local",
         "locality": {"speed": 9, "gate": 0.2, "compensation": ["prospective", "retrospective"]},
@@ -89,7 +107,7 @@ RECIPES = {
 @pytest.mark.ray
 @pytest.mark.parametrize("recipe", RECIPES)
 def test_a_chain(session, leaves_no_socket, recipe):
-    items = 25 if recipe == "local" else 80
+    items = 25 if RECIPES[recipe]["level"] in ("local", "pipeline") else 80
     alone, spread = both(
         chain,
         lambda: PortableStream(items, missing={3, 7}),

@@ -40,6 +40,7 @@ def run(name, engine=ALONE, resume=None, items=ITEMS, missing=0.0, **fields):
 KNOBS = {
     "backprop": ("deep", {"level": "backprop"}),
     "trace": ("deep", {"level": "trace"}),
+    "micro-batches": ("deep", {"level": "pipeline", "locality": {"microbatches": 2}}),
     "two samples a trip": ("gpt", {"level": "trace", "locality": {"speed": 2}}),
     "weights kept": ("chain", {"level": "trace", "locality": {"memory": "trace+weights"}}),
     "adam, averages": (
@@ -91,6 +92,7 @@ def test_a_snapshot_is_a_model(tmp_path):
 SPREAD = [
     ("backprop", {"actors": 2}),
     ("trace", {"actors": 2}),
+    ("micro-batches", {"actors": 2}),
     ("adam, averages", {"actors": 3, "transport": "tcp"}),
     ("delays", {"actors": 2, "queue": 1}),
     ("side by side", {"placement": [["block1"], ["block0", "block2"]]}),

@@ -11,6 +11,7 @@ import sys
 import tempfile
 import threading
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -574,7 +575,11 @@ def test_callbacks_are_told_what_happens(tmp_path):
     assert order == ["start", 0, 1, 2, "evaluate", 3, 4, 5, "evaluate", 6, "end"]
 
 
-def test_training_stops_early_and_gives_back_the_best_weights():
+IN_PARTS = {"locality": {"microbatches": 2}, "partition": {"blocks": 3, "delay": 2}}
+
+
+@pytest.mark.parametrize(("level", "more"), [("backprop", {}), ("pipeline", IN_PARTS)])
+def test_training_stops_early_and_gives_back_the_best_weights(level, more):
     """By hand: the loss on held-out data after every second step, and where it was least."""
     said, held_out = list(samples(40, seed=5)), next(iter(samples(1, seed=9, batch=6)))
     by_hand, seen, stop = network(), [], None
@@ -597,15 +602,99 @@ def test_training_stops_early_and_gives_back_the_best_weights():
         network(),
         said,
         classes=3,
-        level="backprop",
+        level=level,
         learning={"lr": 0.8},
         callbacks=[hamdist.Evaluation(*held_out, every=2), hamdist.EarlyStopping(3), best],
+        **more,
     )
     assert (result.samples, result.stopped) == (stop, True)
     loss, weights = min(seen, key=lambda one: one[0])
     assert best.best.loss == pytest.approx(loss)
     for name, weight in result.model.state_dict().items():
         torch.testing.assert_close(weight, weights[name])
+
+
+@pytest.mark.parametrize("how", ["a journal", "a pause"])
+def test_samples_that_are_learned_at_once_are_evaluated_once(how, tmp_path):
+    """Of the same weights there would be several evaluations, none of them better."""
+    said, held_out, told = list(samples(12)), next(iter(samples(1, seed=9))), Told()
+    calls = [hamdist.Evaluation(*held_out, every=2), hamdist.EarlyStopping(3), told]
+    if how == "a journal":
+        with start("backprop", out=tmp_path) as run:
+            for item in said[:8]:
+                run.feed(*item)
+        again = {"out": tmp_path, "resume": tmp_path}
+        with start("backprop", callbacks=calls, **again) as run:
+            for item in said[8:]:
+                run.feed(*item)
+    else:
+        with start("backprop", callbacks=calls) as run:
+            run.pause()
+            for item in said[:8]:
+                run.feed(*item)
+            run.go_on()
+            for item in said[8:]:
+                run.feed(*item)
+    assert (run.result.samples, run.result.stopped) == (12, False)
+    assert told.told.count("evaluate") == 3
+
+
+def test_callbacks_begin_anew_with_each_run():
+    """The second run learns nothing: its best weights are not those of the first one."""
+    held_out, best = next(iter(samples(1, seed=9, batch=6))), hamdist.BestWeights()
+    calls = [hamdist.Evaluation(*held_out, every=2), hamdist.EarlyStopping(3), best]
+    given = {"classes": 3, "level": "backprop", "callbacks": calls}
+    first = hamdist.train(network(), samples(8), learning={"lr": 0.1}, **given)
+    assert best.best is not None
+    assert not equal(first, SimpleNamespace(model=network()))
+    second = hamdist.train(network(), samples(8), learning={"lr": 0.0}, **given)
+    assert (second.samples, second.stopped) == (8, True)
+    assert equal(second, SimpleNamespace(model=network()))
+
+
+@pytest.mark.ray
+def test_an_evaluation_on_ray_is_of_all_blocks_after_the_same_samples(session):
+    """Oracle: the weights after each sample in one process, to the bit."""
+    held_out, found = next(iter(samples(1, seed=9))), []
+
+    class Noted(hamdist.Callback):
+        def on_evaluate(self, run, scores, model):
+            found[-1].append(torch.cat([p.detach().flatten() for p in model.parameters()]))
+
+    for every, engine in ((1, {"kind": "inprocess"}), (3, {"kind": "ray", "actors": 2})):
+        found.append([torch.cat([p.detach().flatten() for p in network().parameters()])])
+        hamdist.train(
+            network(),
+            samples(200),
+            classes=3,
+            level="pipeline",
+            learning={"lr": 0.1},
+            engine=engine,
+            callbacks=[hamdist.Evaluation(*held_out, every=every), Noted()],
+            **IN_PARTS,
+        )
+    after, seen = found
+    assert len(after) == 201
+    places = [next(n for n, w in enumerate(after) if torch.equal(w, one)) for one in seen]
+    assert places == sorted(places)
+    assert places[-1] > places[1]
+
+
+@pytest.mark.ray
+def test_an_evaluation_waits_for_the_end_of_a_sequence(session):
+    held_out, losses = next(iter(samples(1, seed=9))), []
+
+    class Noted(hamdist.Callback):
+        def on_evaluate(self, run, scores, model):
+            losses[-1].append(scores.loss)
+
+    for engine in ({"kind": "inprocess"}, {"kind": "ray", "actors": 2}):
+        losses.append([])
+        calls = [hamdist.Evaluation(*held_out, every=2), Noted()]
+        with start("bptt", callbacks=calls, engine=engine) as run:
+            for k, (u, y) in enumerate(samples(16)):
+                run.predict(u) if k % 4 == 1 else run.feed(u, y, end=k % 4 == 3)
+    assert all(losses)
 
 
 def test_a_stream_that_fails_beside_callbacks_leaves_what_was_learned():
@@ -673,6 +762,8 @@ def test_a_callback_that_stops_or_fails_leaves_the_others_and_the_result():
 def test_callbacks_that_hear_nothing(callbacks, said):
     with pytest.raises(SettingsError, match=said):
         hamdist.train(network(), samples(7), classes=3, level="backprop", callbacks=callbacks)
+    with pytest.raises(SettingsError, match="EarlyStopping: patience is 0; at least 1"):
+        hamdist.EarlyStopping(0)
 
 
 def test_a_run_ends_when_its_condition_holds():

@@ -149,25 +149,55 @@ def test_a_killed_actor(session, driver, leaves_no_socket, tmp_path, level, wher
     assert f"block{where}" in result.replaced[0].blocks
 
 
+class Signed(torch.optim.Optimizer):
+    """An optimiser of a user's: noise of its own, and a count that no state of a weight holds."""
+
+    def __init__(self, params):
+        super().__init__(params, {"lr": 0.01, "shrink": 0.0})
+        self.steps = 0
+
+    @torch.no_grad()
+    def step(self, closure=None):
+        self.steps += 1
+        for group in self.param_groups:
+            for p in group["params"]:
+                noise = torch.randn_like(p) / self.steps
+                p.mul_(1 - group["shrink"]).sub_(group["lr"] * (p.grad.sign() + noise))
+
+
+def signed(params):
+    """Matrices shrink, biases do not."""
+    matrices, vectors = ([p for p in params if (p.ndim > 1) == wide] for wide in (True, False))
+    return Signed([{"params": matrices, "shrink": 0.01}, {"params": vectors}])
+
+
 @pytest.mark.slow
-def test_optimisers_and_schedulers_of_the_users(session, driver, leaves_no_socket, tmp_path):
+@pytest.mark.parametrize("level", ["trace", "pipeline"])
+def test_optimisers_and_schedulers_of_the_users(session, driver, leaves_no_socket, tmp_path, level):
     """They travel to the actors; their state comes back from the snapshot."""
+    cycle = torch.optim.lr_scheduler.OneCycleLR
     functions = {
-        "optimizer": lambda params: torch.optim.AdamW(params, lr=0.01, weight_decay=0.1),
-        "scheduler": lambda optimiser: torch.optim.lr_scheduler.OneCycleLR(optimiser, 0.02, ITEMS),
+        "optimizer": signed,
+        "scheduler": lambda optimiser: cycle(optimiser, 0.02, ITEMS, cycle_momentum=False),
     }
     odd = net((2, Once(31, tmp_path / "mark", "kill")))
-    result = both(tmp_path, odd, functions=functions)
+    result = both(tmp_path, odd, functions=functions, **LEVELS[level])
     assert len(result.replaced) == 1
 
 
-@pytest.mark.parametrize("transport", ["tcp", pytest.param("ipc", marks=pytest.mark.slow)])
-def test_other_transports_delays_and_codes(session, driver, leaves_no_socket, tmp_path, transport):
+@pytest.mark.parametrize(
+    ("level", "transport"),
+    [("trace", "tcp"), pytest.param("pipeline", "ipc", marks=pytest.mark.slow)],
+)
+def test_other_transports_delays_and_codes(
+    session, driver, leaves_no_socket, tmp_path, level, transport
+):
     """Bundles are under way, encoders have errors to carry on, and both ends what deltas add to."""
     odd = net((2, Once(41, tmp_path / "mark", "kill")))
     compress = {"block0->*": "int8", "block1->*": "delta", "block2->*": "int4", "*": "delta"}
     engine = {"transport": transport, "compress": compress, "feedback": "on"}
-    result = both(tmp_path, odd, engine=engine, partition={**cut(), "delay": 4})
+    partition = {**cut(), "delay": 4}
+    result = both(tmp_path, odd, engine=engine, **{**LEVELS[level], "partition": partition})
     assert result.replaced
 
 

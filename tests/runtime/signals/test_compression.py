@@ -132,8 +132,16 @@ def test_none_is_no_setting(level):
             },
         ),
         ({"level": "backprop"}, {"compress": {"*": "fp16", "block0->block1": "bf16"}, "actors": 2}),
+        (
+            {
+                "level": "pipeline",
+                "locality": {"microbatches": 3},
+                "partition": {"delay": 2, "slices": {"block2": 2}},
+            },
+            {"compress": {"block0->*": "int4", "*": "delta"}, "feedback": "on", "actors": 3},
+        ),
     ],
-    ids=["pulse", "hold", "bundles", "below a byte", "halves"],
+    ids=["pulse", "hold", "bundles", "below a byte", "halves", "micro-batches"],
 )
 def test_chain(session, leaves_no_socket, fields, engine):
     """A missing target, and where a pulse passes an uneven last batch."""

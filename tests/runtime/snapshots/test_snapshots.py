@@ -202,16 +202,22 @@ def odd():
         {"engine_": {"blocks": {"block1": {"autocast": "bf16"}}}},
         {"engine_": {"step": "autograd"}},
         {"partition": {"blocks": 4, "delay": 3}},
+        {
+            "level": "pipeline",
+            "locality": {"microbatches": 2},
+            "partition": {"blocks": 3, "delay": 2},
+            "engine_": {"compress": {"block0->*": "int4", "*": "delta"}, "feedback": "on"},
+        },
     ],
     ids=lambda fields: ", ".join(fields) or "plain",
 )
 @pytest.mark.parametrize("build", [odd, chain])
 def test_knobs(build, fields, tmp_path):
-    given = {"partition": {"blocks": 3}, **fields}
+    given = {"level": "trace", "partition": {"blocks": 3}, **fields}
     more = given.pop("engine_", {})
 
     def run(engine, resume, **kept):
-        chosen = settings({**engine, **more}, ITEMS, level="trace", **given, **kept)
+        chosen = settings({**engine, **more}, ITEMS, **given, **kept)
         return train(build(), PortableStream(ITEMS), chosen, resume=resume)
 
     goes_on(run, tmp_path, 5)

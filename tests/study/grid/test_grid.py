@@ -245,6 +245,9 @@ class TestKeys:
             ({"name": "other"}, True, True),
             ({"learning": {"lr": 0.1, "momentum": 0.0}}, True, True),  # both are defaults
             ({"locality": {"speed": 3}}, False, True),
+            ({"locality": {"accumulate": 3}}, False, False),
+            ({"locality": {"truncation": 3}}, False, False),
+            ({"dynamics": {"reset": {"h": "never"}}}, False, False),
             ({"level": "local"}, False, True),
             ({"seed": 1}, False, False),
             ({"steps": 7}, False, False),

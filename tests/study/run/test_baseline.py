@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import nn
 
-from hamdist.config import Settings
+from hamdist.config import Level, Settings
 from hamdist.dynamics.objective.losses import cross_entropy
 from hamdist.errors import BlockError, LevelError, SettingsError, StreamError
 from hamdist.runtime.results.result import Progress
@@ -87,6 +87,27 @@ def test_weights_are_those_of_sgd_written_out(
         theta = [(p - rate * v).detach() for p, v in zip(leaves, velocity, strict=True)]
     for learned, expected in zip(result.model.parameters(), theta, strict=True):
         torch.testing.assert_close(learned.detach(), expected, rtol=1e-12, atol=1e-13)
+
+
+def test_a_step_for_several_samples_is_torchs_accumulation() -> None:
+    """As at level `backprop`: a sample without a target counts as zero; what is left is not
+    learned."""
+    asked = settings(lr=0.2, momentum=0.9, decay="linear", average=0.5)
+    asked = asked.changed(locality={"accumulate": 4})
+    result, model = train_centralised(net(), Items(), asked), net()
+    optimiser = torch.optim.SGD(model.parameters(), 0.2, momentum=0.9)
+    for n, sample in zip(range(STEPS), Items().samples(), strict=False):
+        if sample.y is not None:
+            (nn.functional.cross_entropy(model(sample.u), sample.y) / 4).backward()
+        if n % 4 == 3:
+            optimiser.param_groups[0]["lr"] = 0.2 * (1 - n / STEPS)
+            optimiser.step()
+            optimiser.zero_grad()
+    for learned, expected in zip(result.plain.parameters(), model.parameters(), strict=True):
+        torch.testing.assert_close(learned, expected, rtol=1e-12, atol=1e-13)
+    level = train(net(), Items(), asked.changed(level=Level.BACKPROP))
+    for learned, expected in zip(result.model.parameters(), level.model.parameters(), strict=True):
+        torch.testing.assert_close(learned, expected, rtol=1e-12, atol=1e-13)
 
 
 def test_metrics_are_test_then_train() -> None:

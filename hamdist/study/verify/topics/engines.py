@@ -44,6 +44,10 @@ LAGGING = {
 }
 TRUNCATED = {"locality": {"truncation": 3}}
 SEQUENTIAL = {"locality": {"order": "sequential", "readout": "state"}}
+ADAMW = {"learning": {"lr": 0.01, "optimizer": {"name": "adamw", "weight_decay": 0.1}}}
+IN_PARTS = {"locality": {"microbatches": 3}, "learning": {"lr": 0.05, "momentum": 0.5}}
+IN_GROUPS = {"locality": {"microbatches": 3, "accumulate": 4}, **ADAMW}
+BUFFERED = {"locality": {"accumulate": 8, "double_buffered": True}, **ADAMW}
 
 
 def _skips() -> Graph:
@@ -77,8 +81,12 @@ RUNS: tuple[tuple[str, Model, Mapping[str, Any]], ...] = (
     ("trace, skips", _skips, {"level": "trace"}),
     ("trace, tied weights, a layer in two blocks", tied, {"level": "trace"}),
     ("trace, three frozen blocks of five", lambda: tied(2), {"level": "trace"}),
+    ("trace, a chain, two versions of the weights", chain, {"level": "trace", **BUFFERED}),
+    ("heads, a chain", chain, {"level": "heads"}),
     ("backprop, a chain", chain, {"level": "backprop"}),
     ("backprop, skips", _skips, {"level": "backprop"}),
+    ("pipeline, skips", _skips, {"level": "pipeline", **IN_PARTS}),
+    ("pipeline, a chain, a step for 4 samples", chain, {"level": "pipeline", **IN_GROUPS}),
     ("reversible, couplings", lambda: seeded(partial(couplings, 4)), {"level": "reversible"}),
     ("bptt, an LSTM", recurrent, {"level": "bptt"}),
     ("bptt truncated to 3, an LSTM", recurrent, {"level": "bptt", **TRUNCATED}),
