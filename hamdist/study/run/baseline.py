@@ -81,10 +81,8 @@ def train_centralised(
     Uses `settings.learning`, `locality.accumulate`, `steps`, `loss` (unless `loss` is given),
     `seed` (of what the model draws from torch's global generator, which is put back afterwards),
     `metrics`, and `engine`: as many threads as a run with that engine has, or one where a short
-    trial finds one faster.
-    Ctrl-C ends the training with what was reached (`interrupted`).
-
-    Of a model that returns several outputs the losses add up, and `windows` has those of each.
+    trial finds one faster. Ctrl-C ends the training with what was reached (`interrupted`). Of a
+    model that returns several outputs the losses add up, and `windows` has those of each.
 
     Raises LevelError for a decay without `steps`, SettingsError for `frozen` with a model that is
     no nn.Sequential of several children with weights, StreamError for an unusable sample,
@@ -372,9 +370,7 @@ def baseline_warnings(settings: Settings) -> list[str]:
     ]
 
 
-WARM_UP = 3
-REPEATS = 15
-CLEARLY = 1.1
+WARM_UP, REPEATS, CLEARLY = 3, 15, 1.1
 
 
 def fair_threads(engine: EngineSettings) -> int:
@@ -383,8 +379,7 @@ def fair_threads(engine: EngineSettings) -> int:
 
 
 def faster_of(candidates: set[int], step: Callable[[], None]) -> int:
-    """Return the number of threads among `candidates` with which `step` is fastest (median of a
-    few).
+    """Return the number of threads with which `step` is fastest (median of a few).
 
     More threads than the fewest must win clearly: on a busy machine each one waits for the last.
     """
