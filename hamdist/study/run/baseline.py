@@ -75,8 +75,7 @@ def train_centralised(
     frozen: bool = False,
     on_progress: Callable[[Progress], object] | None = None,
 ) -> RunResult:
-    """Train a copy of `model` on `stream` with backpropagation; with `frozen` the last
-    child of it that has weights alone.
+    """Train a copy of `model` with backpropagation; `frozen`: its last child with weights alone.
 
     Uses `settings.learning`, `locality.accumulate`, `steps`, `loss` (unless `loss` is given),
     `seed` (of what the model draws from torch's global generator, which is put back afterwards),
