@@ -57,7 +57,7 @@ def check_call(option: str, name: str, function: Callable[..., object], *argumen
         raise SettingsError(f"{option} {name!r}: it is called {how}, but {error}") from None
 
 
-def called(option: str, function: Callable[..., object], **arguments: Any) -> object:
+def call_function(option: str, function: Callable[..., object], **arguments: Any) -> object:
     """Call the user's function and return its result; raise SettingsError if it fails."""
     try:
         return function(**arguments)

@@ -64,7 +64,6 @@ class AutogradFunction(ModuleFunction):
         self._copies = may_write(module)
 
     def forward(self, inputs: Sequence[Tensor], wanted: Sequence[bool]) -> ForwardRecord:
-        """Run a forward pass. wanted: by input, whether its product will be needed."""
         theta = self._parameters
         if self._stash:
             theta = [t.clone().requires_grad_() for t in self.theta]
@@ -73,7 +72,6 @@ class AutogradFunction(ModuleFunction):
     def forward_at(
         self, theta: Sequence[Tensor], inputs: Sequence[Tensor], wanted: Sequence[bool]
     ) -> ForwardRecord:
-        """Run a forward pass with other weights, which the record keeps (with `stash`)."""
         return self._forward([t.requires_grad_() for t in theta], inputs, wanted)
 
     def _forward(

@@ -34,7 +34,7 @@ from hamdist.study.report.paired_test import in_words
 from hamdist.study.report.save import save_blocks
 from hamdist.study.report.table import interval, points
 from hamdist.study.shared.result_folder import write_file
-from hamdist.study.view.page import FIGURES, baked, page, sections
+from hamdist.study.view.page import FIGURES, data_script, page, sections
 
 BLOCKS = "Blocks"
 MOST_BLOCKS = 12  # of a side
@@ -106,7 +106,7 @@ def _all(
         "s a run": lambda line: MISSING if line.seconds is None else f"{line.seconds:.1f}",
         "CPU s": lambda line: number(line.cpu_seconds),
         "J, whole machine": lambda line: number(line.joules),
-        "chosen on validation": lambda line: chosen(line.chosen),
+        "chosen on validation": lambda line: values_text(line.chosen),
     }
     there = {
         **dict.fromkeys(["95 %", "p"], any(line.gap_test is not None for line in lines)),
@@ -179,7 +179,7 @@ def _until(reached: float | None, digits: int = 0) -> str:
     return "not reached" if reached is None else f"{reached:,.{digits}f}"
 
 
-def chosen(values: dict[str, Any]) -> str:
+def values_text(values: dict[str, Any]) -> str:
     """Return the values as `lr 0.3, delay_power 0.25`."""
     return (
         ", ".join(f"{key.rpartition('.')[2]} {value}" for key, value in values.items()) or MISSING
@@ -358,7 +358,7 @@ def _html(
     parts.append(FIGURES if figures else "")
     parts.append(f"<h2>Settings</h2><pre>{escape(study_yaml(study))}</pre>")
     events = [event for outcome in outcomes for event in _curve(study, outcome)]
-    return page(title, [*parts[:2], sections("rows"), *parts[2:]], [baked(events, figures)])
+    return page(title, [*parts[:2], sections("rows"), *parts[2:]], [data_script(events, figures)])
 
 
 def _curve(study: StudySettings, outcome: StudyOutcome) -> Iterator[RunEvent]:
