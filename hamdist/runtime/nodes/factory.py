@@ -48,13 +48,8 @@ from hamdist.dynamics.updates.constants import Dynamics, constant_tau
 from hamdist.dynamics.updates.optimizers import OptimizerWeights
 from hamdist.dynamics.updates.weights import Weights
 from hamdist.dynamics.vjp.autocast import AutocastFunction
-<<<<<<< HEAD
 from hamdist.dynamics.vjp.autograd import AutogradFunction, may_write
-from hamdist.dynamics.vjp.closed import closed_cell
-=======
-from hamdist.dynamics.vjp.autograd import AutogradFunction
 from hamdist.dynamics.vjp.closed import make_closed
->>>>>>> main
 from hamdist.dynamics.vjp.local_function import LocalFunction
 from hamdist.dynamics.vjp.seeding import OwnGenerator, block_seed, draws, seeded_loss
 from hamdist.dynamics.vjp.wrapping import JoinedFunction, TiedFunction
