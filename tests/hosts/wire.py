@@ -11,9 +11,9 @@ frame overtakes another); and which way: `there` from A to B, `back`, or `both`.
 lost frame comes after all, later by a round trip, and those behind it wait: what a retransmission
 costs where the sender does not slow down for it. Frames are packets where any are lost for good;
 else the kernel hands over up to 64 KiB of a connection as one frame, which stands for the packets
-that it makes: it is lost if one of them is, as late as the latest of them, and as long as all with
-their headers. What is drawn follows from SEED and the order of the frames, for each way alone. A
-line that begins with @T counts from T seconds later on. Ends with its input.
+that it makes, which leave together and are late together: it is lost if one of them is, and as long
+as all with their headers. What is drawn follows from SEED and the order of the frames, for each way
+alone. A line that begins with @T counts from T seconds later on. Ends with its input.
 """
 
 import contextlib
@@ -22,7 +22,6 @@ import fcntl
 import os
 import random
 import selectors
-import statistics
 import struct
 import sys
 import time
@@ -37,7 +36,6 @@ HEADER = struct.Struct("<BBHHHH")  # before a frame; the fourth: bytes of a pack
 FRAME = 2**17
 PACKET_HEADERS = 66  # bytes: Ethernet, IPv4, TCP with timestamps
 AT_ONCE = 64  # frames taken from one side before the other's turn
-NORMAL = statistics.NormalDist()
 QUEUE_SECONDS = 0.5  # of frames that wait for a narrow wire; further ones are lost, as in a router
 
 
@@ -79,16 +77,10 @@ class Way:
             return
         nbytes = len(frame) + (packets - 1) * PACKET_HEADERS
         self.free = begin + (nbytes / self.rate if self.rate else 0.0)
-        late = self.seconds * max(0.0, 1.0 + self.jitter * self.latest(packets))
+        late = self.seconds * max(0.0, 1.0 + self.jitter * self.random.gauss(0.0, 1.0))
         due = self.free + late + (2 * self.seconds if lost else 0.0)
         before = self.waiting[-1][0] if self.waiting else due
         self.waiting.append((max(due, before), frame))
-
-    def latest(self, packets):
-        """The largest of so many numbers of a normal distribution."""
-        if packets == 1 or not self.jitter:
-            return self.random.gauss(0.0, 1.0)
-        return NORMAL.inv_cdf(max(1e-12, self.random.random()) ** (1 / packets))
 
 
 def carry(a, b, seed):

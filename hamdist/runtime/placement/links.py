@@ -3,8 +3,9 @@
 A block sends at tick k what its neighbour needs at tick k + d. The least d are taken with which the
 timing model (runtime/timing) finds no cycle of signals slower than the actors and the bandwidth of
 the links themselves, with links MARGIN times as slow as they are. Between hosts they are measured
-by signals as large and frequent as the run's, so that jitter, retransmissions and what waits behind
-them count. Every tick more on an edge lets a cycle through it span more samples,
+by signals as large and frequent as the run's, beside a thread that computes, so that jitter,
+retransmissions, what waits behind them, and what waits for a processor count. Every tick more on an
+edge lets a cycle through it span more samples,
 
     period = seconds on the cycle / samples that it spans,
 
@@ -14,12 +15,14 @@ full, which uses the delay up; so without a number for `engine.bundle` signals g
 
 from __future__ import annotations
 
+import hashlib
 import math
 import statistics
 import threading
 import time
 from bisect import bisect_left
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
@@ -53,6 +56,7 @@ FIRST_BYTES = 2**20  # of signals that are sent before any is answered
 ROUND_TRIPS = 40
 SHORTEST, LONGEST = 0.2, 4.0  # seconds of that
 SPARE = 0.9  # of the rate, at which signals of the run's size do not queue
+COMPUTED = 2**20  # bytes at once beside the signals
 IN_TIME = 0.98  # of the signals come within the latency that is measured at the run's pace
 NOW = Stamp(0, 0, 0)
 
@@ -95,14 +99,20 @@ class Probe:
         channel = self.channels(n // 2)[n % 2]
         return channel._replace(capacity=IN_FLIGHT) if way.startswith(TCP) else channel
 
-    def answer(self, number: int) -> None:
-        """Send back when each signal of the other end has come, by this process's clock."""
+    def answer(self, number: int, nbytes: int = 0) -> None:
+        """Send back when each signal of the other end has come, by this process's clock.
+
+        Args:
+            number: of the link.
+            nbytes: as of `measure`.
+        """
         there, back = self.channels(number)
         end = False
-        while not end:
-            end = self._endpoints.receive(there, NOW).end
-            arrival = torch.tensor(time.perf_counter(), dtype=torch.float64)
-            self._endpoints.send(back, Signal(NOW, arrival))
+        with _computing(nbytes > 0):
+            while not end:
+                end = self._endpoints.receive(there, NOW).end
+                arrival = torch.tensor(time.perf_counter(), dtype=torch.float64)
+                self._endpoints.send(back, Signal(NOW, arrival))
 
     def measure(self, number: int, nbytes: int = 0, every: float = 0.0) -> Link:
         """Return the latency of a link, one way, and its rate once TCP has opened up, or that of
@@ -115,6 +125,10 @@ class Probe:
                 median of small signals.
             every: seconds between two signals of the run.
         """
+        with _computing(nbytes > 0):
+            return self._measured(number, nbytes, every)
+
+    def _measured(self, number: int, nbytes: int, every: float) -> Link:
         sent, _, answered = self._series(number, 1, ROUNDS)
         trips = [b - a for a, b in zip(sent[1:], answered[1:], strict=True)]
         trip = statistics.median(trips)  # (the first one opens what the others use again)
@@ -188,6 +202,26 @@ class Probe:
     def close(self) -> None:
         """Close both ends."""
         self._endpoints.close()
+
+
+@contextmanager
+def _computing(wanted: bool) -> Iterator[None]:
+    """Compute in a thread, as an actor does while its signals come and go."""
+    data, done = bytes(COMPUTED), threading.Event()
+
+    def compute() -> None:
+        while not done.is_set():
+            hashlib.sha256(data)  # (other threads of Python run meanwhile)
+
+    thread = threading.Thread(target=compute, name="hamdist computing", daemon=True)
+    if wanted:
+        thread.start()
+    try:
+        yield
+    finally:
+        done.set()
+        if wanted:
+            thread.join()
 
 
 def _lateness(sent: Sequence[float], came: Sequence[float]) -> float:
@@ -270,7 +304,9 @@ class _Delays:
         self._model, self._placement, self._hosts = model, placement, hosts
         self._edges = [e.name for e in model.plan.graph.edges if not e.from_input]
         ones = dict.fromkeys(self._edges, 1)
-        self._cluster = cluster.slowed(0.0)
+        # (Bytes on their way are hidden by ticks as latency is. What the links cannot carry at all
+        # is left in the period when no cycle through a signal is the slowest any more.)
+        self._cluster = cluster.without_links()
         self._aim = self._period(ones).seconds * (1 + WORSE)
         self._cluster = cluster.slowed(MARGIN)
 

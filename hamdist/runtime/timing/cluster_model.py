@@ -130,6 +130,11 @@ class ClusterModel:
         }
         return replace(self, links=links)
 
+    def without_links(self) -> ClusterModel:
+        """Return the same hosts, between which signals take no time."""
+        hosts = [replace(host, up=math.inf, down=math.inf) for host in self.hosts]
+        return replace(self, hosts=hosts, links={})
+
     def rate(self, sender: int, receiver: int) -> float:
         """Return the bytes a second of a single transfer."""
         link = self.link(sender, receiver).bytes_per_second

@@ -133,16 +133,17 @@ def test_an_error_comes_behind_the_signals_and_room_is_bounded():
 
 
 @pytest.mark.timeout(30)
+@pytest.mark.parametrize("nbytes", [0, 1000])
 @pytest.mark.parametrize("way", ["shm", "tcp://127.0.0.1"])
-def test_a_link_is_measured(leaves_no_socket, way):
+def test_a_link_is_measured(leaves_no_socket, way, nbytes):
     ends = Probe(RUN, 0.01), Probe(RUN, 0.01)
     there, back = Probe.channels(0)
     addresses = ends[1].open({there.number: way}) | ends[0].open({back.number: way})
     for end in ends:
         end.join(addresses)
-    thread = threading.Thread(target=ends[1].answer, args=(0,))
+    thread = threading.Thread(target=ends[1].answer, args=(0, nbytes))
     thread.start()
-    link = ends[0].measure(0)
+    link = ends[0].measure(0, nbytes, 0.001)
     thread.join()
     for end in ends:
         end.close()
@@ -206,6 +207,22 @@ def test_the_latency_is_one_within_which_nearly_all_signals_come(monkeypatch):
     link = measured(monkeypatch, fake, NBYTES, 0.01)
     assert MARGIN * link.seconds == pytest.approx(LATE + 0.06, rel=0.02)
     assert measured(monkeypatch, FakeLink(1e9, fake.late)).seconds == pytest.approx(LATE, rel=0.02)
+
+
+@pytest.mark.parametrize("nbytes", [0, NBYTES])
+def test_the_run_s_signals_are_measured_beside_a_thread_that_computes(monkeypatch, nbytes):
+    """As in a run, where they wait for a processor, too."""
+    computing: list[bool] = []
+
+    class Watched(FakeLink):
+        def send(self, channel, signal):
+            names = [thread.name for thread in threading.enumerate()]
+            computing.append("hamdist computing" in names)
+            super().send(channel, signal)
+
+    measured(monkeypatch, Watched(1e6, lambda _: 0.0), nbytes, 0.01)
+    assert set(computing) == {nbytes > 0}
+    assert "hamdist computing" not in [thread.name for thread in threading.enumerate()]
 
 
 @pytest.mark.parametrize("room", [4, 1024])
@@ -287,6 +304,27 @@ def test_of_links_that_are_equally_slow_every_one_is_hidden(blocks):
     for name, ticks in found.items():
         assert ticks > 1
         assert period({**found, name: ticks - 1}, slower) > alone * (1 + WORSE)
+
+
+@pytest.mark.parametrize("rate", [1e9, 8e3, 5e3, 2e3])
+def test_bytes_on_their_way_are_hidden_up_to_what_the_links_carry(rate):
+    """Each way 16 bytes a sample: 2 ms of 8,000 bytes a second, within the work of a sample, which
+    nothing may exceed then; 3.2 ms of 5,000, which the links alone take whatever the delays."""
+    model = model_of(plan(bare_chain(3), engine=ALONE), 1e-3, 1e-3, 1e-3)
+    placement = [["b0"], ["b1"], ["b2"]]
+    links = {(i, i + 1): Link(25e-3, rate) for i in range(2)}
+    found = fewest(model, placement, links)
+
+    def period(delays, cluster):
+        other = dataclasses.replace(model, plan=with_delays(model.plan, delays))
+        return other.timed(placement, range(3), cluster).period().seconds
+
+    alone = period(dict.fromkeys(found, 1), cluster_of(placement, {}))
+    aim = max(alone * (1 + WORSE), 16 / rate * (1 + 1e-9))
+    slower = cluster_of(placement, links).slowed(MARGIN)
+    assert period(found, slower) <= aim
+    for name, ticks in found.items():
+        assert period({**found, name: ticks - 1}, slower) > aim
 
 
 def test_a_plan_hides_what_a_run_would_measure():
