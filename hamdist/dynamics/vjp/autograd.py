@@ -29,6 +29,14 @@ from hamdist.dynamics.vjp.seeding import TORCHS, OwnGenerator, draws, foreign
 from hamdist.errors import GraphError
 
 
+def may_write(module: nn.Module) -> bool:
+    """Return True if a forward pass of the module may write to its inputs."""
+    return foreign(module) or any(
+        getattr(m, "inplace", False) or (isinstance(m, TracedModule) and m.hamdist_writes)
+        for m in module.modules()
+    )
+
+
 class AutogradFunction(ModuleFunction):
     """A local function of any module, by autograd.
 
@@ -53,10 +61,7 @@ class AutogradFunction(ModuleFunction):
         self._foreign = foreign(module)
         self._weights_at = {p.untyped_storage().data_ptr() for p in module.parameters()}
         self._pieces = any(isinstance(m, TracedModule) for m in module.modules())
-        self._copies = self._foreign or any(
-            getattr(m, "inplace", False) or (isinstance(m, TracedModule) and m.hamdist_writes)
-            for m in module.modules()
-        )
+        self._copies = may_write(module)
 
     def forward(self, inputs: Sequence[Tensor], wanted: Sequence[bool]) -> ForwardRecord:
         theta = self._parameters

@@ -48,12 +48,13 @@ from hamdist.dynamics.updates.constants import Dynamics, constant_tau
 from hamdist.dynamics.updates.optimizers import OptimizerWeights
 from hamdist.dynamics.updates.weights import Weights
 from hamdist.dynamics.vjp.autocast import AutocastFunction
-from hamdist.dynamics.vjp.autograd import AutogradFunction
+from hamdist.dynamics.vjp.autograd import AutogradFunction, may_write
 from hamdist.dynamics.vjp.closed import make_closed
 from hamdist.dynamics.vjp.local_function import LocalFunction
 from hamdist.dynamics.vjp.seeding import OwnGenerator, block_seed, draws, seeded_loss
 from hamdist.dynamics.vjp.wrapping import JoinedFunction, TiedFunction
 from hamdist.errors import ClusterError, GraphError, HamdistError, LevelError
+from hamdist.loading import shortened
 from hamdist.runtime.nodes.emissions import LiveBlock
 from hamdist.runtime.nodes.hold import HoldNode
 from hamdist.runtime.nodes.mailbox import Mailbox
@@ -195,7 +196,8 @@ class _Parts(BlockParts):
             join=partial(combined, spec.combine),
             seed=seed,
             random=lambda use: OwnGenerator(seed(use), h.device) if stochastic else nullcontext(),
-            h=h,
+            initial=h,
+            copies=may_write(spec.module),
         )
         applied = AppliedRule(rule, view)
         dynamics = replace(self.dynamics, average=None, betas=())
@@ -311,15 +313,15 @@ def try_rules(plan: Plan) -> None:
             raise LevelError(f"{who}: {again}; use stream.relearn: trace")
         before = {key: _bytes_of(value) for key, value in vars(rule).items()}
         try:
+            drawn = _shared_generators()
             block = make_node(plan, name, Mailbox({INPUT, *plan.graph.blocks})).block
             applied: AppliedRule = block.rule  # type: ignore[union-attr]  # it has one
             weights = {key: w.clone() for key, w in applied.view.theta.items()}
-            drawn = _shared_generators()
             _try(plan, name, applied)
         except HamdistError:
             raise
         except Exception as error:
-            raise GraphError(f"{who}, in a dry run: {type(error).__name__}: {error}") from error
+            raise GraphError(f"{who}, in a dry run: {shortened(error)}") from error
         for key, value in vars(rule).items():
             initial = before.get(key, _bytes_of(getattr(type(rule), key, value)))
             if _bytes_of(value) != initial:
@@ -353,7 +355,7 @@ def _shared_generators() -> bytes:
 
 
 def _try(plan: Plan, name: str, applied: AppliedRule) -> None:
-    spec, rule, h = plan.graph.blocks[name], applied.rule, applied.view.h
+    spec, rule, h = plan.graph.blocks[name], applied.rule, applied.view.initial
     shapes, readout = {**plan.spec.parents, **plan.shapes}, plan.graph.readouts[0]
     inputs = [
         torch.zeros(s, dtype=h.dtype if t.is_floating_point else t, device=h.device)

@@ -90,7 +90,8 @@ def outside(before: Mapping[str, str], now: Mapping[str, str]) -> list[str]:
     those of actors are gone)."""
     return [
         f"{name} has changed what it refers to outside of itself, as a global: no snapshot holds "
-        "that, each actor has its own, and a next run begins with it; keep it in an object (self)"
+        "that, each actor has its own, and a next run begins with it; keep it in "
+        f"{'block.memory' if name.startswith('the rule of ') else 'an object (self)'}"
         for name in before
         if now.get(name) != before[name]
     ]
