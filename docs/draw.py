@@ -89,7 +89,7 @@ def _marker(colour: str) -> str:
 
 def network(theme: Theme) -> Picture:
     """Draw a chain of blocks, what crosses its edges, and the levels below it."""
-    p = Picture(theme, 860, 330, "A network as a graph of blocks that exchange neighbour signals")
+    p = Picture(theme, 876, 330, "A network as a graph of blocks that exchange neighbour signals")
     names = ["block 0", "block 1", "block 2", "readout"]
     left, width, gap, top, height = 130, 110, 70, 62, 92
     for i, name in enumerate(names):
@@ -117,7 +117,7 @@ def network(theme: Theme) -> Picture:
     p.text(
         430,
         188,
-        "forward: the state h        backward: a vector-Jacobian product m of the costate z",
+        "forward: the state h; backward: a vector-Jacobian product m of the costate z",
         14,
         colour=theme.faint,
     )
@@ -126,7 +126,7 @@ def network(theme: Theme) -> Picture:
     p.text(430, 234, "one setting: level", 15, weight="600")
     for x, name, why in (
         (150, "local", "messages 2D ticks late"),
-        (330, "trace", "late, but matched by memory"),
+        (330, "trace", "late, matched by memory"),
         (530, "more hops per sample", "less late"),
         (710, "backprop", "nothing late: exact"),
     ):

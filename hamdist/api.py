@@ -44,7 +44,7 @@ from hamdist.runtime.train.prepare import NamedRule
 from hamdist.streams import Stream, from_iterable, make_stream
 from hamdist.streams.batch_names import Names
 from hamdist.streams.iterable import IterableStream
-from hamdist.streams.replay import drawn
+from hamdist.streams.replay import next_sample
 from hamdist.trackers import listeners_of
 
 if TYPE_CHECKING:
@@ -262,7 +262,7 @@ def _called_back(
     try:
         with ending, run:
             for n in count() if settings.steps is None else range(settings.steps):
-                sample = drawn(samples, n) if n else first
+                sample = next_sample(samples, n) if n else first
                 run.interrupted = ending.interrupted
                 if run.interrupted:
                     break

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from hamdist.errors import ClusterError, SettingsError, SnapshotError, StreamError
 from hamdist.runtime.live.callbacks import ADDRESS, SAFETENSORS, Answer, LiveStatus
-from hamdist.runtime.live.journal import named, packed, read_named
+from hamdist.runtime.live.journal import named_tensors, packed, read_named
 from hamdist.runtime.results.scores import Scores
 
 AGAIN_SECONDS = 0.02  # after a refusal: the network is slower than its clients
@@ -102,19 +102,19 @@ class AttachedRun:
 
     def feed(self, u: Any, y: Any = None, *, end: bool = False, wait: bool = True) -> int:
         """Feed a sample; return its number."""
-        tensors = {**named("u", u), **named("y", y)}
+        tensors = {**named_tensors("u", u), **named_tensors("y", y)}
         return int(self._facts("learn", tensors, wait=wait, end=end or "")["number"])
 
     def predict(self, u: Any, *, end: bool = False, wait: bool = True) -> Answer:
         """Feed a sample without a label, and return its prediction."""
-        data = self._say("predict", named("u", u), wait=wait, end=end or "")
+        data = self._say("predict", named_tensors("u", u), wait=wait, end=end or "")
         header = json.loads(data[8 : 8 + int.from_bytes(data[:8], "little")])
         facts, y = json.loads(header["__metadata__"]["answer"]), read_named("y", load(data))
         return Answer(facts["number"], cast("Tensor", y), lambda: facts["versions"])
 
     def teach(self, number: int, y: Any, *, wait: bool = True) -> None:
         """Give the label of an earlier sample."""
-        self._say("learn", named("y", y), wait=wait, number=number)
+        self._say("learn", named_tensors("y", y), wait=wait, number=number)
 
     def set(self, *, learning: Mapping[str, float]) -> None:
         """Change the learning rate from the next sample on."""
@@ -138,7 +138,7 @@ class AttachedRun:
 
     def evaluate(self, x: Any, y: Any) -> Scores:
         """Return the scores of the run's model on x (N, ...) with targets y; nothing is learned."""
-        facts = self._facts("evaluate", {**named("u", x), **named("y", y)})
+        facts = self._facts("evaluate", {**named_tensors("u", x), **named_tensors("y", y)})
         outputs = {name: Scores(**scores) for name, scores in facts.pop("outputs").items()}
         return Scores(**facts, outputs=outputs)
 

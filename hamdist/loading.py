@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import importlib
 import inspect
+import os
 import sys
 import traceback
 from collections.abc import Callable
@@ -56,12 +57,12 @@ def check_call(option: str, name: str, function: Callable[..., object], *argumen
         raise SettingsError(f"{option} {name!r}: it is called {how}, but {error}") from None
 
 
-def called(option: str, function: Callable[..., object], **arguments: Any) -> object:
+def call_function(option: str, function: Callable[..., object], **arguments: Any) -> object:
     """Call the user's function and return its result; raise SettingsError if it fails."""
     try:
         return function(**arguments)
     except (Exception, SystemExit) as error:
-        raise SettingsError(f"{option}: {title(function)}() failed: {_short(error)}") from error
+        raise SettingsError(f"{option}: {title(function)}() failed: {shortened(error)}") from error
 
 
 def title(function: Callable[..., object]) -> str:
@@ -97,9 +98,9 @@ def _imported(module_name: str, origin: str) -> ModuleType:
             raise SettingsError(
                 f"{origin}: no module {error.name!r} in the current directory or on the Python path"
             ) from None
-        raise SettingsError(f"{origin}: its import failed: {_short(error)}") from error
+        raise SettingsError(f"{origin}: its import failed: {shortened(error)}") from error
     except (Exception, SystemExit) as error:
-        raise SettingsError(f"{origin}: its import failed: {_short(error)}") from error
+        raise SettingsError(f"{origin}: its import failed: {shortened(error)}") from error
 
 
 def _search(folder: Path) -> None:
@@ -107,10 +108,13 @@ def _search(folder: Path) -> None:
         sys.path.insert(0, str(folder))
 
 
-def _short(error: BaseException) -> str:
-    """Return type, message and place of an error in a user's code."""
+def shortened(error: BaseException) -> str:
+    """Return type, message and place of an error in a user's code, also where torch raised it."""
     text = f"{type(error).__name__}: {error}"
     frames = traceback.extract_tb(error.__traceback__)
     if isinstance(error, SyntaxError) or not frames:
         return text
-    return f"{text} ({frames[-1].filename}, line {frames[-1].lineno})"
+    known = [getattr(sys.modules.get(name), "__file__", None) for name in ("torch", "hamdist")]
+    folders = tuple(f"{Path(file).parent}{os.sep}" for file in known if file)
+    place = [f for f in frames if not f.filename.startswith(folders)] or frames
+    return f"{text} ({place[-1].filename}, line {place[-1].lineno})"

@@ -39,7 +39,7 @@ from starlette.routing import Route
 
 from hamdist.errors import HamdistError, SettingsError
 from hamdist.runtime.live.callbacks import ADDRESS, SAFETENSORS, Answer
-from hamdist.runtime.live.journal import named, packed, read_named
+from hamdist.runtime.live.journal import named_tensors, packed, read_named
 from hamdist.runtime.live.run import LiveRun
 
 LONGEST = 2**26  # bytes of a body
@@ -55,7 +55,7 @@ class Served:
     stopped: threading.Event = field(default_factory=threading.Event)
 
 
-def bound(host: str, port: int) -> socket.socket:
+def bound_socket(host: str, port: int) -> socket.socket:
     """Return a socket at an address. Raises SettingsError where there can be none."""
     listening = socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET)
     listening.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
@@ -89,7 +89,7 @@ def serving(
     Raises:
         SettingsError: the port is taken, or the interface is none of this machine.
     """
-    with bound(host, port) as listening:
+    with bound_socket(host, port) as listening:
         listening.listen()
         there = socket.gethostname() if host in ("0.0.0.0", "::") else host
         there = f"[{there}]" if ":" in there else there
@@ -205,7 +205,7 @@ def _replied(result: Any, request: Request) -> Response:
     y = result.prediction
     reply: dict[str, Any] = {"number": result.number, "versions": result.versions}
     if request.headers.get("accept") == SAFETENSORS:
-        data = packed(named("y", y), {"answer": json.dumps(reply)})
+        data = packed(named_tensors("y", y), {"answer": json.dumps(reply)})
         return Response(data, media_type=SAFETENSORS)
     values = {n: t.tolist() for n, t in y.items()} if isinstance(y, Mapping) else y.tolist()
     return JSONResponse({**reply, "prediction": values})

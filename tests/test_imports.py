@@ -82,7 +82,7 @@ ALLOWED = {
         f"{RUNTIME} loading runtime/process runtime/results runtime/signals runtime/storage"
     ),
     "runtime/timing": f"{RUNTIME} runtime/plan runtime/signals",
-    "runtime/nodes": f"{RUNTIME} runtime/plan runtime/results runtime/signals",
+    "runtime/nodes": f"{RUNTIME} loading runtime/plan runtime/results runtime/signals",
     "runtime/snapshots": (
         f"{RUNTIME} runtime/nodes runtime/plan runtime/process runtime/signals runtime/storage"
     ),

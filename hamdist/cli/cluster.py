@@ -229,13 +229,13 @@ def launch(
         raise SettingsError("--stream with --live: a live run has no stream but its clients")
     from hamdist.launch.cluster_file import find_cluster
     from hamdist.launch.package import on_ray
-    from hamdist.launch.submit import NOTHING_KEPT, kept_at, resumed_from, submit_run
+    from hamdist.launch.submit import NOTHING_KEPT, resumed_from, snapshots_path, submit_run
 
     where = find_cluster(cluster)
     begin = None if resume is None else resumed_from(resume, where)
     loaded = options.load(settings)
     run_settings = on_ray(loaded.for_level(loaded.level))
-    keeps_snapshots = kept_at(run_settings, where, "") is not None
+    keeps_snapshots = snapshots_path(run_settings, where, "") is not None
     results = results_in(None if dry_run else out, overwrite)
     own = options.functions(run_settings)
 

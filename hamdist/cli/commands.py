@@ -80,6 +80,8 @@ def with_output(command: Callable[..., None]) -> Callable[..., None]:
 
     @functools.wraps(command)
     def printing(*, verbose: bool, quiet: bool, as_json: bool = False, **options: Any) -> None:
+        if verbose and quiet:
+            raise typer.BadParameter("--verbose and --quiet: give one of them")
         level = logging.WARNING if quiet else logging.DEBUG if verbose else logging.INFO
         for name, names in outputs.items():
             options[name] = RunOptions(**{option: options.pop(option) for option in names})

@@ -246,7 +246,6 @@ class Display(RunDisplay):
                 show(progress)
 
     def close(self) -> None:
-        """Stop the live display: lines printed from now on stay."""
         super().close()
         LINES.console = None
 

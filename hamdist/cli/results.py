@@ -1,4 +1,4 @@
-"""What is left of runs: `hamdist export`, the weights of a snapshot as a file; `diff` and `bisect`,
+"""Results of runs: `hamdist export`, the weights of a snapshot as a file; `diff` and `bisect`,
 where two runs part; `rewind`, what a block did at a tick; `fork`, a run once more, otherwise."""
 
 from __future__ import annotations

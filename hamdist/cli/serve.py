@@ -36,13 +36,13 @@ def serve(
     need_package("starlette", "'hamdist[serve]'", "`hamdist serve`")
     need_package("uvicorn", "'hamdist[serve]'", "`hamdist serve`")
     from hamdist.api import start
-    from hamdist.serve import bound, serving
+    from hamdist.serve import bound_socket, serving
     from hamdist.study.report.save import save_weights
     from hamdist.study.run.export import initial_model
 
     loaded = options.load(settings)
     loaded = loaded.for_level(loaded.level)
-    bound(host, port).close()  # before anything starts
+    bound_socket(host, port).close()  # before anything starts
     network, first, classes = initial_model(loaded, options.factory(), weights)
     resume = out if (out / "journal.jsonl").exists() else None
     begin: Any = {"example": first, "classes": classes, "out": out, "resume": resume}

@@ -95,13 +95,16 @@ def run_grid(
 
 def _say_record(phase: str, done: int, total: int, record: RunRecord) -> None:
     """Print a finished run on one line."""
-    from hamdist.display.table import percent
+    from hamdist.display.table import number, percent
 
     level = record.settings["level"] if record.trains == "level" else record.trains
     rules = record.settings.get("learning", {}).get("rules") or {}
     for rule in dict.fromkeys(r if isinstance(r, str) else r["name"] for r in rules.values()):
         level += f" with {rule}"
-    outcome = record.failure or f"{percent(record.accuracy, digits=2)} %, {record.seconds:.1f} s"
+    score = f"{percent(record.accuracy, digits=2)} %"
+    if record.accuracy is None:
+        score = f"loss {number(record.loss)}"
+    outcome = record.failure or f"{score}, {record.seconds:.1f} s"
     note(f"[{phase} {done}/{total}] {level}, seed {record.seed}: {outcome}")
 
 

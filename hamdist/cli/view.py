@@ -65,10 +65,10 @@ def watch(
 ) -> None:
     """Show runs while they go on, or afterwards, in this terminal; Ctrl-C ends it, not the run."""
     with _folders([name or str(latest_results())], cluster) as [folder]:
-        from hamdist.study.view.page import followed
+        from hamdist.study.view.page import follow_events
 
         with Display() as display:
-            for event in followed(folder):
+            for event in follow_events(folder):
                 line = line_of(event)
                 if line is not None:
                     display.say(line)

@@ -101,6 +101,6 @@ from hamdist.config.settings import CompareSettings as CompareSettings
 from hamdist.config.settings import DType as DType
 from hamdist.config.settings import Loss as Loss
 from hamdist.config.settings import Settings as Settings
-from hamdist.config.settings import settled as settled
+from hamdist.config.settings import settings_with as settings_with
 from hamdist.config.template import json_schema as json_schema
 from hamdist.config.template import template as template

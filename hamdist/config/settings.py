@@ -148,7 +148,7 @@ class Settings(Section):
         return self.model_copy(update=update)
 
 
-def settled(settings: Settings | None, fields: Mapping[str, Any]) -> Settings:
+def settings_with(settings: Settings | None, fields: Mapping[str, Any]) -> Settings:
     """Return `settings` (None: the defaults) with `fields` laid over them. Raises SettingsError."""
     base = {} if settings is None else settings.model_dump(mode="json", exclude_unset=True)
     try:

@@ -1,1 +1,1 @@
-"""What people look at: tables, curves and networks as pictures, the progress of runs."""
+"""Output for people: tables, curves and networks as pictures, the progress of runs."""

@@ -7,10 +7,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from html import escape
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
-
-if TYPE_CHECKING:
-    from typing import TypeGuard
+from typing import Any
 
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")  # Okabe, Ito
 DASHES = ("", "8 4", "2 3", "8 3 2 3", "14 4")
@@ -63,7 +60,14 @@ class SvgPicture:
         return self.svg
 
     def save(self, path: str | Path) -> Path:
-        """Write the picture to `path` (.svg), and return that. Raises OSError."""
+        """Write the picture into a file, and return its path.
+
+        Args:
+            path: of the file, .svg.
+
+        Raises:
+            OSError: it cannot be written.
+        """
         Path(path).write_text(self.svg, "utf-8")
         return Path(path)
 
@@ -91,7 +95,7 @@ class AxisScale:
         return [n * step for n in range(first, last + 1)]
 
 
-def drawn(figure: PageFigure, ax: Any = None) -> Any:
+def draw_figure(figure: PageFigure, ax: Any = None) -> Any:
     """Return the lines of a figure as an `SvgPicture`, or on `ax`, axes of matplotlib's."""
     if ax is None:
         return figure_svg(figure)
@@ -105,8 +109,8 @@ def drawn(figure: PageFigure, ax: Any = None) -> Any:
 def figure_svg(figure: PageFigure) -> SvgPicture:
     """Return the picture of a figure's lines on linear axes, with a legend."""
     curves = [
-        (curve, [(x, y) for x, y in zip(curve.x, curve.y, strict=True) if _is_number(y)])
-        for curve in figure.curves
+        (c, [(x, y) for x, y in zip(c.x, c.y, strict=True) if y is not None and math.isfinite(y)])
+        for c in figure.curves
     ]
     curves = [(curve, points) for curve, points in curves if points]
     height = HEIGHT + LEGEND_LINE * -(-len(curves) // IN_A_LINE)
@@ -130,10 +134,6 @@ def svg_of(width: int, height: int, title: str, parts: Iterable[str]) -> str:
         f'<title>{escape(title)}</title><rect width="{width}" height="{height}" fill="#fff"/>'
         f"{''.join(parts)}</svg>\n"
     )
-
-
-def _is_number(y: float | None) -> TypeGuard[float]:
-    return y is not None and math.isfinite(y)
 
 
 def _text(x: float, y: float, words: str, anchor: str, more: str = "") -> str:

@@ -74,7 +74,14 @@ class NetworkPicture(SvgPicture):
     dot: str = ""
 
     def save(self, path: str | Path) -> Path:
-        """Write it to `path`, by its ending .svg or .dot, and return that. Raises OSError."""
+        """Write the picture into a file, and return its path.
+
+        Args:
+            path: of the file, whose ending, .svg or .dot, says how.
+
+        Raises:
+            OSError: it cannot be written.
+        """
         Path(path).write_text(self.dot if Path(path).suffix == ".dot" else self.svg, "utf-8")
         return Path(path)
 

@@ -1,4 +1,4 @@
-"""Where a cluster is and how to get in: a small YAML file, or an address alone.
+"""The address of a cluster and the way into it: a small YAML file, or an address alone.
 
 jobs: http://127.0.0.1:8265     # Ray's Jobs API: the dashboard, or the near end of a tunnel
 address: 10.0.0.1:6379          # of Ray's head, as its hosts see it

@@ -189,7 +189,7 @@ class DoctorCheck:
     text: str
 
 
-def judged(findings: Findings, here: Mapping[str, str] | None = None) -> list[DoctorCheck]:
+def verdicts(findings: Findings, here: Mapping[str, str] | None = None) -> list[DoctorCheck]:
     """Return the verdicts; `here`: versions of the terminal's host, if it is not among them."""
     checks = [DoctorCheck("FAIL", f"{name}: {why}") for name, why in findings.unreached.items()]
     checks += _versions(findings, here)
@@ -320,7 +320,7 @@ def checkup(jobs: Jobs | None, say: Callable[[str], None]) -> tuple[Findings, li
     if jobs is None:
         return this_host()
     findings = _cluster(jobs, say)
-    return findings, judged(findings, host_facts().versions)
+    return findings, verdicts(findings, host_facts().versions)
 
 
 def this_host() -> tuple[Findings, list[DoctorCheck]]:
@@ -331,7 +331,7 @@ def this_host() -> tuple[Findings, list[DoctorCheck]]:
     if missing:
         text = f"no {', '.join(missing)}: hamdist launch needs pip install 'hamdist[cluster]'"
         extras = DoctorCheck("warning", text)
-    return findings, [*judged(findings), extras]
+    return findings, [*verdicts(findings), extras]
 
 
 def _cluster(jobs: Jobs, say: Callable[[str], None]) -> Findings:

@@ -20,7 +20,7 @@ from hamdist.errors import ClusterError, SettingsError
 from hamdist.launch.cluster_file import JOBS_PORT, ClusterSettings
 from hamdist.runtime.placement.assign_hosts import HostInfo, described
 from hamdist.runtime.ray_engine import auth_token
-from hamdist.runtime.ray_engine.cluster_hosts import knock
+from hamdist.runtime.ray_engine.cluster_hosts import check_listening
 
 # A log that says nothing for so long: is the job still there?
 QUIET_SECONDS = 10.0
@@ -99,7 +99,7 @@ class Jobs:
     def __init__(self, cluster: ClusterSettings) -> None:
         need_extras()
         self.cluster = cluster
-        self._knock()
+        self._check_listening()
         if cluster.token is not None:
             os.environ[auth_token.MODE] = "token"
             os.environ[auth_token.FILE] = str(Path(cluster.token).expanduser().resolve())
@@ -223,11 +223,11 @@ class Jobs:
             for n in alive
         ]
 
-    def _knock(self) -> None:
+    def _check_listening(self) -> None:
         """Raise ClusterError if no process listens; Ray itself would try for minutes."""
         where = urlsplit(self.cluster.jobs)
         try:
-            knock(f"{where.hostname}:{where.port or JOBS_PORT}")
+            check_listening(f"{where.hostname}:{where.port or JOBS_PORT}")
         except OSError as error:
             raise ClusterError(
                 f"{self.cluster.jobs}: no Jobs API of Ray answers there ({error}). It listens on "
@@ -238,12 +238,12 @@ class Jobs:
     @contextmanager
     def _asking(self, name: str | None = None) -> Iterator[None]:
         """Call Ray's client inside: nothing redirects it, and its errors become a ClusterError."""
-        self._knock()
+        self._check_listening()
         import requests
         from ray.exceptions import AuthenticationError
 
         before = {v: os.environ.pop(v) for v in (*_ELSEWHERE, _NO_PROXY) if v in os.environ}
-        os.environ[_NO_PROXY] = "*"  # (`_knock` has reached the address without one)
+        os.environ[_NO_PROXY] = "*"  # (`_check_listening` has reached the address without one)
         try:
             yield
         except AuthenticationError:

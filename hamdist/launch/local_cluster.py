@@ -32,7 +32,7 @@ from hamdist.runtime.ray_engine import auth_token
 from hamdist.runtime.ray_engine.local_ray import (
     OBJECT_STORE_BYTES,
     RAY_SETTINGS,
-    outlast,
+    end_processes,
     short_folder,
 )
 
@@ -129,7 +129,7 @@ def stop(folder: Path) -> bool:
     if process is not None:
         family = [process, *process.children(recursive=True)]
         process.terminate()
-        outlast(family, END_SECONDS)
+        end_processes(family, END_SECONDS)
     shutil.rmtree(head.folder, ignore_errors=True)
     for name in (HEAD, FILE, TOKEN):
         (folder / name).unlink(missing_ok=True)

@@ -18,7 +18,7 @@ from hamdist.launch.package import JobSpec, named_there, own_code, packed, snaps
 from hamdist.runtime.placement.assign_blocks import by_parameters, options_of_groups, place
 from hamdist.runtime.placement.assign_hosts import ActorOptions, HostInfo
 from hamdist.runtime.plan.plan import Plan
-from hamdist.study.run.export import planned
+from hamdist.study.run.export import starting_plan
 from hamdist.study.run.own_data import OwnFunctions
 from hamdist.study.run.run import torch_dtype
 
@@ -50,13 +50,17 @@ def submit_run(
     name = make_id(f"{settings.name}-{settings.level_name}")
     own = {"model": model, "stream": stream}
     more: dict[str, Any] = {k: None if v is None else named_there(v) for k, v in own.items()}
-    more |= {"snapshots": kept_at(settings, jobs.cluster, name), "resume": resume, "live": live}
+    more |= {
+        "snapshots": snapshots_path(settings, jobs.cluster, name),
+        "resume": resume,
+        "live": live,
+    }
     steps = "" if settings.steps is None else str(settings.steps)
     metadata = {"kind": "run", "level": settings.level_name, "steps": steps}
     return _submit(jobs, settings, name, "guardian", metadata, **more)
 
 
-def kept_at(settings: Settings, cluster: ClusterSettings, name: str) -> str | None:
+def snapshots_path(settings: Settings, cluster: ClusterSettings, name: str) -> str | None:
     """Return where a run keeps its snapshots: as the settings say, else in the storage, else None.
 
     Raises SettingsError for a path that means another folder on every host.
@@ -172,7 +176,7 @@ def dry_run(
     Raises:
         SettingsError, GraphError, LevelError: no cluster could run the settings.
     """
-    plan, _ = planned(settings, own)
+    plan, _ = starting_plan(settings, own)
     cpus = int(sum(host.cpus for host in hosts))
     groups = place(plan.graph, plan.engine, max(1, cpus))
     missing = [] if hosts else ["the cluster has no host that is alive"]
@@ -215,7 +219,7 @@ def _notes(
         notes.append("engine.spread 'profile': shown as if all hosts were equally fast")
     if cluster.storage is None:
         notes.append("no storage in the cluster file: results come back here, and nowhere else")
-    if kept_at(settings, cluster, "") is None:
+    if snapshots_path(settings, cluster, "") is None:
         notes.append(NOTHING_KEPT)
     if settings.stream.path is not None and named.get("--stream") is None:
         notes.append(f"stream.path {str(settings.stream.path)!r} must be there on the head")

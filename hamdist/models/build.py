@@ -50,7 +50,7 @@ from hamdist.dynamics.objective.losses import LossFunction, make_loss
 from hamdist.dynamics.user_modules.copies import in_type
 from hamdist.dynamics.user_modules.generator import generator_kept
 from hamdist.errors import SettingsError
-from hamdist.loading import called, check_call, load_function, title
+from hamdist.loading import call_function, check_call, load_function, title
 from hamdist.models.networks import NETWORKS, make_network
 from hamdist.models.tracker import tracker
 from hamdist.streams.sample import SampleSpec
@@ -354,7 +354,7 @@ def make_from_factory(
     Raises SettingsError where the function fails or returns something else than an `nn.Module`.
     """
     with generator_kept(seed):
-        model = called(option, factory)
+        model = call_function(option, factory)
     if not isinstance(model, nn.Module):
         raise SettingsError(
             f"{option}: {title(factory)}() returned {type(model).__name__}, not a torch.nn.Module"

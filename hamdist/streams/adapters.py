@@ -88,8 +88,8 @@ def from_iterable(
     """Return a stream of the samples of any Python iterable, finite or not.
 
     Each sample is a Sample, (u, y), (u, None) where the target is missing, u alone, or a dict with
-    'u' and, if it has them, 'y', 'end' (bool), 'time' (seconds), 'key' (a number or
-    text), 'late' (targets of earlier samples by their key, or number, for `LateLabels`). u:
+    'u' and, if it has them, 'y', 'end' (bool), 'time' (seconds), 'key' (a number or text),
+    'late' (targets of earlier samples by their key, or number, for `LateLabels`). u:
     (B, ...), y: (B,) classes or (B, O) values; torch tensors or numpy arrays, copied, so that the
     source may use its buffers again. Samples are batches: a batch dimension is never added. For a
     model with several inputs, u is a dict of them by the names of its arguments, or a tuple by
@@ -109,6 +109,7 @@ def from_iterable(
     number. Errors of the source itself pass through.
 
     Args:
+        iterable: the samples.
         classes: number of classes, of integer targets; None for as many as the model predicts.
         outputs: O, for real-valued targets of which the first one is missing.
         epochs: number of passes over the iterable (None: until the run has its steps).
@@ -120,15 +121,13 @@ def from_iterable(
             arguments, those of targets, too, and a number without meaning stands for the target of
             that output.
         ragged: whether samples may have lengths of their own behind the batch (each padded to its
-        own
-            longest row); None to look at the samples of a list, and to assume it of a DataLoader
-            with a `collate_fn` of its own.
+            own longest row); None to look at the samples of a list, and to assume it of a
+            DataLoader with a `collate_fn` of its own.
 
     Raises:
         StreamError: the source yields nothing or something else (names the sample), its first
-        sample
-            leaves the kind of target open, an iterator gets a second call of `samples()`, or has
-            other `epochs` than 1.
+            sample leaves the kind of target open, an iterator gets a second call of `samples()`, or
+            has other `epochs` than 1.
         SettingsError: `classes` and `outputs` for the same readout, or a number below 1.
     """
     _check_batches(iterable)

@@ -43,7 +43,7 @@ def named_parts(
             f"{', '.join(map(repr, sample))}"
         )
     weights = [sample[key] for key, name in names.items() if name == WEIGHT]
-    targets = {name: sample[key] for key, name in names.items() if _is_target(name)}
+    targets = {n: sample[key] for key, n in names.items() if n == "y" or n.startswith("y.")}
     inputs = {
         name if name == "u" else name.removeprefix("u."): sample[key]
         for key, name in names.items()
@@ -85,7 +85,3 @@ def default_names(
         f"input 'u', or each as an argument of the model{takes}, and the target 'y'; what is not "
         "named is left out"
     )
-
-
-def _is_target(name: str) -> bool:
-    return name == "y" or name.startswith("y.")

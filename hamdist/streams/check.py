@@ -14,7 +14,7 @@ from torch import Tensor
 
 from hamdist.config import IGNORE_INDEX
 from hamdist.errors import StreamError
-from hamdist.streams.sample import InputSpec, Sample, SampleSpec, Target, TargetSpec, parted
+from hamdist.streams.sample import InputSpec, Sample, SampleSpec, Target, TargetSpec, split_weights
 
 FEW = 64  # class targets
 ALIGNMENT = 64  # bytes; what torch's CPU allocator gives, and vector instructions like
@@ -191,7 +191,7 @@ class Checker:
         """Return one checked target; None where all of its classes are ignored."""
         target = y
         if self._spec.weighted:
-            y, _ = parted(y, spec)
+            y, _ = split_weights(y, spec)
         _check_dtype(n, field, y, spec.dtype)
         if not self._fits(y, spec):
             raise StreamError(

@@ -1,4 +1,4 @@
-"""What is said to a live run, as entries of its journal, and what the stream emits for each."""
+"""Calls to a live run, as entries of its journal, and the emission of the stream for each."""
 
 from __future__ import annotations
 

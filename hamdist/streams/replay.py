@@ -73,7 +73,7 @@ def samples_from(stream: Stream, n: int, passed: int = 0) -> Iterator[Sample]:
     return drawn
 
 
-def drawn(
+def next_sample(
     samples: Iterator[Sample], n: int, passing: type[Exception] = StreamError
 ) -> Sample | None:
     """Return sample n; None at the end. Raises StreamError for all that a stream raises but that,

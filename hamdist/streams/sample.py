@@ -188,7 +188,7 @@ class SampleSpec:
 
 
 def with_weights(y: Tensor, weights: Tensor) -> Tensor:
-    """Return y (B, ...) and the weights of its rows, (B,), bit for bit as one tensor, for `parted`:
+    """Return y (B, ...) and the weights of its rows, (B,), as one tensor for `split_weights`:
     (B, n + 1) of int64, the n numbers of a row and its weight, real ones as bits of their float64.
     """
     rows = y.reshape(len(y), -1)
@@ -196,7 +196,7 @@ def with_weights(y: Tensor, weights: Tensor) -> Tensor:
     return torch.cat([bits, weights.double().reshape(-1, 1).view(torch.int64)], 1)
 
 
-def parted(target: Tensor, spec: TargetSpec) -> tuple[Tensor, Tensor]:
+def split_weights(target: Tensor, spec: TargetSpec) -> tuple[Tensor, Tensor]:
     """Return y and the weights of what `with_weights` has made. spec: of y, but for its length."""
     weights = target[:, -1].contiguous().view(torch.float64)
     rows = target[:, :-1].contiguous()

@@ -37,11 +37,11 @@ class Smoothness:
     def __init__(self) -> None:
         self._shape: torch.Size | None = None
         self._picked: Tensor | None = None
-        self._items: list[Tensor] = []
+        self._kept: list[Tensor] = []
 
     def state_dict(self) -> dict[str, Any]:
         """Return the observations as plain data."""
-        return {"shape": self._shape, "picked": self._picked, "items": self._items}
+        return {"shape": self._shape, "picked": self._picked, "items": self._kept}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Continue from the data of an earlier `snapshot`.
@@ -50,7 +50,7 @@ class Smoothness:
             state: what it returned.
         """
         self._shape, self._picked = state["shape"], state["picked"]
-        self._items = list(state["items"])
+        self._kept = list(state["items"])
 
     def observe(self, u: Tensor) -> None:
         """Record the next sample's input; ignore samples from the 65th on.
@@ -58,7 +58,7 @@ class Smoothness:
         Args:
             u: the input, (B, ...).
         """
-        if len(self._items) >= MOST_SAMPLES:
+        if len(self._kept) >= MOST_SAMPLES:
             return
         if self._shape is None:
             self._shape = u.shape
@@ -69,15 +69,15 @@ class Smoothness:
             return
         values = u.detach().reshape(-1)
         values = values if self._picked is None else values[self._picked]
-        self._items.append(values.to(torch.float32, copy=True))
+        self._kept.append(values.to(torch.float32, copy=True))
 
     @property
     def frames(self) -> float | None:
         """Return the estimate, 1 to 64 samples; None before 16 have been observed."""
-        samples = len(self._items)
+        samples = len(self._kept)
         if samples < FEWEST_ITEMS:
             return None
-        u = torch.stack(self._items)
+        u = torch.stack(self._kept)
         # not the product form, which loses small distances between large vectors
         apart = torch.cdist(u, u, compute_mode="donot_use_mm_for_euclid_dist").double()
         step = apart.diagonal(1).mean().item()

@@ -94,6 +94,12 @@ def test_quiet_says_results_and_errors_alone():
     assert wrong.stderr.startswith("Error: ")
 
 
+def test_verbose_and_quiet_exclude_each_other():
+    done = command("run", "tiny.yaml", "-v", "-q")
+    assert done.exit_code == 2
+    assert "give one of them" in done.stderr
+
+
 def test_quiet_keeps_warnings(folder):
     (folder / "warns.py").write_text(
         "import warnings\ndef data(seed):\n"

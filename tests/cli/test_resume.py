@@ -18,7 +18,7 @@ from hamdist.runtime.advice.advice import of_resumed
 from hamdist.runtime.storage.snapshot_files import latest
 from hamdist.runtime.train.train import train
 from hamdist.streams import Paced, from_iterable
-from hamdist.streams.wrappers.chosen_targets import Chosen
+from hamdist.streams.wrappers.derived import Chosen
 
 SMALL = ["--steps", "60", "--set", "engine.kind=inprocess"]
 

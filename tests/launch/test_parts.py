@@ -21,7 +21,7 @@ from hamdist.dynamics.objective.prequential import Window
 from hamdist.errors import ClusterError, SettingsError
 from hamdist.launch import local_cluster as one_host
 from hamdist.launch.cluster_file import ClusterSettings, find_cluster
-from hamdist.launch.doctor import Findings, LinkFacts, host_facts, judged, storage_fault
+from hamdist.launch.doctor import Findings, LinkFacts, host_facts, storage_fault, verdicts
 from hamdist.launch.doctor_job import HostProbe
 from hamdist.launch.driver import _as_given
 from hamdist.launch.events import (
@@ -45,7 +45,7 @@ from hamdist.launch.package import (
     packed,
     read_spec,
 )
-from hamdist.launch.submit import dry_run, kept_at, make_id, resumed_from
+from hamdist.launch.submit import dry_run, make_id, resumed_from, snapshots_path
 from hamdist.models.build import load_factory
 from hamdist.runtime.placement.assign_hosts import HostInfo
 from hamdist.runtime.placement.links import Probe
@@ -280,13 +280,13 @@ def test_a_damaged_log_gives_no_file(result, spoil, words):
 )
 def test_where_a_launched_run_keeps_snapshots(storage, path, kept):
     settings = Settings.model_validate({"snapshots": {"path": path}})
-    assert kept_at(settings, ClusterSettings(storage=storage), "x-1") == kept
+    assert snapshots_path(settings, ClusterSettings(storage=storage), "x-1") == kept
 
 
 def test_a_relative_folder_for_snapshots_is_refused():
     settings = Settings.model_validate({"snapshots": {"path": "own"}})
     with pytest.raises(SettingsError, match="'own'.*the whole path, or a URL"):
-        kept_at(settings, ClusterSettings(storage="/mnt/s"), "x-1")
+        snapshots_path(settings, ClusterSettings(storage="/mnt/s"), "x-1")
 
 
 def test_what_a_run_goes_on_from():
@@ -608,7 +608,7 @@ def findings(*changes, **more):
 def test_hosts_that_are_well():
     link = LinkFacts(first=0, second=1, seconds=0.001, bytes_per_second=1e8)
     found = findings({"storage": ""}, {"storage": ""}, links=[link])
-    assert {check.verdict for check in judged(found, GOOD.versions)} == {"ok"}
+    assert {check.verdict for check in verdicts(found, GOOD.versions)} == {"ok"}
 
 
 @pytest.mark.parametrize(
@@ -646,7 +646,7 @@ def test_hosts_that_are_well():
     ],
 )
 def test_what_is_wrong_with_hosts(found, verdict, words):
-    checks = judged(found)
+    checks = verdicts(found)
     assert [c.text for c in checks if c.verdict == verdict and words in c.text], checks
     assert {c.verdict for c in checks} <= {verdict, "ok"}
     assert found.tables()["Hosts"][0][0] == "host"
@@ -688,7 +688,7 @@ def test_no_proxy_stands_before_the_cluster(monkeypatch):
 
 
 def test_another_hamdist_in_this_terminal():
-    checks = judged(findings({}), {**GOOD.versions, "hamdist": "0"})
+    checks = verdicts(findings({}), {**GOOD.versions, "hamdist": "0"})
     assert any("0: this terminal; 1: h" in c.text and c.verdict == "FAIL" for c in checks)
 
 

@@ -463,7 +463,7 @@ class TestLearning:
         assert len(found) == 13
         gap = found["Fashion-MNIST, L = 5, batch 32, trace: against backpropagation"]
         assert (gap.ratio, gap.target, gap.reached) == (-0.19, Target(-0.2), True)
-        assert gap.configuration["settings"] == "hamdist/studies/fashion-5.yaml"
+        assert gap.configuration["settings"] == "hamdist/recipes/studies/fashion-5.yaml"
         assert gap.configuration["accuracies"]["frozen"] == 0.80
         accuracy = found["Fashion-MNIST, L = 5, batch 32, trace: accuracy"]
         assert (accuracy.ratio, accuracy.reached) == (87.51, True)

@@ -24,7 +24,7 @@ from hamdist.errors import GraphError, SettingsError, StreamError
 from hamdist.models.build import make_model
 from hamdist.runtime.train.train import train
 from hamdist.streams import Delayed, Paced, Rejoin, Sample, SampleSpec, TargetSpec, from_iterable
-from hamdist.streams.replay import drawn
+from hamdist.streams.replay import next_sample
 from hamdist.study.report.table import run_facts
 from hamdist.study.run.baseline import train_centralised
 
@@ -271,7 +271,7 @@ def test_what_a_failed_stream_held_is_let_go_at_once():
     stream = from_iterable(samples(), classes=2).samples()
     next(stream)
     with pytest.raises(StreamError, match="gone") as caught:
-        drawn(stream, 1)
+        next_sample(stream, 1)
     assert held[0]() is None
     assert isinstance(caught.value.__cause__, OSError)
 

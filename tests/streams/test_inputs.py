@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from hamdist.dynamics.graph.inputs import by_parent, called, is_input
+from hamdist.dynamics.graph.inputs import by_parent, call_model, is_input
 from hamdist.errors import StreamError
 from hamdist.streams import Checker, InputSpec, Sample, Smooth, from_iterable
 
@@ -94,7 +94,7 @@ def test_names_and_calls():
     assert is_input("u.x")
     assert not is_input("unit")
     assert list(by_parent({"x": A, "z": A})) == ["u.x", "u.z"]
-    assert torch.equal(called(model, {"z": A, "x": 2 * A}), A)
-    assert torch.equal(called(model, {"1": A, "0": 2 * A}), A)
-    assert torch.equal(called(torch.neg, A), -A)
+    assert torch.equal(call_model(model, {"z": A, "x": 2 * A}), A)
+    assert torch.equal(call_model(model, {"1": A, "0": 2 * A}), A)
+    assert torch.equal(call_model(torch.neg, A), -A)
     assert np.array_equal(by_parent(A)["u"], A)

@@ -115,7 +115,7 @@ def test_items_of_another_shape_are_left_out() -> None:
 
 def test_memory_is_bounded_and_inputs_are_copied() -> None:
     def kept(smoothness: Smoothness) -> list[Tensor]:
-        return smoothness._items
+        return smoothness._kept
 
     small, u = Smoothness(), torch.zeros(2, 3)
     for n in range(20):

@@ -75,7 +75,6 @@ class Block(Stateful):
         self.buffers = WeightBuffers(parts.weights, parts.group) if parts.double_buffered else None
 
     def state_dict(self) -> dict[str, Any]:
-        """Return the state, in tensors that later steps may overwrite: `packed` copies them."""
         state = super().state_dict()
         if self._by_network:
             state[WAITING] = self._waiting
@@ -84,7 +83,6 @@ class Block(Stateful):
         return state if self._sum is None else {**state, SUM: self._sum.state_dict()}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Continue from `state`; raise SnapshotError where it is that of another class."""
         if self._by_network:
             self._waiting, state = popped(state, WAITING)
         if self.buffers is not None:
@@ -226,7 +224,6 @@ class WeightBuffers(Stateful):
         self._before = [t.clone() for t in self._weights.theta]
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Continue from `state`; raise SnapshotError where it is that of another class."""
         super().load_state_dict(state)
         self._used = None
 
@@ -289,12 +286,10 @@ class SavesPasses(Block):
         self.trace = {sample: self.cell.rebuilt(record) for sample, record in records.items()}
 
     def state_dict(self) -> dict[str, Any]:
-        """Return the state, in tensors that later steps may overwrite: `packed` copies them."""
         counted = {COUNTED: (self.most, self.record_bytes)}
         return {**super().state_dict(), self.RECORDS: self.held(), **counted}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Continue from `state`; raise SnapshotError where it is that of another class."""
         records, rest = popped(state, self.RECORDS)
         # (Files of earlier versions have no counts; they then begin with the next record.)
         self.most, self.record_bytes = rest.pop(COUNTED, (self.most, self.record_bytes))

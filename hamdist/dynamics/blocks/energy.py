@@ -138,13 +138,10 @@ def _stacked(entries: Sequence[_Entry], name: str) -> Tensor | None:
     if example is None:
         return None
     if any(v is None for v in values):
-        example = torch.full_like(example, torch.nan, dtype=_floating(example))
+        dtype = example.dtype if example.is_floating_point() else torch.float64
+        example = torch.full_like(example, torch.nan, dtype=dtype)
     stacked = torch.stack([example if v is None else v.to(example.dtype) for v in values])
     return stacked.cpu()
-
-
-def _floating(tensor: Tensor) -> torch.dtype:
-    return tensor.dtype if tensor.is_floating_point() else torch.float64
 
 
 def lagrangian(records: Mapping[str, Records]) -> tuple[Tensor, Tensor]:

@@ -187,7 +187,6 @@ class FrozenBlock(HeadBlock):
     """A block where nothing learns, nor before it: it passes samples on and keeps nothing."""
 
     def forward(self, sample: int, inputs: Sequence[Tensor]) -> Tensor:
-        """Return h of `sample`, from its parents' states."""
         h = super().forward(sample, inputs)
         self._record = None
         return h

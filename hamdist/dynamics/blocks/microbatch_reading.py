@@ -1,4 +1,4 @@
-"""What a readout reads of a sample that comes in micro-batches (schedule/microbatches.py).
+"""The reading of a sample that comes in micro-batches (schedule/microbatches.py).
 
 The loss of a sample is a mean over its rows, or over those of its class targets that are not
 ignored; with n_i of n of them in part i

@@ -37,7 +37,7 @@ class AppliedRule(Stateful):
         self.rule, self.view = rule, view
         self.learns = rule.overrides("learn")
         self.listens = rule.signals.back != "none"
-        view.at("start", 0, len(view.h))
+        view.at("start", 0, len(view.initial))
         memory = rule.start(view)
         if not isinstance(memory, dict):
             self._refuse("start", f"returned {_kind(memory)}, not a dict by name")
@@ -75,7 +75,13 @@ class AppliedRule(Stateful):
         """
         view, names = self.view, RETURNS.get(method)
         view.at(method, sample, batch)
+        given = [*view.theta.values(), *_tensors([*arguments])]
+        given += [view.h] if method == "relax" else []
+        versions = [t._version for t in given]
         result = getattr(self.rule, method)(view, *arguments)
+        if versions != [t._version for t in given]:
+            what = "changes a weight or a signal in place, which others read as well"
+            self._refuse(method, f"{what}: work on a copy, and return an update")
         if names is None:
             return result
         if not isinstance(result, tuple) or len(result) != len(names):
@@ -83,8 +89,8 @@ class AppliedRule(Stateful):
         by_name = dict(zip(names, result, strict=True))
         if "h" in by_name:
             h, shape = by_name["h"], (batch, *view.shape)
-            if not _fits(h, shape, view.h.dtype):
-                self._refuse(method, f"gives h as {_kind(h)}, not {_of(view.h.dtype, shape)}")
+            if not _fits(h, shape, view.initial.dtype):
+                self._refuse(method, f"gives h as {_kind(h)}, not {_of(view.initial.dtype, shape)}")
             by_name["h"] = plain(by_name["h"])
         if "messages" in by_name:
             by_name["messages"] = self._messages(method, by_name["messages"])
@@ -96,7 +102,7 @@ class AppliedRule(Stateful):
             expected = f"return a list with one for each of its {parents} parents"
             self._refuse(method, f"gives its messages as {_kind(messages)}; {expected}")
         for message, parent in zip(messages, view.inputs, strict=True):
-            shape, dtype = (view.batch, *parent), view.h.dtype
+            shape, dtype = (view.batch, *parent), view.initial.dtype
             if message is not None and not _fits(message, shape, dtype):
                 to = f"a parent, not {_of(dtype, shape)}, like its state"
                 self._refuse(method, f"gives {_kind(message)} as the message to {to}")
@@ -108,11 +114,14 @@ class AppliedRule(Stateful):
     ) -> tuple[Tensor, Any]:
         """Return h, and what is kept. before: h of the token before, None at a sequence's first."""
         view, batch = self.view, len(inputs[0])
-        view.begins = before is None
+        begins = before is None
+        view.in_sample(begins=begins)
         if view.own is not None:
-            state = view.h.new_zeros(batch, *view.shape) if before is None else before
+            state = view.initial.new_zeros(batch, *view.shape) if before is None else before
             inputs = [*inputs[: view.own], state, *inputs[view.own :]]
-        return self.call("forward", sample, batch, inputs)  # type: ignore[no-any-return]
+        h, kept = self.call("forward", sample, batch, inputs)
+        view.in_sample(begins=begins, h=h)
+        return h, kept
 
     def back(
         self, kept: Any, message: Tensor, sample: int, tau: float
@@ -157,6 +166,13 @@ class AppliedRule(Stateful):
         raise GraphError(
             f"rule {type(self.rule).__name__} of block {self.view.name!r}:{where} {text}"
         )
+
+
+def _tensors(value: Any) -> list[Tensor]:
+    """Return the tensors among `value` and in its lists and tuples."""
+    if isinstance(value, (list, tuple)):
+        return [t for part in value for t in _tensors(part)]
+    return [value] if isinstance(value, Tensor) else []
 
 
 def _in_order(updates: Updates, like: Mapping[str, Tensor], prefix: str = "") -> list[Tensor]:

@@ -8,7 +8,7 @@ from graphlib import CycleError, TopologicalSorter
 from torch import Tensor, nn
 
 from hamdist.dynamics.graph.inputs import INPUT, is_input
-from hamdist.dynamics.graph.spec import BlockSpec, Edge, named, reach
+from hamdist.dynamics.graph.spec import BlockSpec, Edge, names_text, reach
 from hamdist.dynamics.user_modules.python_state import is_foreign, mutable_in
 from hamdist.errors import GraphError
 
@@ -99,7 +99,7 @@ def check_readouts(blocks: Mapping[str, BlockSpec], edges: Sequence[Edge]) -> No
     lost = [b for b in blocks if b not in reached]
     if lost:
         raise GraphError(
-            f"no path leads from {named(lost)} to a readout, so no message ever comes back; "
+            f"no path leads from {names_text(lost)} to a readout, so no message ever comes back; "
             "connect or remove them"
         )
 

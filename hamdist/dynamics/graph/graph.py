@@ -26,7 +26,7 @@ from hamdist.dynamics.graph.spec import (
     Tie,
     as_network,
     combined,
-    named,
+    names_text,
     reach,
 )
 from hamdist.dynamics.graph.ties import shared_weights, ties_of
@@ -353,7 +353,7 @@ class Graph:
             ready = sorted(freed, key=self._places.__getitem__)
         if waiting := [n for n in self.blocks if n not in shapes]:
             raise GraphError(
-                f"the shapes of {named(waiting)} depend on each other; give one block of "
+                f"the shapes of {names_text(waiting)} depend on each other; give one block of "
                 "each cycle its shape (shape=..., without the batch)"
             )
         return shapes

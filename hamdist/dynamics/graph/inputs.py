@@ -30,7 +30,7 @@ def by_parent(u: NetworkInputs) -> dict[str, Tensor]:
     return {f"{INPUT}.{name}": tensor for name, tensor in u.items()}
 
 
-def called(model: nn.Module, u: NetworkInputs) -> Any:
+def call_model(model: nn.Module, u: NetworkInputs) -> Any:
     """Return model(u), or the model called with its several inputs."""
     if isinstance(u, Tensor):
         return model(u)
@@ -55,10 +55,10 @@ def called_by_parent(model: nn.Module, inputs: Mapping[str, Tensor]) -> Any:
     """Return the model called with inputs that carry the names of parents (`u`, or `u.NAME`)."""
     if INPUT in inputs:
         return model(inputs[INPUT])
-    return called(model, {name.removeprefix(INPUT + "."): u for name, u in inputs.items()})
+    return call_model(model, {name.removeprefix(INPUT + "."): u for name, u in inputs.items()})
 
 
-def check_taken(model: nn.Module, u: NetworkInputs) -> None:
+def check_inputs(model: nn.Module, u: NetworkInputs) -> None:
     """Check that `model.forward` takes the several inputs.
 
     Raises:

@@ -150,11 +150,9 @@ class MergedSequence(nn.Module):
             before = {name: t.expand(len(u), *t.shape[1:]) for name, t in zeros.items()}
         for name, parents in self.parents.items():
             inputs = [(before if recurrent else h)[p] for p, recurrent in parents]
-            h[name] = self._module(name)(*combined(self.combines[name], inputs))
+            module = cast(nn.Module, self.blocks[name].module)
+            h[name] = module(*combined(self.combines[name], inputs))
         return h
-
-    def _module(self, name: str) -> nn.Module:
-        return cast(nn.Module, self.blocks[name].module)
 
 
 def merged_module(

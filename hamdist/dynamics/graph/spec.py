@@ -264,7 +264,7 @@ def reach(starts: Iterable[str], ways: Iterable[tuple[str, str]]) -> set[str]:
     return reached
 
 
-def named(blocks: Sequence[str]) -> str:
+def names_text(blocks: Sequence[str]) -> str:
     """Return `blocks` as an error lists them."""
     noun = "block" if len(blocks) == 1 else "blocks"
     return f"{noun} {', '.join(repr(b) for b in blocks)}"

@@ -69,7 +69,6 @@ class Coupling(InvertibleMap):
         return torch.cat([torch.sub(c, _field(self.f, self.leak, b), alpha=self.scale), b], 1)
 
     def back(self, y: Tensor, message: Tensor) -> InverseStep:
-        """Return the input of `forward`, the message to it, and the gradients."""
         b, c = halves(y)
         m_b, m_c = halves(message)
         f, to_b, g = _pull(self.f, self.leak, b, self.scale * m_c, self.theta)
@@ -115,7 +114,6 @@ class MidpointStart(InvertibleMap):
         return halves(y)[0]
 
     def back(self, y: Tensor, message: Tensor) -> InverseStep:
-        """Return the input of `forward`, the message to it, and the gradients."""
         m_0, m_1 = halves(message)
         h_0 = halves(y)[0].contiguous()
         _, to_0, g = _pull(self.f, self.leak, h_0, self.tau * m_1, self.theta)
@@ -151,7 +149,6 @@ class Squeeze(InvertibleMap):
         return nn.functional.pixel_shuffle(y, self.factor)
 
     def back(self, y: Tensor, message: Tensor) -> InverseStep:
-        """Return the input of `forward`, the message to it, and the gradients."""
         return InverseStep(self.inverse(y), self.inverse(message), [])
 
     def extra_repr(self) -> str:

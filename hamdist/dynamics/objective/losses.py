@@ -223,7 +223,7 @@ def make_losses(names: Loss | Mapping[str, Loss], ignore_index: int = IGNORE_IND
 ONLY = ""
 
 
-def named(output: Any, name: str = ONLY) -> list[tuple[str, Any]]:
+def named_parts(output: Any, name: str = ONLY) -> list[tuple[str, Any]]:
     """Return the parts of nested tuples, lists, dicts, namedtuples and dataclasses, by name."""
     parts = parts_of(output)
     if parts is None:
@@ -232,7 +232,7 @@ def named(output: Any, name: str = ONLY) -> list[tuple[str, Any]]:
     return [
         pair
         for key, value in parts
-        for pair in named(
+        for pair in named_parts(
             value, first + (str(key) if name or type(key) is not int else f"out{key}")
         )
     ]
@@ -240,7 +240,7 @@ def named(output: Any, name: str = ONLY) -> list[tuple[str, Any]]:
 
 def tensors(output: Any) -> dict[str, Tensor]:
     """Return the parts that are tensors, by name."""
-    return {name: tensor for name, tensor in named(output) if isinstance(tensor, Tensor)}
+    return {name: tensor for name, tensor in named_parts(output) if isinstance(tensor, Tensor)}
 
 
 def losses_of(

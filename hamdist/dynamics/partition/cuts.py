@@ -1,4 +1,4 @@
-"""Where the blocks of a traced model begin.
+"""The places where the blocks of a traced model begin.
 
 A unit is a module with weights and what follows it without weights (Linear, then ReLU); behind an
 invertible module what is not invertible belongs to the next one. Blocks are runs of units; where

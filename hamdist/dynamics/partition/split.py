@@ -16,8 +16,8 @@ from torch.nn.parameter import UninitializedBuffer, UninitializedParameter
 
 from hamdist.config import CutBalance, Grouping, PartitionSettings
 from hamdist.dynamics.graph.graph import BlockSpec, Graph
-from hamdist.dynamics.graph.inputs import NetworkInputs, by_parent, called_by_parent, check_taken
-from hamdist.dynamics.objective.losses import Losses, LossFunction, losses_of, mse, named
+from hamdist.dynamics.graph.inputs import NetworkInputs, by_parent, called_by_parent, check_inputs
+from hamdist.dynamics.objective.losses import Losses, LossFunction, losses_of, mse, named_parts
 from hamdist.dynamics.partition.assemble import OperationRun, assembled
 from hamdist.dynamics.partition.cuts import Cuts, Policy, stays
 from hamdist.dynamics.partition.step_seconds import step_seconds
@@ -97,7 +97,7 @@ def split_module(
     """
     if isinstance(model, nn.Sequential) and not any(m is not None for m in model._modules.values()):
         raise GraphError("the model is an empty nn.Sequential; give it at least one module")
-    check_taken(model, example)
+    check_inputs(model, example)
     inputs = by_parent(example)
     divides = (partition.blocks or 1) > 1 or bool(partition.cuts) or policy is not None
     chain = policy is None and callable(loss) and len(inputs) == 1
@@ -178,7 +178,7 @@ def traced(model: nn.Module, example: NetworkInputs) -> fx.Graph:
     Raises:
         GraphError: the model does something that cannot be followed.
     """
-    check_taken(model, example)
+    check_inputs(model, example)
     inputs = by_parent(example)
     try:
         steps = trace(model, inputs, called_by_parent)
@@ -215,7 +215,7 @@ def _outputs(
     followed: Trace, loss: Losses, targets: Collection[str] | None
 ) -> tuple[list[str], list[Value], list[LossFunction]]:
     """Return names (of the only one: ''), values and losses of the outputs that have a loss."""
-    outputs = [(name, value_of(node)) for name, node in named(followed.output)]
+    outputs = [(name, value_of(node)) for name, node in named_parts(followed.output)]
     refs = {name: value for name, value in outputs if value is not None}
     if not refs:
         raise GraphError(

@@ -19,7 +19,7 @@ from hamdist.dynamics.updates.constants import Constant, Dynamics
 from hamdist.dynamics.updates.weights import Weights
 from hamdist.dynamics.user_modules.generator import generator_kept
 from hamdist.dynamics.vjp.autograd import AutogradFunction
-from hamdist.dynamics.vjp.closed import closed_cell
+from hamdist.dynamics.vjp.closed import make_closed
 from hamdist.dynamics.vjp.local_function import LocalFunction
 
 REPEATS = 7
@@ -54,7 +54,7 @@ def _timed(block: BlockSpec, arguments: list[Tensor], *, wanted: bool) -> tuple[
     wanted: parents learn by its messages.
     """
     module, joined = block.module, Combine.ARGUMENTS
-    closed = closed_cell(module, joined, 0, len(arguments), native=rows.built())
+    closed = make_closed(module, joined, 0, len(arguments), native=rows.built())
     function: LocalFunction = closed or AutogradFunction(module, joined, 0)
     weights = Weights(function.theta, _DESCENT, Order.OMEGA_FIRST, function.names)
     messages = [wanted and x.is_floating_point() for x in arguments]

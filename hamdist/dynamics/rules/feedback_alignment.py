@@ -34,7 +34,7 @@ def sizes_of(block: BlockView) -> dict[str, float]:
     }
 
 
-def drawn(block: BlockView, sizes: Mapping[str, float]) -> dict[str, Tensor]:
+def feedback_matrices(block: BlockView, sizes: Mapping[str, float]) -> dict[str, Tensor]:
     """Return a matrix for each weight matrix of the block, B ~ N(0, size^2)."""
     return {name: block.randn_like(w) * sizes[name] for name, w in block.matrices.items()}
 
@@ -45,7 +45,7 @@ class FeedbackAlignment(Rule):
     on_readout = True
 
     def start(self, block: BlockView) -> dict[str, Any]:
-        return drawn(block, sizes_of(block))
+        return feedback_matrices(block, sizes_of(block))
 
     def feedback(self, block: BlockView) -> Mapping[str, Tensor]:
         """Return B by weight."""
@@ -73,13 +73,13 @@ class SignSymmetry(FeedbackAlignment):
         sizes = sizes_of(block)
         if self.magnitude != "fixed":
             return sizes
-        return {n: b.abs() for n, b in drawn(block, sizes).items()}
+        return {n: b.abs() for n, b in feedback_matrices(block, sizes).items()}
 
     def feedback(self, block: BlockView) -> Mapping[str, Tensor]:
         # (earlier snapshots have no sizes)
         sizes = block.memory or {n: w[0].numel() ** -0.5 for n, w in block.matrices.items()}
         if self.magnitude == "batchwise":
-            sizes = drawn(block, sizes)
+            sizes = feedback_matrices(block, sizes)
         return {n: w.sign() * abs(sizes[n]) for n, w in block.matrices.items()}
 
 

@@ -12,6 +12,7 @@ HOMES = {  # module and class
     "kolen-pollack": "feedback_alignment.KolenPollack",
     "direct-feedback-alignment": "feedback_alignment.DirectFeedbackAlignment",
     "predictive-coding": "predictive_coding.PredictiveCoding",
+    "augmented-lagrangian": "predictive_coding.AugmentedLagrangian",
     "equilibrium-propagation": "predictive_coding.EquilibriumPropagation",
     "mono-forward": "local_losses.MonoForward",
     "forward-forward": "local_losses.ForwardForward",

@@ -4,18 +4,23 @@
 
     predictive coding         h <- h - gamma B dF/dh, then theta <- theta - lr dF/dtheta
                               (Whittington and Bogacz 2017, Eq. 2.16 to 2.19)
-    equilibrium propagation   the same with -beta L, then with +beta L:
+    augmented Lagrangian      the same with lambda_l + rho (h_l - f_l) for h_l - f_l, and
+                              lambda_l <- lambda_l + alpha (h_l - f_l) in every tick
+                              (Seely and Gould 2026, arXiv:2605.31022)
+    equilibrium propagation   the same as predictive coding with -beta L, then with +beta L:
                               g = (dF/dtheta(+beta) - dF/dtheta(-beta)) / (2 beta)
                               (Scellier and Bengio 2017, Theorem 1; Laborieux et al. 2021, Eq. 7)
 
 An iteration is a tick: a sample is held for `locality.speed` ticks. The first signal of a sample
 sets h = f, at the tick of the block's depth; messages are of the sample two ticks later.
+With multipliers h = f at rest, and lambda is backpropagation's gradient but for its sign.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 
+import torch
 from torch import Tensor
 
 from hamdist.dynamics.rules.rule import BlockView, Messages, Rule, Updates
@@ -46,9 +51,30 @@ class PredictiveCoding(Rule):
             return f, [None] * len(inputs), {}
         if block.age == block.depth + 1:
             message = message * 0  # it is still about the sample before
-        error = (block.h - f) / block.batch
-        messages, updates = block.vjp(inputs, -error)  # dF/dh of the parents, dF/dtheta
-        return block.h - self.rate * block.batch * (error + message), messages, updates
+        force = self.force(block, block.h - f) / block.batch
+        messages, updates = block.vjp(inputs, -force)  # dF/dh of the parents, dF/dtheta
+        return block.h - self.rate * block.batch * (force + message), messages, updates
+
+    def force(self, block: BlockView, error: Tensor) -> Tensor:  # noqa: ARG002
+        """Return B dF/dh of the block's own term, of h - f."""
+        return error
+
+
+class AugmentedLagrangian(PredictiveCoding):
+    """Each row of a state has multipliers, which go on until h = f: updates are then exact.
+
+    Args:
+        rate: gamma; dual: alpha, the step of the multipliers; penalty: rho.
+    """
+
+    def __init__(self, rate: float = 0.2, dual: float = 0.2, penalty: float = 1.0) -> None:
+        self.rate, self.dual, self.penalty = rate, dual, penalty
+
+    def force(self, block: BlockView, error: Tensor) -> Tensor:
+        zeros = torch.zeros_like(error)
+        before = block.memory["lambda"] if block.age > block.depth + 1 else zeros
+        block.memory["lambda"] = before + self.dual * error
+        return before + self.penalty * error
 
 
 class EquilibriumPropagation(PredictiveCoding):

@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
-from typing import Any, ClassVar, TypeAlias
+from typing import Any, ClassVar, NoReturn, TypeAlias
 
 import torch
 from torch import Tensor, nn
@@ -173,14 +173,13 @@ class BlockView:
 
     Attributes:
         name: of the block; depth: ticks from the input; readout: True for an output net.
-        own: place of its own state of the token before among the inputs, in a sequence; begins:
-            True in the forward pass of a sequence's first token.
+        own: place of its own state of the token before among the inputs, in a sequence.
         theta: the weights that are learned, by name; as they are now, and not to be written to.
         memory: the rule's own plain data by name, which it may change.
         shape: of h, inputs: of each parent's h, outputs: of the first readout's prediction; all
             without the batch.
         batch: B, of the sample; sample: its number.
-        h: state of a held block (B, ...); in `start` zeros like h.
+        initial: h at the start, of the batch with which the run begins.
         tick: of a held block; age: ticks since its sample is at the input; ticks: of a sample.
         learns: True in the ticks in which the weights of a held block move.
     """
@@ -197,16 +196,18 @@ class BlockView:
     join: Callable[[Sequence[Tensor]], list[Tensor]]
     seed: Callable[[str], int]
     random: Callable[[str], AbstractContextManager[None]]
+    initial: Tensor
+    copies: bool = False
     own: int | None = None
-    begins: bool = True
     memory: dict[str, Any] = field(default_factory=dict)
     batch: int = 0
     sample: int = 0
-    h: Tensor = field(default_factory=lambda: torch.zeros(0))
     tick: int = 0
     age: int = 0
     ticks: int = 0
     learns: bool = True
+    _h: Tensor | None = field(default=None, init=False)
+    _begins: bool = field(default=True, init=False)
 
     def at(self, phase: str, sample: int, batch: int) -> None:
         """Move to a phase of a sample, or of a tick: random numbers begin anew.
@@ -229,7 +230,41 @@ class BlockView:
             ticks: of a sample.
             learns: True if weights move in it.
         """
-        self.h, self.tick, self.age, self.ticks, self.learns = h, k, k % ticks, ticks, learns
+        self._h, self.tick, self.age, self.ticks, self.learns = h, k, k % ticks, ticks, learns
+
+    def in_sample(self, *, begins: bool, h: Tensor | None = None) -> None:
+        """Move to a pulse's forward pass, and behind it with its h.
+
+        Args:
+            begins: True if it is the first token of a sequence.
+            h: (B, ...).
+        """
+        self._begins, self._h = begins, h
+
+    @property
+    def h(self) -> Tensor:
+        """Return the state (B, ...): in `relax` of the tick, in `learn` of the sample, in `start`
+        the initial one. Raises GraphError in `forward` and `backward`, where none is the sample's.
+        """
+        state = self.initial if self._phase == "start" else self._h
+        if state is None or self._phase in ("forward", "backward", "feedback"):
+            self._refuse("h", "return what `backward` needs of it as a part of `kept`")
+        return state
+
+    @property
+    def begins(self) -> bool:
+        """Return True in `forward` (and `learn`) of a sequence's first token.
+
+        Raises GraphError in `backward`: other tokens have passed since, and one without a target
+        has no call. Traces are moved on in `forward`.
+        """
+        if self._phase not in ("forward", "learn"):
+            self._refuse("begins", "move traces on in `forward`, which every token has")
+        return self._begins
+
+    def _refuse(self, name: str, remedy: str) -> NoReturn:
+        where = f"rule of block {self.name!r}: block.{name} in {self._phase}()"
+        raise GraphError(f"{where} is of another sample: {remedy}")
 
     @property
     def generator(self) -> torch.Generator:
@@ -334,6 +369,7 @@ class BlockView:
             values |= {name: b.clone() for name, b in self.module.named_buffers()}
         self._first = False
         with self.random(f"module {self.sample} {self.tick}"):
+            inputs = [x.clone() for x in inputs] if self.copies else inputs
             output = functional_call(self.module, values, tuple(self.join(inputs)))
         if not isinstance(output, Tensor):
             raise GraphError(f"block {self.name!r} returned {type(output).__name__}, not a tensor")

@@ -182,6 +182,12 @@ class _Refusal(NamedTuple):
             self.unless(whole, f"ticks() is {ticks!r}; return a whole number, 1 or more")
             most = 2 * ticks * len(graph.blocks)  # (a block does F and B once a tick)
             events: list[object] = list(islice(level.events(graph), most + 1))
+            pure = (level.ticks(graph), list(islice(level.events(graph), most + 1)))
+            self.unless(
+                pure == (ticks, events),
+                "it is another one when asked again; let ticks() "
+                "and events() depend on the graph alone, as every process asks",
+            )
         except LevelError:
             raise
         except Exception as error:

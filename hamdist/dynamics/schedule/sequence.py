@@ -37,8 +37,9 @@ from hamdist.errors import LevelError
 
 
 class SequenceSchedule:
-    """carries: whether the states at the end of a sequence are those that the next begins with;
-    otherwise it begins with zeros.
+    """The schedule of sequences, which travel forward, and then back token by token.
+
+    carries: the states at the end of a sequence are those that the next begins with; else zeros.
 
     Raises LevelError for a readout with a state, and for a block that no token reaches in its own
     time.

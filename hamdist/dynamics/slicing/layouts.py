@@ -1,4 +1,4 @@
-"""How the values inside a sliced block lie over its slices, operation by operation.
+"""Layouts of the values inside a sliced block over its slices, operation by operation.
 
     Whole   every reader needs all of it: it is joined before it is read, or computed in one place
     Split   slice i has its own part of one axis (neurons, channels, heads)
@@ -170,7 +170,8 @@ class Layouts(ShapeLayouts):
 
     def _neurons(self, node: fx.Node, x: fx.Node, module: Any) -> OpLayout:
         """Slice a Linear or a convolution: by columns where its input is split, else by rows."""
-        if len(self._uses_of(node)) > 1:
+        target = node.target
+        if sum(n.op == "call_module" and n.target == target for n in node.graph.nodes) > 1:
             raise GraphError(
                 f"block {self._name!r} cannot be sliced: its module {_path(node)!r} is used more "
                 "than once; give each place its own module, or leave its slices out"
@@ -230,9 +231,6 @@ class Layouts(ShapeLayouts):
         if node in self._grain:
             return layout.units, "heads, or other groups of neurons that stay together"
         return layout.units, "neurons" if isinstance(module, nn.Linear) else "channels"
-
-    def _uses_of(self, node: fx.Node) -> list[fx.Node]:
-        return [n for n in node.graph.nodes if n.op == "call_module" and n.target == node.target]
 
     # -- operations ------------------------------------------------------------------------------
 

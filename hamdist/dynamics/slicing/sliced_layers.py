@@ -98,8 +98,9 @@ def inputs_of(module: Any, share: Share) -> tuple[nn.Module, SlicePlaces]:
     layer.weight = _rows_of(module.weight, 1, index)
     places: SlicePlaces = {"weight": (1, index)}
     layer.bias = None
-    if module.bias is not None and share.i == 0:
-        layer.bias = _whole(module.bias)
+    bias = module.bias
+    if bias is not None and share.i == 0:
+        layer.bias = nn.Parameter(bias.detach().clone(), requires_grad=bias.requires_grad)
         places["bias"] = None
     _rename(layer, ("in_features", "in_channels"), len(index))
     return layer, places
@@ -138,10 +139,6 @@ def heads_of(module: nn.MultiheadAttention, share: Share) -> tuple[nn.Module, Sl
         if share.i == 0:
             places["out_proj.bias"] = None
     return heads, places
-
-
-def _whole(parameter: Tensor) -> nn.Parameter:
-    return nn.Parameter(parameter.detach().clone(), requires_grad=parameter.requires_grad)
 
 
 def _rename(module: nn.Module, names: Sequence[str], size: int) -> None:

@@ -1,4 +1,4 @@
-"""What a model does, written down while it runs on plain tensors.
+"""The operations of a model, recorded while it runs on plain tensors.
 
 torch.fx runs a model on stand-ins, which fail at `isinstance(x, Tensor)`, at
 `torch.arange(x.shape[1])` or `assert x.shape[1] <= 128`. Here it runs on real tensors under a

@@ -1,1 +1,1 @@
-"""How weights move: the constants of the equations, costates, averages, whitening, step size."""
+"""Updates of weights: the constants of the equations, costates, averages, whitening, step size."""

@@ -54,7 +54,9 @@ class Constant:
 
 @dataclass(frozen=True)
 class Dynamics:
-    """tau: by tick; None where the stream's time stamps give it. phi: by tick, where the
+    """The constants of the equations of a run, or of one of its blocks.
+
+    tau: by tick; None where the stream's time stamps give it. phi: by tick, where the
     presentation is not 'hold' by sample; first_phi: for the first loss that a readout takes (in a
     sequence: for all losses of the first one), if not None.
     beta: of the weights; betas: of those whose name is given, or fits a pattern: the first one.

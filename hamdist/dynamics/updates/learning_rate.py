@@ -1,4 +1,4 @@
-"""How the step size changes over a run: a factor of beta by sample n = 0, 1, ... of N.
+"""The step size over a run: a factor of beta by sample n = 0, 1, ... of N.
 
     decay    linear  1 - (1 - f) n/N           cosine  f + (1 - f) (1 + cos(pi n/N))/2
     warm-up  min(1, (n + 1)/W)                 course  values by sample (`learning.course`)

@@ -1,4 +1,4 @@
-"""What is in the state of an optimiser: its form, and the attributes of a user's class."""
+"""The state of an optimiser: its form, and the attributes of a user's class."""
 
 from __future__ import annotations
 

@@ -175,7 +175,7 @@ def _check_optimizer(opt: Optimizer, block: str, parameters: Sequence[nn.Paramet
 def _by_settings(
     s: OptimizerSettings, lr: float, named: Mapping[str, nn.Parameter]
 ) -> list[Optimizer]:
-    """named: by the names that patterns know."""
+    """Return the optimisers that settings name. named: parameters by the names of patterns."""
     options = {**s.options, "lr": lr}
     parts = [(s.name, options, dict(named))]
     if s.name == MUON:

@@ -39,9 +39,9 @@ from hamdist.dynamics.vjp.gradient import (
     add_to,
     all_dense,
     all_moved,
-    bound,
     dense,
     has_moved,
+    norm_bound,
     norm_of,
 )
 
@@ -299,7 +299,7 @@ class Weights(Stateful):
         A bound of omega's norm follows from the factors; the norm itself is computed only where the
         bound is too large.
         """
-        most = abs(gain) * bound([g_i for g_i in g if not has_moved(g_i)])
+        most = abs(gain) * norm_bound([g_i for g_i in g if not has_moved(g_i)])
         most += abs(keeps) * self._bound if keeps else 0.0
         if not most <= self._largest:
             omega: list[Tensor] = [dense(g_i) * gain for g_i in g]

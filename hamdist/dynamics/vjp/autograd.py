@@ -29,6 +29,14 @@ from hamdist.dynamics.vjp.seeding import TORCHS, OwnGenerator, draws, foreign
 from hamdist.errors import GraphError
 
 
+def may_write(module: nn.Module) -> bool:
+    """Return True if a forward pass of the module may write to its inputs."""
+    return foreign(module) or any(
+        getattr(m, "inplace", False) or (isinstance(m, TracedModule) and m.hamdist_writes)
+        for m in module.modules()
+    )
+
+
 class AutogradFunction(ModuleFunction):
     """A local function of any module, by autograd.
 
@@ -53,13 +61,9 @@ class AutogradFunction(ModuleFunction):
         self._foreign = foreign(module)
         self._weights_at = {p.untyped_storage().data_ptr() for p in module.parameters()}
         self._pieces = any(isinstance(m, TracedModule) for m in module.modules())
-        self._copies = self._foreign or any(
-            getattr(m, "inplace", False) or (isinstance(m, TracedModule) and m.hamdist_writes)
-            for m in module.modules()
-        )
+        self._copies = may_write(module)
 
     def forward(self, inputs: Sequence[Tensor], wanted: Sequence[bool]) -> ForwardRecord:
-        """Run a forward pass. wanted: by input, whether its product will be needed."""
         theta = self._parameters
         if self._stash:
             theta = [t.clone().requires_grad_() for t in self.theta]
@@ -68,7 +72,6 @@ class AutogradFunction(ModuleFunction):
     def forward_at(
         self, theta: Sequence[Tensor], inputs: Sequence[Tensor], wanted: Sequence[bool]
     ) -> ForwardRecord:
-        """Run a forward pass with other weights, which the record keeps (with `stash`)."""
         return self._forward([t.requires_grad_() for t in theta], inputs, wanted)
 
     def _forward(

@@ -182,7 +182,7 @@ def _combined_places(combine: Combine, parents: int) -> list[tuple[int, ...]]:
     return [tuple(range(parents))]
 
 
-def closed_cell(
+def make_closed(
     module: nn.Module, combine: Combine, seed: int, parents: int, *, native: bool = False
 ) -> ClosedFunction | None:
     """Return the closed form of `module` with so many parents; None where it has none.

@@ -218,7 +218,7 @@ def norm_of(g: Sequence[Gradient]) -> float:
     return math.sqrt(squares)
 
 
-def bound(g: Sequence[Gradient]) -> float:
+def norm_bound(g: Sequence[Gradient]) -> float:
     """Return a number that the norm of all of g together does not exceed, or NaN.
 
     All norms are taken in one call: |z^T x| <= |z| |x| (Frobenius), and R rows of z add up to at

@@ -152,7 +152,6 @@ class ModuleFunction(LocalFunction):
             self._random.load_state_dict(state["random"])
 
     def held(self, record: Any) -> dict[str, Any]:
-        """Return a record as plain data (saved_state/)."""
         live = {t.untyped_storage().data_ptr() for t in self.module.parameters()}
         live |= {t.untyped_storage().data_ptr() for t in self.module.buffers()}
         return {

@@ -34,11 +34,9 @@ class WrappingFunction(LocalFunction):
         self.inner = inner
 
     def state_dict(self) -> dict[str, Any]:
-        """Return the state of `inner`."""
         return self.inner.state_dict()
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Continue from `state`."""
         self.inner.load_state_dict(state)
 
     def forward(self, inputs: Sequence[Tensor], wanted: Sequence[bool]) -> Any:
@@ -104,7 +102,7 @@ def flat(tensors: Sequence[Tensor]) -> Tensor:
     return torch.cat([t.detach().reshape(-1) for t in tensors])
 
 
-def parted(numbers: Tensor, like: Sequence[Tensor]) -> list[Tensor]:
+def split_vector(numbers: Tensor, like: Sequence[Tensor]) -> list[Tensor]:
     """Return the elements of a vector of `flat`, in the shapes, dtypes and devices of `like`."""
     parts = torch.split(numbers, [t.numel() for t in like])
     return [part.view(t.shape).to(t) for part, t in zip(parts, like, strict=True)]
@@ -156,7 +154,7 @@ class TiedFunction(WrappingFunction):
 
     def add(self, names: Sequence[str], numbers: Tensor) -> None:
         """Add a user's gradients of shared weights to those of the next pull."""
-        for name, g in zip(names, parted(numbers, self.weights(names)), strict=True):
+        for name, g in zip(names, split_vector(numbers, self.weights(names)), strict=True):
             self._added[name] = self._added[name] + g if name in self._added else g
 
     def take(self) -> dict[str, Tensor] | None:
@@ -167,6 +165,6 @@ class TiedFunction(WrappingFunction):
     def overwrite(self, names: Sequence[str], numbers: Tensor) -> None:
         """Overwrite foreign weights with the values of their owner."""
         for weight, new in zip(
-            self.weights(names), parted(numbers, self.weights(names)), strict=True
+            self.weights(names), split_vector(numbers, self.weights(names)), strict=True
         ):
             weight.copy_(new)

@@ -39,7 +39,7 @@ from hamdist.runtime.transport.gpu_ring import Refusal
 from hamdist.streams.live import live_of
 from hamdist.streams.replay import drops, replays
 from hamdist.streams.sample import Stream
-from hamdist.streams.wrappers.without_sample import WithoutSample
+from hamdist.streams.wrappers.derived import WithoutSample
 
 # Samples of one sequence from which on it looks as if the ends had been forgotten.
 LONG_SEQUENCE = 100
@@ -184,7 +184,7 @@ def open_endpoints(engine: EngineSettings) -> list[str]:
     ]
 
 
-def lending_notes(engine: EngineSettings, shared: int, refusals: Sequence[Refusal]) -> list[str]:
+def gpu_signal_notes(engine: EngineSettings, shared: int, refusals: Sequence[Refusal]) -> list[str]:
     """Warn, once for each reason, if signals between GPUs of one host go through host memory.
 
     `shared` is the number of channels that were tested before the start.

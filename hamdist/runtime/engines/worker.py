@@ -180,9 +180,9 @@ class Worker:
         """Test whether offered GPU memory can be reached, before the first tick."""
         self._transport.answer_offers()
 
-    def hear_answers(self) -> tuple[int, list[Refusal]]:
+    def read_answers(self) -> tuple[int, list[Refusal]]:
         """Return how many channels offered memory, and the refusals."""
-        self._transport.hear_answers()
+        self._transport.read_answers()
         return len(self._gpu_senders), self._refusals()
 
     def _refusals(self) -> list[Refusal]:
@@ -294,7 +294,7 @@ class Worker:
         if self._snapshot_writer is None or self._sent_log is None:
             return None
         written, failure = self._snapshot_writer.collected()
-        return SnapshotNews(written, failure, self._sent_log.nbytes, self._sent_log.forgot)
+        return SnapshotNews(written, failure, self._sent_log.nbytes, self._sent_log.dropped)
 
     def _wait(self) -> BlockedChannel | None:
         waiting = self._transport.waiting

@@ -1,5 +1,5 @@
-"""What a process of a run measures, between two steps of its nodes, and what it tells of itself:
-while it runs, and at its end.
+"""Measurements of a process of a run, between two steps of its nodes, and its reports: while it
+runs, and at its end.
 """
 
 from __future__ import annotations
@@ -325,13 +325,13 @@ class BlockedChannel:
 class SnapshotNews:
     """Files written since the last status, the failure of one, and the bytes of kept signals.
 
-    `forgot` says that signals were dropped: no process can restart from the latest snapshot.
+    `dropped` says that signals were dropped: no process can restart from the latest snapshot.
     """
 
     written: list[WrittenFiles]
     failure: str | None
     nbytes: int
-    forgot: bool = False
+    dropped: bool = False
 
 
 @dataclass(frozen=True, slots=True)

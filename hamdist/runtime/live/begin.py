@@ -19,7 +19,7 @@ from hamdist.dynamics.user_modules.code_digest import code_digests
 from hamdist.dynamics.user_modules.copies import copied
 from hamdist.errors import HamdistWarning, SettingsError
 from hamdist.runtime.live.callbacks import Callback, check_callbacks
-from hamdist.runtime.live.journal import Journal, named, read_named
+from hamdist.runtime.live.journal import Journal, named_tensors, read_named
 from hamdist.runtime.live.run import LiveRun
 from hamdist.runtime.plan.learners import own_optimizer
 from hamdist.runtime.results.events import EventListener, FolderStarted
@@ -128,7 +128,11 @@ def _write_beginning(
         resumes = snapshots is not None and latest_complete(storage(snapshots)) is not None
         return resume if Path(resume) != journal.folder else snapshots if resumes else None
     u = example.u if example.inputs is None else example.inputs
-    tensors = {**named("u", u), **named("y", example.y), **named("weights", _weights(model))}
+    tensors = {
+        **named_tensors("u", u),
+        **named_tensors("y", example.y),
+        **named_tensors("weights", _weights(model)),
+    }
     journal.write({"event": "begin", **facts}, tensors)
     return None
 

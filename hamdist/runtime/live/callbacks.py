@@ -1,6 +1,4 @@
-"""What a live run answers, and the functions that it calls as things happen, with three users of
-them.
-"""
+"""Answers of a live run, and the functions that it calls as things happen, with uses of them."""
 
 from __future__ import annotations
 
@@ -13,8 +11,6 @@ from torch import Tensor, nn
 
 from hamdist.dynamics.graph.inputs import NetworkInputs
 from hamdist.errors import SettingsError, Stop
-from hamdist.runtime.nodes.emissions import Answered
-from hamdist.runtime.plan.plan import Plan
 from hamdist.runtime.results.events import ActorReplaced, SnapshotComplete, WindowFull
 from hamdist.runtime.results.result import Progress, RunResult
 from hamdist.runtime.results.scores import Scores, Targets
@@ -36,14 +32,6 @@ class Answer:
         """Return the updates that each block's weights had had when the sample passed it (with
         presentation 'hold': when its prediction was made), as the stamps of signals count them."""
         return self._versions()
-
-
-def versions_of(plan: Plan, news: Answered) -> dict[str, int]:
-    """Return `Answer.versions`."""
-    edges = [edge for edge in plan.graph.edges if not edge.from_input]
-    sent = {edge.parent: plan.schedule.state(edge, news.event) for edge in edges}
-    others = {name: stamp.version for name, stamp in sent.items() if stamp is not None}
-    return {**others, news.readout: news.version}
 
 
 @dataclass(frozen=True, slots=True)
@@ -93,14 +81,14 @@ class Callback:
     """
 
     def on_start(self, run: Any) -> None:
-        """Hear that the run has begun.
+        """Handle the start of the run.
 
         Args:
             run: the `LiveRun`.
         """
 
     def on_sample(self, run: Any, answer: Any) -> None:
-        """Hear that a sample has been answered.
+        """Handle the answer to a sample.
 
         Args:
             run: the `LiveRun`.
@@ -108,7 +96,7 @@ class Callback:
         """
 
     def on_window(self, run: Any, event: WindowFull) -> None:
-        """Hear that a window of prequential metrics is full.
+        """Handle a full window of prequential metrics.
 
         Args:
             run: the `LiveRun`.
@@ -116,7 +104,7 @@ class Callback:
         """
 
     def on_evaluate(self, run: Any, scores: Scores, model: nn.Module) -> None:
-        """Hear that `run.evaluate` has scored a model.
+        """Handle the scores of `run.evaluate`.
 
         Args:
             run: the `LiveRun`.
@@ -125,7 +113,7 @@ class Callback:
         """
 
     def on_snapshot(self, run: Any, event: SnapshotComplete) -> None:
-        """Hear that a snapshot is complete.
+        """Handle a complete snapshot.
 
         Args:
             run: the `LiveRun`.
@@ -133,7 +121,7 @@ class Callback:
         """
 
     def on_loss_of_actor(self, run: Any, event: ActorReplaced) -> None:
-        """Hear that an actor was lost, and has been replaced.
+        """Handle the replacement of a lost actor.
 
         Args:
             run: the `LiveRun`.
@@ -141,7 +129,7 @@ class Callback:
         """
 
     def on_end(self, run: Any, result: RunResult) -> None:
-        """Hear that the run has ended.
+        """Handle the end of the run.
 
         Args:
             run: the `LiveRun`.
@@ -149,7 +137,7 @@ class Callback:
         """
 
 
-HEARD: Mapping[type, str] = {
+METHOD_OF: Mapping[type, str] = {
     Answer: "on_sample",
     WindowFull: "on_window",
     SnapshotComplete: "on_snapshot",

@@ -80,7 +80,10 @@ class Journal:
             line["rate"] = entry.rate
         if sample is not None:
             u = sample.u if sample.inputs is None else sample.inputs
-            tensors = {**(named("u", u) if entry.event == "feed" else {}), **named("y", sample.y)}
+            tensors = {
+                **(named_tensors("u", u) if entry.event == "feed" else {}),
+                **named_tensors("y", sample.y),
+            }
             line |= {"end": True} if sample.end else {}
         self.write(line, tensors)
 
@@ -145,7 +148,7 @@ def packed(tensors: Mapping[str, Any], facts: dict[str, str] | None = None) -> b
     return save(copies, facts)
 
 
-def named(name: str, value: Any) -> dict[str, Tensor | None]:
+def named_tensors(name: str, value: Any) -> dict[str, Tensor | None]:
     """Return one tensor, or those of a dict or tuple, by names for a file: 'u', or 'u.NAME'."""
     if isinstance(value, tuple):
         value = dict(enumerate(value))
@@ -155,6 +158,6 @@ def named(name: str, value: Any) -> dict[str, Tensor | None]:
 
 
 def read_named(name: str, read: Mapping[str, Tensor]) -> Tensor | dict[str, Tensor] | None:
-    """Return what `named` has made the names of."""
+    """Return what `named_tensors` has made the names of."""
     several = {k[len(name) + 1 :]: t for k, t in read.items() if k.startswith(f"{name}.")}
     return several or read.get(name)

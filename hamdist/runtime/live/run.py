@@ -21,14 +21,7 @@ from hamdist.dynamics.graph.inputs import NetworkInputs
 from hamdist.dynamics.objective.losses import Losses, make_losses
 from hamdist.dynamics.user_modules.copies import loss_copy
 from hamdist.errors import SettingsError, Stop, StreamError
-from hamdist.runtime.live.callbacks import (
-    HEARD,
-    Answer,
-    Callback,
-    LiveStatus,
-    Predictions,
-    versions_of,
-)
+from hamdist.runtime.live.callbacks import METHOD_OF, Answer, Callback, LiveStatus, Predictions
 from hamdist.runtime.live.journal import Journal
 from hamdist.runtime.nodes.emissions import Answered, HandedOver
 from hamdist.runtime.nodes.source import checker_of
@@ -43,10 +36,10 @@ from hamdist.streams.entries import Entry
 from hamdist.streams.iterable import IterableStream
 from hamdist.streams.live import LiveStream
 from hamdist.streams.sample import Sample, SampleSpec, Stream
-from hamdist.streams.wrappers.chosen_targets import Chosen
+from hamdist.streams.wrappers.derived import Chosen
 
 
-class LiveRun:
+class LiveRun(contextlib.AbstractContextManager["LiveRun"]):
     """A run that learns while one talks to it (`hamdist.start`); as a context it stops at the end.
 
     Calls may come from several threads; they are accepted one after the other, and this order is
@@ -126,8 +119,8 @@ class LiveRun:
         while self._callbacks and self._happened and not self._calling:
             event, self._calling = self._happened.popleft(), True
             try:
-                if type(event) in HEARD:
-                    self._tell(HEARD[type(event)], event)
+                if type(event) in METHOD_OF:
+                    self._tell(METHOD_OF[type(event)], event)
             finally:
                 self._calling = False
 
@@ -161,8 +154,7 @@ class LiveRun:
             return
         del self._parts[news.number]
         prediction = parts if len(parts) > 1 else news.prediction
-        versions = partial(versions_of, self._plan, news)
-        answer = Answer(news.number, prediction, versions)
+        answer = Answer(news.number, prediction, partial(news.versions, self._plan))
         self._answers[news.number] = answer
         if self._callbacks:
             self._happened.append(answer)
@@ -196,7 +188,14 @@ class LiveRun:
         return self._say(Entry("feed", sample=sample), wait=wait)
 
     def predict(self, u: Any, *, end: bool = False, wait: bool = True) -> Answer:
-        """Feed a sample without a label, and return its prediction. No weight moves by it."""
+        """Feed a sample without a label, and return its prediction. No weight moves by it.
+
+        Args:
+            u, end, wait: as of `feed`.
+
+        Raises:
+            StreamError: the sample does not fit, or the run is paused or ends before the answer.
+        """
         if self._stream.paused:
             raise StreamError("the run is paused, so no answer comes: go_on() first")
         entry = Entry("feed", sample=self._sample(self._stream.accepted.fed, u, None, end))
@@ -211,8 +210,15 @@ class LiveRun:
     def teach(self, number: int, y: Any, *, wait: bool = True) -> None:
         """Give the label of an earlier sample, which passes the network once more to be learned.
 
-        The score is that of the prediction of then (progressive validation with delay). Raises
-        StreamError if the sample waits for no label, or if the level cannot show it again.
+        The score is that of the prediction of then (progressive validation with delay).
+
+        Args:
+            number: of the sample, as `feed` has returned it.
+            y: its label, (B,) classes or (B, O) values; a dict by readout where there are several.
+            wait: as of `feed`.
+
+        Raises:
+            StreamError: the sample waits for no label, or the level cannot show it again.
         """
         if not self._plan.knobs.pulse:
             raise StreamError(
@@ -229,7 +235,11 @@ class LiveRun:
     def set(self, *, learning: Mapping[str, float]) -> None:
         """Change the learning rate from the next sample on: `learning={"lr": 0.05}`.
 
-        Blocks with a rate of their own keep its ratio to the others'.
+        Args:
+            learning: `lr` alone. Blocks with a rate of their own keep its ratio to the others'.
+
+        Raises:
+            SettingsError: another field, or a run whose step size does not come from `lr`.
         """
         lr_before, lr = self.settings.learning.lr, learning.get("lr")
         if set(learning) != {"lr"} or not isinstance(lr, (int, float)) or not lr >= 0:
@@ -264,10 +274,10 @@ class LiveRun:
     # -- looking --------------------------------------------------------------------------------
 
     def predictions(self, *, follow: bool = False) -> Predictions:
-        """Return pairs of number and answer of fed samples, in order, each once.
+        """Return pairs of number and answer, in order, each once; `patience` of them wait.
 
-        Of those that nobody takes the latest `patience` stay. follow: go on with samples to come,
-        until the run ends; else end with those fed by now.
+        Args:
+            follow: go on with samples to come, until the run ends; else end with those fed by now.
         """
         return Predictions(self, follow)
 
@@ -280,9 +290,8 @@ class LiveRun:
             missing = any(last >= max(number, self._from.get(name, 0)) for name in readouts)
             if missing and not self._stream.paused:
                 self._stream.awaited.add(last)
-            numbers.extend(
-                n for n in sorted(self._answers) if n >= number and n not in self._predicting
-            )
+            free = sorted(self._answers.keys() - self._predicting)
+            numbers.extend(n for n in free if n >= number)
             return bool(numbers) or not (follow or missing)
 
         self._stream.wait(there)
@@ -291,9 +300,8 @@ class LiveRun:
     def model(self) -> nn.Module:
         """Return a plain module with the weights (or their averages) as they are now.
 
-        All blocks' are of one emission of the stream (a consistent cut), and nothing waits for it.
-        What is under way has not been learned yet: `settle` first, where it should be. Once the run
-        has ended, those of its result.
+        All blocks' are of one emission (a consistent cut); nothing waits for it. What is under way
+        has not been learned yet: `settle` first. Once the run has ended, those of its result.
         """
         if self.result is not None and self._error is None:
             return copy.deepcopy(self.result.model)
@@ -306,7 +314,12 @@ class LiveRun:
         return {name: t.detach().clone() for name, t in self.model().state_dict().items()}
 
     def evaluate(self, x: NetworkInputs, y: Targets) -> Scores:
-        """Return the scores of `model()` on x (N, ...) with targets y. Nothing is learned of it."""
+        """Return the scores of `model()` on held-out data. Nothing is learned of it.
+
+        Args:
+            x: inputs (N, ...), or a dict of them by name.
+            y: targets, (N,) classes or (N, O) values, or a dict of them by readout.
+        """
         with torch.inference_mode(False):
             model, ignored, spec = self.model(), self.settings.ignore_index, self._plan.spec
             answered = self.status().answered  # (others may feed meanwhile)
@@ -317,7 +330,12 @@ class LiveRun:
         return scores
 
     def snapshot(self) -> str:
-        """Take a snapshot; return its place, for `resume`. Raises SettingsError, SnapshotError."""
+        """Take a snapshot; return its place, for `resume`.
+
+        Raises:
+            SettingsError: the run keeps none.
+            SnapshotError: it cannot be written.
+        """
         if self._plan.snapshot_policy is None:
             raise SettingsError("snapshot: the run keeps none: give out=, or snapshots={'path': .}")
         return str(self._stream.request("snapshot"))
@@ -325,9 +343,8 @@ class LiveRun:
     def status(self) -> LiveStatus:
         """Return where the run stands."""
         stream, readouts = self._stream, self._plan.graph.readouts
-        answered = min(self._from.get(name, 0) for name in readouts)
-        fed, waiting = stream.accepted.fed, stream.waiting
-        return LiveStatus(fed, answered, waiting, stream.paused, self._progress)
+        answered, fed = min(self._from.get(name, 0) for name in readouts), stream.accepted.fed
+        return LiveStatus(fed, answered, stream.waiting, stream.paused, self._progress)
 
     @property
     def can_be_cut(self) -> bool:
@@ -376,9 +393,6 @@ class LiveRun:
             self.result.interrupted |= self.interrupted
             events.finish(self.result)
         events.end(self._error)
-
-    def __enter__(self) -> LiveRun:
-        return self
 
     def __exit__(self, _: object, error: BaseException | None, *__: object) -> bool:
         stops = error is None or isinstance(error, Stop)

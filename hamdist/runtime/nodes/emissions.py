@@ -1,5 +1,5 @@
-"""What a block hears of each emission of the stream in a live run and where labels come late, and
-what it has for the driver.
+"""Emissions of the stream as a block receives them, in a live run and where labels come late, and
+what it sends to the driver.
 
 The stream tells every block on its clock channel (node.py) whether an emission is idle, a sample,
 or an earlier one whose label has come, and the factor of the step size from then on. Idle emissions
@@ -16,6 +16,7 @@ from torch import Tensor
 from hamdist.dynamics.finite import StepFactor
 from hamdist.dynamics.saved_state.stateful import Stateful
 from hamdist.dynamics.schedule.events import Event
+from hamdist.runtime.plan.plan import Plan
 from hamdist.runtime.signals.signal import Signal
 from hamdist.streams.sample import Emission, Emits
 
@@ -28,6 +29,13 @@ class Answered(NamedTuple):
     prediction: Tensor
     version: int
     event: Event
+
+    def versions(self, plan: Plan) -> dict[str, int]:
+        """Return by block the version of the weights that the sample has met on its way."""
+        edges = [edge for edge in plan.graph.edges if not edge.from_input]
+        sent = {edge.parent: plan.schedule.state(edge, self.event) for edge in edges}
+        others = {name: stamp.version for name, stamp in sent.items() if stamp is not None}
+        return {**others, self.readout: self.version}
 
 
 class HandedOver(NamedTuple):
@@ -70,7 +78,7 @@ class LiveBlock(Stateful):
             super().load_state_dict(state)
             self._rates = [(r[0], r[1], r[2] if len(r) > 2 else 0) for r in self._rates]
 
-    def hear(
+    def receive(
         self, pulse: int, clock: Callable[[], Signal | None], state: Callable[[], object]
     ) -> Emission | None:
         """Note what the stream says of the emission that passes; None if it says nothing.

@@ -48,18 +48,19 @@ from hamdist.dynamics.updates.constants import Dynamics, constant_tau
 from hamdist.dynamics.updates.optimizers import OptimizerWeights
 from hamdist.dynamics.updates.weights import Weights
 from hamdist.dynamics.vjp.autocast import AutocastFunction
-from hamdist.dynamics.vjp.autograd import AutogradFunction
-from hamdist.dynamics.vjp.closed import closed_cell
+from hamdist.dynamics.vjp.autograd import AutogradFunction, may_write
+from hamdist.dynamics.vjp.closed import make_closed
 from hamdist.dynamics.vjp.local_function import LocalFunction
 from hamdist.dynamics.vjp.seeding import OwnGenerator, block_seed, draws, seeded_loss
 from hamdist.dynamics.vjp.wrapping import JoinedFunction, TiedFunction
 from hamdist.errors import ClusterError, GraphError, HamdistError, LevelError
+from hamdist.loading import shortened
 from hamdist.runtime.nodes.emissions import LiveBlock
 from hamdist.runtime.nodes.hold import HoldNode
 from hamdist.runtime.nodes.mailbox import Mailbox
 from hamdist.runtime.nodes.pulse import PulseNode
 from hamdist.runtime.nodes.sequence import SequenceNode
-from hamdist.runtime.plan.checks import ruled
+from hamdist.runtime.plan.checks import rules_by_block
 from hamdist.runtime.plan.plan import Plan
 from hamdist.runtime.signals.cast import CastBorder
 
@@ -96,7 +97,7 @@ class _Parts(BlockParts):
         for module in (self.spec.module, self.spec.output):
             if module is not None and self.border.device.type != "cpu":
                 module.to(self.border.device)
-        self.cell = self.make_cell(self.spec.module, name)
+        self.cell = self.make_function(self.spec.module, name)
         ties = [tie for tie in plan.graph.ties if name in (tie.owner, tie.user)]
         if ties:
             shared = [key for tie in ties if tie.user == name for key in tie.theirs]
@@ -120,21 +121,21 @@ class _Parts(BlockParts):
     def make_loss(self, loss: LossFunction, seed_name: str) -> ReadoutLoss:
         """Make the loss of a readout, with random numbers drawn from the seed of that name."""
         plan = self._plan
-        loss = plan.row_weighted(loss, plan.taught_by if self.spec.loss is None else self.name)
+        loss = plan.row_weighted(loss, plan.label_readout if self.spec.loss is None else self.name)
         seeded = seeded_loss(loss, block_seed(plan.seed, seed_name), self.border.device)
         return ReadoutLoss(seeded, self.dynamics, self.guard, native=plan.native)
 
-    def make_cell(self, module: nn.Module, seed_name: str) -> LocalFunction:
+    def make_function(self, module: nn.Module, seed_name: str) -> LocalFunction:
         """Make the local function of the block's module, or of its output module."""
         combine, parents = self.spec.combine, len(self.spec.parents)
         if module is self.spec.output:
             combine, parents = Combine.ARGUMENTS, 1
         if isinstance(combine, Joining):
-            inner = self._cell(module, seed_name, combine.then, len(combine.joins))
+            inner = self._function_of(module, seed_name, combine.then, len(combine.joins))
             return JoinedFunction(inner, combine)
-        return self._cell(module, seed_name, combine, parents)
+        return self._function_of(module, seed_name, combine, parents)
 
-    def _cell(
+    def _function_of(
         self, module: nn.Module, seed_name: str, combine: Combine, parents: int
     ) -> LocalFunction:
         if self.spec.rule is not None:  # which linearises the module itself
@@ -154,7 +155,7 @@ class _Parts(BlockParts):
             return AutocastFunction(module, combine, seed, device, stash=stash, watched=watched)
         convolves = watched and any(isinstance(m, nn.Conv2d) for m in module.modules())
         if not stash and not convolves and self._plan.engine.step is not StepKind.AUTOGRAD:
-            closed = closed_cell(module, combine, seed, parents, native=native)
+            closed = make_closed(module, combine, seed, parents, native=native)
             if closed is not None:
                 return closed
         return AutogradFunction(module, combine, seed, stash=stash, device=device, watched=watched)
@@ -195,7 +196,8 @@ class _Parts(BlockParts):
             join=partial(combined, spec.combine),
             seed=seed,
             random=lambda use: OwnGenerator(seed(use), h.device) if stochastic else nullcontext(),
-            h=h,
+            initial=h,
+            copies=may_write(spec.module),
         )
         applied = AppliedRule(rule, view)
         dynamics = replace(self.dynamics, average=None, betas=())
@@ -204,7 +206,7 @@ class _Parts(BlockParts):
         applied.move_by(weights, self._scaled(weights, partial(plan.block_factor, name)))
         return applied
 
-    def make_taught(self) -> HeadUpdate | None:
+    def make_head_update(self) -> HeadUpdate | None:
         """Make the update of the block's local readout; None if the block has none."""
         plan = self._plan
         heads = plan.heads
@@ -212,7 +214,7 @@ class _Parts(BlockParts):
             return None
         module = heads.make(self.name, plan.shapes, plan.seed).to(self.border.device)
         seed_name = f"{self.name}/head"
-        cell = self._cell(module, seed_name, Combine.CONCAT, 1)
+        cell = self._function_of(module, seed_name, Combine.CONCAT, 1)
         dynamics = replace(self.dynamics, average=None, betas=())
         loss = plan.graph.blocks[heads.readout].loss
         if loss is None:  # (a readout has one)
@@ -249,7 +251,7 @@ def _pulse_block(
         return PulseReadout(p, p.loss, hands_back, reading)
     if p.name in plan.reversible:
         return ReversibleBlock(p, hands_back=any(hands_back))
-    taught = p.make_taught()
+    taught = p.make_head_update()
     if plan.knobs.credit is Credit.HEADS:
         return HeadBlock(p, taught)
     predicts = Compensation.WEIGHT_PREDICTION in plan.knobs.compensation
@@ -272,7 +274,7 @@ def _hold_block(plan: Plan, p: _Parts) -> HoldBlock | HoldReadout:
         return RelaxingBlock(p, h, p.make_rule(p.spec.rule), plan.schedule.c)
     output = output_weights = None
     if p.spec.output is not None:
-        output = p.make_cell(p.spec.output, f"{p.name}/{OUTPUT_KEY}")
+        output = p.make_function(p.spec.output, f"{p.name}/{OUTPUT_KEY}")
         output_weights = p.make_weights(output, OUTPUT_KEY)
     retrospect = None
     if Compensation.RETROSPECTIVE in knobs.compensation and isinstance(plan.schedule, HoldSchedule):
@@ -298,7 +300,7 @@ def try_rules(plan: Plan) -> None:
 
     Raises GraphError, which names the rule, the block and the method.
     """
-    rules = ruled(plan.graph)
+    rules = rules_by_block(plan.graph)
     plan = replace(plan, graph=plan.graph.copy()) if rules else plan
     for name, rule in rules.items():
         who = f"rule {type(rule).__name__} of block {name!r}"
@@ -311,15 +313,15 @@ def try_rules(plan: Plan) -> None:
             raise LevelError(f"{who}: {again}; use stream.relearn: trace")
         before = {key: _bytes_of(value) for key, value in vars(rule).items()}
         try:
+            drawn = _shared_generators()
             block = make_node(plan, name, Mailbox({INPUT, *plan.graph.blocks})).block
             applied: AppliedRule = block.rule  # type: ignore[union-attr]  # it has one
             weights = {key: w.clone() for key, w in applied.view.theta.items()}
-            drawn = _shared_generators()
             _try(plan, name, applied)
         except HamdistError:
             raise
         except Exception as error:
-            raise GraphError(f"{who}, in a dry run: {type(error).__name__}: {error}") from error
+            raise GraphError(f"{who}, in a dry run: {shortened(error)}") from error
         for key, value in vars(rule).items():
             initial = before.get(key, _bytes_of(getattr(type(rule), key, value)))
             if _bytes_of(value) != initial:
@@ -353,7 +355,7 @@ def _shared_generators() -> bytes:
 
 
 def _try(plan: Plan, name: str, applied: AppliedRule) -> None:
-    spec, rule, h = plan.graph.blocks[name], applied.rule, applied.view.h
+    spec, rule, h = plan.graph.blocks[name], applied.rule, applied.view.initial
     shapes, readout = {**plan.spec.parents, **plan.shapes}, plan.graph.readouts[0]
     inputs = [
         torch.zeros(s, dtype=h.dtype if t.is_floating_point else t, device=h.device)
@@ -376,7 +378,7 @@ def _try(plan: Plan, name: str, applied: AppliedRule) -> None:
     h, kept = applied.forward(0, inputs)
     applied.check_plain("forward", kept)
     if applied.learns:
-        y = plan.spec.target(plan.taught_by) if rule.signals.label else None
+        y = plan.spec.target(plan.label_readout) if rule.signals.label else None
         label = None if y is None else torch.zeros(y.shape, dtype=y.dtype, device=h.device)
         applied.gradients(applied.call("learn", 0, len(h), kept, label), 0, 1.0)
     if applied.listens:

@@ -92,7 +92,7 @@ class HoldNode(BlockNode):
         event = self.event
         clock = None if self._clock.stopped else self._ports.clock(event)
         if self.live.patience and clock is not None and not clock.end:
-            self.live.hear(event.sample, lambda: clock, self.state)
+            self.live.receive(event.sample, lambda: clock, self.state)
             self.live.forget(event.sample - self._schedule.idle)
             clock = replace(clock, payload=None)  # (what is left concerns the clock)
         self._clock.advance(event.tick, event.tick % self._schedule.c == 0, clock)
@@ -219,7 +219,6 @@ class HoldNode(BlockNode):
         return k - self._schedule.target_lag(self.name) >= self._clock.h_since
 
     def records(self) -> Records | None:
-        """Return the recorded energies; None if recording is off."""
         return None if self._recorder is None else self._recorder.records()
 
     def contents(self) -> BlockContents:

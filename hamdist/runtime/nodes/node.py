@@ -1,4 +1,4 @@
-"""What nodes have in common: the channels of one block, functions for its start and end, and the
+"""The common parts of nodes: the channels of one block, functions for its start and end, and the
 interface through which loop.py steps it.
 """
 

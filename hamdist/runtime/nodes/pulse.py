@@ -144,7 +144,7 @@ class PulseNode(BlockNode):
             self._ports.to_children(stamp, None, end=True)
             self._ports.labels_to_children(stamp, None, end=True)
         elif not isinstance(self.block, PulseReadout):
-            self.live.hear(event.sample, partial(self._ports.clock, event), self.state)
+            self.live.receive(event.sample, partial(self._ports.clock, event), self.state)
             number = self.live.number(event.sample)
             self._ties.before_forward(event)
             begin = perf_counter()
@@ -221,7 +221,7 @@ class PulseNode(BlockNode):
             return
         target = self._ports.target(event)
         label = None if target is None else target.payload
-        emission = self.live.hear(event.sample, partial(self._ports.clock, event), self.state)
+        emission = self.live.receive(event.sample, partial(self._ports.clock, event), self.state)
         self._ties.before_forward(event)
         self._ties.before_backward(event)
         begin = perf_counter()
@@ -268,7 +268,6 @@ class PulseNode(BlockNode):
         return None if earlier is None or reading is None else block.scored(earlier, reading)
 
     def contents(self) -> BlockContents:
-        """Return the tensors of the block; a readout has no state."""
         block = self.block
         h, z = (None, None) if isinstance(block, PulseReadout) else (block.h, block.z)
         return BlockContents([("", block.cell, block.weights)], h, z)

@@ -75,7 +75,7 @@ class SequenceNode(BlockNode):
         if last:
             self.event = self._schedule.closed(event)
         block = self.block
-        emission = self.live.hear(event.sample, partial(self._ports.clock, event), self.state)
+        emission = self.live.receive(event.sample, partial(self._ports.clock, event), self.state)
         idle = self.live.idle(event.sample)
         if isinstance(block, SequenceBlock):
             stays = self._back_out if last and not self._schedule.carries else ()
@@ -138,7 +138,6 @@ class SequenceNode(BlockNode):
             self.live.forget(last)
 
     def contents(self) -> BlockContents:
-        """Return the tensors of the block; a readout has no state."""
         block = self.block
         h, z = (block.h, block.z) if isinstance(block, SequenceBlock) else (None, None)
         return BlockContents([("", block.cell, block.weights)], h, z)

@@ -26,7 +26,7 @@ from hamdist.runtime.signals.cast import CPU
 from hamdist.runtime.signals.signal import Aborted, Signal, ready
 from hamdist.streams.check import Checker
 from hamdist.streams.live import live_of
-from hamdist.streams.replay import drawn, passed_over, replays, samples_from
+from hamdist.streams.replay import next_sample, passed_over, replays, samples_from
 from hamdist.streams.sample import Emission, Emits, Sample, Stream, report_of
 from hamdist.streams.smoothness import Smoothness
 
@@ -218,7 +218,7 @@ class SourceNode:
             payload = None if y is None else ready(y)
             self._mailbox.post(channel, Signal(stamp, payload, sequence_end=end))
         if self._labels:
-            y = sample.target(self._plan.taught_by)
+            y = sample.target(self._plan.label_readout)
             label = None if y is None else ready(y)
             for channel in self._labels:
                 self._mailbox.post(channel, Signal(stamp, label, sequence_end=end))
@@ -281,7 +281,7 @@ class SourceNode:
             return None
         begin = perf_counter()
         try:
-            sample = drawn(self._drawn, n, Aborted)
+            sample = next_sample(self._drawn, n, Aborted)
             if sample is None:
                 return None
             emission = sample.emission

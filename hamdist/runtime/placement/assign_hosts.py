@@ -145,7 +145,7 @@ def options_of_actors(
     ]
 
 
-def reseated(
+def replacement_options(
     actor_options: ActorOptions,
     was: str,
     hosts: Sequence[HostInfo],

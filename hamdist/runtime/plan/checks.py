@@ -254,7 +254,7 @@ def own_states(graph: Graph, knobs: Locality) -> Graph:
     Raises LevelError for a rule of sequences whose block has no such edge.
     """
     blocks = dict(graph.blocks)
-    for name, rule in ruled(graph).items():
+    for name, rule in rules_by_block(graph).items():
         if rule.presentation == "sequence" and knobs.pulse:
             if reason := _no_place(blocks[name], rule):
                 raise LevelError(f"block {name!r}: {type(rule).__name__} is no rule of {reason}")
@@ -270,7 +270,7 @@ def carries(graph: Graph) -> bool:
     return any(block.own is not None for block in graph.blocks.values())
 
 
-def ruled(graph: Graph) -> dict[str, Rule]:
+def rules_by_block(graph: Graph) -> dict[str, Rule]:
     """Return the rules by block that has one."""
     return {name: block.rule for name, block in graph.blocks.items() if block.rule is not None}
 
@@ -282,7 +282,7 @@ def check_rules(
 
     weighted: rows of samples have weights.
     """
-    for name, rule in ruled(graph).items():
+    for name, rule in rules_by_block(graph).items():
         levels = _against(graph, name, rule, knobs, dynamics, metrics)
         if weighted and rule.signals.label:
             raise LevelError(

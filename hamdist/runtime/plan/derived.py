@@ -1,4 +1,4 @@
-"""What follows from a plan: the bytes of signals and messages, its network as data, the same plan
+"""Consequences of a plan: the bytes of signals and messages, its network as data, the same plan
 with other delays.
 """
 

@@ -1,5 +1,5 @@
-"""What learns in a run: the heads, blocks with a local readout (`learning.heads`, level `heads`),
-and which optimisers of torch's move the weights.
+"""The learners of a run: heads, blocks with a local readout (`learning.heads`, level `heads`), and
+the optimisers of torch's that move the weights.
 """
 
 from __future__ import annotations

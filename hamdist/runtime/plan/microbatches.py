@@ -31,7 +31,7 @@ from hamdist.dynamics.user_modules.code_digest import may_keep_state
 from hamdist.dynamics.user_modules.copies import copied, loss_copy
 from hamdist.dynamics.user_modules.generator import generator_kept
 from hamdist.errors import LevelError
-from hamdist.runtime.plan.checks import ruled
+from hamdist.runtime.plan.checks import rules_by_block
 from hamdist.streams.sample import SampleSpec, TargetSpec
 
 WIDE = torch.complex128  # (holds everything)
@@ -56,7 +56,7 @@ def cut_batches(knobs: Locality, graph: Graph, spec: SampleSpec, settings: Setti
         parts * knobs.accumulate > 1
         or knobs.clip < math.inf
         or _against_sums(graph, learning)
-        or ruled(graph)
+        or rules_by_block(graph)
     )
     if spec.kept and (summed or not keeps_passes):
         raise LevelError(
@@ -106,7 +106,9 @@ def _network_clip(knobs: Locality, graph: Graph, learning: LearningSettings) -> 
     reasons = _against_parts(learning, "sample", "one")
     if learning.dampening:
         reasons.append("learning.dampening, which scales the loss, so the norm, from step to step")
-    reasons += [f"a rule (block {block!r}), whose step is its own" for block in ruled(graph)]
+    reasons += [
+        f"a rule (block {block!r}), whose step is its own" for block in rules_by_block(graph)
+    ]
     reasons += [
         f"learning.blocks.{block}.clip, another one"
         for block, settings in learning.blocks.items()
@@ -248,7 +250,9 @@ def row_warnings(
         if not plain and loss_copy(loss) is loss:
             continue  # (it may keep what it is called with)
         with torch.no_grad(), generator_kept(), suppress(*_REFUSALS):
-            once, twice = (float(loss_copy(loss)(*map(rows, (y, t)))) for rows in (_once, _twice))
+            once, twice = (
+                float(loss_copy(loss)(torch.cat([y] * n), torch.cat([t] * n))) for n in (1, 2)
+            )
             if math.isfinite(once) and once and abs(twice - 2 * once) <= CLOSE * abs(once):
                 return [
                     f"the loss of {name!r} adds up rows (for twice as many it is twice as large), "
@@ -257,14 +261,6 @@ def row_warnings(
                     "reduction='mean' does"
                 ]
     return []
-
-
-def _once(tensor: Tensor) -> Tensor:
-    return tensor.clone()
-
-
-def _twice(tensor: Tensor) -> Tensor:
-    return torch.cat([tensor, tensor])
 
 
 def _targets(spec: TargetSpec, y: Tensor) -> Tensor:

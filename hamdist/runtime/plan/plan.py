@@ -45,7 +45,7 @@ from hamdist.runtime.plan.checks import (
     check_resets,
     check_rules,
     own_states,
-    ruled,
+    rules_by_block,
     why_one_length,
     with_classes,
 )
@@ -59,7 +59,7 @@ from hamdist.runtime.signals.edge_codecs import compressed
 from hamdist.runtime.signals.signal import Channels, make_channels
 from hamdist.runtime.storage.snapshot_files import Snapshot
 from hamdist.runtime.storage.store import storage
-from hamdist.streams.sample import SampleSpec, parted
+from hamdist.streams.sample import SampleSpec, split_weights
 
 Replan: TypeAlias = "Callable[[Mapping[str, int]], Plan]"
 
@@ -160,7 +160,7 @@ class Plan:
         target = self.spec.target(readout)
         if not self.spec.weighted or target is None:
             return loss
-        return Weighted(loss, partial(parted, spec=target), self.ignore_index)
+        return Weighted(loss, partial(split_weights, spec=target), self.ignore_index)
 
     def step_factor(self, sample: int) -> float:
         """Return the factor of the step size on `sample`, without the correction for a delay."""
@@ -190,7 +190,7 @@ class Plan:
         return manifest.samples - manifest.skip
 
     @property
-    def taught_by(self) -> str:
+    def label_readout(self) -> str:
         """Return the readout whose labels travel with the signal."""
         return self.graph.readouts[0] if self.heads is None else self.heads.readout
 
@@ -266,7 +266,7 @@ def make_plan(
     check_resets(graph, schedule, dynamics, knobs)
     check_output_nets(graph, dynamics)
     check_rules(graph, knobs, dynamics, settings.metrics, weighted=spec.weighted)
-    labelled = any(block_rule.signals.label for block_rule in ruled(graph).values())
+    labelled = any(block_rule.signals.label for block_rule in rules_by_block(graph).values())
     rule = plan_optimizers(graph, knobs, settings, optimizer)
     rewinds = knobs.memory is Memory.REVERSIBLE
     _check_together(graph, spec, settings, knobs, stamped=dynamics.tau is None)

@@ -50,7 +50,7 @@ def terminating() -> tuple[int, ...]:
     return (() if ignored else (signal.SIGTERM,)) + ((signal.SIGHUP,) if ends else ())
 
 
-def deaf_to_interrupts() -> AbstractContextManager[None]:
+def interrupts_ignored() -> AbstractContextManager[None]:
     """Ignore Ctrl-C, SIGTERM and SIGHUP inside, so that cleaning up is not interrupted."""
     return handled(signal.SIG_IGN)
 
@@ -123,7 +123,7 @@ class ProgramSignals:
 
 
 @contextmanager
-def handlers_of_ours() -> Iterator[None]:
+def signal_handlers_kept() -> Iterator[None]:
     """Set the handlers of SIGINT and SIGTERM again at the end, whoever changed them inside.
 
     Ray sets its own while it starts, in Python and in C++. The SystemExit that the former raises on

@@ -1,4 +1,4 @@
-"""Where Python finds modules, for another process of it."""
+"""The places where Python finds modules, for another process of it."""
 
 from __future__ import annotations
 

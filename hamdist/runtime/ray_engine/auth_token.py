@@ -83,7 +83,7 @@ def is_refusal(error: BaseException | None) -> bool:
     return False
 
 
-def refused(address: str) -> ClusterError:
+def token_error(address: str) -> ClusterError:
     """Return the error for a cluster that requires another token than this process has."""
     if not asked_for():
         reason = f"none is shown ({MODE} is {os.environ.get(MODE, 'not set')})"

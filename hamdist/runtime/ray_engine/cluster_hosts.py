@@ -13,13 +13,13 @@ from hamdist.runtime.placement.assign_hosts import HostInfo, described
 
 ANSWER_SECONDS = 1.0  # for a port of Ray's
 HEAD_SECONDS = 10.0  # without an answer, of the 60 after which Ray ends its drivers
-KNOCKS = 32  # at a time
+CHECKS_AT_ONCE = 32  # at a time
 PROFILE_SECONDS = 60.0
 
-KNOCK_SECONDS = 5.0
+LISTENING_SECONDS = 5.0
 
 
-def knock(address: str, seconds: float = KNOCK_SECONDS) -> None:
+def check_listening(address: str, seconds: float = LISTENING_SECONDS) -> None:
     """Raise OSError if no process listens at host:port; Ray itself would try for minutes."""
     host, _, port = address.rpartition(":")
     if host and port.isdigit() and "/" not in host:
@@ -29,7 +29,7 @@ def knock(address: str, seconds: float = KNOCK_SECONDS) -> None:
 def answers(address: str) -> bool:
     """Return True if a process listens at host:port."""
     try:
-        knock(address, ANSWER_SECONDS)
+        check_listening(address, ANSWER_SECONDS)
     except OSError:
         return False
     return True
@@ -83,7 +83,7 @@ def reachable_hosts() -> list[HostInfo]:
         return host.id in raylets and answers(raylets[host.id])
 
     listed = hosts()
-    with ThreadPoolExecutor(KNOCKS) as pool:
+    with ThreadPoolExecutor(CHECKS_AT_ONCE) as pool:
         return [host for host, up in zip(listed, pool.map(reached, listed), strict=True) if up]
 
 

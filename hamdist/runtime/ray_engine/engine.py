@@ -16,7 +16,7 @@ from hamdist.display.network import NetworkActor, PlacedNetwork
 from hamdist.dynamics.graph.graph import INPUT
 from hamdist.dynamics.objective.prequential import Window
 from hamdist.errors import BlockError, ClusterError, HamdistError, SnapshotError, StallError
-from hamdist.runtime.advice.advice import lending_notes, placement_notes, unmeasured_notes
+from hamdist.runtime.advice.advice import gpu_signal_notes, placement_notes, unmeasured_notes
 from hamdist.runtime.engines.update_probe import Alignments
 from hamdist.runtime.engines.worker_report import BlockedChannel, merged
 from hamdist.runtime.placement.assign_blocks import Costs, place
@@ -78,7 +78,7 @@ class RayEngine:
             notes += token_notes(plan.engine)
             outcome = _Watch(plan, worker_group, on_progress).to_the_end()
             refusals = [refusal for report in worker_group.reports() for refusal in report.refusals]
-            notes += lending_notes(plan.engine, worker_group.gpu_channels, refusals)
+            notes += gpu_signal_notes(plan.engine, worker_group.gpu_channels, refusals)
             outcome.startup = startup.seconds
             if measured is not None and measured.model is not None and predicts(plan):
                 outcome.predicted = worker_group.predicted(replace(measured.model, plan=plan))
@@ -233,7 +233,7 @@ class _Watch:
             text = explain(waits, ticks, silent, still)
             if over:
                 raise StallError(
-                    text + ("" if self._supervision is None else self._supervision.way_on)
+                    text + ("" if self._supervision is None else self._supervision.resume_hint)
                 )
             self._warnings.append(text)
             self._note = text

@@ -19,7 +19,7 @@ import psutil
 
 from hamdist.config import EngineSettings
 from hamdist.errors import ClusterError
-from hamdist.runtime.process.interrupts import deaf_to_interrupts, handlers_of_ours
+from hamdist.runtime.process.interrupts import interrupts_ignored, signal_handlers_kept
 from hamdist.runtime.process.leftovers import RAY_PREFIX, claim, release, remove_leftovers
 from hamdist.runtime.ray_engine.auth_token import own_token
 from hamdist.runtime.ray_engine.forked_workers import GONE_SECONDS, forked_workers
@@ -58,7 +58,7 @@ def local_ray(cpus: int) -> Iterator[set[psutil.Process]]:
     forks = ExitStack()
     try:
         processes = _in_a_session_of_its_own(), _few_processes()
-        with own_token(folder), handlers_of_ours(), processes[0], processes[1], _start_named():
+        with own_token(folder), signal_handlers_kept(), processes[0], processes[1], _start_named():
             forks.enter_context(forked_workers(folder))
             ray.init(
                 address="local",
@@ -73,11 +73,11 @@ def local_ray(cpus: int) -> Iterator[set[psutil.Process]]:
         up = True
         yield _heads(folder, before)
     finally:
-        with deaf_to_interrupts():
+        with interrupts_ignored():
             mine = _of_session(folder, before)
             ray.shutdown()
             forks.close()
-            outlast(mine, GONE_SECONDS if up else 0)
+            end_processes(mine, GONE_SECONDS if up else 0)
             shutil.rmtree(folder, ignore_errors=True)
             release(Path(folder))
 
@@ -210,7 +210,7 @@ def short_folder() -> str | None:
     return None if len(tempfile.gettempdir()) < 16 else "/tmp"
 
 
-def outlast(processes: Collection[psutil.Process], seconds: float) -> None:
+def end_processes(processes: Collection[psutil.Process], seconds: float) -> None:
     """Wait until processes are gone, and end those that stay."""
     _, alive = psutil.wait_procs(processes, timeout=seconds)
     for process in alive:

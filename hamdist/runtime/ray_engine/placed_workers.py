@@ -54,7 +54,7 @@ class PlacedWorkers:
     """Starts worker actors and collects their properties; a base of `WorkerGroup`."""
 
     def __init__(self, plan: Plan, stream: Stream, session: Session) -> None:
-        self._plan = plan
+        self.plan = plan  # that the actors run
         self._stream = stream
         self.session = session
         # What cannot be drawn again a second time stays here, where its log keeps what it gave.
@@ -73,7 +73,7 @@ class PlacedWorkers:
         self._called_off = False
         self.arithmetic = [plan.arithmetic]  # of all kinds of processes that the run has had
         self.notes: list[str] = []  # what there is to say of the actors before the first tick
-        self.local_forgot = False  # as WorkerHandle.forgot, of a stream in this process
+        self.local_dropped = False  # as WorkerHandle.dropped, of a stream in this process
         self.gpu_channels = 0  # channels between GPUs of one host, at the start
         self.links: dict[tuple[int, int], Link] = {}  # by pair of actors, if they were measured
         # Told of an actor that died, or ended with an error; answers whether it is replaced.
@@ -101,7 +101,7 @@ class PlacedWorkers:
             processors = int(node["Resources"].get("CPU", 0))
             if actors and node["NodeID"] != here:
                 name = node["NodeManagerAddress"]
-                notes += thread_warnings(actors, self._plan.engine.threads, processors, name)
+                notes += thread_warnings(actors, self.plan.engine.threads, processors, name)
         return notes
 
     def predicted(self, model: TimingModel) -> float:
@@ -113,18 +113,13 @@ class PlacedWorkers:
         if self.links:
             timed = model.timed(self.placement, groups, cluster_of(self.placement, self.links))
         else:
-            late = {(0, 0): Link(self._plan.engine.link_delay)}
+            late = {(0, 0): Link(self.plan.engine.link_delay)}
             here = ClusterModel([HostModel(cores=cores())], late)
             timed = model.timed(self.placement, [0 for _ in groups], here)
         try:
             return timed.samples / timed.period().seconds
         except NoPeriodError:  # (bundles of micro-batches, which ends of samples cut short)
             return 0.0
-
-    @property
-    def plan(self) -> Plan:
-        """Return the plan that the actors run."""
-        return self._plan
 
     def inside(self) -> list[set[str]]:
         """Return the nodes of each actor."""
@@ -139,9 +134,9 @@ class PlacedWorkers:
 
     def _make_keys(self) -> None:
         """Make each process's key pair for this run, if signals travel by tcp."""
-        engine = self._plan.engine
+        engine = self.plan.engine
         here = ray.get_runtime_context().get_node_id()
-        snapshot_policy = self._plan.snapshot_policy
+        snapshot_policy = self.plan.snapshot_policy
         moves = (
             snapshot_policy is not None
             and snapshot_policy.section.recover
@@ -163,7 +158,7 @@ class PlacedWorkers:
         self, groups: Sequence[Sequence[str]], costs: Costs | None
     ) -> list[ActorOptions]:
         """Return each actor's options. Raises ClusterError if the cluster lacks any."""
-        plan, listed = self._plan, hosts()
+        plan, listed = self.plan, hosts()
         spread = plan.engine.spread if len(listed) > 1 else Spread.AUTO
         speeds = host_seconds(listed) if spread is Spread.PROFILE else None
         work = None if costs is None else costs.seconds
@@ -174,15 +169,15 @@ class PlacedWorkers:
 
     def way_to_compute(self) -> tuple[Switches, int, bool, list[str]]:
         """Return the arguments of `WorkerActor.compute_as`, called before an actor's blocks."""
-        engine = self._plan.engine
-        return self._plan.switches, engine.threads, self._plan.native, module_folders()
+        engine = self.plan.engine
+        return self.plan.switches, engine.threads, self.plan.native, module_folders()
 
     def unlike(self, answers: Mapping[WorkerHandle, tuple[Arithmetic, list[str]]]) -> list[str]:
         """Return a warning, already issued, for each actor that computes other bits than we do.
 
         answers: of `WorkerActor.compute_as`. Raises ClusterError if `engine.bits` asks for equal.
         """
-        here = self._plan.arithmetic
+        here = self.plan.arithmetic
         actors: dict[str, list[str]] = {}
         for actor, (there, refused) in answers.items():
             if there not in self.arithmetic:
@@ -192,7 +187,7 @@ class PlacedWorkers:
                 text = f"on {there}, not as this process on {here}: {', '.join(reasons)}"
                 actors.setdefault(text, []).append(f"{actor.name} ({actor.address})")
         texts = [f"{', '.join(names)} would compute {text}" for text, names in actors.items()]
-        notes = [other_bits(text, self._plan.engine.bits, ClusterError) for text in texts]
+        notes = [other_bits(text, self.plan.engine.bits, ClusterError) for text in texts]
         for note in notes:
             warnings.warn(note, HamdistWarning, stacklevel=2)  # (before they compute)
         return notes
@@ -203,7 +198,7 @@ class PlacedWorkers:
         says. (In one, a signal is late when its actor has no processor.)"""
         nbytes, every = ({}, 0.0) if model is None else signals_of(model, self.placement)
         by_pair: dict[frozenset[str], list[tuple[int, int]]] = {}
-        for a, b in sorted(pairs(self._plan, self.placement)):
+        for a, b in sorted(pairs(self.plan, self.placement)):
             hosts = frozenset([self.actors[a].node, self.actors[b].node])
             by_pair.setdefault(hosts, []).append((a, b))
         firsts = [group[0] for group in by_pair.values()]
@@ -214,9 +209,9 @@ class PlacedWorkers:
             binds[b][there.number] = self._way_between(there, first.node, first.key, second)
             binds[a][back.number] = self._way_between(back, second.node, second.key, first)
         run, late, ports = (
-            self._plan.run,
-            self._plan.engine.link_delay,
-            self._plan.engine.port_range,
+            self.plan.run,
+            self.plan.engine.link_delay,
+            self.plan.engine.port_range,
         )
         addresses: dict[int, str] = {}
         for opened in self._all("probe", lambda i: (run, late, ports, binds[i])):
@@ -254,14 +249,14 @@ class PlacedWorkers:
 
     def _source_actor(self) -> int:
         """Return the actor that draws the stream: the one of the first block that reads it."""
-        host = source_host(self._plan)
+        host = source_host(self.plan)
         return next(i for i, actor in enumerate(self.actors) if host in actor.blocks)
 
     def _way_between(
         self, channel: Channel, node: str, key: str | None, receiver: WorkerHandle
     ) -> str:
         """Return the transport of a channel from a sender on `node`, whose `key` is checked."""
-        kind = self._plan.engine.transport
+        kind = self.plan.engine.transport
         if kind is TransportKind.TCP or (kind is TransportKind.AUTO and node != receiver.node):
             host = LOOPBACK if node == receiver.node else receiver.address
             return TCP + host if key is None else f"{TCP}{host} {key}"
@@ -317,7 +312,7 @@ class WorkerHandle:
 
     snapshot_news: list[SnapshotNews] = field(default_factory=list)
     kept_bytes: int = 0
-    forgot: bool = False  # it has let signals go that a successor of a neighbour would need
+    dropped: bool = False  # it has let signals go that a successor of a neighbour would need
 
     def ask(self, method: str, *arguments: Any, run: int | None = None) -> Any:
         """Call a method of the actor's worker (`WorkerActor.call`); return Ray's reference."""
@@ -345,7 +340,10 @@ class WorkerHandle:
         self.status = status
         if status.snapshot_news is not None:
             self.snapshot_news.append(status.snapshot_news)
-            self.kept_bytes, self.forgot = status.snapshot_news.nbytes, status.snapshot_news.forgot
+            self.kept_bytes, self.dropped = (
+                status.snapshot_news.nbytes,
+                status.snapshot_news.dropped,
+            )
         self.windows = [*self.windows[: status.first], *status.windows]
         self.joined = status.joined
 

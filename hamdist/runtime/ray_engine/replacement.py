@@ -36,7 +36,7 @@ from hamdist.errors import (
 )
 from hamdist.runtime.engines.worker import ANSWER_SECONDS, ReceivingEnds
 from hamdist.runtime.engines.worker_report import WorkerReport
-from hamdist.runtime.placement.assign_hosts import reseated
+from hamdist.runtime.placement.assign_hosts import replacement_options
 from hamdist.runtime.plan.plan import SnapshotPolicy
 from hamdist.runtime.ray_engine.cluster_hosts import reachable_hosts
 from hamdist.runtime.ray_engine.placed_workers import END_SECONDS, START_SECONDS, WorkerHandle
@@ -86,7 +86,7 @@ class Replacement:
         self.replaced: list[Replaced] = []
         self.unlike: list[str] = []  # what there is to say of replacements on other processors
 
-    def heals(self, error: HamdistError) -> bool:
+    def is_retryable(self, error: HamdistError) -> bool:
         """Return True if a retry may succeed: not after wrong numbers or data."""
         if isinstance(error, DivergedError):
             return False
@@ -260,7 +260,7 @@ class Replacement:
         others = [(a.node, a.actor_options) for a in worker_group.actors if a not in lost]
         options_of_actors = []
         for actor in lost:
-            actor_options = reseated(actor.actor_options, actor.node, there, others)
+            actor_options = replacement_options(actor.actor_options, actor.node, there, others)
             others.append((actor_options.node or actor.node, actor_options))
             options_of_actors.append(actor_options)
         losses = dict(

@@ -20,16 +20,16 @@ from pydantic import ValidationError
 from hamdist.config import EngineSettings, describe
 from hamdist.errors import ClusterError, HamdistError, SettingsError
 from hamdist.runtime.placement.assign_hosts import ActorOptions
-from hamdist.runtime.process.interrupts import deaf_to_interrupts, handlers_of_ours
+from hamdist.runtime.process.interrupts import interrupts_ignored, signal_handlers_kept
 from hamdist.runtime.process.threads import cores
 from hamdist.runtime.ray_engine.auth_token import (
     REMEDY,
     check_joined,
     check_token,
     is_refusal,
-    refused,
+    token_error,
 )
-from hamdist.runtime.ray_engine.cluster_hosts import knock
+from hamdist.runtime.ray_engine.cluster_hosts import check_listening
 from hamdist.runtime.ray_engine.forked_workers import GONE_SECONDS
 from hamdist.runtime.ray_engine.local_ray import local_ray, ray_environment, ray_messages
 
@@ -310,7 +310,7 @@ def close_idle_session() -> None:
 
 
 def _end_idle(opened: Session) -> None:
-    with deaf_to_interrupts():
+    with interrupts_ignored():
         opened.make_room()
 
 
@@ -345,12 +345,12 @@ def _joined(engine: EngineSettings, address: str) -> Iterator[None]:
 
     check_token(address)
     try:
-        knock(address)
-        with handlers_of_ours():
+        check_listening(address)
+        with signal_handlers_kept():
             ray.init(address=address, logging_level=logging.ERROR, log_to_driver=False)
     except (OSError, RuntimeError, ValueError, RayError) as error:
         if is_refusal(error):
-            raise refused(address) from None
+            raise token_error(address) from None
         raise ClusterError(
             f"engine.address {address!r}: no Ray cluster answers there "
             f"({str(error).splitlines()[0]}); start one (ray start --head), correct the address, "
@@ -360,7 +360,7 @@ def _joined(engine: EngineSettings, address: str) -> Iterator[None]:
         check_joined(engine)
         yield
     finally:
-        with deaf_to_interrupts():
+        with interrupts_ignored():
             ray.shutdown()
 
 

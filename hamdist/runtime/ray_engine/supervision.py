@@ -54,7 +54,7 @@ class SnapshotSupervision:
         self._last_by: float | None = None
         self._failures = SnapshotFailures()
         self._tries_failed = False
-        self._forgotten = False  # some actor has let signals go that a successor would need
+        self._dropped = False  # some actor has let signals go that a successor would need
         self._warnings: list[str] = []
         worker_group.on_lost = self._on_lost
 
@@ -70,7 +70,7 @@ class SnapshotSupervision:
         return self._catalogue.snapshots
 
     @property
-    def way_on(self) -> str:
+    def resume_hint(self) -> str:
         """Return the sentence that names the snapshot from which a stalled run can be resumed."""
         latest = self._catalogue.latest
         if latest is None:
@@ -91,7 +91,11 @@ class SnapshotSupervision:
 
     def _on_lost(self, actor: WorkerHandle, error: HamdistError | None, loss: HamdistError) -> bool:
         recovery = self._recovery
-        if recovery is None or self._forgotten or (error is not None and not recovery.heals(error)):
+        if (
+            recovery is None
+            or self._dropped
+            or (error is not None and not recovery.is_retryable(error))
+        ):
             return False
         tick = error.tick if isinstance(error, BlockError) else actor.tick
         self._losses.append(ActorLoss(actor, tick, loss, actor.report))
@@ -100,7 +104,7 @@ class SnapshotSupervision:
     def poll(self, now: float) -> None:
         """Replace lost actors, and request snapshots. Raises what cannot be recovered from."""
         self._collect()
-        self._look_for_forgotten()
+        self._look_for_dropped_signals()
         if self._requested is not None and self._worker_group.too_late():
             self._requested = self._last = self._for_user = None
             self._due = now  # again, further ahead
@@ -135,18 +139,18 @@ class SnapshotSupervision:
         """Take a snapshot soon."""
         self._due = 0.0
 
-    def _look_for_forgotten(self) -> None:
+    def _look_for_dropped_signals(self) -> None:
         """Warn if an actor has dropped its signals; SnapshotError if `snapshots.full` is 'end'."""
-        forgetful = [actor.name for actor in self._worker_group.actors if actor.forgot]
-        forgetful += (
-            ["the driver, where the stream is drawn,"] if self._worker_group.local_forgot else []
+        droppers = [actor.name for actor in self._worker_group.actors if actor.dropped]
+        droppers += (
+            ["the driver, where the stream is drawn,"] if self._worker_group.local_dropped else []
         )
-        before, self._forgotten = self._forgotten, bool(forgetful)
-        if before or not forgetful:
+        before, self._dropped = self._dropped, bool(droppers)
+        if before or not droppers:
             return
         reason = next(iter(self._failures.texts()), "no snapshot was complete in time")
         text = (
-            f"{forgetful[0]} would keep more than snapshots.memory ({self._policy.section.memory} "
+            f"{droppers[0]} would keep more than snapshots.memory ({self._policy.section.memory} "
             f"MiB) of signals: {reason}"
         )
         if self._policy.section.full == "end":
@@ -246,7 +250,7 @@ class SnapshotSupervision:
         self._requested = (tick, now)
         self._worker_group.keep(tick)
         if live is not None and (wanted or between):
-            self._worker_group.heard(AHEAD_SECONDS)
+            self._worker_group.wait_for_keep(AHEAD_SECONDS)
             live.idle_until(tick + 1)
         return tick
 

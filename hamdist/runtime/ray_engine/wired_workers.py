@@ -51,7 +51,7 @@ class WiredWorkers(PlacedWorkers):
         Returns:
             The plan of the actors: with delays that hide the links, where they were to be chosen.
         """
-        plan = self._plan
+        plan = self.plan
         cpus = int(ray.cluster_resources().get("CPU", 0))
         groups = place(plan.graph, plan.engine, max(1, _processors(cpus)), costs)
         with startup.phase("actors"):
@@ -74,7 +74,7 @@ class WiredWorkers(PlacedWorkers):
                 if measured.model is not None:
                     cluster = cluster_of(groups, self.links)
                     delays = least_delays(measured.model, groups, range(len(groups)), cluster)
-                    plan = self._plan = plan.replan(delays)
+                    plan = self.plan = plan.replan(delays)
         inside = self.inside()
         binds = [self.binds(i, inside) for i in range(len(inside))]
 
@@ -97,7 +97,7 @@ class WiredWorkers(PlacedWorkers):
                 self._local = Worker(plan.only([]), [], self._stream, self._keys)
                 self._local.connect(ends)
             if any(end.address.startswith(GPU_SCHEME) for end in ends.values()):
-                self._lend()
+                self._offer_gpu_memory()
         return plan
 
     def _all_or_none(self, options_of_actors: Sequence[ActorOptions]) -> list[Any]:
@@ -114,7 +114,7 @@ class WiredWorkers(PlacedWorkers):
         give_up = time.monotonic() + START_SECONDS
         while True:
             handles = self.session.actors(options_of_actors)
-            if self._plan.engine.address is None:
+            if self.plan.engine.address is None:
                 return handles
             calls = [handle.where.remote() for handle in handles]
             _, late = ray.wait(calls, num_returns=len(calls), timeout=patience)
@@ -125,13 +125,13 @@ class WiredWorkers(PlacedWorkers):
             time.sleep(random_numbers.uniform(0, patience))
             patience *= 2
 
-    def _lend(self) -> None:
+    def _offer_gpu_memory(self) -> None:
         """Have actors test if signals can stay on GPUs. Raises ClusterError where they must."""
         self._all("call", lambda _: ("answer_offers",))
-        answers = self._all("call", lambda _: ("hear_answers",))
+        answers = self._all("call", lambda _: ("read_answers",))
         self.gpu_channels = sum(offered for offered, _ in answers)
         refusals = [refusal for _, refused in answers for refusal in refused]
-        if refusals and self._plan.engine.device_signals is DeviceSignals.IPC:
+        if refusals and self.plan.engine.device_signals is DeviceSignals.IPC:
             channel, reason = refusals[0]
             raise ClusterError(
                 f"engine.device_signals 'ipc': {channel}: {reason}; use 'auto', which goes through "
@@ -147,7 +147,7 @@ class WiredWorkers(PlacedWorkers):
             senders = set().union(*(inside[self.actors.index(actor)] for actor in only))
         return {
             channel.number: self._way(channel, self.actors[i], inside)
-            for channel in self._plan.channels.all()
+            for channel in self.plan.channels.all()
             if channel.receiver in inside[i]
             and channel.sender not in inside[i]
             and (senders is None or channel.sender in senders)
@@ -201,7 +201,7 @@ class WiredWorkers(PlacedWorkers):
 
     def _run_local(self) -> None:
         report = WorkerReport(error=StreamError("the thread of the stream ended before its time"))
-        if not self._plan.spec.live:  # (there somebody waits for it)
+        if not self.plan.spec.live:  # (there somebody waits for it)
             run_in_background()
         try:
             if self._local is not None:

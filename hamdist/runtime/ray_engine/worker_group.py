@@ -15,7 +15,7 @@ from ray.exceptions import RayError, RayTaskError
 from hamdist.dynamics.objective.prequential import Window
 from hamdist.errors import ClusterError, HamdistError
 from hamdist.runtime.engines.worker_report import SnapshotNews, WorkerReport, WorkerStatus
-from hamdist.runtime.process.interrupts import deaf_to_interrupts
+from hamdist.runtime.process.interrupts import interrupts_ignored
 from hamdist.runtime.ray_engine.cluster_hosts import last_line
 from hamdist.runtime.ray_engine.placed_workers import END_SECONDS, WorkerHandle
 from hamdist.runtime.ray_engine.wired_workers import WiredWorkers
@@ -44,10 +44,10 @@ class WorkerGroup(WiredWorkers):
 
     def __exit__(self, *_: object) -> None:
         """End everything that was started, in whatever state it is."""
-        with deaf_to_interrupts():
+        with interrupts_ignored():
             self._end_local()
             self._end_actors()
-            shutil.rmtree(socket_folder(self._plan.run), ignore_errors=True)
+            shutil.rmtree(socket_folder(self.plan.run), ignore_errors=True)
 
     def keep_spares(self) -> None:
         """Have `engine.spares` actors wait that can take the place of one of these."""
@@ -56,16 +56,16 @@ class WorkerGroup(WiredWorkers):
     def withdraw(self, key: str) -> None:
         """Make all actors refuse the holder of this key from now on."""
         for actor in self.actors:
-            actor.ask("withdraw", key, run=self._plan.run)
+            actor.ask("withdraw", key, run=self.plan.run)
 
     def keep(self, tick: int) -> None:
         """Request a snapshot of all actors at `tick`."""
-        run = self._plan.run
+        run = self.plan.run
         self._keep_calls = [actor.ask("keep", tick, run=run) for actor in self.running.values()]
         self._too_late = self._local is not None and not self._local.keep(tick)
 
-    def heard(self, seconds: float) -> None:
-        """Wait until all actors have heard of the latest `keep`, so long at most."""
+    def wait_for_keep(self, seconds: float) -> None:
+        """Wait until all actors have received the latest `keep`, so long at most."""
         if self._keep_calls:
             ray.wait(self._keep_calls, num_returns=len(self._keep_calls), timeout=seconds)
 
@@ -84,7 +84,7 @@ class WorkerGroup(WiredWorkers):
     def complete(self, tick: int) -> None:
         """Allow all actors to drop the signals before the snapshot of `tick`."""
         for actor in self.actors:
-            actor.ask("complete", tick, run=self._plan.run)
+            actor.ask("complete", tick, run=self.plan.run)
         if self._local is not None:
             self._local.complete(tick)
 
@@ -111,7 +111,7 @@ class WorkerGroup(WiredWorkers):
         status = self._local.status(0, None)
         if status.snapshot_news is not None:
             self._local_news.append(status.snapshot_news)
-            self.local_forgot = status.snapshot_news.forgot
+            self.local_dropped = status.snapshot_news.dropped
         return status
 
     def start(self) -> None:
@@ -211,7 +211,7 @@ class WorkerGroup(WiredWorkers):
         """Return the windows of all readouts, as far as they are known here."""
         windows: dict[str, list[Window]] = {}
         for actor in self.actors:
-            first = next((b for b in actor.blocks if b in self._plan.graph.readouts), None)
+            first = next((b for b in actor.blocks if b in self.plan.graph.readouts), None)
             if actor.report is not None:
                 windows |= actor.report.windows
             elif first is not None and actor.joined is not None:
@@ -270,13 +270,13 @@ class WorkerGroup(WiredWorkers):
         if self._local is not None:
             self._local.stop_stream()
         else:
-            self.actors[self._source_actor()].ask("stop_stream", run=self._plan.run)
+            self.actors[self._source_actor()].ask("stop_stream", run=self.plan.run)
 
     def call_off(self) -> None:
         """End the runs as they are now; actors that do not answer leave no report."""
         self._called_off = True
         for actor in self.running.values():
-            actor.ask("abort", run=self._plan.run)
+            actor.ask("abort", run=self.plan.run)
         if self._local is not None:
             self._local.abort()
         self.wait(ANSWER_SECONDS, everybody=True)
@@ -284,7 +284,7 @@ class WorkerGroup(WiredWorkers):
     def _end_actors(self) -> None:
         """Free the actors that respond for another run, and kill the others."""
         for actor in self.running.values():
-            actor.ask("abort", run=self._plan.run)
+            actor.ask("abort", run=self.plan.run)
         runs = [a.running for a in self.actors if a.running is not None]
         ended = ray.wait(runs, num_returns=len(runs), timeout=OBEY_SECONDS)[0] if runs else []
         closed = {a.handle.close.remote(): a for a in self.actors if a.running in ended}
@@ -299,9 +299,9 @@ class WorkerGroup(WiredWorkers):
         killed = [actor for actor in self.actors if actor not in obedient]
         for actor in killed:
             ray.kill(actor.handle)
-        self._outlast(killed)
+        self._wait_until_gone(killed)
 
-    def _outlast(self, killed: Sequence[WorkerHandle]) -> None:
+    def _wait_until_gone(self, killed: Sequence[WorkerHandle]) -> None:
         """Wait until the processes of killed actors on this host are gone."""
         here = ray.get_runtime_context().get_node_id() if killed else ""
         processes = []

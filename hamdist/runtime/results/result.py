@@ -10,7 +10,7 @@ from pydantic import ConfigDict, TypeAdapter
 from torch import Tensor, nn
 
 from hamdist.config import Settings
-from hamdist.display.figure import drawn
+from hamdist.display.figure import draw_figure
 from hamdist.display.network import PlacedNetwork
 from hamdist.display.table import Table, frame, html_table
 from hamdist.display.windows import columns, windows_figure
@@ -260,7 +260,7 @@ class RunResult(RunFacts):
         Args:
             ax: axes of matplotlib's, on which it is drawn instead; they are returned.
         """
-        return drawn(windows_figure("", self.windows), ax)
+        return draw_figure(windows_figure("", self.windows), ax)
 
     def _repr_html_(self) -> str:
         lines = [[part] for part in repr(self).removeprefix("RunResult(")[:-1].split("; ")]

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from hamdist.config import IGNORE_INDEX
-from hamdist.dynamics.graph.inputs import NetworkInputs, called
+from hamdist.dynamics.graph.inputs import NetworkInputs, call_model
 from hamdist.dynamics.objective.losses import (
     ONLY,
     Losses,
@@ -97,7 +97,7 @@ def evaluate_samples(
             for name, value in {"u": u}.items() if isinstance(u, Tensor) else u.items():
                 check_finite(n, f"held-out {name}", value)
             with _naming(n):
-                predictions = tensors(called(model, u))
+                predictions = tensors(call_model(model, u))
             if tallies is None:
                 losses = losses_of(list(predictions), loss, targets)
                 tallies = {name: _Tally(part, ignore_index) for name, part in losses.items()}

@@ -34,15 +34,36 @@ class Code(ABC):
 
     @abstractmethod
     def nbytes(self, n: int) -> int:
-        """Return the bytes of an encoded vector of n numbers."""
+        """Return the bytes of an encoded vector.
+
+        Args:
+            n: its numbers.
+        """
 
     @abstractmethod
     def encode(self, x: Tensor) -> Tensor | None:
-        """Encode x, (N, n), as (N, ...); None if numbers would be lost."""
+        """Encode vectors.
+
+        Args:
+            x: N vectors, (N, n), of a floating-point type.
+
+        Returns:
+            (N, ...), `nbytes(n)` bytes of each; None, so that x goes as it is, if numbers would
+            be lost.
+        """
 
     @abstractmethod
     def decode(self, sent: Tensor, n: int, real: torch.dtype) -> Tensor:
-        """Return the approximation, (N, n), of type `real`, or of one that is shorter."""
+        """Return the approximation of encoded vectors.
+
+        Args:
+            sent: as of `encode`, (N, ...).
+            n: numbers of a vector.
+            real: the type of the vectors.
+
+        Returns:
+            (N, n), of type `real` or of one that is shorter.
+        """
 
 
 @dataclass(frozen=True, slots=True)

@@ -97,7 +97,7 @@ class SentLog:
         inside: names of the nodes of this process.
         replays: True if signals are kept since the latest snapshot.
         limit: bytes that they may take. With more they are dropped, and no process can restart from
-            the latest snapshot (`forgot`) until a later one is complete.
+            the latest snapshot (`dropped`) until a later one is complete.
     """
 
     def __init__(self, inside: Collection[str], *, replays: bool, limit: float = inf) -> None:
@@ -106,7 +106,7 @@ class SentLog:
         self._keeps = replays
         self._limit = limit
         self._unweighed = 0  # signals since the last look at what all of them take
-        self.forgot = False
+        self.dropped = False
         self.posted: dict[int, int] = {}
         self.received: dict[int, int] = {}
         self.logs: dict[int, ChannelLog] = {}
@@ -147,7 +147,7 @@ class SentLog:
 
     def _forget(self) -> None:
         """Drop all signals but those under way."""
-        self.forgot, self._keeps = True, False
+        self.dropped, self._keeps = True, False
         self._marks.clear()
         for log in self.logs.values():
             log.let_go(log.posted - log.capacity + 1)
@@ -157,7 +157,7 @@ class SentLog:
         posted = self._marks.get(tick)
         self._marks = {t: m for t, m in self._marks.items() if t > tick}
         if posted is not None:
-            self.forgot = False
+            self.dropped = False
             for number, log in self.logs.items():
                 log.let_go(posted.get(number, 0) - log.capacity + 1)
 

@@ -23,9 +23,9 @@ from hamdist.runtime.process.portable import other_bits
 from hamdist.runtime.process.switches import other_switches
 from hamdist.runtime.snapshots.catalogue import fingerprint
 from hamdist.runtime.storage.snapshot_files import STATE_FORMATS, Snapshot, settings_of
-from hamdist.streams.replay import drawn, drops, replays, samples_from
+from hamdist.streams.replay import drops, next_sample, replays, samples_from
 from hamdist.streams.sample import Stream
-from hamdist.streams.wrappers.without_sample import WithoutSample
+from hamdist.streams.wrappers.derived import WithoutSample
 
 MAY_CHANGE = ("learning", "dynamics", "stream", "steps")
 
@@ -90,7 +90,8 @@ def outside(before: Mapping[str, str], now: Mapping[str, str]) -> list[str]:
     those of actors are gone)."""
     return [
         f"{name} has changed what it refers to outside of itself, as a global: no snapshot holds "
-        "that, each actor has its own, and a next run begins with it; keep it in an object (self)"
+        "that, each actor has its own, and a next run begins with it; keep it in "
+        f"{'block.memory' if name.startswith('the rule of ') else 'an object (self)'}"
         for name in before
         if now.get(name) != before[name]
     ]
@@ -143,15 +144,25 @@ def identity(stream: Stream, example: Mapping[str, Tensor] | None) -> dict[str, 
 
 
 def other_stream(snapshot: Snapshot, now: Mapping[str, str]) -> list[str]:
-    """Return a warning if the stream is not the one of the snapshot's run."""
+    """Return a warning if the stream is not the one of the snapshot's run.
+
+    Of a class only the name counts: later versions may have it in another module.
+    """
     before = snapshot.manifest.stream
     names = [name for name in before if name in now and before[name] != now[name]]
+    if "class" in names and _bare(before["class"]) == _bare(now["class"]):
+        names.remove("class")
     if not names:
         return []
     each = "; ".join(f"{name}: {before[name]}, now {now[name]}" for name in names)
     return [
         f"the stream is not that of {snapshot} ({each}): its place in it is that of another one"
     ]
+
+
+def _bare(class_name: str) -> str:
+    """Return the name of a class without its module."""
+    return class_name.rpartition(".")[2]
 
 
 def origin(snapshot: Snapshot) -> str:
@@ -177,7 +188,7 @@ def ended(snapshot: Snapshot, settings: Settings, stream: Stream) -> str:
     if over or stream.spec.patience or drops(stream):
         return ""
     n = skip + node["drawn"]
-    if replays(stream) and drawn(samples_from(stream, n, node["passed"]), n) is None:
+    if replays(stream) and next_sample(samples_from(stream, n, node["passed"]), n) is None:
         return ""
     return "its stream was over, and the samples"
 

@@ -41,25 +41,64 @@ class Storage(Protocol):
     where: str
 
     def write(self, name: str, data: bytes) -> None:
-        """Write a file as a whole, or not at all."""
+        """Write a file as a whole, or not at all.
+
+        Args:
+            name: of the file, relative to the place.
+            data: its content.
+
+        Raises:
+            SnapshotError: it cannot be written; `full` where there is no room.
+        """
 
     def read(self, name: str) -> bytes:
-        """Return the contents of a file."""
+        """Return the content of a file.
+
+        Args:
+            name: of the file.
+
+        Raises:
+            SnapshotError: it cannot be read.
+        """
 
     def folders(self) -> list[str]:
         """Return the names of the folders in it; none where it does not exist yet."""
 
     def remove(self, folder: str) -> None:
-        """Remove hamdist's files from a folder of its names, and it if nothing else is left."""
+        """Remove hamdist's files from a folder of its names, and it if nothing else is left.
+
+        Args:
+            folder: its name.
+        """
 
     def delete(self, name: str) -> None:
-        """Remove a file, if it is there."""
+        """Remove a file, if it is there.
+
+        Args:
+            name: of the file.
+        """
 
     def create(self, name: str, data: bytes) -> bool:
-        """Write a file unless it exists; returns True if it was written."""
+        """Write a file unless it exists; return True if it was written.
+
+        Args:
+            name: of the file.
+            data: its content.
+
+        Raises:
+            SnapshotError: it cannot be written.
+        """
 
     def reserve(self, name: str, nbytes: int) -> None:
-        """Write a file of that size, where the place can be full: SnapshotError if it is."""
+        """Write a file of a size, where the place can be full.
+
+        Args:
+            name: of the file.
+            nbytes: the size.
+
+        Raises:
+            SnapshotError: there is no room.
+        """
 
 
 def storage(where: str | Path) -> Storage:

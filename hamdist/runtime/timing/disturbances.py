@@ -1,4 +1,4 @@
-"""What disturbs the steady course of a run: links that vary, snapshots, failures. Drawn by seed."""
+"""Disturbances of a steady run: links that vary, snapshots, failures. Drawn by seed."""
 
 from __future__ import annotations
 

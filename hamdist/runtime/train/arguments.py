@@ -10,7 +10,7 @@ from typing import Any
 from torch import nn
 from torch.utils.data import DataLoader, IterableDataset
 
-from hamdist.config import Loss, Settings, lay_over, settled
+from hamdist.config import Loss, Settings, lay_over, settings_with
 from hamdist.dynamics.graph.graph import Graph
 from hamdist.dynamics.graph.inputs import arguments_of
 from hamdist.dynamics.modules.prenorm import stabilised
@@ -59,7 +59,7 @@ def prepared(
     level = fields.get("level")
     if isinstance(level, (OwnLevel, type)) or (isinstance(level, str) and ":" in level):
         fields = lay_over(fields, level_fields("level", level))  # type: ignore[arg-type]
-    merged = settled(settings, fields)
+    merged = settings_with(settings, fields)
     at_level = merged.for_level(merged.level)
     ignored = at_level.ignore_index
     losses = (

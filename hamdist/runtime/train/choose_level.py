@@ -36,7 +36,7 @@ from hamdist.errors import ChoiceWarning
 from hamdist.streams.replay import samples_from
 from hamdist.streams.sample import Sample, Stream
 from hamdist.streams.smoothness import MOST_SAMPLES, Smoothness
-from hamdist.streams.wrappers.chosen_targets import Derived
+from hamdist.streams.wrappers.derived import Derived
 
 ROUND_TRIPS = 2.5
 SHARE_OF_THE_RUN = 10
@@ -67,7 +67,7 @@ class LevelFacts:
     own_steps: bool = False
 
 
-def chosen(settings: Settings, seen: LevelFacts) -> tuple[Settings, list[str]]:
+def settings_at_level(settings: Settings, seen: LevelFacts) -> tuple[Settings, list[str]]:
     """Return `settings` at the level that fits, with its own values, and the reasons."""
     level, reason = _level(settings, seen)
     why = [f"level {level.value!r}: {reason}"]
@@ -206,19 +206,19 @@ def resolved(
     paced = settings.stream.pace is not None  # looking ahead would take its time
     frames, ends = None, False
     if not paced:
-        stream, frames, ends = looked_at(stream, settings.steps)
+        stream, frames, ends = inspect_stream(stream, settings.steps)
     modules = [m for b in graph.blocks.values() if b.module is not None for m in b.module.modules()]
     layers = [(m.in_features, m.out_features) for m in modules if isinstance(m, nn.Linear)]
     own_steps = own_steps or bool(graph.shared)
     batch = stream.spec.batch
     seen = LevelFacts(graph.depth, batch, frames, graph.acyclic, ends, layers, own_steps)
-    level_settings, why = chosen(settings, seen)
+    level_settings, why = settings_at_level(settings, seen)
     for text in why:
         warnings.warn(ChoiceWarning(f"auto: {text}"), stacklevel=4)
     return level_settings, stream, why
 
 
-def looked_at(stream: Stream, steps: int | None) -> tuple[Stream, float | None, bool]:
+def inspect_stream(stream: Stream, steps: int | None) -> tuple[Stream, float | None, bool]:
     """Return the stream, first samples put back, their S, and True if one ends a sequence.
 
     No more than `steps` are read: an iterator may have another use for the others.

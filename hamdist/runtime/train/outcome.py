@@ -93,7 +93,7 @@ def _whole(graph: Graph, plan: Plan) -> MergedSequence | None:
 # -- a run that left the finite range --------------------------------------------------------------
 
 
-def explained(error: DivergedError, plan: Plan) -> DivergedError:
+def with_cause(error: DivergedError, plan: Plan) -> DivergedError:
     """Return the same error with its likely cause."""
     cause = error.cause or _cause(error, plan)
     return DivergedError(error.block, error.tick, error.quantity, error.norm, cause)

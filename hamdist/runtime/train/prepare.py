@@ -24,12 +24,12 @@ from hamdist.dynamics.user_modules.copies import copied, in_type, unwrapped
 from hamdist.dynamics.user_modules.hooks import check_hooks
 from hamdist.dynamics.vjp.seeding import random_parts
 from hamdist.errors import SettingsError
-from hamdist.loading import called, check_call, load_function
+from hamdist.loading import call_function, check_call, load_function
 from hamdist.runtime.nodes.weight_ports import against_ties
 from hamdist.runtime.placement.step_costs import example_input, example_inputs
 from hamdist.runtime.plan.checks import with_rules
 from hamdist.streams.sample import SampleSpec, Stream
-from hamdist.streams.wrappers.chosen_targets import in_dtype
+from hamdist.streams.wrappers.derived import in_dtype
 
 
 def in_dtype_of(settings: Settings, model: nn.Module | Graph, stream: Stream) -> tuple[Any, Stream]:
@@ -160,7 +160,7 @@ def make_level(field: str, named: OwnLevel | str) -> OwnLevel:
     if isinstance(named, str):
         function = load_function(field, named)
         check_call(field, named, function)
-        level = called(field, function)
+        level = call_function(field, function)
     if not isinstance(level, OwnLevel):
         raise SettingsError(f"{field} {named!r}: give a hamdist.OwnLevel, or FILE.py:NAME of one")
     return level
@@ -209,7 +209,7 @@ def make_rule(field: str, named: NamedRule) -> Rule:
         rule_name = load_function(field, rule_name)
     if callable(rule_name):
         check_call(field, name, rule_name, *arguments)
-        rule_name = called(field, rule_name, **arguments)
+        rule_name = call_function(field, rule_name, **arguments)
     if not isinstance(rule_name, Rule):
         raise SettingsError(f"{field} {name!r}: give a hamdist.Rule, or the name of one")
     return rule_name

@@ -64,7 +64,7 @@ from hamdist.runtime.snapshots.resume import (
 from hamdist.runtime.storage.snapshot_files import Snapshot, check_usable, latest
 from hamdist.runtime.storage.store import claimed, storage
 from hamdist.runtime.train.choose_level import resolved
-from hamdist.runtime.train.outcome import explained, make_result
+from hamdist.runtime.train.outcome import make_result, with_cause
 from hamdist.runtime.train.prepare import (
     NamedRule,
     graph_in_blocks,
@@ -75,7 +75,7 @@ from hamdist.runtime.train.prepare import (
 )
 from hamdist.streams.live import live_of
 from hamdist.streams.sample import SampleSpec, Stream, with_example
-from hamdist.streams.wrappers.chosen_targets import with_targets_of
+from hamdist.streams.wrappers.derived import with_targets_of
 
 OWN = "hamdist."  # streams of this package, which know what they give
 
@@ -174,7 +174,7 @@ def train(
             plan = plan.replan(outcome.delays)
         error = outcome.error
         if isinstance(error, DivergedError):
-            error = explained(error, plan)
+            error = with_cause(error, plan)
         messages = [str(error)] if isinstance(error, HamdistError) else []
         ended = [] if error is not None else end_of_stream(plan, outcome, stream)
         outcome.warnings[:0] = [*messages, *notes, *ended]

@@ -152,11 +152,24 @@ class EndpointContext:
 class Sender(Protocol):
     """The sending end of one channel."""
 
-    def move(self, line: EndpointContext) -> None:
-        """Hand the end to another thread, with that thread's context."""
+    def move(self, context: EndpointContext) -> None:
+        """Hand the end to another thread.
+
+        Args:
+            context: of that thread.
+        """
 
     def send(self, signals: Sequence[Signal]) -> None:
-        """Send `signals` as one message, once there is room for all of them."""
+        """Send signals as one message, once there is room for all of them.
+
+        Args:
+            signals: one, or those of a bundle, in order. Their payloads, (B, ...), are not written
+                to afterwards.
+
+        Raises:
+            Aborted: the run was called off.
+            Interrupted: another thread asks for this end; nothing was sent.
+        """
 
     def close(self) -> None:
         """Close the end."""
@@ -168,7 +181,16 @@ class Receiver(Protocol):
     address: str
 
     def receive(self, stamp: Stamp) -> Signal:
-        """Return the next signal. `stamp` is the expected one, for errors; it is not compared."""
+        """Return the next signal.
+
+        Args:
+            stamp: the expected one, for errors; it is not compared.
+
+        Raises:
+            Aborted: the run was called off.
+            Interrupted: another thread asks for this end; nothing was taken.
+            WireError: what has come is no signal.
+        """
 
     def close(self) -> None:
         """Close the end."""

@@ -69,7 +69,7 @@ class GpuMemory(Protocol):
     def new(self, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
         """Return uninitialised memory of the device."""
 
-    def lend(self, nbytes: int) -> tuple[Tensor, bytes]:
+    def export(self, nbytes: int) -> tuple[Tensor, bytes]:
         """Allocate memory, and return it with plain data by which another process can reach it.
 
         Raises GpuMemoryError.
@@ -117,7 +117,7 @@ class GpuRingSender:
         """Return the packet that offers the slots; None if there is no memory for them."""
         slots = self._channel.capacity
         try:
-            ring, handle = self._memory.lend(slots * self._slot_bytes)
+            ring, handle = self._memory.export(slots * self._slot_bytes)
             for end in (ring[:_NOISE], ring[-_NOISE:]):
                 end.copy_(torch.frombuffer(bytearray(os.urandom(len(end))), dtype=torch.uint8))
             self._expected = _digest(ring)
@@ -160,7 +160,7 @@ class GpuRingSender:
     def put(self, payload: Tensor) -> int:
         """Copy `payload`, which is contiguous, into a free slot, and return the slot's number."""
         if self._ring is None:
-            raise ValueError(f"nothing is lent on {self._channel}")
+            raise ValueError(f"no memory is offered on {self._channel}")
         slot = self._free.pop()
         _part(self._ring, slot, self._slot_bytes, payload.nbytes).copy_(_bytes(payload))
         self._written = True
@@ -297,8 +297,8 @@ class CudaMemory:
     def new(self, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
         return torch.empty(shape, dtype=dtype, device=self._device)
 
-    def lend(self, nbytes: int) -> tuple[Tensor, bytes]:
-        with _unlent("lent"):
+    def export(self, nbytes: int) -> tuple[Tensor, bytes]:
+        with _gpu_errors("shared"):
             memory = self.new((nbytes,), torch.uint8)
             # (the number of the device means something in this process alone; the event is not
             # needed, for what is written is waited for)
@@ -308,7 +308,7 @@ class CudaMemory:
         return memory, json.dumps(fields).encode()
 
     def reach(self, handle: bytes) -> Tensor:
-        with _unlent("reached"):
+        with _gpu_errors("reached"):
             allocation, size, offset, counter, place, event = json.loads(handle)
             torch.cuda.init()  # type: ignore[no-untyped-call]
             # (the driver maps memory of GPUs that this process does not see, too)
@@ -334,7 +334,7 @@ def cuda_memory(device: torch.device) -> GpuMemory | None:
 
 
 @contextmanager
-def _unlent(step: str) -> Iterator[None]:
+def _gpu_errors(step: str) -> Iterator[None]:
     """Turn errors of CUDA, a torch without sharing, and wrong handles into GpuMemoryError."""
     try:
         yield

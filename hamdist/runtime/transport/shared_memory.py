@@ -53,7 +53,7 @@ SEALS = ("F_SEAL_SHRINK", "F_SEAL_GROW", "F_SEAL_SEAL")
 _TURN = struct.pack("ll", 0, TURN_MS * 1000)
 
 SCHEME = "shm://"
-GPU_SCHEME = "gpu://"  # the same, to a receiver that can be lent memory of a GPU
+GPU_SCHEME = "gpu://"  # the same, to a receiver that can map memory of a GPU
 # Bytes up to which a payload travels in the packet. Measured (2 cores, both neighbours' signals,
 # medians of a tick, packet / slot): 47 / 56 us at 4 KiB, 42 / 46 at 8, 58 / 56 at 16, 61 / 64 at
 # 32. Up to 8 KiB the packet wins, then it is equal, and short packets need less of the buffer.
@@ -144,15 +144,15 @@ class SharedSender:
 
     def __init__(
         self,
-        line: EndpointContext,
+        context: EndpointContext,
         channel: Channel,
         address: str,
         gpu_sender: GpuRingSender | None = None,
     ) -> None:
-        self._line = line
+        self._context = context
         self._channel = channel
         self._gpu_sender = gpu_sender
-        self._packer = Packer(line.run, channel)
+        self._packer = Packer(context.run, channel)
         self._room = channel.capacity
         self._under_way: deque[int | None] = deque()  # the slots of signals not yet given back
         self._free: list[int] = []
@@ -205,7 +205,7 @@ class SharedSender:
                 added = self._packer.header(signal, form), form.bytes_of(payload), form.fill
                 needed = MAX_HEADER + form.nbytes + 8
             else:
-                self._line.packed += perf_counter() - began
+                self._context.packed += perf_counter() - began
                 ring = self._ring
                 if ring is None or form.nbytes > ring.slot_bytes:
                     self._deliver(parts, stamp)  # what is packed already names slots of the old one
@@ -217,7 +217,7 @@ class SharedSender:
                 ctypes.memmove(ring.at(slot, form.nbytes), payload.data_ptr(), form.nbytes)
                 added = (self._packer.header(signal, form, slot),)
                 needed = MAX_HEADER
-            self._line.packed += perf_counter() - began
+            self._context.packed += perf_counter() - began
             if size + needed > PACKET_BYTES:
                 self._deliver(parts, stamp)
                 size = 0
@@ -236,7 +236,7 @@ class SharedSender:
             parts.clear()
 
     def _packet(self, data: bytes, stamp: Stamp, fd: int | None = None) -> None:
-        line = self._line
+        context = self._context
         began = perf_counter()
         while True:
             try:
@@ -245,31 +245,31 @@ class SharedSender:
                 else:
                     socket.send_fds(self._socket, [data], [fd])
             except BlockingIOError:
-                line.turn(self._channel, stamp, sending=True, midway=True)
+                context.turn(self._channel, stamp, sending=True, midway=True)
             except (BrokenPipeError, ConnectionResetError):
-                line.lost(self._channel, stamp, sending=True)
+                context.lost(self._channel, stamp, sending=True)
             else:
                 break
-        line.waiting = None
-        line.waited += perf_counter() - began
+        context.waiting = None
+        context.waited += perf_counter() - began
 
     def _take_credit(self, stamp: Stamp) -> None:
         """Sleep until the receiver gives room back."""
-        line = self._line
+        context = self._context
         began = perf_counter()
         while True:
             try:
                 data = self._socket.recv(ANSWER_BYTES)
             except BlockingIOError:
-                line.turn(self._channel, stamp, sending=True)
+                context.turn(self._channel, stamp, sending=True)
             except ConnectionResetError:
-                line.lost(self._channel, stamp, sending=True)
+                context.lost(self._channel, stamp, sending=True)
             else:
                 if data:
                     break
-                line.lost(self._channel, stamp, sending=True)
-        line.waiting = None
-        line.waited += perf_counter() - began
+                context.lost(self._channel, stamp, sending=True)
+        context.waiting = None
+        context.waited += perf_counter() - began
         self._credit(data)
 
     def _look_for_credit(self) -> None:
@@ -317,15 +317,23 @@ class SharedSender:
             channel = self._channel
             fits = (s if s is not None and s >= channel.capacity else None for s in self._under_way)
             self._under_way = deque(fits)
-            head = (RING_MAGIC, RING_FORMAT, 0, channel.number, self._line.run, slots, slot_bytes)
+            head = (
+                RING_MAGIC,
+                RING_FORMAT,
+                0,
+                channel.number,
+                self._context.run,
+                slots,
+                slot_bytes,
+            )
             self._packet(RING_HEADER.pack(*head), stamp)
             self._packet(RING_MAGIC, stamp, fd)
         finally:
             os.close(fd)
         return ring
 
-    def move(self, line: EndpointContext) -> None:
-        self._line = line
+    def move(self, context: EndpointContext) -> None:
+        self._context = context
 
     def close(self) -> None:
         self._socket.close()

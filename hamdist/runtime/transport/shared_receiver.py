@@ -41,21 +41,23 @@ class SharedReceiver:
     """
 
     def __init__(
-        self, line: EndpointContext, channel: Channel, memory: GpuMemory | None = None
+        self, context: EndpointContext, channel: Channel, memory: GpuMemory | None = None
     ) -> None:
-        self._line = line
+        self._context = context
         self._channel = channel
-        self._packer = Packer(line.run, channel)
+        self._packer = Packer(context.run, channel)
         self._group = max(1, channel.slack // 2)
         self._most = PACKET_BYTES if channel.bundle > 1 else MAX_HEADER + INLINE_BYTES + 8
         self._came: deque[Signal] = deque()
         self._received = 0
         self._ring: Ring | None = None
-        self._gpu_receiver = None if memory is None else GpuRingReceiver(memory, channel, line.run)
+        self._gpu_receiver = (
+            None if memory is None else GpuRingReceiver(memory, channel, context.run)
+        )
         self._sender = 0  # its process
         self._lost = False  # with signals that cannot be trusted: nothing behind them counts
         self._socket: socket.socket | None = None
-        self._file: Path = socket_file(line.run, channel)
+        self._file: Path = socket_file(context.run, channel)
         self.address = f"{SCHEME if memory is None else GPU_SCHEME}{self._file}"
         self._listener = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         try:
@@ -77,10 +79,10 @@ class SharedReceiver:
 
     def _receive(self, stamp: Stamp) -> None:
         """Sleep until the next message."""
-        line = self._line
+        context = self._context
         while not self._came:
             if self._lost:
-                line.lost(self._channel, stamp, sending=False)
+                context.lost(self._channel, stamp, sending=False)
             data = self._packet(stamp)
             if data[:2] == RING_MAGIC:
                 self._take_ring(data, stamp)
@@ -97,7 +99,7 @@ class SharedReceiver:
                 self._lost = True
                 continue
             self._came.extend(signals)
-            line.packed += perf_counter() - began
+            context.packed += perf_counter() - began
 
     def answer(self) -> None:
         """Answer an offer that was sent before this call, if any, and read nothing else."""
@@ -120,22 +122,22 @@ class SharedReceiver:
             pass  # a sender that hears nothing uses host memory
 
     def _packet(self, stamp: Stamp) -> bytes:
-        line = self._line
+        context = self._context
         began = perf_counter()
         while True:
             try:
                 connection = self._socket or self._accept()
                 data = connection.recv(self._most + 1)
             except BlockingIOError:
-                line.turn(self._channel, stamp, sending=False)
+                context.turn(self._channel, stamp, sending=False)
             except ConnectionResetError:
                 continue  # the sender has left credits unread; what it sent is still there
             else:
                 if data:
                     break
-                line.lost(self._channel, stamp, sending=False)
-        line.waiting = None
-        line.waited += perf_counter() - began
+                context.lost(self._channel, stamp, sending=False)
+        context.waiting = None
+        context.waited += perf_counter() - began
         return data
 
     def _accept(self) -> socket.socket:
@@ -168,7 +170,7 @@ class SharedReceiver:
         if len(data) != RING_HEADER.size:
             raise WireError(f"{channel}: {len(data)} bytes announce a ring")
         _, form, _, number, run, slots, slot_bytes = RING_HEADER.unpack(data)
-        if form != RING_FORMAT or number != channel.number or run != self._line.run:
+        if form != RING_FORMAT or number != channel.number or run != self._context.run:
             raise WireError(f"{channel}: a ring of format {form} for channel {number}, run {run:x}")
         fd = self._descriptor(stamp)
         try:
@@ -196,14 +198,14 @@ class SharedReceiver:
             try:
                 data, fds, flags, _ = socket.recv_fds(self._socket, len(RING_MAGIC) + 1, 1)
             except BlockingIOError:
-                self._line.turn(self._channel, stamp, sending=False, midway=True)
+                self._context.turn(self._channel, stamp, sending=False, midway=True)
             except ConnectionResetError:
                 continue
             else:
                 if data or fds:
                     break
-                self._line.lost(self._channel, stamp, sending=False)
-        self._line.waiting = None
+                self._context.lost(self._channel, stamp, sending=False)
+        self._context.waiting = None
         if data != RING_MAGIC or len(fds) != 1 or flags & socket.MSG_CTRUNC:
             for fd in fds:
                 os.close(fd)

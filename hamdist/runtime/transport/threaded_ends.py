@@ -33,16 +33,16 @@ class DelayedReceiver:
 
     def __init__(
         self,
-        line: EndpointContext,
+        context: EndpointContext,
         channel: Channel,
         seconds: float,
         make: Callable[[EndpointContext], Receiver],
     ) -> None:
-        self._line = line
+        self._context = context
         self._channel = channel
         self._seconds = seconds
         self._closing = threading.Event()
-        self._inner = make(EndpointContext(line.run, self._closing))
+        self._inner = make(EndpointContext(context.run, self._closing))
         self.address = self._inner.address
         self._came: deque[tuple[float, Signal]] = deque()  # when due
         self._news = threading.Condition()
@@ -73,7 +73,7 @@ class DelayedReceiver:
         return len(self._came) >= room and self._came[room - 1][0] <= time.monotonic()
 
     def receive(self, stamp: Stamp) -> Signal:
-        line = self._line
+        context = self._context
         began = time.perf_counter()
         with self._news:
             while True:
@@ -88,9 +88,9 @@ class DelayedReceiver:
                     raise self._failure
                 self._news.wait(min(wait, TURN_SECONDS))
                 if not self._came or wait > TURN_SECONDS:
-                    line.turn(self._channel, stamp, sending=False)
-        line.waiting = None
-        line.waited += time.perf_counter() - began
+                    context.turn(self._channel, stamp, sending=False)
+        context.waiting = None
+        context.waited += time.perf_counter() - began
         return signal
 
     def close(self) -> None:
@@ -104,19 +104,19 @@ class ReplaySender:
 
     def __init__(
         self,
-        line: EndpointContext,
+        context: EndpointContext,
         channel: Channel,
         log: ChannelLog,
         first: int,
         make: Callable[[EndpointContext], Sender],
     ) -> None:
-        self._line = line
+        self._context = context
         self._channel = channel
         self._log = log
         self._next = first
         self._closing = threading.Event()
-        self._context = EndpointContext(line.run, self._closing)
-        self._end = make(self._context)
+        self._thread_context = EndpointContext(context.run, self._closing)
+        self._end = make(self._thread_context)
         self._news = threading.Condition()
         self._failure: HamdistError | None = None
         self._thread: threading.Thread | None = threading.Thread(
@@ -164,8 +164,8 @@ class ReplaySender:
                 if self._failure is not None:
                     raise self._failure
                 self._news.wait(TURN_MS / 1000)
-                self._line.turn(self._channel, signals[0].stamp, sending=True)
-            self._line.waiting = None
+                self._context.turn(self._channel, signals[0].stamp, sending=True)
+            self._context.waiting = None
             near = self._next >= first  # all earlier signals are sent: this thread can take over
         if near:
             self._take_over()
@@ -177,7 +177,7 @@ class ReplaySender:
         self._end_thread()
         if self._failure is not None:
             raise self._failure
-        self._end.move(self._line)
+        self._end.move(self._context)
 
     def _end_thread(self) -> None:
         self._closing.set()
@@ -187,8 +187,8 @@ class ReplaySender:
             self._thread.join()
             self._thread = None
 
-    def move(self, line: EndpointContext) -> None:
-        self._line = line
+    def move(self, context: EndpointContext) -> None:
+        self._context = context
 
     def close(self) -> None:
         self._end_thread()

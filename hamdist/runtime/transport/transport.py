@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import contextlib
 import threading
-from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 from hamdist.dynamics.schedule.events import Stamp
@@ -70,7 +69,7 @@ class Endpoints:
         ports: range | None = None,
     ) -> None:
         self._ports = ports
-        self._line = EndpointContext(run, abort, requests)
+        self._context = EndpointContext(run, abort, requests)
         self._requests = requests
         self._keys = keys
         self._key_gate: KeyGate | None = None
@@ -78,27 +77,22 @@ class Endpoints:
         self._in: dict[int, Receiver] = {}
         self._out: dict[int, Sender] = {}
         self._zmq: zmq.Context[Any] | None = None
-        self._waits: dict[int, float] = {}
+        self.waits: dict[int, float] = {}  # seconds by number of the channel
 
     @property
     def waiting(self) -> BlockedCall | None:
         """Return the blocked call, if there is one."""
-        return self._line.waiting
+        return self._context.waiting
 
     @property
     def seconds(self) -> dict[str, float]:
         """Return the seconds of 'waiting' (inside calls of the system) and of 'packing'."""
-        return {"waiting": self._line.waited, "packing": self._line.packed}
-
-    @property
-    def waits(self) -> Mapping[int, float]:
-        """Return the seconds of waiting by number of the channel."""
-        return self._waits
+        return {"waiting": self._context.waited, "packing": self._context.packed}
 
     def _waited(self, channel: Channel, before: float) -> None:
-        if self._line.waited > before:
-            spent = self._line.waited - before
-            self._waits[channel.number] = self._waits.get(channel.number, 0.0) + spent
+        if self._context.waited > before:
+            spent = self._context.waited - before
+            self.waits[channel.number] = self.waits.get(channel.number, 0.0) + spent
 
     def bind(
         self, channel: Channel, way: str, limit: int = -1, memory: GpuMemory | None = None
@@ -112,37 +106,41 @@ class Endpoints:
         def make(context: EndpointContext) -> Receiver:
             return self._open(context, channel, way, limit, memory)
 
-        line, delay = self._line, self._link_delay
-        receiver = DelayedReceiver(line, channel, delay, make) if delay else make(line)
+        context, delay = self._context, self._link_delay
+        receiver = DelayedReceiver(context, channel, delay, make) if delay else make(context)
         old = self._in.pop(channel.number, None)
         if old is not None:
             old.close()
         self._in[channel.number] = receiver
         if not way.startswith(TCP):
-            claim(socket_folder(self._line.run))  # until `close`
+            claim(socket_folder(self._context.run))  # until `close`
         return receiver.address
 
     def _open(
         self,
-        line: EndpointContext,
+        context: EndpointContext,
         channel: Channel,
         way: str,
         limit: int,
         memory: GpuMemory | None,
     ) -> Receiver:
         if way == SHM:
-            return SharedReceiver(line, channel, memory)
+            return SharedReceiver(context, channel, memory)
         from hamdist.runtime.transport.encryption import split_key
         from hamdist.runtime.transport.zeromq import ZmqReceiver
 
         bare, key = split_key(way)
         if not bare.startswith(TCP):
-            return ZmqReceiver(line, channel, self._context(), None)
+            return ZmqReceiver(context, channel, self._zmq_context(), None)
         host = bare.removeprefix(TCP)
         if key is None:
-            return ZmqReceiver(line, channel, self._context(), host, None, limit, self._ports)
+            return ZmqReceiver(
+                context, channel, self._zmq_context(), host, None, limit, self._ports
+            )
         self.allow(key)
-        return ZmqReceiver(line, channel, self._context(), host, self._key_gate, limit, self._ports)
+        return ZmqReceiver(
+            context, channel, self._zmq_context(), host, self._key_gate, limit, self._ports
+        )
 
     def allow(self, key: str) -> None:
         """Allow the holder of a public key to send to this process; called before it connects."""
@@ -151,7 +149,7 @@ class Endpoints:
 
             if self._keys is None:
                 raise ClusterError("a sender with a key, but this process has none")
-            self._key_gate = KeyGate(self._context(), self._keys)
+            self._key_gate = KeyGate(self._zmq_context(), self._keys)
         self._key_gate.allow(key)
 
     def withdraw(self, key: str) -> None:
@@ -186,7 +184,9 @@ class Endpoints:
             return self._reach(context, channel, address, limit, gpu_sender)
 
         end = (
-            make(self._line) if log is None else ReplaySender(self._line, channel, log, first, make)
+            make(self._context)
+            if log is None
+            else ReplaySender(self._context, channel, log, first, make)
         )
         self._out[channel.number] = end
 
@@ -196,7 +196,7 @@ class Endpoints:
             if isinstance(end, SharedReceiver):
                 end.answer()
 
-    def hear_answers(self) -> None:
+    def read_answers(self) -> None:
         """Take the answers to this process's own offers; before any signal is sent."""
         for end in self._out.values():
             if isinstance(end, SharedSender):
@@ -204,20 +204,20 @@ class Endpoints:
 
     def _reach(
         self,
-        line: EndpointContext,
+        context: EndpointContext,
         channel: Channel,
         address: str,
         limit: int,
         gpu_sender: GpuRingSender | None,
     ) -> Sender:
         if address.startswith((SCHEME, GPU_SCHEME)):
-            return SharedSender(line, channel, address, gpu_sender)
+            return SharedSender(context, channel, address, gpu_sender)
         from hamdist.runtime.transport.zeromq import ZmqSender
 
         most = limit if address.startswith(TCP) else -1
-        return ZmqSender(line, channel, self._context(), address, self._keys, most)
+        return ZmqSender(context, channel, self._zmq_context(), address, self._keys, most)
 
-    def _context(self) -> zmq.Context[Any]:
+    def _zmq_context(self) -> zmq.Context[Any]:
         """Return ZeroMQ's context, which has a thread: only where a channel needs it."""
         if self._zmq is None:
             import zmq
@@ -231,7 +231,7 @@ class Endpoints:
         Shared memory copies the payloads before this returns. ZeroMQ may read large ones later, so
         they must not be written to.
         """
-        before = self._line.waited
+        before = self._context.waited
         while True:
             end = self._out[channel.number]
             try:
@@ -244,7 +244,7 @@ class Endpoints:
         self._waited(channel, before)
 
     def receive(self, channel: Channel, stamp: Stamp) -> Signal:
-        before = self._line.waited
+        before = self._context.waited
         while True:
             try:
                 signal = self._in[channel.number].receive(stamp)
@@ -255,7 +255,7 @@ class Endpoints:
                 return signal
 
     def _serve(self) -> None:
-        self._line.waiting = None
+        self._context.waiting = None
         if self._requests is not None:
             self._requests.serve()
 
@@ -270,7 +270,7 @@ class Endpoints:
         if self._zmq is not None:
             self._zmq.destroy(linger=0)
             self._zmq = None
-        folder = socket_folder(self._line.run)
+        folder = socket_folder(self._context.run)
         release(folder)
         with contextlib.suppress(OSError):  # others' sockets are there, or they were faster
             folder.rmdir()

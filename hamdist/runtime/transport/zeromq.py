@@ -76,9 +76,9 @@ class ZmqSender:
 
     def __init__(
         self,
-        line: EndpointContext,
+        context: EndpointContext,
         channel: Channel,
-        context: Any,
+        zmq_context: Any,
         address: str,
         keys: Keys | None = None,
         limit: int = NO_LIMIT,
@@ -86,13 +86,13 @@ class ZmqSender:
         bare, server = split_key(address)
         if server is not None and keys is None:
             raise ClusterError(f"{channel}: its receiver asks for a key, and this process has none")
-        self._line = line
+        self._context = context
         self._limit = limit
         self._channel = channel
-        self._packer = Packer(line.run, channel)
+        self._packer = Packer(context.run, channel)
         self._sent = 0
         number = connections(channel, limit)
-        self._sockets = [context.socket(zmq.PUSH) for _ in range(number)]
+        self._sockets = [zmq_context.socket(zmq.PUSH) for _ in range(number)]
         for socket in self._sockets:
             socket.setsockopt(zmq.LINGER, 0)
             socket.setsockopt(zmq.SNDHWM, _room(channel, number))
@@ -105,12 +105,12 @@ class ZmqSender:
             socket.connect(bare)
 
     def send(self, signals: Sequence[Signal]) -> None:
-        line = self._line
+        context = self._context
         began = perf_counter()
         signals = on_host(signals)
         frames = self._pack(signals)
         packed = perf_counter()
-        line.packed += packed - began
+        context.packed += packed - began
         socket = self._sockets[self._sent % len(self._sockets)]
         while True:
             try:
@@ -119,11 +119,11 @@ class ZmqSender:
                 else:
                     socket.send_multipart(frames, copy=False)
             except zmq.Again:
-                line.turn(self._channel, signals[0].stamp, sending=True)
+                context.turn(self._channel, signals[0].stamp, sending=True)
             else:
                 self._sent += 1
-                line.waiting = None
-                line.waited += perf_counter() - packed
+                context.waiting = None
+                context.waited += perf_counter() - packed
                 return
 
     def _pack(self, signals: Sequence[Signal]) -> list[Any]:
@@ -151,8 +151,8 @@ class ZmqSender:
             )
         return frames
 
-    def move(self, line: EndpointContext) -> None:
-        self._line = line
+    def move(self, context: EndpointContext) -> None:
+        self._context = context
 
     def close(self) -> None:
         for socket in self._sockets:
@@ -174,24 +174,24 @@ class ZmqReceiver:
 
     def __init__(
         self,
-        line: EndpointContext,
+        context: EndpointContext,
         channel: Channel,
-        context: Any,
+        zmq_context: Any,
         host: str | None,
         key_gate: KeyGate | None = None,
         limit: int = NO_LIMIT,
         ports: range | None = None,
     ) -> None:
-        self._line = line
+        self._context = context
         self._channel = channel
-        self._packer = Packer(line.run, channel)
+        self._packer = Packer(context.run, channel)
         self._came: deque[Signal] = deque()
         number = connections(channel, limit)
         self._next = 0  # number of the message that is handed out next
         self._newest = [i - number for i in range(number)]  # that has come by each connection
         self._early: dict[int, Sequence[Any]] = {}  # messages before their turn
         self._file: Path | None = None
-        self._socket = context.socket(zmq.PULL)
+        self._socket = zmq_context.socket(zmq.PULL)
         self._socket.setsockopt(zmq.LINGER, 0)
         self._socket.setsockopt(zmq.RCVHWM, _room(channel, number))
         self._socket.setsockopt(zmq.RCVTIMEO, TURN_MS)
@@ -203,30 +203,30 @@ class ZmqReceiver:
             bare = str(self._socket.getsockopt_string(zmq.LAST_ENDPOINT))
             self.address = bare if key_gate is None else f"{bare} {key_gate.public}"
             return
-        self._file = socket_file(line.run, channel)
+        self._file = socket_file(context.run, channel)
         self.address = f"ipc://{self._file}"
         self._socket.bind(self.address)
 
     def receive(self, stamp: Stamp) -> Signal:
         if self._came:
             return self._came.popleft()
-        line = self._line
+        context = self._context
         began = perf_counter()
         while self._next not in self._early:
             try:
                 frames = self._socket.recv_multipart(copy=False)
             except zmq.Again:
-                line.turn(self._channel, stamp, sending=False)
+                context.turn(self._channel, stamp, sending=False)
             else:
                 self._early[self._number(frames)] = frames
         frames = self._early.pop(self._next)
         self._next += 1
-        line.waiting = None
+        context.waiting = None
         arrival = perf_counter()
-        line.waited += arrival - began
+        context.waited += arrival - began
         message = frames[0].buffer[NUMBER.size if len(self._newest) > 1 else 0 :].tobytes()
         self._came.extend(self._packer.unpack(message, self._taker(frames)))
-        line.packed += perf_counter() - arrival
+        context.packed += perf_counter() - arrival
         return self._came.popleft()
 
     def _number(self, frames: Sequence[Any]) -> int:

@@ -89,7 +89,7 @@ class SignalStream:
         self._ahead = None if lead is None else round(lead / tau)
         self._period = period
         self._tau = tau
-        self._items_of_patch = round(dwell / tau)
+        self._samples_of_patch = round(dwell / tau)
         self._seed = seed
         self._dtype = dtype
 
@@ -123,7 +123,7 @@ class SignalStream:
         """
         if self._kind in (SignalKind.SINUSOID, SignalKind.OFFSET):
             return ()
-        return tuple(range(self._items_of_patch, samples, self._items_of_patch))
+        return tuple(range(self._samples_of_patch, samples, self._samples_of_patch))
 
     def _values(self) -> Iterator[float]:
         if self._kind in (SignalKind.SINUSOID, SignalKind.OFFSET):
@@ -138,10 +138,10 @@ class SignalStream:
         level, sign, stretch = draw.tolist()
         if self._kind is SignalKind.CONSTANTS or k % 2 == 0:
             v = self._amplitude * (2.0 * level - 1.0)
-            for _ in range(self._items_of_patch):
+            for _ in range(self._samples_of_patch):
                 yield self._offset + v
             return
         v = math.copysign(self._amplitude * (1.0 + level) / 2.0, sign - 0.5)
         period = self._period * (1.0 + stretch) / 2.0
-        for j in range(self._items_of_patch):
+        for j in range(self._samples_of_patch):
             yield self._offset + v * math.cos(2.0 * math.pi * (j * self._tau) / period)

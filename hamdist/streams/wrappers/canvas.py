@@ -15,7 +15,7 @@ from torch import Tensor
 
 from hamdist.errors import SettingsError, StreamError
 from hamdist.streams.sample import Sample, SampleSpec, Stream, check_stream, generator
-from hamdist.streams.wrappers.chosen_targets import Derived
+from hamdist.streams.wrappers.derived import Derived
 
 _WHO = "stream.canvas", "leave it out"
 

@@ -20,7 +20,7 @@ from hamdist.streams.sample import (
     check_stream,
     report_of,
 )
-from hamdist.streams.wrappers.chosen_targets import Derived
+from hamdist.streams.wrappers.derived import Derived
 from hamdist.streams.wrappers.pace import Paced
 
 
@@ -50,7 +50,6 @@ class Delayed(Derived):
         self._names = tuple(stream.spec.targets or ())
 
     def samples(self) -> Iterator[Sample]:
-        """Yield the samples from sample 0 on."""
         coming: deque[Target] = deque()
         for n, sample in enumerate(self._stream.samples()):
             coming.append(sample.y)
@@ -200,7 +199,6 @@ class _LateTargets(Derived):
         return self._waiting
 
     def report(self) -> dict[str, int]:
-        """Return the counts, with those of the wrapped stream."""
         return {**report_of(self._stream), **self._waiting.counts}
 
 
@@ -298,7 +296,6 @@ class Rejoin(_LateTargets):
     """
 
     def samples(self) -> Iterator[Sample]:
-        """Yield the samples from number 0 on."""
         waiting = self._new_queue()
         for n, current in enumerate(self._stream.samples()):
             waiting.take_in(n, current)

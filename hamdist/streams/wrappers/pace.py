@@ -12,7 +12,7 @@ from hamdist.config import Late
 from hamdist.errors import SettingsError, StreamError
 from hamdist.streams.replay import samples_from
 from hamdist.streams.sample import Sample, Stream, check_stream, report_of
-from hamdist.streams.wrappers.chosen_targets import Derived
+from hamdist.streams.wrappers.derived import Derived
 
 LOOK_AT = 1000  # samples taken in at once, from which on a source is watched for being too slow
 
@@ -72,7 +72,6 @@ class Paced(Derived):
         self._counts = self._no_counts()
 
     def report(self) -> dict[str, int]:
-        """Return the counts, with those of the wrapped stream."""
         return {**report_of(self._stream), **self._counts}
 
     def samples(self) -> Iterator[Sample]:

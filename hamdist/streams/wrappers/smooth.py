@@ -17,7 +17,7 @@ from hamdist.config import Motion
 from hamdist.errors import SettingsError, StreamError
 from hamdist.streams.sample import Sample, Stream, generator
 from hamdist.streams.wrappers.canvas import square_images
-from hamdist.streams.wrappers.chosen_targets import Derived
+from hamdist.streams.wrappers.derived import Derived
 
 SHIFT_REACH = 0.125  # largest displacement along an axis, as a share of half an image's side
 ROTATE_REACH = math.radians(15.0)  # largest angle, either way
@@ -78,7 +78,6 @@ class Smooth(Derived):
             _as_images(spec.u_shape, motion)
 
     def samples(self) -> Iterator[Sample]:
-        """Yield the samples from sample 0 on; u has the shape of the wrapped stream's."""
         for number, sample in enumerate(self._faded()):
             if self._motion is Motion.FADE:
                 yield sample

@@ -170,7 +170,9 @@ class Paths:
 
 @dataclass(frozen=True, slots=True)
 class Data:
-    """stream: endless, batch 1, N samples an epoch. inputs: features of a sample, or words of the
+    """The data of a model.
+
+    stream: endless, batch 1, N samples an epoch. inputs: features of a sample, or words of the
     vocabulary. embedding: (words, 50) to begin with, if it was read. source: what it is."""
 
     stream: Stream

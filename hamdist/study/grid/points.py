@@ -22,6 +22,7 @@ from hamdist.config import (
     Memory,
     Reset,
     Settings,
+    Source,
     Split,
     describe,
     merge,
@@ -167,7 +168,9 @@ def _job(
         raise SettingsError(
             f"rows is {rows}, less than a batch of {settings.stream.batch} ({cell.label})"
         )
-    scored = settings.changed(seed=seed, steps=steps, stream={"evaluate": part})
+    of_signal = settings.stream.source is Source.SIGNAL  # of which nothing is held out
+    evaluate = {} if of_signal else {"evaluate": part}
+    scored = settings.changed(seed=seed, steps=steps, stream=evaluate)
     return GridJob(cell.trains, scored)
 
 

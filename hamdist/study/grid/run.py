@@ -46,7 +46,8 @@ class RunRecord:
 
     Attributes:
         accuracy, loss: of the part that it was scored on; None if the run left the finite range
-            (`failure`), accuracy None for real-valued targets as well.
+            (`failure`), accuracy None for real-valued targets as well. Of a signal, of which
+            nothing is held out, the loss is that of the whole run, prequential.
         prequential: accuracy over the whole run.
         rows: that it learned from.
         curve: prequential, per window (rows so far, seconds, accuracy, loss).
@@ -119,13 +120,17 @@ def _record(job: GridJob, run: Run, facts: Mapping[str, BlockFacts]) -> RunRecor
         ((w.last + 1) * run.batch, at[w.last], w.accuracy, w.mean_loss)
         for w in joined(run.windows, POINTS)
     ]
+    whole = merge_windows(run.windows) if run.windows else None
+    loss = None if run.held_out is None else run.held_out.loss
+    if run.held_out is None and whole is not None and whole.accuracy is None:
+        loss = whole.mean_loss  # of a signal
     same = ("rows", "seconds", "smoothness", "staleness", "failure", "cpu_seconds", "joules")
     return RunRecord(
         **_head(job),
         **{name: getattr(run, name) for name in same},
         accuracy=None if run.held_out is None else run.held_out.accuracy,
-        loss=None if run.held_out is None else run.held_out.loss,
-        prequential=merge_windows(run.windows).accuracy if run.windows else None,
+        loss=loss,
+        prequential=None if whole is None else whole.accuracy,
         warnings=tuple(run.warnings),
         curve=curve,
         drifts=[dataclasses.astuple(recovery) for recovery in run.drifts],

@@ -30,7 +30,7 @@ from pydantic import Field, model_validator
 from hamdist.config import Level, Positive, Section, Speed, checked, mapping, merge, read_yaml
 from hamdist.study.shared.recipes import ShippedFiles
 
-STUDIES = ShippedFiles("studies", "study")
+STUDIES = ShippedFiles("recipes/studies", "study")
 
 
 class Axis(str, Enum):

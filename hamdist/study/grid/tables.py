@@ -10,6 +10,7 @@ from html import escape
 from pathlib import Path
 from typing import Any
 
+from hamdist.config import Source
 from hamdist.display.figure import FigureCurve, PageFigure
 from hamdist.display.table import (
     MISSING,
@@ -33,7 +34,7 @@ from hamdist.study.report.paired_test import in_words
 from hamdist.study.report.save import save_blocks
 from hamdist.study.report.table import interval, points
 from hamdist.study.shared.result_folder import write_file
-from hamdist.study.view.page import FIGURES, baked, page, sections
+from hamdist.study.view.page import FIGURES, data_script, page, sections
 
 BLOCKS = "Blocks"
 MOST_BLOCKS = 12  # of a side
@@ -62,7 +63,7 @@ def study_tables(
     axes.sort(key=lambda axis: axis is not first)
     along = {}
     for axis in axes:
-        score = "Held-out loss" if real_valued else "Held-out accuracy, %,"
+        score = "Loss" if real_valued else "Held-out accuracy, %,"
         along[f"{score} {TITLES[axis]}"] = _along(axis, axes, lines, real_valued)
     whole = {"All sides": _all(axes, study, lines, real_valued)}
     table = block_table({label_of(line.side, line.point): line.blocks for line in lines})
@@ -94,7 +95,7 @@ def _all(
     columns: dict[str, Callable[[SummaryLine], str]] = {
         "side": lambda line: line.side,
         **{WORDS[axis]: lambda line, axis=axis: str(dict(line.point)[axis]) for axis in axes},  # type: ignore[misc]
-        "held-out loss" if real_valued else "held-out, %": lambda line: held_out(line, real_valued),
+        "loss" if real_valued else "held-out, %": lambda line: held_out(line, real_valued),
         "published, %": lambda line: published.get(line.side, MISSING),
         "loss gap" if real_valued else "gap, points": lambda line: gap(line, real_valued),
         "95 %": lambda line: _test(line, real_valued)[0],
@@ -105,7 +106,7 @@ def _all(
         "s a run": lambda line: MISSING if line.seconds is None else f"{line.seconds:.1f}",
         "CPU s": lambda line: number(line.cpu_seconds),
         "J, whole machine": lambda line: number(line.joules),
-        "chosen on validation": lambda line: chosen(line.chosen),
+        "chosen on validation": lambda line: values_text(line.chosen),
     }
     there = {
         **dict.fromkeys(["95 %", "p"], any(line.gap_test is not None for line in lines)),
@@ -148,7 +149,7 @@ def _along(
 
 
 def held_out(line: SummaryLine, real_valued: bool) -> str:
-    """Return a line's held-out loss, or its accuracy in %; `diverged` if all its runs did."""
+    """Return a line's loss, or its held-out accuracy in %; `diverged` if all its runs did."""
     if line.diverged:
         return "diverged"
     if real_valued:
@@ -178,7 +179,7 @@ def _until(reached: float | None, digits: int = 0) -> str:
     return "not reached" if reached is None else f"{reached:,.{digits}f}"
 
 
-def chosen(values: dict[str, Any]) -> str:
+def values_text(values: dict[str, Any]) -> str:
     """Return the values as `lr 0.3, delay_power 0.25`."""
     return (
         ", ".join(f"{key.rpartition('.')[2]} {value}" for key, value in values.items()) or MISSING
@@ -187,8 +188,12 @@ def chosen(values: dict[str, Any]) -> str:
 
 def _notes(study: StudySettings, lines: Sequence[SummaryLine], real_valued: bool) -> list[str]:
     score = "loss" if real_valued else "accuracy"
+    signal = study.run.get("stream", {}).get("source") == Source.SIGNAL.value
+    part, tuned = "on the test part", "on a sixth of the training part"
+    if signal:
+        part, tuned = "over the whole run, as nothing of a signal is held out", "on another one"
     notes = [
-        f"mean ± standard deviation over {study.seeds} seeds on the test part; {study.rows:,} "
+        f"mean ± standard deviation over {study.seeds} seeds {part}; {study.rows:,} "
         f"rows learned from by each run; gap: {score} minus that of centralised backpropagation, "
         "by seed"
     ]
@@ -197,8 +202,8 @@ def _notes(study: StudySettings, lines: Sequence[SummaryLine], real_valued: bool
         rows = study.tune.rows or study.rows
         seeds = "one seed" if study.tune.seeds == 1 else f"{study.tune.seeds} seeds"
         notes.append(
-            f"each side chose from {candidates} candidates by its accuracy on a sixth of the "
-            f"training part ({seeds}, {rows:,} rows), which no tuning run learned from"
+            f"each side chose from {candidates} candidates by its {score} {tuned} ({seeds}, "
+            f"{rows:,} rows), which no tuning run learned from"
         )
     if any(line.memoryless for line in lines):
         notes.append(
@@ -271,7 +276,7 @@ def _figure(
         y, spread = zip(*shown, strict=True)
         drawn.append(FigureCurve(name, places, y, spread, styles[name], points=True))
     x_label = TITLES[axis].removeprefix("against ").removeprefix("the ")
-    y_label = "held-out loss" if real_valued else "held-out accuracy, %"
+    y_label = "loss" if real_valued else "held-out accuracy, %"
     title = f"{y_label.removesuffix(', %').capitalize()} against {x_label}"
     ticks = [str(value) for value in values] if named else []
     return PageFigure(title, x_label, y_label, drawn, log_x=axis in LOGARITHMIC, ticks=ticks)
@@ -353,7 +358,7 @@ def _html(
     parts.append(FIGURES if figures else "")
     parts.append(f"<h2>Settings</h2><pre>{escape(study_yaml(study))}</pre>")
     events = [event for outcome in outcomes for event in _curve(study, outcome)]
-    return page(title, [*parts[:2], sections("rows"), *parts[2:]], [baked(events, figures)])
+    return page(title, [*parts[:2], sections("rows"), *parts[2:]], [data_script(events, figures)])
 
 
 def _curve(study: StudySettings, outcome: StudyOutcome) -> Iterator[RunEvent]:

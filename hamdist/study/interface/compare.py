@@ -10,8 +10,8 @@ from typing import TYPE_CHECKING, Any
 
 from torch import nn
 
-from hamdist.config import Settings, settled
-from hamdist.display.figure import drawn
+from hamdist.config import Settings, settings_with
+from hamdist.display.figure import draw_figure
 from hamdist.display.progress import RunDisplay, display_of
 from hamdist.display.run_view import TimeLeft
 from hamdist.display.table import Table, frame
@@ -76,7 +76,11 @@ class Comparison:
         return frame(columns([(head, window) for head, run in heads for window in run.windows]))
 
     def plot(self, ax: Any = None) -> Any:
-        """Return the curves by level, over all seeds, as a picture (see `RunResult.plot`)."""
+        """Return the curves by level, over all seeds, as a picture.
+
+        Args:
+            ax: as of `RunResult.plot`.
+        """
         groups: dict[str, list[Run]] = {}
         for run in self.runs:
             groups.setdefault(run.level, []).append(run)
@@ -86,7 +90,7 @@ class Comparison:
             ]
             for level, runs in groups.items()
         }
-        return drawn(windows_figure(self.settings.name, curves, baseline=CENTRALISED), ax)
+        return draw_figure(windows_figure(self.settings.name, curves, baseline=CENTRALISED), ax)
 
     def __repr__(self) -> str:
         whole = ", interrupted" if self.interrupted else ""
@@ -97,7 +101,14 @@ class Comparison:
         return self.table._repr_html_() + picture
 
     def save(self, command: str) -> None:
-        """Write the report and its data into the folder, if there is one and a run has ended."""
+        """Write the report and its data into the folder, if there is one and a run has ended.
+
+        Args:
+            command: what the report says of its origin.
+
+        Raises:
+            HamdistError: a file cannot be written.
+        """
         if self.folder is not None and self.runs:
             ended = self.interrupted
             with written_at_the_end():
@@ -249,7 +260,7 @@ def compare(
     changed: dict[str, Any] = {**fields, "compare": {n: v for n, v in compared.items() if v}}
     changed |= {} if loss is None else {"loss": loss}
     chosen = [v for v in trackers if isinstance(v, str)]
-    whole = settled(settings, changed | ({"trackers": chosen} if chosen else {}))
+    whole = settings_with(settings, changed | ({"trackers": chosen} if chosen else {}))
     comparison = Comparison(settings=whole)
     if stream is None and held_out is not None:
         raise SettingsError("held_out belongs to stream: give both")

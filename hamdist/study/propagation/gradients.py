@@ -1,4 +1,4 @@
-"""How local learning becomes backpropagation as its signals get faster.
+"""Local gradients and backpropagation's, which they approach as signals get faster.
 
 Ordinary blocks with frozen weights are looked at tick by tick. With beta = 0 and eta_omega = 1/tau
 

@@ -19,7 +19,7 @@ from hamdist.study.propagation.streams import PERIOD, SWITCHED_ON, StreamKind
 from hamdist.study.propagation.study import SpeedResult, SpeedRow
 from hamdist.study.report.files import to_json, versions
 from hamdist.study.shared.result_folder import write_file
-from hamdist.study.view.page import FIGURES, baked, page
+from hamdist.study.view.page import FIGURES, data_script, page
 
 FITTED_SPAN = 10.0  # exponents are those of the speeds within this factor of the fastest,
 FITTED_LEAST = 3  # and of so many at least
@@ -191,7 +191,7 @@ def save_speed(folder: Path, result: SpeedResult) -> None:
     figures = speed_figures(drawn, steepest)
     title = escape(f"hamdist study speed: {result.network}")
     parts = [f"<h1>{title}</h1>", FIGURES]
-    write_file(folder / "speed.html", page(title, parts, [baked(figures=figures)]))
+    write_file(folder / "speed.html", page(title, parts, [data_script(figures=figures)]))
     text = markdown_page(result.network, result.command, speed_tables(result))
     write_file(folder / "speed.md", text)
 

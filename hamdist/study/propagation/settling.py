@@ -165,7 +165,7 @@ def _exact(network: Network, order: Order, seed: int) -> list[CountRow]:
     early = int(order is Order.SEQUENTIAL)
 
     def row(quantity: str, layer: int, differences: Sequence[float], expected: int) -> CountRow:
-        ticks = settled(differences, ROUND_OFF)
+        ticks = settling_tick(differences, ROUND_OFF)
         return CountRow(order.value, 1.0, quantity, layer, 0.0, seed, ticks, expected)
 
     rows = [row("omega", 0, relaxation.gradient, 2 * nu - 2 * early)]
@@ -182,12 +182,12 @@ def _decay(network: Network, a: float, seed: int) -> list[CountRow]:
     ticks = int(1.5 * max(expected)) + SPARE
     differences = relax(network, Order.SIMULTANEOUS, a, ticks, seed).gradient
     return [
-        CountRow("simultaneous", a, "omega", 0, error, seed, settled(differences, error), k)
+        CountRow("simultaneous", a, "omega", 0, error, seed, settling_tick(differences, error), k)
         for error, k in zip(ERRORS, expected, strict=True)
     ]
 
 
-def settled(differences: Sequence[float], bound: float) -> int | None:
+def settling_tick(differences: Sequence[float], bound: float) -> int | None:
     """Return the first tick from which on all `differences` are within `bound`."""
     beyond = [k for k, difference in enumerate(differences) if not difference <= bound]
     first = beyond[-1] + 1 if beyond else 0

@@ -111,7 +111,7 @@ def tanh_network(depth: int | None = None, width: int | None = None) -> Subject:
     sizes = [INPUTS, *[width] * (depth - 1), OUTPUTS]
 
     def make(seed: int) -> Network:
-        return cut(tanh_mlp(sizes, seed), (INPUTS,))
+        return cut_chain(tanh_mlp(sizes, seed), (INPUTS,))
 
     return Subject(make, f"tanh network {'-'.join(map(str, sizes))}")
 
@@ -120,7 +120,7 @@ def own_network(factory: ModelFactory, name: str, input_shape: Sequence[int]) ->
     """Return the network that `factory` makes."""
 
     def make(seed: int) -> Network:
-        return cut(make_from_factory(factory, seed=seed, dtype=F64), input_shape)
+        return cut_chain(make_from_factory(factory, seed=seed, dtype=F64), input_shape)
 
     return Subject(make, name)
 
@@ -144,7 +144,7 @@ def tanh_mlp(sizes: Sequence[int], seed: int) -> nn.Sequential:
     return nn.Sequential(*children[:-1])
 
 
-def cut(model: nn.Module, input_shape: Sequence[int], batch: int = BATCH) -> Network:
+def cut_chain(model: nn.Module, input_shape: Sequence[int], batch: int = BATCH) -> Network:
     """Cut `model` into a chain of state blocks, one per layer, with the squared error as its loss.
 
     That is Hamiltonian Learning's state net. Raises GraphError if the model cannot be cut.

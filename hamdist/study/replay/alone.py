@@ -24,7 +24,7 @@ from hamdist.runtime.signals.sent_log import SentLog
 from hamdist.runtime.signals.signal import Aborted, Channel, Signal
 from hamdist.runtime.snapshots.process_snapshots import ProcessSnapshots
 from hamdist.runtime.storage.snapshot_files import from_bytes, to_bytes
-from hamdist.study.replay.replay import Reached, RecordedRun, Replay, from_snapshot, met
+from hamdist.study.replay.replay import Reached, RecordedRun, Replay, from_snapshot, replay_at
 from hamdist.study.shared.result_folder import write_file
 
 FIELDS = ("block", "began", "last", "signals")
@@ -98,4 +98,4 @@ def alone(run: RecordedRun, file: Path, block: str, tick: int) -> Replay:
             after_step=seen.after_step,
             order=order_of(plan, [block]),
         )
-    return met(seen, tick)
+    return replay_at(seen, tick)

@@ -35,7 +35,7 @@ from hamdist.runtime.storage.snapshot_files import Snapshot, latest, latest_comp
 from hamdist.runtime.storage.store import storage
 from hamdist.streams.sample import Stream
 from hamdist.study.report.digests_diff import Parting, RunDigests, compared, read_digests
-from hamdist.study.run.export import planned
+from hamdist.study.run.export import starting_plan
 from hamdist.study.run.own_data import NO_FUNCTIONS, OwnFunctions
 
 SETTINGS, DIGESTS = "settings.yaml", "digests.json"
@@ -217,7 +217,7 @@ def from_snapshot(
     """Return the plan and the stream of a replay that begins at a snapshot, and its watch."""
     if snapshot is not None and not snapshot.digests:
         run = dataclasses.replace(run, digests={})  # (the digests would begin in its midst)
-    plan, stream = planned(run.settings, run.own, snapshot)
+    plan, stream = starting_plan(run.settings, run.own, snapshot)
     if block is not None and block not in plan.graph.blocks:
         blocks = ", ".join(plan.graph.blocks)
         raise SettingsError(f"--block {block!r}: no block of the run; there are {blocks}")
@@ -245,10 +245,10 @@ def rewind(run: RecordedRun, block: str, tick: int, *, records: bool = False) ->
 
     Raises SettingsError if it did nothing then, or if the replay does not meet the run's digests.
     """
-    return met(replay(run, tick - 1, tick, block, records=records), tick)
+    return replay_at(replay(run, tick - 1, tick, block, records=records), tick)
 
 
-def met(seen: Replay, tick: int) -> Replay:
+def replay_at(seen: Replay, tick: int) -> Replay:
     """Return a replay that has met the run, and its block at a tick; raise as `rewind`."""
     if seen.fault is not None:
         raise SettingsError(seen.fault)

@@ -1,4 +1,4 @@
-"""What is measured of each block of a run: staleness, alignment, norms, dead units, own memory."""
+"""Measurements of each block of a run: staleness, alignment, norms, dead units, own memory."""
 
 from __future__ import annotations
 

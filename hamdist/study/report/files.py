@@ -35,7 +35,7 @@ from hamdist.study.report.aggregate import AggregateRow
 from hamdist.study.report.paired_test import PairedTest
 from hamdist.study.run.run import Run
 from hamdist.study.view.explain import explain
-from hamdist.study.view.page import FIGURES, baked, page, sections
+from hamdist.study.view.page import FIGURES, data_script, page, sections
 
 MOST_WINDOWS = 400  # of a run, on the page
 MEASUREMENTS = 60  # of a kind, the latest
@@ -215,7 +215,7 @@ def render(
         "<h2>Settings</h2><details><summary>All of them</summary>"
         f"<pre>{escape(to_yaml(settings))}</pre></details>",
     ]
-    return page(title, parts, [baked(events, figures)])
+    return page(title, parts, [data_script(events, figures)])
 
 
 def _words(events: Sequence[RunEvent]) -> str:

@@ -1,4 +1,4 @@
-"""Whether two sides differ: the paired test over seeds.
+"""The paired test over seeds: do two sides differ?
 
 Both sides of a comparison start from the same weights and see the same samples, by seed. Of the
 differences d_1 ... d_n with mean m and standard deviation s (n - 1):

@@ -38,7 +38,7 @@ from hamdist.study.run.baseline import CENTRALISED
 from hamdist.study.run.measures import Trajectory, last_signals, records_npz, rms, seconds
 from hamdist.study.run.run import Run
 from hamdist.study.shared.result_folder import write_file
-from hamdist.study.view.page import FIGURES, baked
+from hamdist.study.view.page import FIGURES, data_script
 from hamdist.study.view.page import page as html_page
 
 
@@ -63,7 +63,9 @@ def save_run(folder: Path, run: Run, model: nn.Module, settings: Settings) -> No
         if figures:
             title = escape(f"hamdist: what {settings.name} recorded")
             parts = [f"<h1>{title}</h1>", FIGURES]
-            write_file(folder / "records.html", html_page(title, parts, [baked(figures=figures)]))
+            write_file(
+                folder / "records.html", html_page(title, parts, [data_script(figures=figures)])
+            )
     if run.digests:
         write_file(folder / "digests.json", digests_json(run.digests))
 

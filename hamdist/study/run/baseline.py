@@ -25,7 +25,7 @@ import torch
 from torch import Tensor, nn
 
 from hamdist.config import EngineSettings, FirstStep, LearningSettings, Reset, Settings
-from hamdist.dynamics.graph.inputs import called
+from hamdist.dynamics.graph.inputs import call_model
 from hamdist.dynamics.graph.merged import MergedSequence
 from hamdist.dynamics.objective.losses import (
     ONLY,
@@ -50,8 +50,16 @@ from hamdist.runtime.process.threads import cores, torch_threads
 from hamdist.runtime.process.usage import peak_bytes, reset_peak
 from hamdist.runtime.results.result import BlockProgress, Progress, RunResult
 from hamdist.runtime.train.prepare import in_dtype_of
-from hamdist.streams.replay import drawn
-from hamdist.streams.sample import Emission, Emits, Sample, SampleSpec, Stream, parted, report_of
+from hamdist.streams.replay import next_sample
+from hamdist.streams.sample import (
+    Emission,
+    Emits,
+    Sample,
+    SampleSpec,
+    Stream,
+    report_of,
+    split_weights,
+)
 
 CENTRALISED = "centralised"
 FROZEN = "frozen"
@@ -67,16 +75,13 @@ def train_centralised(
     frozen: bool = False,
     on_progress: Callable[[Progress], object] | None = None,
 ) -> RunResult:
-    """Train a copy of `model` on `stream` with backpropagation; with `frozen` the last
-    child of it that has weights alone.
+    """Train a copy of `model` with backpropagation; `frozen`: its last child with weights alone.
 
     Uses `settings.learning`, `locality.accumulate`, `steps`, `loss` (unless `loss` is given),
     `seed` (of what the model draws from torch's global generator, which is put back afterwards),
     `metrics`, and `engine`: as many threads as a run with that engine has, or one where a short
-    trial finds one faster.
-    Ctrl-C ends the training with what was reached (`interrupted`).
-
-    Of a model that returns several outputs the losses add up, and `windows` has those of each.
+    trial finds one faster. Ctrl-C ends the training with what was reached (`interrupted`). Of a
+    model that returns several outputs the losses add up, and `windows` has those of each.
 
     Raises LevelError for a decay without `steps`, SettingsError for `frozen` with a model that is
     no nn.Sequential of several children with weights, StreamError for an unusable sample,
@@ -170,7 +175,7 @@ class _Trainer:
             first, *more = self.model.readouts
             states = self._states
             return {n: states[n] for n in (first, *more)} if more else {ONLY: states[first]}
-        return tensors(called(self.model, sample.u if sample.inputs is None else sample.inputs))
+        return tensors(call_model(self.model, sample.u if sample.inputs is None else sample.inputs))
 
     def _predict(self, sample: Sample, number: int) -> None:
         """Keep the predictions, which are scored when the label has come."""
@@ -188,8 +193,8 @@ class _Trainer:
             y = sample.target(name)
             of, plain = self._spec.target(name), y
             if y is not None and of is not None and self._spec.weighted:
-                plain = parted(y, of)[0]
-                loss = Weighted(loss, partial(parted, spec=of), ignored)
+                plain = split_weights(y, of)[0]
+                loss = Weighted(loss, partial(split_weights, spec=of), ignored)
             if y is not None and plain is not None and counts(plain, ignored):
                 values.append(loss(predictions[name], y))
                 scored, value = predictions[name].detach(), values[-1].detach()
@@ -303,7 +308,7 @@ def _train(
     steps, samples = settings.steps, iter(stream.samples())
     try:
         while steps is None or trainer.samples < steps:
-            sample = drawn(samples, trainer.samples)
+            sample = next_sample(samples, trainer.samples)
             if sample is None:
                 break
             trainer.show(sample)
@@ -364,9 +369,7 @@ def baseline_warnings(settings: Settings) -> list[str]:
     ]
 
 
-WARM_UP = 3
-REPEATS = 15
-CLEARLY = 1.1
+WARM_UP, REPEATS, CLEARLY = 3, 15, 1.1
 
 
 def fair_threads(engine: EngineSettings) -> int:
@@ -375,8 +378,7 @@ def fair_threads(engine: EngineSettings) -> int:
 
 
 def faster_of(candidates: set[int], step: Callable[[], None]) -> int:
-    """Return the number of threads among `candidates` with which `step` is fastest (median of a
-    few).
+    """Return the number of threads with which `step` is fastest (median of a few).
 
     More threads than the fewest must win clearly: on a busy machine each one waits for the last.
     """

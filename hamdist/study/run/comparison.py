@@ -19,7 +19,7 @@ from hamdist.runtime.process.interrupts import OnProgress
 from hamdist.runtime.ray_engine.session import ray_session
 from hamdist.runtime.train.prepare import make_level, make_rule, settings_at
 from hamdist.study.run.baseline import CENTRALISED
-from hamdist.study.run.export import planned as plan_run
+from hamdist.study.run.export import starting_plan as plan_run
 from hamdist.study.run.own_data import NO_FUNCTIONS, OwnFunctions
 from hamdist.study.run.run import Run, run_level
 from hamdist.study.shared.result_folder import Store

@@ -1,4 +1,4 @@
-"""What a run of settings would begin with, its picture, and the weights of one under way."""
+"""The model and plan that a run of settings begins with, its picture, and a snapshot's weights."""
 
 from __future__ import annotations
 
@@ -55,7 +55,7 @@ def initial_model(settings: Settings, factory: ModelFactory | None, weights: str
     return model, next(iter(stream.samples())), stream.spec.classes
 
 
-def planned(
+def starting_plan(
     settings: Settings, own: OwnFunctions, snapshot: Snapshot | None = None
 ) -> tuple[Plan, Stream]:
     """Return the plan with which a run of `settings` would begin, and its stream; with a snapshot,
@@ -88,7 +88,7 @@ def network_of_settings(
     Raises HamdistError, as a run before it starts.
     """
     at_level = at_one_level(settings, settings.level)
-    plan, _ = planned(at_level, own)
+    plan, _ = starting_plan(at_level, own)
     groups = [list(plan.graph.blocks)]
     if at_level.engine.kind is EngineKind.RAY:
         groups = place(plan.graph, at_level.engine, cores())

@@ -47,7 +47,9 @@ PARTS = 10
 
 @dataclass(frozen=True, slots=True)
 class Tracking:
-    """rms: of the target; share, first, last: rms of the error over the run, its first and its last
+    """How well a real-valued target was followed.
+
+    rms: of the target; share, first, last: rms of the error over the run, its first and its last
     tenth, divided by it. jumps: of the target; settled: the share outside SETTLING seconds after
     the start and after each jump, None without jumps (and where the time is not known)."""
 

@@ -1,4 +1,4 @@
-"""What a user's own functions make: the model, and the stream (`--stream file.py:function`)."""
+"""Models and streams made by a user's functions (`--model`, `--stream file.py:function`)."""
 
 from __future__ import annotations
 
@@ -17,17 +17,17 @@ from torch.utils.data import DataLoader, IterableDataset
 
 from hamdist.config import Settings
 from hamdist.dynamics.graph.graph import Graph
-from hamdist.dynamics.graph.inputs import called as called_with
+from hamdist.dynamics.graph.inputs import call_model
 from hamdist.dynamics.user_modules.copies import copied
 from hamdist.dynamics.user_modules.generator import generator_kept
 from hamdist.errors import SettingsError, StreamError
-from hamdist.loading import called, check_call, load_function, title
+from hamdist.loading import call_function, check_call, load_function, title
 from hamdist.models.build import BASELINE_OPTION, ModelFactory, load_factory
 from hamdist.runtime.placement.step_costs import example_input, example_inputs
 from hamdist.streams import Stream, from_iterable, from_loader
 from hamdist.streams.batch_names import WEIGHT, Names
 from hamdist.streams.sample import SampleSpec
-from hamdist.streams.wrappers.chosen_targets import in_dtype
+from hamdist.streams.wrappers.derived import in_dtype
 
 STREAM_OPTION = "--stream"
 
@@ -56,7 +56,7 @@ class OwnFunctions(NamedTuple):
     Attributes:
         model: makes the model.
         data: makes the stream of a seed.
-        plain: makes the module of centralised training, from the model's weights (`beside`).
+        plain: makes the module of centralised training, from the model's weights (`load_matching`).
     """
 
     model: ModelFactory | None = None
@@ -143,7 +143,7 @@ def _maker(
 
     def make(seed: int) -> OwnData:
         with generator_kept(seed):
-            result = called(option, function, **({"seed": seed} if takes_seed else {}))
+            result = call_function(option, function, **({"seed": seed} if takes_seed else {}))
             both = result if held_out is None else (result, held_out)
             parts = list(both) if isinstance(both, tuple) and len(both) == 2 else [both]
             name = f"{option}: {title(function)}()"
@@ -215,7 +215,7 @@ def check_held_out(model: nn.Module, data: OwnData) -> None:
     example = example_input(spec) if spec.inputs is None else example_inputs(spec)
     try:
         with torch.no_grad():
-            called_with(copied(model).eval(), example)
+            call_model(copied(model).eval(), example)
     except Exception as error:  # a user's forward may raise anything
         raise SettingsError(
             f"{STREAM_OPTION}: the model does not take what is held out, {_shown(spec)}, which is "
@@ -237,7 +237,7 @@ def _rows(spec: SampleSpec) -> dict[str, object]:
 # -- initial weights -------------------------------------------------------------------------------
 
 
-def beside(plain: nn.Module, model: nn.Module | Graph) -> str:
+def load_matching(plain: nn.Module, model: nn.Module | Graph) -> str:
     """Give `plain` the weights and buffers of `model` whose names and shapes it has.
 
     Returns:
@@ -257,7 +257,7 @@ def beside(plain: nn.Module, model: nn.Module | Graph) -> str:
     )
 
 
-def warmed(model: nn.Module | Graph, file: Path) -> nn.Module:
+def with_saved_weights(model: nn.Module | Graph, file: Path) -> nn.Module:
     """Return `model` with the weights of a `state_dict` in a safetensors file.
 
     Raises SettingsError naming the file if it has none, or those of another model.

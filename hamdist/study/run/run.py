@@ -47,16 +47,16 @@ from hamdist.runtime.results.scores import Scores, evaluate, evaluate_samples, e
 from hamdist.runtime.train.train import train
 from hamdist.streams import drifts, held_out, held_out_tokens, make_stream
 from hamdist.streams.sample import SampleSpec, Stream
-from hamdist.streams.wrappers.without_sample import WithoutSample
+from hamdist.streams.wrappers.derived import WithoutSample
 from hamdist.study.run.baseline import CENTRALISED, FROZEN, baseline_warnings, train_centralised
 from hamdist.study.run.measures import DriftRecovery, Tracking, advice, recoveries, tracking
 from hamdist.study.run.own_data import (
     NO_FUNCTIONS,
     OwnData,
     OwnFunctions,
-    beside,
     check_held_out,
-    warmed,
+    load_matching,
+    with_saved_weights,
 )
 from hamdist.study.shared.machine import check_size, check_time
 
@@ -186,13 +186,13 @@ def run_level(
             stream = WithoutSample(stream, without, settings.steps)
         model = build(settings, stream.spec, own.model, dtype)
         if weights is not None:
-            model = warmed(model, weights)
+            model = with_saved_weights(model, weights)
         notes += advice(settings)
         rules = [] if isinstance(model, Graph) else functions_of(model)
         if baseline is not None and own.plain is not None:
             seed, option = settings.seed, BASELINE_OPTION
             plain_model = make_from_factory(own.plain, seed=seed, dtype=dtype, option=option)
-            notes.append(beside(plain_model, model))
+            notes.append(load_matching(plain_model, model))
             model = plain_model
         elif engine == PYTORCH and rules:
             notes.append(

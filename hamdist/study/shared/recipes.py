@@ -44,7 +44,7 @@ class ShippedFiles(NamedTuple):
         except FileNotFoundError:
             raise SettingsError(
                 f"no settings file {source!r}, and no {self.one} of that name; "
-                f"{self.folder}: {', '.join(shipped)}"
+                f"{Path(self.folder).name}: {', '.join(shipped)}"
             ) from None
         except (OSError, ValueError) as error:  # (a NUL or a surrogate in the path, no UTF-8)
             raise SettingsError(f"cannot read settings from {source!r}: {error}") from None

@@ -25,7 +25,7 @@ from hamdist.runtime.timing.disturbances import COPY_BYTES_PER_SECOND, Disturban
 from hamdist.runtime.timing.model import TimingModel
 from hamdist.runtime.timing.simulations import EventSimulation, Recursion
 from hamdist.runtime.timing.timed_graph import Period, TimedGraph
-from hamdist.study.run.export import planned
+from hamdist.study.run.export import starting_plan
 from hamdist.study.run.own_data import OwnFunctions
 from hamdist.study.run.run import Run, run_level
 
@@ -144,7 +144,7 @@ class Planner:
 
         Raises SettingsError where they cannot be measured, and what `train` raises before a start.
         """
-        plan, stream = planned(settings, self._own)
+        plan, stream = starting_plan(settings, self._own)
         tokens = {}
         if plan.knobs.sequence:
             drawn = zip(range(SAMPLES_TO_COUNT), stream.samples(), strict=False)

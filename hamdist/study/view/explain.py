@@ -1,4 +1,4 @@
-"""Where the time of a run went, in words, and what to change: from its events alone."""
+"""The time of a run in words, and what to change: from its events alone."""
 
 from __future__ import annotations
 

@@ -79,7 +79,7 @@ def sections(unit: str = "samples") -> str:
     return asset("sections.html").replace("{unit}", unit)
 
 
-def baked(events: Iterable[RunEvent] = (), figures: Iterable[PageFigure] = ()) -> str:
+def data_script(events: Iterable[RunEvent] = (), figures: Iterable[PageFigure] = ()) -> str:
     """Return the script element that holds the events and the figures of a report."""
     data = {
         "events": [event.as_json() for event in events],
@@ -267,7 +267,7 @@ def _control(folder: Path, action: str) -> Reply:
 PAUSE = 0.25  # seconds between two looks into the file
 
 
-def followed(folder: Path) -> Iterator[RunEvent]:
+def follow_events(folder: Path) -> Iterator[RunEvent]:
     """Yield the events of a folder, also those to come, until no process writes it any more."""
     start, alive = 0, True
     while alive:

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 
 from hamdist.study.grid.settings import StudySettings, Trains, trains_of
 from hamdist.study.grid.summary import SummaryLine
-from hamdist.study.grid.tables import chosen, gap, held_out
+from hamdist.study.grid.tables import gap, held_out, values_text
 from hamdist.study.report.table import interval
 from harness.figures import Row, Target, missing
 from harness.output import table
@@ -116,7 +116,7 @@ def _told(
     beside = [line for line in lines or () if line.point == best.point]
     return {
         "study": wanted.study,
-        "settings": f"hamdist/studies/{wanted.study}.yaml",
+        "settings": f"hamdist/recipes/studies/{wanted.study}.yaml",
         "side": best.side,
         "chosen": best.chosen,
         "seeds": best.seeds,
@@ -127,7 +127,7 @@ def _told(
 
 
 def _profile(best: SummaryLine) -> str:
-    return "; ".join(best.notes) or f"{best.side} with {chosen(best.chosen)}"
+    return "; ".join(best.notes) or f"{best.side} with {values_text(best.chosen)}"
 
 
 def targets(made: Sequence[Row]) -> str:
@@ -161,7 +161,7 @@ def side_table(lines: Sequence[SummaryLine]) -> str:
             held_out(line, False),
             gap(line, False),
             interval(None if line.trains is Trains.CENTRALISED else line.gap_test, 100),
-            chosen(line.chosen),
+            values_text(line.chosen),
         ]
         for line in lines
     ]

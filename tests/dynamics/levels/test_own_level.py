@@ -167,10 +167,19 @@ def failing(*_):
     raise KeyError("depth")
 
 
+LONGER = count(3)
 F0, F1, B0 = (0, "b0", "F", 0), (1, "b1", "F", 0), (2, "b0", "B", 0)
 REFUSED = {
     "no ticks": (events(F0, F1, B0, ticks=0), r"ticks\(\) is 0"),
     "it raises": (type("Wrong", (hamdist.OwnLevel,), {"ticks": failing})(), "KeyError: 'depth'"),
+    "another round each time": (
+        type(
+            "Wrong",
+            (hamdist.OwnLevel,),
+            {"ticks": lambda *_: next(LONGER), "events": lambda *_: [F0, F1, B0]},
+        )(),
+        "it is another one when asked again",
+    ),
     "no events": (type("Wrong", (hamdist.OwnLevel,), {"ticks": lambda *_: 1})(), "NotImpl"),
     "none": (events(), "yields none"),
     "no end": (

@@ -16,7 +16,7 @@ import hamdist
 from hamdist.config import ModelSettings
 from hamdist.dynamics.graph.graph import Combine
 from hamdist.dynamics.modules.prenorm import PreNorm, stabilised
-from hamdist.dynamics.vjp.closed import closed_cell
+from hamdist.dynamics.vjp.closed import make_closed
 from hamdist.errors import ChoiceWarning, GraphError, SettingsError
 from hamdist.models.build import make_model
 from hamdist.streams import from_iterable
@@ -139,7 +139,7 @@ def test_pre_norm_is_a_module_for_networks_of_ones_own():
     block = hamdist.PreNorm(branch, 8, 0.3)
     x = noise(1, 5, 8)
     torch.testing.assert_close(block(x), x + 0.3 * branch(normed(x)), rtol=1e-13, atol=1e-13)
-    assert closed_cell(block, Combine.CONCAT, 0, 1) is not None  # as fast as the recipe's own
+    assert make_closed(block, Combine.CONCAT, 0, 1) is not None  # as fast as the recipe's own
 
 
 def test_in_a_run_only_where_it_is_asked_for():

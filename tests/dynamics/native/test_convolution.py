@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from hamdist.dynamics.graph.graph import Combine
 from hamdist.dynamics.native import rows
 from hamdist.dynamics.native.convolution import Convolution
-from hamdist.dynamics.vjp.closed import closed_cell
+from hamdist.dynamics.vjp.closed import make_closed
 
 F64 = torch.float64
 CLOSE = {torch.float32: {"rtol": 1e-4, "atol": 1e-4}, F64: {"rtol": 1e-12, "atol": 1e-12}}
@@ -121,7 +121,7 @@ def test_a_layer_of_a_block(bias, frozen, wanted, layout):
     module.weight.requires_grad_(not frozen)
     x = noise(1, 2, 3, 12, 12).to(memory_format=layout)
     z = noise(2, 2, 8, 12, 12).to(memory_format=layout)
-    made, torchs = (closed_cell(module, Combine.CONCAT, 0, 1, native=n) for n in (True, False))
+    made, torchs = (make_closed(module, Combine.CONCAT, 0, 1, native=n) for n in (True, False))
     kernel = made._steps[0].kernel
     assert kernel.convolution(x) is not None
     found = []

@@ -23,7 +23,7 @@ from hamdist.dynamics.objective.losses import cross_entropy, loss_and_slope
 from hamdist.dynamics.updates.constants import Constant, Dynamics
 from hamdist.dynamics.updates.weights import Weights
 from hamdist.dynamics.vjp.autograd import AutogradFunction
-from hamdist.dynamics.vjp.closed import ClosedFunction, closed_cell
+from hamdist.dynamics.vjp.closed import ClosedFunction, make_closed
 from hamdist.dynamics.vjp.gradient import Outer, all_dense, all_moved
 from hamdist.dynamics.vjp.local_function import LocalFunction
 from hamdist.runtime.process.portable import portable_environment
@@ -288,7 +288,7 @@ CONSTANTS = {
 def cells(make) -> tuple[ClosedFunction, LocalFunction]:
     torch.manual_seed(0)
     module = make()
-    closed = closed_cell(copy.deepcopy(module), Combine.CONCAT, 0, 1, native=True)
+    closed = make_closed(copy.deepcopy(module), Combine.CONCAT, 0, 1, native=True)
     assert closed is not None
     return closed, AutogradFunction(module, Combine.CONCAT, 0)
 
@@ -435,13 +435,13 @@ def test_outputs_and_messages_are_never_written_again():
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_other_types_are_left_to_torch(dtype):
     module = nn.Linear(6, 4, dtype=dtype)
-    closed = closed_cell(module, Combine.CONCAT, 0, 1, native=True)
+    closed = make_closed(module, Combine.CONCAT, 0, 1, native=True)
     x = noise(1, 1, 6).to(dtype)
     assert torch.equal(closed.forward([x], [False]).output, module(x).detach())
 
 
 def test_input_of_another_type_is_refused_as_by_torch():
-    closed = closed_cell(nn.Linear(6, 4), Combine.CONCAT, 0, 1, native=True)
+    closed = make_closed(nn.Linear(6, 4), Combine.CONCAT, 0, 1, native=True)
     with pytest.raises(RuntimeError, match="dtype"):
         closed.forward([noise(1, 1, 6)], [False])
 

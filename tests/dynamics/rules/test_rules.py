@@ -512,6 +512,37 @@ def test_buffers_move_once_a_sample():
     assert relative(trained_with(Backprop()), trained_with(None)) <= 1e-13
 
 
+def test_h_in_learn_is_that_of_the_sample():
+    seen = []
+
+    class Sees(hamdist.Rule):
+        signals = hamdist.Signals(back="none")
+
+        def forward(self, block, inputs):
+            h = block.f(inputs)
+            return h, {"h": h.clone()}
+
+        def learn(self, block, kept, label):
+            seen.append(torch.equal(block.h, kept["h"]))
+            return {}
+
+    one_block(Sees(), items()).run()
+    assert seen == [True] * ITEMS
+
+
+def test_a_module_may_write_to_its_inputs():
+    """Oracle: the same module, that does not."""
+
+    def trained_with(inplace):
+        graph = chain(None, Backprop(), None)
+        spec = graph.blocks["b"]
+        writing = replace(spec, module=nn.Sequential(nn.ReLU(inplace), *copy.deepcopy(spec.module)))
+        blocks = [graph.blocks["a"], writing, graph.blocks["r"]]
+        return weights(Network(graph.over(blocks), settings("trace"), items()).run())
+
+    assert relative(trained_with(inplace=True), trained_with(inplace=False)) == 0
+
+
 def wrong(**parts):
     return type("Wrong", (hamdist.Rule,), parts)()
 
@@ -573,6 +604,35 @@ REFUSED = {
         wrong(backward=back(lambda b, k, m: b.theta["0.bias"].data.add_(1) is None or b.vjp(k, m))),
         "it changes the weight '0.bias' itself; return an update",
     ),
+    "a weight in place, by nothing": (
+        wrong(
+            backward=back(lambda b, k, m: b.theta["0.bias"].detach().add_(0) is m or b.vjp(k, m))
+        ),
+        r"backward\(\) changes a weight or a signal in place",
+    ),
+    "its input in place": (
+        wrong(forward=lambda self, b, x: (b.f(x), [x[0].mul_(2)]), backward=fails),
+        r"forward\(\) changes a weight or a signal in place",
+    ),
+    "the message in place": (
+        wrong(backward=back(lambda b, k, m: b.vjp(k, m.mul_(2)))),
+        r"backward\(\) changes a weight or a signal in place",
+    ),
+    "h of another sample": (
+        wrong(backward=back(lambda b, k, m: b.vjp(k, m * b.h))),
+        r"block.h in backward\(\) is of another sample: return what",
+    ),
+    "the beginning of another token": (
+        wrong(backward=back(lambda b, k, m: b.vjp(k, m if b.begins else 0 * m))),
+        r"block.begins in backward\(\) is of another sample: move traces on in `forward`",
+    ),
+    "torch's own random numbers in start": (
+        wrong(
+            start=lambda self, b: {"B": torch.randn(7, 3)},
+            backward=back(lambda b, k, m: b.vjp(k, m)),
+        ),
+        "it draws from the generator of torch, NumPy or Python",
+    ),
     "torch's own random numbers": (
         wrong(backward=back(lambda b, k, m: b.vjp(k, m + 0 * torch.randn(())))),
         "it draws from the generator of torch, NumPy or Python, .* draw from block.generator",
@@ -626,7 +686,14 @@ REFUSED = {
         wrong(backward=back(lambda b, k, m: ([None], {"0.bias": m}))),
         r"its update for '0.bias' is a float64 tensor of shape \(4, 7\), and the weight is",
     ),
-    "its own error": (wrong(backward=fails), "block 'b'.*in a dry run: KeyError: 'forgotten'"),
+    "its own error": (
+        wrong(backward=fails),
+        r"block 'b'.*in a dry run: KeyError: 'forgotten' \(.*test_rules.py, line",
+    ),
+    "torch's error": (
+        wrong(backward=back(lambda b, k, m: b.vjp(k, m[:2]))),
+        r"in a dry run: RuntimeError: .* \(.*test_rules.py, line",
+    ),
 }
 
 

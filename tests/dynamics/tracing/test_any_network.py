@@ -16,7 +16,7 @@ from torch.nn import functional
 
 import hamdist
 from hamdist.dynamics.objective.losses import cross_entropy
-from hamdist.dynamics.vjp.closed import closed_cell
+from hamdist.dynamics.vjp.closed import make_closed
 from hamdist.errors import GraphError
 from hamdist.runtime.train.prepare import as_graph
 from hamdist.streams import from_iterable
@@ -538,5 +538,5 @@ def test_blocks_without_autograd():
         from_iterable([rows(0)], classes=3).spec,
         cross_entropy,
     )
-    cells = [closed_cell(b.module, b.combine, 0, len(b.parents)) for b in graph.blocks.values()]
+    cells = [make_closed(b.module, b.combine, 0, len(b.parents)) for b in graph.blocks.values()]
     assert all(cells)

@@ -19,7 +19,7 @@ from torch import nn
 import hamdist
 from hamdist.dynamics.graph.graph import Combine
 from hamdist.dynamics.objective.losses import mse
-from hamdist.dynamics.vjp.closed import closed_cell
+from hamdist.dynamics.vjp.closed import make_closed
 from hamdist.errors import GraphError
 from hamdist.streams import from_iterable
 
@@ -423,12 +423,12 @@ def overridden():
      lambda: Special(nn.Linear(6, 6)), lambda: nn.Sequential(nn.Linear(6, 6), Listed())],
 )  # fmt: skip
 def test_what_is_not_proved_has_no_closed_form(build):
-    assert closed_cell(build(), Combine.ARGUMENTS, 0, 1) is None
+    assert make_closed(build(), Combine.ARGUMENTS, 0, 1) is None
 
 
 @pytest.mark.parametrize("build", [Plain, lambda: nn.Sequential(nn.Linear(6, 6), Plain())])
 def test_what_is_proved_has_a_closed_form(build):
-    assert closed_cell(build(), Combine.ARGUMENTS, 0, 1) is not None
+    assert make_closed(build(), Combine.ARGUMENTS, 0, 1) is not None
 
 
 # -- autograd.Functions ----------------------------------------------------------------------------

@@ -20,8 +20,8 @@ from hamdist.dynamics.objective.losses import cross_entropy, loss_and_slope, mse
 from hamdist.dynamics.updates.constants import Constant, Dynamics
 from hamdist.dynamics.updates.weights import Weights
 from hamdist.dynamics.vjp.autograd import AutogradFunction
-from hamdist.dynamics.vjp.closed import closed_cell
-from hamdist.dynamics.vjp.gradient import all_dense, bound
+from hamdist.dynamics.vjp.closed import make_closed
+from hamdist.dynamics.vjp.gradient import all_dense, norm_bound
 
 TIGHT = {"rtol": 1e-12, "atol": 1e-12}  # (biases of keys: gradients are what round-off leaves)
 
@@ -236,7 +236,7 @@ KINDS["ReLU6"] = (lambda: nn.Sequential(nn.Linear(6, 6, dtype=F64), nn.ReLU6()),
 def pair(make):
     torch.manual_seed(0)
     module = make()
-    closed = closed_cell(copy.deepcopy(module), Combine.CONCAT, 0, 1)
+    closed = make_closed(copy.deepcopy(module), Combine.CONCAT, 0, 1)
     assert closed is not None
     return closed, AutogradFunction(module, Combine.CONCAT, 0)
 
@@ -304,7 +304,7 @@ def test_several_parents(combine):
     width = 3 if combine is Combine.CONCAT else 6
     torch.manual_seed(0)
     module = nn.Sequential(nn.Linear(6, 4, dtype=F64), nn.Tanh())
-    ours = closed_cell(copy.deepcopy(module), combine, 0, 2)
+    ours = make_closed(copy.deepcopy(module), combine, 0, 2)
     theirs = AutogradFunction(module, combine, 0)
     x = [noise(0, 5, width), noise(1, 5, width)]
     z = noise(2, 5, 4)
@@ -323,7 +323,7 @@ def test_embedding(padding):
     module = nn.Sequential(
         nn.Embedding(7, 3, padding_idx=padding, dtype=F64), nn.Linear(3, 2, dtype=F64)
     )
-    ours = closed_cell(copy.deepcopy(module), Combine.CONCAT, 0, 1)
+    ours = make_closed(copy.deepcopy(module), Combine.CONCAT, 0, 1)
     theirs = AutogradFunction(module, Combine.CONCAT, 0)
     words = torch.tensor([[1, 2, 2], [6, 0, 1]])
     z = noise(1, 2, 3, 2)
@@ -425,7 +425,7 @@ def weight_norm() -> nn.Module:
 def test_left_to_autograd(make):
     module = make()
     before = {k: v for k, v in vars(module).items() if k == "calls"}
-    assert closed_cell(module, Combine.CONCAT, 0, 1) is None
+    assert make_closed(module, Combine.CONCAT, 0, 1) is None
     assert {k: v for k, v in vars(module).items() if k == "calls"} == before
 
 
@@ -478,8 +478,8 @@ def test_the_bound_is_one_and_the_norm_decides():
     ours, _ = pair(lambda: nn.Linear(6, 3, dtype=F64))
     _, g = ours.pull(ours.forward([noise(0, 4, 6)], [False]), noise(1, 4, 3))
     norm = float(torch.cat([t.flatten() for t in all_dense(g)]).norm())
-    assert norm < bound(g)
-    limit = (norm + bound(g)) / 4  # omega is half the gradient
+    assert norm < norm_bound(g)
+    limit = (norm + norm_bound(g)) / 4  # omega is half the gradient
     weights = Weights(ours.theta, constants(2.0, limit=limit), Order.OMEGA_FIRST)
     weights.move(g, 1.0, 0.5)
     assert weights.updates == 1
@@ -509,7 +509,7 @@ def test_slopes_equal_autograd(rows):
 def test_another_width_is_refused_as_by_torch(native, layers, shape):
     """Not read over its end, and not taken as other rows: (2, 4, 2) holds 4 rows of 4."""
     module = nn.Sequential(*(nn.Linear(4, 4) for _ in range(layers))).double()
-    made = closed_cell(module, Combine.CONCAT, 1, 1, native=native and rows.built())
+    made = make_closed(module, Combine.CONCAT, 1, 1, native=native and rows.built())
     x = torch.ones(shape, dtype=torch.float64)
     with pytest.raises(RuntimeError):
         module(x)

@@ -18,7 +18,7 @@ from hamdist.runtime.placement.assign_hosts import (
     ActorOptions,
     HostInfo,
     options_of_actors,
-    reseated,
+    replacement_options,
 )
 from hamdist.runtime.placement.requirements import ActorRequirements, requirements
 from hamdist.runtime.plan.dtypes import block_settings
@@ -94,7 +94,7 @@ def test_actors_that_ask_for_nothing(spread, actors, hosts, expected):
 def test_a_lost_actor_goes_where_there_is_room(actor_options, was, there, expected):
     """Hosts of 2 processors, of which two actors have those of id2, and one has one of id3."""
     taken = [("id2", ActorOptions()), ("id2", ActorOptions()), ("id3", ActorOptions(node="id3"))]
-    assert reseated(actor_options, was, there, taken) == actor_options.on(expected)
+    assert replacement_options(actor_options, was, there, taken) == actor_options.on(expected)
 
 
 def test_what_is_asked_for_is_reserved():

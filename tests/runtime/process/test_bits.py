@@ -263,9 +263,11 @@ def test_actors_of_two_kinds(session, monkeypatch):
 @X86
 @pytest.mark.ray
 def test_a_replacement_on_another_kind_of_host(session, driver, monkeypatch, tmp_path):
-    reseated = recovery.reseated  # type: ignore[attr-defined]
+    replacement_options = recovery.replacement_options  # type: ignore[attr-defined]
     monkeypatch.setattr(
-        recovery, "reseated", lambda *given: reseated(*given).pinned(dict(OTHER_KIND))
+        recovery,
+        "replacement_options",
+        lambda *given: replacement_options(*given).pinned(dict(OTHER_KIND)),
     )
     kept = {"path": str(tmp_path / "a"), "every": 5}
     result = run(RAY, 12, tmp_path / "mark a", snapshots=kept)

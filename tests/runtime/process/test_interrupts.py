@@ -14,7 +14,7 @@ from runtime.networks import EndlessStream, chain
 import hamdist
 from hamdist import Stop
 from hamdist.config import Settings
-from hamdist.runtime.process.interrupts import handlers_of_ours, interrupts_delayed
+from hamdist.runtime.process.interrupts import interrupts_delayed, signal_handlers_kept
 from hamdist.runtime.storage.snapshot_files import latest
 from hamdist.runtime.train.train import train
 
@@ -188,7 +188,7 @@ def test_sigterm_before_the_first_tick_is_an_interrupt():
 
 def _change_handlers():
     """As Ray does while it starts."""
-    with handlers_of_ours():
+    with signal_handlers_kept():
         signal.signal(signal.SIGTERM, signal.SIG_IGN)
         raise SystemExit(15)
 

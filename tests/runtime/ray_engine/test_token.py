@@ -16,7 +16,7 @@ from hamdist.runtime.ray_engine.auth_token import (
     check_token,
     is_refusal,
     own_token,
-    refused,
+    token_error,
     token_notes,
 )
 
@@ -84,12 +84,12 @@ def test_a_token_that_is_missing_is_named_before_ray_looks(unset, tmp_path, text
 
 
 def test_a_refused_token_says_which_one(unset, tmp_path):
-    assert "none is shown (RAY_AUTH_MODE is not set)" in str(refused("h:1"))
+    assert "none is shown (RAY_AUTH_MODE is not set)" in str(token_error("h:1"))
     unset.setenv("RAY_AUTH_MODE", "token")
     unset.setenv(FILE, "/some/file")
-    assert "the one of /some/file is not the cluster's" in str(refused("h:1"))
+    assert "the one of /some/file is not the cluster's" in str(token_error("h:1"))
     unset.setenv("RAY_AUTH_TOKEN", "x")
-    assert "the one of RAY_AUTH_TOKEN is not" in str(refused("h:1"))
+    assert "the one of RAY_AUTH_TOKEN is not" in str(token_error("h:1"))
 
 
 def test_a_refusal_is_found_where_ray_hides_it():

@@ -51,7 +51,7 @@ class OneActor:
     name = "actor 0"
     report = None
     kept_bytes: int = 0
-    forgot: bool = False
+    dropped: bool = False
     status: WorkerStatus | None = None
     tick = None
 
@@ -66,7 +66,7 @@ class FakeCrew:
     asked: list = field(default_factory=list)
     completed: list = field(default_factory=list)
     told: list = field(default_factory=list)
-    done = lost = stopped = called_off = late = local_forgot = False
+    done = lost = stopped = called_off = late = local_dropped = False
     arithmetic = ()
     live = None
     session = Session()
@@ -159,21 +159,21 @@ def test_who_keeps_no_signals_cannot_be_replaced(tmp_path, who):
     worker_group.told.append(SnapshotNews([], "the disk is full", 0))
     with pytest.warns(UserWarning, match="a snapshot was not written: the disk is full"):
         snapshot_policy.poll(0.0)
-    worker_group.actors[0].forgot, worker_group.local_forgot = who == "actor", who == "driver"
+    worker_group.actors[0].dropped, worker_group.local_dropped = who == "actor", who == "driver"
     said = rf"{who}.* would keep more than snapshots.memory \(3 MiB\).*the disk is full; until"
     with pytest.warns(UserWarning, match=said):
         snapshot_policy.poll(1.0)
     snapshot_policy.poll(2.0)  # (said once)
     assert not worker_group.on_lost(worker_group.actors[0], None, ClusterError("an actor died"))
     assert len(snapshot_policy.warnings) == 2
-    worker_group.actors[0].forgot = worker_group.local_forgot = False
+    worker_group.actors[0].dropped = worker_group.local_dropped = False
     snapshot_policy.poll(3.0)
     assert worker_group.on_lost(worker_group.actors[0], None, ClusterError("an actor died"))
 
 
 def test_a_run_that_is_to_end_when_it_would_keep_too_much(tmp_path):
     worker_group, snapshot_policy = crew_of(tmp_path, memory=3, full="end")
-    worker_group.actors[0].forgot = True
+    worker_group.actors[0].dropped = True
     with pytest.raises(SnapshotError, match=r"actor 0 would keep more than .*full 'end'"):
         snapshot_policy.poll(0.0)
 
@@ -207,16 +207,16 @@ def test_a_ledger_keeps_no_more_than_it_may(tmp_path):
 
     sent_log.mark(5)
     assert post(90) < limit
-    assert not sent_log.forgot
+    assert not sent_log.dropped
     assert post(1000) <= 1.2 * limit
-    assert sent_log.forgot
+    assert sent_log.dropped
     sent_log.complete(5)  # taken before the signals were let go: of no use
-    assert sent_log.forgot
+    assert sent_log.dropped
     sent_log.mark(900)
     post(90)
     assert sent_log.nbytes >= 90 * (OBJECT_BYTES + 8)  # kept again, from that snapshot on
     sent_log.complete(900)
-    assert not sent_log.forgot
+    assert not sent_log.dropped
 
 
 def test_the_last_one_before_the_end(tmp_path):

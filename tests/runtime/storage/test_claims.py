@@ -128,6 +128,19 @@ def test_another_stream_is_warned_of(tmp_path, seed):
     assert all("first sample" in text for text in told)
 
 
+@pytest.mark.filterwarnings("ignore::hamdist.errors.ChoiceWarning")
+@pytest.mark.parametrize(("name", "warned"), [("Portable", 0), ("Another", 1)])
+def test_a_stream_whose_class_has_moved_to_another_module_is_the_same(tmp_path, name, warned):
+    def model():
+        torch.manual_seed(0)
+        return nn.Sequential(nn.Linear(4, 4), nn.Tanh(), nn.Linear(4, 3)).double()
+
+    run(tmp_path / "a", stream=Portable(0), model=model)
+    moved = type(name, (Portable,), {"__module__": "elsewhere"})
+    on = run(tmp_path / "b", resume=tmp_path / "a", stream=moved(0), model=model)
+    assert sum("the stream is not that of" in text for text in on.warnings) == warned
+
+
 @pytest.mark.filterwarnings("ignore")
 def test_a_graph_takes_over_the_weights_of_another_level(tmp_path):
     """Oracle: the weights that the snapshot's run had when nothing is learned any more."""

@@ -209,13 +209,13 @@ def test_on_a_full_disk_the_oldest_makes_room(tmp_path, engine):
 def test_under_a_full_disk_the_memory_of_actors_is_bounded(tmp_path, monkeypatch):
     """Kept signals take at most what they may and a fifth, though no snapshot is complete."""
     kept = []
-    look = SnapshotSupervision._look_for_forgotten
+    look = SnapshotSupervision._look_for_dropped_signals
 
     def watched(snapshot_policy):
         kept.extend(actor.kept_bytes for actor in snapshot_policy._worker_group.actors)
         look(snapshot_policy)
 
-    monkeypatch.setattr(SnapshotSupervision, "_look_for_forgotten", watched)
+    monkeypatch.setattr(SnapshotSupervision, "_look_for_dropped_signals", watched)
     with small_disk(tmp_path / "disk", "300k") as disk:
         chosen = Settings.model_validate(
             {

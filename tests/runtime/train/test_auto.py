@@ -13,7 +13,7 @@ import hamdist
 from hamdist.config import Level, Settings, read_settings
 from hamdist.dynamics.schedule.levels import make_locality
 from hamdist.errors import ChoiceWarning, LevelError
-from hamdist.runtime.train.choose_level import LevelFacts, chosen, looked_at
+from hamdist.runtime.train.choose_level import LevelFacts, inspect_stream, settings_at_level
 from hamdist.runtime.train.train import train
 from hamdist.streams import from_iterable
 from hamdist.streams.replay import replays, samples_from
@@ -22,7 +22,7 @@ pytestmark = pytest.mark.filterwarnings("ignore::hamdist.errors.ChoiceWarning")
 
 
 def pick(seen, **fields):
-    made, why = chosen(Settings.model_validate({"level": "auto", **fields}), seen)
+    made, why = settings_at_level(Settings.model_validate({"level": "auto", **fields}), seen)
     assert len(why) >= 1
     return made
 
@@ -150,7 +150,7 @@ levels:
   auto: {learning: {momentum: 0.5}}
 """
     own = read_settings(text, "here").for_level(Level.AUTO)
-    made, _ = chosen(own, LevelFacts(4, 32, 1.0))
+    made, _ = settings_at_level(own, LevelFacts(4, 32, 1.0))
     assert (made.level, made.learning.lr, made.learning.momentum) == (Level.TRACE, 0.3, 0.5)
     assert made.locality.delay_power == 0.7
 
@@ -195,7 +195,7 @@ def test_a_graph_with_cycles():
 def test_looking_takes_nothing_away():
     items = [(torch.full((2, 3), float(n)), torch.zeros(2, 3)) for n in range(100)]
     once = from_iterable(iter(items), outputs=3)
-    again, _, ends = looked_at(once, None)
+    again, _, ends = inspect_stream(once, None)
     assert [float(s.u[0, 0]) for s in again.samples()] == list(range(100))
     assert again.spec == once.spec
     assert not ends
@@ -207,7 +207,7 @@ def test_looking_takes_nothing_away():
 
 def test_what_replays_still_does():
     items = [(torch.full((2, 3), float(n)), torch.zeros(2, 3)) for n in range(100)]
-    again, _, _ = looked_at(from_iterable(items, outputs=3), None)
+    again, _, _ = inspect_stream(from_iterable(items, outputs=3), None)
     assert replays(again)
     for begin in (0, 40, 0, 99):
         numbers = [float(s.u[0, 0]) for s in samples_from(again, begin)]

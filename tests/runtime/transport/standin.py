@@ -34,7 +34,7 @@ class FileMemory:
     def new(self, shape, dtype):
         return torch.empty(shape, dtype=dtype)
 
-    def lend(self, nbytes):
+    def export(self, nbytes):
         if self._lie == "cannot be lent":
             raise GpuMemoryError(LIES[self._lie])
         path = self._folder / f"lent.{secrets.token_hex(8)}"

@@ -79,7 +79,7 @@ def exchange(sender, receiver, first, number=20, size=4):
 
 def nothing_waits(receiver):
     """Whether nobody has delivered anything: a receiver told to give up finds nothing."""
-    receiver._line.abort.set()
+    receiver._context.abort.set()
     with pytest.raises(Aborted):
         receiver.receive(CHANNEL, Stamp(0, 0, 0))
 
@@ -169,7 +169,7 @@ def test_a_sender_talks_to_nobody_but_its_receiver(ends):
         port = impostor.bind_to_random_port("tcp://127.0.0.1")
         sender.connect(CHANNEL, f"tcp://127.0.0.1:{port} {new_keys().public}")
         assert turned_away_there(monitor)
-        sender._line.abort.set()
+        sender._context.abort.set()
         with pytest.raises(Aborted):
             sender.send(CHANNEL, signal(0))
         impostor.disable_monitor()

@@ -21,7 +21,7 @@ from hamdist.config import EngineSettings, Settings, read_settings
 from hamdist.dynamics.objective.losses import cross_entropy
 from hamdist.dynamics.schedule.events import Kind, Stamp
 from hamdist.errors import ClusterError, SettingsError, WireError
-from hamdist.runtime.advice.advice import lending_notes
+from hamdist.runtime.advice.advice import gpu_signal_notes
 from hamdist.runtime.plan.derived import slot_bytes
 from hamdist.runtime.plan.plan import make_plan
 from hamdist.runtime.signals.packing import Packer
@@ -330,7 +330,7 @@ def head(magic=OFFER, form=1, number=5, run=RUN, slots=6, slot_bytes=512):
 )
 def test_an_offer_of_a_stranger_is_refused(tmp_path, packet, words):
     gpu_receiver = GpuRingReceiver(FileMemory(tmp_path), CHANNEL, RUN)
-    _, handle = FileMemory(tmp_path).lend(6 * 512)
+    _, handle = FileMemory(tmp_path).export(6 * 512)
     with pytest.raises(WireError, match=words):
         gpu_receiver.answer(packet + (handle if len(packet) > 2 else b""), os.getpid())
 
@@ -381,7 +381,7 @@ def test_a_handle_of_cuda_is_plain_data_and_opens_here(monkeypatch):
     monkeypatch.setattr(torch.cuda, "init", lambda: None)
     own = CudaMemory(0)
     monkeypatch.setattr(own, "_device", torch.device("cpu"))
-    memory, handle = own.lend(64)
+    memory, handle = own.export(64)
     memory.copy_(torch.arange(64))
     reached = own.reach(handle)
     assert reached.dtype == torch.uint8
@@ -519,11 +519,11 @@ def test_wrong_words(text, words):
 
 def test_what_is_said():
     auto, ipc = EngineSettings(), EngineSettings(device_signals="ipc")
-    assert lending_notes(auto, 0, []) == lending_notes(ipc, 2, []) == []
-    (idle,) = lending_notes(ipc, 0, [])
+    assert gpu_signal_notes(auto, 0, []) == gpu_signal_notes(ipc, 2, []) == []
+    (idle,) = gpu_signal_notes(ipc, 0, [])
     assert "'ipc' has no effect: no two actors" in idle
     told = [Refusal("h 1", "no peer"), Refusal("h 2", "no memory"), Refusal("m 1", "no peer")]
-    first, second = lending_notes(auto, 3, told)
+    first, second = gpu_signal_notes(auto, 3, told)
     assert "h 1, and 1 more like it, went through host memory: no peer" in first
     assert "h 2 went through host memory: no memory" in second
 

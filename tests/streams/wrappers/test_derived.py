@@ -11,7 +11,7 @@ from hamdist.config import Late
 from hamdist.streams import Delayed, Paced, Rejoin, Sample, Smooth, Stream, Withhold, from_iterable
 from hamdist.streams.replay import replays, samples_from
 from hamdist.streams.wrappers.canvas import Canvas
-from hamdist.streams.wrappers.chosen_targets import with_targets_of
+from hamdist.streams.wrappers.derived import with_targets_of
 
 ITEMS = [(torch.full((1, 4), float(n)), torch.tensor([n])) for n in range(12)]
 

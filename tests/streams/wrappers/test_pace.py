@@ -21,7 +21,7 @@ from hamdist.streams import (
     report_of,
 )
 from hamdist.streams.replay import passed_over, replays, samples_from
-from hamdist.streams.wrappers.chosen_targets import with_targets_of
+from hamdist.streams.wrappers.derived import with_targets_of
 
 
 class Clock:

@@ -450,6 +450,23 @@ class TestWhole:
         assert found.accuracy is not None
         assert {block["first"] for block in found.blocks.values()} == {None}
 
+    @pytest.mark.parametrize("trains", [Trains.LEVEL, Trains.CENTRALISED])
+    def test_of_a_signal_the_loss_is_that_of_the_whole_run(self, trains: Trains) -> None:
+        """Nothing of it is held out. Oracle: the windows, all of one length."""
+        raw = {
+            "level": "local",
+            "loss": "mse",
+            "steps": 60,
+            "model": {"kind": "rnn", "width": 4, "depth": 1},
+            "stream": {"source": "signal", "signal": {"kind": "sinusoid", "lead": 0.2}},
+            "metrics": {"window": 1},
+            "engine": {"actors": 1},
+        }
+        found = work(GridJob(trains, Settings.model_validate(raw)))
+        assert found.accuracy is None
+        losses = [loss for *_, loss in found.curve]
+        assert found.loss == pytest.approx(sum(losses) / len(losses))
+
     def test_half_a_run_is_no_record(self) -> None:
         """A polite request to end, in the midst of a run: the study ends, and keeps nothing."""
         raw = {

@@ -47,7 +47,7 @@ from hamdist.study.propagation.settling import (
     backprop_states,
     is_chain,
     relax,
-    settled,
+    settling_tick,
     tick_counts,
 )
 from hamdist.study.propagation.streams import (
@@ -60,7 +60,7 @@ from hamdist.study.propagation.streams import (
 from hamdist.study.propagation.study import (
     SpeedRow,
     SpeedStudy,
-    cut,
+    cut_chain,
     own_network,
     parse_study,
     run_study,
@@ -158,10 +158,10 @@ def test_binomial_tail(hops, a):
 
 
 def test_settled():
-    assert settled([1.0, 0.1, 0.3, 0.1, 0.0], 0.2) == 3
-    assert settled([0.1, 0.1], 0.2) == 0
-    assert settled([0.1, 0.3], 0.2) is None
-    assert settled([0.1, math.nan, 0.1], 0.2) == 2
+    assert settling_tick([1.0, 0.1, 0.3, 0.1, 0.0], 0.2) == 3
+    assert settling_tick([0.1, 0.1], 0.2) == 0
+    assert settling_tick([0.1, 0.3], 0.2) is None
+    assert settling_tick([0.1, math.nan, 0.1], 0.2) == 2
 
 
 # -- the oracle ----------------------------------------------------------------------------------
@@ -169,7 +169,7 @@ def test_settled():
 
 def test_backprop_is_autograd():
     model = nn.Sequential(dense(5, 7, 0), dense(7, 6, 1), dense(6, 3, 2, nn.Identity))
-    network = cut(model, (5,), batch=2)
+    network = cut_chain(model, (5,), batch=2)
     assert [len(own) for own in network.backprop(*self_made(2)).values()] == [2, 2, 2]
     u, y = self_made(2)
     exact = torch.autograd.grad(0.5 * (model(u) - y).square().sum(1).mean(), model.parameters())  # type: ignore[call-overload]
@@ -209,7 +209,7 @@ def test_backprop_of_a_graph_by_hand_with_what_does_not_learn():
 def test_what_is_compared_belongs_to_one_moment(target):
     """One linear state block at c tau = 1: what it knows of the input, of the target and what it
     meets are of known ticks, so its gradient has a closed form."""
-    network = cut(nn.Sequential(dense(4, 3, 0, nn.Identity)), (4,), batch=2)
+    network = cut_chain(nn.Sequential(dense(4, 3, 0, nn.Identity)), (4,), batch=2)
     linear = network.graph.blocks["block0"].module[0][0]
     stream = timed_stream(StreamKind.SMOOTH, network.values, 0)
     tau = 0.01
@@ -365,7 +365,7 @@ def test_exact_ticks(depth):
 def test_gradients_of_upper_layers_are_exact_earlier():
     network = tanh_network(depth=3).make(0)
     found = relax(network, Order.SIMULTANEOUS, 1.0, 12, seed=0)
-    assert [settled(by_tick, ROUND_OFF) for by_tick in found.omega] == [6, 5, 4]
+    assert [settling_tick(by_tick, ROUND_OFF) for by_tick in found.omega] == [6, 5, 4]
 
 
 def test_decay_is_the_binomial_tail():

@@ -38,7 +38,7 @@ from hamdist.study.run.measures import (
 )
 from hamdist.study.run.run import run_level
 from hamdist.study.shared.recipes import load_settings
-from hamdist.study.view.page import baked
+from hamdist.study.view.page import data_script
 
 F64 = torch.float64
 VALUES = SampleSpec((1, 1), F64, (1, 1), F64)
@@ -390,7 +390,7 @@ def test_plots_of_odd_numbers(value):
     y = flat.reshape(6, 1, 1)
     record = Records(torch.arange(6), *[flat] * 5, prediction=y, target=torch.zeros(6, 1, 1))
     settings = recipe(10)
-    text = baked(figures=record_figures({"x": record, "y": record}, settings))
+    text = data_script(figures=record_figures({"x": record, "y": record}, settings))
     data = json.loads(text.split(">", 1)[1].rsplit("<", 1)[0])  # (strict JSON: no NaN)
     assert len(data["figures"]) == 4
     assert "NaN" not in text

@@ -28,7 +28,7 @@ from hamdist.runtime.results.measured import EdgeCounts, Norms, ProcessSample, R
 from hamdist.runtime.results.result import BlockProgress, Progress
 from hamdist.study.shared.result_folder import ResultFolder
 from hamdist.study.view.explain import explain
-from hamdist.study.view.page import FollowedRun, PageServer, baked, events_from, is_alive
+from hamdist.study.view.page import FollowedRun, PageServer, data_script, events_from, is_alive
 
 NAMES = ["block0", "block1", "block2"]
 NETWORK = PlacedNetwork(
@@ -193,7 +193,7 @@ def test_actors_that_were_lost_together_took_the_time_once(folder):
 
 
 def test_text_cannot_leave_the_data_of_a_report():
-    text = baked([begun()])
+    text = data_script([begun()])
     assert text.count("<") == 2  # of the element itself
     data = json.loads(text.split(">", 1)[1].rsplit("<", 1)[0])
     assert data["events"][0]["title"] == "tiny <b>run</b>"

@@ -122,7 +122,7 @@ def _halved(grads: Any) -> Any:
     return tuple(None if g is None else 0.5 * g for g in grads)
 
 
-def hooked() -> nn.Sequential:
+def hooked_chain() -> nn.Sequential:
     """Return the chain of 5 with hooks on its second layer, which change values and gradients."""
     net = chain()
     layer = net[2]
@@ -208,13 +208,13 @@ class Draws:
     def samples(self) -> Iterator[Sample]:
         random, spec = torch.Generator().manual_seed(self._seed), self.spec
         for n in range(self._samples):
-            u = drawn(spec.u_shape, spec.u_dtype, spec.tokens, random)
-            y = drawn(spec.y_shape, spec.y_dtype, spec.classes, random)
+            u = random_values(spec.u_shape, spec.u_dtype, spec.tokens, random)
+            y = random_values(spec.y_shape, spec.y_dtype, spec.classes, random)
             last = self._ends is not None and n % self._ends == self._ends - 1
             yield Sample(u, None if n in self._missing else y, end=last)
 
 
-def drawn(
+def random_values(
     shape: tuple[int, ...], dtype: torch.dtype, numbers: int | None, random: torch.Generator
 ) -> Tensor:
     """Return whole numbers below `numbers`, or values from N(0, 1)."""

@@ -156,7 +156,7 @@ def _graph(ticks: Ticks) -> Graph:
 
 
 def _settings(ticks: Ticks, delay_free: bool) -> Settings:
-    """delay_free: the blocks move one after the other (HL Eq. 10)."""
+    """Return the settings. delay_free: the blocks move one after the other (HL Eq. 10)."""
     data = ticks.data
     pace: dict[str, Any] = {"speed": int(data.get("held", 1))}
     if delay_free:

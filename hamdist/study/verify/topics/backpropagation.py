@@ -28,7 +28,7 @@ from hamdist.study.verify.oracles.networks import (
     Skips,
     Switching,
     chain,
-    hooked,
+    hooked_chain,
     seeded,
     skip_graph,
     tied,
@@ -73,7 +73,7 @@ def checks(full: bool) -> Iterator[Check]:
         yield _check(title, tied, samples, learning, tau, {})
     yield _check("three frozen blocks of five", lambda: tied(2), samples, MOMENTUM, 1.0, {})
     for title, build in (
-        ("hooks on a layer", hooked),
+        ("hooks on a layer", hooked_chain),
         ("an autograd.Function", lambda: with_activation(Reversing())),
         ("Python state", lambda: with_activation(Switching())),
         ("masks of -inf, used in two blocks", lambda: seeded(Masked)),

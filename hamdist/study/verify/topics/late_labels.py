@@ -33,7 +33,7 @@ def checks(full: bool) -> Iterator[Check]:
         def delayed(delay: int = delay) -> Stream:
             return LateLabels(Delayed(Draws(samples), delay, tagged=False), delay)
 
-        yield _check(f"{delay} items", samples, delayed, comes)
+        yield _check(f"{delay} samples", samples, delayed, comes)
     comes = {n: n + 1 + (7 * n) % 12 for n in range(samples) if n % 9}
     for name, keeps, weighed in (
         ("by key, in any order or never", False, False),
@@ -98,13 +98,13 @@ def _apart(
 
 
 def _progressive(
-    items: int, comes: Mapping[int, int], keeps: bool, weighed: bool
+    number: int, comes: Mapping[int, int], keeps: bool, weighed: bool
 ) -> tuple[dict[int, tuple[float, int]], list[Tensor]]:
     """Return (loss, hits) by sample, in the order in which labels come, and the weights at the
     end."""
     model = chain()
     optimiser = torch.optim.SGD(model.parameters(), RATE)
-    samples = list(Draws(items).samples())
+    samples = list(Draws(number).samples())
     questions: dict[int, list[Tensor]] = {}
     scores: dict[int, tuple[float, int]] = {}
     for now, sample in enumerate(samples):

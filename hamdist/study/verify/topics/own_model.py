@@ -33,7 +33,7 @@ from hamdist.study.propagation.gradients import (
 from hamdist.study.propagation.streams import StreamKind, timed_stream
 from hamdist.study.shared.exact_runs import float64_settings
 from hamdist.study.verify.oracles.check import Check, Difference, largest
-from hamdist.study.verify.oracles.networks import Draws, drawn
+from hamdist.study.verify.oracles.networks import Draws, random_values
 from hamdist.study.verify.topics.backpropagation import sgd
 
 STEPS = 10
@@ -96,7 +96,7 @@ class VerifiedModel:
         shape, tokens = (self.batch, *self.input_shape), vocabulary(model)
         random = torch.Generator().manual_seed(SEED)
         with torch.no_grad():
-            prediction = copied(model)(drawn(shape, dtype, tokens, random))
+            prediction = copied(model)(random_values(shape, dtype, tokens, random))
         if not isinstance(prediction, Tensor):
             raise SettingsError(
                 f"--model: it returns {type(prediction).__name__}, not a tensor; verify a module "

@@ -206,7 +206,6 @@ class VerifiedLevel(VerifiedRule):
         self._level = level_fields("--level", name)
 
     def checks(self) -> Generator[Check, None, None]:
-        """Yield the checks; some start Ray."""
         for blocks, drawn in self.own_level.tables.items():
             table = partial(self.table, blocks, drawn)
             yield Check(f"its table of {blocks} block(s)", "the one drawn by hand", 0.0, table)

@@ -1,16 +1,18 @@
-"""Streams made of others: without the targets of readouts, or in another floating-point type."""
+"""Streams made of others: without the targets of readouts, in another type, without a sample."""
 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Collection, Iterator, Mapping
 from dataclasses import replace
+from itertools import islice
 
 import torch
 from torch import Tensor
 
+from hamdist.errors import StreamError
 from hamdist.streams.replay import drops, passed_over, replays, samples_from
-from hamdist.streams.sample import Sample, SampleSpec, Stream, Target, report_of
+from hamdist.streams.sample import Sample, SampleSpec, Stream, Target, check_stream, report_of
 
 
 def with_targets_of(stream: Stream, readouts: Collection[str]) -> Stream:
@@ -65,7 +67,6 @@ class Chosen(Derived):
         return replace(spec, **of_target)
 
     def samples(self) -> Iterator[Sample]:
-        """Return the samples from sample 0 on."""
         return self.chosen(self._stream.samples())
 
     def passed(self) -> int:
@@ -130,7 +131,6 @@ class Cast(Chosen):
         return None if y is None else self._cast(y)
 
     def chosen(self, samples: Iterator[Sample]) -> Iterator[Sample]:
-        """Yield `samples` as this stream gives them."""
         for sample in samples:
             yield replace(
                 sample,
@@ -139,3 +139,28 @@ class Cast(Chosen):
                 late=sample.late and {n: self._target(y) for n, y in sample.late.items()},
                 inputs=sample.inputs and {n: self._cast(u) for n, u in sample.inputs.items()},
             )
+
+
+class WithoutSample(Derived):
+    """The first `number` samples of a stream (None: all), but for one."""
+
+    def __init__(self, stream: Stream, sample: int, number: int | None) -> None:
+        check_stream("WithoutSample", stream)
+        if not replays(stream):
+            raise StreamError(
+                "--without-sample: the stream does not give the same samples again; give one that "
+                "does (--stream)"
+            )
+        super().__init__(stream)
+        self._sample, self._number = sample, number
+
+    @property
+    def unaltered(self) -> Stream:
+        """Return the stream with that sample."""
+        return self._stream
+
+    def samples(self) -> Iterator[Sample]:
+        """Yield the samples that are left, from the first one on."""
+        for n, sample in enumerate(islice(self._stream.samples(), self._number)):
+            if n != self._sample:
+                yield sample
