@@ -307,8 +307,9 @@ def example_sample(spec: SampleSpec) -> Sample:
         if spec.targets is None
         else {name: _example_target(spec.target(name), spec.weighted) for name in spec.targets}
     )
-    inputs = None if spec.inputs is None else example_inputs(spec)
-    return Sample(example_input(spec), y, inputs=inputs)
+    inputs = example_inputs(spec)
+    several = inputs if isinstance(inputs, dict) else None
+    return Sample(example_input(spec), y, inputs=several)
 
 
 def example_input(spec: SampleSpec) -> Tensor:
@@ -316,11 +317,13 @@ def example_input(spec: SampleSpec) -> Tensor:
     return _example(spec, next(iter(spec.parents)), spec.u_shape, spec.u_dtype)
 
 
-def example_inputs(spec: SampleSpec) -> dict[str, Tensor]:
-    """Return several inputs, by name."""
+def example_inputs(spec: SampleSpec) -> Tensor | dict[str, Tensor]:
+    """Return what a model takes: its input, or several by name."""
+    if spec.inputs is None:
+        return example_input(spec)
     return {
         name: _example(spec, f"{INPUT}.{name}", u.shape, u.dtype)
-        for name, u in (spec.inputs or {}).items()
+        for name, u in spec.inputs.items()
     }
 
 

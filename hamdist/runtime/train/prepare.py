@@ -26,7 +26,7 @@ from hamdist.dynamics.vjp.seeding import random_parts
 from hamdist.errors import SettingsError
 from hamdist.loading import call_function, check_call, load_function
 from hamdist.runtime.nodes.weight_ports import against_ties
-from hamdist.runtime.placement.step_costs import example_input, example_inputs
+from hamdist.runtime.placement.step_costs import example_inputs
 from hamdist.runtime.plan.checks import with_rules
 from hamdist.streams.sample import SampleSpec, Stream
 from hamdist.streams.wrappers.derived import in_dtype
@@ -122,7 +122,7 @@ def _graph(
     check_made(model, sent=settings.engine.kind is not EngineKind.INPROCESS)
     model_copy = copied(model)
     state = knobs.readout is Readout.STATE
-    example = example_input(spec) if spec.inputs is None else example_inputs(spec)
+    example = example_inputs(spec)
     graph = split_module(
         model_copy,
         loss,

@@ -23,7 +23,7 @@ from hamdist.dynamics.user_modules.generator import generator_kept
 from hamdist.errors import SettingsError, StreamError
 from hamdist.loading import call_function, check_call, load_function, title
 from hamdist.models.build import BASELINE_OPTION, ModelFactory, load_factory
-from hamdist.runtime.placement.step_costs import example_input, example_inputs
+from hamdist.runtime.placement.step_costs import example_inputs
 from hamdist.streams import Stream, from_iterable, from_loader
 from hamdist.streams.batch_names import WEIGHT, Names
 from hamdist.streams.sample import SampleSpec
@@ -212,10 +212,9 @@ def check_held_out(model: nn.Module, data: OwnData) -> None:
     if data.held_out is None or _rows(data.held_out.spec) == _rows(data.train.spec):
         return
     spec = data.held_out.spec
-    example = example_input(spec) if spec.inputs is None else example_inputs(spec)
     try:
         with torch.no_grad():
-            call_model(copied(model).eval(), example)
+            call_model(copied(model).eval(), example_inputs(spec))
     except Exception as error:  # a user's forward may raise anything
         raise SettingsError(
             f"{STREAM_OPTION}: the model does not take what is held out, {_shown(spec)}, which is "
