@@ -50,7 +50,7 @@ from hamdist.trackers import listeners_of
 if TYPE_CHECKING:
     from typing_extensions import Unpack
 
-    from hamdist.config.fields import SettingsFields
+    from hamdist.config.settings import SettingsFields
 
 
 def train(

@@ -26,7 +26,7 @@ from torch import nn
 import hamdist
 from hamdist import errors
 from hamdist.config import Settings
-from hamdist.config.fields import SettingsFields
+from hamdist.config.settings import SettingsFields
 from hamdist.runtime.engines import inprocess, worker_report
 from hamdist.runtime.results.events import (
     ActorReplaced,

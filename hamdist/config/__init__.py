@@ -16,8 +16,8 @@ from hamdist.config.reading import nested as nested
 from hamdist.config.reading import parse_override as parse_override
 from hamdist.config.reading import read_mapping as read_mapping
 from hamdist.config.reading import read_settings as read_settings
+from hamdist.config.reading import read_yaml as read_yaml
 from hamdist.config.reading import to_yaml as to_yaml
-from hamdist.config.safe_yaml import read_yaml as read_yaml
 from hamdist.config.sections.dynamics import BlockDynamicsSettings as BlockDynamicsSettings
 from hamdist.config.sections.dynamics import DynamicsSettings as DynamicsSettings
 from hamdist.config.sections.dynamics import Reset as Reset

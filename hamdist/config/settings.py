@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from enum import Enum
-from typing import Annotated, Any
+from typing import Annotated, Any, TypedDict
 
 from pydantic import Field, ValidationError, field_validator, model_validator
 
@@ -174,3 +174,31 @@ def _laid(settings: Settings, level: Level) -> Settings:
         return Settings.model_validate(merge(raw, {**overrides, "level": level.value}))
     except ValidationError as error:
         raise ValueError(f"in 'levels.{level.value}': {describe(error)}") from None
+
+
+Values = Mapping[str, Any]
+
+
+class RunFields(TypedDict, total=False):
+    """Keywords of `train` and `compare`: fields of `Settings` that are no arguments of theirs."""
+
+    name: str
+    seed: int
+    dtype: Any
+    steps: int | None
+    level: Any
+    ignore_index: int
+    partition: Values | Callable[..., Any]
+    locality: Values
+    dynamics: Values
+    learning: Values
+    engine: Values
+    metrics: Values
+    snapshots: Values
+
+
+class SettingsFields(RunFields, total=False):
+    """Keywords of `train`: all fields of `Settings` that are no arguments of its own."""
+
+    compare: Values
+    levels: Values

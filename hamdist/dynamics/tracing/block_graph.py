@@ -18,14 +18,16 @@ from hamdist.dynamics.tracing.dataflow import Flow
 from hamdist.dynamics.tracing.join_runs import Trace
 from hamdist.dynamics.tracing.program import (
     CONSTANT,
+    ColumnForm,
     DeviceRef,
     SymbolicSize,
     Value,
     is_constant,
+    packed,
+    unpacked,
     value_of,
 )
 from hamdist.dynamics.tracing.recorded_calls import Unfollowed
-from hamdist.dynamics.tracing.signal_columns import ColumnForm, packed, unpacked
 from hamdist.dynamics.tracing.traced_module import (
     SET_GRAD,
     WHOLE,

@@ -22,8 +22,7 @@ from dataclasses import dataclass
 from torch import Tensor, nn
 
 from hamdist.dynamics.tracing.join_runs import Trace
-from hamdist.dynamics.tracing.program import Op, Value, is_weight, value_of
-from hamdist.dynamics.tracing.signal_columns import ColumnForm
+from hamdist.dynamics.tracing.program import ColumnForm, Op, Value, is_weight, value_of
 
 
 @dataclass(frozen=True, slots=True)

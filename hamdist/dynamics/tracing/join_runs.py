@@ -12,6 +12,7 @@ from torch import Tensor, fx
 from hamdist.dynamics.finite import LARGE
 from hamdist.dynamics.tracing.program import (
     CONSTANT,
+    ColumnForm,
     Length,
     Op,
     Recording,
@@ -22,7 +23,6 @@ from hamdist.dynamics.tracing.program import (
     value_of,
 )
 from hamdist.dynamics.tracing.recorded_calls import Unfollowed
-from hamdist.dynamics.tracing.signal_columns import ColumnForm
 from hamdist.dynamics.user_modules.structure import filled, parts_of
 
 TracePoint: TypeAlias = tuple[int, Mapping[Length, int]]  # a batch, and lengths that differ

@@ -26,10 +26,9 @@ from hamdist.dynamics.tracing.join_runs import (
     points_of_runs,
     trace_of,
 )
-from hamdist.dynamics.tracing.program import Length, Op, SymbolicSize, TakenOp
+from hamdist.dynamics.tracing.program import ColumnForm, Length, Op, SymbolicSize, TakenOp
 from hamdist.dynamics.tracing.recorded_calls import OWN, Unfollowed, watch
 from hamdist.dynamics.tracing.recorder import record
-from hamdist.dynamics.tracing.signal_columns import ColumnForm
 from hamdist.dynamics.user_modules.copies import copied
 from hamdist.dynamics.user_modules.generator import generator_kept
 from hamdist.dynamics.user_modules.python_state import (

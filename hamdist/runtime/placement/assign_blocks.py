@@ -32,7 +32,7 @@ from hamdist.errors import SettingsError
 from hamdist.runtime.placement.assign_hosts import ActorOptions, HostInfo, options_of_actors
 from hamdist.runtime.placement.requirements import apart, requirements
 from hamdist.runtime.plan.dtypes import block_settings
-from hamdist.runtime.timing.model import TimingModel
+from hamdist.runtime.timing.timed_graph import TimingModel
 
 # `auto` takes a further actor, which costs 170 MiB, where it saves at least this part of T; and a
 # cut that is better by less is as good.

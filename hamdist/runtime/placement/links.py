@@ -34,8 +34,7 @@ from hamdist.runtime.plan.derived import with_delays
 from hamdist.runtime.plan.plan import Plan
 from hamdist.runtime.signals.signal import Channel, Signal
 from hamdist.runtime.timing.cluster_model import ClusterModel, HostModel, Link
-from hamdist.runtime.timing.model import TimingModel
-from hamdist.runtime.timing.timed_graph import Period
+from hamdist.runtime.timing.timed_graph import Period, TimingModel
 from hamdist.runtime.transport.transport import TCP, Endpoints
 
 if TYPE_CHECKING:

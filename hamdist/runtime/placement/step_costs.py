@@ -44,8 +44,7 @@ from hamdist.runtime.process.interrupts import interrupts_delayed
 from hamdist.runtime.process.threads import cores, torch_threads
 from hamdist.runtime.process.usage import keep_freed_memory
 from hamdist.runtime.timing.cluster_model import LOCAL_SECONDS
-from hamdist.runtime.timing.model import TimingModel
-from hamdist.runtime.timing.timed_graph import StepSeconds, signal_seconds
+from hamdist.runtime.timing.timed_graph import StepSeconds, TimingModel, signal_seconds
 from hamdist.streams.sample import Sample, SampleSpec, TargetSpec, with_weights
 
 ENOUGH_SECONDS = 0.3  # then FEWEST samples in a network that is full are enough
@@ -322,8 +321,7 @@ def example_inputs(spec: SampleSpec) -> Tensor | dict[str, Tensor]:
     if spec.inputs is None:
         return example_input(spec)
     return {
-        name: _example(spec, f"{INPUT}.{name}", u.shape, u.dtype)
-        for name, u in spec.inputs.items()
+        name: _example(spec, f"{INPUT}.{name}", u.shape, u.dtype) for name, u in spec.inputs.items()
     }
 
 

@@ -34,7 +34,7 @@ from hamdist.runtime.ray_engine.session import Session
 from hamdist.runtime.signals.signal import Channel
 from hamdist.runtime.timing.cluster_model import ClusterModel, HostModel, Link
 from hamdist.runtime.timing.cycle_ratio import NoPeriodError
-from hamdist.runtime.timing.model import TimingModel
+from hamdist.runtime.timing.timed_graph import TimingModel
 from hamdist.runtime.transport.encryption import Keys
 from hamdist.runtime.transport.shared_memory import MAX_CAPACITY
 from hamdist.runtime.transport.transport import IPC, SHM, TCP, local_way

@@ -35,7 +35,7 @@ from hamdist.runtime.timing.cluster_model import (
     Link,
 )
 from hamdist.runtime.timing.cycle_ratio import max_cycle_ratio
-from hamdist.runtime.timing.step_graph import StepGraph
+from hamdist.runtime.timing.step_graph import TOKENS, StepGraph, step_graph
 
 StepSeconds: TypeAlias = Mapping[str, Mapping[Phase, float]]  # by node and phase, for one sample
 
@@ -339,3 +339,48 @@ class TimedSteps:
         seconds = self.timed.samples / self._cluster.pace
         clock = self.timed.add(len(self.timed.resources) - 1, seconds, "the stream's pace")
         self.timed.arcs.append(TimedArc(clock, source, 1))
+
+
+@dataclass(frozen=True)
+class TimingModel:
+    """The steps of a plan with their seconds.
+
+    Attributes:
+        plan: of the run.
+        seconds: by node ('u': the stream) and phase, for one sample, at speed 1.
+        source: the block whose actor draws the stream; None: the driver does.
+        tokens: of a sequence.
+    """
+
+    plan: Plan
+    seconds: StepSeconds
+    source: str | None = None
+    tokens: int = TOKENS
+
+    @cached_property
+    def steps(self) -> StepGraph:
+        """Return the graph of the steps of a run."""
+        return step_graph(self.plan, self.tokens)
+
+    def timed(
+        self,
+        placement: Sequence[Sequence[str]],
+        hosts: Sequence[int] | None = None,
+        cluster: ClusterModel | None = None,
+    ) -> TimedGraph:
+        """Return the activities of the run; without `hosts` all actors are on the first one."""
+        actors = [[*((INPUT,) if self.source in blocks else ()), *blocks] for blocks in placement]
+        where = [*(hosts or [0] * len(actors))]
+        if self.source is None:
+            actors.append([INPUT])
+            where.append(0)
+        cluster = cluster or ClusterModel()  # (of one host that has a core for each actor)
+        return TimedSteps(self.plan, self.steps, self.seconds, actors, where, cluster).timed
+
+    def period(self, placement: Sequence[Sequence[str]]) -> Period:
+        """Return the steady period of actors on one host with a core for each."""
+        return self.timed(placement).period()
+
+    def sample_seconds(self, placement: Sequence[Sequence[str]]) -> float:
+        """Return the seconds a sample of actors on one host with a core for each."""
+        return self.period(placement).seconds / self.steps.samples

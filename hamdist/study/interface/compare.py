@@ -39,7 +39,7 @@ from hamdist.trackers import open_trackers
 if TYPE_CHECKING:
     from typing_extensions import Unpack
 
-    from hamdist.config.fields import RunFields
+    from hamdist.config.settings import RunFields
     from hamdist.streams.batch_names import Names
 
 

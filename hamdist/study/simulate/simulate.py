@@ -22,9 +22,8 @@ from hamdist.runtime.plan.dtypes import block_settings
 from hamdist.runtime.plan.plan import Plan
 from hamdist.runtime.timing.cluster_model import ClusterModel
 from hamdist.runtime.timing.disturbances import COPY_BYTES_PER_SECOND, Disturbances, SnapshotModel
-from hamdist.runtime.timing.model import TimingModel
 from hamdist.runtime.timing.simulations import EventSimulation, Recursion
-from hamdist.runtime.timing.timed_graph import Period, TimedGraph
+from hamdist.runtime.timing.timed_graph import Period, TimedGraph, TimingModel
 from hamdist.study.run.export import starting_plan
 from hamdist.study.run.own_data import OwnFunctions
 from hamdist.study.run.run import Run, run_level

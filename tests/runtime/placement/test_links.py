@@ -37,7 +37,7 @@ from hamdist.runtime.timing.cluster_model import (
     REMOTE_SECONDS,
     Link,
 )
-from hamdist.runtime.timing.model import TimingModel
+from hamdist.runtime.timing.timed_graph import TimingModel
 from hamdist.runtime.train.train import train
 from hamdist.runtime.transport.endpoint import EndpointContext
 from hamdist.runtime.transport.threaded_ends import DelayedReceiver

@@ -36,9 +36,9 @@ from hamdist.runtime.timing.cluster_model import (
 )
 from hamdist.runtime.timing.cycle_ratio import NoPeriodError, max_cycle_ratio
 from hamdist.runtime.timing.disturbances import Disturbances, SnapshotModel
-from hamdist.runtime.timing.model import TimingModel
 from hamdist.runtime.timing.simulations import EventSimulation, Recursion
 from hamdist.runtime.timing.step_graph import step_graph
+from hamdist.runtime.timing.timed_graph import TimingModel
 from hamdist.runtime.train.prepare import as_graph
 from hamdist.streams import from_iterable
 

@@ -19,8 +19,7 @@ from hamdist.streams import (
     make_stream,
     token_sequences,
 )
-from hamdist.streams.sources.grammar import grammar_words, sentences
-from hamdist.streams.sources.texts import Vocabulary
+from hamdist.streams.sources.texts import Vocabulary, grammar_words, sentences
 
 SEQUENCES = [torch.tensor(ids) for ids in ([3, 4], [5], [6, 7, 8], [9, 2])]
 LABELS = torch.tensor([1, 0, 0, 1])

@@ -10,9 +10,16 @@ import torch
 
 from hamdist.errors import SettingsError, StreamError
 from hamdist.streams import Vocabulary, load_glove, token_sequences
-from hamdist.streams.sources.grammar import _BAD, _GOOD, _NEGATIONS, grammar_words, sentences
 from hamdist.streams.sources.text_files import read_texts, tokenise
-from hamdist.streams.sources.texts import corpus, padded
+from hamdist.streams.sources.texts import (
+    _BAD,
+    _GOOD,
+    _NEGATIONS,
+    corpus,
+    grammar_words,
+    padded,
+    sentences,
+)
 
 
 def test_tokenise() -> None:
