@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import socket
 import time
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
@@ -39,6 +39,15 @@ def last_line(error: BaseException) -> str:
     """Return the last line of an error that says something."""
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
     return lines[-1] if lines else type(error).__name__
+
+
+def answered(calls: Collection[Any], seconds: float) -> list[Any]:
+    """Return those of Ray's calls that have ended within `seconds`."""
+    import ray
+
+    calls = list(calls)
+    done: list[Any] = ray.wait(calls, num_returns=len(calls), timeout=seconds)[0] if calls else []
+    return done
 
 
 class HeadWatch:

@@ -10,7 +10,7 @@ import shutil
 import sys
 import tempfile
 from collections.abc import Collection, Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from functools import partial, partialmethod
 from pathlib import Path
 from typing import Any
@@ -83,7 +83,19 @@ def local_ray(cpus: int) -> Iterator[set[psutil.Process]]:
 
 
 @contextmanager
-def _in_a_session_of_its_own() -> Iterator[None]:
+def _replaced(owner: Any, **attributes: Any) -> Iterator[None]:
+    """Give `owner` other attributes inside."""
+    before = {name: getattr(owner, name) for name in attributes}
+    for name, value in attributes.items():
+        setattr(owner, name, value)
+    try:
+        yield
+    finally:
+        for name, value in before.items():
+            setattr(owner, name, value)
+
+
+def _in_a_session_of_its_own() -> AbstractContextManager[None]:
     """Start Ray's processes in a POSIX session of their own inside. A signal to the group of this
     process, as batch systems send it, then reaches this process alone, which ends the run in order.
     (Ray has no setting for it; Popen has.)"""
@@ -91,13 +103,8 @@ def _in_a_session_of_its_own() -> Iterator[None]:
 
     popen = getattr(services, "ConsolePopen", None)
     if popen is None or os.name != "posix":
-        yield
-        return
-    services.ConsolePopen = partial(popen, start_new_session=True)  # type: ignore[misc,assignment]
-    try:
-        yield
-    finally:
-        services.ConsolePopen = popen  # type: ignore[misc]
+        return nullcontext()
+    return _replaced(services, ConsolePopen=partial(popen, start_new_session=True))
 
 
 @contextmanager
@@ -113,36 +120,28 @@ def _few_processes() -> Iterator[None]:
     if server is None or not inspect.signature(start).parameters.keys() >= PARAMETERS.keys():
         yield
         return
-    parameters.__init__ = partialmethod(start, **PARAMETERS)
-    head.start_api_server = lambda *_, **__: None
-    try:
+    with (
+        _replaced(parameters, __init__=partialmethod(start, **PARAMETERS)),
+        _replaced(head, start_api_server=lambda *_, **__: None),
+    ):
         yield
-    finally:
-        parameters.__init__ = start
-        head.start_api_server = server
 
 
-@contextmanager
-def ray_messages() -> Iterator[None]:
+def ray_messages() -> AbstractContextManager[None]:
     """Show the errors that Ray prints inside on standard error, as standard output may be a JSON
     document; without those of workers that died: a run tells of its own."""
     from ray._private import worker
 
     shown = getattr(worker, "print_to_stdstream", None)
     if shown is None:
-        yield
-        return
+        return nullcontext()
 
     def show(data: dict[str, Any], *more: Any, **named: Any) -> None:
         lines = [line for line in data["lines"] if not line.startswith(WORKER_DIED)]
         if lines:
             shown({**data, "lines": lines, "is_err": True}, *more, **named)
 
-    worker.print_to_stdstream = show
-    try:
-        yield
-    finally:
-        worker.print_to_stdstream = shown
+    return _replaced(worker, print_to_stdstream=show)
 
 
 @contextmanager

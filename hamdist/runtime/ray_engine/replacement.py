@@ -38,7 +38,7 @@ from hamdist.runtime.engines.worker import ANSWER_SECONDS, ReceivingEnds
 from hamdist.runtime.engines.worker_report import WorkerReport
 from hamdist.runtime.placement.assign_hosts import replacement_options
 from hamdist.runtime.plan.plan import SnapshotPolicy
-from hamdist.runtime.ray_engine.cluster_hosts import reachable_hosts
+from hamdist.runtime.ray_engine.cluster_hosts import answered, reachable_hosts
 from hamdist.runtime.ray_engine.placed_workers import END_SECONDS, START_SECONDS, WorkerHandle
 from hamdist.runtime.ray_engine.worker_actor import WorkerActor
 from hamdist.runtime.ray_engine.worker_group import WorkerGroup
@@ -184,8 +184,7 @@ class Replacement:
         """End the runs of healthy actors, whose processes restart (the others are killed)."""
         for actor in actors:
             actor.ask("abort", run=self._worker_group.plan.run)
-        runs = [actor.running for actor in actors]
-        ended = ray.wait(runs, num_returns=len(runs), timeout=END_SECONDS)[0] if runs else []
+        ended = answered([actor.running for actor in actors], END_SECONDS)
         for actor in actors:
             if actor.running in ended:
                 actor.begin_again()
@@ -211,9 +210,8 @@ class Replacement:
         fresh = [actor for actor in lost if actor.name in self._fresh]
         _, dead = _all({actor.handle.close.remote(): actor for actor in fresh})
         self._present -= {actor.name for actor in dead}
-        lost_again = self._start([actor for actor in lost if actor not in fresh or actor in dead])
-        if lost_again:
-            return lost_again
+        if again := self._start([actor for actor in lost if actor not in fresh or actor in dead]):
+            return again
         others = [actor for actor in worker_group.actors if actor not in lost]
         inside = worker_group.inside()
         numbers = [worker_group.actors.index(actor) for actor in lost]
@@ -234,18 +232,18 @@ class Replacement:
             ways = worker_group.binds(worker_group.actors.index(actor), inside, only=lost)
             if ways:
                 calls[actor.ask("bind_anew", ways)] = actor
-        opened, lost_again = _all(calls)
-        if lost_again:
-            return lost_again
+        opened, again = _all(calls)
+        if again:
+            return again
         for addresses in opened:
             ends |= addresses
         calls = {actor.ask("connect", ends): actor for actor in lost}
         calls |= {actor.ask("connect_anew", ends): actor for actor in others}
-        again, lost_again = _all(calls)
-        if lost_again:
-            return lost_again
+        replayed, again = _all(calls)
+        if again:
+            return again
         worker_group.start_again(lost)
-        return int(sum(again)) + worker_group.connect_local(ends)
+        return int(sum(replayed)) + worker_group.connect_local(ends)
 
     def _start(self, lost: Sequence[WorkerHandle]) -> list[WorkerHandle]:
         """Start new processes, on the old hosts if they are still there. Returns those that did not
@@ -314,9 +312,8 @@ def _kill(actor: WorkerHandle, here: str) -> None:
 def _all(calls: dict[Any, WorkerHandle]) -> tuple[list[Any], list[WorkerHandle]]:
     """Return the results of the calls, and the actors that died instead of answering. Raises the
     SnapshotError of an actor that could not read its files."""
-    waiting = list(calls)
-    done, late = ray.wait(waiting, num_returns=len(waiting), timeout=ANSWER_SECONDS)
-    answers, dead = [], [calls[call] for call in late]
+    done = answered(calls, ANSWER_SECONDS)
+    answers, dead = [], [actor for call, actor in calls.items() if call not in done]
     for call in done:
         try:
             answers.append(ray.get(call))

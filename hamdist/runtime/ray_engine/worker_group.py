@@ -16,7 +16,7 @@ from hamdist.dynamics.objective.prequential import Window
 from hamdist.errors import ClusterError, HamdistError
 from hamdist.runtime.engines.worker_report import SnapshotNews, WorkerReport, WorkerStatus
 from hamdist.runtime.process.interrupts import interrupts_ignored
-from hamdist.runtime.ray_engine.cluster_hosts import last_line
+from hamdist.runtime.ray_engine.cluster_hosts import answered, last_line
 from hamdist.runtime.ray_engine.placed_workers import END_SECONDS, WorkerHandle
 from hamdist.runtime.ray_engine.wired_workers import WiredWorkers
 from hamdist.runtime.results.measured import ProcessSample
@@ -66,16 +66,12 @@ class WorkerGroup(WiredWorkers):
 
     def wait_for_keep(self, seconds: float) -> None:
         """Wait until all actors have received the latest `keep`, so long at most."""
-        if self._keep_calls:
-            ray.wait(self._keep_calls, num_returns=len(self._keep_calls), timeout=seconds)
+        answered(self._keep_calls, seconds)
 
     def too_late(self) -> bool:
         """Return True if an actor had passed the tick of the latest `keep` when it arrived."""
-        done, self._keep_calls = (
-            ray.wait(self._keep_calls, num_returns=len(self._keep_calls), timeout=0)
-            if self._keep_calls
-            else ([], [])
-        )
+        done = answered(self._keep_calls, 0)
+        self._keep_calls = [call for call in self._keep_calls if call not in done]
         for call in done:
             with contextlib.suppress(RayError):  # an actor that died is found by its run call
                 self._too_late = self._too_late or ray.get(call) is False
@@ -187,9 +183,7 @@ class WorkerGroup(WiredWorkers):
                 actor.call = actor.ask("status", len(actor.windows), actor.joined)
                 actor.called_at = now
         calls = {actor.call: actor for actor in self.actors if actor.call is not None}
-        if not calls:
-            return
-        for call in ray.wait(list(calls), num_returns=len(calls), timeout=seconds)[0]:
+        for call in answered(calls, seconds):
             actor = calls[call]
             actor.call = None
             with contextlib.suppress(RayError):  # an actor that died is found by its run call
@@ -286,12 +280,10 @@ class WorkerGroup(WiredWorkers):
         for actor in self.running.values():
             actor.ask("abort", run=self.plan.run)
         runs = [a.running for a in self.actors if a.running is not None]
-        ended = ray.wait(runs, num_returns=len(runs), timeout=OBEY_SECONDS)[0] if runs else []
+        ended = answered(runs, OBEY_SECONDS)
         closed = {a.handle.close.remote(): a for a in self.actors if a.running in ended}
-        calls = list(closed)
-        done = ray.wait(calls, num_returns=len(calls), timeout=OBEY_SECONDS)[0] if calls else []
         obedient = []
-        for call in done:
+        for call in answered(closed, OBEY_SECONDS):
             with contextlib.suppress(RayError):  # it died
                 ray.get(call)
                 obedient.append(closed[call])

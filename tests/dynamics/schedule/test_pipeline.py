@@ -42,7 +42,7 @@ from hamdist.runtime.nodes.mailbox import Mailbox
 from hamdist.runtime.nodes.source import SourceNode
 from hamdist.runtime.placement.assign_blocks import place
 from hamdist.runtime.plan.plan import make_plan
-from hamdist.runtime.timing.model import TimingModel
+from hamdist.runtime.timing.timed_graph import TimingModel
 from hamdist.streams import Delayed, LateLabels, from_iterable
 
 BOUND = 1e-12

@@ -21,7 +21,7 @@ from hamdist.dynamics.schedule.events import Event, Kind, Phase, Stamp
 from hamdist.dynamics.schedule.sequence import SequenceSchedule
 from hamdist.errors import GraphError, LevelError
 from hamdist.runtime.plan.plan import make_plan
-from hamdist.runtime.timing.model import TimingModel
+from hamdist.runtime.timing.timed_graph import TimingModel
 from hamdist.streams import from_iterable
 
 CELL = ("cell: u cell", "y: cell")
