@@ -25,7 +25,7 @@ FOLDER = "hamdist/dynamics/native"
 ROWS = Extension(
     "hamdist.dynamics.native._rows",
     [f"{FOLDER}/rows.c"],
-    depends=[f"{FOLDER}/{name}.h" for name in ("rows", "products", "convolution")],
+    depends=[f"{FOLDER}/{name}.h" for name in ("rows", "products", "convolution", "rotation")],
     # No product is fused with the sum behind it: which ones a compiler fuses depends on the
     # processor that it compiles a clone for, and the clones of rows.c are to agree to the bit.
     extra_compile_args=["-O3", "-ffp-contract=off"],

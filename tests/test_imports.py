@@ -45,10 +45,10 @@ ALLOWED = {
         f"{DYNAMICS} display/network dynamics/objective dynamics/rules dynamics/user_modules"
     ),
     "dynamics/schedule": f"{DYNAMICS} dynamics/graph {STATE}",
-    "dynamics/modules": f"{DYNAMICS} dynamics/graph dynamics/user_modules",
+    "dynamics/modules": f"{DYNAMICS} dynamics/graph dynamics/native dynamics/user_modules",
     "dynamics/tracing": f"{DYNAMICS} {STATE} dynamics/user_modules",
     "dynamics/vjp": (
-        f"{DYNAMICS} dynamics/graph dynamics/native dynamics/objective {STATE} "
+        f"{DYNAMICS} dynamics/graph dynamics/modules dynamics/native dynamics/objective {STATE} "
         "dynamics/tracing dynamics/user_modules"
     ),
     "dynamics/slicing": (

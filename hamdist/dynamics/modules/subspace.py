@@ -5,7 +5,7 @@
 
 R rotates vectors of n numbers: random signs, and Walsh-Hadamard transforms of m numbers, m the
 largest power of two up to n; if m < n a second one, of the last m numbers, follows that of the
-first m.
+first m. Vectors that the C code can read are rotated by it (native/rotation.h), in m log m sums.
 
 A residual stream whose layers all end in `Subspace` with one seed stays in the columns of Q. Of its
 states, and of the messages to them, k numbers are all that has an effect (Ramasinghe et al. 2025).
@@ -19,6 +19,8 @@ from functools import lru_cache
 
 import torch
 from torch import Tensor, nn
+
+from hamdist.dynamics.native.rotation import rotate
 
 
 class Subspace(nn.Module):
@@ -57,6 +59,20 @@ class Subspace(nn.Module):
     def extra_repr(self) -> str:
         return f"width={self.width}, rank={self.rank}, seed={self.seed}"
 
+    def is_own(self) -> bool:
+        """Return True if the projection is the one of the seed: another one may be loaded."""
+        x = torch.linspace(-1, 2, self.width).to(self.projection)
+        c = coefficients(x.unsqueeze(0), self.rank, self.seed)
+        return torch.allclose(self(x), lifted(c, self.width, self.seed)[0], atol=1e-2)
+
+    def table(self) -> Tensor:
+        """Return the signs of R and, as ones and zeros, what Q keeps of R x: (2, n)."""
+        dtype, device = self.projection.dtype, self.projection.device
+        signs = signs_of(self.width, self.seed, dtype, device)
+        kept = torch.zeros_like(signs)
+        kept[_rows(self.width, self.rank, self.seed)] = 1
+        return torch.stack([signs, kept])
+
 
 def in_subspace(model: nn.Sequential, width: int, rank: int, seed: int) -> nn.Sequential:
     """Return `model` with a `Subspace`, of the type of its weights, behind every child but the
@@ -83,8 +99,12 @@ def lifted(c: Tensor, n: int, seed: int) -> Tensor:
 def rotated(x: Tensor, seed: int) -> Tensor:
     """Return R x of vectors (N, n)."""
     n = x.shape[1]
+    signs = signs_of(n, seed, x.dtype, x.device)
+    y = rotate(x, signs, back=False)
+    if y is not None:
+        return y
     m = _power(n)
-    y = x * _signs(n, seed, x.dtype, x.device)
+    y = x * signs
     if m == n:
         return hadamard(y)
     y[:, :m] = hadamard(y[:, :m])
@@ -95,6 +115,10 @@ def rotated(x: Tensor, seed: int) -> Tensor:
 def rotated_back(y: Tensor, seed: int) -> Tensor:
     """Return R^T y of vectors (N, n)."""
     n = y.shape[1]
+    signs = signs_of(n, seed, y.dtype, y.device)
+    x = rotate(y, signs, back=True)
+    if x is not None:
+        return x
     m = _power(n)
     if m == n:
         x = hadamard(y)
@@ -102,7 +126,7 @@ def rotated_back(y: Tensor, seed: int) -> Tensor:
         x = y.clone()
         x[:, -m:] = hadamard(x[:, -m:])
         x[:, :m] = hadamard(x[:, :m])
-    return x * _signs(n, seed, y.dtype, y.device)
+    return x * signs
 
 
 def hadamard(x: Tensor) -> Tensor:
@@ -131,7 +155,8 @@ def _power(n: int) -> int:
 
 
 @lru_cache(maxsize=64)
-def _signs(n: int, seed: int, dtype: torch.dtype, device: torch.device) -> Tensor:
+def signs_of(n: int, seed: int, dtype: torch.dtype, device: torch.device) -> Tensor:
+    """Return the signs of R, (n,)."""
     generator = torch.Generator().manual_seed(seed)
     return (2 * torch.randint(2, (n,), generator=generator) - 1).to(device, dtype)
 

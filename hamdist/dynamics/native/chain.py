@@ -32,7 +32,7 @@ _NONE, _GIVEN, _SENT, _FIRST = range(4)  # places of messages, as in rows.c
 class OperationKind(IntEnum):
     """Kind of an operation of a chain, as in rows.c."""
 
-    LINEAR, NORM, ACTIVATION, ADD, SCALE, EMBEDDING = range(6)
+    LINEAR, NORM, ACTIVATION, ADD, SCALE, EMBEDDING, PROJECTION = range(7)
 
 
 class Activation(IntEnum):
@@ -44,8 +44,8 @@ class Activation(IntEnum):
 class Operation(NamedTuple):
     """An operation. reads: its inputs (0: the chain's, i + 1: what operation i makes).
 
-    w, b: its weights, of a table w alone. number: epsilon, factor, sign, or the padding's index.
-    width: O; 0: that of its input.
+    w, b: its weights, of a table w alone; of a projection b is its table. number: epsilon, factor,
+    sign, or the padding's index. width: O; 0: that of its input.
     """
 
     kind: OperationKind

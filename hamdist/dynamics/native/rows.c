@@ -1,4 +1,4 @@
-/* Chains of operations: linear layers, activations, layer norms, sums, embeddings. On one row
+/* Chains of operations: linear layers, activations, layer norms, sums, embeddings, projections. On one row
    (batch 1) a step of a linear layer is bound by reading and writing W:
 
        forward   y = f(W x + b)                          one pass that reads W
@@ -44,7 +44,8 @@
 #include <immintrin.h>
 #endif
 
-enum { LINEAR, NORM, ACTIVATION, ADD, SCALE, EMBEDDING };   /* kinds of operations, as in chain.py */
+/* Kinds of operations, as in chain.py. */
+enum { LINEAR, NORM, ACTIVATION, ADD, SCALE, EMBEDDING, PROJECTION };
 enum { IDENTITY, RELU, TANH, SIGMOID };                     /* f of an activation or linear layer */
 enum { NONE, GIVEN, SENT, FIRST };                          /* places of messages */
 
@@ -167,6 +168,33 @@ static int has_wide_vectors; /* whether products are made with AVX-512, or else 
 CHOSEN(f32, float)
 CHOSEN(f64, double)
 #endif
+
+/* The largest power of two up to n. */
+static inline size_t largest_power(size_t n)
+{
+    size_t m = 1;
+    while (m <= n / 2)
+        m *= 2;
+    return m;
+}
+
+/* The upper half of a float's bits, rounded to even; of NaN any NaN. */
+static inline uint16_t to_bfloat16(float x)
+{
+    uint32_t bits;
+    memcpy(&bits, &x, sizeof bits);
+    if ((bits & 0x7fffffff) > 0x7f800000)
+        return 0x7fc0;
+    return (uint16_t)((bits + 0x7fff + (bits >> 16 & 1)) >> 16);
+}
+
+static inline float from_bfloat16(uint16_t code)
+{
+    uint32_t bits = (uint32_t)code << 16;
+    float x;
+    memcpy(&x, &bits, sizeof x);
+    return x;
+}
 
 #define REAL float
 #define NAME(x) x##_f32
@@ -354,6 +382,54 @@ static PyObject *py_convolve_back(PyObject *self, PyObject *const *args, Py_ssiz
 }
 #endif
 
+static PyObject *py_rotate(PyObject *self, PyObject *const *args, Py_ssize_t given)
+{
+    size_t a[7];
+    (void)self;
+    if (!arguments(args, given, a, 7, NULL, 0))
+        return NULL;
+    PyThreadState *others = PyEval_SaveThread();
+    if (a[6] & DOUBLE)
+        rotate_f64((void *)a[0], (void *)a[1], (void *)a[2], a[3], a[4], a[5] != 0);
+    else
+        rotate_f32((void *)a[0], (void *)a[1], (void *)a[2], a[3], a[4], a[5] != 0);
+    PyEval_RestoreThread(others);
+    Py_RETURN_NONE;
+}
+
+static PyObject *py_to_nibbles(PyObject *self, PyObject *const *args, Py_ssize_t given)
+{
+    size_t a[6];
+    (void)self;
+    if (!arguments(args, given, a, 6, NULL, 0))
+        return NULL;
+    void *room = malloc((a[4] + 1) * sizeof(double));
+    if (room == NULL)
+        return PyErr_NoMemory();
+    PyThreadState *others = PyEval_SaveThread();
+    int finite = a[5] & DOUBLE
+                     ? to_nibbles_f64((void *)a[0], (void *)a[1], (void *)a[2], room, a[3], a[4])
+                     : to_nibbles_f32((void *)a[0], (void *)a[1], (void *)a[2], room, a[3], a[4]);
+    PyEval_RestoreThread(others);
+    free(room);
+    return PyBool_FromLong(finite);
+}
+
+static PyObject *py_from_nibbles(PyObject *self, PyObject *const *args, Py_ssize_t given)
+{
+    size_t a[6];
+    (void)self;
+    if (!arguments(args, given, a, 6, NULL, 0))
+        return NULL;
+    PyThreadState *others = PyEval_SaveThread();
+    if (a[5] & DOUBLE)
+        from_nibbles_f64((void *)a[0], (void *)a[1], (void *)a[2], a[3], a[4]);
+    else
+        from_nibbles_f32((void *)a[0], (void *)a[1], (void *)a[2], a[3], a[4]);
+    PyEval_RestoreThread(others);
+    Py_RETURN_NONE;
+}
+
 static PyObject *py_norm(PyObject *self, PyObject *const *args, Py_ssize_t given)
 {
     size_t a[3];
@@ -403,6 +479,12 @@ static PyMethodDef METHODS[] = {
 #endif
     {"use_wide_vectors", (PyCFunction)(void (*)(void))py_use_wide_vectors, METH_FASTCALL,
      "use_wide_vectors(whether) -> whether products.h used AVX-512 before, where the processor has it."},
+    {"rotate", (PyCFunction)(void (*)(void))py_rotate, METH_FASTCALL,
+     "rotate(x, signs, y, rows, n, back, flags): y = R x, or R^T x; see rotation.h."},
+    {"to_nibbles", (PyCFunction)(void (*)(void))py_to_nibbles, METH_FASTCALL,
+     "to_nibbles(x, signs, sent, rows, n, flags) -> whether all is finite: R x in 4 bits a number."},
+    {"from_nibbles", (PyCFunction)(void (*)(void))py_from_nibbles, METH_FASTCALL,
+     "from_nibbles(sent, signs, y, rows, n, flags): the vectors y of such bytes."},
     {"norm", (PyCFunction)(void (*)(void))py_norm, METH_FASTCALL,
      "norm(x, n, flags) -> the Euclidean norm."},
     {NULL, NULL, 0, NULL},
@@ -438,7 +520,9 @@ static long product_rows(void)
 PyMODINIT_FUNC PyInit__rows(void)
 {
     PyObject *module = PyModule_Create(&MODULE);
-    if (module != NULL && (PyModule_AddIntConstant(module, "LAYOUT", 5) < 0 || /* as in rows.py */
+    fill_signs_f32();
+    fill_signs_f64();
+    if (module != NULL && (PyModule_AddIntConstant(module, "LAYOUT", 6) < 0 || /* as in rows.py */
                            PyModule_AddIntConstant(module, "PRODUCT_ROWS", product_rows()) < 0)) {
         Py_DECREF(module);
         return NULL;

@@ -11,6 +11,8 @@ enum { LANES = 64 / sizeof(REAL) };
 #define AT(p) (*(VECTOR *)(p))
 #define OF(p) (*(const VECTOR *)(p))
 
+#include "rotation.h"
+
 /* The sum of the lanes of a + b, halved again and again. */
 static inline __attribute__((always_inline)) REAL NAME(folded)(const VECTOR *a, const VECTOR *b)
 {
@@ -423,6 +425,9 @@ static int NAME(chain_forward)(const Operation *op, size_t n, const REAL *x, REA
         case SCALE:
             NAME(scale)(a, to, outs, (REAL)o->number);
             break;
+        case PROJECTION:
+            NAME(project)(a, (const REAL *)o->b, to, o->rows, o->out);
+            break;
         default:
             for (size_t r = 0; r < o->rows; r++) {
                 if (index[r] < 0 || (size_t)index[r] >= o->in)
@@ -459,6 +464,10 @@ static int NAME(operation_pull)(const Operation *o, const REAL *x, const REAL *z
     case ACTIVATION:
         if (m)
             NAME(slopes)(z, y, m, outs, o->act);
+        return 0;
+    case PROJECTION: /* (symmetric) */
+        if (m)
+            NAME(project)(z, (const REAL *)o->b, m, o->rows, o->out);
         return 0;
     case EMBEDDING:
         for (size_t r = 0; r < o->rows; r++)

@@ -18,7 +18,7 @@ try:
 except ImportError:  # installed where there was no C compiler
     _rows = None  # type: ignore[assignment]
 
-LAYOUT = 5  # of rows.c's arguments: a library that was built from an earlier one is not used
+LAYOUT = 6  # of rows.c's arguments: a library that was built from an earlier one is not used
 if getattr(_rows, "LAYOUT", 1) != LAYOUT:
     _rows = None  # type: ignore[assignment]
 library = _rows

@@ -18,6 +18,7 @@ from typing import Any, TypeAlias
 import torch
 from torch import Size, Tensor, nn
 
+from hamdist.dynamics.modules.subspace import Subspace
 from hamdist.dynamics.native.chain import Activation, Operation, OperationKind
 from hamdist.dynamics.native.convolution import Convolution
 from hamdist.dynamics.native.rows import reads as is_readable
@@ -239,6 +240,24 @@ class Reshape(Unary):
 
     def product(self, saved: KeptTensors, z: Tensor) -> Tensor:
         return z.reshape(saved[1])
+
+
+class Projection(Unary):
+    """f = Q Q^T x of the last dimension (dynamics/modules/subspace.py), which is symmetric."""
+
+    def __init__(self, module: Subspace) -> None:
+        self._projection = module.projection
+        self._table = module.table()
+
+    def operation(self, reads: tuple[int, ...]) -> Operation | None:
+        width = self._table.shape[1]
+        return Operation(OperationKind.PROJECTION, reads, b=self._table, width=width)
+
+    def forward(self, old: KeptTensors | None, x: Tensor) -> KeptTensors:  # noqa: ARG002
+        return [x @ self._projection]
+
+    def product(self, saved: KeptTensors, z: Tensor) -> Tensor:  # noqa: ARG002
+        return z @ self._projection
 
 
 class ScaleKernel(Unary):

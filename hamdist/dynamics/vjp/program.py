@@ -14,6 +14,7 @@ import torch
 from torch import fx, nn
 from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 
+from hamdist.dynamics.modules.subspace import Subspace
 from hamdist.dynamics.tracing.traced_module import TracedModule
 from hamdist.dynamics.user_modules.hooks import is_usual
 from hamdist.dynamics.vjp.attention import (
@@ -34,11 +35,12 @@ from hamdist.dynamics.vjp.kernels import (
     LayerNorm,
     Linear,
     MaxPool2d,
+    Projection,
     Reshape,
     ScaleKernel,
 )
 from hamdist.dynamics.vjp.native_chain import Chain, chain_of
-from hamdist.dynamics.vjp.purity import is_pure
+from hamdist.dynamics.vjp.purity import is_own, is_pure
 from hamdist.dynamics.vjp.steps import ProgramStep
 
 # Kernels of layers with `weight` and `bias`.
@@ -206,6 +208,8 @@ class _Program:
             return self._add(
                 Reshape(lambda x: torch.unflatten(x, m.dim, m.unflattened_size)), place
             )
+        if kind is Subspace and m.is_own():
+            return self._add(Projection(m), place)
         if kind is nn.MaxPool2d and not m.return_indices:
             return self._add(MaxPool2d(m), place)
         if kind is nn.TransformerEncoderLayer:
@@ -341,10 +345,19 @@ class _Program:
 
 
 def _is_chain(module: nn.Module) -> bool:
-    """Return True for one of torch's own layers, or a Sequential of such layers and Sequentials."""
+    """Return True for a layer that has no parts to trace, or a Sequential of such layers and
+    Sequentials.
+    """
     if type(module) is nn.Sequential:
         return all(_is_chain(child) for child in module)
-    return type(module).__module__.startswith("torch.nn.modules.")
+    return is_own(module)
+
+
+class _Tracer(fx.Tracer):
+    """Traces all modules but those with a kernel of their own."""
+
+    def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
+        return type(m) is Subspace or super().is_leaf_module(m, module_qualified_name)
 
 
 def _trace(module: nn.Module) -> fx.Graph:
@@ -354,6 +367,6 @@ def _trace(module: nn.Module) -> fx.Graph:
     if not is_pure(module):
         raise _Unknown
     try:
-        return fx.Tracer().trace(module)
+        return _Tracer().trace(module)
     except Exception as error:  # a user's forward may raise anything on fx's stand-ins
         raise _Unknown from error

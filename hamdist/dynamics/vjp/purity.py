@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from hamdist.dynamics.modules.subspace import Subspace
 from hamdist.dynamics.vjp.functions import FUNCTIONS, POOLS
 
 OWN = "torch.nn.modules."
@@ -37,13 +38,15 @@ _TORCH = {"nn", "functional", "add", "sub", "mul", "flatten", "view", "reshape"}
 def is_pure(module: nn.Module) -> bool:
     """Return True if the forwards of `module` and all its parts are proved.
 
-    Torch's own layers count as proved.
+    Torch's own layers, and `Subspace`, count as proved.
     """
     verdicts: dict[int, bool] = {}
-    return all(
-        type(part).__module__.startswith(OWN) or _pure_part(part, module, verdicts)
-        for part in module.modules()
-    )
+    return all(is_own(part) or _pure_part(part, module, verdicts) for part in module.modules())
+
+
+def is_own(module: nn.Module) -> bool:
+    """Return True for a layer of torch, or one of hamdist that is a kernel."""
+    return type(module).__module__.startswith(OWN) or type(module) is Subspace
 
 
 def is_constant(value: Any) -> bool:

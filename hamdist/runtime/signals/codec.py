@@ -41,6 +41,7 @@ from torch import Tensor, nn
 
 from hamdist.config import Compress
 from hamdist.dynamics.modules.subspace import Subspace, coefficients, lifted
+from hamdist.dynamics.native.rows import norm
 from hamdist.dynamics.saved_state.stateful import Stateful
 from hamdist.runtime.signals.codes import (
     ByteCode,
@@ -235,11 +236,11 @@ class Encoder(Stateful):
         self._signals += 1
         self._sent += sent.nbytes
         self._saved += nbytes - sent.nbytes
-        size = float(torch.linalg.vector_norm(x, dtype=torch.float64))
+        size = _norm(x)
         if 0 < size < math.inf:
             apart = 0.0
             if decoded is not x:
-                apart = float(torch.linalg.vector_norm(decoded - x, dtype=torch.float64)) / size
+                apart = _norm(decoded - x) / size
             self._compared += 1
             self._sum += apart
             self._worst = max(self._worst, apart)
@@ -278,6 +279,12 @@ class Decoder:
             self.received = _added(self.received, decoded)
             decoded = self.received.detach()  # (a reader may ask for its gradient)
         return self.codec.outer(decoded)
+
+
+def _norm(x: Tensor) -> float:
+    """Return |x|, of sums in float64."""
+    size = norm(x)
+    return float(torch.linalg.vector_norm(x, dtype=torch.float64)) if size is None else size
 
 
 def _added(received: Tensor | None, difference: Tensor) -> Tensor:

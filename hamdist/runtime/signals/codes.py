@@ -23,7 +23,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from hamdist.dynamics.modules.subspace import rotated, rotated_back
+from hamdist.dynamics.modules.subspace import rotated, rotated_back, signs_of
+from hamdist.dynamics.native.rotation import from_nibbles, to_nibbles
 
 BYTE = torch.uint8
 SCALE = torch.bfloat16  # of int4: the range of float32, in half its bytes
@@ -128,6 +129,9 @@ class NibbleCode(Code):
         return (n + 1) // 2 + SCALE.itemsize
 
     def encode(self, x: Tensor) -> Tensor | None:
+        native = to_nibbles(x.detach(), signs_of(x.shape[1], self.seed, x.dtype, x.device))
+        if native is not None:
+            return native[0]
         coded = quantised(rotated(x, self.seed), self.levels, SCALE)
         if coded is None:
             return None
@@ -135,6 +139,9 @@ class NibbleCode(Code):
         return torch.cat([q[:, ::2] | q[:, 1::2] << 4, coded[1].view(BYTE)], 1)
 
     def decode(self, sent: Tensor, n: int, real: torch.dtype) -> Tensor:
+        native = from_nibbles(sent, signs_of(n, self.seed, real, sent.device), n)
+        if native is not None:
+            return native
         pairs = sent[:, : -SCALE.itemsize]
         q = torch.stack([pairs & 15, pairs >> 4], 2).view(len(sent), -1)[:, :n]
         scale = _numbers(sent[:, -SCALE.itemsize :], SCALE).to(real)

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from hamdist.config import AdaptiveSettings, Order
 from hamdist.dynamics.graph.graph import Combine
+from hamdist.dynamics.modules.subspace import Subspace
 from hamdist.dynamics.native import rows
 from hamdist.dynamics.native.chain import Activation, NativeChain, Operation, OperationKind
 from hamdist.dynamics.objective.losses import cross_entropy, loss_and_slope
@@ -26,6 +27,7 @@ from hamdist.dynamics.vjp.autograd import AutogradFunction
 from hamdist.dynamics.vjp.closed import ClosedFunction, make_closed
 from hamdist.dynamics.vjp.gradient import Outer, all_dense, all_moved
 from hamdist.dynamics.vjp.local_function import LocalFunction
+from hamdist.dynamics.vjp.native_chain import Chain
 from hamdist.runtime.process.portable import portable_environment
 
 pytestmark = pytest.mark.skipif(not rows.built(), reason="hamdist was installed without its C code")
@@ -259,6 +261,17 @@ class Words(nn.Module):
         return torch.tanh(self.f(self.table(x).flatten(1)))
 
 
+def subspaces() -> nn.Module:
+    """Projections between layers and behind the last, of widths with one transform and two."""
+    return nn.Sequential(
+        nn.Linear(6, 64, dtype=F64),
+        nn.ReLU(),
+        Subspace(64, 5, seed=1, dtype=F64),
+        nn.Linear(64, 9, dtype=F64),
+        Subspace(9, 4, dtype=F64),
+    )
+
+
 def frozen() -> nn.Module:
     made = mlp()
     made[0].bias.requires_grad_(False)
@@ -274,6 +287,11 @@ MODULES = {
     "residuals": (Residuals, (6,)),
     "residuals of more dimensions": (Residuals, (2, 6)),
     "words": (Words, (3,)),
+    "subspaces": (subspaces, (6,)),
+    "residuals in a subspace": (
+        lambda: nn.Sequential(Residuals(), Subspace(9, 3, dtype=F64)),
+        (6,),
+    ),
     "one layer": (lambda: nn.Linear(6, 4, dtype=F64), (6,)),
     "more dimensions": (mlp, (1, 6)),
 }
@@ -333,6 +351,11 @@ def test_learns_as_by_autograd(module, constants, order, read):
     torch.testing.assert_close(weights[0].omega, weights[1].omega, **TIGHT)
     at_once = constants == "descent" and order is not Order.SIMULTANEOUS
     assert any(moved_at_once) == at_once
+
+
+def test_a_subspace_is_a_part_of_a_chain():
+    closed, _ = cells(subspaces)
+    assert [type(step.kernel) for step in closed._steps] == [Chain]
 
 
 @pytest.mark.skipif(not rows.gemm(F64), reason="torch's library hides its BLAS")

@@ -15,6 +15,7 @@ from torch.nn import functional
 from hamdist.config import Order
 from hamdist.dynamics.finite import OutOfRange
 from hamdist.dynamics.graph.graph import Combine
+from hamdist.dynamics.modules.subspace import Subspace
 from hamdist.dynamics.native import rows
 from hamdist.dynamics.objective.losses import cross_entropy, loss_and_slope, mse
 from hamdist.dynamics.updates.constants import Constant, Dynamics
@@ -207,6 +208,16 @@ KINDS = {
         (4, 6),
     ),
 }
+KINDS |= {
+    "subspace": (
+        lambda: nn.Sequential(nn.Linear(6, 9, dtype=F64), Subspace(9, 4, dtype=F64), nn.ReLU()),
+        (4, 6),
+    ),
+    "subspace of tokens": (
+        lambda: nn.Sequential(Residual(), Subspace(6, 2, seed=4, dtype=F64)),
+        (4, 3, 6),
+    ),
+}
 TOKENS = (3, 5, 6)
 KINDS |= {
     "attention": (encoder_layer, TOKENS),
@@ -393,6 +404,13 @@ def hooked() -> nn.Module:
     return module
 
 
+def another_subspace() -> nn.Module:
+    """A projection that is not the one of its seed."""
+    module = nn.Sequential(nn.Linear(6, 6), Subspace(6, 2, seed=1))
+    module[1].load_state_dict(Subspace(6, 2, seed=2).state_dict())
+    return module
+
+
 def weight_norm() -> nn.Module:
     return nn.utils.parametrizations.weight_norm(nn.Linear(6, 6))
 
@@ -407,6 +425,7 @@ def weight_norm() -> nn.Module:
         SameUnderTwoNames,
         hooked,
         weight_norm,
+        another_subspace,
         lambda: nn.Sequential(nn.Linear(6, 6), nn.BatchNorm1d(6)),
         lambda: nn.Sequential(nn.Linear(6, 6), nn.Dropout(0.5)),
         lambda: nn.GRUCell(6, 6),
