@@ -124,7 +124,7 @@ class Settings(Section):
     @model_validator(mode="after")
     def _levels_are_settings(self) -> Settings:
         for level in self.levels:
-            _merged(self, level)
+            self.for_level(level)
         return self
 
     def for_level(self, level: Level) -> Settings:
@@ -133,7 +133,16 @@ class Settings(Section):
         Args:
             level: the level.
         """
-        return _merged(self, level)
+        raw = self.model_dump(mode="json", exclude={"levels"}, exclude_unset=True)
+        overrides = self.levels.get(level, LevelOverrides()).model_dump(exclude_unset=True)
+        try:
+            merged = Settings.model_validate(merge(raw, {**overrides, "level": level.value}))
+        except ValidationError as error:
+            raise ValueError(f"in 'levels.{level.value}': {describe(error)}") from None
+        others = {at: of_level for at, of_level in self.levels.items() if at is not Level.AUTO}
+        if level is Level.AUTO and others:  # which level's overrides hold shows later
+            return merged.model_copy(update={"levels": others})
+        return merged
 
     def changed(self, **fields: Any) -> Settings:
         """Return these settings with other values, which are not checked.
@@ -155,25 +164,6 @@ def settings_with(settings: Settings | None, fields: Mapping[str, Any]) -> Setti
         return Settings.model_validate(lay_over(base, fields))
     except ValidationError as error:
         raise SettingsError(describe(error)) from None
-
-
-def _merged(settings: Settings, level: Level) -> Settings:
-    if level is Level.AUTO:  # which level's overrides hold shows later
-        others = {
-            at: overrides for at, overrides in settings.levels.items() if at is not Level.AUTO
-        }
-        merged = _laid(settings, level)
-        return merged.model_copy(update={"levels": others}) if others else merged
-    return _laid(settings, level)
-
-
-def _laid(settings: Settings, level: Level) -> Settings:
-    raw = settings.model_dump(mode="json", exclude={"levels"}, exclude_unset=True)
-    overrides = settings.levels.get(level, LevelOverrides()).model_dump(exclude_unset=True)
-    try:
-        return Settings.model_validate(merge(raw, {**overrides, "level": level.value}))
-    except ValidationError as error:
-        raise ValueError(f"in 'levels.{level.value}': {describe(error)}") from None
 
 
 Values = Mapping[str, Any]

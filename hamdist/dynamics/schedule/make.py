@@ -29,13 +29,16 @@ AnySchedule: TypeAlias = PulseSchedule | HoldSchedule | SequenceSchedule
 
 
 def make_schedule(
-    graph: Graph, knobs: Locality, silent: frozenset[str] = frozenset()
-) -> PulseSchedule | HoldSchedule:
-    """Return the schedule of `knobs` on `graph`. silent: blocks without messages (`Graph.silent`).
+    graph: Graph, knobs: Locality, silent: frozenset[str] = frozenset(), *, carries: bool = False
+) -> AnySchedule:
+    """Return the schedule of `knobs` on `graph`. silent: blocks without messages (`Graph.silent`);
+    carries: as of `SequenceSchedule`.
 
     Raises LevelError where the graph does not allow it: a pulse through a cycle, or past a block
     that the input does not reach; a speed that is measured in depths on a graph with cycles.
     """
+    if knobs.sequence:
+        return SequenceSchedule(graph, knobs, carries=carries)
     cycle = graph.cycle()
     if knobs.pulse:
         if cycle:

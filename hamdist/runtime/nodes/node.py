@@ -63,22 +63,20 @@ class Ports:
 
     def state(self, edge: Edge, event: Event) -> Signal | None:
         """Take the parent's state that `event` needs along `edge`; None if it needs none."""
-        stamp = self._schedule.state(edge, event)
-        if stamp is None:
-            return None
-        signal = self._take(self._channels.states[edge.index], stamp, event)
-        if signal.payload is not None:
+        signal = self._take(
+            self._channels.states[edge.index], self._schedule.state(edge, event), event
+        )
+        if signal is not None and signal.payload is not None:
             signal.payload = self.border.state(edge.index, signal.payload)
         return signal
 
     def message(self, edge: Edge, event: Event) -> Signal | None:
         """Take the child's message that `event` needs along `edge`; None if it needs none."""
         channel = self._channels.messages.get(edge.index)
-        stamp = None if channel is None else self._schedule.message(edge, event)
-        if channel is None or stamp is None:
+        if channel is None:
             return None
-        signal = self._take(channel, stamp, event)
-        if signal.payload is not None:
+        signal = self._take(channel, self._schedule.message(edge, event), event)
+        if signal is not None and signal.payload is not None:
             signal.payload = self.border.message(signal.payload)
         return signal
 
@@ -87,9 +85,10 @@ class Ports:
         if self._error is None or not isinstance(self._schedule, PulseSchedule):
             signals = [self.message(edge, event) for edge in self.out_of]
             return [None if signal is None else signal.payload for signal in signals]
-        stamp = self._schedule.error(event)
-        error = None if stamp is None else self._take(self._error, stamp, event).payload
-        return [None if error is None else self.border.message(error)]
+        error = self._take(self._error, self._schedule.error(event), event)
+        if error is None or error.payload is None:
+            return [None]
+        return [self.border.message(error.payload)]
 
     def error_to_blocks(self, stamp: Stamp, error: Tensor | None) -> None:
         """Send a readout's error to the blocks whose rules ask for it."""
@@ -99,10 +98,8 @@ class Ports:
     def target(self, event: Event) -> Signal | None:
         """Take the target that a readout needs at `event`; None if it needs none."""
         stamp = self._schedule.target(self._name, event)
-        if stamp is None:
-            return None
         signal = self._take(self._channels.targets[self._name], stamp, event)
-        if signal.payload is not None:
+        if signal is not None and signal.payload is not None:
             signal.payload = self.border.target(signal.payload)
         return signal
 
@@ -110,9 +107,7 @@ class Ports:
         """Take the label that travels with the sample of `event`, if it does, to be passed on."""
         if self._label is None:
             return None
-        way = self.into[0]
-        stamp = self._schedule.state(way, event)
-        return None if stamp is None else self._take(self._label, stamp, event)
+        return self._take(self._label, self._schedule.state(self.into[0], event), event)
 
     def labels_to_children(self, stamp: Stamp, label: Tensor | None, *, end: bool = False) -> None:
         """Pass a label on to the children that take it from this block."""
@@ -125,14 +120,13 @@ class Ports:
         if channel is None:
             return None
         if not isinstance(self._schedule, HoldSchedule):
-            stamp = self._schedule.target(self._name, event)
-            return None if stamp is None else self._take(channel, stamp, event)
+            return self._take(channel, self._schedule.target(self._name, event), event)
         if event.tick % self._schedule.c:
             return None
         return self._take(channel, emitted(event.sample, self._schedule.c), event)
 
-    def _take(self, channel: Channel, stamp: Stamp, event: Event) -> Signal:
-        return self._mailbox.take(channel, stamp, event.tick)
+    def _take(self, channel: Channel, stamp: Stamp | None, event: Event) -> Signal | None:
+        return None if stamp is None else self._mailbox.take(channel, stamp, event.tick)
 
     def to_children(
         self,

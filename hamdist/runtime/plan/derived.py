@@ -16,8 +16,7 @@ from hamdist.dynamics.graph.graph import INPUT, Graph
 from hamdist.dynamics.graph.spec import as_network
 from hamdist.dynamics.partition.apply_settings import delayed
 from hamdist.dynamics.schedule.events import Kind
-from hamdist.dynamics.schedule.make import AnySchedule, make_schedule
-from hamdist.dynamics.schedule.sequence import SequenceSchedule
+from hamdist.dynamics.schedule.make import make_schedule
 from hamdist.dynamics.updates.constants import TickSchedule
 from hamdist.dynamics.updates.optimizers import OptimizerRule
 from hamdist.runtime.plan.plan import Plan, make_plan
@@ -114,11 +113,8 @@ def network_of(plan: Plan, actors: Sequence[NetworkActor]) -> PlacedNetwork:
 def with_delays(plan: Plan, delays: Mapping[str, int]) -> Plan:
     """Return `plan` with other ticks by edge, unchecked: for its time, not to be run."""
     graph, knobs, old = delayed(plan.graph, delays), plan.knobs, plan.channels
-    schedule: AnySchedule
-    if isinstance(plan.schedule, SequenceSchedule):
-        schedule = SequenceSchedule(graph, knobs, carries=plan.schedule.carries)
-    else:
-        schedule = make_schedule(graph, knobs, plan.silent)
+    carries = getattr(plan.schedule, "carries", False)
+    schedule = make_schedule(graph, knobs, plan.silent, carries=carries)
     bundle = plan.engine.bundle
     channels = make_channels(
         graph,

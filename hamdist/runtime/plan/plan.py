@@ -258,11 +258,8 @@ def make_plan(
     # (The end of a stream goes against the edges where there are cycles; energies need z.)
     whole = knobs.hold and (not graph.acyclic or settings.metrics.record is not None)
     silent = frozenset[str]() if whole else graph.silent()
-    schedule: AnySchedule
-    if knobs.sequence:
-        schedule = SequenceSchedule(graph, knobs, carries=dynamics.reset.h is Reset.NEVER)
-    else:
-        schedule = make_schedule(graph, knobs, silent)
+    carries = dynamics.reset.h is Reset.NEVER
+    schedule = make_schedule(graph, knobs, silent, carries=carries)
     check_resets(graph, schedule, dynamics, knobs)
     check_output_nets(graph, dynamics)
     check_rules(graph, knobs, dynamics, settings.metrics, weighted=spec.weighted)

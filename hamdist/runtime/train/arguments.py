@@ -17,7 +17,7 @@ from hamdist.dynamics.modules.prenorm import stabilised
 from hamdist.dynamics.objective.losses import LossFunction, make_loss, model_loss
 from hamdist.dynamics.schedule.rounds import OwnLevel
 from hamdist.errors import ChoiceWarning, SettingsError
-from hamdist.runtime.placement.step_costs import example_input, example_inputs
+from hamdist.runtime.placement.step_costs import example_inputs
 from hamdist.runtime.results.result import RunResult
 from hamdist.runtime.train.prepare import level_fields
 from hamdist.runtime.train.train import train as train_settings
@@ -94,9 +94,7 @@ def _stabilised(model: nn.Module | Graph, spec: SampleSpec) -> nn.Module:
             "model.stabilise has no effect on a Graph, which brings its own blocks: make them of "
             "hamdist.PreNorm, and leave it out here"
         )
-    wrapped, notes = stabilised(
-        model, example_input(spec) if spec.inputs is None else example_inputs(spec)
-    )
+    wrapped, notes = stabilised(model, example_inputs(spec))
     for text in notes:
         warnings.warn(ChoiceWarning(text), stacklevel=3)
     return wrapped

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import contextlib
 import threading
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from hamdist.dynamics.schedule.events import Stamp
@@ -102,12 +103,9 @@ class Endpoints:
         way: 'shm', 'ipc', 'tcp://HOST', or 'tcp://HOST KEY' with the sender's public key.
         limit: the most bytes of a frame by tcp (-1: any). memory: of the receiving block's GPU.
         """
-
-        def make(context: EndpointContext) -> Receiver:
-            return self._open(context, channel, way, limit, memory)
-
+        opens = partial(self._open, channel, way, limit, memory)
         context, delay = self._context, self._link_delay
-        receiver = DelayedReceiver(context, channel, delay, make) if delay else make(context)
+        receiver = DelayedReceiver(context, channel, delay, opens) if delay else opens(context)
         old = self._in.pop(channel.number, None)
         if old is not None:
             old.close()
@@ -118,11 +116,11 @@ class Endpoints:
 
     def _open(
         self,
-        context: EndpointContext,
         channel: Channel,
         way: str,
         limit: int,
         memory: GpuMemory | None,
+        context: EndpointContext,
     ) -> Receiver:
         if way == SHM:
             return SharedReceiver(context, channel, memory)
@@ -132,15 +130,10 @@ class Endpoints:
         bare, key = split_key(way)
         if not bare.startswith(TCP):
             return ZmqReceiver(context, channel, self._zmq_context(), None)
-        host = bare.removeprefix(TCP)
-        if key is None:
-            return ZmqReceiver(
-                context, channel, self._zmq_context(), host, None, limit, self._ports
-            )
-        self.allow(key)
-        return ZmqReceiver(
-            context, channel, self._zmq_context(), host, self._key_gate, limit, self._ports
-        )
+        if key is not None:
+            self.allow(key)
+        host, gate = bare.removeprefix(TCP), None if key is None else self._key_gate
+        return ZmqReceiver(context, channel, self._zmq_context(), host, gate, limit, self._ports)
 
     def allow(self, key: str) -> None:
         """Allow the holder of a public key to send to this process; called before it connects."""
@@ -179,16 +172,12 @@ class Endpoints:
         old = self._out.pop(channel.number, None)
         if old is not None:
             old.close()
-
-        def make(context: EndpointContext) -> Sender:
-            return self._reach(context, channel, address, limit, gpu_sender)
-
-        end = (
-            make(self._context)
+        reach = partial(self._reach, channel, address, limit, gpu_sender)
+        self._out[channel.number] = (
+            reach(self._context)
             if log is None
-            else ReplaySender(self._context, channel, log, first, make)
+            else ReplaySender(self._context, channel, log, first, reach)
         )
-        self._out[channel.number] = end
 
     def answer_offers(self) -> None:
         """Answer the offers of memory that have come; before any signal is received."""
@@ -204,11 +193,11 @@ class Endpoints:
 
     def _reach(
         self,
-        context: EndpointContext,
         channel: Channel,
         address: str,
         limit: int,
         gpu_sender: GpuRingSender | None,
+        context: EndpointContext,
     ) -> Sender:
         if address.startswith((SCHEME, GPU_SCHEME)):
             return SharedSender(context, channel, address, gpu_sender)

@@ -233,17 +233,13 @@ def interval(test: PairedTest | None, unit: float = 1.0) -> str:
     )
 
 
-def mebibytes(size: int) -> str:
-    """Return bytes as whole MiB."""
-    return f"{size / MIB:,.0f}"
-
-
 def processes(peaks: Mapping[str, int]) -> str:
     """Return a line per process; beyond a few, the driver and the largest of the others."""
     if not peaks:
         return MISSING
+    sizes = {name: f"{size / MIB:,.0f}" for name, size in peaks.items()}
     if len(peaks) <= PROCESSES_SHOWN:
-        return "\n".join(f"{name} {mebibytes(size)}" for name, size in peaks.items())
+        return "\n".join(f"{name} {size}" for name, size in sizes.items())
     first, *others = peaks
-    largest = max(peaks[name] for name in others)
-    return f"{first} {mebibytes(peaks[first])}\n{len(others)} others: at most {mebibytes(largest)}"
+    largest = max(others, key=peaks.__getitem__)
+    return f"{first} {sizes[first]}\n{len(others)} others: at most {sizes[largest]}"

@@ -9,6 +9,7 @@ import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -38,7 +39,7 @@ from hamdist.models.build import (
     make_from_settings,
     only_loss,
 )
-from hamdist.runtime.placement.step_costs import example_input, example_inputs
+from hamdist.runtime.placement.step_costs import example_inputs
 from hamdist.runtime.process.interrupts import OnProgress
 from hamdist.runtime.process.startup import Startup, phases_to
 from hamdist.runtime.process.usage import joules_from_now, keep_freed_memory
@@ -301,8 +302,7 @@ def build(
         raise SettingsError(
             f"model.stabilise: a {settings.model.kind.value} is no chain of layers; leave it out"
         )
-    several = spec.inputs is not None
-    normed, notes = stabilised(model, example_inputs(spec) if several else example_input(spec))
+    normed, notes = stabilised(model, example_inputs(spec))
     for text in notes:
         warnings.warn(ChoiceWarning(text), stacklevel=4)
     return normed
@@ -313,16 +313,14 @@ def _score(
 ) -> Scores | None:
     """Return the held-out scores; None if nothing is held out."""
     ignored, losses = settings.ignore_index, make_losses(settings.loss, settings.ignore_index)
-    held = None if own_data is None else own_data.held_out
-    if own_data is None and isinstance(model, MergedSequence):
-        dtype = torch_dtype(settings.dtype)
-        held = held_out_tokens(settings.stream, seed=settings.seed, dtype=dtype)
-    elif own_data is None:
-        dtype, samples = (
-            torch_dtype(settings.dtype),
-            result.samples + result.stream.get("dropped", 0),
-        )
-        part = held_out(settings.stream, seed=settings.seed, dtype=dtype, samples=samples)
+    drawn: dict[str, Any] = {"seed": settings.seed, "dtype": torch_dtype(settings.dtype)}
+    if own_data is not None:
+        held = own_data.held_out
+    elif isinstance(model, MergedSequence):
+        held = held_out_tokens(settings.stream, **drawn)
+    else:
+        samples = result.samples + result.stream.get("dropped", 0)
+        part = held_out(settings.stream, samples=samples, **drawn)
         return None if part is None else evaluate(model, *part, losses, ignore_index=ignored)
     if held is None:
         return None
