@@ -132,6 +132,9 @@ class Settings(Section):
 
         Args:
             level: the level.
+
+        Raises:
+            ValueError: the overrides do not fit these settings.
         """
         raw = self.model_dump(mode="json", exclude={"levels"}, exclude_unset=True)
         overrides = self.levels.get(level, LevelOverrides()).model_dump(exclude_unset=True)
