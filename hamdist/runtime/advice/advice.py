@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 from torch import nn
 
@@ -47,17 +47,11 @@ LONG_SEQUENCE = 100
 
 def before(plan: Plan, settings: Settings) -> list[str]:
     """Return the warnings before the run."""
-    notes = []
-    if settings.dynamics.beta is not None and "lr" in settings.learning.model_fields_set:
-        notes.append(
-            f"learning.lr {settings.learning.lr:g} has no effect: dynamics.beta "
-            f"{settings.dynamics.beta:g} is the rate of the weights"
-        )
+    notes = [text for is_so, text in _without_effect(plan, settings) if is_so]
     if plan.engine.kind is EngineKind.INPROCESS:
         notes += _no_links(settings)
     else:
         notes += open_endpoints(plan.engine)
-        notes += _unused_spares(plan)
     if plan.engine.address is None:
         notes += thread_warnings(plan.engine.processes(), plan.engine.threads, cores())
     notes += compression_warnings(plan.channels, plan.graph, plan.engine)
@@ -68,27 +62,47 @@ def before(plan: Plan, settings: Settings) -> list[str]:
     inputs = {INPUT: sample.u} if sample.inputs is None else by_parent(sample.inputs)
     of_plan = plan.knobs, plan.graph, plan.spec, inputs, plan.ignore_index
     notes += microbatch_warnings(*of_plan, auto=auto)
-    blocks = plan.graph.blocks.values()
-    if not any(b.rule or any(p.requires_grad for p in b.module.parameters()) for b in blocks):
-        notes.append("no weight of the model learns: all are frozen (requires_grad is False)")
     notes += _losses(plan)
-    notes += _alone(plan)
     notes += _as_they_are(plan)
     if isinstance(plan.schedule, HoldSchedule):
         notes += dissipation_warnings(plan.graph, plan.dynamics)
         notes += reset_warnings(plan, plan.schedule)
-        notes += _one_hop(plan)
     return notes
 
 
-def _unused_spares(plan: Plan) -> list[str]:
-    """Return a warning where no lost actor is replaced, so that spare ones wait in vain."""
-    if not plan.engine.spares or (plan.snapshot_policy and plan.snapshot_policy.section.recover):
-        return []
-    return [
-        f"engine.spares {plan.engine.spares} has no effect: no lost actor is replaced without "
-        "snapshots (snapshots.every or snapshots.seconds) and snapshots.recover"
-    ]
+def _without_effect(plan: Plan, settings: Settings) -> Iterator[tuple[object, str]]:
+    """Yield (it is so, what to say of it)."""
+    engine, d, beta = plan.engine, plan.dynamics, settings.dynamics.beta
+    yield (
+        beta is not None and "lr" in settings.learning.model_fields_set,
+        f"learning.lr {settings.learning.lr:g} has no effect: dynamics.beta {beta or 0.0:g} is the "
+        "rate of the weights",
+    )
+    yield (
+        engine.kind is not EngineKind.INPROCESS
+        and engine.spares
+        and not (plan.snapshot_policy and plan.snapshot_policy.section.recover),
+        f"engine.spares {engine.spares} has no effect: no lost actor is replaced without "
+        "snapshots (snapshots.every or snapshots.seconds) and snapshots.recover",
+    )
+    blocks = plan.graph.blocks.values()
+    yield (
+        not any(b.rule or any(p.requires_grad for p in b.module.parameters()) for b in blocks),
+        "no weight of the model learns: all are frozen (requires_grad is False)",
+    )
+    idle = idle_block_settings(block_settings(plan.graph, engine).values())
+    yield (
+        engine.kind is EngineKind.INPROCESS and idle,
+        f"engine.blocks: {', '.join(idle)} {'means' if len(idle) == 1 else 'mean'} nothing in one "
+        "process; use engine.kind 'ray', or leave them out",
+    )
+    by_layer = plan.knobs.hold and plan.knobs.moves is not Moves.ALL and d.tau is not None
+    step = d.tau(0) * min(d.speeds()) if by_layer and d.tau is not None else 1.0
+    yield (
+        abs(step - 1) >= 1e-9,
+        f"moves 'layer-by-layer' with c tau = {step:g}: a state moves once a sample and does not "
+        "get all the way, so h is no feed-forward pass (HL Eq. 10); use dynamics.c = 1/tau",
+    )
 
 
 def _late(plan: Plan, settings: Settings) -> list[str]:
@@ -242,21 +256,6 @@ def _as_they_are(plan: Plan) -> list[str]:
     ]
 
 
-def _alone(plan: Plan) -> list[str]:
-    """Warn if one process is to compute for several."""
-    engine = plan.engine
-    if engine.kind is not EngineKind.INPROCESS:
-        return []
-    idle = idle_block_settings(block_settings(plan.graph, engine).values())
-    if not idle:
-        return []
-    verb = "means" if len(idle) == 1 else "mean"
-    return [
-        f"engine.blocks: {', '.join(idle)} {verb} nothing in one process; use engine.kind 'ray', "
-        "or leave them out"
-    ]
-
-
 def thread_warnings(processes: int, threads: int, processors: int, host: str = "") -> list[str]:
     """Warn if a host runs more threads than it has processors; `host` is its name, if several."""
     if processes * threads <= processors:
@@ -295,12 +294,18 @@ def placement_notes(plan: Plan, placement: list[list[str]], costs: Costs | None)
 
 
 def after(plan: Plan, outcome: Outcome) -> list[str]:
-    """Return the warnings after the run."""
-    return [
-        *smoothness_warnings(plan, outcome.smoothness),
-        *loss_warnings(outcome),
-        *sequence_warnings(plan, outcome),
-    ]
+    """Return the warnings after the run: on smooth streams, and if next to nothing was learned."""
+    updates = max((block.updates for block in outcome.blocks.values()), default=0)
+    notes = smoothness_warnings(plan, outcome.smoothness)
+    if outcome.samples and not any(outcome.windows.values()):
+        notes.append("no sample had a target when it reached a readout, so nothing was learned")
+    if plan.knobs.sequence and updates <= 1 and outcome.samples >= LONG_SEQUENCE:
+        notes.append(
+            f"the whole run was one sequence of {outcome.samples} samples, so the weights moved "
+            "once, at its end: mark the last sample of every sequence (Sample.end), use a stream "
+            "that does (source 'sequences' with sequences.view 'tokens'), or another level"
+        )
+    return notes
 
 
 def end_of_stream(plan: Plan, outcome: Outcome, stream: Stream) -> list[str]:
@@ -336,38 +341,6 @@ def reset_warnings(plan: Plan, schedule: HoldSchedule) -> list[str]:
             "or more"
         )
     return notes
-
-
-def _one_hop(plan: Plan) -> list[str]:
-    d = plan.dynamics
-    if plan.knobs.moves is Moves.ALL or d.tau is None:
-        return []
-    step = d.tau(0) * min(d.speeds())
-    if abs(step - 1) < 1e-9:
-        return []
-    return [
-        f"moves 'layer-by-layer' with c tau = {step:g}: a state moves once a sample and does not "
-        "get all the way, so h is no feed-forward pass (HL Eq. 10); use dynamics.c = 1/tau"
-    ]
-
-
-def loss_warnings(outcome: Outcome) -> list[str]:
-    """Warn if nothing was learned."""
-    if outcome.samples and not any(outcome.windows.values()):
-        return ["no sample had a target when it reached a readout, so nothing was learned"]
-    return []
-
-
-def sequence_warnings(plan: Plan, outcome: Outcome) -> list[str]:
-    """Warn if nothing in the stream marks the end of a sequence."""
-    updates = max((block.updates for block in outcome.blocks.values()), default=0)
-    if not plan.knobs.sequence or updates > 1 or outcome.samples < LONG_SEQUENCE:
-        return []
-    return [
-        f"the whole run was one sequence of {outcome.samples} samples, so the weights moved once, "
-        "at its end: mark the last sample of every sequence (Sample.end), use a stream that does "
-        "(source 'sequences' with sequences.view 'tokens'), or another level"
-    ]
 
 
 def smoothness_warnings(plan: Plan, frames: float | None) -> list[str]:
