@@ -90,11 +90,6 @@ def data_script(events: Iterable[RunEvent] = (), figures: Iterable[PageFigure] =
     return f'<script type="application/json" id="data">{safe}</script>'
 
 
-def live_page() -> str:
-    """Return the page of `hamdist view`, which asks its server for events."""
-    return page("hamdist view", [asset("live.html").replace("<!-- sections -->", sections())])
-
-
 # -- its server ------------------------------------------------------------------------------------
 
 
@@ -191,7 +186,8 @@ class PageServer:
             text = "not allowed: open the address that hamdist has printed, with its token"
             return Reply(text, HTTPStatus.FORBIDDEN, "text/plain")
         if path == "/":
-            return Reply(live_page(), kind="text/html")
+            body = asset("live.html").replace("<!-- sections -->", sections())
+            return Reply(page("hamdist view", [body]), kind="text/html")
         if path == "/folders":
             folders = [{"path": str(folder), "alive": is_alive(folder)} for folder in self.folders]
             return Reply(json.dumps(folders))
