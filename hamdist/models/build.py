@@ -45,7 +45,7 @@ from hamdist.dynamics.graph.graph import INPUT, BlockSpec, Combine, Graph
 from hamdist.dynamics.modules.prenorm import layer_norm, linear_of
 from hamdist.dynamics.modules.recurrent import DiagonalCell, LeakyCell, Reads, RecurrentCell
 from hamdist.dynamics.modules.reversible import Coupling, MidpointStart
-from hamdist.dynamics.modules.subspace import in_subspace
+from hamdist.dynamics.modules.subspace import in_subspaces
 from hamdist.dynamics.objective.losses import LossFunction, make_loss
 from hamdist.dynamics.user_modules.copies import in_type
 from hamdist.dynamics.user_modules.generator import generator_kept
@@ -142,7 +142,7 @@ def make_model(
     if settings.subspace is not None:
         whole = settings.model_copy(update={"subspace": None})
         model = make_model(whole, spec, seed=seed, dtype=dtype)
-        return in_subspace(model, settings.width, settings.subspace, seed)
+        return in_subspaces(model, settings.width, settings.subspace, seed)
     if settings.kind in NETWORKS:
         outputs = _outputs(settings, spec)
         return make_network(settings, spec, outputs, seed=seed, dtype=dtype)

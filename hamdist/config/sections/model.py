@@ -5,7 +5,7 @@ from __future__ import annotations
 from enum import Enum
 from typing import Annotated
 
-from pydantic import Field, model_validator
+from pydantic import BeforeValidator, Field, model_validator
 
 from hamdist.config.sections.section import Above0, Positive, Section
 
@@ -48,9 +48,10 @@ class ModelSettings(Section):
     depth: Positive = 5
     """Layers with weights (of recurrent kinds: cells; of resnet, convnet, vit, gpt, lstm-layers:
     residual layers). A `lenet` has its own of both."""
-    subspace: Positive | None = None
+    subspace: Positive | dict[Annotated[str, BeforeValidator(str)], Positive] | None = None
     """Rank of the fixed subspace of the last dimension in which every layer but the last ends, so
-    that `engine.compress` sends fewer numbers."""
+    that `engine.compress` sends fewer numbers; or ranks by layer, as `{layer1: 24}` (of
+    `residual-mlp` `{1: 24}`), of those that end in one."""
     decay: Annotated[float, Field(ge=0, lt=1)] = 0.9
     """Share of a state that `leaky` and `spiking` units keep from token to token."""
     threshold: Above0 = 0.6
@@ -66,7 +67,9 @@ class ModelSettings(Section):
 
     @model_validator(mode="after")
     def _residual_stream(self) -> ModelSettings:
-        if self.subspace is not None and (self.kind not in RESIDUAL or self.subspace > self.width):
+        ranks = self.subspace.values() if isinstance(self.subspace, dict) else [self.subspace or 1]
+        fits = self.kind in RESIDUAL and 0 < max(ranks, default=0) <= self.width
+        if self.subspace is not None and not fits:
             raise ValueError(
                 f"'subspace' is {self.subspace} with kind {self.kind.value!r} of width "
                 f"{self.width}: give a rank up to the width of a residual stream, as "

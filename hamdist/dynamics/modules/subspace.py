@@ -15,12 +15,14 @@ from __future__ import annotations
 
 import math
 from collections import OrderedDict
+from collections.abc import Mapping
 from functools import lru_cache
 
 import torch
 from torch import Tensor, nn
 
 from hamdist.dynamics.native.rotation import rotate
+from hamdist.errors import SettingsError
 
 
 class Subspace(nn.Module):
@@ -74,14 +76,35 @@ class Subspace(nn.Module):
         return torch.stack([signs, kept])
 
 
-def in_subspace(model: nn.Sequential, width: int, rank: int, seed: int) -> nn.Sequential:
-    """Return `model` with a `Subspace`, of the type of its weights, behind every child but the
-    last.
+def in_subspaces(
+    model: nn.Sequential, width: int, ranks: int | Mapping[str, int], seed: int
+) -> nn.Sequential:
+    """Return `model` with a `Subspace` behind some children: of the type of the last one's weights.
+
+    Args:
+        model: whose children make a residual stream.
+        width: of the stream.
+        ranks: by name of the child; a number is of all but the last.
+        seed: draws the subspaces.
+
+    Raises:
+        SettingsError: for a name that is none of a child that can end in a subspace.
     """
-    *layers, (name, head) = model.named_children()
+    *layers, (_, head) = model.named_children()
+    names = dict(layers)
+    if isinstance(ranks, int):
+        ranks = dict.fromkeys(names, ranks)
+    for name in ranks:
+        if name not in names:
+            raise SettingsError(
+                f"model.subspace: there is no layer {name!r} in front of the last one; the layers "
+                f"are {', '.join(names)}"
+            )
     dtype = next(head.parameters()).dtype
-    ends = ((key, nn.Sequential(m, Subspace(width, rank, seed, dtype))) for key, m in layers)
-    return nn.Sequential(OrderedDict([*ends, (name, head)]))
+    ends = OrderedDict(model.named_children())
+    for name, rank in ranks.items():
+        ends[name] = nn.Sequential(ends[name], Subspace(width, rank, seed, dtype))
+    return nn.Sequential(ends)
 
 
 def coefficients(x: Tensor, rank: int, seed: int) -> Tensor:

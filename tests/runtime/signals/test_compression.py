@@ -281,6 +281,8 @@ def test_wrong_edges(compress, words):
             "model: {subspace: 200, kind: gpt}",
             "'subspace' is 200 with .* width 128",
         ),
+        ("model: {subspace: {1: 9}, kind: residual-mlp, width: 8}", "'subspace' is .*9.* width 8"),
+        ("model: {subspace: {}, kind: gpt}", "'subspace' is {}"),
         ("model: {subspace: 2, kind: lstm}", "model: 'subspace' is 2 with kind 'lstm'"),
         ("engine: {feedback: some}", "engine.feedback: .*'some'"),
     ],
@@ -354,6 +356,22 @@ def test_a_network_within_a_subspace_loses_nothing():
         assert ("projection" in key) == torch.equal(value, start[key])
     for edge in ("block0->block1", "block2->block3"):
         assert 8 * sent.bytes_per_edge[edge] == 3 * exact.bytes_per_edge[edge]
+
+
+def test_a_subspace_behind_one_layer():
+    """Of four layers the second alone ends in it, whose edge has 3 numbers for 8."""
+    compress = {"block1->block2": "subspace"}
+    wanted = in_subspace(rank={1: 3}, compress=compress)
+    model = made(wanted)
+    found = [name for name, m in model.named_modules() if isinstance(m, hamdist.Subspace)]
+    assert found == ["1.1"]
+    whole = made(in_subspace(rank=None))
+    assert torch.equal(model[1][0].linear.weight, whole[1].linear.weight)
+    nbytes = train(model, stream_of(batches(20)), wanted).bytes_per_edge
+    assert 8 * nbytes["block1->block2"] == 3 * nbytes["block0->block1"]
+    assert nbytes["block0->block1"] == nbytes["block2->block3"]
+    with pytest.raises(SettingsError, match=r"no layer '3' in front .* the layers are 0, 1, 2"):
+        made(in_subspace(rank={3: 2}))
 
 
 def test_a_block_that_ends_in_no_subspace():
