@@ -78,9 +78,8 @@ class Recorder(Stateful):
     With LIMIT entries, or LIMIT_BYTES of tensors, every second one is dropped and `every` doubles.
     """
 
-    def __init__(self, every: int, *, trajectory: bool, limit: int = LIMIT) -> None:
+    def __init__(self, every: int, *, trajectory: bool) -> None:
         self._every = every
-        self._limit = limit
         self._trajectory = trajectory
         self._entries: list[_Entry] = []
         self._bytes = 0
@@ -107,7 +106,7 @@ class Recorder(Stateful):
                 entry.prediction, entry.target = reading.prediction, reading.target
         self._entries.append(entry)
         self._bytes += _size(entry)
-        if len(self._entries) >= self._limit or self._bytes > LIMIT_BYTES:
+        if len(self._entries) >= LIMIT or self._bytes > LIMIT_BYTES:
             self._every *= 2
             self._entries = [e for e in self._entries if e.tick % self._every == 0]
             self._bytes = sum(_size(e) for e in self._entries)

@@ -104,13 +104,12 @@ def popped(state: Mapping[str, Any], name: str) -> tuple[Any, dict[str, Any]]:
 
 
 class Packing:
-    """The tensors of one file, each once. copy: makes the tensor that is kept."""
+    """The tensors of one file, each once, as copies in host memory."""
 
-    def __init__(self, copy: Callable[[Tensor], Tensor] | None = None) -> None:
+    def __init__(self) -> None:
         self.tensors: list[Tensor] = []
         self._places: dict[tuple[Any, ...], int] = {}
         self._alive: list[Tensor] = []  # so that no address is given to another tensor meanwhile
-        self._copy = copy or _copied
 
     def packed(self, value: Any) -> Any:
         """Return `value` as JSON; raise SnapshotError for a value that has no form."""
@@ -162,7 +161,7 @@ class Packing:
         place = self._places.get(key)
         if place is None:
             place = self._places[key] = len(self.tensors)
-            self.tensors.append(self._copy(plain))
+            self.tensors.append(plain.to("cpu", copy=True).contiguous())
             self._alive.append(tensor)
         entry = {"tensor": place, "shape": list(tensor.shape), "strides": strides}
         return entry if tensor.is_cpu else {**entry, "gpu": True}
@@ -211,11 +210,6 @@ def as_text(value: Any) -> str:
     """Return a text that two values have in common if they are equal in all numbers."""
     packing = Packing()
     return repr([packing.packed(value), [t.tolist() for t in packing.tensors]])
-
-
-def _copied(tensor: Tensor) -> Tensor:
-    copy = tensor.to("cpu", copy=True)
-    return copy.contiguous()
 
 
 def _name(value: object) -> str:
