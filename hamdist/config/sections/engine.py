@@ -54,6 +54,7 @@ class Compress(str, Enum):
     INT8 = "int8"
     INT4 = "int4"
     DELTA = "delta"
+    CODEBOOK = "codebook"
     TOPK = "topk"
     SUBSPACE = "subspace"
 

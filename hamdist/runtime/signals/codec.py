@@ -22,7 +22,8 @@ difference to what the receiver has, by int4:
 
 where both sides have r_n, which is what the receiver sees. Its error is that of the difference
 alone; none adds up. A signal that goes as it is leaves r as it was; with another batch size r
-starts again at zero.
+starts again at zero. `codebook` (codebook.py) sends the difference to one of many vectors, whose
+table is r.
 
 Behind a `Subspace` the signals x of all codes are the coefficients Q^T x, and receivers see Q d
 (dynamics/modules/subspace.py). What a message loses by it has no effect on its block.
@@ -43,6 +44,7 @@ from hamdist.config import Compress
 from hamdist.dynamics.modules.subspace import Subspace, coefficients, lifted
 from hamdist.dynamics.native.rows import norm
 from hamdist.dynamics.saved_state.stateful import Stateful
+from hamdist.runtime.signals.codebook import CodebookCode
 from hamdist.runtime.signals.codes import (
     ByteCode,
     Code,
@@ -100,7 +102,7 @@ class Codec:
     def nbytes(self, batch: int) -> int:
         """Return the bytes of an encoded signal (batch, *row)."""
         n = self._vector
-        return batch * (math.prod(self.coded_row) // n) * self._code.nbytes(n)
+        return batch * self._places * self._code().nbytes(n)
 
     @property
     def coded_row(self) -> tuple[int, ...]:
@@ -120,13 +122,19 @@ class Codec:
         return row[-1] if long else math.prod(row)
 
     @property
-    def _code(self) -> Code:
+    def _places(self) -> int:
+        """Return the vectors of a row."""
+        return math.prod(self.coded_row) // self._vector
+
+    def _code(self, received: Tensor | None = None) -> Code:
         if self.name in (Compress.FP16, Compress.BF16):
             return HalfCode(torch.bfloat16 if self.name is Compress.BF16 else torch.float16)
         if self.name is Compress.INT8:
             return ByteCode(self._real)
         if self.name is Compress.SUBSPACE:
             return ExactCode(self.dtype)
+        if self.name is Compress.CODEBOOK:
+            return CodebookCode(self.seed, self._places, received)
         return LargestCode(self.share) if self.name is Compress.TOPK else NibbleCode(self.seed)
 
     @property
@@ -149,23 +157,36 @@ class Codec:
         vectors = lifted(x.reshape(-1, self.rank).to(self._real), self.row[-1], self.basis)
         return vectors.to(self.dtype).view(len(x), *self.row)
 
-    def encode(self, x: Tensor) -> Tensor:
+    def encode(self, x: Tensor, received: Tensor | None = None) -> Tensor:
         """Encode x, (B, *coded_row), as (B, ...), in another type.
 
         A signal that is not finite, or too large for the type, is returned unchanged.
+
+        Args:
+            received: the table of `codebook`.
         """
         if x.dtype != self.dtype or x.shape[1:] != self.coded_row or not x.numel():
             return x
-        sent = self._code.encode(x.reshape(-1, self._vector).to(self._real))
+        sent = self._code(received).encode(x.reshape(-1, self._vector).to(self._real))
         return x if sent is None else sent.view(len(x), -1)
 
-    def decode(self, sent: Tensor) -> Tensor:
+    def decode(self, sent: Tensor, received: Tensor | None = None) -> Tensor:
         """Return the nearest approximation of the tensor given to `encode`."""
         if sent.dtype == self.dtype:
             return sent
-        n = self._vector
-        vectors = sent.reshape(len(sent) * (math.prod(self.coded_row) // n), -1)
-        return self._code.decode(vectors, n, self._real).to(self.dtype).view(-1, *self.coded_row)
+        vectors = sent.reshape(len(sent) * self._places, -1)
+        decoded = self._code(received).decode(vectors, self._vector, self._real)
+        return decoded.to(self.dtype).view(-1, *self.coded_row)
+
+    def learned(self, received: Tensor | None, sent: Tensor, decoded: Tensor) -> Tensor | None:
+        """Return what both ends know after a signal that was encoded, (B, ...)."""
+        if self.delta:
+            return _added(received, decoded)
+        code = self._code(received)
+        if not isinstance(code, CodebookCode):
+            return None
+        vectors = decoded.reshape(-1, self._vector).to(self._real)
+        return code.learned(sent.reshape(len(vectors), -1), vectors)
 
 
 def subspace_of(module: nn.Module) -> Subspace | None:
@@ -200,7 +221,7 @@ class Encoder(Stateful):
 
     Attributes:
         error: e_n; starts again at zero when the batch changes its size.
-        received: r_n, of delta coding; as `error`.
+        received: r_n, of delta coding (as `error`), or the table of `codebook`.
     """
 
     def __init__(self, codec: Codec) -> None:
@@ -220,15 +241,16 @@ class Encoder(Stateful):
             v = exact + self.error
         elif self.received is not None and self.received.shape == exact.shape:
             v = exact - self.received
-        sent = self.codec.encode(v)
+        sent = self.codec.encode(v, self.received)
         if sent is v:  # as it is, and what is owed stays owed
             sent = exact = decoded = x
         else:
-            decoded = self.codec.decode(sent)
+            decoded = self.codec.decode(sent, self.received)
             if self.codec.feedback:
                 self.error = v - decoded
-            if self.codec.delta:
-                decoded = self.received = _added(self.received, decoded)
+            self.received = self.codec.learned(self.received, sent, decoded)
+            if self.codec.delta and self.received is not None:
+                decoded = self.received
         self._note(x.nbytes, exact, sent, decoded)
         return sent
 
@@ -263,7 +285,7 @@ class Decoder:
     """The receiving end of one direction of an edge.
 
     Attributes:
-        received: r_n, of delta coding.
+        received: r_n, of delta coding, or the table of `codebook`.
     """
 
     def __init__(self, codec: Codec, received: Tensor | None = None) -> None:
@@ -272,11 +294,11 @@ class Decoder:
 
     def __call__(self, sent: Tensor) -> Tensor:
         """Return what the receiver sees of a signal, (B, *row)."""
-        decoded = self.codec.decode(sent)
+        decoded = self.codec.decode(sent, self.received)
         if decoded is sent:
             return sent
-        if self.codec.delta:
-            self.received = _added(self.received, decoded)
+        self.received = self.codec.learned(self.received, sent, decoded)
+        if self.codec.delta and self.received is not None:
             decoded = self.received.detach()  # (a reader may ask for its gradient)
         return self.codec.outer(decoded)
 

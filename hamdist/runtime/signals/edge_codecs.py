@@ -55,6 +55,8 @@ def compressed(
         word = words.get(edge.name, Compress.NONE)
         if word is Compress.NONE:
             return channel
+        if word is Compress.CODEBOOK and channel.kind is Kind.MESSAGE:
+            word = Compress.INT4  # (messages are no function of their tokens)
         shape, dtype = signals[edge.parent]
         if channel.kind is Kind.MESSAGE and received is not None:
             dtype = received.get(edge.index, dtype)

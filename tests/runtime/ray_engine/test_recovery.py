@@ -194,7 +194,7 @@ def test_other_transports_delays_and_codes(
 ):
     """Bundles are under way, encoders have errors to carry on, and both ends what deltas add to."""
     odd = net((2, Once(41, tmp_path / "mark", "kill")))
-    compress = {"block0->*": "int8", "block1->*": "delta", "block2->*": "int4", "*": "delta"}
+    compress = {"block0->*": "int8", "block1->*": "delta", "block2->*": "int4", "*": "codebook"}
     engine = {"transport": transport, "compress": compress, "feedback": "on"}
     partition = {**cut(), "delay": 4}
     result = both(tmp_path, odd, engine=engine, **{**LEVELS[level], "partition": partition})

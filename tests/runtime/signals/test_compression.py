@@ -126,7 +126,12 @@ def test_none_is_no_setting(level):
         (
             {"level": "local"},
             {
-                "compress": {"block0->*": "topk", "block2->*": "int4", "*": "delta"},
+                "compress": {
+                    "block0->*": "topk",
+                    "block2->*": "int4",
+                    "block3->*": "codebook",
+                    "*": "delta",
+                },
                 "topk_share": 0.3,
                 "actors": 2,
             },
@@ -138,7 +143,11 @@ def test_none_is_no_setting(level):
                 "locality": {"microbatches": 3},
                 "partition": {"delay": 2, "slices": {"block2": 2}},
             },
-            {"compress": {"block0->*": "int4", "*": "delta"}, "feedback": "on", "actors": 3},
+            {
+                "compress": {"block0->*": "codebook", "*": "delta"},
+                "feedback": "on",
+                "actors": 3,
+            },
         ),
     ],
     ids=["pulse", "hold", "bundles", "below a byte", "halves", "micro-batches"],

@@ -199,6 +199,7 @@ def odd():
         {"locality": {"memory": "trace+weights"}},
         {"learning": {"lr": 0.02, "momentum": 0.8, "adaptive": {}}},
         {"engine_": {"compress": {"block0->*": "int8", "*": "delta"}, "feedback": "on"}},
+        {"engine_": {"compress": "codebook"}},
         {"engine_": {"blocks": {"block1": {"autocast": "bf16"}}}},
         {"engine_": {"step": "autograd"}},
         {"partition": {"blocks": 4, "delay": 3}},
