@@ -42,8 +42,8 @@ if TYPE_CHECKING:
 
 # Ticks differ from each other: what just covers the mean tick still waits now and then (2 cores, 25
 # ms, ticks of 1.9 ms: waits of 0.30 s at 16 ticks, 0.29 at 20, 0.16 at 28, 0.19 at 40), and actors
-# that no longer wait for each other make more of them than was predicted. Round trips of 100 ms with
-# a jitter of 20 %, of the rate without a link: 84 % with 1.25, 93 % with 1.5, 103 % with this.
+# that no longer wait for each other make more of them than was predicted. At a round trip of 100 ms
+# with 20 % jitter, of the rate without a link: 84 % with 1.25, 93 % with 1.5, 103 % with this.
 MARGIN = 1.75
 WORSE = 0.005  # a period longer by this share is as good
 ROUNDS = 5  # small signals, there and back one after the other
@@ -228,7 +228,7 @@ def _computing(wanted: bool) -> Iterator[None]:
 
 
 def _lateness(sent: Sequence[float], came: Sequence[float], soonest: float) -> float:
-    """Return by how many seconds the share IN_TIME of the signals is later than the quickest of all.
+    """Return by how many seconds the share IN_TIME of the signals is later than the quickest one.
 
     soonest: seconds from sending to arrival, by the clocks of both ends (which differ), of the
     quickest signal that had no other before it: one of many waits for those that jitter holds up.
