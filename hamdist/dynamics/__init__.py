@@ -4,4 +4,4 @@ In the order in which a signal meets it: `graph` (blocks and edges), `schedule` 
 when, and which signals it takes), `vjp` (the local function f and its vector-Jacobian products),
 `blocks` (Hamilton's equations of one block), `updates` (how weights move), `objective` (losses and
 scores). How a model becomes a graph: `user_modules`, `tracing`, `slicing`, `partition`.
-A whole tick on one page, beside which a test steps the engine: tests/dynamics/one_tick.py."""
+`one_tick` is a whole tick on one page."""

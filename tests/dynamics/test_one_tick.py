@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import torch
-from dynamics.one_tick import TanhLayer, tick
 from torch import nn
 
 from hamdist import streams, train
+from hamdist.dynamics.one_tick import TanhLayer, tick
 
 LR, ITEMS = 0.3, 40
 

@@ -44,11 +44,10 @@ def arranged(
             "slices with memory 'reversible': a slice knows its own neurons alone and cannot "
             "recompute what all of them read; use level 'backprop', or leave the slices out"
         )
-    if isinstance(partition.delays, str):
-        return delayed(
-            graph_in_slices, {e.name: 1 for e in graph_in_slices.edges if not e.from_input}
-        )
-    return delayed(graph_in_slices, partition.delays)
+    delays = partition.delays
+    if isinstance(delays, str):
+        delays = {e.name: 1 for e in graph_in_slices.edges if not e.from_input}
+    return delayed(graph_in_slices, delays)
 
 
 def delayed(graph: Graph, delays: Mapping[str, int]) -> Graph:

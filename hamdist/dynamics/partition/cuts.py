@@ -167,14 +167,10 @@ class Cuts:
 
     def grouped(self, grouping: Grouping) -> list[int]:
         """Return the places where blocks begin by the grouping of locality."""
-        units = self.units()
         if grouping is Grouping.NETWORK:
             return sorted({0, *self.forced})
         size = {Grouping.LAYER: 1, Grouping.GROUP: 2}[grouping]
-        starts: list[int] = []
-        for part in self._segments(units):
-            starts += part[::size]
-        return starts
+        return [place for part in self._segments(self.units()) for place in part[::size]]
 
     def balanced(
         self,

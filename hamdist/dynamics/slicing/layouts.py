@@ -249,9 +249,8 @@ class Layouts(ShapeLayouts):
         layout = self._of(x)
         if not isinstance(x, fx.Node) or not isinstance(layout, Shard) or not isinstance(dim, int):
             return None
-        return (
-            None if dim % len(self._shape(x)) == layout.axis else OpLayout(layout, {x: Use.PIECE})
-        )
+        across = dim % len(self._shape(x)) == layout.axis
+        return None if across else OpLayout(layout, {x: Use.PIECE})
 
     def _nary(
         self, node: fx.Node, name: str, tensors: list[fx.Node], inner: int = 0

@@ -41,10 +41,8 @@ class ShapeLayouts:
 
     def _plain(self, node: fx.Node) -> Layout:
         value = self._values[0][node]
-        if isinstance(value, (Tensor, tuple, list)):
-            tensors = isinstance(value, Tensor) or any(isinstance(v, Tensor) for v in value)
-            return Replicate() if tensors else NumberLayout()
-        return NumberLayout()
+        parts = value if isinstance(value, (tuple, list)) else (value,)
+        return Replicate() if any(isinstance(v, Tensor) for v in parts) else NumberLayout()
 
     def _named(self, node: fx.Node) -> str:
         if node.op == "call_method":

@@ -259,17 +259,14 @@ class SlicePhases:
         own, or is repeated by its readers.
         """
         for stage in self.stages:
-            sent = self._sent(stage)
-            if not stage.sliced and not (self._fixed(sent[-1]) or self._batch_first(sent[-1])):
-                self._free.add(sent[-1])
-                return False
-            if len(sent) > 1:
-                last = sent[-1]
-                if not stage.sliced and not self._fixed(last):
-                    self._free.add(last)
-                else:
-                    self._apart.add(self._branch(last, stage))
-                return False
+            *others, last = self._sent(stage)
+            if not others and (stage.sliced or self._fixed(last) or self._batch_first(last)):
+                continue
+            if not stage.sliced and not self._fixed(last):
+                self._free.add(last)
+            else:
+                self._apart.add(self._branch(last, stage))
+            return False
         return True
 
     def _branch(self, node: fx.Node, stage: SlicePhase) -> fx.Node:

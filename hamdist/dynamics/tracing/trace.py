@@ -185,12 +185,10 @@ def _lengths(probe: nn.Module, inputs: Mapping[str, Tensor], call: Call) -> list
         for axis in range(1, u.dim()):
             lengths.setdefault((axis, u.shape[axis]), Length(name, axis, u.shape[axis]))
     used = []
+    batch = next(iter(inputs.values())).shape[0]
     for dim in lengths.values():
         try:
-            rows = _rows(
-                inputs, next(iter(inputs.values())).shape[0], 0, {dim: other_length(dim, 1)}
-            )
-            record(probe, rows, call, {""})
+            record(probe, _rows(inputs, batch, 0, {dim: other_length(dim, 1)}), call, {""})
         except Unfollowed:
             continue
         used.append(dim)

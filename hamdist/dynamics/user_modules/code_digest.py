@@ -11,7 +11,6 @@ import dis
 import hashlib
 import inspect
 from collections.abc import Iterator, Mapping
-from contextlib import suppress
 from enum import Enum
 from functools import partial
 from types import BuiltinFunctionType, CodeType, FunctionType, MethodType, ModuleType
@@ -22,6 +21,7 @@ import torch
 from torch import Tensor, nn
 
 from hamdist.dynamics.user_modules.python_state import (
+    closure_of,
     functions_behind,
     is_foreign,
     is_installed,
@@ -120,12 +120,7 @@ class _Reader:
 
     def _references(self, function: FunctionType) -> Iterator[str]:
         yield from self.read((function.__defaults__, function.__kwdefaults__))
-        references: dict[str, Any] = {}
-        for name, cell in zip(
-            function.__code__.co_freevars, function.__closure__ or (), strict=True
-        ):
-            with suppress(ValueError):  # it is empty
-                references[name] = cell.cell_contents
+        references = closure_of(function)
         names = names_of_code(function.__code__)
         for name in names & function.__globals__.keys():
             value = function.__globals__[name]

@@ -7,7 +7,6 @@ Python's and numpy's random numbers. Both are read before and after calls: what 
 
 from __future__ import annotations
 
-import inspect
 import math
 import random
 import sys
@@ -193,9 +192,17 @@ def _reached(function: Any) -> list[Any]:
     fingerprints.add("", function)
     for used in functions_behind(function):
         read = {n: used.__globals__.get(n) for n in names_of_code(used.__code__)}
-        cells = inspect.getclosurevars(used).nonlocals
-        fingerprints.add(f"names {id(used)}", (read, dict(cells), used.__defaults__))
+        fingerprints.add(f"names {id(used)}", (read, closure_of(used), used.__defaults__))
     return list(fingerprints.ids.values())
+
+
+def closure_of(function: FunctionType) -> dict[str, Any]:
+    """Return the closure variables of a function that have a value, by name."""
+    values: dict[str, Any] = {}
+    for name, cell in zip(function.__code__.co_freevars, function.__closure__ or (), strict=True):
+        with suppress(ValueError):  # it is empty
+            values[name] = cell.cell_contents
+    return values
 
 
 def names_in(part: nn.Module) -> set[str]:
@@ -262,11 +269,8 @@ class Outside(Fingerprints):
         self._names |= names
         defaults = (function.__defaults__, function.__kwdefaults__, vars(function))
         reached: dict[str, Any] = {f"a default or attribute of {where}": defaults}
-        for name, cell in zip(
-            function.__code__.co_freevars, function.__closure__ or (), strict=True
-        ):
-            with suppress(ValueError):  # it is empty
-                reached[f"{name!r}, a closure variable of {where}"] = cell.cell_contents
+        for name, value in closure_of(function).items():
+            reached[f"{name!r}, a closure variable of {where}"] = value
         for name in names & function.__globals__.keys():
             reached[f"{name!r}, a global of {function.__module__}"] = function.__globals__[name]
         if "random" in names:  # perhaps imported inside

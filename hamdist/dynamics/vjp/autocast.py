@@ -24,7 +24,6 @@ from hamdist.dynamics.graph.graph import Combine
 from hamdist.dynamics.saved_state.stateful import check_names
 from hamdist.dynamics.user_modules.copies import copied
 from hamdist.dynamics.vjp.autograd import AutogradFunction
-from hamdist.dynamics.vjp.seeding import OwnGenerator
 
 
 @dataclass(frozen=True, slots=True)
@@ -88,12 +87,9 @@ class AutocastFunction(AutogradFunction):
     @torch.no_grad()
     def _without(self, arguments: Sequence[Tensor]) -> object:
         """Run the same pass by a copy, with the same random numbers and without side effects."""
-        random = copy.deepcopy(self._random) if isinstance(self._random, OwnGenerator) else None
         module = copied(self.module)
         inputs = [argument.detach().clone() for argument in arguments]
-        if random is None:
-            return module(*inputs)
-        with random:
+        with copy.deepcopy(self._random):
             return module(*inputs)
 
     def _note(self, output: Tensor, exact: Tensor) -> None:

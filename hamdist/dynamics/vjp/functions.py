@@ -21,10 +21,7 @@ def average(m: nn.AvgPool2d) -> tuple[ActivationForward, ActivationVjp]:
     """Return y of x, and dL/dx of dL/dy and x, of means over windows."""
     sizes = pairs(m.kernel_size, m.stride, m.padding)
     how = m.ceil_mode, m.count_include_pad, m.divisor_override
-    return (
-        m,
-        lambda z, x: aten.avg_pool2d_backward(z, x, *sizes, *how),
-    )
+    return m, lambda z, x: aten.avg_pool2d_backward(z, x, *sizes, *how)
 
 
 # Activations: y = f(x), dL/dx = dL/dy f'(x), where f' is a function of y or of x.

@@ -164,7 +164,6 @@ class TiedFunction(WrappingFunction):
 
     def overwrite(self, names: Sequence[str], numbers: Tensor) -> None:
         """Overwrite foreign weights with the values of their owner."""
-        for weight, new in zip(
-            self.weights(names), split_vector(numbers, self.weights(names)), strict=True
-        ):
+        weights = self.weights(names)
+        for weight, new in zip(weights, split_vector(numbers, weights), strict=True):
             weight.copy_(new)

@@ -256,6 +256,14 @@ def test_a_loss_that_changes_a_global_is_told():
     assert "has changed" not in str(learned(loss=Centred()).warnings)
 
 
+def test_a_loss_may_refer_to_a_name_that_has_no_value_yet():
+    def loss(p, y):
+        return functional.cross_entropy(p, y) if len(y) else later
+
+    assert not learned(loss=loss).warnings
+    later = None
+
+
 def test_a_loss_without_weights_is_not():
     result = learned(loss=nn.CrossEntropyLoss(weight=torch.ones(3)))
     assert "weights of its own" not in str(result.warnings)

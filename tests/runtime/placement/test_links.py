@@ -209,6 +209,13 @@ def test_the_latency_is_one_within_which_nearly_all_signals_come(monkeypatch):
     assert measured(monkeypatch, FakeLink(1e9, fake.late)).seconds == pytest.approx(LATE, rel=0.02)
 
 
+@pytest.mark.parametrize("late", [0, 1])
+def test_the_latency_counts_from_a_signal_that_nothing_holds_up(monkeypatch, late):
+    """Every second takes 60 ms more: at one in 10 ms the others are held up, by 50 ms."""
+    link = measured(monkeypatch, FakeLink(1e9, lambda n: 0.06 * (n % 2 == late)), NBYTES, 0.01)
+    assert MARGIN * link.seconds == pytest.approx(LATE + 0.06, rel=0.02)
+
+
 @pytest.mark.parametrize("nbytes", [0, NBYTES])
 def test_the_run_s_signals_are_measured_beside_a_thread_that_computes(monkeypatch, nbytes):
     """As in a run, where they wait for a processor, too."""

@@ -4,9 +4,8 @@
        <--M--       <--M--        <--M--                  each one tick under way
 
 This is level `local` (HL Algorithm 1 with s = -1, c tau = 1, eta_z = 0, eta_omega = 1/tau) without
-engine, schedule and autograd; test_one_tick.py steps it beside the engine. The same in general,
-in hamdist/dynamics: blocks/hold.py (the equations), schedule/hold.py (which signals),
-updates/weights.py.
+engine, schedule and autograd; tests/dynamics/test_one_tick.py steps it beside the engine. The same
+in general: blocks/hold.py (the equations), schedule/hold.py (which signals), updates/weights.py.
 """
 
 from __future__ import annotations
