@@ -28,7 +28,7 @@ ROWS = Extension(
     depends=[f"{FOLDER}/{name}.h" for name in ("rows", "products", "convolution", "rotation")],
     # No product is fused with the sum behind it: which ones a compiler fuses depends on the
     # processor that it compiles a clone for, and the clones of rows.c are to agree to the bit.
-    extra_compile_args=["-O3", "-ffp-contract=off"],
+    extra_compile_args=["-O3", "-ffp-contract=off", "-g0"],
     py_limited_api=True,
 )
 
