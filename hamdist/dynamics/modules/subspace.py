@@ -61,7 +61,7 @@ class Subspace(nn.Module):
     def extra_repr(self) -> str:
         return f"width={self.width}, rank={self.rank}, seed={self.seed}"
 
-    def is_own(self) -> bool:
+    def follows_seed(self) -> bool:
         """Return True if the projection is the one of the seed: another one may be loaded."""
         x = torch.linspace(-1, 2, self.width).to(self.projection)
         c = coefficients(x.unsqueeze(0), self.rank, self.seed)

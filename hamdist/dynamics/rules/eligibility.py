@@ -74,7 +74,7 @@ class SnAp1(Rule):
             inputs: as of `forward`.
         """
         D, direct = _sums_over_units(block, inputs)
-        whole, _ = block.row_jacobians(inputs, _eye(inputs[block.own or 0]), weights=False)
+        whole, _ = block.row_jacobians(inputs, _eye(block, inputs), weights=False)
         k, n = D.shape[2:]
         return whole.reshape(-1, k, n, k, n).diagonal(dim1=2, dim2=4), direct
 
@@ -169,7 +169,9 @@ def _said(block: BlockView, name: str, otherwise: Any) -> Any:
     return next((getattr(part, name) for part in parts if hasattr(part, name)), otherwise)
 
 
-def _eye(h: Tensor) -> Tensor:
+def _eye(block: BlockView, inputs: Sequence[Tensor]) -> Tensor:
+    """Return the identity of the block's own state, of that one's type."""
+    h = inputs[block.own or 0]
     return torch.eye(h.shape[1], dtype=h.dtype, device=h.device)
 
 
@@ -179,9 +181,7 @@ def _sums_over_units(
     """Return D_t and I_t summed over the units that depend on a number: within units, if only one
     does."""
     n = _units(block)
-    ones = (
-        _eye(inputs[block.own or 0]).view(-1, n, block.shape[0]).sum(1)
-    )  # by each of the k numbers
+    ones = _eye(block, inputs).view(-1, n, block.shape[0]).sum(1)  # by each of the k numbers
     D, direct = block.row_jacobians(inputs, ones)
     by_unit = {name: i.reshape(*i.shape[:2], -1, n, *i.shape[3:]) for name, i in direct.items()}
     return D.reshape(*D.shape[:2], -1, n), by_unit

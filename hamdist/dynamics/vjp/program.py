@@ -208,7 +208,7 @@ class _Program:
             return self._add(
                 Reshape(lambda x: torch.unflatten(x, m.dim, m.unflattened_size)), place
             )
-        if kind is Subspace and m.is_own():
+        if kind is Subspace and m.follows_seed():
             return self._add(Projection(m), place)
         if kind is nn.MaxPool2d and not m.return_indices:
             return self._add(MaxPool2d(m), place)
